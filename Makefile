@@ -1,0 +1,29 @@
+# Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
+.PHONY: setup demo test lint bench clean
+PYTHON ?= python3
+BIN := .venv/bin
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "hpo needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/hpo run studies/quickstart.toml
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python scripts/bench_engine.py
+
+clean:
+	rm -rf .venv

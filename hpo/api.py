@@ -1,0 +1,277 @@
+"""The public functions: run a study, read what it found, stop it, go on with it, export its best trial."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from hpo import analysis, launch, preflight
+from hpo.analysis import Best
+from hpo.devices import Device, choose_devices
+from hpo.errors import StudyStopped, UserError
+from hpo.records import Study, Trial
+from hpo.spec import StudySpec
+from hpo.store import ENDED, Store
+
+DEFAULT_STORAGE = "sqlite:///hpo.db"
+
+# Called with the store and the study once before training; returns what to call while it goes on.
+Watcher = Callable[[Store, Study], launch.Watch]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A study that is done: its best trial and all of them."""
+
+    study: str
+    best: Best
+    trials: list[Trial]
+
+
+def run(
+    spec: StudySpec | str | Path,
+    *,
+    storage: str | None = None,
+    devices: str = "auto",
+    workers: int | None = None,
+    in_process: bool = False,
+    code_folder: str | Path | None = None,
+    watcher: Watcher | None = None,
+) -> Result:
+    """Runs a study to its end, or goes on with it; a finished one is answered from the store.
+
+    `spec` is a StudySpec or the path of a study file. `workers` is the number of processes, by default one a device;
+    `in_process` trains in the calling process instead. Modules of your own that the study names are looked for in
+    `code_folder`: by default the study file's folder, or the running script's for a StudySpec. Raises UserError for a
+    wrong request, before anything is written, and StudyStopped where the study cannot finish.
+    """
+    if not isinstance(spec, StudySpec):
+        code_folder = code_folder or Path(spec).parent
+        spec = StudySpec.from_toml(spec)
+    folder = str(Path(code_folder or sys.path[0] or os.getcwd()).resolve())
+    if (done := _finished(spec, storage_url(storage))) is not None:
+        store, study = done
+        return _result(store, study)
+    chosen = choose_devices(devices)
+    launcher = _launcher(chosen, workers, in_process=in_process, python_path=folder)
+    with _importable(folder):
+        facts = preflight.check(spec, chosen)
+        store = Store(storage_url(storage), create=True)
+        study = store.create_study(spec, facts=facts)
+        store.start(study)
+        return _launch(store, study, launcher, watcher)
+
+
+def join(
+    name: str,
+    *,
+    storage: str | None = None,
+    devices: str = "auto",
+    workers: int | None = None,
+    watcher: Watcher | None = None,
+) -> Result:
+    """Adds workers of this machine to a study in the store, and returns when the study has ended."""
+    store = Store(storage_url(storage))
+    study = store.study(name)
+    launcher = _launcher(choose_devices(devices), workers, in_process=False, python_path=os.getcwd())
+    return _launch(store, study, launcher, watcher)
+
+
+def resume(
+    name: str,
+    *,
+    storage: str | None = None,
+    trials: int | None = None,
+    devices: str = "auto",
+    workers: int | None = None,
+    watcher: Watcher | None = None,
+) -> Result:
+    """Goes on with a study that was stopped or interrupted; `trials` enlarges its budget, keeping what was trained."""
+    store = Store(storage_url(storage))
+    study = store.study(name)
+    launcher = _launcher(choose_devices(devices), workers, in_process=False, python_path=os.getcwd())
+    if trials is not None:
+        store.enlarge(study, trials)
+        study = store.study(name)
+    store.start(study)
+    return _launch(store, study, launcher, watcher)
+
+
+def stop(name: str, *, storage: str | None = None) -> None:
+    """Asks every worker of a study, on every machine, to let go of its trial at the end of its epoch and leave."""
+    store = Store(storage_url(storage))
+    store.request_stop(store.study(name))
+
+
+def studies(*, storage: str | None = None) -> list[dict[str, Any]]:
+    """The studies in the store: name, number of trials in each state, whether stopped."""
+    store = Store(storage_url(storage))
+    return [
+        {"study": study.name, "trials": store.counts(study.study_id), "stop": study.stop} for study in store.studies()
+    ]
+
+
+def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
+    """Where a study stands: trials by state, the best so far, and its workers with what each is doing."""
+    store = Store(storage_url(storage))
+    study = store.study(name)
+    store.reap(study)
+    all_trials = store.trials(study)
+    running = {trial.worker_id: trial for trial in all_trials if trial.state == "running"}
+    found = analysis.best(study, all_trials)
+    return {
+        "study": name,
+        "storage": str(store.url),
+        "trials": store.counts(study.study_id),
+        "stop": study.stop,
+        "stop_reason": study.stop_reason,
+        "best": found.as_dict() if found else None,
+        "workers": [
+            {
+                "host": worker.host,
+                "pid": worker.pid,
+                "device": worker.device,
+                "trial": running[worker.worker_id].number if worker.worker_id in running else None,
+                "epoch": max(running[worker.worker_id].epochs, default=0) if worker.worker_id in running else None,
+                "seen_s": round(worker.seen_s, 1),
+            }
+            for worker in store.workers(study)
+            if worker.alive
+        ],
+    }
+
+
+def trials(name: str, *, storage: str | None = None) -> list[dict[str, Any]]:
+    """Every trial of a study, waiting ones included, with one entry for each epoch in each of its curves."""
+    store = Store(storage_url(storage))
+    return [_trial_dict(trial) for trial in store.trials(store.study(name))]
+
+
+def best(name: str, *, storage: str | None = None) -> Best:
+    """The best complete trial so far and the interval of learning rates that did as well.
+
+    Raises StudyStopped where no trial has completed.
+    """
+    store = Store(storage_url(storage))
+    study = store.study(name)
+    return _best(study, store.trials(study))
+
+
+def export(name: str, *, storage: str | None = None) -> dict[str, Any]:
+    """The best trial as a study: the settings of a study file whose only trial has the best trial's values."""
+    store = Store(storage_url(storage))
+    study = store.study(name)
+    found = _best(study, store.trials(study))
+    settings = study.spec.frozen()
+    settings["name"] = f"{name}-best"[-100:]
+    settings["search"] = {
+        "sampler": "grid",
+        "seed": study.spec.search.seed,
+        "space": {key: [value] for key, value in found.params.items()},
+    }
+    settings["pruner"] = {"name": "none"}
+    return settings
+
+
+def write_export(name: str, output: str | Path, *, storage: str | None = None) -> None:
+    """Writes the best trial to `output`: a study file for .toml, the study file and the answer in one for .json."""
+    path = Path(output)
+    if path.suffix not in (".toml", ".json"):
+        raise UserError(f"--output must end in .toml or .json, got {str(output)!r}")
+    settings = export(name, storage=storage)
+    if path.suffix == ".toml":
+        text = f"# The best trial of study {name}.\n\n{tomli_w.dumps(settings)}"
+    else:
+        found = best(name, storage=storage)
+        text = json.dumps({"study": name, **found.as_dict(), "spec": settings}, indent=2) + "\n"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror}") from None
+
+
+def storage_url(storage: str | None) -> str:
+    """The URL of the store: as given, else HPO_STORAGE, else hpo.db in the working directory."""
+    return storage or os.environ.get("HPO_STORAGE") or DEFAULT_STORAGE
+
+
+def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
+    """The spec's study where the store holds it with no slot left to train."""
+    try:
+        store = Store(url)
+        study = store.study(spec.name)
+    except UserError:
+        return None  # no store or no such study; what else may be wrong is said when it is opened for writing
+    if set(store.counts(study.study_id)) - set(ENDED) or study.spec.differences(spec):
+        return None
+    return store, study
+
+
+def _launcher(
+    devices: Sequence[Device], workers: int | None, *, in_process: bool, python_path: str
+) -> launch.Launcher:  # fmt: skip
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}")
+    if in_process:
+        return launch.InProcess(devices[0])
+    return launch.LocalProcesses(devices, workers=workers, python_path=python_path)
+
+
+def _launch(store: Store, study: Study, launcher: launch.Launcher, watcher: Watcher | None) -> Result:
+    launcher.run(store, study, watch=watcher(store, study) if watcher else lambda: None)
+    study = store.study(study.name)
+    left = {state: count for state, count in store.counts(study.study_id).items() if state not in ENDED}
+    if study.stop == "failure":
+        raise StudyStopped(f"study {study.name!r} was stopped: {study.stop_reason}")
+    if left:
+        raise StudyStopped(f"study {study.name!r} was stopped with {sum(left.values())} trials left")
+    return _result(store, study)
+
+
+def _result(store: Store, study: Study) -> Result:
+    all_trials = store.trials(study)
+    return Result(study.name, _best(study, all_trials), all_trials)
+
+
+def _best(study: Study, all_trials: list[Trial]) -> Best:
+    found = analysis.best(study, all_trials)
+    if found is None:
+        states = [trial.state for trial in all_trials]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        raise StudyStopped(f"study {study.name!r} has no complete trial to choose from: {counts}")
+    return found
+
+
+def _trial_dict(trial: Trial) -> dict[str, Any]:
+    curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
+    return {
+        "number": trial.number,
+        "state": trial.state,
+        "params": dict(trial.params),
+        "value": trial.value,
+        "attempt": trial.attempt,
+        "epochs": list(trial.epochs),
+        **{name: list(values) for name, values in curves.items()},
+        "reason": trial.reason,
+        "error": trial.error,
+        **{key: value for key, value in trial.attributes.items() if key != "ended"},
+        "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
+    }
+
+
+@contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Modules in this folder can be imported here, for the checks, as they can in the workers."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

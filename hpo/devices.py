@@ -1,0 +1,229 @@
+"""Which devices there are, which are free, how a worker is pinned to one, and how the CPU's cores are divided.
+
+NVML is asked for the CUDA devices, as it starts no CUDA context; torch is imported only where NVML does not answer.
+NVML counts in PCI order while CUDA may count the fastest first, so a worker is pinned by UUID and never by index.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hpo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place to train. `name` is what users type and what trials record: "cuda:0", "mps" or "cpu"."""
+
+    name: str
+    kind: Literal["cuda", "mps", "cpu"]
+    label: str
+    memory_bytes: int | None
+    uuid: str | None = None
+    occupied_by: tuple[int, ...] = ()
+    """The pids of compute processes other than ours; empty also where the driver does not tell (WSL, a container)."""
+
+
+def list_devices() -> list[Device]:
+    """Every device that this process may use: CUDA devices in PCI order, then MPS, and the CPU always last."""
+    return [*_cuda_devices(), *_mps_devices(), _cpu_device()]
+
+
+def choose_devices(request: str) -> list[Device]:
+    """The devices that `--devices` asks for, in the order of the request.
+
+    "auto" is every CUDA device that no other process occupies, else MPS, else the CPU. Anything else is a comma list of
+    names, where "cuda" stands for all CUDA devices; a device that is named is used, occupied or not. Raises UserError
+    for a device that is not there, for one named twice, and for "auto" where every CUDA device is occupied.
+    """
+    devices = list_devices()
+    if request.strip() == "auto":
+        return _choose_free(devices)
+    chosen: list[Device] = []
+    for name in (part.strip() for part in request.split(",")):
+        found = [device for device in devices if name in (device.name, device.kind)]
+        if not found:
+            raise _absent(name, devices)
+        for device in found:
+            if device in chosen:
+                raise UserError(f"--devices must name each device once; {device.name} comes twice in {request!r}")
+        chosen += found
+    return chosen
+
+
+def worker_environment(device: Device, *, threads: int) -> dict[str, str]:
+    """The variables that pin a worker process to `device`; to be set before that process starts."""
+    return {
+        "CUDA_VISIBLE_DEVICES": device.uuid or "",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
+
+
+def torch_device(device: Device) -> str:
+    """What torch calls the device inside a worker pinned to it, where the one visible GPU is always the first."""
+    return "cuda:0" if device.kind == "cuda" else device.kind
+
+
+def num_cores() -> int:
+    """How many CPU cores this process may use: its affinity, further limited by a container's CPU quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([allowed, *_cgroup_cores(Path("/"))]))
+
+
+def threads_per_worker(num_workers: int) -> int:
+    """The CPU threads each of `num_workers` gets, so that together they do not ask for more than there is."""
+    return max(1, num_cores() // num_workers)
+
+
+def _choose_free(devices: list[Device]) -> list[Device]:
+    cuda = [device for device in devices if device.kind == "cuda"]
+    free = [device for device in cuda if not device.occupied_by]
+    occupied = [
+        f"{device.name} by pid {', '.join(map(str, device.occupied_by))}" for device in cuda if device.occupied_by
+    ]
+    if cuda and not free:
+        raise UserError(
+            "--devices auto takes only CUDA devices that no other process occupies, and all are occupied"
+            f" ({'; '.join(occupied)}); to share one, name it: --devices {cuda[0].name}, or take --devices cpu"
+        )
+    if occupied:
+        logger.warning("--devices auto passes over what other processes occupy: %s", "; ".join(occupied))
+    return free or devices[:1]  # MPS stands before the CPU
+
+
+def _absent(name: str, devices: list[Device]) -> UserError:
+    here = ", ".join(["auto", *sorted({name for device in devices for name in (device.name, device.kind)})])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+    return UserError(f"--devices must name devices that are here, which leaves {here}{hidden}; got {name!r}")
+
+
+def _cuda_devices() -> list[Device]:
+    import pynvml  # type: ignore[import-untyped, unused-ignore]
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            uuids = _visible_uuids([pynvml.nvmlDeviceGetUUID(handle) for handle in handles])
+            return [_nvml_device(pynvml, index, uuid) for index, uuid in enumerate(uuids)]
+        finally:
+            pynvml.nvmlShutdown()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        pass  # no NVIDIA driver, as on most machines
+    except pynvml.NVMLError as error:
+        logger.warning("NVML fails (%s): torch is asked for CUDA devices instead, and cannot tell who uses them", error)
+    return _torch_cuda_devices()
+
+
+def _nvml_device(pynvml: Any, index: int, uuid: str) -> Device:
+    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    try:
+        memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError:  # chips that share the CPU's memory
+        memory_bytes = None
+    try:
+        pids = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    except pynvml.NVMLError:  # WSL, virtual GPUs
+        pids = set()
+    return Device(
+        name=f"cuda:{index}",
+        kind="cuda",
+        label=pynvml.nvmlDeviceGetName(handle),
+        memory_bytes=memory_bytes,
+        uuid=uuid,
+        occupied_by=tuple(sorted(pids - _own_process_tree())) if pids else (),
+    )
+
+
+def _visible_uuids(uuids: list[str]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES leaves of `uuids`, by the rules of the CUDA C++ programming guide.
+
+    Entries are indices, GPU UUIDs or unique beginnings of one, or UUIDs of MIG instances. An invalid entry hides itself
+    and all after it; a device that comes twice hides all.
+    """
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if variable is None:
+        return uuids
+    visible: list[str] = []
+    for entry in (part.strip() for part in variable.split(",")):
+        if entry.startswith("MIG-"):
+            matches = [entry]
+        elif entry.isdecimal():
+            matches = uuids[int(entry) :][:1]
+        else:
+            matches = [uuid for uuid in uuids if entry.startswith("GPU-") and uuid.startswith(entry)]
+        if len(matches) != 1:
+            break
+        if matches[0] in visible:
+            return []
+        visible += matches
+    return visible
+
+
+def _torch_cuda_devices() -> list[Device]:
+    """The CUDA devices where NVML is not to be had (some containers, Jetson); who else uses them is then unknown."""
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        Device(f"cuda:{index}", "cuda", properties.name, properties.total_memory, f"GPU-{properties.uuid}")
+        for index, properties in enumerate(found)
+    ]
+
+
+def _mps_devices() -> list[Device]:
+    if sys.platform != "darwin":
+        return []
+    import torch
+
+    return [Device("mps", "mps", "Apple GPU", None)] if torch.backends.mps.is_available() else []
+
+
+def _cpu_device() -> Device:
+    import psutil
+
+    model = re.search(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
+    label = model[1] if model else platform.processor() or platform.machine()
+    return Device("cpu", "cpu", label, psutil.virtual_memory().total)
+
+
+def _own_process_tree() -> set[int]:
+    """This process, those that started it (a notebook that holds a GPU, say) and those it started."""
+    import psutil
+
+    me = psutil.Process()
+    return {process.pid for process in [me, *me.parents(), *me.children(recursive=True)]}
+
+
+def _cgroup_cores(root: Path) -> Iterator[int]:
+    """The CPU quotas that bind this process, in cores rounded up: its cgroup's and those around it (v2), or v1's."""
+    own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    v1, v2 = root / "sys/fs/cgroup/cpu", root / "sys/fs/cgroup" / (own[1] if own else "")
+    limits = [_read(folder / "cpu.max") for folder in (v2, *v2.parents)]
+    limits.append(_read(v1 / "cpu.cfs_quota_us") + " " + _read(v1 / "cpu.cfs_period_us"))
+    for limit in limits:
+        match limit.split():
+            case [quota, period] if quota.isdecimal():  # no limit is "max" in v2, -1 in v1
+                yield math.ceil(int(quota) / int(period))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

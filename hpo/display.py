@@ -1,0 +1,270 @@
+"""What a terminal shows: live progress of a study, plain log lines where there is no terminal, and the answer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hpo.analysis import Best, best
+from hpo.records import Study, Trial
+from hpo.store import ENDED, Store
+
+REFRESH_S = 0.5  # at least; longer where reading the study takes long
+MAX_ROWS = 60  # of the final table
+BAR_WIDTH = 24
+
+STYLES = {
+    "complete": "green",
+    "pruned": "yellow",
+    "diverged": "magenta",
+    "failed": "red",
+    "running": "cyan",
+    "waiting": "dim",
+}
+
+
+def make_console() -> Console:
+    """The console for standard output; where that is no terminal, wide enough that no row is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+class Progress:
+    """Shows a study while it is trained; call it often, it reads the store as often as is reasonable.
+
+    A context manager: on a terminal it holds the lower lines of the screen until it is left.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._store: Store | None = None
+        self._study: Study | None = None
+        self._next_read = 0.0
+        self._reported: dict[int, tuple[str, int]] = {}
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def watch(self, store: Store, study: Study) -> Any:
+        """Begins to show this study; what it returns is to be called while workers run."""
+        self._store, self._study = store, study
+        self._console.print(heading(study))
+        trials = store.trials(study)
+        if done := sum(trial.state in ENDED for trial in trials):
+            self._console.print(f"going on: {done} of {len(trials)} trials are done already")
+        self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
+        if self._live is not None:
+            self._live.start()
+        return self.update
+
+    def update(self) -> None:
+        if time.monotonic() < self._next_read or self._store is None or self._study is None:
+            return
+        began = time.monotonic()
+        trials = self._store.trials(self._study)
+        for trial in trials:
+            if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
+                self._console.print(_ended_line(self._study, trial), highlight=False)
+            elif self._live is None and self._is_new(trial):
+                self._console.print(_epoch_line(trial), highlight=False)
+            self._reported[trial.number] = (trial.state, len(trial.epochs))
+        if self._live is not None:
+            self._live.update(_dashboard(self._study, trials), refresh=True)
+        ended = time.monotonic()
+        self._next_read = ended + max(REFRESH_S, 10 * (ended - began))
+
+    def _is_new(self, trial: Trial) -> bool:
+        return bool(
+            trial.state == "running"
+            and trial.epochs
+            and self._reported.get(trial.number) != ("running", len(trial.epochs))
+        )
+
+
+def heading(study: Study) -> Text:
+    """One line: what is searched, on what."""
+    spec, facts = study.spec, study.facts
+    text = Text(f"study {study.name}", style="bold")
+    text.append(
+        f": {spec.num_trials} trials, {spec.search.sampler} over {', '.join(spec.search.parameters)}", style="not bold"
+    )
+    if facts:
+        text.append(
+            f"; {spec.model.name} ({facts['num_parameters']:,} parameters) on {spec.data.name} "
+            f"({facts['num_train']:,} training, {facts['num_val']:,} validation pictures, "
+            f"{facts['num_classes']} classes)",
+            style="not bold",
+        )
+    return text
+
+
+def print_answer(
+    console: Console, study: Study, trials: Sequence[Trial], found: Best, *, next_steps: Sequence[str]
+) -> None:
+    """The table of learning rates against accuracy, the winner, and what to type next."""
+    console.print(_table(study, trials, found))
+    for line in answer_lines(study, found):
+        console.print(line, style="bold", highlight=False)
+    for step in next_steps:
+        console.print(step, style="dim", highlight=False)
+
+
+def answer_lines(study: Study, found: Best) -> list[str]:
+    """The answer in words."""
+    values = ", ".join(f"{key} {_number(value)}" for key, value in found.params.items() if key != "lr")
+    subject = f"best learning rate: {_number(found.params['lr'])}" if "lr" in found.params else "best"
+    subject += f" ({values})" if values else ""
+    lines = [f"{subject}, {study.spec.metric} {_value(found.value, study)}, trial {found.trial}"]
+    if found.interval is not None:
+        low, high = found.interval
+        if low < high:
+            lines.append(
+                f"as good within one standard error: the tried learning rates from {_number(low)} to {_number(high)}"
+            )
+        else:
+            lines.append("no other learning rate that was tried came within one standard error")
+    return lines
+
+
+def _table(study: Study, trials: Sequence[Trial], found: Best) -> Table:
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    rows = sorted(trials, key=lambda trial: tuple(_sort_key(trial.params.get(key)) for key in keys))
+    if len(rows) > MAX_ROWS:
+        rows = sorted(trials, key=lambda trial: -math.inf if trial.value is None else trial.value, reverse=True)[
+            :MAX_ROWS
+        ]
+    values = [trial.value for trial in rows if trial.value is not None]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{len(rows)} of {len(trials)} trials" if len(rows) < len(trials) else None
+    )
+    table.add_column("")
+    for key in keys:
+        table.add_column("learning rate" if key == "lr" else key, justify="right")
+    table.add_column(study.spec.metric, justify="right")
+    table.add_column("", width=BAR_WIDTH)
+    table.add_column("state")
+    table.add_column("epochs", justify="right")
+    table.add_column("trial", justify="right")
+    for trial in rows:
+        style = STYLES[trial.state]
+        share = (trial.value - low) / (high - low or 1) if trial.value is not None else None
+        bar = (
+            ProgressBar(total=1, completed=max(0.02, share), width=BAR_WIDTH, complete_style=style)
+            if share is not None
+            else ""
+        )
+        table.add_row(
+            "►" if trial.number == found.trial else "",
+            *(_number(trial.params[key]) if key in trial.params else "" for key in keys),
+            "" if trial.value is None else _value(trial.value, study),
+            bar,
+            Text(
+                trial.state if trial.state in ("complete", "waiting") else f"{trial.state}: {trial.reason}", style=style
+            ),
+            str(len(trial.epochs)),
+            str(trial.number),
+            style="bold" if trial.number == found.trial else "",
+        )
+    return table
+
+
+def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
+    """The live part: a bar for the study, a line for each running trial, the best so far."""
+    done = sum(trial.state in ENDED for trial in trials)
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(
+        f"{done}/{len(trials)} trials", ProgressBar(total=len(trials), completed=done, width=40), _counts(trials)
+    )
+    running = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("trial", "values", "device", "epoch", "train loss", study.spec.metric, "time left"):
+        running.add_column(column, justify="left" if column in ("values", "device") else "right")
+    for trial in trials:
+        if trial.state == "running":
+            running.add_row(
+                str(trial.number),
+                _params(trial.params),
+                str(trial.attributes.get("device", "")),
+                f"{max(trial.epochs, default=0)}/{_epochs(study, trial)}",
+                _last(trial, "train_loss", "{:.4f}"),
+                _last(trial, study.spec.metric, "{:.4f}"),
+                _time_left(study, trial),
+            )
+    parts: list[RenderableType] = [bar, running]
+    if (found := best(study, trials)) is not None:
+        value = f"{study.spec.metric} {_value(found.value, study)}"
+        parts.append(Text(f"best so far: {_params(found.params)}, {value}, trial {found.trial}"))
+    return Group(*parts)
+
+
+def _ended_line(study: Study, trial: Trial) -> Text:
+    seconds = f"{trial.ended - trial.started:.1f} s" if trial.ended and trial.started else ""
+    value = "" if trial.value is None else f", {study.spec.metric} {_value(trial.value, study)}"
+    text = Text(f"trial {trial.number} ")
+    text.append(trial.state, style=STYLES[trial.state])
+    text.append(f": {_params(trial.params)}{value}, {trial.reason}, {seconds}")
+    return text
+
+
+def _epoch_line(trial: Trial) -> str:
+    metrics = "  ".join(
+        f"{name} {_last(trial, name, '{:.4g}')}"
+        for name in trial.curves
+        if name not in ("lr", "seconds", "train_accuracy")
+    )
+    return f"trial {trial.number} epoch {trial.epochs[-1]}: {metrics}"
+
+
+def _counts(trials: Sequence[Trial]) -> Text:
+    text = Text()
+    for state in ENDED:
+        if count := sum(trial.state == state for trial in trials):
+            text.append(f"{count} {state}  ", style=STYLES[state])
+    return text
+
+
+def _time_left(study: Study, trial: Trial) -> str:
+    seconds = [value for value in trial.curves.get("seconds", ()) if value is not None]
+    if not seconds:
+        return ""
+    left = (_epochs(study, trial) - len(trial.epochs)) * sum(seconds) / len(seconds)
+    return f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+
+
+def _epochs(study: Study, trial: Trial) -> int:
+    return int(trial.params.get("epochs", study.spec.training.epochs))
+
+
+def _last(trial: Trial, name: str, form: str) -> str:
+    values = trial.curves.get(name, ())
+    return "" if not values else "not finite" if values[-1] is None else form.format(values[-1])
+
+
+def _params(params: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={_number(value)}" for key, value in params.items())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _value(value: float, study: Study) -> str:
+    return f"{value:.2%}" if study.spec.metric.endswith("accuracy") and 0 <= value <= 1 else f"{value:.4g}"
+
+
+def _sort_key(value: Any) -> tuple[int, Any]:
+    return (2, "") if value is None else (1, value) if isinstance(value, str) else (0, value)

@@ -1,0 +1,79 @@
+"""What `hpo doctor` finds of versions, devices, data and the store, each with what to do where something is amiss."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo import provenance
+from hpo.api import storage_url
+from hpo.devices import list_devices, num_cores
+from hpo.errors import UserError
+from hpo.store import Store
+
+DATA_FOLDERS = {  # what torchvision unpacks its data sets into, below the root or below ROOT/<name>
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "mnist": "MNIST",
+    "fashion_mnist": "FashionMNIST",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `advice` is empty where nothing needs doing."""
+
+    subject: str
+    found: str
+    advice: str = ""
+
+
+def examine(*, storage: str | None = None) -> list[Finding]:
+    """Looks at everything a study needs on this machine; changes nothing."""
+    findings = [Finding(package, version) for package, version in provenance.versions().items()]
+    return findings + _devices() + _data() + [_store(storage_url(storage))]
+
+
+def _devices() -> list[Finding]:
+    findings = []
+    devices = list_devices()
+    for device in devices:
+        memory = f", {device.memory_bytes / 2**30:.0f} GiB" if device.memory_bytes else ""
+        advice = ""
+        if device.occupied_by:
+            pids = ", ".join(map(str, device.occupied_by))
+            advice = f"occupied by process {pids}: --devices auto passes over it; name it to share it"
+        findings.append(Finding(device.name, f"{device.label}{memory}", advice))
+    if all(device.kind == "cpu" for device in devices):
+        findings.append(
+            Finding(
+                "GPU",
+                "none",
+                f"trials train on {num_cores()} CPU cores; for an NVIDIA GPU, check that nvidia-smi lists it",
+            )
+        )
+    return findings
+
+
+def _data() -> list[Finding]:
+    root = Path(os.environ.get("HPO_DATA") or "data")
+    named = "HPO_DATA" if os.environ.get("HPO_DATA") else "the default; HPO_DATA names another"
+    here = [
+        name for name, folder in DATA_FOLDERS.items() if (root / folder).is_dir() or (root / name / folder).is_dir()
+    ]
+    advice = "" if here else "digits needs no files; other data sets are downloaded there where there is a network"
+    return [Finding("data", f"{root} ({named}): {', '.join(here) or 'no data set'}", advice)]
+
+
+def _store(url: str) -> Finding:
+    try:
+        store = Store(url)
+        names = [study.name for study in store.studies()]
+    except UserError as error:
+        return Finding(
+            "store",
+            str(error),
+            "" if "there is no store" in str(error) else "name another with --storage or HPO_STORAGE",
+        )
+    return Finding("store", f"{store.url}: {len(names)} studies ({', '.join(names) or 'none'})")

@@ -1,0 +1,34 @@
+"""What a user can get wrong: one clear sentence that names the setting, the rule and the value, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The request was wrong; the command line prints the message alone and exits with 2."""
+
+
+class StudyStopped(Exception):
+    """The study could not finish; the command line prints the message alone and exits with 1."""
+
+
+def unknown_name(setting: str, value: object, valid: Iterable[str]) -> UserError:
+    """The error for a name that is not in a table: names the setting, the value, the nearest name and all of them."""
+    return UserError(f"{setting} must be one of {', '.join(sorted(valid))}; got {value!r}{nearest(str(value), valid)}")
+
+
+def nearest(value: str, valid: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` where a valid name is close to the value, else nothing."""
+    near = difflib.get_close_matches(value, list(valid), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_keys(section: str, given: Iterable[str], valid: Iterable[str]) -> None:
+    """Raises `UserError` for the first key of a section that is not valid; the section "" is the file itself."""
+    valid = sorted(valid)
+    for key in given:
+        if key not in valid:
+            name = f"{section}.{key}" if section else key
+            raise UserError(f"unknown key {name}{nearest(key, valid)}; valid keys: {', '.join(valid)}")

@@ -1,0 +1,222 @@
+"""Where workers run: in this process, or as supervised local processes, behind one protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
+from hpo.errors import StudyStopped
+from hpo.records import Study
+from hpo.store import Store
+from hpo.worker import ASSIGNMENT, EXIT_RESTART, Assignment, Worker
+
+TICK_S = 0.2
+REAP_S = 5.0
+DRAIN_S = 30.0  # how long workers may take to let go of their trials before they are killed
+MAX_CRASHES = 3  # processes that died one after the other without a trial ending in between
+
+Watch = Callable[[], None]  # called several times a second while workers run: the place to show progress
+
+
+class Launcher(Protocol):
+    def run(self, store: Store, study: Study, *, watch: Watch) -> None:
+        """Runs workers until no slot of the study is left or the study is stopped.
+
+        Raises StudyStopped where that cannot be reached: workers that die again and again, or an interruption by
+        Ctrl-C or SIGTERM. No worker is left when it returns or raises.
+        """
+
+
+class InProcess:
+    """One worker in the calling process: for a debugger, and for tests."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def run(self, store: Store, study: Study, *, watch: Watch) -> None:
+        with _interrupts() as interrupted:
+            last_watch = 0.0
+
+            def should_stop() -> bool:  # asked before every step of training
+                nonlocal last_watch
+                if time.monotonic() - last_watch > TICK_S:
+                    last_watch = time.monotonic()
+                    watch()
+                return bool(interrupted)
+
+            store.reap(study)
+            device = self._device.name
+            Worker(store, study, device=device, torch_device=device, should_stop=should_stop).run()
+            watch()
+            if interrupted:
+                raise StudyStopped("interrupted")
+
+
+class LocalProcesses:
+    """Worker processes on this machine, each pinned to a device, restarted when they die.
+
+    They run in sessions of their own, so that Ctrl-C reaches this process alone, and end when it does, however it does.
+    """
+
+    def __init__(self, devices: Sequence[Device], *, workers: int | None, python_path: str) -> None:
+        count = workers or len(devices)
+        self._devices = [devices[index % len(devices)] for index in range(count)]
+        self._python_path = python_path
+
+    def run(self, store: Store, study: Study, *, watch: Watch) -> None:
+        store.reap(study)
+        waiting = store.counts(study.study_id).get("waiting", 0)
+        devices = self._devices[: max(1, waiting)]
+        threads = (
+            threads_per_worker(len(devices))
+            if all(d.kind == "cpu" for d in devices)
+            else max(1, num_cores() // len(devices))
+        )
+        logs = store.folder / study.name / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        processes = [
+            _Process(
+                self._assignment(store, study, device, threads), device, logs / f"worker-{index}.log", self._python_path
+            )
+            for index, device in enumerate(devices)
+        ]
+        with _interrupts() as interrupted:
+            try:
+                for process in processes:
+                    process.start()
+                self._supervise(store, study, processes, interrupted, watch)
+            finally:
+                _drain(processes, interrupted, watch)
+                store.reap(study)
+        watch()
+        if interrupted:
+            raise StudyStopped("interrupted")
+
+    def _assignment(self, store: Store, study: Study, device: Device, threads: int) -> Assignment:
+        url = store.url.render_as_string(hide_password=False)
+        return Assignment(url, study.name, device.name, torch_device(device), threads)
+
+    def _supervise(
+        self, store: Store, study: Study, processes: list[_Process], interrupted: list[int], watch: Watch
+    ) -> None:  # fmt: skip
+        crashes, ended_before, next_reap = 0, _num_ended(store, study), time.monotonic() + REAP_S
+        while not interrupted:
+            running = [process for process in processes if process.is_running()]
+            if not running and all(process.exit_code == 0 for process in processes):
+                return
+            for process in processes:
+                if process.exit_code in (None, 0):
+                    continue
+                store.reap(study)
+                ended = _num_ended(store, study)
+                crashes = 0 if process.exit_code == EXIT_RESTART or ended > ended_before else crashes + 1
+                ended_before = ended
+                if crashes >= MAX_CRASHES:
+                    raise StudyStopped(
+                        f"workers died {crashes} times without ending a trial, the last one {process.ending()}; "
+                        f"the end of its log, {process.log}:\n{process.log_tail()}"
+                    )
+                process.start()
+            if time.monotonic() > next_reap:
+                store.reap(study)
+                next_reap = time.monotonic() + REAP_S
+            watch()
+            time.sleep(TICK_S)
+
+
+class _Process:
+    """One worker process, which can be started again."""
+
+    def __init__(self, assignment: Assignment, device: Device, log: Path, python_path: str) -> None:
+        self.log = log
+        self.exit_code: int | None = None
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._environment = {
+            **os.environ,
+            **worker_environment(device, threads=assignment.threads),
+            ASSIGNMENT: json.dumps(dataclasses.asdict(assignment)),
+            "PYTHONPATH": os.pathsep.join(filter(None, [python_path, os.environ.get("PYTHONPATH")])),
+        }
+
+    def start(self) -> None:
+        self.exit_code = None
+        with self.log.open("ab") as log:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "hpo.worker"],
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def is_running(self) -> bool:
+        if self._popen is not None:
+            self.exit_code = self._popen.poll()
+        return self._popen is not None and self.exit_code is None
+
+    def ask_to_leave(self) -> None:
+        if self.is_running():
+            assert self._popen is not None
+            assert self._popen.stdin is not None
+            self._popen.stdin.close()
+            self._popen.terminate()
+
+    def kill(self) -> None:
+        if self.is_running():
+            assert self._popen is not None
+            self._popen.kill()
+            self._popen.wait()
+
+    def ending(self) -> str:
+        code = self.exit_code or 0
+        return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+    def log_tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+
+def _drain(processes: Sequence[_Process], interrupted: list[int], watch: Watch) -> None:
+    """Asks every worker to leave and waits; kills those that are still there after DRAIN_S or a second Ctrl-C."""
+    for process in processes:
+        process.ask_to_leave()
+    deadline = time.monotonic() + DRAIN_S
+    while running := [process for process in processes if process.is_running()]:
+        if time.monotonic() > deadline or len(interrupted) > 1:
+            for process in running:
+                process.kill()
+        watch()
+        time.sleep(TICK_S)
+
+
+def _num_ended(store: Store, study: Study) -> int:
+    return sum(count for state, count in store.counts(study.study_id).items() if state not in ("waiting", "running"))
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them. Elsewhere than in the main thread it can do nothing."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,46 @@
+"""A user's own training loop as a study: the `Trial` that the function is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpo.errors import UserError
+
+
+@dataclass
+class Trial:
+    """What a training function gets: values to train with, a device, a folder, and `report`.
+
+    params: the values that the search chose, by the keys of [search.space]
+    device: where to train, as torch names it: "cuda:0", "mps" or "cpu"
+    epochs: training.epochs of the study file
+    seed: a seed of this trial's own
+    checkpoint_dir: a folder of this trial's own, the same when it is trained again after an interruption
+    number, attempt: which trial of the study, and which time it is being trained (1 is the first)
+    """
+
+    params: Mapping[str, Any]
+    device: str
+    epochs: int
+    seed: int
+    checkpoint_dir: Path
+    number: int
+    attempt: int
+    _metric: str = field(repr=False)
+    _on_report: Callable[[int, dict[str, float]], bool] = field(repr=False)
+
+    def report(self, epoch: int, **metrics: float) -> bool:
+        """Records an epoch (counted from 1) and returns True where training must end now: return from the function.
+
+        `metrics` must hold the study's objective.metric; every number is kept and shown. Raises UserError otherwise.
+        """
+        if not isinstance(epoch, int) or epoch < 1:
+            raise UserError(f"trial.report: epoch must be an integer of at least 1, got {epoch!r}")
+        if self._metric not in metrics:
+            raise UserError(
+                f"trial.report must be given {self._metric}=..., the study's objective.metric; got {', '.join(metrics)}"
+            )
+        return self._on_report(epoch, {name: float(value) for name, value in metrics.items()})

@@ -1,0 +1,225 @@
+"""StudySpec -> Optuna sampler, pruner and suggestions, by lookup tables; importing this loads no Optuna.
+
+Every claim of a trial gets a sampler of its own, seeded from the study's seed and the trial's number: no two workers
+draw the same numbers, and a study that is interrupted draws the same ones when it goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hpo.space import Cases, Choice, Parameter, Range, Scalar
+from hpo.train.config import derive_seed
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+
+    from hpo.spec import StudySpec
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler: how it is built, and what a space must be for it.
+
+    `build(seed, study_seed, spec)`: `seed` differs from trial to trial, `study_seed` does not.
+    """
+
+    build: Callable[[int, int, StudySpec], BaseSampler]
+    conditional: bool = False  # can it search a parameter that depends on another one?
+    min_ranges: int = 0
+    atomic: bool = False  # must two workers not sample at once?
+    needs_values: bool = (
+        False  # learns from complete trials only: is shown diverged trials as complete, with the worst value
+    )
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A pruner: its options with their defaults (None: see `build`), and how it is built from them and max_epochs."""
+
+    defaults: Mapping[str, Any]
+    build: Callable[[dict[str, Any], int], BasePruner]
+
+
+def _random(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
+    from optuna.samplers import RandomSampler
+
+    return RandomSampler(seed=seed)
+
+
+def _tpe(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
+    from optuna.samplers import TPESampler
+
+    conditional = any(isinstance(parameter, Cases) for parameter in spec.search.parameters.values())
+    # Optuna's ten random trials in front would be half of a usual learning-rate study.
+    startup = max(4, min(10, spec.num_trials // 3))
+    return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=conditional, constant_liar=True)
+
+
+def _qmc(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
+    from optuna.samplers import QMCSampler, RandomSampler
+
+    # One scrambled Sobol sequence for the whole study: every worker must scramble it alike.
+    return QMCSampler(
+        qmc_type="sobol", scramble=True, seed=study_seed,
+        independent_sampler=RandomSampler(seed=seed), warn_independent_sampling=False,
+    )  # fmt: skip
+
+
+def _gp(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
+    from optuna.samplers import GPSampler
+
+    return GPSampler(seed=seed, n_startup_trials=max(4, min(10, spec.num_trials // 3)))
+
+
+def _cmaes(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
+    from optuna.samplers import CmaEsSampler, RandomSampler
+
+    return CmaEsSampler(seed=seed, independent_sampler=RandomSampler(seed=seed), warn_independent_sampling=False)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "grid": Sampler(_random, conditional=True),  # a grid's points are given with its slots; nothing is left to sample
+    "random": Sampler(_random, conditional=True),
+    "tpe": Sampler(_tpe, conditional=True),
+    "qmc": Sampler(_qmc, atomic=True),
+    "gp": Sampler(_gp, needs_values=True),
+    "cmaes": Sampler(_cmaes, min_ranges=2, needs_values=True),
+}
+
+
+def _none(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import NopPruner
+
+    return NopPruner()
+
+
+def _percentile(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import PercentilePruner
+
+    # Optuna's percentile keeps that share of the trials; so does ours.
+    return PercentilePruner(
+        options.get("percentile", 50.0),
+        n_startup_trials=options["startup_trials"],
+        n_warmup_steps=options["warmup_epochs"],
+    )
+
+
+def _asha(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import SuccessiveHalvingPruner
+
+    return SuccessiveHalvingPruner(
+        min_resource=options["min_epochs"], reduction_factor=options["reduction_factor"], bootstrap_count=0
+    )
+
+
+def _hyperband(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import HyperbandPruner
+
+    # With max_resource="auto" nothing is pruned until one trial has completed.
+    return HyperbandPruner(
+        min_resource=options["min_epochs"], max_resource=max_epochs, reduction_factor=options["reduction_factor"]
+    )
+
+
+def _patient(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import PatientPruner
+
+    return PatientPruner(None, patience=options["patience"], min_delta=options["min_delta"])
+
+
+def _threshold(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import ThresholdPruner
+
+    return ThresholdPruner(lower=options["lower"], upper=options["upper"], n_warmup_steps=options["warmup_epochs"])
+
+
+PRUNERS: dict[str, Pruner] = {
+    "none": Pruner({}, _none),
+    "median": Pruner({"startup_trials": 5, "warmup_epochs": 1}, _percentile),
+    "percentile": Pruner({"percentile": 50.0, "startup_trials": 5, "warmup_epochs": 1}, _percentile),
+    "asha": Pruner({"min_epochs": 1, "reduction_factor": 3}, _asha),
+    "hyperband": Pruner({"min_epochs": 1, "reduction_factor": 3}, _hyperband),
+    "patient": Pruner({"patience": 3, "min_delta": 0.0}, _patient),
+    "threshold": Pruner({"lower": None, "upper": None, "warmup_epochs": 1}, _threshold),
+}
+
+
+def build_sampler(spec: StudySpec, *, number: int) -> BaseSampler:
+    """The study's sampler for the trial of this number."""
+    study_seed = derive_seed(spec.search.seed, "study")
+    return SAMPLERS[spec.search.sampler].build(derive_seed(spec.search.seed, "trial", number), study_seed, spec)
+
+
+def build_pruner(spec: StudySpec) -> BasePruner:
+    """The study's pruner, with our defaults where the study file is silent."""
+    pruner = PRUNERS[spec.pruner.name]
+    given = spec.pruner.model_dump(exclude={"name"}, exclude_none=True)
+    return pruner.build({**pruner.defaults, **given}, spec.max_epochs)
+
+
+def slots(spec: StudySpec) -> list[dict[str, Scalar]]:
+    """What is given of each trial's parameters before it is claimed: all of a grid point, nothing of a sampled one."""
+    if spec.search.sampler == "grid":
+        return spec.search.grid
+    return spec.search.try_first + [{} for _ in range(spec.num_trials - len(spec.search.try_first))]
+
+
+def optuna_params(spec: StudySpec, values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The same values under the names that the Optuna study knows them by."""
+    return {_optuna_name(key, spec.search.parameters[key], values): value for key, value in values.items()}
+
+
+def values_from_optuna(params: Mapping[str, Any]) -> dict[str, Scalar]:
+    """The inverse of `optuna_params`: `lr[adam]` is `lr`."""
+    return {name.partition("[")[0]: value for name, value in params.items()}
+
+
+def suggest(trial: optuna.Trial, spec: StudySpec) -> dict[str, Scalar]:
+    """Asks Optuna for every parameter of the space; those on which others depend come first."""
+    values: dict[str, Scalar] = {}
+    parameters = spec.search.parameters
+    for key in sorted(parameters, key=lambda key: isinstance(parameters[key], Cases)):
+        parameter = parameters[key]
+        name = _optuna_name(key, parameter, values)
+        if isinstance(parameter, Cases):
+            if str(values[parameter.by]) not in parameter.cases:
+                continue
+            parameter = parameter.cases[str(values[parameter.by])]
+        values[key] = _suggest(trial, name, parameter, grid=spec.search.sampler == "grid")
+    return values
+
+
+def _suggest(trial: optuna.Trial, name: str, parameter: Range | Choice, *, grid: bool) -> Scalar:
+    if isinstance(parameter, Choice):
+        numbers = [
+            value for value in parameter.values if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        if not grid or len(numbers) < len(parameter.values):
+            choice: Scalar = trial.suggest_categorical(name, list(parameter.values))  # type: ignore[assignment]
+            return choice
+        # A grid's list of numbers is recorded as a range, so that every Optuna plot has a true axis for it.
+        low, high = min(numbers), max(numbers)
+        parameter = Range(low=low, high=high, log=low > 0 and high / low >= 10)
+    step = None if grid else parameter.step  # a grid's points are given, and need not lie on a step
+    if parameter.integer:
+        return trial.suggest_int(name, int(parameter.low), int(parameter.high), log=parameter.log, step=int(step or 1))
+    return trial.suggest_float(name, float(parameter.low), float(parameter.high), log=parameter.log, step=step)
+
+
+def _optuna_name(key: str, parameter: Parameter, values: Mapping[str, Scalar]) -> str:
+    # A parameter of its own for each case: what is learnt about SGD's rates says nothing about Adam's.
+    return f"{key}[{values[parameter.by]}]" if isinstance(parameter, Cases) else key
+
+
+def worst_value(direction: str, values: list[float]) -> float:
+    """What a diverged trial counts as for a sampler that learns from values only: no better than the worst one seen."""
+    finite = [value for value in values if math.isfinite(value)]
+    if direction == "maximize":
+        return min([0.0, *finite])
+    return max(finite, default=0.0)

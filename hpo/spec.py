@@ -1,0 +1,501 @@
+"""The study file: TOML read into a frozen StudySpec; every check of what a user wrote is here.
+
+What needs the pictures, the network or the machine to be judged is checked by `hpo/preflight.py`, also before anything
+is created. The rules say what a value must be; `_explain` and `UserError` turn a breach into one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from hpo.errors import UserError, check_keys, unknown_name
+from hpo.search import PRUNERS, SAMPLERS
+from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points, parse_space
+from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
+from hpo.train.optim import OPTIMIZERS, SCHEDULES
+
+Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
+Rule = tuple[str, Callable[[Any], bool]]
+
+AT_LEAST_0: Rule = ("at least 0", lambda value: value >= 0)
+AT_LEAST_1: Rule = ("at least 1", lambda value: value >= 1)
+POSITIVE: Rule = ("greater than 0", lambda value: value > 0)
+FRACTION: Rule = ("between 0 and 1", lambda value: 0 <= value <= 1)
+INSIDE: Rule = ("greater than 0 and less than 1", lambda value: 0 < value < 1)
+BELOW_1: Rule = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
+SHARE: Rule = ("greater than 0 and at most 1", lambda value: 0 < value <= 1)
+
+RULES: dict[str, Rule] = {
+    "search.trials": AT_LEAST_1,
+    "search.seed": AT_LEAST_0,
+    "pruner.startup_trials": AT_LEAST_0,
+    "pruner.warmup_epochs": AT_LEAST_0,
+    "pruner.percentile": ("between 0 and 100", lambda value: 0 <= value <= 100),
+    "pruner.min_epochs": AT_LEAST_1,
+    "pruner.reduction_factor": ("at least 2", lambda value: value >= 2),
+    "pruner.patience": AT_LEAST_1,
+    "pruner.min_delta": AT_LEAST_0,
+    "data.validation_fraction": INSIDE,
+    "data.split_seed": AT_LEAST_0,
+    "data.train_samples": AT_LEAST_1,
+    "data.train_fraction": SHARE,
+    "data.image_size": ("at least 8", lambda value: value >= 8),
+    "data.crop": AT_LEAST_0,
+    "training.epochs": AT_LEAST_1,
+    "training.batch_size": AT_LEAST_1,
+    "training.lr": POSITIVE,
+    "training.momentum": BELOW_1,
+    "training.beta1": BELOW_1,
+    "training.beta2": BELOW_1,
+    "training.eps": POSITIVE,
+    "training.weight_decay": AT_LEAST_0,
+    "training.warmup_epochs": AT_LEAST_0,
+    "training.step_epochs": AT_LEAST_1,
+    "training.milestones": (
+        "rising epochs of at least 1",
+        lambda v: list(v) == sorted(set(v)) and all(e >= 1 for e in v),
+    ),
+    "training.gamma": SHARE,
+    "training.restarts": AT_LEAST_1,
+    "training.power": POSITIVE,
+    "training.final_lr_fraction": FRACTION,
+    "training.peak_fraction": INSIDE,
+    "training.initial_lr_fraction": SHARE,
+    "training.plateau_epochs": AT_LEAST_0,
+    "training.gradient_clip": POSITIVE,
+    "training.label_smoothing": BELOW_1,
+    "training.seed": AT_LEAST_0,
+}
+
+# What may differ between two runs of one study without changing a single number of it.
+RESULT_NEUTRAL = frozenset({"data.root", "data.placement"})
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SearchSpec(_Section):
+    """What is searched: the sampler, how many trials, and the space (`parameters` is the space, parsed)."""
+
+    sampler: str = "tpe"
+    trials: int | None = None
+    seed: int = 0
+    space: dict[str, Any] = Field(default_factory=dict)
+    try_first: list[dict[str, Any]] = Field(default_factory=list)
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        return parse_space(self.space, grid=self.sampler == "grid")
+
+    @cached_property
+    def grid(self) -> list[dict[str, Scalar]]:
+        """Every combination of a grid, in the order of the study file with `try_first` in front."""
+
+        def place(point: dict[str, Scalar]) -> int:
+            return next(
+                (i for i, first in enumerate(self.try_first) if first.items() <= point.items()), len(self.try_first)
+            )
+
+        return sorted(grid_points(self.parameters), key=place)
+
+
+class PrunerSpec(_Section):
+    """Which trials are dropped early. None means the pruner's own default, listed in `hpo.search.PRUNERS`."""
+
+    name: str = "none"
+    startup_trials: int | None = None
+    warmup_epochs: int | None = None
+    percentile: float | None = None
+    min_epochs: int | None = None
+    reduction_factor: int | None = None
+    patience: int | None = None
+    min_delta: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+
+
+class ObjectiveSpec(_Section):
+    """A user's own training loop, and which of the metrics it reports is searched for."""
+
+    function: str
+    metric: str = "val_accuracy"
+    direction: str = "maximize"
+
+
+class StudySpec(_Section):
+    """One study, complete: what is asked, and everything that its trials' results depend on.
+
+    Raises `UserError` for a setting that breaks a rule and `pydantic.ValidationError` for one of the wrong type;
+    `from_toml` and `from_dict` raise `UserError` for both.
+    """
+
+    name: str
+    search: SearchSpec
+    pruner: PrunerSpec = PrunerSpec()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    objective: ObjectiveSpec | None = None
+
+    @classmethod
+    def from_toml(cls, path: str | Path, *, overrides: Iterable[str] = ()) -> StudySpec:
+        """Reads a study file; `overrides` are `section.key=value` with the value written as in TOML."""
+        try:
+            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"the study file {path} cannot be read: {error.strerror or error}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"the study file {path} is not valid TOML: {error}") from None
+        for override in overrides:
+            _override(settings, override)
+        return cls.from_dict(settings, source=str(path))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], *, source: str | None = None) -> StudySpec:
+        """Builds a spec from nested dictionaries as TOML gives them; `source` is named in every error."""
+        try:
+            # JSON mode lets pydantic be strict about numbers and text and still take a list for a sequence.
+            return cls.model_validate_json(json.dumps(settings, default=str), strict=True)
+        except ValidationError as error:
+            message = _explain(error)
+        except UserError as error:
+            message = str(error)
+        raise UserError(f"{message} ({source})" if source else message)
+
+    @property
+    def num_trials(self) -> int:
+        return len(self.search.grid) if self.search.sampler == "grid" else self.search.trials or DEFAULT_TRIALS
+
+    @property
+    def metric(self) -> str:
+        return self.objective.metric if self.objective else "val_accuracy"
+
+    @property
+    def direction(self) -> str:
+        return self.objective.direction if self.objective else "maximize"
+
+    @cached_property
+    def max_epochs(self) -> int:
+        """The most epochs that any trial can have."""
+        searched = self.search.parameters.get("epochs")
+        return max([*map(int, searched.extremes())] if searched else [self.training.epochs])
+
+    def trial_config(self, values: Mapping[str, Scalar], *, seed: int) -> TrialConfig:
+        """The configuration of the trial that has these values of the space (keys as in `search.parameters`)."""
+        changes: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "training": {}}
+        for key, value in values.items():
+            section, name = _section_and_name(key)
+            changes[section][name] = value
+        return TrialConfig(
+            model=_replaced(self.model, changes["model"]),
+            data=_replaced(self.data, changes["data"]),
+            training=_replaced(self.training, changes["training"]),
+            seed=seed,
+        )
+
+    def corners(self, sections: Collection[str] = ("model", "data", "training")) -> Iterator[dict[str, Scalar]]:
+        """The combinations of the extreme values of the space (at most 4,096), as far as they concern these sections."""
+        seen = []
+        points = combinations(self.search.parameters, lambda parameter: parameter.extremes())
+        for point in itertools.islice(points, 4096):
+            corner = {key: value for key, value in point.items() if _section_and_name(key)[0] in sections}
+            if corner not in seen:
+                seen.append(corner)
+                yield corner
+
+    def frozen(self) -> dict[str, Any]:
+        """The spec as plain data, complete with defaults: what a store keeps and `from_dict` takes."""
+        settings = self.model_dump(mode="json", exclude_none=True)
+        for section in ("model", "data"):
+            settings[section] |= settings[section].pop("options")
+        if self.objective:
+            settings = {key: value for key, value in settings.items() if key not in ("model", "data")}
+            settings["training"] = {key: settings["training"][key] for key in OBJECTIVE_TRAINING_KEYS}
+        return settings
+
+    def differences(self, other: StudySpec) -> list[str]:
+        """The settings, as `section.key: theirs here, mine there`, that would change a result of `self`."""
+        mine, theirs = dict(_flatten(self.frozen())), dict(_flatten(other.frozen()))
+        return [
+            f"{key}: {mine.get(key)!r} in the study, {theirs.get(key)!r} here"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key) and key not in RESULT_NEUTRAL
+        ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_options(cls, settings: Any) -> Any:
+        """Moves keys of [model] and [data] that are not ours to `options`; refuses unknown keys, naming the nearest."""
+        if not isinstance(settings, dict):
+            return settings
+        settings = dict(settings)
+        check_keys("", settings, cls.model_fields)
+        for section, config in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
+            given = settings.get(section)
+            if not isinstance(given, dict):
+                continue
+            names = {field.name for field in dataclasses.fields(config)} - {"options"}
+            extra = {key: value for key, value in given.items() if key not in names}
+            if section == "model" or (section == "data" and ":" in str(given.get("name", ""))):
+                options = extra.pop("options", {}) | extra
+                settings[section] = {key: value for key, value in given.items() if key in names} | {"options": options}
+            else:
+                check_keys(section, given, names)
+        for section, spec in (("search", SearchSpec), ("pruner", PrunerSpec), ("objective", ObjectiveSpec)):
+            if isinstance(settings.get(section), dict):
+                check_keys(section, settings[section], spec.model_fields)
+        return settings
+
+    @model_validator(mode="after")
+    def _check(self) -> StudySpec:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise UserError(f"name must be letters, digits, '.', '_' and '-', at most 100; got {self.name!r}")
+        for section in ("search", "pruner", "data", "training"):
+            for key, value in vars(getattr(self, section)).items():
+                _check_rule(f"{section}.{key}", value)
+        self._check_pruner()
+        self._check_search()
+        if self.objective:
+            self._check_objective()
+        else:
+            self._check_training()
+        return self
+
+    def _check_pruner(self) -> None:
+        if self.pruner.name not in PRUNERS:
+            raise unknown_name("pruner.name", self.pruner.name, PRUNERS)
+        options = PRUNERS[self.pruner.name].defaults
+        for key, value in self.pruner.model_dump(exclude={"name"}, exclude_none=True).items():
+            if key not in options:
+                takes = f"it takes {', '.join(options)}" if options else "it takes no options"
+                raise UserError(f"pruner.{key} has no meaning for pruner {self.pruner.name!r} ({takes}), got {value!r}")
+        if self.pruner.name == "threshold" and self.pruner.lower is None and self.pruner.upper is None:
+            raise UserError("pruner.lower or pruner.upper must be set for pruner 'threshold'")
+
+    def _check_search(self) -> None:
+        search, name = self.search, self.search.sampler
+        if name not in SAMPLERS:
+            raise unknown_name("search.sampler", name, SAMPLERS)
+        if not search.parameters:
+            raise UserError(
+                "search.space must name at least one parameter, such as lr = { low = 1e-5, high = 1e-1, log = true }"
+            )
+        ranges = [key for key, parameter in search.parameters.items() if isinstance(parameter, Range)]
+        if len(ranges) < SAMPLERS[name].min_ranges:
+            raise UserError(
+                f"search.sampler {name!r} needs at least {SAMPLERS[name].min_ranges} ranges in search.space, "
+                f"got {len(ranges)} ({', '.join(ranges) or 'none'})"
+            )
+        for key, parameter in search.parameters.items():
+            if isinstance(parameter, Cases):
+                if not SAMPLERS[name].conditional:
+                    able = ", ".join(key for key, sampler in SAMPLERS.items() if sampler.conditional)
+                    raise UserError(f"search.space.{key}.by cannot be used with sampler {name!r}; use one of {able}")
+                given = search.parameters.get(parameter.by)
+                if not isinstance(given, Choice):
+                    raise UserError(f"search.space.{key}.by.{parameter.by} must be a list in search.space too")
+                for case in parameter.cases:
+                    if case not in map(str, given.values):
+                        raise unknown_name(f"search.space.{key}.by.{parameter.by}", case, map(str, given.values))
+        self._check_try_first()
+        if name == "grid" and search.trials not in (None, len(search.grid)):
+            raise UserError(
+                f"search.trials must be left out or be the grid's size, {len(search.grid)}; got {search.trials}"
+            )
+        if len(search.try_first) > self.num_trials:
+            raise UserError(
+                f"search.try_first must hold at most search.trials = {self.num_trials} points, "
+                f"got {len(search.try_first)}"
+            )
+
+    def _check_try_first(self) -> None:
+        for index, point in enumerate(self.search.try_first):
+            where = f"search.try_first[{index}]"
+            for key, value in point.items():
+                if key not in self.search.parameters:
+                    raise unknown_name(f"{where}: each key", key, self.search.parameters)
+                parameter = self.search.parameters[key]
+                if isinstance(parameter, Cases):
+                    case = parameter.cases.get(str(point.get(parameter.by)))
+                    if case is None:
+                        raise UserError(
+                            f"{where}.{key} needs {parameter.by} beside it, with a case of search.space.{key}"
+                        )
+                    parameter = case
+                if not parameter.contains(value):
+                    raise UserError(f"{where}.{key} must be {parameter}, got {value!r}")
+            if self.search.sampler == "grid" and not any(
+                point.items() <= p.items() for p in grid_points(self.search.parameters)
+            ):
+                raise UserError(f"{where} must be a point of the grid, got {point}")
+
+    def _check_objective(self) -> None:
+        assert self.objective is not None
+        if self.objective.direction not in ("maximize", "minimize"):
+            raise UserError(f"objective.direction must be maximize or minimize, got {self.objective.direction!r}")
+        _check_reference("objective.function", self.objective.function)
+        for section, config in (("model", self.model), ("data", self.data), ("training", self.training)):
+            for field in dataclasses.fields(config):
+                given = section == "training" and field.name in OBJECTIVE_TRAINING_KEYS
+                if not given and not _is_default(config, field):
+                    raise UserError(
+                        f"{section}.{field.name} has no effect with objective.function, whose own code decides it; "
+                        f"got {getattr(config, field.name)!r}"
+                    )
+
+    def _check_training(self) -> None:
+        parameters = self.search.parameters
+        for key, parameter in parameters.items():
+            for value in parameter.extremes():
+                _check_searched(key, value, data=self.data)
+        if self.training.lr is None and "lr" not in parameters:
+            raise UserError("training.lr must be set, or searched as search.space.lr")
+        if self.data.train_samples is not None and self.data.train_fraction is not None:
+            raise UserError("data.train_samples and data.train_fraction cannot both be set")
+        for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            searched = parameters.get(kind)
+            names = {getattr(self.training, kind)} if searched is None else {str(v) for v in searched.extremes()}
+            for name in names:
+                if name not in table:
+                    setting = f"search.space.{kind}" if searched else f"training.{kind}"
+                    raise unknown_name(setting, name, table)
+            known = {key for entry in table.values() for key in entry.keys}
+            used = {key for name in names for key in table[name].keys}
+            for key in sorted(known - used):
+                if key in parameters or not _is_default(self.training, _training_field(key)):
+                    setting = f"search.space.{key}" if key in parameters else f"training.{key}"
+                    takers = ", ".join(name for name, entry in table.items() if key in entry.keys)
+                    raise UserError(
+                        f"{setting} has no meaning for {kind} {', '.join(sorted(names))} (only for {takers})"
+                    )
+        for values in self.corners():
+            _check_combination(self.trial_config(values, seed=0), values)
+
+
+DEFAULT_TRIALS = 20
+OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # what of [training] a user's own loop is given
+
+
+def _check_combination(config: TrialConfig, values: Mapping[str, Scalar]) -> None:
+    """Rules between two settings of [training], for one combination of searched values."""
+    training, searched = config.training, f" (with {dict(values)} from search.space)" if values else ""
+    if training.lr is None:
+        raise UserError(f"training.lr must be set where search.space.lr has no case for it{searched}")
+    if training.nesterov and training.momentum == 0 and "nesterov" in OPTIMIZERS[training.optimizer].keys:
+        raise UserError(f"training.momentum must be greater than 0 with training.nesterov, got 0{searched}")
+    if training.warmup_epochs >= training.epochs:
+        raise UserError(
+            f"training.warmup_epochs must be less than training.epochs = {training.epochs}, "
+            f"got {training.warmup_epochs:g}{searched}"
+        )
+
+
+def _check_searched(key: str, value: Scalar, *, data: DataConfig) -> None:
+    """A value that the search may give to a setting must be one that the setting itself could have."""
+    section, name = _section_and_name(key)
+    if section == "model" and name != "name":
+        return  # an option of the network: its own constructor judges it, in the preflight
+    config: type[DataConfig] | type[TrainingConfig] | type[ModelConfig]
+    config = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}[section]
+    hints = get_type_hints(config)
+    if name not in hints or name == "options":
+        if section == "data" and ":" in data.name:
+            return
+        raise unknown_name("search.space: each key", key, _searchable_keys())
+    try:
+        TypeAdapter(hints[name]).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise UserError(f"search.space.{key} is wrong: {error.errors()[0]['msg'].lower()}, got {value!r}") from None
+    _check_rule(f"{section}.{name}", value, shown_as=f"search.space.{key}")
+
+
+def _searchable_keys() -> list[str]:
+    training = [field.name for field in dataclasses.fields(TrainingConfig)]
+    return training + ["model.name"] + [f"data.{f.name}" for f in dataclasses.fields(DataConfig) if f.name != "options"]
+
+
+def _section_and_name(key: str) -> tuple[str, str]:
+    section, dot, name = key.partition(".")
+    return (section, name) if dot and section in ("model", "data") else ("training", key)
+
+
+def _check_rule(setting: str, value: Any, *, shown_as: str | None = None) -> None:
+    if value is None or setting not in RULES:
+        return
+    rule, holds = RULES[setting]
+    if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
+        raise UserError(f"{shown_as or setting} must be {rule}, got {value!r}")
+
+
+def _check_reference(setting: str, reference: str) -> None:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", reference):
+        raise UserError(f"{setting} must be written package.module:function, got {reference!r}")
+
+
+def _explain(error: ValidationError) -> str:
+    """Pydantic's complaints about types as our sentences: setting, rule, value."""
+    sentences = []
+    for complaint in error.errors():
+        setting = ".".join(map(str, complaint["loc"]))
+        if complaint["type"] == "missing":
+            sentences.append(f"{setting} must be set")
+        else:
+            rule = complaint["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+            sentences.append(f"{setting} must be {rule}, got {complaint['input']!r}")
+    return "; ".join(sentences)
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set must be written section.key=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a text: --set training.optimizer=sgd
+    for key in keys[:-1]:
+        settings = settings.setdefault(key, {})
+        if not isinstance(settings, dict):
+            raise UserError(f"--set {override}: {key} is not a section")
+    settings[keys[-1]] = value
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_default(config: Any, field: dataclasses.Field[Any]) -> bool:
+    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    value = getattr(config, field.name)
+    return (tuple(value) if isinstance(value, list) else value) == default
+
+
+def _training_field(name: str) -> dataclasses.Field[Any]:
+    return next(field for field in dataclasses.fields(TrainingConfig) if field.name == name)
+
+
+def _replaced(config: Config, changes: Mapping[str, Any]) -> Config:
+    names = {field.name for field in dataclasses.fields(config)}
+    known = {key: value for key, value in changes.items() if key in names}
+    options = {key: value for key, value in changes.items() if key not in names}
+    if options:
+        assert not isinstance(config, TrainingConfig)
+        known["options"] = {**config.options, **options}
+    return dataclasses.replace(config, **known)

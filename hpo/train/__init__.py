@@ -1,0 +1,1 @@
+"""Training: knows torch and never Optuna; takes a TrialConfig, gives EpochResults."""

@@ -1,0 +1,277 @@
+"""The Engine contract and the plain engine: one lane, torch.optim, meant to be read; other engines are held to it.
+
+Shapes: B batch, C H W picture, L classes, S steps of an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpo.errors import UserError
+from hpo.train.config import DataConfig, EpochResult, TrainingConfig, TrialConfig, derive_seed
+from hpo.train.data import Data, Part, batch_bounds, load_data
+from hpo.train.models import build_model, check_model
+from hpo.train.optim import build_optimizer, lr_factor
+
+EVALUATION_PIXELS = 2**20  # of a batch without gradients: 1024 pictures of 32x32
+SPREAD_PICTURES = 256  # that a network's outputs are compared over
+# The largest output_spread of a network that gives every picture the same output. Measured with the article's network
+# (width 1 on CIFAR-10 pictures and width 0.25 on digits, batch 64): a network that is dead has exactly 0 (Adam from 5e-3,
+# SGD at 10, 3 seeds); one that lives has 2e-3 or more (as drawn and after slow epochs at 1e-6 to 1e-5: 2e-3 to 1e-1), and
+# one about to die 7e-4. Rounding alone, seen in deep networks that are as good as constant, gives 1e-7 to 5e-7.
+SAME_OUTPUT = 1e-5
+
+
+class Stopped(Exception):
+    """Training was asked to stop in the middle of an epoch, of which nothing is kept."""
+
+
+class Engine(Protocol):
+    """A set of lanes on one device, each of which trains one trial.
+
+    The worker's loop is the same for every engine: admit trials while there are free lanes, run an epoch, report each
+    result, evict what the pruner drops, what diverged and what has had its epochs. All calls come from one thread.
+    A trial's numbers depend on its TrialConfig and the kind of device alone, not on what shares the device with it.
+    """
+
+    @property
+    def free_lanes(self) -> int:
+        """How many more trials can be admitted now."""
+
+    def admit(self, config: TrialConfig) -> int:
+        """Set a trial up, ready for its first epoch, and return the number of its lane.
+
+        Call it only where `free_lanes` > 0. Raises UserError where the trial cannot be trained as it is configured;
+        the lane is then still free, as after any other exception.
+        """
+
+    def run_epoch(self) -> list[EpochResult]:
+        """Train every admitted trial for one epoch, validate it, and return one result for each.
+
+        Raises Stopped where the engine was told to stop; the trials that were in their lanes are then in the middle of
+        an epoch and good only for `evict`. Call it neither for a trial that diverged nor past its last epoch.
+        """
+
+    def evict(self, lane: int) -> None:
+        """Forget the trial in a lane and free its memory; the lane is free afterwards."""
+
+
+@dataclass(kw_only=True)
+class Lane:
+    """What a trial in training consists of."""
+
+    config: TrialConfig
+    data: Data
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]  # the model, compiled where that was asked for
+    optimizer: torch.optim.Optimizer
+    amp_dtype: torch.dtype | None  # of automatic mixed precision; None: float32 throughout
+    epoch: int = 0  # finished ones
+    val_losses: list[float] = field(default_factory=list)
+
+
+class PlainEngine:
+    """One lane on one device: as simple as a training loop can be, and the reference for every other engine."""
+
+    def __init__(self, *, device: str, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """`should_stop` is asked before each step, from the training thread, and has to be quick."""
+        self.device = torch.device(device)
+        self._should_stop = should_stop
+        self._lane: Lane | None = None
+        self._data: tuple[DataConfig, Data] | None = None
+
+    @property
+    def free_lanes(self) -> int:
+        return 1 if self._lane is None else 0
+
+    def admit(self, config: TrialConfig) -> int:
+        assert self._lane is None, "the plain engine has one lane, and it is taken"
+        if self._data is None or self._data[0] != config.data:
+            self._data = None  # frees the device's memory before the next data set needs it
+            self._data = (config.data, load_data(config.data, device=self.device))
+        self._lane = build_lane(config, data=self._data[1], device=self.device)
+        return 0
+
+    def evict(self, lane: int) -> None:
+        assert lane == 0 and self._lane is not None, "there is no trial in this lane"
+        self._lane = None
+
+    def run_epoch(self) -> list[EpochResult]:
+        assert self._lane is not None, "there is no trial to train"
+        lane, training, data = self._lane, self._lane.config.training, self._lane.data
+        start_s = time.perf_counter()
+        losses_S, train_loss, train_accuracy, lr = self._train(lane)
+        val_loss, val_accuracy = self._evaluate(lane, data.val)
+        test_accuracy = None
+        if training.report_test_accuracy:
+            assert data.test is not None
+            test_accuracy = self._evaluate(lane, data.test)[1]
+        lane.epoch += 1
+        lane.val_losses.append(val_loss)
+        result = EpochResult(
+            lane=0,
+            epoch=lane.epoch,
+            train_loss=train_loss,
+            train_accuracy=train_accuracy,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            test_accuracy=test_accuracy,
+            lr=lr,
+            seconds=time.perf_counter() - start_s,
+            diverged=diverged(lane, losses_S, val_loss=val_loss, val_accuracy=val_accuracy),
+        )
+        return [result]
+
+    def _train(self, lane: Lane) -> tuple[Tensor, float, float, float]:
+        """One epoch: the loss of each step (S,), mean loss and accuracy per picture, and the last learning rate.
+
+        The device is not waited for until the epoch ends: losses and hits stay on it.
+        """
+        training, data, seed = lane.config.training, lane.data, lane.config.seed
+        num_steps = data.train.num_batches(training.batch_size)
+        losses_S = torch.empty(num_steps, device=self.device)
+        hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        torch.manual_seed(derive_seed(seed, "epoch", lane.epoch))  # dropout, the same for a resumed trial
+        lane.model.train()
+        lr = 0.0
+        batches = data.train.batches(training.batch_size, seed=seed, epoch=lane.epoch)
+        for step, (images_BCHW, labels_B) in enumerate(batches):
+            if self._should_stop():
+                raise Stopped
+            lr = self._set_lr(lane, epoch=lane.epoch + step / num_steps, steps_per_epoch=num_steps)
+            with self._autocast(lane):
+                logits_BL = lane.forward(images_BCHW)
+            loss = F.cross_entropy(logits_BL.float(), labels_B, label_smoothing=training.label_smoothing)
+            lane.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if training.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(lane.model.parameters(), training.gradient_clip)
+            lane.optimizer.step()
+            losses_S[step] = loss.detach()
+            hits += (logits_BL.detach().argmax(1) == labels_B).sum()
+        losses_S = losses_S.cpu()
+        sizes_S = torch.tensor([end - start for start, end in batch_bounds(len(data.train), training.batch_size)])
+        train_loss = float((losses_S.double() * sizes_S).sum()) / len(data.train)
+        return losses_S, train_loss, int(hits) / len(data.train), lr
+
+    def _set_lr(self, lane: Lane, *, epoch: float, steps_per_epoch: int) -> float:
+        training = lane.config.training
+        assert training.lr is not None
+        factor = lr_factor(training, epoch=epoch, steps_per_epoch=steps_per_epoch, val_losses=lane.val_losses)
+        for group in lane.optimizer.param_groups:
+            group["lr"] = training.lr * factor
+        return training.lr * factor
+
+    @torch.no_grad()
+    def _evaluate(self, lane: Lane, part: Part) -> tuple[float, float]:
+        """Mean loss and accuracy per picture, from float32 sums."""
+        lane.model.eval()
+        sums = torch.zeros(2, device=self.device)  # loss, hits
+        batch_size = max(lane.config.training.batch_size, EVALUATION_PIXELS // lane.data.image_size**2)
+        for images_BCHW, labels_B in part.batches(batch_size):
+            with self._autocast(lane):
+                logits_BL = lane.model(images_BCHW).float()
+            hits = (logits_BL.argmax(1) == labels_B).sum()
+            sums += torch.stack([F.cross_entropy(logits_BL, labels_B, reduction="sum"), hits])
+        loss, accuracy = (sums / len(part)).tolist()
+        return loss, accuracy
+
+    def _autocast(self, lane: Lane) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=lane.amp_dtype, enabled=lane.amp_dtype is not None)
+
+
+def build_lane(config: TrialConfig, *, data: Data, device: torch.device) -> Lane:
+    """Set a trial up: its network, drawn from its seed, and its optimizer. Raises UserError for what cannot work."""
+    if config.training.report_test_accuracy and data.test is None:
+        raise UserError(
+            f"training.report_test_accuracy needs a test set, and data.name = {config.data.name!r} has none"
+        )
+    amp_dtype = mixed_precision(config.training, device=device)
+    model = initial_model(config, data=data, device=device)
+    return Lane(
+        config=config,
+        data=data,
+        model=model,
+        forward=torch.compile(model) if config.training.compile else model,
+        optimizer=build_optimizer(model.parameters(), config.training, device_type=device.type),
+        amp_dtype=amp_dtype,
+    )
+
+
+def initial_model(config: TrialConfig, *, data: Data, device: torch.device) -> nn.Module:
+    """The network as the trial's seed draws it, on the device."""
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    model = build_model(config.model, channels=data.channels, num_classes=data.num_classes, image_size=data.image_size)
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def mixed_precision(training: TrainingConfig, *, device: torch.device) -> torch.dtype | None:
+    """The lower precision that a trial computes in, or None for float32. Raises UserError for bf16 without hardware."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if training.precision == "bf16" and not has_bf16:
+        raise UserError(f"training.precision = 'bf16' needs a GPU that computes in bf16, got the device {device}")
+    return torch.bfloat16 if has_bf16 and training.precision != "fp32" else None
+
+
+def check_trial(config: TrialConfig, *, device: str) -> None:
+    """Load the data, build the network and run it on a batch of pictures, without training.
+
+    Raises UserError for whatever would keep the trial from being trained.
+    """
+    lane = build_lane(config, data=load_data(config.data, device=device), device=torch.device(device))
+    images_BCHW, _ = next(lane.data.val.batches(2))
+    check_model(lane.model, batch=images_BCHW, num_classes=lane.data.num_classes)
+
+
+def diverged(lane: Lane, losses_S: Tensor, *, val_loss: float, val_accuracy: float) -> str | None:
+    """Why a trial cannot recover, judged at the end of an epoch from the loss of each step; None where it may."""
+    if not (losses_S.isfinite().all() and math.isfinite(val_loss)):
+        return "non-finite loss"
+    if is_exploding(losses_S, num_classes=lane.data.num_classes):
+        return "exploding loss"
+    if is_collapsed(lane, val_accuracy=val_accuracy):
+        return "collapsed: every input gets the same output"
+    return None
+
+
+def is_exploding(losses_S: Tensor, *, num_classes: int) -> bool:
+    """Whether the loss ended the epoch far above a guess, ln(classes), and was not on its way down.
+
+    A loss that leaps up early and falls again is recovering, or has collapsed, which is judged by itself. One that
+    starts high, as a network with large initial weights does, and stays there is a slow start: the epoch's first loss
+    has to be exceeded clearly.
+    """
+    quarter = math.ceil(len(losses_S) / 4)
+    first, last = losses_S[:quarter].mean(), losses_S[-quarter:].mean()
+    return bool(last > 10 * math.log(num_classes) and last >= first and last > 2 * losses_S[0])
+
+
+def is_collapsed(lane: Lane, *, val_accuracy: float) -> bool:
+    """Whether training has killed the network: it guesses, and gives every picture the same output.
+
+    Its loss does not tell: it is ln(classes) for a slow start too, and far above after a leap. A network that could not
+    tell pictures apart when it was drawn either, such as an MLP of 20 layers, has not been killed by its learning rate.
+    """
+    val = lane.data.val
+    largest_class = int(torch.bincount(val.labels_N).max())
+    if round(val_accuracy * len(val)) > largest_class or output_spread(lane.model, lane.data) > SAME_OUTPUT:
+        return False
+    initial = initial_model(lane.config, data=lane.data, device=val.labels_N.device)
+    return output_spread(initial, lane.data) > 10 * SAME_OUTPUT
+
+
+@torch.no_grad()
+def output_spread(model: nn.Module, data: Data) -> float:
+    """How much the outputs differ from picture to picture, relative to their size, in float32."""
+    model.eval()
+    images_BCHW, _ = next(data.val.batches(SPREAD_PICTURES))
+    logits_BL = model(images_BCHW).float()
+    return float((logits_BL.amax(0) - logits_BL.amin(0)).max() / logits_BL.abs().max().clamp(min=1e-30))

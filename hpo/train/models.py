@@ -1,0 +1,138 @@
+"""The networks a study can train: the article's CNN, any torchvision classifier, and any factory of the user's.
+
+Shapes: B batch, C channels, H W picture, L classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpo.errors import UserError, unknown_name
+from hpo.train.config import ModelConfig
+from hpo.train.imports import call_factory, describe, import_object, is_import_path
+
+TORCHVISION = "torchvision:"
+ARTICLE_IMAGE_SIZE = 32
+
+
+def article_cnn(*, channels: int, num_classes: int, width: float = 1.0) -> nn.Sequential:
+    """The article's 7-layer CNN for 32x32 pictures, 5.2 M parameters at 100 classes; `width` scales its channels."""
+    if not width > 0:
+        raise UserError(f"model.width must be > 0, got {width}")
+
+    def conv(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1), nn.ReLU(inplace=True)]
+
+    c16, c64, c128, c256, c512 = (max(1, round(size * width)) for size in (16, 64, 128, 256, 512))
+    return nn.Sequential(
+        *conv(channels, c16, stride=2),  # 32x32 -> 16x16
+        *conv(c16, c64),
+        nn.MaxPool2d(2),  # -> 8x8
+        *conv(c64, c128),
+        *conv(c128, c256),
+        nn.MaxPool2d(2),  # -> 4x4
+        *conv(c256, c512),
+        *conv(c512, c512),
+        nn.MaxPool2d(2),  # -> 2x2
+        *conv(c512, c256),
+        nn.Flatten(),
+        nn.Linear(c256 * 2 * 2, num_classes),
+    )
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"article_cnn": article_cnn}
+
+
+class RepeatChannels(nn.Module):
+    """Shows pictures of one channel to a network that takes three."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_B1HW: Tensor) -> Tensor:
+        logits_BL: Tensor = self.model(images_B1HW.expand(-1, 3, -1, -1))
+        return logits_BL
+
+
+def build_model(config: ModelConfig, *, channels: int, num_classes: int, image_size: int) -> nn.Module:
+    """The network that `config` names, on the CPU, with its parameters drawn from torch's global generator.
+
+    Raises UserError for an unknown name, a factory that cannot be imported or does not return an nn.Module, and options
+    that it does not take.
+    """
+    shape = {"channels": channels, "num_classes": num_classes}
+    for key in config.options.keys() & shape.keys():
+        raise UserError(f"model.{key} comes from the data set and cannot be set, got {config.options[key]!r}")
+    if config.name in MODELS:
+        if config.name == "article_cnn" and image_size != ARTICLE_IMAGE_SIZE:
+            raise UserError(
+                f"model.name = 'article_cnn' takes {ARTICLE_IMAGE_SIZE}x{ARTICLE_IMAGE_SIZE} pictures, "
+                f"got {image_size}x{image_size} (data.image_size)"
+            )
+        return _call(MODELS[config.name], config, shape)
+    if config.name.startswith(TORCHVISION):
+        return _torchvision_model(config, channels=channels, num_classes=num_classes)
+    if is_import_path(config.name):
+        return _call(import_object(config.name, setting="model.name"), config, shape)
+    raise unknown_name("model.name", config.name, [*MODELS, "torchvision:NAME", "package.module:factory"])
+
+
+def _torchvision_model(config: ModelConfig, *, channels: int, num_classes: int) -> nn.Module:
+    from torchvision import models
+
+    name = config.name.removeprefix(TORCHVISION)
+    if name not in models.list_models(module=models):
+        raise unknown_name("model.name after 'torchvision:'", name, models.list_models(module=models))
+    if channels not in (1, 3):
+        raise UserError(f"model.name = {config.name!r} takes pictures of 1 or 3 channels, got {channels}")
+    if "weights" in config.options:
+        raise UserError(f"model.weights cannot be set: networks are trained from scratch; got {config.options!r}")
+    fixed: dict[str, Any] = {"num_classes": num_classes, "weights": None}
+    if name in ("googlenet", "inception_v3"):  # otherwise a tuple in training, and a warning about the initialisation
+        fixed |= {"aux_logits": False, "init_weights": True}
+    model = _call(lambda **arguments: models.get_model(name, **arguments), config, fixed)
+    return RepeatChannels(model) if channels == 1 else model
+
+
+def _call(factory: Callable[..., Any], config: ModelConfig, fixed: Mapping[str, Any]) -> nn.Module:
+    model = call_factory(factory, section="model", name=config.name, options=config.options, fixed=fixed)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model.name = {config.name!r} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def check_model(model: nn.Module, *, batch: Tensor, num_classes: int) -> None:
+    """Run the network once, as in validation, on a batch of real pictures (B, C, H, W) on the network's device.
+
+    Raises UserError where the network cannot take the pictures or its output is not a float tensor (B, num_classes).
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits_BL = model(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the user's network does
+        raise UserError(
+            f"model.name must name a network that takes pictures of shape {tuple(batch.shape)} (B, C, H, W); "
+            f"it raised {describe(error)}"
+        ) from error
+    finally:
+        model.train(was_training)
+    expected = (len(batch), num_classes)
+    if not isinstance(logits_BL, Tensor):
+        got = type(logits_BL).__name__
+    elif tuple(logits_BL.shape) != expected or not logits_BL.is_floating_point():
+        got = f"{tuple(logits_BL.shape)} of {logits_BL.dtype}"
+    else:
+        return
+    raise UserError(
+        f"model.name must name a network whose output is a float tensor of shape {expected}, one score for each of the "
+        f"{num_classes} classes of the data set; got {got}"
+    )

@@ -1,0 +1,194 @@
+"""Optimizers and learning-rate schedules as tables: what each is called, which keys of [training] it understands.
+
+A schedule is a pure function of explicit state, the position in the training and the validation losses so far, so that
+a resumed trial needs no scheduler object restored. Each is held to its torch.optim.lr_scheduler counterpart by tests.
+torch is imported only where an optimizer is built: the reader of study files needs the tables without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import UserError, unknown_name
+from hpo.train.config import TrainingConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """One entry of OPTIMIZERS: `keys` are the keys of [training] that it understands beyond `lr`."""
+
+    torch_class: str  # name in torch.optim
+    keys: frozenset[str]
+    fused_on_cuda: bool = False  # has one kernel that updates all parameters
+
+
+_ADAM_KEYS = frozenset({"beta1", "beta2", "eps", "weight_decay"})
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": Optimizer(torch_class="SGD", keys=frozenset({"momentum", "nesterov", "weight_decay"}), fused_on_cuda=True),
+    "adam": Optimizer(torch_class="Adam", keys=_ADAM_KEYS, fused_on_cuda=True),
+    "adamw": Optimizer(torch_class="AdamW", keys=_ADAM_KEYS, fused_on_cuda=True),
+    "nadam": Optimizer(torch_class="NAdam", keys=_ADAM_KEYS),
+    "radam": Optimizer(torch_class="RAdam", keys=_ADAM_KEYS),
+    "rmsprop": Optimizer(torch_class="RMSprop", keys=frozenset({"momentum", "eps", "weight_decay"})),
+    "adagrad": Optimizer(torch_class="Adagrad", keys=frozenset({"eps", "weight_decay"})),
+    "adadelta": Optimizer(torch_class="Adadelta", keys=frozenset({"eps", "weight_decay"})),
+}
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], training: TrainingConfig, *, device_type: str
+) -> torch.optim.Optimizer:
+    """The torch optimizer that `training` describes; keys that the optimizer does not understand are not passed."""
+    import torch
+
+    entry = OPTIMIZERS.get(training.optimizer)
+    if entry is None:
+        raise unknown_name("training.optimizer", training.optimizer, OPTIMIZERS)
+    if training.lr is None:
+        raise UserError("training.lr must be given, or searched as search.space.lr; got neither")
+    arguments: dict[str, Any] = {key: getattr(training, key) for key in entry.keys - {"beta1", "beta2", "eps"}}
+    if "beta1" in entry.keys:
+        arguments["betas"] = (training.beta1, training.beta2)
+    if "eps" in entry.keys and training.eps is not None:
+        arguments["eps"] = training.eps
+    if entry.fused_on_cuda and device_type == "cuda":
+        arguments["fused"] = True
+    try:
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, entry.torch_class)(
+            parameters, lr=training.lr, **arguments
+        )
+    except ValueError as error:  # torch's own rules, such as Nesterov's need of a momentum
+        raise UserError(f"training.optimizer = {training.optimizer!r} refuses its settings: {error}") from error
+    return optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a schedule stands: everything that its factor may depend on, counted from the end of the warm-up."""
+
+    epoch: float  # steps done / steps per epoch
+    epochs: float  # length of the schedule
+    steps_per_epoch: int
+    val_losses: Sequence[float]  # of the finished epochs
+
+    @property
+    def share(self) -> float:
+        """Position as a share of the schedule, 0 to 1."""
+        return self.epoch / self.epochs
+
+    @property
+    def finished_epochs(self) -> int:
+        return _floor(self.epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One entry of SCHEDULES: `factor` multiplies `lr`, `keys` are the keys of [training] that it reads."""
+
+    factor: Callable[[TrainingConfig, Progress], float]
+    keys: frozenset[str] = frozenset()
+
+
+def lr_factor(training: TrainingConfig, *, epoch: float, steps_per_epoch: int, val_losses: Sequence[float]) -> float:
+    """The multiplier of `training.lr` for the step at `epoch` = steps done / steps per epoch, counted from 0.
+
+    The warm-up rises linearly over `warmup_epochs`, from one step's worth at the first step to 1 at its last; the
+    schedule runs over the epochs that remain and, as in torch's SequentialLR, counts its own epochs from there.
+    `val_losses` holds the validation loss of each finished epoch.
+    """
+    schedule = SCHEDULES.get(training.schedule)
+    if schedule is None:
+        raise unknown_name("training.schedule", training.schedule, SCHEDULES)
+    warmup = training.warmup_epochs
+    if epoch < warmup:
+        return min(1.0, (epoch + 1 / steps_per_epoch) / warmup)
+    progress = Progress(
+        epoch=epoch - warmup,
+        epochs=max(training.epochs - warmup, 1 / steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+        val_losses=val_losses[_floor(warmup) :],
+    )
+    return schedule.factor(training, progress)
+
+
+def _floor(position: float) -> int:
+    """floor() that forgives the rounding of a division: 2.9999999999 epochs are 3."""
+    return math.floor(position + 1e-9)
+
+
+def _cosine_from(start: float, end: float, share: float) -> float:
+    """Half a cosine from `start` at share 0 to `end` at share 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _constant(training: TrainingConfig, progress: Progress) -> float:
+    return 1.0
+
+
+def _step(training: TrainingConfig, progress: Progress) -> float:
+    return training.gamma ** (progress.finished_epochs // training.step_epochs)
+
+
+def _multistep(training: TrainingConfig, progress: Progress) -> float:
+    return training.gamma ** sum(milestone <= progress.finished_epochs for milestone in training.milestones)
+
+
+def _exponential(training: TrainingConfig, progress: Progress) -> float:
+    return training.gamma**progress.finished_epochs
+
+
+def _cosine(training: TrainingConfig, progress: Progress) -> float:
+    return _cosine_from(1.0, training.final_lr_fraction, progress.share)
+
+
+def _cosine_restarts(training: TrainingConfig, progress: Progress) -> float:
+    cycles = progress.share * training.restarts
+    return _cosine_from(1.0, training.final_lr_fraction, max(0.0, cycles - _floor(cycles)))
+
+
+def _one_cycle(training: TrainingConfig, progress: Progress) -> float:
+    """Smith and Topin, "Super-Convergence" (2018), with torch's two cosine phases and its end at 1e-4 of the start."""
+    step, last_step = progress.epoch * progress.steps_per_epoch, progress.epochs * progress.steps_per_epoch - 1
+    peak_step = training.peak_fraction * (last_step + 1) - 1
+    if step <= peak_step:
+        return _cosine_from(training.initial_lr_fraction, 1.0, step / peak_step if peak_step > 0 else 1.0)
+    share = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 0.0
+    return _cosine_from(1.0, training.initial_lr_fraction * 1e-4, min(1.0, share))
+
+
+def _polynomial(training: TrainingConfig, progress: Progress) -> float:
+    final = training.final_lr_fraction
+    return final + (1 - final) * math.pow(max(0.0, 1 - progress.share), training.power)
+
+
+def _plateau(training: TrainingConfig, progress: Progress) -> float:
+    """A replay of torch's ReduceLROnPlateau: lower means lower by more than 1e-4 of the best so far."""
+    factor, best, bad_epochs = 1.0, math.inf, 0
+    for loss in progress.val_losses:
+        if loss < best * (1 - 1e-4):
+            best, bad_epochs = loss, 0
+        else:
+            bad_epochs += 1
+        if bad_epochs > training.plateau_epochs:
+            factor, bad_epochs = factor * training.gamma, 0
+    return factor
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(factor=_constant),
+    "step": Schedule(factor=_step, keys=frozenset({"step_epochs", "gamma"})),
+    "multistep": Schedule(factor=_multistep, keys=frozenset({"milestones", "gamma"})),
+    "exponential": Schedule(factor=_exponential, keys=frozenset({"gamma"})),
+    "cosine": Schedule(factor=_cosine, keys=frozenset({"final_lr_fraction"})),
+    "cosine_restarts": Schedule(factor=_cosine_restarts, keys=frozenset({"restarts", "final_lr_fraction"})),
+    "one_cycle": Schedule(factor=_one_cycle, keys=frozenset({"peak_fraction", "initial_lr_fraction"})),
+    "polynomial": Schedule(factor=_polynomial, keys=frozenset({"power", "final_lr_fraction"})),
+    "plateau": Schedule(factor=_plateau, keys=frozenset({"plateau_epochs", "gamma"})),
+}

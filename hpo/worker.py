@@ -1,0 +1,323 @@
+"""The worker's loop: claim -> admit -> run an epoch -> report -> keep, drop or finish.
+
+One process, one device. It lives across trials, renews its leases from a thread, and leaves when no slot of the study
+is left, when it is told to (SIGTERM, the death of its supervisor, `hpo stop`), or when its device is no longer usable.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from hpo import provenance
+from hpo.errors import UserError
+from hpo.objective import Trial
+from hpo.records import Claim, Study
+from hpo.store import LEASE_S, ClaimLost, Store
+from hpo.train.config import EpochResult, TrialConfig, derive_seed
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
+EXIT_RESTART = 75  # the device is unusable in this process; a new process may go on (EX_TEMPFAIL)
+ASSIGNMENT = "HPO_WORKER"  # environment variable with the Assignment; not on the command line, where anyone reads it
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker process is started with."""
+
+    storage: str
+    study: str
+    device: str  # as users name it, and as it is recorded
+    torch_device: str  # as torch names it in the worker's process
+    threads: int
+
+
+class Worker:
+    """Trains trials of one study on one device until there are none left or `should_stop()` is true."""
+
+    def __init__(
+        self, store: Store, study: Study, *, device: str, torch_device: str, should_stop: Callable[[], bool]
+    ) -> None:
+        self._store = store
+        self._study = study
+        self._spec = study.spec
+        self._device = device
+        self._torch_device = torch_device
+        self._told_to_stop = should_stop
+        self._draining = False
+        self._lanes: dict[int, tuple[Claim, TrialConfig]] = {}
+        self._held: set[Claim] = set()  # what the heartbeat renews
+        self._worker_id = ""
+
+    def run(self) -> None:
+        self._worker_id = self._store.add_worker(self._study.study_id, device=self._device)
+        work = self._call_function if self._spec.objective else self._engine_loop()
+        try:
+            with self._heartbeat():
+                while not self._should_stop():
+                    if work():
+                        continue
+                    if not self._store.counts(self._study.study_id).keys() & {"waiting", "running"}:
+                        break
+                    self._store.reap(self._study)
+                    self._draining = self._store.is_stopping(self._study.study_id)
+                    time.sleep(POLL_S)
+        finally:
+            for claim in list(self._held):
+                self._let_go(claim)
+            self._store.remove_worker(self._worker_id)
+
+    def _should_stop(self) -> bool:
+        return self._draining or self._told_to_stop()
+
+    # Trials of ours, trained by an engine
+
+    def _engine_loop(self) -> Callable[[], bool]:
+        from hpo.train.engine import PlainEngine, Stopped
+
+        engine = PlainEngine(device=self._torch_device, should_stop=self._should_stop)
+
+        def work() -> bool:
+            """Fills the free lanes and trains an epoch; False where there was nothing to train."""
+            while engine.free_lanes and (claim := self._claim()):
+                with self._failures_end([claim]):
+                    config = self._configure(claim)
+                    self._lanes[engine.admit(config)] = (claim, config)
+            if not self._lanes:
+                return False
+            results: list[EpochResult] = []
+            with self._failures_end([claim for claim, _ in self._lanes.values()]), suppress(Stopped):
+                results = engine.run_epoch()
+            for result in results:
+                self._settle(*self._lanes[result.lane], result)
+            for lane, (claim, _) in list(self._lanes.items()):
+                if claim not in self._held:
+                    engine.evict(lane)
+                    del self._lanes[lane]
+            return True
+
+        return work
+
+    def _configure(self, claim: Claim) -> TrialConfig:
+        values, seed = self._suggest(claim)
+        return self._spec.trial_config(values, seed=seed)
+
+    def _settle(self, claim: Claim, config: TrialConfig, result: EpochResult) -> None:
+        """Reports an epoch and ends the trial where it is done, dropped or diverged."""
+        with self._losing_ends(claim):
+            self._store.report(claim, epoch=result.epoch, metrics=result.metrics(), value=result.val_accuracy)
+            if result.diverged:
+                self._finish(claim, "diverged", f"{result.diverged} in epoch {result.epoch}")
+            elif result.epoch >= config.training.epochs:
+                self._finish(claim, "complete", f"trained for {result.epoch} epochs")
+            elif self._store.should_prune(claim, self._spec, epoch=result.epoch):
+                self._finish(claim, "pruned", f"{self._spec.pruner.name} pruner after epoch {result.epoch}")
+            else:
+                self._draining = self._draining or self._store.is_stopping(self._study.study_id)
+
+    # Trials of the user's own function
+
+    def _call_function(self) -> bool:
+        from hpo.train.imports import import_object
+
+        assert self._spec.objective is not None
+        claim = self._claim()
+        if claim is None:
+            return False
+        with self._losing_ends(claim), self._failures_end([claim]):
+            function = import_object(self._spec.objective.function, setting="objective.function")
+            verdict = _Verdict()
+            trial = self._user_trial(claim, verdict)
+            function(trial)
+            if verdict.state == "drain":
+                self._let_go(claim)
+            elif verdict.state is not None:
+                self._finish(claim, verdict.state, verdict.reason)
+            elif verdict.epoch == 0:
+                raise UserError(f"{self._spec.objective.function} returned without a trial.report(...)")
+            else:
+                self._finish(claim, "complete", f"trained for {verdict.epoch} epochs")
+        return True
+
+    def _user_trial(self, claim: Claim, verdict: _Verdict) -> Trial:
+        values, seed = self._suggest(claim)
+        folder = self._store.folder / self._study.name / "trials" / f"{claim.number:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def on_report(epoch: int, metrics: dict[str, float]) -> bool:
+            if verdict.state is not None:
+                return True  # it was told to end and reports all the same: nothing more is recorded
+            value = metrics[self._spec.metric]
+            self._store.report(claim, epoch=epoch, metrics=metrics, value=value)
+            verdict.epoch = epoch
+            if not math.isfinite(value):
+                verdict.state, verdict.reason = "diverged", f"{self._spec.metric} = {value} in epoch {epoch}"
+            elif epoch < self._spec.max_epochs and self._store.should_prune(claim, self._spec, epoch=epoch):
+                verdict.state = "pruned"
+                verdict.reason = f"{self._spec.pruner.name} pruner after epoch {epoch}"
+            elif self._should_stop() or self._store.is_stopping(self._study.study_id):
+                verdict.state, self._draining = "drain", True
+            return verdict.state is not None
+
+        return Trial(
+            params=values,
+            device=self._torch_device,
+            epochs=self._spec.training.epochs,
+            seed=seed,
+            checkpoint_dir=folder,
+            number=claim.number,
+            attempt=claim.attempt,
+            _metric=self._spec.metric,
+            _on_report=on_report,
+        )
+
+    # Both
+
+    def _claim(self) -> Claim | None:
+        claim = None if self._should_stop() else self._store.claim(self._study, self._worker_id)
+        if claim is not None:
+            self._held.add(claim)
+        return claim
+
+    def _suggest(self, claim: Claim) -> tuple[dict[str, Any], int]:
+        """The trial's values and its seed: the searched one, else one of its own drawn from training.seed."""
+        own_seed = derive_seed(self._spec.training.seed, "trial", claim.number)
+        attributes = provenance.describe(device=self._device, seed=own_seed)
+        values = self._store.suggest(claim, self._spec, attributes=attributes)
+        return values, int(values.get("seed", own_seed))
+
+    def _finish(self, claim: Claim, state: str, reason: str, **failure: str) -> None:
+        self._store.finish(claim, state, reason=reason, **failure)
+        self._held.discard(claim)
+
+    def _let_go(self, claim: Claim) -> None:
+        self._held.discard(claim)
+        with suppress(ClaimLost):
+            self._store.release(claim)
+
+    @contextmanager
+    def _losing_ends(self, claim: Claim) -> Iterator[None]:
+        """A trial that turns out to be another worker's by now is dropped without a trace."""
+        try:
+            yield
+        except ClaimLost:
+            logger.warning("trial %d is another worker's now; dropped", claim.number)
+            self._held.discard(claim)
+
+    @contextmanager
+    def _failures_end(self, claims: list[Claim]) -> Iterator[None]:
+        """An exception in training ends its trials as failed, with the traceback, and not the study."""
+        try:
+            yield
+        except ClaimLost:
+            raise
+        except Exception as error:
+            out_of_memory = _is_out_of_memory(error)
+            reason = "out of memory" if out_of_memory else f"{type(error).__name__}: {error}".split("\n")[0][:500]
+            for claim in claims:
+                with self._losing_ends(claim):
+                    text = "".join(traceback.format_exception(error))
+                    self._finish(claim, "failed", reason, error=text, failure_key=_failure_key(error))
+            if out_of_memory:
+                _free_memory()
+            elif "CUDA error" in str(error):
+                raise SystemExit(EXIT_RESTART) from error  # no later kernel of this process would run
+
+    @contextmanager
+    def _heartbeat(self) -> Iterator[None]:
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(LEASE_S / 4):
+                try:
+                    self._store.renew(list(self._held), self._worker_id)
+                except Exception:  # the database may be back at the next beat; a dead thread would lose the lease
+                    logger.exception("the leases could not be renewed")
+
+        thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+@dataclass
+class _Verdict:
+    """What a user's function was told: None while it may go on, else how its trial ends."""
+
+    state: str | None = None
+    reason: str = ""
+    epoch: int = 0  # last one reported
+
+
+def _failure_key(error: BaseException) -> str:
+    """Equal for two exceptions of the same type raised at the same place."""
+    frame: TracebackType | None = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame is not None else ""
+    return f"{type(error).__name__} {where}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
+    )
+
+
+def _free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """The process that `hpo.launch` starts: one worker, ended by SIGTERM or by the end of its standard input."""
+    assignment = Assignment(**json.loads(os.environ.pop(ASSIGNMENT)))
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+
+    def outlive_nobody() -> None:
+        sys.stdin.read()  # returns when the supervisor closes its end, or is no more
+        stop.set()
+
+    threading.Thread(target=outlive_nobody, daemon=True, name="supervisor").start()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    store = Store(assignment.storage)
+    study = store.study(assignment.study)
+    if study.spec.objective is None:
+        import torch
+
+        torch.set_num_threads(assignment.threads)
+    Worker(
+        store, study, device=assignment.device, torch_device=assignment.torch_device, should_stop=stop.is_set
+    ).run()  # fmt: skip
+    # A thread still blocked on standard input must not hold up, or crash, the interpreter's end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
