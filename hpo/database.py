@@ -14,8 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import optuna
 import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
+from optuna.storages._rdb.models import TrialIntermediateValueModel as IntermediateValues
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.orm import Session, scoped_session
 
@@ -154,6 +159,11 @@ def parse_url(url: str) -> URL:
     return parsed.set(database=str(Path(parsed.database).expanduser().absolute()))
 
 
+def database_path(url: URL) -> Path:
+    """The file of an SQLite database, whose URL may hold a URI: sqlite:///file:/x/hpo.db?mode=ro&uri=true."""
+    return Path((url.database or "").removeprefix("file:"))
+
+
 def masked(url: str) -> str:
     """The URL of a store as it may be shown: without its password."""
     return str(parse_url(url))
@@ -162,10 +172,10 @@ def masked(url: str) -> str:
 def open_storage(url: URL, *, create: bool) -> JoinedStorage:
     """Opens the store after checking that it is one of ours; `create` makes what is missing.
 
-    Raises UserError where the database is absent (and not to be made), locked, read-only, of a newer schema or not ours.
+    Raises UserError where it is absent (and not to be made), locked, read-only, of a newer schema, or not ours.
     """
-    path = Path(url.database or "")
-    if not str(path).startswith("file:") and not path.exists():
+    path = database_path(url)
+    if not path.exists():
         if not create:
             raise UserError(f"there is no store at {path}; `hpo run` makes one, --storage or HPO_STORAGE names another")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -216,12 +226,14 @@ def _check_tables(engine: Engine, url: URL, *, create: bool) -> None:
 
 def _create_tables(engine: Engine) -> None:
     """Makes Optuna's tables and ours in one transaction; also proves that the database can be written to."""
-    from optuna.storages._rdb.models import BaseModel
-
     with engine.connect() as connection:
         if engine.dialect.name == "sqlite":
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         begin(connection)
+        if not sa.inspect(connection).get_table_names():
+            # Optuna would do this later, outside our transaction, and fail where two processes do it at once.
+            migrations = Path(optuna.storages.__file__).parent / "_rdb" / "alembic"
+            MigrationContext.configure(connection).stamp(ScriptDirectory(str(migrations)), "heads")
         BaseModel.metadata.create_all(connection)
         metadata.create_all(connection)
         if connection.execute(sa.select(meta.c.key).where(meta.c.key == "schema_version")).scalar() is None:

@@ -20,13 +20,19 @@ def machine() -> str:
 
 def process_started() -> float:
     """When this process was started, which tells it from a later one of the same pid."""
-    return psutil.Process().create_time()
+    return _started(psutil.Process())
 
 
 def is_running(pid: int, *, started: float) -> bool:
     """Whether the process that had this pid and start runs on this machine."""
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        return abs(_started(process) - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(process: psutil.Process) -> float:
+    """Seconds from the boot of the machine: a time of day would move when its clock is set."""
+    boot_time = psutil.boot_time()
+    return process.create_time() - boot_time

@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -20,64 +19,13 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from hpo.errors import UserError, check_keys, unknown_name
+from hpo.rules import check_rule
 from hpo.search import PRUNERS, SAMPLERS
 from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points, parse_space
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
-Rule = tuple[str, Callable[[Any], bool]]
-
-AT_LEAST_0: Rule = ("at least 0", lambda value: value >= 0)
-AT_LEAST_1: Rule = ("at least 1", lambda value: value >= 1)
-POSITIVE: Rule = ("greater than 0", lambda value: value > 0)
-FRACTION: Rule = ("between 0 and 1", lambda value: 0 <= value <= 1)
-INSIDE: Rule = ("greater than 0 and less than 1", lambda value: 0 < value < 1)
-BELOW_1: Rule = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
-SHARE: Rule = ("greater than 0 and at most 1", lambda value: 0 < value <= 1)
-
-RULES: dict[str, Rule] = {
-    "search.trials": AT_LEAST_1,
-    "search.seed": AT_LEAST_0,
-    "pruner.startup_trials": AT_LEAST_0,
-    "pruner.warmup_epochs": AT_LEAST_0,
-    "pruner.percentile": ("between 0 and 100", lambda value: 0 <= value <= 100),
-    "pruner.min_epochs": AT_LEAST_1,
-    "pruner.reduction_factor": ("at least 2", lambda value: value >= 2),
-    "pruner.patience": AT_LEAST_1,
-    "pruner.min_delta": AT_LEAST_0,
-    "data.validation_fraction": INSIDE,
-    "data.split_seed": AT_LEAST_0,
-    "data.train_samples": AT_LEAST_1,
-    "data.train_fraction": SHARE,
-    "data.image_size": ("at least 8", lambda value: value >= 8),
-    "data.crop": AT_LEAST_0,
-    "training.epochs": AT_LEAST_1,
-    "training.batch_size": AT_LEAST_1,
-    "training.lr": POSITIVE,
-    "training.momentum": BELOW_1,
-    "training.beta1": BELOW_1,
-    "training.beta2": BELOW_1,
-    "training.eps": POSITIVE,
-    "training.weight_decay": AT_LEAST_0,
-    "training.warmup_epochs": AT_LEAST_0,
-    "training.step_epochs": AT_LEAST_1,
-    "training.milestones": (
-        "rising epochs of at least 1",
-        lambda v: list(v) == sorted(set(v)) and all(e >= 1 for e in v),
-    ),
-    "training.gamma": SHARE,
-    "training.restarts": AT_LEAST_1,
-    "training.power": POSITIVE,
-    "training.final_lr_fraction": FRACTION,
-    "training.peak_fraction": INSIDE,
-    "training.initial_lr_fraction": SHARE,
-    "training.plateau_epochs": AT_LEAST_0,
-    "training.gradient_clip": POSITIVE,
-    "training.label_smoothing": BELOW_1,
-    "training.seed": AT_LEAST_0,
-}
-
 # What may differ between two runs of one study without changing a single number of it.
 RESULT_NEUTRAL = frozenset({"data.root", "data.placement"})
 
@@ -206,7 +154,7 @@ class StudySpec(_Section):
         )
 
     def corners(self, sections: Collection[str] = ("model", "data", "training")) -> Iterator[dict[str, Scalar]]:
-        """The combinations of the extreme values of the space (at most 4,096), as far as they concern these sections."""
+        """The combinations of the extreme values of the space (at most 4,096), cut down to these sections."""
         seen = []
         points = combinations(self.search.parameters, lambda parameter: parameter.extremes())
         for point in itertools.islice(points, 4096):
@@ -264,7 +212,7 @@ class StudySpec(_Section):
             raise UserError(f"name must be letters, digits, '.', '_' and '-', at most 100; got {self.name!r}")
         for section in ("search", "pruner", "data", "training"):
             for key, value in vars(getattr(self, section)).items():
-                _check_rule(f"{section}.{key}", value)
+                check_rule(f"{section}.{key}", value)
         self._check_pruner()
         self._check_search()
         if self.objective:
@@ -418,7 +366,7 @@ def _check_searched(key: str, value: Scalar, *, data: DataConfig) -> None:
         TypeAdapter(hints[name]).validate_python(value, strict=True)
     except ValidationError as error:
         raise UserError(f"search.space.{key} is wrong: {error.errors()[0]['msg'].lower()}, got {value!r}") from None
-    _check_rule(f"{section}.{name}", value, shown_as=f"search.space.{key}")
+    check_rule(f"{section}.{name}", value, shown_as=f"search.space.{key}")
 
 
 def _searchable_keys() -> list[str]:
@@ -429,14 +377,6 @@ def _searchable_keys() -> list[str]:
 def _section_and_name(key: str) -> tuple[str, str]:
     section, dot, name = key.partition(".")
     return (section, name) if dot and section in ("model", "data") else ("training", key)
-
-
-def _check_rule(setting: str, value: Any, *, shown_as: str | None = None) -> None:
-    if value is None or setting not in RULES:
-        return
-    rule, holds = RULES[setting]
-    if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
-        raise UserError(f"{shown_as or setting} must be {rule}, got {value!r}")
 
 
 def _check_reference(setting: str, reference: str) -> None:

@@ -1,9 +1,10 @@
 """The study in its database: the ledger of slots with leases, and the Optuna study that every Optuna tool can read.
 
 A slot is one trial of the study's budget. It is claimed, reported on and ended in single transactions that change the
-ledger and Optuna's tables together. Trial n of the Optuna study is slot n. Contract: every method may be called
-from any thread and any process; what a method has returned from is on disk. Methods that take a `Claim` raise `ClaimLost`, and
-change nothing, where the slot has since been given to another attempt.
+ledger and Optuna's tables together. Trial n of the Optuna study is slot n.
+
+Contract: every method may be called from any thread and any process; what a method has returned from is on disk.
+Methods that take a `Claim` raise `ClaimLost`, and change nothing, where the slot has been given to another attempt.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import os
 import socket
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +23,24 @@ from typing import Any
 
 import optuna
 import sqlalchemy as sa
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import Connection
 
 from hpo import liveness, search
-from hpo.database import epochs, now, open_storage, parse_url, slots, studies, workers
+from hpo.database import (
+    IntermediateValues,
+    database_path,
+    epochs,
+    now,
+    open_storage,
+    parse_url,
+    slots,
+    studies,
+    workers,
+)
 from hpo.errors import UserError
 from hpo.records import Claim, Study, Trial, WorkerRow
 from hpo.spec import StudySpec
@@ -48,6 +61,9 @@ class Store:
     """A database of studies. `create` makes the database where there is none; else its absence is a UserError."""
 
     def __init__(self, url: str, *, create: bool = False) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it would say of a study, we say
+        # What we use of it is pinned to one major version, and "experimental" means nothing to whoever runs a study.
+        warnings.filterwarnings("ignore", category=ExperimentalWarning)
         self.url = parse_url(url)
         self._storage = open_storage(self.url, create=create)
         self._cached = get_storage(self._storage)  # finished trials are read from the database once
@@ -55,7 +71,7 @@ class Store:
     @property
     def folder(self) -> Path:
         """Where logs and a trial's own files go: beside the database."""
-        return Path(self.url.database or "hpo.db").parent / "hpo_files"
+        return database_path(self.url).parent / "hpo_files"
 
     @property
     def storage(self) -> optuna.storages.BaseStorage:
@@ -150,7 +166,12 @@ class Store:
 
     def request_stop(self, study: Study) -> None:
         """Every worker lets go of its trial at its next report and leaves."""
-        self._set_stop(study.study_id, stop="requested", stop_reason="hpo stop")
+        with self._transaction() as connection:
+            connection.execute(
+                studies.update()
+                .where(studies.c.study_id == study.study_id, studies.c.stop.is_(None))
+                .values(stop="requested", stop_reason="hpo stop")
+            )
 
     def start(self, study: Study) -> None:
         """Takes back a stop, whatever its reason; failures are counted from now on."""
@@ -160,10 +181,6 @@ class Store:
                 .where(studies.c.study_id == study.study_id)
                 .values(stop=None, stop_reason=None, started_at=now(connection))
             )
-
-    def _set_stop(self, study_id: int, **values: str) -> None:
-        with self._transaction() as connection:
-            connection.execute(studies.update().where(studies.c.study_id == study_id).values(**values))
 
     def _names(self, connection: Connection) -> dict[int, str]:
         ours = set(connection.execute(sa.select(studies.c.study_id)).scalars())
@@ -213,9 +230,12 @@ class Store:
                 sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
             )
             return [
-                WorkerRow(row.worker_id, row.host, row.pid, row.device, at - row.seen_at, not _dead(row, at))
+                WorkerRow(
+                    row.worker_id, row.host, row.pid, row.device, at - row.seen_at,
+                    alive=not _gone(row) and at - row.seen_at < LEASE_S,
+                )
                 for row in rows.all()
-            ]
+            ]  # fmt: skip
 
     # Slots
 
@@ -256,12 +276,12 @@ class Store:
         """The trial's values, sampled now unless an earlier attempt did, and its attributes recorded."""
         sampler = search.SAMPLERS[spec.search.sampler]
         study = self._optuna_study(spec, number=claim.number, learning=sampler.needs_values)
-        if sampler.atomic:
-            with self._transaction():
-                values = search.suggest(optuna.Trial(study, claim.trial_id), spec)
-        else:
-            values = search.suggest(optuna.Trial(study, claim.trial_id), spec)
+        study.get_trials(deepcopy=False)  # the cache refuses parameters of a trial that it has not seen
+        trial = optuna.Trial(study, claim.trial_id)
+        if not sampler.atomic:
+            _ = trial.relative_params  # what takes long is done before the other writers have to wait
         with self._held(claim):
+            values = search.suggest(trial, spec)
             for key, value in attributes.items():
                 self._cached.set_trial_user_attr(claim.trial_id, key, value)
         return values
@@ -281,15 +301,18 @@ class Store:
                     metrics=json.dumps(finite),
                 )
             )
+            later = (IntermediateValues.trial_id == claim.trial_id) & (IntermediateValues.step > epoch)
+            connection.execute(sa.delete(IntermediateValues).where(later))
             self._cached.set_trial_intermediate_value(claim.trial_id, epoch, value)
+
+    def last_report(self, claim: Claim) -> tuple[int, float] | None:
+        """The last epoch that this or an earlier attempt reported, and its value; None where none did."""
+        trial = self._cached.get_trial(claim.trial_id)
+        return None if trial.last_step is None else (trial.last_step, trial.intermediate_values[trial.last_step])
 
     def should_prune(self, claim: Claim, spec: StudySpec, *, epoch: int) -> bool:
         """What the study's pruner says of the trial after this epoch."""
-        trial = optuna.Trial(self._optuna_study(spec, number=claim.number), claim.trial_id)
-        last = self._cached.get_trial(claim.trial_id).last_step
-        if last is not None and last > epoch:
-            return False  # an earlier attempt came further, so the pruner let it pass here
-        return trial.should_prune()
+        return optuna.Trial(self._optuna_study(spec, number=claim.number), claim.trial_id).should_prune()
 
     def finish(
         self, claim: Claim, state: str, *, reason: str, error: str | None = None, failure_key: str | None = None
@@ -297,9 +320,9 @@ class Store:
         """Ends the slot for good. A complete trial's value is its last report; a diverged one has none."""
         assert state in ENDED
         with self._held(claim) as connection:
-            trial = self._cached.get_trial(claim.trial_id)
-            last = trial.intermediate_values[trial.last_step] if trial.last_step is not None else None
-            values = [last] if state in ("complete", "pruned") and last is not None and math.isfinite(last) else None
+            _, last = self.last_report(claim) or (0, math.nan)
+            values = [last] if state in ("complete", "pruned") and math.isfinite(last) else None
+            assert values or state != "complete"
             self._end(
                 connection, claim.study_id, claim.number, claim.trial_id, state, values, reason, error, failure_key
             )
@@ -336,7 +359,7 @@ class Store:
                 .join(workers, workers.c.worker_id == slots.c.worker_id)
                 .where(slots.c.study_id == study.study_id, slots.c.state == "running")
             ).all()
-            lost = [row for row in rows if row.lease_until < at or _dead(row, at)]
+            lost = [row for row in rows if row.lease_until < at or _gone(row)]
             for row in lost:
                 where = (slots.c.study_id == study.study_id) & (slots.c.number == row.number)
                 connection.execute(slots.update().where(where).values(losses=row.losses + 1))
@@ -347,7 +370,7 @@ class Store:
                     self._free(connection, study.study_id, row.number)
             living = sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
             for row in connection.execute(living).all():
-                if _dead(row, at):
+                if _gone(row):
                     connection.execute(workers.update().where(workers.c.worker_id == row.worker_id).values(ended_at=at))
             return len(lost)
 
@@ -357,7 +380,7 @@ class Store:
             query = (
                 sa.select(slots.c.state, sa.func.count()).where(slots.c.study_id == study_id).group_by(slots.c.state)
             )
-            return dict(connection.execute(query).tuples().all())
+            return {state: count for state, count in connection.execute(query)}
 
     def trials(self, study: Study) -> list[Trial]:
         """Every slot of the study with what is known of it, in order."""
@@ -403,6 +426,7 @@ class Store:
         error: str | None,
         failure_key: str | None,
     ) -> None:
+        reason = _storable(reason)
         connection.execute(
             slots.update()
             .where(slots.c.study_id == study_id, slots.c.number == number)
@@ -411,7 +435,7 @@ class Store:
                 lease_until=None,
                 ended_at=now(connection),
                 reason=reason,
-                error=error and error[-ERROR_CHARACTERS:],
+                error=error and _storable(error)[-ERROR_CHARACTERS:],
                 failure_key=failure_key,
             )
         )
@@ -430,7 +454,7 @@ class Store:
             .where(slots.c.study_id == study_id, slots.c.failure_key == failure_key, slots.c.ended_at >= started)
         ).scalar_one()
         if same >= SAME_FAILURE_LIMIT:
-            reason = f"{same} trials failed the same way\n{error}"
+            reason = f"{same} trials failed the same way\n{_storable(error or '')}"
             connection.execute(
                 studies.update().where(studies.c.study_id == study_id).values(stop="failure", stop_reason=reason)
             )
@@ -475,13 +499,15 @@ def _is_held(claim: Claim) -> sa.ColumnElement[bool]:
     )
 
 
-def _dead(worker: Any, at: float) -> bool:
-    """Whether a row of hpo_workers is known to be of a process that no longer runs."""
-    if worker.ended_at is not None:
-        return True
-    if worker.machine != liveness.machine():
-        return bool(at - worker.seen_at > LEASE_S)
-    return not liveness.is_running(worker.pid, started=worker.pid_started)
+def _gone(worker: Any) -> bool:
+    """Whether a row of hpo_workers is known to be of a process that no longer runs; elsewhere only a lease can tell."""
+    here = worker.machine == liveness.machine()
+    return worker.ended_at is not None or (here and not liveness.is_running(worker.pid, started=worker.pid_started))
+
+
+def _storable(text: str) -> str:
+    """The text without what no database takes: halves of characters, as undecodable file names have, and NUL."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _trial(row: Any, frozen: FrozenTrial | None, reports: list[tuple[int, dict[str, float | None]]]) -> Trial:

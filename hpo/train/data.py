@@ -170,11 +170,14 @@ class Part:
         labels_N = self.labels_N[order_N.to(device)]
         stored = self.store.read([order_N[start:end] for start, end in bounds])
         for (start, end), images_BHWC in zip(bounds, stored, strict=True):
-            if augment is not None:
-                images_BHWC = flip_and_crop(
-                    images_BHWC, flips_B=augment[0][start:end], offsets_B2=augment[1][start:end], padding=self.crop
+            if augment is None:
+                images = images_BHWC
+            else:
+                flips_N, offsets_N2 = augment
+                images = flip_and_crop(
+                    images_BHWC, flips_B=flips_N[start:end], offsets_B2=offsets_N2[start:end], padding=self.crop
                 )
-            yield self._normalise(images_BHWC), labels_N[start:end]
+            yield self._normalise(images), labels_N[start:end]
 
     def _normalise(self, images_BHWC: Tensor) -> Tensor:
         images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
@@ -182,7 +185,7 @@ class Part:
 
 
 def flip_and_crop(images_BHWC: Tensor, *, flips_B: Tensor, offsets_B2: Tensor, padding: int) -> Tensor:
-    """Mirror the pictures where `flips_B`, and cut each at its offset out of itself with a zero border, in one gather."""
+    """Mirror the pictures where `flips_B` and cut each out of its zero-bordered self at its offset, in one gather."""
     batch, height, width, _ = images_BHWC.shape
     device = images_BHWC.device
     padded = torch.nn.functional.pad(images_BHWC, (0, 0, padding, padding, padding, padding))

@@ -20,7 +20,7 @@ def is_import_path(name: str) -> bool:
 
 
 def import_object(path: str, *, setting: str) -> Callable[..., Any]:
-    """The callable that `package.module:name` names, looked for in the working directory, then on Python's path.
+    """The callable that `package.module:name` names, looked for on Python's path, then in the working directory.
 
     Raises UserError, naming `setting`, where the module or the name does not exist or the module cannot be imported.
     """
@@ -30,7 +30,7 @@ def import_object(path: str, *, setting: str) -> Callable[..., Any]:
     # The installed `hpo` command, unlike `python -m`, leaves the working directory off the path; it stays on it because
     # the user's own code may import its neighbours later.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -38,7 +38,7 @@ def import_object(path: str, *, setting: str) -> Callable[..., Any]:
             raise UserError(f"{setting} = {path!r} cannot be imported: {describe(error)}") from error
         raise UserError(
             f"{setting} = {path!r} must name a module that can be imported; there is no module {error.name!r} "
-            f"in {os.getcwd()} or on Python's path"
+            f"on Python's path or in {os.getcwd()}"
         ) from error
     except Exception as error:  # whatever the user's module does when it is imported
         raise UserError(f"{setting} = {path!r} cannot be imported: {describe(error)}") from error

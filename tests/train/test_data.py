@@ -169,17 +169,21 @@ def test_batches_hold_every_picture_once_and_never_a_single_one() -> None:
     assert batch_bounds(3, 1) == [(0, 1), (1, 2), (2, 3)]
     data = load(train_samples=129)
     sizes = [len(labels) for _, labels in data.train.batches(64, seed=0)]
-    assert sizes == [64, 65] and len(sizes) == data.train.num_batches(64)
+    assert sizes == [64, 65]
+    assert len(sizes) == data.train.num_batches(64)
     assert torch.equal(epoch(data)[1].bincount(), data.train.labels_N.bincount())
 
 
 def test_batches_are_normalised_float32_channels_last() -> None:
     data = load(placement="device")
     images, labels = next(data.train.batches(64, seed=0))
-    assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last)
-    assert images.shape == (64, 1, 32, 32) and labels.dtype == torch.int64
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.shape == (64, 1, 32, 32)
+    assert labels.dtype == torch.int64
     everything = epoch(data)[0]
-    assert abs(float(everything.mean())) < 1e-4 and abs(float(everything.std()) - 1) < 1e-3
+    assert abs(float(everything.mean())) < 1e-4
+    assert abs(float(everything.std()) - 1) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["digits", "image_folder"])
@@ -206,7 +210,8 @@ def test_reading_batches_leaves_torchs_generator_alone() -> None:
         data = load(placement=placement)
         torch.manual_seed(0)
         epoch(data)
-        assert torch.initial_seed() == 0 and torch.equal(torch.rand(1), torch.manual_seed(0) and torch.rand(1))
+        assert torch.initial_seed() == 0
+        assert torch.equal(torch.rand(1), torch.manual_seed(0) and torch.rand(1))
 
 
 def test_flip_and_crop_are_those_of_one_picture_at_a_time() -> None:
@@ -237,7 +242,8 @@ def test_auto_placement_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None
 def test_digits() -> None:
     data = load()
     assert (data.num_classes, data.channels, data.image_size) == (10, 1, 32)
-    assert data.test is not None and len(data.test) == 1797 // 5
+    assert data.test is not None
+    assert len(data.test) == 1797 // 5
     assert len(data.train) + len(data.val) == 1797 - 1797 // 5
 
 
@@ -250,7 +256,8 @@ def test_mnist(mnist_root: Path) -> None:
         1,
         32,
     )
-    assert data.test is not None and len(data.test) == 10000
+    assert data.test is not None
+    assert len(data.test) == 10000
     # 0.1307 is the well-known mean of the 28x28 pictures, here within a black border.
     assert data.mean[0] == pytest.approx(0.1307 * 28**2 / 32**2, abs=5e-4)
 
@@ -288,7 +295,8 @@ def test_cifar100(cifar100_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(cifar100_root)
     data = load("cifar100", validation_fraction=1 / 3)
     assert (len(data.train), len(data.val), data.num_classes, data.channels) == (200, 100, 100, 3)
-    assert data.test is not None and len(data.test) == 100
+    assert data.test is not None
+    assert len(data.test) == 100
 
 
 def test_a_damaged_data_set_is_said_to_be_damaged(cifar100_root: Path) -> None:
@@ -304,7 +312,7 @@ def test_torn_mnist_is_said_to_be_damaged(tmp_path: Path) -> None:
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"{part}-{kind}-ubyte").write_bytes(b"\0\0\x08\x03torn")
-    with pytest.raises(UserError, match="data.name = 'mnist': the files in .* are damaged or incomplete"):
+    with pytest.raises(UserError, match=r"data.name = 'mnist': the files in .* are damaged or incomplete"):
         load("mnist", root=str(tmp_path))
 
 
@@ -325,7 +333,8 @@ def test_an_absent_data_set_says_where_it_was_looked_for(
     start = time.monotonic()
     with pytest.raises(UserError, match=f"data.name = '{name}' was not found .looked for {tmp_path}.*data.root"):
         load(name, root=str(tmp_path))
-    assert time.monotonic() - start < 10 and len(asked) <= 2
+    assert time.monotonic() - start < 10
+    assert len(asked) <= 2
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
@@ -350,7 +359,7 @@ def test_a_download_arrives_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
     root = tmp_path / "data"
     (source / "torn").touch()
-    with pytest.raises(UserError, match="cannot be downloaded .connection reset"):
+    with pytest.raises(UserError, match=r"cannot be downloaded .connection reset"):
         load("cifar100", root=str(root))
     assert not list((root / "cifar100").iterdir())
     (source / "torn").unlink()
@@ -367,7 +376,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_image_folder(picture_folder: Path) -> None:
     data = load("image_folder", root=str(picture_folder), image_size=16)
     assert (len(data.train), len(data.val), data.num_classes, data.channels, data.image_size) == (36, 4, 2, 3, 16)
-    assert data.test is not None and len(data.test) == 6
+    assert data.test is not None
+    assert len(data.test) == 6
 
 
 @pytest.mark.parametrize("placement", ["device", "stream"])
@@ -383,10 +393,10 @@ def test_image_folder_without_pictures(tmp_path: Path, picture_folder: Path) -> 
     with pytest.raises(UserError, match=f"'image_folder' was not found .looked for {tmp_path}/empty/train.*data.root"):
         load("image_folder", root=str(tmp_path / "empty"))
     (picture_folder / "test" / "cow").mkdir()
-    with pytest.raises(UserError, match="test/cow that is not among those of train/"):
+    with pytest.raises(UserError, match=r"test/cow that is not among those of train/"):
         _ = load("image_folder", root=str(picture_folder)).test
     (tmp_path / "one" / "train" / "cat").mkdir(parents=True)
-    with pytest.raises(UserError, match="at least two classes, got .'cat'."):
+    with pytest.raises(UserError, match=r"at least two classes, got .'cat'."):
         load("image_folder", root=str(tmp_path / "one"))
 
 
@@ -395,7 +405,8 @@ def test_image_folder_without_pictures(tmp_path: Path, picture_folder: Path) -> 
 def test_own_data(factory: str, placement: Any, own_data: str) -> None:
     data = load(f"{own_data}:{factory}", placement=placement)
     assert (len(data.train), len(data.val), data.num_classes, data.channels, data.image_size) == (54, 6, 3, 3, 8)
-    assert data.test is not None and len(data.test) == 6
+    assert data.test is not None
+    assert len(data.test) == 6
     reference = load(f"{own_data}:arrays")
     assert torch.equal(epoch(data)[0], epoch(reference)[0])
 
@@ -409,7 +420,7 @@ def test_own_data_as_pil_pictures_and_without_a_test_part(own_data: str) -> None
 def test_the_test_part_is_read_only_when_asked_for(own_data: str) -> None:
     data = load(f"{own_data}:test_is_unreadable")
     epoch(data)
-    with pytest.raises(AssertionError, match="the test part was read"):
+    with pytest.raises(AssertionError, match=r"the test part was read"):
         _ = data.test
 
 
@@ -433,14 +444,14 @@ def test_wrong_own_data(factory: str, options: dict[str, Any], message: str, own
 
 
 def test_test_labels_have_to_be_those_of_the_training(own_data: str) -> None:
-    with pytest.raises(UserError, match="must have labels from 0 to 2, got 3 to 5"):
+    with pytest.raises(UserError, match=r"must have labels from 0 to 2, got 3 to 5"):
         _ = load(f"{own_data}:bad_test_labels").test
 
 
 def test_unknown_data_set() -> None:
-    with pytest.raises(UserError, match="data.name must be one of cifar10, .*got 'cifar'"):
+    with pytest.raises(UserError, match=r"data.name must be one of cifar10, .*got 'cifar'"):
         load("cifar")
-    with pytest.raises(UserError, match="data.size is not an option of data.name = 'digits'"):
+    with pytest.raises(UserError, match=r"data.size is not an option of data.name = 'digits'"):
         load("digits", options={"size": 3})
     assert {"cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "image_folder"} == set(DATA_SETS)
 
@@ -449,7 +460,8 @@ def test_derived_seeds_are_the_same_everywhere() -> None:
     assert derive_seed(0, "data", 1) == derive_seed(0, "data", 1) != derive_seed(0, "data", 2)
     assert derive_seed(1, "2") != derive_seed("1", 2) != derive_seed(12, "")
     seeds = [derive_seed(0, "trial", number) for number in range(1000)]
-    assert len(set(seeds)) == 1000 and all(0 <= seed < 2**31 for seed in seeds)
+    assert len(set(seeds)) == 1000
+    assert all(0 <= seed < 2**31 for seed in seeds)
     assert derive_seed(0, "data", 1) == 479118118  # a new value would change every study's results
 
 

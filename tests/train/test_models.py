@@ -71,7 +71,8 @@ def test_article_cnn_is_the_articles_network() -> None:
     ]  # fmt: skip
     convolutions = [layer for layer in model if isinstance(layer, nn.Conv2d)]
     assert all(layer.kernel_size == (3, 3) and layer.padding == (1, 1) for layer in convolutions)
-    assert isinstance(model[-1], nn.Linear) and (model[-1].in_features, model[-1].out_features) == (1024, 100)
+    assert isinstance(model[-1], nn.Linear)
+    assert (model[-1].in_features, model[-1].out_features) == (1024, 100)
     assert num_parameters(model) == 5_201_124
 
 
@@ -132,17 +133,17 @@ def test_wrong_models(own_models: str, name: str, options: dict[str, Any], messa
 
 def test_the_data_set_gives_the_classes() -> None:
     config = ModelConfig(options={"num_classes": 2})
-    with pytest.raises(UserError, match="model.num_classes comes from the data set and cannot be set, got 2"):
+    with pytest.raises(UserError, match=r"model.num_classes comes from the data set and cannot be set, got 2"):
         build_model(config, channels=3, num_classes=10, image_size=32)
 
 
 def test_article_cnn_refuses_other_sizes() -> None:
-    with pytest.raises(UserError, match="article_cnn' takes 32x32 pictures, got 64x64 .data.image_size"):
+    with pytest.raises(UserError, match=r"article_cnn' takes 32x32 pictures, got 64x64 .data.image_size"):
         build("article_cnn", image_size=64)
 
 
 def test_torchvision_refuses_other_channels() -> None:
-    with pytest.raises(UserError, match="1 or 3 channels, got 4"):
+    with pytest.raises(UserError, match=r"1 or 3 channels, got 4"):
         build("torchvision:resnet18", channels=4)
 
 

@@ -197,7 +197,7 @@ def test_falls_at_the_epoch_where_division_rounds_down() -> None:
 
 
 def test_unknown_schedule() -> None:
-    with pytest.raises(UserError, match="training.schedule must be one of .*got 'cosin' .*'cosine'"):
+    with pytest.raises(UserError, match=r"training.schedule must be one of .*got 'cosin' .*'cosine'"):
         lr_factor(TrainingConfig(schedule="cosin"), epoch=0, steps_per_epoch=1, val_losses=())
 
 

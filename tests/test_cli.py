@@ -1,0 +1,236 @@
+"""The command line as a user types it: answers, JSON, exit codes, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpo.cli import main
+
+Hpo = Callable[..., subprocess.CompletedProcess[str]]
+
+TINY = """
+name = "tiny"
+[search]
+sampler = "grid"
+[search.space]
+lr = [1e-3, 1e-2, 3.0]
+[model]
+name = "article_cnn"
+width = 0.05
+[data]
+name = "digits"
+train_samples = 200
+validation_fraction = 0.2
+[training]
+epochs = 2
+batch_size = 50
+"""
+
+
+@pytest.fixture(scope="module")
+def hpo(tmp_path_factory: pytest.TempPathFactory) -> Hpo:
+    """Runs `hpo ARGUMENTS` in a folder that holds tiny.toml and, after the first run of it, hpo.db."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.toml").write_text(TINY)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HPO_")}
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "hpo", *arguments], cwd=folder, env={**environment, **variables},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    run.folder = folder  # type: ignore[attr-defined]
+    return run
+
+
+@pytest.fixture(scope="module")
+def ran(hpo: Hpo) -> subprocess.CompletedProcess[str]:
+    """tiny.toml, run to its end."""
+    result = hpo("run", "tiny.toml", "--devices", "cpu")
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_run_ends_with_the_table_the_winner_and_what_to_type_next(ran: subprocess.CompletedProcess[str]) -> None:
+    assert re.search(r"best learning rate: 0\.01, val_accuracy \d+\.\d+%, trial 1", ran.stdout)
+    assert "learning rate" in ran.stdout
+    assert "hpo dashboard" in ran.stdout
+    assert "hpo export tiny --output" in ran.stdout
+    assert re.search(r"trial 2 diverged: lr=3, .*in epoch 1", ran.stdout)
+    for number in (0, 1):
+        assert f"trial {number} complete" in ran.stdout
+    assert "\x1b" not in ran.stdout, "no escape sequences where the output is no terminal"
+
+
+def test_a_finished_study_is_answered_without_training(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
+    again = hpo("run", "tiny.toml")
+    assert again.returncode == 0
+    assert "epoch 1:" not in again.stdout
+    assert again.stdout.splitlines()[-5:] == ran.stdout.splitlines()[-5:]
+
+
+def test_trials_as_json_have_the_keys_of_the_contract(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
+    trials = json.loads(hpo("trials", "tiny", "--json").stdout)
+    assert [trial["number"] for trial in trials] == [0, 1, 2]
+    assert [trial["state"] for trial in trials] == ["complete", "complete", "diverged"]
+    assert [trial["params"]["lr"] for trial in trials] == [1e-3, 1e-2, 3.0]
+    assert [trial["attempt"] for trial in trials] == [1, 1, 1]
+    for trial in trials[:2]:
+        assert trial["epochs"] == [1, 2]
+        assert len(trial["train_loss"]) == len(trial["val_accuracy"]) == 2
+        assert trial["value"] == trial["val_accuracy"][-1]
+    assert trials[2]["value"] is None
+    for key in ("seed", "device", "host", "pid", "git_revision", "versions", "duration_s", "reason"):
+        assert key in trials[0]
+
+
+def test_best_as_json_and_in_words(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
+    best = json.loads(hpo("best", "tiny", "--json").stdout)
+    assert (best["trial"], best["params"]) == (1, {"lr": 0.01})
+    low, high = best["interval"]
+    assert low <= 0.01 <= high < 3.0
+    assert hpo("best", "tiny").stdout.startswith("best learning rate: 0.01")
+
+
+def test_list_and_status(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
+    assert json.loads(hpo("list", "--json").stdout) == [
+        {"study": "tiny", "trials": {"complete": 2, "diverged": 1}, "stop": None}
+    ]
+    status = json.loads(hpo("status", "tiny", "--json").stdout)
+    assert (status["trials"], status["workers"]) == ({"complete": 2, "diverged": 1}, [])
+    assert status["best"]["trial"] == 1
+    assert "2 complete, 1 diverged" in hpo("status", "tiny").stdout
+    assert "tiny" in hpo("list").stdout
+    assert "diverged" in hpo("trials", "tiny").stdout
+
+
+def test_export_writes_a_study_that_trains_the_best_trial_alone(
+    hpo: Hpo, ran: subprocess.CompletedProcess[str]
+) -> None:
+    assert hpo("export", "tiny", "--output", "best.toml").returncode == 0
+    assert hpo("export", "tiny", "--output", "best.json").returncode == 0
+    exported = json.loads((hpo.folder / "best.json").read_text())  # type: ignore[attr-defined]
+    assert exported["params"] == {"lr": 0.01}
+    assert exported["spec"] == tomllib.loads((hpo.folder / "best.toml").read_text())  # type: ignore[attr-defined]
+    result = hpo("run", "best.toml", "--devices", "cpu", "--storage", "sqlite:///best.db")
+    assert result.returncode == 0, result.stderr
+    assert "best learning rate: 0.01" in result.stdout
+    assert "1 trials" in result.stdout
+
+
+def test_joining_with_other_settings_is_refused_with_the_difference(
+    hpo: Hpo, ran: subprocess.CompletedProcess[str]
+) -> None:
+    result = hpo("run", "tiny.toml", "--set", "training.batch_size=20")
+    assert result.returncode == 2
+    assert "training.batch_size: 50 in the study, 20 here" in result.stderr
+
+
+def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
+    assert hpo("resume", "tiny", "--trials", "9").returncode == 2
+    sampled = [
+        "run",
+        "tiny.toml",
+        "--set",
+        "name=sampled",
+        "--set",
+        "search.sampler=random",
+        "--set",
+        "search.trials=1",
+    ]
+    assert hpo(*sampled, "--in-process", "--devices", "cpu").returncode == 0
+    result = hpo("resume", "sampled", "--trials", "2", "--devices", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert "going on: 1 of 2 trials are done already" in result.stdout
+    trials = json.loads(hpo("trials", "sampled", "--json").stdout)
+    assert [trial["attempt"] for trial in trials] == [1, 1]
+    assert hpo("resume", "sampled", "--trials", "1").returncode == 2
+    assert hpo("worker", "sampled", "--devices", "cpu").returncode == 0
+
+
+def test_doctor_says_what_is_here(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
+    findings = {finding["subject"]: finding for finding in json.loads(hpo("doctor", "--json").stdout)}
+    assert {"python", "torch", "optuna", "cpu", "data", "store"} <= findings.keys()
+    assert "tiny" in findings["store"]["found"]
+    assert "nowhere" in hpo("doctor", "--storage", "sqlite:////nowhere/x.db").stdout
+
+
+REQUESTS = {
+    # arguments: what the one message must say
+    ("run", "absent.toml"): ["absent.toml cannot be read"],
+    ("run", "tiny.toml", "--set", "training.epochs=0"): ["training.epochs must be at least 1, got 0", "tiny.toml"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nonsense"): [
+        "model.name must be one of",
+        "article_cnn",
+    ],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.depth=3"): ["model.depth", "width"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=torchvision:resnet81"): ["resnet18"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nowhere:net"): ["nowhere:net", "no module"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "data.name=cifar11"): ["data.name must be one of", "cifar10"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "data.name=image_folder"): ["data.root"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "data.name=mnist", "--set", "data.root=empty"): ["mnist", "empty"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "data.train_samples=3"): ["data.train_samples", "class"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "data.validation_fraction=0.001"): ["data.validation_fraction"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "training.precision=bf16", "--devices", "cpu"): ["bf16", "cpu"],
+    ("run", "tiny.toml", "--set", "name=n", "--devices", "cuda:9"): ["--devices", "cuda:9"],
+    ("run", "tiny.toml", "--set", "name=n", "--workers", "0"): ["--workers must be at least 1, got 0"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "hpo.db"): ["--storage must be", "sqlite:///hpo.db"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///no/such/x.db"): ["does not exist"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///tiny.toml"): ["not a database"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "mysql://u:secret@h/d"): ["must be an SQLite URL", "***"],
+    ("best", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
+    ("status", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
+    ("stop", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
+    ("resume", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
+    ("worker", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
+    ("trials", "tiny", "--storage", "sqlite:///absent.db"): ["there is no store at", "absent.db"],
+    ("export", "tiny", "--output", "best.yaml"): ["--output must end in .toml or .json", "best.yaml"],
+    ("export", "tiny", "--output", "no/such/best.toml"): ["no/such/best.toml cannot be written"],
+    ("dashboard", "--host", "0.0.0.0"): ["--host"],
+    ("dashboard", "--port", "99999"): ["--port"],
+    ("nonsense",): ["No such command"],
+}
+
+
+@pytest.mark.parametrize("arguments", REQUESTS, ids=" ".join)
+def test_a_wrong_request_is_one_message_exit_code_2_and_nothing_written(
+    arguments: tuple[str, ...], hpo: Hpo, ran: subprocess.CompletedProcess[str]
+) -> None:
+    def content() -> tuple[list[tuple[object, ...]], list[str]]:
+        with sqlite3.connect(hpo.folder / "hpo.db") as connection:  # type: ignore[attr-defined]
+            rows = connection.execute("SELECT study_name FROM studies").fetchall()
+        return rows, sorted(path.name for path in hpo.folder.iterdir() if "db-" not in path.name)  # type: ignore[attr-defined]
+
+    before = content()
+    result = hpo(*arguments)
+    assert result.returncode == 2, result.stdout + result.stderr
+    for part in REQUESTS[arguments]:
+        assert part in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "secret" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 4  # click's own usage message has more than one line
+    assert content() == before
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_has_help_with_an_example(command: str, hpo: Hpo) -> None:
+    result = hpo(command, "--help")
+    assert result.returncode == 0
+    assert f"  hpo {command}" in result.stdout.partition("Options:")[0].partition("\n\n")[2]
+
+
+def test_the_commands_are_those_of_the_contract() -> None:
+    assert sorted(main.commands) == [
+        "best", "dashboard", "doctor", "export", "list", "resume", "run", "status", "stop", "trials", "worker",
+    ]  # fmt: skip

@@ -1,0 +1,192 @@
+"""Samplers and pruners as tables: each does what the study file says, through Optuna, on a real store."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpo import search
+from hpo.records import Study
+from hpo.spec import StudySpec
+from hpo.store import Store
+
+RANGES = {"lr": {"low": 1e-5, "high": 1.0, "log": True}, "weight_decay": {"low": 1e-6, "high": 1e-2, "log": True}}
+
+
+def make_study(tmp_path: Path, name: str = "s", **sections: Any) -> tuple[Store, Study]:
+    store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
+    sections.setdefault("search", {"space": RANGES})
+    return store, store.create_study(StudySpec.from_dict({"name": name, **sections}), facts={})
+
+
+def run_trials(store: Store, study: Study, count: int, accuracy: Any, *, epochs: int = 1) -> list[dict[str, Any]]:
+    """Claims and ends trials one after the other; `accuracy(values, epoch)` is None for a trial that diverges."""
+    worker, ended = store.add_worker(study.study_id, device="cpu"), []
+    for _ in range(count):
+        claim = store.claim(study, worker)
+        assert claim is not None
+        values = store.suggest(claim, study.spec, attributes={})
+        state = "complete"
+        for epoch in range(1, epochs + 1):
+            value = accuracy(values, epoch)
+            store.report(claim, epoch=epoch, metrics={}, value=0.1 if value is None else value)
+            if value is None:
+                state = "diverged"
+                break
+            if epoch < epochs and store.should_prune(claim, study.spec, epoch=epoch):
+                state = "pruned"
+                break
+        store.finish(claim, state, reason="test")
+        ended.append({**values, "state": state, "epochs": epoch})
+    return ended
+
+
+def peak(values: dict[str, Any], epoch: int = 1) -> float:
+    """Accuracy that is best at a learning rate of 1e-3."""
+    return 0.9 - 0.1 * abs(math.log10(values["lr"]) + 3)
+
+
+@pytest.mark.parametrize("sampler", sorted(set(search.SAMPLERS) - {"grid"}))
+def test_every_sampler_draws_each_trial_from_the_space(sampler: str, tmp_path: Path) -> None:
+    store, study = make_study(tmp_path, search={"sampler": sampler, "trials": 8, "space": RANGES})
+    drawn = run_trials(store, study, 8, peak)
+    for values in drawn:
+        assert 1e-5 <= values["lr"] <= 1.0
+        assert 1e-6 <= values["weight_decay"] <= 1e-2
+    assert len({values["lr"] for values in drawn}) == 8, "no learning rate is drawn twice"
+    assert store.claim(study, "worker") is None, "the budget is exact"
+
+
+@pytest.mark.parametrize("sampler", sorted(set(search.SAMPLERS) - {"grid"}))
+def test_every_sampler_draws_the_same_for_the_same_seed_and_other_values_for_another(
+    sampler: str, tmp_path: Path
+) -> None:
+    def draw(name: str, seed: int) -> list[float]:
+        settings = {"sampler": sampler, "trials": 6, "space": RANGES, "seed": seed}
+        return [values["lr"] for values in run_trials(*make_study(tmp_path, name, search=settings), 6, peak)]
+
+    first = draw("a", 0)
+    assert draw("b", 0) == first
+    assert not set(draw("c", 1)) & set(first)
+
+
+def test_a_study_that_is_interrupted_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
+    settings = {"sampler": "tpe", "trials": 14, "space": RANGES}
+    whole = run_trials(*make_study(tmp_path, "whole", search=settings), 14, peak)
+    store, study = make_study(tmp_path, "cut", search=settings)
+    half = run_trials(store, study, 7, peak)
+    store = Store(f"sqlite:///{tmp_path}/cut.db")
+    assert half + run_trials(store, store.study("cut"), 7, peak) == whole
+
+
+def test_sobol_points_are_the_sequence_whichever_worker_draws_them(tmp_path: Path) -> None:
+    """From the second trial on (Optuna draws the first at random) any 2^k points fill the range evenly."""
+    store, study = make_study(tmp_path, search={"sampler": "qmc", "trials": 17, "space": {"lr": RANGES["lr"]}})
+    workers = itertools.cycle([Store(f"sqlite:///{tmp_path}/s.db") for _ in range(3)])
+    drawn = [run_trials(next(workers), study, 1, peak)[0]["lr"] for _ in range(17)][1:]
+    bins = [int((math.log10(lr) + 5) / 5 * 16) for lr in drawn]
+    assert sorted(bins) == list(range(16))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
+def test_a_sampler_that_learns_stays_away_from_where_trials_diverge(sampler: str, tmp_path: Path) -> None:
+    """Everything above 1e-2, two fifths of the range, diverges; the last half of 30 trials should rarely go there."""
+    store, study = make_study(tmp_path, search={"sampler": sampler, "trials": 30, "space": RANGES})
+    ended = run_trials(store, study, 30, lambda values, _: None if values["lr"] > 1e-2 else peak(values))
+    late = [values["state"] == "diverged" for values in ended[15:]]
+    assert sum(late) <= 3
+
+
+def test_random_search_is_drawn_evenly_on_the_scale_of_the_range(tmp_path: Path) -> None:
+    space = {"lr": RANGES["lr"]}
+    store, study = make_study(tmp_path, search={"sampler": "random", "trials": 100, "seed": 1, "space": space})
+    decades = [int(-math.log10(values["lr"])) for values in run_trials(store, study, 100, peak)]
+    assert all(8 <= decades.count(decade) <= 34 for decade in range(5))  # 20 each, within 3.5 standard deviations
+
+
+def test_what_is_to_be_tried_first_is_tried_first_and_the_rest_of_it_sampled(tmp_path: Path) -> None:
+    first = [{"lr": 0.5, "weight_decay": 1e-4}, {"lr": 0.25}]
+    store, study = make_study(tmp_path, search={"sampler": "tpe", "trials": 4, "space": RANGES, "try_first": first})
+    drawn = run_trials(store, study, 4, peak)
+    assert (drawn[0]["lr"], drawn[0]["weight_decay"], drawn[1]["lr"]) == (0.5, 1e-4, 0.25)
+    assert 1e-6 <= drawn[1]["weight_decay"] <= 1e-2
+
+
+def test_a_grid_is_claimed_point_by_point_under_true_axes(tmp_path: Path) -> None:
+    space = {"optimizer": ["adam", "sgd"], "lr": [1e-1, 1e-3, 3e-4]}
+    store, study = make_study(tmp_path, search={"sampler": "grid", "space": space})
+    drawn = [(values["optimizer"], values["lr"]) for values in run_trials(store, study, 6, peak)]
+    assert drawn == list(itertools.product(*space.values()))
+    import optuna
+
+    distribution = optuna.load_study(study_name="s", storage=store.storage).trials[0].distributions["lr"]
+    assert distribution == optuna.distributions.FloatDistribution(3e-4, 1e-1, log=True)
+
+
+def test_a_parameter_with_cases_has_its_own_range_for_each(tmp_path: Path) -> None:
+    text = """
+    sampler = "tpe"
+    trials = 25
+    [space]
+    optimizer = ["adam", "sgd"]
+    lr.by.optimizer = { adam = { low = 1e-4, high = 1e-3, log = true }, sgd = { low = 0.1, high = 1.0, log = true } }
+    """
+    store, study = make_study(tmp_path, search=tomllib.loads(text))
+    drawn = run_trials(store, study, 25, peak)
+    for values in drawn:
+        low, high = (1e-4, 1e-3) if values["optimizer"] == "adam" else (0.1, 1.0)
+        assert low <= values["lr"] <= high
+    assert {values["optimizer"] for values in drawn} == {"adam", "sgd"}
+    assert store.trials(study)[0].params.keys() == {"optimizer", "lr"}
+
+
+# A good trial first, then ever worse ones: (options, epoch at which a hopeless trial is dropped)
+PRUNING: dict[str, tuple[dict[str, Any], int | None]] = {
+    "none": ({}, None),
+    "median": ({"startup_trials": 3, "warmup_epochs": 2}, 2),
+    "percentile": ({"percentile": 25.0, "startup_trials": 3, "warmup_epochs": 4}, 4),
+    "asha": ({"min_epochs": 2, "reduction_factor": 2}, 2),
+    "hyperband": ({"min_epochs": 2, "reduction_factor": 4}, 2),
+    "patient": ({"patience": 3}, 5),
+    "threshold": ({"lower": 0.2, "warmup_epochs": 3}, 3),
+}
+
+
+@pytest.mark.parametrize("pruner", sorted(search.PRUNERS))
+def test_every_pruner_drops_a_hopeless_trial_when_its_options_say_so_and_not_before(
+    pruner: str, tmp_path: Path
+) -> None:
+    options, expected = PRUNING[pruner]
+    store, study = make_study(
+        tmp_path,
+        search={"sampler": "random", "trials": 40, "space": {"lr": RANGES["lr"]}},
+        pruner={"name": pruner, **options},
+        training={"epochs": 8},
+    )
+    run_trials(store, study, 12, lambda values, epoch: 0.5 + 0.05 * epoch, epochs=8)
+    hopeless = run_trials(store, study, 12, lambda values, epoch: 0.1 - 0.01 * epoch, epochs=8)
+    dropped = [trial["epochs"] for trial in hopeless if trial["state"] == "pruned"]
+    if expected is None:
+        assert dropped == []
+    else:
+        assert min(dropped, default=None) == expected
+        assert len(dropped) >= 6
+
+
+@pytest.mark.parametrize("pruner", sorted(search.PRUNERS))
+def test_no_pruner_drops_a_trial_that_leads(pruner: str, tmp_path: Path) -> None:
+    options, _ = PRUNING[pruner]
+    store, study = make_study(
+        tmp_path,
+        search={"sampler": "random", "trials": 10, "space": {"lr": RANGES["lr"]}},
+        pruner={"name": pruner, **options},
+        training={"epochs": 8},
+    )
+    leading = itertools.count()
+    ended = run_trials(store, study, 10, lambda values, epoch: 0.3 + 0.001 * next(leading), epochs=8)
+    assert [trial["state"] for trial in ended] == ["complete"] * 10

@@ -1,0 +1,691 @@
+"""The store: what is on disk after every call, every interruption and every race, as Optuna and we both read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from hpo import database, liveness
+from hpo.errors import UserError
+from hpo.records import Claim, Study, Trial
+from hpo.spec import StudySpec
+from hpo.store import LEASE_S, MAX_LOSSES, ClaimLost, Store
+
+MakeSpec = Callable[..., StudySpec]
+Change = Callable[..., None]
+
+LONG_AGO = 1e9  # an instant in 2001
+
+
+def begin(store: Store, spec: StudySpec) -> tuple[Study, str]:
+    study = store.create_study(spec, facts={})
+    return study, store.add_worker(study.study_id, device="cpu")
+
+
+def claim(store: Store, study: Study, worker_id: str) -> Claim:
+    """A claim whose parameters are chosen, as a worker has it before it trains."""
+    claimed = store.claim(study, worker_id)
+    assert claimed is not None
+    store.suggest(claimed, study.spec, attributes={})
+    return claimed
+
+
+def report(store: Store, claimed: Claim, *values: float, first: int = 1) -> None:
+    for epoch, value in enumerate(values, start=first):
+        store.report(claimed, epoch=epoch, metrics={"val_accuracy": value}, value=value)
+
+
+def trial(store: Store, study: Study, number: int = 0) -> Trial:
+    return store.trials(study)[number]
+
+
+def optuna_trials(store: Store, name: str = "s") -> list[optuna.trial.FrozenTrial]:
+    """As any tool of Optuna's reads them from the file."""
+    return optuna.load_study(study_name=name, storage=str(store.url)).trials
+
+
+def everything(store: Store) -> dict[str, list[Any]]:
+    """Every row of every table."""
+    with sqlite3.connect(store.url.database or "") as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in tables}
+
+
+def expire(store: Store, claimed: Claim, change: Change) -> None:
+    change(store, database.slots.update().where(database.slots.c.number == claimed.number).values(lease_until=LONG_AGO))
+
+
+def end_worker_process(store: Store, worker_id: str, change: Change) -> None:
+    """The worker's row as a process leaves it that was killed: its pid is nobody's any more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    change(store, database.workers.update().where(database.workers.c.worker_id == worker_id).values(pid=process.pid))
+
+
+def move_elsewhere(store: Store, worker_id: str, change: Change) -> None:
+    change(
+        store, database.workers.update().where(database.workers.c.worker_id == worker_id).values(machine="elsewhere")
+    )
+
+
+# Studies
+
+
+def test_a_created_study_is_read_back_with_its_spec_and_facts(store: Store, make_spec: MakeSpec) -> None:
+    spec = make_spec(0.1, 0.2, pruner={"name": "median"})
+    store.create_study(spec, facts={"num_val": 7})
+    study = Store(str(store.url)).study("s")
+    assert (study.spec, study.facts, study.stop) == (spec, {"num_val": 7}, None)
+    assert store.counts(study.study_id) == {"waiting": 2}
+
+
+def test_joining_the_same_spec_gives_the_same_study_and_changes_no_slot(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    claim(store, study, worker)
+    assert store.create_study(make_spec(0.1, 0.2), facts={}).study_id == study.study_id
+    assert store.counts(study.study_id) == {"running": 1, "waiting": 1}
+
+
+def test_joining_with_other_settings_is_refused_with_each_difference_and_nothing_written(
+    store: Store, make_spec: MakeSpec
+) -> None:
+    store.create_study(make_spec(0.1, 0.2), facts={})
+    before = everything(store)
+    with pytest.raises(UserError, match=r"training\.epochs: 3 in the study, 5 here") as refusal:
+        store.create_study(make_spec(0.1, 0.2, epochs=5, pruner={"name": "asha"}), facts={})
+    assert "pruner.name: 'none' in the study, 'asha' here" in str(refusal.value)
+    assert everything(store) == before
+
+
+def test_an_unknown_study_is_refused_with_the_names_of_the_others(store: Store, make_spec: MakeSpec) -> None:
+    for name in ("b", "a"):
+        store.create_study(make_spec(0.1, name=name), facts={})
+    with pytest.raises(UserError, match="no study 'c' in .*; there are: a, b$"):
+        store.study("c")
+    assert sorted(study.name for study in store.studies()) == ["a", "b"]
+
+
+def test_a_study_that_only_optuna_knows_is_left_alone(store: Store, make_spec: MakeSpec) -> None:
+    optuna.create_study(study_name="s", storage=str(store.url))
+    with pytest.raises(UserError, match="holds a study 's' that hpo did not make"):
+        store.create_study(make_spec(0.1), facts={})
+    assert store.studies() == []
+
+
+def test_enlarging_adds_waiting_slots_and_keeps_what_was_trained(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 2}))
+    done = claim(store, study, worker)
+    report(store, done, 0.5)
+    store.finish(done, "complete", reason="")
+    store.enlarge(study, 4)
+    study = store.study("s")
+    assert study.spec.num_trials == 4
+    assert [t.state for t in store.trials(study)] == ["complete", "waiting", "waiting", "waiting"]
+    with pytest.raises(UserError, match="at least 4.* got 3"):
+        store.enlarge(study, 3)
+    grid = store.create_study(make_spec(0.1, name="grid"), facts={})
+    with pytest.raises(UserError, match="cannot enlarge a grid"):
+        store.enlarge(grid, 4)
+
+
+def test_a_stopped_study_gives_no_slot_until_it_is_started_again(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    held = claim(store, study, worker)
+    store.request_stop(study)
+    assert store.is_stopping(study.study_id)
+    assert store.claim(study, worker) is None
+    report(store, held, 0.5)  # who holds a slot may still end it
+    store.finish(held, "complete", reason="")
+    store.start(study)
+    assert not store.is_stopping(study.study_id)
+    assert store.claim(study, worker) is not None
+
+
+# Claims
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_slots_are_optuna_trials_of_the_same_number(store: Store, make_spec: MakeSpec, sampler: str) -> None:
+    lrs = (0.3, 0.1, 0.2)
+    spec = make_spec(*lrs) if sampler == "grid" else make_spec(search={"trials": 3})
+    study, worker = begin(store, spec)
+    claims = [claim(store, study, worker) for _ in range(3)]
+    assert store.claim(study, worker) is None
+    theirs = optuna_trials(store)
+    assert [(t.number, t._trial_id, t.state) for t in theirs] == [
+        (c.number, c.trial_id, TrialState.RUNNING) for c in claims
+    ]
+    assert [t.params for t in theirs] == [t.params for t in store.trials(study)]
+    if sampler == "grid":
+        assert tuple(t.params["lr"] for t in theirs) == lrs
+
+
+def test_eight_threads_share_out_every_slot_once(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 40, "sampler": "tpe"}))
+
+    def work(_: int) -> list[int]:
+        numbers = []
+        while (claimed := store.claim(study, worker)) is not None:
+            store.suggest(claimed, study.spec, attributes={"pid": 1})
+            report(store, claimed, 0.5)
+            store.finish(claimed, "complete", reason="")
+            numbers.append(claimed.number)
+        return numbers
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = sorted(number for found in pool.map(work, range(8)) for number in found)
+    assert numbers == list(range(40))
+    assert [t.number for t in optuna_trials(store)] == numbers
+    assert store.counts(study.study_id) == {"complete": 40}
+
+
+CLAIM_ALL = """
+import json, sys
+from hpo.spec import StudySpec
+from hpo.store import Store
+print("ready", flush=True)
+sys.stdin.readline()
+store = Store(sys.argv[1], create=True)
+study = store.create_study(StudySpec.from_dict(json.loads(sys.argv[2])), facts={})
+worker = store.add_worker(study.study_id, device="cpu")
+while (claim := store.claim(study, worker)) is not None:
+    lr = store.suggest(claim, study.spec, attributes={})["lr"]
+    store.report(claim, epoch=1, metrics={"val_accuracy": lr}, value=lr)
+    store.finish(claim, "complete", reason="")
+    print(claim.number, lr, flush=True)
+"""
+
+
+def test_eight_processes_create_one_study_and_train_each_grid_point_once(url: str, make_spec: MakeSpec) -> None:
+    lrs = [index / 100 for index in range(1, 41)]
+    spec = make_spec(*lrs)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIM_ALL, url, json.dumps(spec.frozen())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(8)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    outputs = [process.stdin and (process.stdin.write("\n"), process.stdin.flush()) for process in processes]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [errors for _, errors in outputs if errors] == []
+    pairs = [line.split() for output, _ in outputs for line in output.splitlines()]
+    assert sorted((int(number), float(lr)) for number, lr in pairs) == list(enumerate(lrs))
+    assert [t.params["lr"] for t in optuna_trials(Store(url))] == lrs
+
+
+class Interruption(Exception):
+    pass
+
+
+@contextmanager
+def interrupted(store: Store, *, at: int) -> Iterator[None]:
+    """Raises before the statement of this index that this store sends to its database."""
+    count = 0
+
+    def before(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count - 1 == at:
+            raise Interruption(statement)
+
+    engine = store.storage.engine  # type: ignore[attr-defined]
+    sa.event.listen(engine, "before_cursor_execute", before)
+    try:
+        yield
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", before)
+
+
+@pytest.mark.parametrize("action", ["create_study", "claim", "suggest", "report", "finish", "release", "reap"])
+def test_an_interruption_at_any_statement_leaves_all_or_nothing(
+    store: Store, make_spec: MakeSpec, change: Change, action: str
+) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 3}))
+    first = claim(store, study, worker)
+    report(store, first, 0.5, 0.6)
+    second = store.claim(study, worker)
+    assert second is not None
+    if action == "reap":
+        expire(store, first, change)
+        expire(store, second, change)
+    actions: dict[str, Callable[[], Any]] = {
+        "create_study": lambda: store.create_study(make_spec(0.1, 0.2, name="other"), facts={}),
+        "claim": lambda: store.claim(study, worker),
+        "suggest": lambda: store.suggest(second, study.spec, attributes={"seed": 1, "device": "cpu"}),
+        "report": lambda: store.report(first, epoch=2, metrics={"val_accuracy": 0.7}, value=0.7),
+        "finish": lambda: store.finish(first, "failed", reason="x", error="y", failure_key="z"),
+        "release": lambda: store.release(first),
+        "reap": lambda: store.reap(study),
+    }
+    before, num_interruptions = everything(store), 0
+    for at in range(200):
+        with suppress(Interruption), interrupted(store, at=at):
+            actions[action]()
+            break
+        num_interruptions += 1
+        assert everything(store) == before
+    assert num_interruptions >= 3
+    assert everything(store) != before
+
+
+KILLED = """
+import os, signal, sys
+import sqlalchemy as sa
+from hpo.records import Claim
+from hpo.store import Store
+store = Store(sys.argv[1])
+study = store.study("s")
+sa.event.listen(store.storage.engine, "commit", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+if sys.argv[2] == "claim":
+    store.claim(study, "w")
+else:
+    store.finish(Claim(study.study_id, 0, 1, 1, sys.argv[2]), "failed", reason="")
+"""
+
+
+@pytest.mark.parametrize("action", ["claim", "finish"])
+def test_a_process_killed_inside_a_transaction_leaves_no_trace(store: Store, make_spec: MakeSpec, action: str) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    claim(store, study, worker)
+    before = everything(store)
+    argument = "claim" if action == "claim" else worker
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(store.url), argument], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert everything(store) == before
+    assert claim(store, study, worker).number == 1
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random", "tpe", "qmc"])
+def test_a_trial_whose_worker_died_before_its_values_were_chosen_gets_the_same_ones(
+    url: str, make_spec: MakeSpec, sampler: str
+) -> None:
+    def spec(name: str) -> StudySpec:
+        if sampler == "grid":
+            return make_spec(0.1, name=name)
+        space = {"lr": {"low": 0.1, "high": 1.0}, "momentum": {"low": 0.0, "high": 0.9}}
+        return make_spec(name=name, search={"trials": 1, "sampler": sampler, "space": space})
+
+    undisturbed, _ = begin(Store(url, create=True), spec("undisturbed"))
+    expected = claim(Store(url), undisturbed, "w")
+    study, _ = begin(Store(url), spec("s"))
+    lost = Store(url).claim(study, "w")  # a store of its own: another process
+    assert lost is not None
+    first = Store(url)
+    with suppress(Interruption), interrupted(first, at=20):
+        first.suggest(lost, study.spec, attributes={"seed": 1})
+    Store(url).release(lost)
+    again = claim(Store(url), study, "w")
+    assert (again.trial_id, again.attempt) == (lost.trial_id, 2)
+    assert expected.number == again.number
+    assert trial(Store(url), study).params == trial(Store(url), undisturbed).params
+
+
+# A claim that was lost
+
+
+def test_a_stale_claim_can_do_nothing(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 1}))
+    stale = store.claim(study, worker)
+    assert stale is not None
+    expire(store, stale, change)
+    assert store.reap(study) == 1
+    current = store.claim(study, store.add_worker(study.study_id, device="cpu"))
+    assert current is not None
+    assert (current.number, current.trial_id, current.attempt) == (stale.number, stale.trial_id, 2)
+    before = everything(store)
+    for action in (
+        lambda: store.suggest(stale, study.spec, attributes={"seed": 1}),
+        lambda: report(store, stale, 0.5),
+        lambda: store.finish(stale, "complete", reason=""),
+        lambda: store.release(stale),
+    ):
+        with pytest.raises(ClaimLost):
+            action()
+        assert everything(store) == before
+    lease = before["hpo_slots"]
+    store.renew([stale], worker)
+    assert everything(store)["hpo_slots"] == lease
+    report(store, current, 0.5)
+    store.finish(current, "complete", reason="")
+    with pytest.raises(ClaimLost):
+        store.finish(current, "failed", reason="twice")
+
+
+def test_a_claim_whose_lease_ran_out_unnoticed_is_still_held(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+    expire(store, held, change)
+    report(store, held, 0.5)
+    assert store.reap(study) == 0
+
+
+# Reaping
+
+
+def test_the_slot_of_a_dead_process_of_this_machine_is_freed_at_once(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    lost = claim(store, study, worker)
+    kept = claim(store, study, store.add_worker(study.study_id, device="cpu"))
+    assert store.reap(study) == 0
+    end_worker_process(store, worker, change)
+    assert [row.alive for row in store.workers(study)] == [False, True]
+    assert store.reap(study) == 1
+    assert [row.worker_id for row in store.workers(study)] == [kept.worker_id]
+    assert [(t.number, t.state) for t in store.trials(study)] == [(lost.number, "waiting"), (kept.number, "running")]
+
+
+def test_the_slot_of_a_worker_elsewhere_is_freed_when_its_lease_runs_out(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+    move_elsewhere(store, worker, change)
+    end_worker_process(store, worker, change)  # a pid of another machine says nothing here
+    assert store.reap(study) == 0
+    change(store, database.workers.update().values(seen_at=LONG_AGO))
+    report(store, held, 0.5)  # it reports, so its lease is fresh whatever its heartbeat does
+    assert store.reap(study) == 0
+    expire(store, held, change)
+    assert store.reap(study) == 1
+    assert [row.alive for row in store.workers(study)] == [False]
+
+
+def test_a_worker_elsewhere_that_was_given_up_works_on_when_it_comes_back(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    lost = claim(store, study, worker)
+    move_elsewhere(store, worker, change)
+    expire(store, lost, change)
+    change(store, database.workers.update().values(seen_at=LONG_AGO))
+    assert store.reap(study) == 1
+    again = claim(store, study, worker)
+    assert store.reap(study) == 0
+    store.renew([again], worker)
+    assert store.reap(study) == 0
+    assert [row.alive for row in store.workers(study)] == [True]
+
+
+def test_a_worker_that_left_without_its_slot_does_not_keep_it(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    claim(store, study, worker)
+    store.remove_worker(worker)
+    assert store.reap(study) == 1
+
+
+def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    for attempt in range(1, MAX_LOSSES + 1):
+        lost = claim(store, study, worker)
+        assert (lost.number, lost.attempt) == (0, attempt)
+        expire(store, lost, change)
+        assert store.reap(study) == 1
+    ended = trial(store, study)
+    assert (ended.state, ended.reason) == ("failed", f"its worker died {MAX_LOSSES} times")
+    assert optuna_trials(store)[0].state is TrialState.FAIL
+    assert claim(store, study, worker).number == 1
+
+
+def test_a_process_is_told_from_a_later_one_of_the_same_pid_whatever_the_clock_does() -> None:
+    started = liveness.process_started()
+    assert liveness.is_running(os.getpid(), started=started)
+    assert not liveness.is_running(os.getpid(), started=started - 60)
+    # Counted from the boot of the machine: a clock that is set would shift every time of day.
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0]) if Path("/proc/uptime").exists() else started
+    assert 0 <= started <= uptime_s
+
+
+# Reports and ends
+
+
+def test_a_report_replaces_this_and_later_epochs_of_earlier_attempts(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1, epochs=9))
+    first = claim(store, study, worker)
+    report(store, first, 0.1, 0.2, 0.3, 0.4)
+    store.release(first)
+    second = claim(store, study, worker)
+    report(store, second, 0.25, first=2)
+    assert (trial(store, study).epochs, trial(store, study).curves["val_accuracy"]) == ([1, 2], [0.1, 0.25])
+    assert optuna_trials(store)[0].intermediate_values == {1: 0.1, 2: 0.25}
+    store.finish(second, "complete", reason="it stopped earlier this time")
+    assert trial(store, study).value == optuna_trials(store)[0].value == 0.25
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+    metrics = {"val_accuracy": math.nan, "train_loss": math.inf, "other": 1.0}
+    store.report(held, epoch=1, metrics=metrics, value=math.nan)
+    store.finish(held, "diverged", reason="nan")
+    ended = trial(store, study)
+    assert ended.curves == {"val_accuracy": [None], "train_loss": [None], "other": [1.0]}
+    assert ended.value is None
+    json.dumps(dict(ended.curves), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("state", "optuna_state", "value"),
+    [
+        ("complete", TrialState.COMPLETE, 0.6),
+        ("pruned", TrialState.PRUNED, 0.6),
+        ("diverged", TrialState.PRUNED, None),
+        ("failed", TrialState.FAIL, None),
+    ],
+)
+def test_how_a_trial_ended_is_told_to_optuna(
+    store: Store, make_spec: MakeSpec, state: str, optuna_state: TrialState, value: float | None
+) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+    report(store, held, 0.5, 0.6)
+    store.finish(held, state, reason="because", error="Traceback" if state == "failed" else None)
+    ended = trial(store, study)
+    assert (ended.state, ended.reason, ended.value) == (state, "because", value)
+    assert ended.error == ("Traceback" if state == "failed" else None)
+    (theirs,) = optuna_trials(store)
+    assert theirs.state is optuna_state
+    assert theirs.user_attrs["ended"] == f"{state}: because"
+    if state != "diverged":  # Optuna gives every pruned trial its last report as its value
+        assert theirs.value == value
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize("last", [math.inf, -math.inf, math.nan, 1e30, -1e30])
+def test_a_diverged_trial_is_never_best(store: Store, make_spec: MakeSpec, direction: str, last: float) -> None:
+    objective = {"function": "loop:train", "direction": direction}
+    study, worker = begin(store, make_spec(0.1, 0.2, objective=objective))
+    diverged, good = claim(store, study, worker), claim(store, study, worker)
+    report(store, diverged, last)
+    store.finish(diverged, "diverged", reason="")
+    report(store, good, 0.5)
+    store.finish(good, "complete", reason="")
+    assert optuna.load_study(study_name="s", storage=str(store.url)).best_trial.number == good.number
+
+
+def test_any_text_that_an_exception_can_hold_is_kept(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+    store.finish(held, "failed", reason="no file 'caf\udce9'", error="\udce9 \x00 \N{SNOWMAN}" * 10_000)
+    ended = trial(store, study)
+    assert ended.reason == r"no file 'caf\udce9'"
+    assert ended.error is not None
+    assert ended.error.endswith("\N{SNOWMAN}")
+
+
+def fail(store: Store, study: Study, worker: str, key: str) -> None:
+    store.finish(claim(store, study, worker), "failed", reason="", error=f"traceback of {key}", failure_key=key)
+
+
+def test_three_equal_failures_stop_the_study_with_their_traceback(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(*(i / 10 for i in range(1, 9))))
+    fail(store, study, worker, "a")
+    fail(store, study, worker, "b")
+    fail(store, study, worker, "a")
+    fail(store, study, worker, "c")
+    assert store.study("s").stop is None
+    fail(store, study, worker, "a")
+    stopped = store.study("s")
+    assert stopped.stop == "failure"
+    assert stopped.stop_reason == "3 trials failed the same way\ntraceback of a"
+    store.request_stop(study)
+    assert store.study("s") == stopped  # `hpo stop` does not hide why it had stopped already
+    store.start(study)
+    fail(store, study, worker, "a")
+    fail(store, study, worker, "a")
+    assert store.study("s").stop is None, "failures before the restart were counted"
+    fail(store, study, worker, "a")
+    assert store.study("s").stop == "failure"
+
+
+def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 30, "sampler": "tpe"}, pruner={"name": "median"}))
+
+    def work() -> None:
+        writer = Store(str(store.url))
+        while (claimed := writer.claim(study, worker)) is not None:
+            value = writer.suggest(claimed, study.spec, attributes={})["lr"]
+            report(writer, claimed, value / 2, value)
+            writer.finish(claimed, "complete", reason="")
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        theirs = optuna.load_study(study_name="s", storage=str(store.url))
+        for t in theirs.get_trials(states=(TrialState.COMPLETE,)):
+            assert t.value == t.params["lr"] == t.intermediate_values[2]
+        numbers = [t.number for t in theirs.trials]
+        assert numbers == list(range(len(numbers)))
+    theirs = optuna.load_study(study_name="s", storage=str(store.url))
+    assert theirs.metric_names == ["val_accuracy"]
+    assert Counter(t.state for t in theirs.trials) == {TrialState.COMPLETE: 30}
+
+
+# Opening
+
+
+@pytest.mark.parametrize("name", ["hpo.db", "a b.db", "{x} #é.db"])
+def test_any_file_name_will_do(tmp_path: Path, make_spec: MakeSpec, name: str) -> None:
+    store = Store(f"sqlite:///{tmp_path}/{name}", create=True)
+    study, worker = begin(store, make_spec(0.1))
+    claim(store, study, worker)
+    assert (tmp_path / name).exists()
+    assert store.folder == tmp_path / "hpo_files"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("postgres", "must be a URL"),
+        ("mysql://user:secret@host/db", "must be an SQLite URL .*got mysql://user:\\*\\*\\*@host/db"),
+        ("sqlite://", "must name a file"),
+        ("sqlite:///:memory:", "must name a file"),
+    ],
+)
+def test_what_is_no_url_of_a_store_is_refused(given: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Store(given)
+
+
+@pytest.mark.parametrize("form", ["sqlite:///{}/hpo.db", "sqlite:///file:{}/hpo.db?uri=true"])
+def test_a_store_that_is_absent_is_not_made_by_reading(tmp_path: Path, form: str) -> None:
+    with pytest.raises(UserError, match="there is no store at .*hpo.db; `hpo run` makes one"):
+        Store(form.format(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"the folder {tmp_path}/absent does not exist"):
+        Store(f"sqlite:///{tmp_path}/absent/hpo.db", create=True)
+
+
+@pytest.mark.parametrize("create", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a database, but long enough to be looked at" * 10, "cannot be opened.* it is not a database"),
+        (None, "is no store of ours nor of Optuna's; its tables: people"),
+        ("newer", "has schema version 99, and this hpo knows up to 1: upgrade hpo"),
+        ("directory", "cannot be opened"),
+    ],
+)
+def test_a_database_that_is_not_ours_is_refused_and_not_written_to(
+    tmp_path: Path, create: bool, content: bytes | str | None, message: str
+) -> None:
+    path = tmp_path / "hpo.db"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "directory":
+        path.mkdir()
+    elif content == "newer":
+        Store(f"sqlite:///{path}", create=True)
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE hpo_meta SET value = '99'")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    else:
+        with sqlite3.connect(path) as connection:
+            connection.execute("CREATE TABLE people (name)")
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(UserError, match=message):
+        Store(f"sqlite:///{path}", create=create)
+    assert (path.read_bytes() if path.is_file() else None) == before
+
+
+def test_a_database_of_optunas_alone_becomes_a_store_only_for_writing(url: str, make_spec: MakeSpec) -> None:
+    optuna.create_study(study_name="theirs", storage=url)
+    with pytest.raises(UserError, match="holds no study of ours; `hpo run` adds one"):
+        Store(url)
+    store = Store(url, create=True)
+    store.create_study(make_spec(0.1), facts={})
+    assert [study.name for study in store.studies()] == ["s"]
+    assert optuna.get_all_study_names(url) == ["theirs", "s"]
+
+
+def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    report(store, claim(store, study, worker), 0.5)
+    read_only = f"sqlite:///file:{store.url.database}?mode=ro&uri=true"
+    reader = Store(read_only)
+    assert reader.trials(reader.study("s")) == store.trials(study)
+    assert reader.folder == store.folder
+    with pytest.raises(UserError, match="cannot be opened for writing: it is read-only"):
+        Store(read_only, create=True)
+
+
+def test_a_store_that_another_process_has_locked_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "OPEN_TIMEOUT_S", 0.1)
+    connection = sqlite3.connect(store.url.database or "")
+    connection.execute("BEGIN IMMEDIATE")
+    with pytest.raises(UserError, match="cannot be opened for writing: it is locked by another process"):
+        Store(str(store.url), create=True)
+    assert Store(str(store.url)).studies() == []  # a writer does not keep readers out
+    connection.close()
+
+
+def test_times_are_the_databases(store: Store) -> None:
+    with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
+        expected = float(connection.exec_driver_sql("SELECT strftime('%s', 'now')").scalar_one())
+        assert database.now(connection) == pytest.approx(expected, abs=LEASE_S / 10)
