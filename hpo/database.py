@@ -19,8 +19,7 @@ import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import BaseModel
-from optuna.storages._rdb.models import TrialIntermediateValueModel as IntermediateValues
+from optuna.storages._rdb.models import BaseModel, TrialIntermediateValueModel
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.orm import Session, scoped_session
 
@@ -91,6 +90,7 @@ workers = sa.Table(
     sa.Column("ended_at", sa.Float),
     sa.Index("hpo_workers_by_study", "study_id"),
 )
+intermediate_values = TrialIntermediateValueModel.__table__  # Optuna's
 
 
 class JoinedStorage(RDBStorage):
@@ -236,7 +236,9 @@ def _create_tables(engine: Engine) -> None:
             MigrationContext.configure(connection).stamp(ScriptDirectory(str(migrations)), "heads")
         BaseModel.metadata.create_all(connection)
         metadata.create_all(connection)
-        if connection.execute(sa.select(meta.c.key).where(meta.c.key == "schema_version")).scalar() is None:
+        # The update changes nothing, and fails where the database is read-only.
+        known = meta.update().where(meta.c.key == "schema_version").values(value=meta.c.value)
+        if connection.execute(known).rowcount == 0:
             connection.execute(meta.insert().values(key="schema_version", value=str(SCHEMA_VERSION)))
         connection.commit()
 

@@ -53,9 +53,14 @@ class Progress:
         self._reported: dict[int, tuple[str, int]] = {}
 
     def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+            self._live.update(Text("checking devices, data and network ...", style="dim"), refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._next_read = 0.0  # what ended since the last look is shown in any case
+        self.update()
         if self._live is not None:
             self._live.stop()
 
@@ -67,8 +72,6 @@ class Progress:
         if done := sum(trial.state in ENDED for trial in trials):
             self._console.print(f"going on: {done} of {len(trials)} trials are done already")
         self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
-        if self._live is not None:
-            self._live.start()
         return self.update
 
     def update(self) -> None:
@@ -204,7 +207,7 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
                 _last(trial, study.spec.metric, "{:.4f}"),
                 _time_left(study, trial),
             )
-    parts: list[RenderableType] = [bar, running]
+    parts: list[RenderableType] = [bar, running if running.row_count else Text("starting workers ...", style="dim")]
     if (found := best(study, trials)) is not None:
         value = f"{study.spec.metric} {_value(found.value, study)}"
         parts.append(Text(f"best so far: {_params(found.params)}, {value}, trial {found.trial}"))

@@ -45,6 +45,12 @@ def _devices() -> list[Finding]:
             pids = ", ".join(map(str, device.occupied_by))
             advice = f"occupied by process {pids}: --devices auto passes over it; name it to share it"
         findings.append(Finding(device.name, f"{device.label}{memory}", advice))
+    if any(device.kind == "cuda" for device in devices) and not _torch_has_cuda():
+        findings.append(
+            Finding(
+                "CUDA", "this torch is built without it", "reinstall torch and torchvision from the package registry"
+            )
+        )
     if all(device.kind == "cpu" for device in devices):
         findings.append(
             Finding(
@@ -54,6 +60,12 @@ def _devices() -> list[Finding]:
             )
         )
     return findings
+
+
+def _torch_has_cuda() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
 
 
 def _data() -> list[Finding]:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +19,12 @@ from hpo.devices import Device, num_cores, threads_per_worker, torch_device, wor
 from hpo.errors import StudyStopped
 from hpo.records import Study
 from hpo.store import Store
-from hpo.worker import ASSIGNMENT, EXIT_RESTART, Assignment, Worker
+from hpo.worker import ASSIGNMENT, DRAIN_S, EXIT_RESTART, Assignment, Worker
 
 TICK_S = 0.2
 REAP_S = 5.0
-DRAIN_S = 30.0  # how long workers may take to let go of their trials before they are killed
-MAX_CRASHES = 3  # processes that died one after the other without a trial ending in between
+KILL_S = DRAIN_S + 10.0  # after being asked to leave, a worker that is still there is killed
+MAX_CRASHES = 3  # for each worker: processes that died one after the other without a trial ending in between
 
 Watch = Callable[[], None]  # called several times a second while workers run: the place to show progress
 
@@ -122,7 +122,7 @@ class LocalProcesses:
                 ended = _num_ended(store, study)
                 crashes = 0 if process.exit_code == EXIT_RESTART or ended > ended_before else crashes + 1
                 ended_before = ended
-                if crashes >= MAX_CRASHES:
+                if crashes >= MAX_CRASHES * len(processes):
                     raise StudyStopped(
                         f"workers died {crashes} times without ending a trial, the last one {process.ending()}; "
                         f"the end of its log, {process.log}:\n{process.log_tail()}"
@@ -162,9 +162,13 @@ class _Process:
             )
 
     def is_running(self) -> bool:
-        if self._popen is not None:
-            self.exit_code = self._popen.poll()
-        return self._popen is not None and self.exit_code is None
+        if self._popen is None or self.exit_code is not None:
+            return False
+        self.exit_code = self._popen.poll()
+        if self.exit_code is not None:
+            with suppress(ProcessLookupError):  # what the user's code has started there must not outlive it
+                os.killpg(self._popen.pid, signal.SIGKILL)
+        return self.exit_code is None
 
     def ask_to_leave(self) -> None:
         if self.is_running():
@@ -188,10 +192,10 @@ class _Process:
 
 
 def _drain(processes: Sequence[_Process], interrupted: list[int], watch: Watch) -> None:
-    """Asks every worker to leave and waits; kills those that are still there after DRAIN_S or a second Ctrl-C."""
+    """Asks every worker to leave and waits; kills those that are still there after KILL_S or a second Ctrl-C."""
     for process in processes:
         process.ask_to_leave()
-    deadline = time.monotonic() + DRAIN_S
+    deadline = time.monotonic() + KILL_S
     while running := [process for process in processes if process.is_running()]:
         if time.monotonic() > deadline or len(interrupted) > 1:
             for process in running:

@@ -9,7 +9,6 @@ Methods that take a `Claim` raise `ClaimLost`, and change nothing, where the slo
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -31,9 +30,9 @@ from sqlalchemy.engine import Connection
 
 from hpo import liveness, search
 from hpo.database import (
-    IntermediateValues,
     database_path,
     epochs,
+    intermediate_values,
     now,
     open_storage,
     parse_url,
@@ -42,6 +41,7 @@ from hpo.database import (
     workers,
 )
 from hpo.errors import UserError
+from hpo.learning import LearningStudy
 from hpo.records import Claim, Study, Trial, WorkerRow
 from hpo.spec import StudySpec
 
@@ -301,8 +301,9 @@ class Store:
                     metrics=json.dumps(finite),
                 )
             )
-            later = (IntermediateValues.trial_id == claim.trial_id) & (IntermediateValues.step > epoch)
-            connection.execute(sa.delete(IntermediateValues).where(later))
+            theirs = intermediate_values.c
+            later = (theirs.trial_id == claim.trial_id) & (theirs.step > epoch)
+            connection.execute(intermediate_values.delete().where(later))
             self._cached.set_trial_intermediate_value(claim.trial_id, epoch, value)
 
     def last_report(self, claim: Claim) -> tuple[int, float] | None:
@@ -317,11 +318,14 @@ class Store:
     def finish(
         self, claim: Claim, state: str, *, reason: str, error: str | None = None, failure_key: str | None = None
     ) -> None:
-        """Ends the slot for good. A complete trial's value is its last report; a diverged one has none."""
+        """Ends the slot for good. Its value is its last report, and nothing where it failed.
+
+        Optuna is given that of a diverged trial too (its tools hide a curve without a value); we never show it.
+        """
         assert state in ENDED
         with self._held(claim) as connection:
             _, last = self.last_report(claim) or (0, math.nan)
-            values = [last] if state in ("complete", "pruned") and math.isfinite(last) else None
+            values = [last] if state != "failed" and math.isfinite(last) else None
             assert values or state != "complete"
             self._end(
                 connection, claim.study_id, claim.number, claim.trial_id, state, values, reason, error, failure_key
@@ -378,9 +382,11 @@ class Store:
         """How many slots are in each state; states that no slot is in are left out."""
         with self._storage.engine.connect() as connection:
             query = (
-                sa.select(slots.c.state, sa.func.count()).where(slots.c.study_id == study_id).group_by(slots.c.state)
+                sa.select(slots.c.state, sa.func.count().label("num"))
+                .where(slots.c.study_id == study_id)
+                .group_by(slots.c.state)
             )
-            return {state: count for state, count in connection.execute(query)}
+            return {row.state: row.num for row in connection.execute(query)}
 
     def trials(self, study: Study) -> list[Trial]:
         """Every slot of the study with what is known of it, in order."""
@@ -463,30 +469,8 @@ class Store:
         # A new Study for each use: it caches the list of trials until `Study.ask`, which we never call.
         sampler = search.build_sampler(spec, number=number)
         if learning:
-            return _LearningStudy(spec.name, self._cached, sampler=sampler)
+            return LearningStudy(spec.name, self._cached, sampler=sampler)
         return optuna.Study(spec.name, self._cached, sampler=sampler, pruner=search.build_pruner(spec))
-
-
-class _LearningStudy(optuna.Study):
-    """The study as it is shown to samplers that learn from complete trials only (GP, CMA-ES).
-
-    They would not see a pruned or diverged trial and go back to its learning rate for ever. Here a pruned trial counts
-    with its last report, a diverged one with the worst value of all.
-    """
-
-    def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
-        trials = super()._get_trials(deepcopy=False, use_cache=use_cache)
-        known = [trial.value for trial in trials if trial.value is not None]
-        worst = search.worst_value(self.direction.name.lower(), known)
-        shown = [_as_complete(trial, worst) if trial.state is TrialState.PRUNED else trial for trial in trials]
-        return [trial for trial in shown if states is None or trial.state in states]
-
-
-def _as_complete(trial: FrozenTrial, worst: float) -> FrozenTrial:
-    shown = copy.copy(trial)
-    shown.state = TrialState.COMPLETE
-    shown.value = worst if trial.value is None else trial.value
-    return shown
 
 
 def _is_held(claim: Claim) -> sa.ColumnElement[bool]:

@@ -31,6 +31,7 @@ from hpo.train.config import EpochResult, TrialConfig, derive_seed
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
+DRAIN_S = 30.0  # how long a trial may take to come to its next report before it is left in the middle of its epoch
 EXIT_RESTART = 75  # the device is unusable in this process; a new process may go on (EX_TEMPFAIL)
 ASSIGNMENT = "HPO_WORKER"  # environment variable with the Assignment; not on the command line, where anyone reads it
 
@@ -77,9 +78,13 @@ class Worker:
                     self._draining = self._store.is_stopping(self._study.study_id)
                     time.sleep(POLL_S)
         finally:
-            for claim in list(self._held):
-                self._let_go(claim)
-            self._store.remove_worker(self._worker_id)
+            self.leave()
+
+    def leave(self) -> None:
+        """Gives back what is held and signs off; from any thread, where a trial does not come to its next report."""
+        for claim in list(self._held):
+            self._let_go(claim)
+        self._store.remove_worker(self._worker_id)
 
     def _should_stop(self) -> bool:
         return self._draining or self._told_to_stop()
@@ -94,7 +99,7 @@ class Worker:
         def work() -> bool:
             """Fills the free lanes and trains an epoch; False where there was nothing to train."""
             while engine.free_lanes and (claim := self._claim()):
-                with self._failures_end([claim]):
+                with self._losing_ends(claim), self._failures_end([claim]):
                     config = self._configure(claim)
                     self._lanes[engine.admit(config)] = (claim, config)
             if not self._lanes:
@@ -143,14 +148,18 @@ class Worker:
             verdict = _Verdict()
             trial = self._user_trial(claim, verdict)
             function(trial)
+            # An earlier attempt may have been killed after its last report, and have left nothing to train.
+            last = self._store.last_report(claim)
             if verdict.state == "drain":
                 self._let_go(claim)
             elif verdict.state is not None:
                 self._finish(claim, verdict.state, verdict.reason)
-            elif verdict.epoch == 0:
+            elif last is None:
                 raise UserError(f"{self._spec.objective.function} returned without a trial.report(...)")
+            elif not math.isfinite(last[1]):
+                self._finish(claim, "diverged", f"{self._spec.metric} = {last[1]} in epoch {last[0]}")
             else:
-                self._finish(claim, "complete", f"trained for {verdict.epoch} epochs")
+                self._finish(claim, "complete", f"trained for {last[0]} epochs")
         return True
 
     def _user_trial(self, claim: Claim, verdict: _Verdict) -> Trial:
@@ -163,9 +172,10 @@ class Worker:
                 return True  # it was told to end and reports all the same: nothing more is recorded
             value = metrics[self._spec.metric]
             self._store.report(claim, epoch=epoch, metrics=metrics, value=value)
-            verdict.epoch = epoch
             if not math.isfinite(value):
                 verdict.state, verdict.reason = "diverged", f"{self._spec.metric} = {value} in epoch {epoch}"
+            elif epoch == self._spec.max_epochs:
+                pass  # it is done
             elif epoch < self._spec.max_epochs and self._store.should_prune(claim, self._spec, epoch=epoch):
                 verdict.state = "pruned"
                 verdict.reason = f"{self._spec.pruner.name} pruner after epoch {epoch}"
@@ -225,7 +235,7 @@ class Worker:
             yield
         except ClaimLost:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a user's loop that calls sys.exit() ends its trial, not the worker
             out_of_memory = _is_out_of_memory(error)
             reason = "out of memory" if out_of_memory else f"{type(error).__name__}: {error}".split("\n")[0][:500]
             for claim in claims:
@@ -263,7 +273,6 @@ class _Verdict:
 
     state: str | None = None
     reason: str = ""
-    epoch: int = 0  # last one reported
 
 
 def _failure_key(error: BaseException) -> str:
@@ -297,26 +306,41 @@ def main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
-
-    def outlive_nobody() -> None:
-        sys.stdin.read()  # returns when the supervisor closes its end, or is no more
-        stop.set()
-
-    threading.Thread(target=outlive_nobody, daemon=True, name="supervisor").start()
+    # Processes that the user's code forks must die of SIGTERM: multiprocessing ends its own by it, and waits for them.
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     store = Store(assignment.storage)
     study = store.study(assignment.study)
+    worker = Worker(
+        store, study, device=assignment.device, torch_device=assignment.torch_device, should_stop=stop.is_set
+    )  # fmt: skip
+
+    def outlive_nobody() -> None:
+        os.read(0, 1)  # returns when the supervisor closes its end, or is no more
+        stop.set()
+        time.sleep(DRAIN_S)
+        try:
+            worker.leave()
+        finally:
+            os._exit(0)
+
+    threading.Thread(target=outlive_nobody, daemon=True, name="supervisor").start()
     if study.spec.objective is None:
         import torch
 
         torch.set_num_threads(assignment.threads)
-    Worker(
-        store, study, device=assignment.device, torch_device=assignment.torch_device, should_stop=stop.is_set
-    ).run()  # fmt: skip
-    # A thread still blocked on standard input must not hold up, or crash, the interpreter's end.
+    exit_code = 0
+    try:
+        worker.run()
+    except SystemExit:
+        exit_code = EXIT_RESTART
+    except Exception:
+        logger.exception("the worker failed")
+        exit_code = 1
+    # Threads that the user's code has left behind must not hold up the end.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,14 +10,20 @@ import sqlite3
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from click.testing import CliRunner
 
 from hpo.cli import main
 
-Hpo = Callable[..., subprocess.CompletedProcess[str]]
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
 
 TINY = """
 name = "tiny"
@@ -37,32 +44,47 @@ batch_size = 50
 """
 
 
-@pytest.fixture(scope="module")
-def hpo(tmp_path_factory: pytest.TempPathFactory) -> Hpo:
-    """Runs `hpo ARGUMENTS` in a folder that holds tiny.toml and, after the first run of it, hpo.db."""
-    folder = tmp_path_factory.mktemp("cli")
-    (folder / "tiny.toml").write_text(TINY)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HPO_")}
+class Hpo:
+    """`hpo ARGUMENTS` in a folder that holds tiny.toml and, after the first run of it, hpo.db.
 
-    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "hpo", *arguments], cwd=folder, env={**environment, **variables},
+    Called, it is a process of its own; `quick` is the same in this process, which has torch and Optuna loaded already.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._environment = {key: value for key, value in os.environ.items() if not key.startswith("HPO_")}
+
+    def __call__(self, *arguments: str) -> Result:
+        result = subprocess.run(
+            [sys.executable, "-m", "hpo", *arguments], cwd=self.folder, env=self._environment,
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
+        return Result(result.returncode, result.stdout, result.stderr)
 
-    run.folder = folder  # type: ignore[attr-defined]
-    return run
+    def quick(self, *arguments: str) -> Result:
+        with contextlib.chdir(self.folder), pytest.MonkeyPatch.context() as patch:
+            patch.delenv("HPO_DATA", raising=False)
+            patch.delenv("HPO_STORAGE", raising=False)
+            result = CliRunner().invoke(main, arguments, prog_name="hpo", catch_exceptions=False)
+        return Result(result.exit_code, result.stdout, result.stderr)
 
 
 @pytest.fixture(scope="module")
-def ran(hpo: Hpo) -> subprocess.CompletedProcess[str]:
+def hpo(tmp_path_factory: pytest.TempPathFactory) -> Hpo:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.toml").write_text(TINY)
+    return Hpo(folder)
+
+
+@pytest.fixture(scope="module")
+def ran(hpo: Hpo) -> Result:
     """tiny.toml, run to its end."""
     result = hpo("run", "tiny.toml", "--devices", "cpu")
     assert result.returncode == 0, result.stderr
     return result
 
 
-def test_run_ends_with_the_table_the_winner_and_what_to_type_next(ran: subprocess.CompletedProcess[str]) -> None:
+def test_run_ends_with_the_table_the_winner_and_what_to_type_next(ran: Result) -> None:
     assert re.search(r"best learning rate: 0\.01, val_accuracy \d+\.\d+%, trial 1", ran.stdout)
     assert "learning rate" in ran.stdout
     assert "hpo dashboard" in ran.stdout
@@ -73,15 +95,15 @@ def test_run_ends_with_the_table_the_winner_and_what_to_type_next(ran: subproces
     assert "\x1b" not in ran.stdout, "no escape sequences where the output is no terminal"
 
 
-def test_a_finished_study_is_answered_without_training(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
+def test_a_finished_study_is_answered_without_training(hpo: Hpo, ran: Result) -> None:
     again = hpo("run", "tiny.toml")
     assert again.returncode == 0
     assert "epoch 1:" not in again.stdout
     assert again.stdout.splitlines()[-5:] == ran.stdout.splitlines()[-5:]
 
 
-def test_trials_as_json_have_the_keys_of_the_contract(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
-    trials = json.loads(hpo("trials", "tiny", "--json").stdout)
+def test_trials_as_json_have_the_keys_of_the_contract(hpo: Hpo, ran: Result) -> None:
+    trials = json.loads(hpo.quick("trials", "tiny", "--json").stdout)
     assert [trial["number"] for trial in trials] == [0, 1, 2]
     assert [trial["state"] for trial in trials] == ["complete", "complete", "diverged"]
     assert [trial["params"]["lr"] for trial in trials] == [1e-3, 1e-2, 3.0]
@@ -95,50 +117,46 @@ def test_trials_as_json_have_the_keys_of_the_contract(hpo: Hpo, ran: subprocess.
         assert key in trials[0]
 
 
-def test_best_as_json_and_in_words(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
-    best = json.loads(hpo("best", "tiny", "--json").stdout)
+def test_best_as_json_and_in_words(hpo: Hpo, ran: Result) -> None:
+    best = json.loads(hpo.quick("best", "tiny", "--json").stdout)
     assert (best["trial"], best["params"]) == (1, {"lr": 0.01})
     low, high = best["interval"]
     assert low <= 0.01 <= high < 3.0
-    assert hpo("best", "tiny").stdout.startswith("best learning rate: 0.01")
+    assert hpo.quick("best", "tiny").stdout.startswith("best learning rate: 0.01")
 
 
-def test_list_and_status(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
-    assert json.loads(hpo("list", "--json").stdout) == [
+def test_list_and_status(hpo: Hpo, ran: Result) -> None:
+    assert json.loads(hpo.quick("list", "--json").stdout) == [
         {"study": "tiny", "trials": {"complete": 2, "diverged": 1}, "stop": None}
     ]
-    status = json.loads(hpo("status", "tiny", "--json").stdout)
+    status = json.loads(hpo.quick("status", "tiny", "--json").stdout)
     assert (status["trials"], status["workers"]) == ({"complete": 2, "diverged": 1}, [])
     assert status["best"]["trial"] == 1
-    assert "2 complete, 1 diverged" in hpo("status", "tiny").stdout
-    assert "tiny" in hpo("list").stdout
-    assert "diverged" in hpo("trials", "tiny").stdout
+    assert "2 complete, 1 diverged" in hpo.quick("status", "tiny").stdout
+    assert "tiny" in hpo.quick("list").stdout
+    assert "diverged" in hpo.quick("trials", "tiny").stdout
 
 
-def test_export_writes_a_study_that_trains_the_best_trial_alone(
-    hpo: Hpo, ran: subprocess.CompletedProcess[str]
-) -> None:
-    assert hpo("export", "tiny", "--output", "best.toml").returncode == 0
-    assert hpo("export", "tiny", "--output", "best.json").returncode == 0
-    exported = json.loads((hpo.folder / "best.json").read_text())  # type: ignore[attr-defined]
+def test_export_writes_a_study_that_trains_the_best_trial_alone(hpo: Hpo, ran: Result) -> None:
+    assert hpo.quick("export", "tiny", "--output", "best.toml").returncode == 0
+    assert hpo.quick("export", "tiny", "--output", "best.json").returncode == 0
+    exported = json.loads((hpo.folder / "best.json").read_text())
     assert exported["params"] == {"lr": 0.01}
-    assert exported["spec"] == tomllib.loads((hpo.folder / "best.toml").read_text())  # type: ignore[attr-defined]
+    assert exported["spec"] == tomllib.loads((hpo.folder / "best.toml").read_text())
     result = hpo("run", "best.toml", "--devices", "cpu", "--storage", "sqlite:///best.db")
     assert result.returncode == 0, result.stderr
     assert "best learning rate: 0.01" in result.stdout
     assert "1 trials" in result.stdout
 
 
-def test_joining_with_other_settings_is_refused_with_the_difference(
-    hpo: Hpo, ran: subprocess.CompletedProcess[str]
-) -> None:
-    result = hpo("run", "tiny.toml", "--set", "training.batch_size=20")
+def test_joining_with_other_settings_is_refused_with_the_difference(hpo: Hpo, ran: Result) -> None:
+    result = hpo.quick("run", "tiny.toml", "--set", "training.batch_size=20")
     assert result.returncode == 2
     assert "training.batch_size: 50 in the study, 20 here" in result.stderr
 
 
-def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
-    assert hpo("resume", "tiny", "--trials", "9").returncode == 2
+def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: Result) -> None:
+    assert hpo.quick("resume", "tiny", "--trials", "9").returncode == 2
     sampled = [
         "run",
         "tiny.toml",
@@ -149,21 +167,21 @@ def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: subpr
         "--set",
         "search.trials=1",
     ]
-    assert hpo(*sampled, "--in-process", "--devices", "cpu").returncode == 0
+    assert hpo.quick(*sampled, "--in-process", "--devices", "cpu").returncode == 0
     result = hpo("resume", "sampled", "--trials", "2", "--devices", "cpu")
     assert result.returncode == 0, result.stderr
     assert "going on: 1 of 2 trials are done already" in result.stdout
-    trials = json.loads(hpo("trials", "sampled", "--json").stdout)
+    trials = json.loads(hpo.quick("trials", "sampled", "--json").stdout)
     assert [trial["attempt"] for trial in trials] == [1, 1]
-    assert hpo("resume", "sampled", "--trials", "1").returncode == 2
+    assert hpo.quick("resume", "sampled", "--trials", "1").returncode == 2
     assert hpo("worker", "sampled", "--devices", "cpu").returncode == 0
 
 
-def test_doctor_says_what_is_here(hpo: Hpo, ran: subprocess.CompletedProcess[str]) -> None:
-    findings = {finding["subject"]: finding for finding in json.loads(hpo("doctor", "--json").stdout)}
+def test_doctor_says_what_is_here(hpo: Hpo, ran: Result) -> None:
+    findings = {finding["subject"]: finding for finding in json.loads(hpo.quick("doctor", "--json").stdout)}
     assert {"python", "torch", "optuna", "cpu", "data", "store"} <= findings.keys()
     assert "tiny" in findings["store"]["found"]
-    assert "nowhere" in hpo("doctor", "--storage", "sqlite:////nowhere/x.db").stdout
+    assert "nowhere" in hpo.quick("doctor", "--storage", "sqlite:////nowhere/x.db").stdout
 
 
 REQUESTS = {
@@ -205,15 +223,15 @@ REQUESTS = {
 
 @pytest.mark.parametrize("arguments", REQUESTS, ids=" ".join)
 def test_a_wrong_request_is_one_message_exit_code_2_and_nothing_written(
-    arguments: tuple[str, ...], hpo: Hpo, ran: subprocess.CompletedProcess[str]
+    arguments: tuple[str, ...], hpo: Hpo, ran: Result
 ) -> None:
     def content() -> tuple[list[tuple[object, ...]], list[str]]:
-        with sqlite3.connect(hpo.folder / "hpo.db") as connection:  # type: ignore[attr-defined]
+        with sqlite3.connect(hpo.folder / "hpo.db") as connection:
             rows = connection.execute("SELECT study_name FROM studies").fetchall()
-        return rows, sorted(path.name for path in hpo.folder.iterdir() if "db-" not in path.name)  # type: ignore[attr-defined]
+        return rows, sorted(path.name for path in hpo.folder.iterdir() if "db-" not in path.name)
 
     before = content()
-    result = hpo(*arguments)
+    result = hpo.quick(*arguments)
     assert result.returncode == 2, result.stdout + result.stderr
     for part in REQUESTS[arguments]:
         assert part in result.stderr
@@ -225,7 +243,7 @@ def test_a_wrong_request_is_one_message_exit_code_2_and_nothing_written(
 
 @pytest.mark.parametrize("command", sorted(main.commands))
 def test_every_command_has_help_with_an_example(command: str, hpo: Hpo) -> None:
-    result = hpo(command, "--help")
+    result = hpo.quick(command, "--help")
     assert result.returncode == 0
     assert f"  hpo {command}" in result.stdout.partition("Options:")[0].partition("\n\n")[2]
 

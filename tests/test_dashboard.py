@@ -18,6 +18,7 @@ from wsgiref.util import setup_testing_defaults
 
 import pytest
 
+import hpo
 from hpo.dashboard import MAX_CONTOUR_TRIALS, CapContour, ReadOnly, serve
 from hpo.errors import UserError
 
@@ -142,35 +143,37 @@ def test_a_port_in_use_is_refused() -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """What the page must show; a study that `hpo run` made can stand here as well."""
+    """A study that `hpo run` made, and what the page must show of it."""
 
     storage_url: str
     name: str
     curves: dict[int, list[float]]
-    """Trial number -> intermediate values, epoch by epoch."""
+    """Trial number -> validation accuracy, epoch by epoch."""
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    import optuna
-
     storage_url = f"sqlite:///{tmp_path_factory.mktemp('dashboard') / 'study.db'}"
-    made = optuna.create_study(storage=storage_url, study_name="digits-lr", direction="maximize")
-    for seed in range(6):
-        trial = made.ask({"lr": optuna.distributions.FloatDistribution(1e-5, 1e-1, log=True)})
-        values = [1 - 0.9 / (1 + epoch * (1 + seed)) for epoch in range(5)]
-        for epoch, value in enumerate(values):
-            trial.report(value, epoch)
-        made.tell(trial, values[-1])
-    return Study(storage_url, "digits-lr", {t.number: list(t.intermediate_values.values()) for t in made.trials})
+    spec = hpo.StudySpec.from_dict(
+        {
+            "name": "digits-lr",
+            "search": {"sampler": "grid", "space": {"lr": [1e-3, 3e-3, 1e-2, 3e-2, 3.0]}},
+            "model": {"width": 0.05},
+            "data": {"train_samples": 200},
+            "training": {"epochs": 4, "batch_size": 50},
+        }
+    )
+    result = hpo.run(spec, storage=storage_url, devices="cpu", in_process=True)
+    assert result.trials[-1].state == "diverged"
+    return Study(storage_url, spec.name, {t.number: list(t.curves["val_accuracy"]) for t in result.trials})
 
 
 # SIGINT is set because a shell's background job, and all it starts, would ignore it.
 SERVER = """
-import signal, sys, optuna
-from hpo.dashboard import serve
+import signal, sys
+from hpo.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
-serve(optuna.storages.get_storage(sys.argv[1]), host=sys.argv[2], port=0, ready=lambda url: print(url, flush=True))
+main(["dashboard", "--port", "0", "--storage", sys.argv[1], "--host", sys.argv[2]])
 """
 
 
@@ -181,7 +184,7 @@ def serving(storage_url: str, host: str = "127.0.0.1") -> Iterator[str]:
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            yield process.stdout.readline().strip()
+            yield process.stdout.readline().split()[1]
         finally:
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=30)
@@ -215,7 +218,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     requests: list[Request] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.extend([message.text] if message.type == "error" else []))
-    page.on("request", lambda request: requests.append(request))
+    page.on("request", requests.append)
     yield page
     assert errors == []
     assert [request.url for request in requests if not request.url.startswith((url, "data:", "blob:"))] == []
@@ -241,7 +244,7 @@ def test_the_study_page_draws_the_learning_curve_of_every_trial(page: Page, url:
         """() => document.querySelector("#graph-intermediate-values").data.map(({name, x, y}) => ({name, x, y}))"""
     )
     assert {int(trace["name"].split("#")[1]): trace["y"] for trace in traces} == study.curves
-    assert all(trace["x"] == list(range(len(trace["y"]))) for trace in traces)
+    assert all(trace["x"] == list(range(1, len(trace["y"]) + 1)) for trace in traces)
     assert study.name in page.inner_text("body")
 
 

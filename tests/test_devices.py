@@ -29,10 +29,10 @@ class FakeNVML(ModuleType):
     class NVMLError(Exception):
         pass
 
-    class NVMLError_LibraryNotFound(NVMLError):  # noqa: N801
+    class NVMLError_LibraryNotFound(NVMLError):
         pass
 
-    class NVMLError_DriverNotLoaded(NVMLError):  # noqa: N801
+    class NVMLError_DriverNotLoaded(NVMLError):
         pass
 
     def __init__(self) -> None:
@@ -109,7 +109,8 @@ def test_every_gpu_is_listed_with_its_label_memory_and_uuid_and_the_cpu_comes_la
     assert [device.uuid for device in listed] == [*GPUS, None]
     assert {device.label for device in listed[:-1]} == {"NVIDIA H100 80GB HBM3"}
     assert {device.memory_bytes for device in listed[:-1]} == {MEMORY_BYTES}
-    assert listed[-1].label and listed[-1].memory_bytes
+    assert listed[-1].label
+    assert listed[-1].memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_devices_are_chosen_in_the_order_they_are_named(nvml: FakeNVML, request_
 
 @pytest.mark.parametrize("request_", ["cuda:3", "mps", "gpu", "", "cpu,", "cpu,cuda:9", "auto,cpu"])
 def test_a_device_that_is_not_there_is_refused_and_those_that_are_listed(nvml: FakeNVML, request_: str) -> None:
-    with pytest.raises(UserError, match="--devices must name .*auto, cpu, cuda, cuda:0, cuda:1, cuda:2; got '"):
+    with pytest.raises(UserError, match=r"--devices must name .*auto, cpu, cuda, cuda:0, cuda:1, cuda:2; got '"):
         choose_devices(request_)
 
 

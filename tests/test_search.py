@@ -86,7 +86,7 @@ def test_a_study_that_is_interrupted_draws_what_it_would_have_drawn(tmp_path: Pa
 
 def test_sobol_points_are_the_sequence_whichever_worker_draws_them(tmp_path: Path) -> None:
     """From the second trial on (Optuna draws the first at random) any 2^k points fill the range evenly."""
-    store, study = make_study(tmp_path, search={"sampler": "qmc", "trials": 17, "space": {"lr": RANGES["lr"]}})
+    _, study = make_study(tmp_path, search={"sampler": "qmc", "trials": 17, "space": {"lr": RANGES["lr"]}})
     workers = itertools.cycle([Store(f"sqlite:///{tmp_path}/s.db") for _ in range(3)])
     drawn = [run_trials(next(workers), study, 1, peak)[0]["lr"] for _ in range(17)][1:]
     bins = [int((math.log10(lr) + 5) / 5 * 16) for lr in drawn]

@@ -117,7 +117,7 @@ def test_joining_with_other_settings_is_refused_with_each_difference_and_nothing
 def test_an_unknown_study_is_refused_with_the_names_of_the_others(store: Store, make_spec: MakeSpec) -> None:
     for name in ("b", "a"):
         store.create_study(make_spec(0.1, name=name), facts={})
-    with pytest.raises(UserError, match="no study 'c' in .*; there are: a, b$"):
+    with pytest.raises(UserError, match=r"no study 'c' in .*; there are: a, b$"):
         store.study("c")
     assert sorted(study.name for study in store.studies()) == ["a", "b"]
 
@@ -138,7 +138,7 @@ def test_enlarging_adds_waiting_slots_and_keeps_what_was_trained(store: Store, m
     study = store.study("s")
     assert study.spec.num_trials == 4
     assert [t.state for t in store.trials(study)] == ["complete", "waiting", "waiting", "waiting"]
-    with pytest.raises(UserError, match="at least 4.* got 3"):
+    with pytest.raises(UserError, match=r"at least 4.* got 3"):
         store.enlarge(study, 3)
     grid = store.create_study(make_spec(0.1, name="grid"), facts={})
     with pytest.raises(UserError, match="cannot enlarge a grid"):
@@ -196,40 +196,46 @@ def test_eight_threads_share_out_every_slot_once(store: Store, make_spec: MakeSp
     assert store.counts(study.study_id) == {"complete": 40}
 
 
-CLAIM_ALL = """
-import json, sys
+EIGHT_PROCESSES = """
+import json, os, sys, traceback
 from hpo.spec import StudySpec
 from hpo.store import Store
-print("ready", flush=True)
-sys.stdin.readline()
-store = Store(sys.argv[1], create=True)
-study = store.create_study(StudySpec.from_dict(json.loads(sys.argv[2])), facts={})
-worker = store.add_worker(study.study_id, device="cpu")
-while (claim := store.claim(study, worker)) is not None:
-    lr = store.suggest(claim, study.spec, attributes={})["lr"]
-    store.report(claim, epoch=1, metrics={"val_accuracy": lr}, value=lr)
-    store.finish(claim, "complete", reason="")
-    print(claim.number, lr, flush=True)
+
+def work():
+    store = Store(sys.argv[1], create=True)
+    study = store.create_study(StudySpec.from_dict(json.loads(sys.argv[2])), facts={})
+    worker = store.add_worker(study.study_id, device="cpu")
+    while (claim := store.claim(study, worker)) is not None:
+        lr = store.suggest(claim, study.spec, attributes={})["lr"]
+        store.report(claim, epoch=1, metrics={"val_accuracy": lr}, value=lr)
+        store.finish(claim, "complete", reason="")
+        os.write(1, f"{claim.number} {lr}\\n".encode())
+
+gate, gate_holder = os.pipe()
+for _ in range(8):
+    if os.fork() == 0:
+        os.close(gate_holder)
+        os.read(gate, 1)  # until the parent has closed its end
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(0)
+os.close(gate_holder)
+for _ in range(8):
+    os.wait()
 """
 
 
 def test_eight_processes_create_one_study_and_train_each_grid_point_once(url: str, make_spec: MakeSpec) -> None:
     lrs = [index / 100 for index in range(1, 41)]
-    spec = make_spec(*lrs)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CLAIM_ALL, url, json.dumps(spec.frozen())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for _ in range(8)
-    ]  # fmt: skip
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    outputs = [process.stdin and (process.stdin.write("\n"), process.stdin.flush()) for process in processes]
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [errors for _, errors in outputs if errors] == []
-    pairs = [line.split() for output, _ in outputs for line in output.splitlines()]
+    ended = subprocess.run(
+        [sys.executable, "-c", EIGHT_PROCESSES, url, json.dumps(make_spec(*lrs).frozen())],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.stderr == ""
+    pairs = [line.split() for line in ended.stdout.splitlines()]
     assert sorted((int(number), float(lr)) for number, lr in pairs) == list(enumerate(lrs))
     assert [t.params["lr"] for t in optuna_trials(Store(url))] == lrs
 
@@ -612,7 +618,7 @@ def test_what_is_no_url_of_a_store_is_refused(given: str, message: str) -> None:
 
 @pytest.mark.parametrize("form", ["sqlite:///{}/hpo.db", "sqlite:///file:{}/hpo.db?uri=true"])
 def test_a_store_that_is_absent_is_not_made_by_reading(tmp_path: Path, form: str) -> None:
-    with pytest.raises(UserError, match="there is no store at .*hpo.db; `hpo run` makes one"):
+    with pytest.raises(UserError, match=r"there is no store at .*hpo.db; `hpo run` makes one"):
         Store(form.format(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

@@ -103,7 +103,8 @@ def test_the_script_launches_a_study(tmp_path: Path) -> None:
     arguments = ["--trials", "2", "--epochs", "1"]
     result = subprocess.run(
         [sys.executable, ROOT / "scripts" / "launch_study.py", *arguments],
-        cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120,
+        check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "train with lr = " in result.stdout

@@ -12,6 +12,7 @@ import socket
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,7 @@ def _download(dataset_class: Any, holds: str, config: DataConfig) -> Path:
     failures = []
     for base in _bases(config):
         root = base / config.name
+        created = [folder for folder in (root, *root.parents) if not folder.exists()]
         temporary = None
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
@@ -234,10 +236,13 @@ def _download(dataset_class: Any, holds: str, config: DataConfig) -> Path:
                 os.rename(Path(temporary) / holds, root / holds)
             return root
         except (OSError, RuntimeError) as error:
-            raise _absent(config, holds, f" and cannot be downloaded ({error})") from error
+            raise _absent(config, holds, f" and cannot be downloaded ({describe(error)})") from error
         finally:
             socket.setdefaulttimeout(timeout)
             shutil.rmtree(temporary, ignore_errors=True)
+            for folder in created:  # a failed download leaves nothing behind
+                with suppress(OSError):
+                    folder.rmdir()
     raise _absent(config, holds, f" and cannot be downloaded, as {' and '.join(failures)}")
 
 

@@ -1,0 +1,36 @@
+"""The study as it is shown to samplers that learn from complete trials only."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.search import worst_value
+
+DIVERGED = "diverged"  # how the user attribute "ended" of such a trial begins
+
+
+class LearningStudy(optuna.Study):
+    """An Optuna study in which every trial that was dropped counts as complete, for GP and CMA-ES.
+
+    They would not see a pruned or diverged trial and go back to its learning rate for ever. Here a pruned trial counts
+    with its last report, a diverged one with the worst value of all.
+    """
+
+    def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy=False, use_cache=use_cache)
+        known = [trial.value for trial in trials if trial.value is not None]
+        worst = worst_value(self.direction.name.lower(), known)
+        shown = [_as_complete(trial, worst) if trial.state is TrialState.PRUNED else trial for trial in trials]
+        return [trial for trial in shown if states is None or trial.state in states]
+
+
+def _as_complete(trial: FrozenTrial, worst: float) -> FrozenTrial:
+    shown = copy.copy(trial)
+    shown.state = TrialState.COMPLETE
+    diverged = str(trial.user_attrs.get("ended", "")).startswith(DIVERGED)
+    shown.value = worst if trial.value is None or diverged else trial.value
+    return shown

@@ -1,0 +1,300 @@
+"""The worker's loop over a user's function and over the engine: how trials end, whatever the training code does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from hpo import database
+from hpo import store as store_module
+from hpo import worker as worker_module
+from hpo.records import Study, Trial
+from hpo.spec import StudySpec
+from hpo.store import Store
+from hpo.worker import Worker
+
+MakeSpec = Callable[..., StudySpec]
+WriteLoop = Callable[[str], None]
+
+
+@pytest.fixture
+def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteLoop]:
+    """Writes the module `loop`, whose function `train` the studies of `make_spec` call."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(body: str) -> None:
+        lines = "\n".join("    " + line for line in body.strip().splitlines())
+        (tmp_path / "loop.py").write_text(f"import math, pathlib, sys, time\ndef train(trial):\n{lines}\n")
+
+    yield write
+    sys.modules.pop("loop", None)
+
+
+def work(store: Store, study: Study, *, should_stop: Callable[[], bool] = lambda: False) -> list[Trial]:
+    Worker(store, study, device="cpu", torch_device="cpu", should_stop=should_stop).run()
+    return store.trials(study)
+
+
+@contextmanager
+def working(store: Store, study: Study, **options: Any) -> Iterator[None]:
+    """A worker in a thread, which has ended after the block."""
+    thread = threading.Thread(target=lambda: work(store, study, **options))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+
+
+def lease(store: Store) -> float:
+    with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
+        return float(connection.execute(sa.select(database.slots.c.lease_until)).scalars().first() or 0)
+
+
+# How a function's trials end
+
+
+def test_an_exception_fails_its_trial_with_the_traceback_and_the_study_goes_on(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+if trial.params["lr"] == 0.1:
+    raise ValueError("no such\\nluck")
+trial.report(1, val_accuracy=0.5)
+""")
+    study = store.create_study(make_spec(0.1, 0.2), facts={})
+    failed, fine = work(store, study)
+    assert (failed.state, failed.reason, failed.value) == ("failed", "ValueError: no such", None)
+    assert failed.error is not None
+    assert 'loop.py", line 4, in train' in failed.error
+    assert (fine.state, fine.value) == ("complete", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("sys.exit('enough')", "SystemExit: enough"),
+        ("sys.exit(0)", "SystemExit: 0"),
+        ("raise MemoryError", "out of memory"),
+        ("return", "UserError: loop:train returned without a trial.report(...)"),
+        ("trial.report(1)", "UserError: trial.report must be given val_accuracy=..."),
+        ("trial.report(0, val_accuracy=1)", "UserError: trial.report: epoch must be an integer of at least 1, got 0"),
+        ("trial.report(1, val_accuracy='high')", "ValueError: could not convert string to float: 'high'"),
+    ],
+)
+def test_whatever_a_function_does_wrong_fails_its_trial_and_not_the_worker(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, statement: str, reason: str
+) -> None:
+    loop(statement)
+    (failed,) = work(store, store.create_study(make_spec(0.1), facts={}))
+    assert failed.state == "failed"
+    assert failed.reason is not None
+    assert failed.reason.startswith(reason)
+
+
+def test_a_value_that_is_not_finite_ends_the_trial_as_diverged(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+assert not trial.report(1, val_accuracy=0.5)
+assert trial.report(2, val_accuracy=math.nan)
+assert trial.report(3, val_accuracy=0.9)
+""")
+    (diverged,) = work(store, store.create_study(make_spec(0.1), facts={}))
+    assert (diverged.state, diverged.reason) == ("diverged", "val_accuracy = nan in epoch 2")
+    assert (diverged.value, diverged.curves["val_accuracy"]) == (None, [0.5, None])
+
+
+def test_a_loop_that_is_told_to_end_and_goes_on_records_nothing_more(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+for epoch in range(1, trial.epochs + 1):
+    trial.report(epoch, val_accuracy=epoch / 100)
+""")
+    pruner = {"name": "threshold", "lower": 0.5, "warmup_epochs": 2}
+    (pruned,) = work(store, store.create_study(make_spec(0.1, epochs=9, pruner=pruner), facts={}))
+    assert pruned.state == "pruned"
+    assert pruned.reason == f"threshold pruner after epoch {pruned.epochs[-1]}"
+    assert pruned.epochs[-1] < 5
+    assert pruned.value == pruned.epochs[-1] / 100
+
+
+@pytest.mark.parametrize(("last", "state", "value"), [(0.7, "complete", 0.7), (float("nan"), "diverged", None)])
+def test_a_trial_that_was_killed_after_its_last_report_ends_with_it(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, last: float, state: str, value: float | None
+) -> None:
+    loop("return  # the checkpoint says that nothing is left to train")
+    study = store.create_study(make_spec(0.1, epochs=2), facts={})
+    killed = store.claim(study, store.add_worker(study.study_id, device="cpu"))
+    assert killed is not None
+    store.suggest(killed, study.spec, attributes={})
+    for epoch, number in ((1, 0.6), (2, last)):
+        store.report(killed, epoch=epoch, metrics={"val_accuracy": number}, value=number)
+    store.release(killed)
+    (ended,) = work(store, study)
+    assert (ended.state, ended.value, ended.attempt) == (state, value, 2)
+
+
+def test_a_trial_is_given_and_recorded_with_what_it_depends_on(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, tmp_path: Path
+) -> None:
+    loop("""
+assert (trial.device, trial.epochs, trial.attempt) == ("cpu", 3, 1)
+assert trial.checkpoint_dir.is_dir() and not list(trial.checkpoint_dir.iterdir())
+(trial.checkpoint_dir / "seed").write_text(str(trial.seed))
+trial.report(1, val_accuracy=trial.params["lr"])
+""")
+    trials = work(store, store.create_study(make_spec(0.1, 0.2), facts={}))
+    for trial in trials:
+        folder = tmp_path / "hpo_files" / "s" / "trials" / f"{trial.number:04d}"
+        assert (folder / "seed").read_text() == str(trial.attributes["seed"])
+        assert (trial.attributes["device"], trial.attributes["pid"]) == ("cpu", os.getpid())
+        assert trial.attributes["host"] == socket.gethostname()
+        assert {"python", "optuna", "torch"} <= trial.attributes["versions"].keys()
+        assert "git_revision" in trial.attributes
+    assert len({trial.attributes["seed"] for trial in trials}) == 2
+
+
+# Stopping
+
+HELD = """
+for epoch in range(1, trial.epochs + 1):
+    if trial.report(epoch, val_accuracy=epoch):
+        return
+    while epoch == 1 and not pathlib.Path(__file__).with_name("go").exists():
+        time.sleep(0.01)
+"""
+
+
+def test_a_worker_that_is_to_stop_gives_its_trial_back_at_the_next_report(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    loop(HELD)
+    study = store.create_study(make_spec(0.1, 0.2), facts={})
+    with working(store, study):
+        wait_for(lambda: store.trials(study)[0].epochs)
+        store.request_stop(study)
+        (tmp_path / "go").touch()
+    assert [(trial.state, trial.epochs) for trial in store.trials(study)] == [("waiting", [1, 2]), ("waiting", [])]
+    assert store.workers(study) == []
+    store.start(study)
+    assert [(trial.state, trial.attempt) for trial in work(store, study)] == [("complete", 2), ("complete", 1)]
+
+
+def test_a_trial_that_had_its_last_epoch_is_complete_even_where_the_worker_is_to_stop(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("trial.report(trial.epochs, val_accuracy=0.5)")
+    study = store.create_study(make_spec(0.1, 0.2), facts={})
+    trials = work(store, study, should_stop=lambda: store.trials(study)[0].state != "waiting")
+    assert [trial.state for trial in trials] == ["complete", "waiting"]
+
+
+# Leases
+
+
+def test_a_lease_is_renewed_during_a_long_epoch_also_after_database_errors(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, tmp_path: Path,
+    wait_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    for module in (store_module, worker_module):
+        monkeypatch.setattr(module, "LEASE_S", 0.4)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.1)
+    loop(HELD)
+    study = store.create_study(make_spec(0.1), facts={})
+    impatient = Store(str(store.url))
+    with working(impatient, study):
+        wait_for(lambda: store.trials(study)[0].epochs)
+        first = lease(store)
+        wait_for(lambda: lease(store) > first)
+        writer = sqlite3.connect(store.url.database or "")
+        writer.execute("BEGIN IMMEDIATE")
+        wait_for(lambda: "the leases could not be renewed" in caplog.text)
+        writer.close()
+        blocked = lease(store)
+        wait_for(lambda: lease(store) > blocked)
+        (tmp_path / "go").touch()
+    (trial,) = store.trials(study)
+    assert (trial.state, trial.attempt) == ("complete", 1)
+
+
+SWALLOWS_EXCEPTIONS = """
+for epoch in range(1, trial.epochs + 1):
+    try:
+        trial.report(epoch, val_accuracy=epoch)
+    except Exception:
+        pass
+    while epoch == 1 and not pathlib.Path(__file__).with_name("go").exists():
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("code", [HELD, SWALLOWS_EXCEPTIONS], ids=["plain", "swallows exceptions"])
+def test_a_trial_that_was_given_to_another_worker_is_dropped_without_a_trace(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, tmp_path: Path,
+    wait_for: Callable[..., Any], change: Callable[..., None], code: str,
+) -> None:  # fmt: skip
+    loop(code)
+    study = store.create_study(make_spec(0.1), facts={})
+    other = store.add_worker(study.study_id, device="cpu")
+    with working(store, study):
+        wait_for(lambda: store.trials(study)[0].epochs)
+        change(store, database.slots.update().values(lease_until=0))
+        store.reap(study)
+        taken = store.claim(study, other)
+        assert taken is not None
+        (tmp_path / "go").touch()
+        wait_for(lambda: len(store.workers(study)) == 2)
+        store.report(taken, epoch=1, metrics={"val_accuracy": 0.9}, value=0.9)
+        store.finish(taken, "complete", reason="by the other")
+    (trial,) = store.trials(study)
+    assert (trial.state, trial.attempt, trial.value, trial.epochs) == ("complete", 2, 0.9, [1])
+
+
+# The engine
+
+
+def engine_study(store: Store, *lrs: float) -> Study:
+    spec = StudySpec.from_dict(
+        {
+            "name": "digits",
+            "search": {"sampler": "grid", "space": {"lr": list(lrs)}},
+            "model": {"name": "article_cnn", "width": 0.05},
+            "data": {"name": "digits", "train_samples": 200, "validation_fraction": 0.2},
+            "training": {"epochs": 2, "optimizer": "adam", "batch_size": 50},
+        }
+    )
+    return store.create_study(spec, facts={})
+
+
+def test_the_engine_reports_every_epoch_of_every_trial(store: Store) -> None:
+    trials = work(store, engine_study(store, 1e-3, 1e30))
+    assert [trial.state for trial in trials] == ["complete", "diverged"]
+    assert trials[0].epochs == [1, 2]
+    assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"} <= trials[0].curves.keys()
+    assert trials[0].value == trials[0].curves["val_accuracy"][-1]
+    assert trials[1].value is None
+
+
+def test_a_claim_that_is_lost_before_training_begins_does_not_end_the_worker(store: Store) -> None:
+    study = engine_study(store, 1e-3, 1e-4)
+    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+        connection.exec_driver_sql(
+            "CREATE TRIGGER another_is_faster AFTER UPDATE OF state ON hpo_slots "
+            "WHEN new.number = 0 AND new.attempt = 1 "
+            "BEGIN UPDATE hpo_slots SET attempt = 2, worker_id = 'another' WHERE number = 0; END"
+        )
+    trials = work(store, study, should_stop=lambda: store.trials(study)[1].state == "complete")
+    assert [(trial.state, trial.worker_id == "another") for trial in trials] == [("running", True), ("complete", False)]
