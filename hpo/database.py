@@ -57,7 +57,8 @@ slots = sa.Table(
     sa.Column("given", sa.Text, nullable=False),  # parameters fixed beforehand, under Optuna's names, as JSON
     sa.Column("trial_id", sa.Integer),  # Optuna's, from the first claim on
     sa.Column("attempt", sa.Integer, nullable=False),  # 0 before the first claim; fences out whoever lost the slot
-    sa.Column("losses", sa.Integer, nullable=False),  # attempts whose worker died
+    sa.Column("furthest", sa.Integer, nullable=False),  # the highest epoch that any attempt reported
+    sa.Column("losses", sa.Integer, nullable=False),  # attempts whose worker died since `furthest` last rose
     sa.Column("worker_id", sa.String(64)),
     sa.Column("lease_until", sa.Float),
     sa.Column("ended_at", sa.Float),

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
@@ -210,15 +211,18 @@ def _num_ended(store: Store, study: Study) -> int:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them. Elsewhere than in the main thread it can do nothing."""
+    """Collects SIGINT and SIGTERM instead of dying of them, up to the third. Does nothing outside the main thread."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    previous = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def receive(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 2:
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hpo.search import values_from_optuna
 from hpo.spec import StudySpec
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 
 @dataclass(frozen=True)
@@ -59,3 +64,25 @@ class WorkerRow:
     device: str
     seen_s: float  # seconds since the last sign of life
     alive: bool
+
+
+def read_trial(row: Any, frozen: FrozenTrial | None, reports: list[tuple[int, dict[str, float | None]]]) -> Trial:
+    """A trial from its row of hpo_slots, its Optuna trial once it has one, and its (epoch, metrics) in order."""
+    names = list(dict.fromkeys(name for _, metrics in reports for name in metrics))
+    given = json.loads(row.given)
+    value = frozen.value if frozen is not None and row.state in ("complete", "pruned") else None
+    return Trial(
+        number=row.number,
+        state=row.state,
+        params=values_from_optuna(frozen.params if frozen is not None else given),
+        value=value,
+        attempt=row.attempt,
+        reason=row.reason,
+        error=row.error,
+        worker_id=row.worker_id,
+        attributes=frozen.user_attrs if frozen is not None else {},
+        started=frozen.datetime_start.timestamp() if frozen is not None and frozen.datetime_start else None,
+        ended=row.ended_at,
+        epochs=[epoch for epoch, _ in reports],
+        curves={name: [metrics.get(name) for _, metrics in reports] for name in names},
+    )

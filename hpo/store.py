@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import get_storage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 from sqlalchemy.engine import Connection
 
 from hpo import liveness, search
@@ -42,14 +42,17 @@ from hpo.database import (
 )
 from hpo.errors import UserError
 from hpo.learning import LearningStudy
-from hpo.records import Claim, Study, Trial, WorkerRow
+from hpo.records import Claim, Study, Trial, WorkerRow, read_trial
 from hpo.spec import StudySpec
 
 LEASE_S = 60.0  # a claim that is not renewed for this long may be taken by another worker
-MAX_LOSSES = 3  # a slot whose worker died this often is failed: its trial is what kills them
+MAX_LOSSES = 3  # a slot whose worker died this often without coming further is failed: its trial kills them
 SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
+STORE_ERRORS = (sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
+_UNCLAIMED = {"state": "waiting", "attempt": 0, "furthest": 0, "losses": 0}
 ENDED = ("complete", "pruned", "diverged", "failed")
 
 
@@ -128,7 +131,7 @@ class Store:
 
     def _insert_slots(self, connection: Connection, study_id: int, numbers: range, given: Sequence[str]) -> None:
         rows = [
-            {"study_id": study_id, "number": number, "state": "waiting", "given": values, "attempt": 0, "losses": 0}
+            {"study_id": study_id, "number": number, "given": values, **_UNCLAIMED}
             for number, values in zip(numbers, given, strict=True)
         ]
         if rows:
@@ -301,6 +304,9 @@ class Store:
                     metrics=json.dumps(finite),
                 )
             )
+            connection.execute(
+                slots.update().where(_is_held(claim), slots.c.furthest < epoch).values(furthest=epoch, losses=0)
+            )
             theirs = intermediate_values.c
             later = (theirs.trial_id == claim.trial_id) & (theirs.step > epoch)
             connection.execute(intermediate_values.delete().where(later))
@@ -400,7 +406,7 @@ class Store:
             ):
                 reports.setdefault(row.number, []).append((row.epoch, json.loads(row.metrics)))
         frozen = {trial._trial_id: trial for trial in self._cached.get_all_trials(study.study_id, deepcopy=False)}
-        return [_trial(row, frozen.get(row.trial_id), reports.get(row.number, [])) for row in rows]
+        return [read_trial(row, frozen.get(row.trial_id), reports.get(row.number, [])) for row in rows]
 
     # Inside a transaction
 
@@ -492,24 +498,3 @@ def _gone(worker: Any) -> bool:
 def _storable(text: str) -> str:
     """The text without what no database takes: halves of characters, as undecodable file names have, and NUL."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-
-
-def _trial(row: Any, frozen: FrozenTrial | None, reports: list[tuple[int, dict[str, float | None]]]) -> Trial:
-    names = list(dict.fromkeys(name for _, metrics in reports for name in metrics))
-    given = json.loads(row.given)
-    value = frozen.value if frozen is not None and row.state in ("complete", "pruned") else None
-    return Trial(
-        number=row.number,
-        state=row.state,
-        params=search.values_from_optuna(frozen.params if frozen is not None else given),
-        value=value,
-        attempt=row.attempt,
-        reason=row.reason,
-        error=row.error,
-        worker_id=row.worker_id,
-        attributes=frozen.user_attrs if frozen is not None else {},
-        started=frozen.datetime_start.timestamp() if frozen is not None and frozen.datetime_start else None,
-        ended=row.ended_at,
-        epochs=[epoch for epoch, _ in reports],
-        curves={name: [metrics.get(name) for _, metrics in reports] for name in names},
-    )

@@ -25,7 +25,7 @@ from hpo import provenance
 from hpo.errors import UserError
 from hpo.objective import Trial
 from hpo.records import Claim, Study
-from hpo.store import LEASE_S, ClaimLost, Store
+from hpo.store import LEASE_S, STORE_ERRORS, ClaimLost, Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
 
 logger = logging.getLogger(__name__)
@@ -233,8 +233,8 @@ class Worker:
         """An exception in training ends its trials as failed, with the traceback, and not the study."""
         try:
             yield
-        except ClaimLost:
-            raise
+        except (ClaimLost, *STORE_ERRORS):
+            raise  # the trial is another's, or the store is at fault: not the trial's failure
         except (Exception, SystemExit) as error:  # a user's loop that calls sys.exit() ends its trial, not the worker
             out_of_memory = _is_out_of_memory(error)
             reason = "out of memory" if out_of_memory else f"{type(error).__name__}: {error}".split("\n")[0][:500]

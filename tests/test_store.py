@@ -455,6 +455,19 @@ def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: M
     assert claim(store, study, worker).number == 1
 
 
+def test_deaths_of_workers_count_only_while_the_trial_comes_no_further(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    """Three power cuts in a long trial are no fault of the trial."""
+    study, worker = begin(store, make_spec(0.1))
+    for furthest in range(1, 2 * MAX_LOSSES):
+        lost = claim(store, study, worker)
+        report(store, lost, *[0.5] * furthest)
+        expire(store, lost, change)
+        assert store.reap(study) == 1
+    assert trial(store, study).state == "waiting"
+
+
 def test_a_process_is_told_from_a_later_one_of_the_same_pid_whatever_the_clock_does() -> None:
     started = liveness.process_started()
     assert liveness.is_running(os.getpid(), started=started)
