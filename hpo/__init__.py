@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from hpo.analysis import Best as Best
     from hpo.api import Result as Result
     from hpo.api import best as best
+    from hpo.api import export as export
+    from hpo.api import join as join
     from hpo.api import resume as resume
     from hpo.api import run as run
     from hpo.api import status as status
     from hpo.api import stop as stop
+    from hpo.api import studies as studies
     from hpo.api import trials as trials
     from hpo.errors import StudyStopped as StudyStopped
     from hpo.errors import UserError as UserError
@@ -32,10 +35,13 @@ _MODULES = {
     "Trial": "hpo.objective",
     "UserError": "hpo.errors",
     "best": "hpo.api",
+    "export": "hpo.api",
+    "join": "hpo.api",
     "resume": "hpo.api",
     "run": "hpo.api",
     "status": "hpo.api",
     "stop": "hpo.api",
+    "studies": "hpo.api",
     "trials": "hpo.api",
 }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import tomli_w
 
 from hpo import analysis, launch, preflight
 from hpo.analysis import Best
-from hpo.devices import Device, choose_devices
+from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
+from hpo.ledger import ENDED, STORE_ERRORS
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
-from hpo.store import ENDED, Store
+from hpo.store import Store
 
 DEFAULT_STORAGE = "sqlite:///hpo.db"
 
@@ -56,18 +57,20 @@ def run(
     if not isinstance(spec, StudySpec):
         code_folder = code_folder or Path(spec).parent
         spec = StudySpec.from_toml(spec)
+    if workers is not None and in_process:
+        raise UserError(f"--workers has no meaning with --in-process, got {workers}")
     folder = str(Path(code_folder or sys.path[0] or os.getcwd()).resolve())
-    if (done := _finished(spec, storage_url(storage))) is not None:
-        store, study = done
-        return _result(store, study)
-    chosen = choose_devices(devices)
-    launcher = _launcher(chosen, workers, in_process=in_process, python_path=folder)
-    with _importable(folder):
-        facts = preflight.check(spec, chosen)
-        store = Store(storage_url(storage), create=True)
-        study = store.create_study(spec, facts=facts)
+    url = storage_url(storage)
+    if (done := _finished(spec, url)) is not None:
+        return _result(*done)
+
+    def create(facts: Mapping[str, Any]) -> tuple[Store, Study]:
+        store = Store(url, create=True)
+        study = store.create_study(spec, facts={**facts, "code_folder": folder})
         store.start(study)
-        return _launch(store, study, launcher, watcher)
+        return store, study
+
+    return _train(spec, folder, create, devices=devices, workers=workers, in_process=in_process, watcher=watcher)
 
 
 def join(
@@ -78,11 +81,20 @@ def join(
     workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> Result:
-    """Adds workers of this machine to a study in the store, and returns when the study has ended."""
+    """Adds workers of this machine to a study in the store, and returns when the study has ended.
+
+    Modules of the user's own are looked for where they were when the study was created, else in the working directory.
+    """
     store = Store(storage_url(storage))
     study = store.study(name)
-    launcher = _launcher(choose_devices(devices), workers, in_process=False, python_path=os.getcwd())
-    return _launch(store, study, launcher, watcher)
+    if not _num_left(store, study):
+        return _result(store, study)
+
+    def join_it(facts: Mapping[str, Any]) -> tuple[Store, Study]:
+        store.check_joins(study, study.spec, facts=facts)
+        return store, study
+
+    return _train(study.spec, _code_folder(study), join_it, devices=devices, workers=workers, watcher=watcher)
 
 
 def resume(
@@ -94,15 +106,23 @@ def resume(
     workers: int | None = None,
     watcher: Watcher | None = None,
 ) -> Result:
-    """Goes on with a study that was stopped or interrupted; `trials` enlarges its budget, keeping what was trained."""
+    """Goes on with a study that was stopped or interrupted; `trials` enlarges its budget, keeping what was trained.
+
+    Modules of the user's own are looked for as `join` does.
+    """
     store = Store(storage_url(storage))
     study = store.study(name)
-    launcher = _launcher(choose_devices(devices), workers, in_process=False, python_path=os.getcwd())
-    if trials is not None:
-        store.enlarge(study, trials)
-        study = store.study(name)
-    store.start(study)
-    return _launch(store, study, launcher, watcher)
+    if trials is None and not _num_left(store, study):
+        return _result(store, study)
+
+    def go_on(facts: Mapping[str, Any]) -> tuple[Store, Study]:
+        store.check_joins(study, study.spec, facts=facts)
+        if trials is not None:
+            store.enlarge(study, trials)
+        store.start(study)
+        return store, store.study(name)
+
+    return _train(study.spec, _code_folder(study), go_on, devices=devices, workers=workers, watcher=watcher)
 
 
 def stop(name: str, *, storage: str | None = None) -> None:
@@ -123,7 +143,8 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
     """Where a study stands: trials by state, the best so far, and its workers with what each is doing."""
     store = Store(storage_url(storage))
     study = store.study(name)
-    store.reap(study)
+    with suppress(*STORE_ERRORS):  # a store that can only be read can be looked at all the same
+        store.reap(study)
     all_trials = store.trials(study)
     running = {trial.worker_id: trial for trial in all_trials if trial.state == "running"}
     found = analysis.best(study, all_trials)
@@ -169,13 +190,15 @@ def export(name: str, *, storage: str | None = None) -> dict[str, Any]:
     """The best trial as a study: the settings of a study file whose only trial has the best trial's values."""
     store = Store(storage_url(storage))
     study = store.study(name)
-    found = _best(study, store.trials(study))
+    all_trials = store.trials(study)
+    found = _best(study, all_trials)
     settings = study.spec.frozen()
     settings["name"] = f"{name}-best"[-100:]
     settings["search"] = {
         "sampler": "grid",
         "seed": study.spec.search.seed,
-        "space": {key: [value] for key, value in found.params.items()},
+        # With its seed it is the same trial again, and not another one with the same values.
+        "space": {key: [value] for key, value in found.params.items()} | {"seed": [_seed(all_trials, found)]},
     }
     settings["pruner"] = {"name": "none"}
     return settings
@@ -210,30 +233,50 @@ def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
         study = store.study(spec.name)
     except UserError:
         return None  # no store or no such study; what else may be wrong is said when it is opened for writing
-    if set(store.counts(study.study_id)) - set(ENDED) or study.spec.differences(spec):
+    counts = store.counts(study.study_id)
+    if set(counts) - set(ENDED) or sum(counts.values()) < spec.num_trials or study.spec.differences(spec):
         return None
     return store, study
 
 
-def _launcher(
-    devices: Sequence[Device], workers: int | None, *, in_process: bool, python_path: str
-) -> launch.Launcher:  # fmt: skip
+def _train(
+    spec: StudySpec,
+    folder: str,
+    open_study: Callable[[Mapping[str, Any]], tuple[Store, Study]],
+    *,
+    devices: str,
+    workers: int | None,
+    in_process: bool = False,
+    watcher: Watcher | None,
+) -> Result:
+    """Checks everything, then opens the study with the facts that were found, and trains until none of it is left."""
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}")
+    chosen = choose_devices(devices)
+    launcher: launch.Launcher
     if in_process:
-        return launch.InProcess(devices[0])
-    return launch.LocalProcesses(devices, workers=workers, python_path=python_path)
-
-
-def _launch(store: Store, study: Study, launcher: launch.Launcher, watcher: Watcher | None) -> Result:
-    launcher.run(store, study, watch=watcher(store, study) if watcher else lambda: None)
+        launcher = launch.InProcess(chosen[0])
+    else:
+        launcher = launch.LocalProcesses(chosen, workers=workers, python_path=folder)
+    with _importable(folder):
+        store, study = open_study(preflight.check(spec, chosen))
+        launcher.run(store, study, watch=watcher(store, study) if watcher else lambda: None)
     study = store.study(study.name)
-    left = {state: count for state, count in store.counts(study.study_id).items() if state not in ENDED}
+    left = _num_left(store, study)
     if study.stop == "failure":
-        raise StudyStopped(f"study {study.name!r} was stopped: {study.stop_reason}")
+        raise StudyStopped(f"study {study.name!r} was stopped: {study.stop_reason}", can_go_on=left > 0)
     if left:
-        raise StudyStopped(f"study {study.name!r} was stopped with {sum(left.values())} trials left")
+        raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_go_on=True)
     return _result(store, study)
+
+
+def _num_left(store: Store, study: Study) -> int:
+    return sum(count for state, count in store.counts(study.study_id).items() if state not in ENDED)
+
+
+def _code_folder(study: Study) -> str:
+    folder = str(study.facts.get("code_folder", ""))
+    return folder if os.path.isdir(folder) else os.getcwd()
 
 
 def _result(store: Store, study: Study) -> Result:
@@ -250,16 +293,20 @@ def _best(study: Study, all_trials: list[Trial]) -> Best:
     return found
 
 
+def _seed(all_trials: list[Trial], found: Best) -> int:
+    return int(next(trial for trial in all_trials if trial.number == found.trial).attributes["seed"])
+
+
 def _trial_dict(trial: Trial) -> dict[str, Any]:
     curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
     return {
+        **{name: list(values) for name, values in curves.items()},
         "number": trial.number,
         "state": trial.state,
         "params": dict(trial.params),
         "value": trial.value,
         "attempt": trial.attempt,
         "epochs": list(trial.epochs),
-        **{name: list(values) for name, values in curves.items()},
         "reason": trial.reason,
         "error": trial.error,
         **{key: value for key, value in trial.attributes.items() if key != "ended"},

@@ -163,7 +163,7 @@ def _train(train: Callable[[Any], Result], study: str, storage: str | None, *, a
         with Progress(console) as progress:
             result = train(progress.watch)
     except StudyStopped as error:
-        raise StudyStopped(f"{error}\ngo on with: {again}{suffix}") from None
+        raise StudyStopped(f"{error}\ngo on with: {again}{suffix}" if error.can_go_on else str(error)) from None
     store = Store(api.storage_url(storage))
     steps = [
         f"every trial in the browser:  hpo dashboard{suffix}",

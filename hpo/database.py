@@ -60,6 +60,7 @@ slots = sa.Table(
     sa.Column("furthest", sa.Integer, nullable=False),  # the highest epoch that any attempt reported
     sa.Column("losses", sa.Integer, nullable=False),  # attempts whose worker died since `furthest` last rose
     sa.Column("worker_id", sa.String(64)),
+    sa.Column("claimed_at", sa.Float),  # by the latest attempt
     sa.Column("lease_until", sa.Float),
     sa.Column("ended_at", sa.Float),
     sa.Column("reason", sa.Text),  # why it ended, in a few words

@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.analysis import Best, best
+from hpo.ledger import ENDED
 from hpo.records import Study, Trial
-from hpo.store import ENDED, Store
+from hpo.store import Store
 
 REFRESH_S = 0.5  # at least; longer where reading the study takes long
 MAX_ROWS = 60  # of the final table
@@ -60,9 +61,11 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._next_read = 0.0  # what ended since the last look is shown in any case
-        self.update()
-        if self._live is not None:
-            self._live.stop()
+        try:
+            self.update()
+        finally:
+            if self._live is not None:
+                self._live.stop()
 
     def watch(self, store: Store, study: Study) -> Any:
         """Begins to show this study; what it returns is to be called while workers run."""

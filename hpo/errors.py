@@ -11,7 +11,14 @@ class UserError(Exception):
 
 
 class StudyStopped(Exception):
-    """The study could not finish; the command line prints the message alone and exits with 1."""
+    """The study could not finish; the command line prints the message alone and exits with 1.
+
+    `can_go_on` is true where the same command, given again, has something left to do.
+    """
+
+    def __init__(self, message: str, *, can_go_on: bool = False) -> None:
+        super().__init__(message)
+        self.can_go_on = can_go_on
 
 
 def unknown_name(setting: str, value: object, valid: Iterable[str]) -> UserError:

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
+from hpo.devices import Device, threads_per_worker, torch_device, worker_environment
 from hpo.errors import StudyStopped
+from hpo.ledger import ENDED, STORE_ERRORS
 from hpo.records import Study
 from hpo.store import Store
 from hpo.worker import ASSIGNMENT, DRAIN_S, EXIT_RESTART, Assignment, Worker
@@ -58,10 +59,17 @@ class InProcess:
 
             store.reap(study)
             device = self._device.name
-            Worker(store, study, device=device, torch_device=device, should_stop=should_stop).run()
+            # As a worker process would be: by UUID, before CUDA is first used, so that torch sees this device alone.
+            if self._device.uuid is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = self._device.uuid
+            try:
+                torch_name = torch_device(self._device)
+                Worker(store, study, device=device, torch_device=torch_name, should_stop=should_stop).run()
+            except SystemExit:
+                raise StudyStopped(f"the device {device} is unusable in this process", can_go_on=True) from None
             watch()
             if interrupted:
-                raise StudyStopped("interrupted")
+                raise StudyStopped("interrupted", can_go_on=True)
 
 
 class LocalProcesses:
@@ -79,11 +87,7 @@ class LocalProcesses:
         store.reap(study)
         waiting = store.counts(study.study_id).get("waiting", 0)
         devices = self._devices[: max(1, waiting)]
-        threads = (
-            threads_per_worker(len(devices))
-            if all(d.kind == "cpu" for d in devices)
-            else max(1, num_cores() // len(devices))
-        )
+        threads = threads_per_worker(len(devices))
         logs = store.folder / study.name / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         processes = [
@@ -102,7 +106,7 @@ class LocalProcesses:
                 store.reap(study)
         watch()
         if interrupted:
-            raise StudyStopped("interrupted")
+            raise StudyStopped("interrupted", can_go_on=True)
 
     def _assignment(self, store: Store, study: Study, device: Device, threads: int) -> Assignment:
         url = store.url.render_as_string(hide_password=False)
@@ -119,7 +123,7 @@ class LocalProcesses:
             for process in processes:
                 if process.exit_code in (None, 0):
                     continue
-                store.reap(study)
+                store.reap(study, crashed_pid=None if process.exit_code == EXIT_RESTART else process.pid)
                 ended = _num_ended(store, study)
                 crashes = 0 if process.exit_code == EXIT_RESTART or ended > ended_before else crashes + 1
                 ended_before = ended
@@ -162,6 +166,10 @@ class _Process:
                 start_new_session=True,
             )
 
+    @property
+    def pid(self) -> int | None:
+        return None if self._popen is None else self._popen.pid
+
     def is_running(self) -> bool:
         if self._popen is None or self.exit_code is not None:
             return False
@@ -201,12 +209,13 @@ def _drain(processes: Sequence[_Process], interrupted: list[int], watch: Watch) 
         if time.monotonic() > deadline or len(interrupted) > 1:
             for process in running:
                 process.kill()
-        watch()
+        with suppress(*STORE_ERRORS):  # showing progress must not keep the workers from being ended
+            watch()
         time.sleep(TICK_S)
 
 
 def _num_ended(store: Store, study: Study) -> int:
-    return sum(count for state, count in store.counts(study.study_id).items() if state not in ("waiting", "running"))
+    return sum(count for state, count in store.counts(study.study_id).items() if state in ENDED)
 
 
 @contextmanager

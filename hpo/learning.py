@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-
-from hpo.search import worst_value
 
 DIVERGED = "diverged"  # how the user attribute "ended" of such a trial begins
 
@@ -23,7 +22,7 @@ class LearningStudy(optuna.Study):
     def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy=False, use_cache=use_cache)
         known = [trial.value for trial in trials if trial.value is not None]
-        worst = worst_value(self.direction.name.lower(), known)
+        worst = _worst_value(self.direction.name.lower(), known)
         shown = [_as_complete(trial, worst) if trial.state is TrialState.PRUNED else trial for trial in trials]
         return [trial for trial in shown if states is None or trial.state in states]
 
@@ -34,3 +33,11 @@ def _as_complete(trial: FrozenTrial, worst: float) -> FrozenTrial:
     diverged = str(trial.user_attrs.get("ended", "")).startswith(DIVERGED)
     shown.value = worst if trial.value is None or diverged else trial.value
     return shown
+
+
+def _worst_value(direction: str, values: list[float]) -> float:
+    """What a diverged trial counts as for a sampler that learns from values only: no better than the worst one seen."""
+    finite = [value for value in values if math.isfinite(value)]
+    if direction == "maximize":
+        return min([0.0, *finite])
+    return max(finite, default=0.0)

@@ -9,6 +9,9 @@ from typing import Any
 
 from hpo.errors import UserError
 
+# What `hpo trials --json` says of every trial beside its metrics.
+RESERVED = frozenset({"number", "state", "params", "value", "attempt", "epochs", "reason", "error", "seed", "device"})
+
 
 @dataclass
 class Trial:
@@ -39,6 +42,9 @@ class Trial:
         """
         if not isinstance(epoch, int) or epoch < 1:
             raise UserError(f"trial.report: epoch must be an integer of at least 1, got {epoch!r}")
+        for name in metrics:
+            if name in RESERVED:
+                raise UserError(f"trial.report: {name!r} names a column of every trial and cannot be a metric")
         if self._metric not in metrics:
             raise UserError(
                 f"trial.report must be given {self._metric}=..., the study's objective.metric; got {', '.join(metrics)}"

@@ -16,8 +16,11 @@ def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
     Raises UserError for anything that would fail in the trials. Runs on the CPU, so that the process that only
     supervises takes no memory of a GPU. Data sets that are absent are downloaded here, once, before workers start.
     """
+    from hpo.search import build_pruner, build_sampler
     from hpo.train.imports import import_object
 
+    build_pruner(spec)
+    build_sampler(spec, number=0)
     if spec.objective:
         import_object(spec.objective.function, setting="objective.function")
         return {}

@@ -50,7 +50,7 @@ class Trial:
     error: str | None
     worker_id: str | None
     attributes: Mapping[str, Any]  # seed, device, host, pid, versions...
-    started: float | None  # seconds since 1970
+    started: float | None  # of the latest attempt, seconds since 1970 by the database's clock
     ended: float | None
     epochs: Sequence[int] = ()
     curves: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def read_trial(row: Any, frozen: FrozenTrial | None, reports: list[tuple[int, di
         error=row.error,
         worker_id=row.worker_id,
         attributes=frozen.user_attrs if frozen is not None else {},
-        started=frozen.datetime_start.timestamp() if frozen is not None and frozen.datetime_start else None,
+        started=row.claimed_at,
         ended=row.ended_at,
         epochs=[epoch for epoch, _ in reports],
         curves={name: [metrics.get(name) for _, metrics in reports] for name in names},

@@ -12,6 +12,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 
 AT_LEAST_0: Rule = ("at least 0", lambda value: value >= 0)
 AT_LEAST_1: Rule = ("at least 1", lambda value: value >= 1)
+FINITE: Rule = ("a finite number", lambda value: True)  # as every number has to be
 POSITIVE: Rule = ("greater than 0", lambda value: value > 0)
 FRACTION: Rule = ("between 0 and 1", lambda value: 0 <= value <= 1)
 INSIDE: Rule = ("greater than 0 and less than 1", lambda value: 0 < value < 1)
@@ -28,6 +29,8 @@ RULES: dict[str, Rule] = {
     "pruner.reduction_factor": ("at least 2", lambda value: value >= 2),
     "pruner.patience": AT_LEAST_1,
     "pruner.min_delta": AT_LEAST_0,
+    "pruner.lower": FINITE,
+    "pruner.upper": FINITE,
     "data.validation_fraction": INSIDE,
     "data.split_seed": AT_LEAST_0,
     "data.train_samples": AT_LEAST_1,

@@ -6,7 +6,6 @@ draw the same numbers, and a study that is interrupted draws the same ones when 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,6 @@ class Sampler:
     build: Callable[[int, int, StudySpec], BaseSampler]
     conditional: bool = False  # can it search a parameter that depends on another one?
     min_ranges: int = 0
-    atomic: bool = False  # must two workers not sample at once?
     needs_values: bool = (
         False  # learns from complete trials only: is shown diverged trials as complete, with the worst value
     )
@@ -87,7 +85,7 @@ SAMPLERS: dict[str, Sampler] = {
     "grid": Sampler(_random, conditional=True),  # a grid's points are given with its slots; nothing is left to sample
     "random": Sampler(_random, conditional=True),
     "tpe": Sampler(_tpe, conditional=True),
-    "qmc": Sampler(_qmc, atomic=True),
+    "qmc": Sampler(_qmc),
     "gp": Sampler(_gp, needs_values=True),
     "cmaes": Sampler(_cmaes, min_ranges=2, needs_values=True),
 }
@@ -215,11 +213,3 @@ def _suggest(trial: optuna.Trial, name: str, parameter: Range | Choice, *, grid:
 def _optuna_name(key: str, parameter: Parameter, values: Mapping[str, Scalar]) -> str:
     # A parameter of its own for each case: what is learnt about SGD's rates says nothing about Adam's.
     return f"{key}[{values[parameter.by]}]" if isinstance(parameter, Cases) else key
-
-
-def worst_value(direction: str, values: list[float]) -> float:
-    """What a diverged trial counts as for a sampler that learns from values only: no better than the worst one seen."""
-    finite = [value for value in values if math.isfinite(value)]
-    if direction == "maximize":
-        return min([0.0, *finite])
-    return max(finite, default=0.0)

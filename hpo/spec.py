@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from hpo.errors import UserError, check_keys, unknown_name
+from hpo.objective import RESERVED
 from hpo.rules import check_rule
 from hpo.search import PRUNERS, SAMPLERS
 from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points, parse_space
@@ -28,6 +29,7 @@ from hpo.train.optim import OPTIMIZERS, SCHEDULES
 Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
 # What may differ between two runs of one study without changing a single number of it.
 RESULT_NEUTRAL = frozenset({"data.root", "data.placement"})
+BUDGET = frozenset({"search.trials"})  # of a sampled study: trials can be added to those that there are
 
 
 class _Section(BaseModel):
@@ -154,11 +156,16 @@ class StudySpec(_Section):
         )
 
     def corners(self, sections: Collection[str] = ("model", "data", "training")) -> Iterator[dict[str, Scalar]]:
-        """The combinations of the extreme values of the space (at most 4,096), cut down to these sections."""
+        """The combinations of the extreme values of the space, as far as they concern these sections; at most 4,096."""
+        parameters = self.search.parameters
+        concerned = {key for key in parameters if _section_and_name(key)[0] in sections}
+        needed = concerned | {p.by for key, p in parameters.items() if key in concerned and isinstance(p, Cases)}
         seen = []
-        points = combinations(self.search.parameters, lambda parameter: parameter.extremes())
+        points = combinations(
+            {key: parameters[key] for key in parameters if key in needed}, lambda parameter: parameter.extremes()
+        )
         for point in itertools.islice(points, 4096):
-            corner = {key: value for key, value in point.items() if _section_and_name(key)[0] in sections}
+            corner = {key: value for key, value in point.items() if key in concerned}
             if corner not in seen:
                 seen.append(corner)
                 yield corner
@@ -176,10 +183,11 @@ class StudySpec(_Section):
     def differences(self, other: StudySpec) -> list[str]:
         """The settings, as `section.key: theirs here, mine there`, that would change a result of `self`."""
         mine, theirs = dict(_flatten(self.frozen())), dict(_flatten(other.frozen()))
+        neutral = RESULT_NEUTRAL if "grid" in (self.search.sampler, other.search.sampler) else RESULT_NEUTRAL | BUDGET
         return [
             f"{key}: {mine.get(key)!r} in the study, {theirs.get(key)!r} here"
             for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key) and key not in RESULT_NEUTRAL
+            if mine.get(key) != theirs.get(key) and key not in neutral
         ]
 
     @model_validator(mode="before")
@@ -213,8 +221,8 @@ class StudySpec(_Section):
         for section in ("search", "pruner", "data", "training"):
             for key, value in vars(getattr(self, section)).items():
                 check_rule(f"{section}.{key}", value)
-        self._check_pruner()
         self._check_search()
+        self._check_pruner()
         if self.objective:
             self._check_objective()
         else:
@@ -229,8 +237,18 @@ class StudySpec(_Section):
             if key not in options:
                 takes = f"it takes {', '.join(options)}" if options else "it takes no options"
                 raise UserError(f"pruner.{key} has no meaning for pruner {self.pruner.name!r} ({takes}), got {value!r}")
-        if self.pruner.name == "threshold" and self.pruner.lower is None and self.pruner.upper is None:
+        pruner = self.pruner
+        if pruner.name == "threshold" and pruner.lower is None and pruner.upper is None:
             raise UserError("pruner.lower or pruner.upper must be set for pruner 'threshold'")
+        if pruner.lower is not None and pruner.upper is not None and pruner.lower >= pruner.upper:
+            raise UserError(f"pruner.lower must be less than pruner.upper, got {pruner.lower} and {pruner.upper}")
+        for key in ("min_epochs", "warmup_epochs"):
+            value = getattr(pruner, key)
+            if value is not None and value >= self.max_epochs:
+                raise UserError(
+                    f"pruner.{key} must be less than training.epochs = {self.max_epochs}, or nothing is ever pruned; "
+                    f"got {value}"
+                )
 
     def _check_search(self) -> None:
         search, name = self.search, self.search.sampler
@@ -293,6 +311,10 @@ class StudySpec(_Section):
         assert self.objective is not None
         if self.objective.direction not in ("maximize", "minimize"):
             raise UserError(f"objective.direction must be maximize or minimize, got {self.objective.direction!r}")
+        if self.objective.metric in RESERVED:
+            raise UserError(
+                f"objective.metric cannot be one of {', '.join(sorted(RESERVED))}; got {self.objective.metric!r}"
+            )
         _check_reference("objective.function", self.objective.function)
         for section, config in (("model", self.model), ("data", self.data), ("training", self.training)):
             for field in dataclasses.fields(config):

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,16 +23,18 @@ from typing import Any
 
 from hpo import provenance
 from hpo.errors import UserError
+from hpo.ledger import LEASE_S, STORE_ERRORS, ClaimLost
 from hpo.objective import Trial
 from hpo.records import Claim, Study
-from hpo.store import LEASE_S, STORE_ERRORS, ClaimLost, Store
+from hpo.store import Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
+REAP_S = 5.0  # between looks for workers that died
 DRAIN_S = 30.0  # how long a trial may take to come to its next report before it is left in the middle of its epoch
-EXIT_RESTART = 75  # the device is unusable in this process; a new process may go on (EX_TEMPFAIL)
+EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
 ASSIGNMENT = "HPO_WORKER"  # environment variable with the Assignment; not on the command line, where anyone reads it
 
 
@@ -67,6 +69,7 @@ class Worker:
     def run(self) -> None:
         self._worker_id = self._store.add_worker(self._study.study_id, device=self._device)
         work = self._call_function if self._spec.objective else self._engine_loop()
+        next_reap = 0.0
         try:
             with self._heartbeat():
                 while not self._should_stop():
@@ -74,7 +77,9 @@ class Worker:
                         continue
                     if not self._store.counts(self._study.study_id).keys() & {"waiting", "running"}:
                         break
-                    self._store.reap(self._study)
+                    if time.monotonic() > next_reap:
+                        self._store.reap(self._study)
+                        next_reap = time.monotonic() + REAP_S
                     self._draining = self._store.is_stopping(self._study.study_id)
                     time.sleep(POLL_S)
         finally:
@@ -100,11 +105,13 @@ class Worker:
             """Fills the free lanes and trains an epoch; False where there was nothing to train."""
             while engine.free_lanes and (claim := self._claim()):
                 with self._losing_ends(claim), self._failures_end([claim]):
-                    config = self._configure(claim)
+                    values, seed = self._suggest(claim)
+                    config = self._spec.trial_config(values, seed=seed)
                     self._lanes[engine.admit(config)] = (claim, config)
             if not self._lanes:
                 return False
             results: list[EpochResult] = []
+            num_lanes = len(self._lanes)
             with self._failures_end([claim for claim, _ in self._lanes.values()]), suppress(Stopped):
                 results = engine.run_epoch()
             for result in results:
@@ -113,26 +120,25 @@ class Worker:
                 if claim not in self._held:
                     engine.evict(lane)
                     del self._lanes[lane]
+            if len(results) < num_lanes:
+                _free_memory()  # what failed may have filled the device, which other processes share
             return True
 
         return work
 
-    def _configure(self, claim: Claim) -> TrialConfig:
-        values, seed = self._suggest(claim)
-        return self._spec.trial_config(values, seed=seed)
-
     def _settle(self, claim: Claim, config: TrialConfig, result: EpochResult) -> None:
         """Reports an epoch and ends the trial where it is done, dropped or diverged."""
         with self._losing_ends(claim):
-            self._store.report(claim, epoch=result.epoch, metrics=result.metrics(), value=result.val_accuracy)
-            if result.diverged:
-                self._finish(claim, "diverged", f"{result.diverged} in epoch {result.epoch}")
-            elif result.epoch >= config.training.epochs:
-                self._finish(claim, "complete", f"trained for {result.epoch} epochs")
-            elif self._store.should_prune(claim, self._spec, epoch=result.epoch):
-                self._finish(claim, "pruned", f"{self._spec.pruner.name} pruner after epoch {result.epoch}")
-            else:
-                self._draining = self._draining or self._store.is_stopping(self._study.study_id)
+            end = self._report(
+                claim,
+                epoch=result.epoch,
+                metrics=result.metrics(),
+                value=result.val_accuracy,
+                diverged=result.diverged,
+                last=result.epoch >= config.training.epochs,
+            )
+            if end is not None:
+                self._finish(claim, *end)
 
     # Trials of the user's own function
 
@@ -144,44 +150,38 @@ class Worker:
         if claim is None:
             return False
         with self._losing_ends(claim), self._failures_end([claim]):
-            function = import_object(self._spec.objective.function, setting="objective.function")
-            verdict = _Verdict()
-            trial = self._user_trial(claim, verdict)
-            function(trial)
+            told: list[_End] = []  # how the trial ends, once it has been told
+            trial = self._user_trial(claim, told)
+            import_object(self._spec.objective.function, setting="objective.function")(trial)
             # An earlier attempt may have been killed after its last report, and have left nothing to train.
             last = self._store.last_report(claim)
-            if verdict.state == "drain":
+            if told:
+                self._finish(claim, *told[0])
+            elif self._should_stop() and last is not None and last[0] < self._spec.max_epochs:
                 self._let_go(claim)
-            elif verdict.state is not None:
-                self._finish(claim, verdict.state, verdict.reason)
             elif last is None:
                 raise UserError(f"{self._spec.objective.function} returned without a trial.report(...)")
             elif not math.isfinite(last[1]):
-                self._finish(claim, "diverged", f"{self._spec.metric} = {last[1]} in epoch {last[0]}")
+                self._finish(claim, *_diverged(f"{self._spec.metric} = {last[1]}", last[0]))
             else:
-                self._finish(claim, "complete", f"trained for {last[0]} epochs")
+                self._finish(claim, *_complete(last[0]))
         return True
 
-    def _user_trial(self, claim: Claim, verdict: _Verdict) -> Trial:
+    def _user_trial(self, claim: Claim, told: list[_End]) -> Trial:
         values, seed = self._suggest(claim)
         folder = self._store.folder / self._study.name / "trials" / f"{claim.number:04d}"
         folder.mkdir(parents=True, exist_ok=True)
 
         def on_report(epoch: int, metrics: dict[str, float]) -> bool:
-            if verdict.state is not None:
+            if told:
                 return True  # it was told to end and reports all the same: nothing more is recorded
             value = metrics[self._spec.metric]
-            self._store.report(claim, epoch=epoch, metrics=metrics, value=value)
-            if not math.isfinite(value):
-                verdict.state, verdict.reason = "diverged", f"{self._spec.metric} = {value} in epoch {epoch}"
-            elif epoch == self._spec.max_epochs:
-                pass  # it is done
-            elif epoch < self._spec.max_epochs and self._store.should_prune(claim, self._spec, epoch=epoch):
-                verdict.state = "pruned"
-                verdict.reason = f"{self._spec.pruner.name} pruner after epoch {epoch}"
-            elif self._should_stop() or self._store.is_stopping(self._study.study_id):
-                verdict.state, self._draining = "drain", True
-            return verdict.state is not None
+            diverged = None if math.isfinite(value) else f"{self._spec.metric} = {value}"
+            last = epoch >= self._spec.max_epochs
+            end = self._report(claim, epoch=epoch, metrics=metrics, value=value, diverged=diverged, last=last)
+            if end is not None and not (last and end[0] == "complete"):
+                told.append(end)
+            return bool(told) or (self._should_stop() and not last)
 
         return Trial(
             params=values,
@@ -205,10 +205,32 @@ class Worker:
 
     def _suggest(self, claim: Claim) -> tuple[dict[str, Any], int]:
         """The trial's values and its seed: the searched one, else one of its own drawn from training.seed."""
-        own_seed = derive_seed(self._spec.training.seed, "trial", claim.number)
-        attributes = provenance.describe(device=self._device, seed=own_seed)
-        values = self._store.suggest(claim, self._spec, attributes=attributes)
-        return values, int(values.get("seed", own_seed))
+
+        def seed(values: Mapping[str, Any]) -> int:
+            return int(values.get("seed", derive_seed(self._spec.training.seed, "trial", claim.number)))
+
+        values = self._store.suggest(
+            claim,
+            self._spec,
+            attributes=lambda values: provenance.describe(device=self._device, seed=seed(values)),
+        )
+        return values, seed(values)
+
+    def _report(
+        self, claim: Claim, *, epoch: int, metrics: Mapping[str, float], value: float, diverged: str | None, last: bool
+    ) -> _End | None:
+        """Reports an epoch; returns how the trial ends with it, if it does."""
+        verdict = self._store.report(
+            claim, self._spec, epoch=epoch, metrics=metrics, value=value, may_prune=not (diverged or last)
+        )
+        self._draining = self._draining or verdict == "stop"
+        if diverged:
+            return _diverged(diverged, epoch)
+        if last:
+            return _complete(epoch)
+        if verdict == "prune":
+            return "pruned", f"{self._spec.pruner.name} pruner after epoch {epoch}"
+        return None
 
     def _finish(self, claim: Claim, state: str, reason: str, **failure: str) -> None:
         self._store.finish(claim, state, reason=reason, **failure)
@@ -242,9 +264,7 @@ class Worker:
                 with self._losing_ends(claim):
                     text = "".join(traceback.format_exception(error))
                     self._finish(claim, "failed", reason, error=text, failure_key=_failure_key(error))
-            if out_of_memory:
-                _free_memory()
-            elif "CUDA error" in str(error):
+            if "CUDA error" in str(error) and not out_of_memory:
                 raise SystemExit(EXIT_RESTART) from error  # no later kernel of this process would run
 
     @contextmanager
@@ -267,16 +287,21 @@ class Worker:
             thread.join()
 
 
-@dataclass
-class _Verdict:
-    """What a user's function was told: None while it may go on, else how its trial ends."""
+_End = tuple[str, str]  # the state in which a trial ends, and the reason
 
-    state: str | None = None
-    reason: str = ""
+
+def _diverged(what: str, epoch: int) -> _End:
+    return "diverged", f"{what} in epoch {epoch}"
+
+
+def _complete(epoch: int) -> _End:
+    return "complete", f"trained for {epoch} epochs"
 
 
 def _failure_key(error: BaseException) -> str:
     """Equal for two exceptions of the same type raised at the same place."""
+    if _is_out_of_memory(error):
+        return "out of memory"  # wherever it ran out
     frame: TracebackType | None = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -337,6 +362,8 @@ def main() -> None:
     except Exception:
         logger.exception("the worker failed")
         exit_code = 1
+    if stop.is_set() and exit_code == 0:
+        exit_code = EXIT_RESTART  # told to leave, perhaps not by its supervisor: the work may not be done
     # Threads that the user's code has left behind must not hold up the end.
     sys.stdout.flush()
     sys.stderr.flush()

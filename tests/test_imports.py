@@ -36,13 +36,12 @@ def test_a_module_loads_only_what_it_needs(statement: str, expected: list[str]) 
 
 
 def test_help_answers_at_once() -> None:
-    """Half a second is the promise; the limit here leaves room for a busy machine, the median is what counts."""
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "hpo", "--help"], capture_output=True, check=True)
         seconds.append(time.perf_counter() - began)
-    assert statistics.median(seconds) < 1.0
+    assert statistics.median(seconds) < 0.5
 
 
 def imports(path: Path) -> list[str]:
@@ -76,7 +75,7 @@ def test_the_public_surface_is_what_is_listed_and_all_of_it_exists() -> None:
     assert hpo.__all__ == sorted(hpo.__all__)
     assert hpo.__all__ == [
         "Best", "Result", "StudySpec", "StudyStopped", "Trial", "UserError",
-        "best", "resume", "run", "status", "stop", "trials",
+        "best", "export", "join", "resume", "run", "status", "stop", "studies", "trials",
     ]  # fmt: skip
     for name in hpo.__all__:
         assert getattr(hpo, name).__doc__

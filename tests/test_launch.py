@@ -13,9 +13,10 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
+from hpo.ledger import MAX_LOSSES
 from hpo.records import Trial
 from hpo.spec import StudySpec
-from hpo.store import MAX_LOSSES, Store
+from hpo.store import Store
 
 if TYPE_CHECKING:
     from conftest import Hpo

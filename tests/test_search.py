@@ -30,15 +30,22 @@ def run_trials(store: Store, study: Study, count: int, accuracy: Any, *, epochs:
     for _ in range(count):
         claim = store.claim(study, worker)
         assert claim is not None
-        values = store.suggest(claim, study.spec, attributes={})
+        values = store.suggest(claim, study.spec, attributes=lambda values: {})
         state = "complete"
         for epoch in range(1, epochs + 1):
             value = accuracy(values, epoch)
-            store.report(claim, epoch=epoch, metrics={}, value=0.1 if value is None else value)
+            verdict = store.report(
+                claim,
+                study.spec,
+                epoch=epoch,
+                metrics={},
+                value=0.1 if value is None else value,
+                may_prune=value is not None and epoch < epochs,
+            )
             if value is None:
                 state = "diverged"
                 break
-            if epoch < epochs and store.should_prune(claim, study.spec, epoch=epoch):
+            if verdict == "prune":
                 state = "pruned"
                 break
         store.finish(claim, state, reason="test")

@@ -24,14 +24,18 @@ from optuna.trial import TrialState
 
 from hpo import database, liveness
 from hpo.errors import UserError
+from hpo.ledger import LEASE_S, MAX_LOSSES, ClaimLost
 from hpo.records import Claim, Study, Trial
 from hpo.spec import StudySpec
-from hpo.store import LEASE_S, MAX_LOSSES, ClaimLost, Store
+from hpo.store import Store
 
 MakeSpec = Callable[..., StudySpec]
 Change = Callable[..., None]
 
 LONG_AGO = 1e9  # an instant in 2001
+
+
+ANY_SPEC = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": [0.1, 0.2]}}})  # where none is looked at
 
 
 def begin(store: Store, spec: StudySpec) -> tuple[Study, str]:
@@ -43,13 +47,13 @@ def claim(store: Store, study: Study, worker_id: str) -> Claim:
     """A claim whose parameters are chosen, as a worker has it before it trains."""
     claimed = store.claim(study, worker_id)
     assert claimed is not None
-    store.suggest(claimed, study.spec, attributes={})
+    store.suggest(claimed, study.spec, attributes=lambda _: {})
     return claimed
 
 
 def report(store: Store, claimed: Claim, *values: float, first: int = 1) -> None:
     for epoch, value in enumerate(values, start=first):
-        store.report(claimed, epoch=epoch, metrics={"val_accuracy": value}, value=value)
+        store.report(claimed, ANY_SPEC, epoch=epoch, metrics={"val_accuracy": value}, value=value, may_prune=False)
 
 
 def trial(store: Store, study: Study, number: int = 0) -> Trial:
@@ -183,7 +187,7 @@ def test_eight_threads_share_out_every_slot_once(store: Store, make_spec: MakeSp
     def work(_: int) -> list[int]:
         numbers = []
         while (claimed := store.claim(study, worker)) is not None:
-            store.suggest(claimed, study.spec, attributes={"pid": 1})
+            store.suggest(claimed, study.spec, attributes=lambda _: {"pid": 1})
             report(store, claimed, 0.5)
             store.finish(claimed, "complete", reason="")
             numbers.append(claimed.number)
@@ -206,8 +210,8 @@ def work():
     study = store.create_study(StudySpec.from_dict(json.loads(sys.argv[2])), facts={})
     worker = store.add_worker(study.study_id, device="cpu")
     while (claim := store.claim(study, worker)) is not None:
-        lr = store.suggest(claim, study.spec, attributes={})["lr"]
-        store.report(claim, epoch=1, metrics={"val_accuracy": lr}, value=lr)
+        lr = store.suggest(claim, study.spec, attributes=lambda _: {})["lr"]
+        store.report(claim, study.spec, epoch=1, metrics={"val_accuracy": lr}, value=lr)
         store.finish(claim, "complete", reason="")
         os.write(1, f"{claim.number} {lr}\\n".encode())
 
@@ -278,8 +282,8 @@ def test_an_interruption_at_any_statement_leaves_all_or_nothing(
     actions: dict[str, Callable[[], Any]] = {
         "create_study": lambda: store.create_study(make_spec(0.1, 0.2, name="other"), facts={}),
         "claim": lambda: store.claim(study, worker),
-        "suggest": lambda: store.suggest(second, study.spec, attributes={"seed": 1, "device": "cpu"}),
-        "report": lambda: store.report(first, epoch=2, metrics={"val_accuracy": 0.7}, value=0.7),
+        "suggest": lambda: store.suggest(second, study.spec, attributes=lambda _: {"seed": 1, "device": "cpu"}),
+        "report": lambda: store.report(first, study.spec, epoch=2, metrics={"val_accuracy": 0.7}, value=0.7),
         "finish": lambda: store.finish(first, "failed", reason="x", error="y", failure_key="z"),
         "release": lambda: store.release(first),
         "reap": lambda: store.reap(study),
@@ -339,7 +343,7 @@ def test_a_trial_whose_worker_died_before_its_values_were_chosen_gets_the_same_o
     assert lost is not None
     first = Store(url)
     with suppress(Interruption), interrupted(first, at=20):
-        first.suggest(lost, study.spec, attributes={"seed": 1})
+        first.suggest(lost, study.spec, attributes=lambda _: {"seed": 1})
     Store(url).release(lost)
     again = claim(Store(url), study, "w")
     assert (again.trial_id, again.attempt) == (lost.trial_id, 2)
@@ -350,8 +354,18 @@ def test_a_trial_whose_worker_died_before_its_values_were_chosen_gets_the_same_o
 # A claim that was lost
 
 
-def test_a_stale_claim_can_do_nothing(store: Store, make_spec: MakeSpec, change: Change) -> None:
-    study, worker = begin(store, make_spec(search={"trials": 1}))
+@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc", "gp", "cmaes"])
+@pytest.mark.parametrize("pruner", ["none", "asha"])
+def test_a_stale_claim_can_do_nothing(
+    store: Store, make_spec: MakeSpec, change: Change, sampler: str, pruner: str
+) -> None:
+    space = {"lr": {"low": 0.1, "high": 1.0}, "momentum": {"low": 0.0, "high": 0.9}}
+    search = {"trials": 13, "sampler": sampler, "space": space}
+    study, worker = begin(store, make_spec(search=search, pruner={"name": pruner}, epochs=5))
+    for value in range(12):  # so that the sampler has something to learn from
+        done = claim(store, study, worker)
+        report(store, done, value / 20)
+        store.finish(done, "complete", reason="")
     stale = store.claim(study, worker)
     assert stale is not None
     expire(store, stale, change)
@@ -361,8 +375,8 @@ def test_a_stale_claim_can_do_nothing(store: Store, make_spec: MakeSpec, change:
     assert (current.number, current.trial_id, current.attempt) == (stale.number, stale.trial_id, 2)
     before = everything(store)
     for action in (
-        lambda: store.suggest(stale, study.spec, attributes={"seed": 1}),
-        lambda: report(store, stale, 0.5),
+        lambda: store.suggest(stale, study.spec, attributes=lambda _: {"seed": 1}),
+        lambda: store.report(stale, study.spec, epoch=1, metrics={}, value=0.5),
         lambda: store.finish(stale, "complete", reason=""),
         lambda: store.release(stale),
     ):
@@ -448,7 +462,7 @@ def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: M
         lost = claim(store, study, worker)
         assert (lost.number, lost.attempt) == (0, attempt)
         expire(store, lost, change)
-        assert store.reap(study) == 1
+        assert store.reap(study, crashed_pid=os.getpid()) == 1
     ended = trial(store, study)
     assert (ended.state, ended.reason) == ("failed", f"its worker died {MAX_LOSSES} times")
     assert optuna_trials(store)[0].state is TrialState.FAIL
@@ -458,14 +472,55 @@ def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: M
 def test_deaths_of_workers_count_only_while_the_trial_comes_no_further(
     store: Store, make_spec: MakeSpec, change: Change
 ) -> None:
-    """Three power cuts in a long trial are no fault of the trial."""
+    """A trial of many epochs may well see three crashes."""
     study, worker = begin(store, make_spec(0.1))
     for furthest in range(1, 2 * MAX_LOSSES):
         lost = claim(store, study, worker)
         report(store, lost, *[0.5] * furthest)
         expire(store, lost, change)
-        assert store.reap(study) == 1
+        assert store.reap(study, crashed_pid=os.getpid()) == 1
     assert trial(store, study).state == "waiting"
+
+
+def test_deaths_that_no_supervisor_saw_do_not_count(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    """Power cuts, and kills of everything at once, are no fault of the trial."""
+    study, worker = begin(store, make_spec(0.1))
+    for _ in range(2 * MAX_LOSSES):
+        expire(store, claim(store, study, worker), change)
+        assert store.reap(study, crashed_pid=os.getpid() + 1) == 1
+    assert trial(store, study).state == "waiting"
+
+
+def test_three_trials_that_kill_their_workers_stop_the_study(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2, 0.3, 0.4))
+    for _ in range(3 * MAX_LOSSES):
+        expire(store, claim(store, study, worker), change)
+        store.reap(study, crashed_pid=os.getpid())
+    stopped = store.study("s")
+    assert stopped.stop == "failure"
+    assert "3 trials failed the same way" in str(stopped.stop_reason)
+    assert store.claim(study, worker) is None
+
+
+def test_a_trial_that_was_let_pass_once_is_not_pruned_there_when_it_is_trained_again(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    """A kill must not change which trials survive: the pruner is asked only where no earlier attempt has been."""
+    spec = make_spec(search={"trials": 9}, pruner={"name": "median", "startup_trials": 2, "warmup_epochs": 0})
+    study, worker = begin(store, spec)
+    lost = claim(store, study, worker)
+    for epoch in (1, 2):
+        assert store.report(lost, spec, epoch=epoch, metrics={}, value=0.1) == "go on"
+    for _ in range(3):
+        better = claim(store, study, worker)
+        report(store, better, 0.8, 0.9)
+        store.finish(better, "complete", reason="")
+    expire(store, lost, change)
+    store.reap(study)
+    again = claim(store, study, worker)
+    assert again.number == lost.number
+    verdicts = [store.report(again, spec, epoch=epoch, metrics={}, value=0.1) for epoch in (1, 2)]
+    assert verdicts == ["go on", "prune"]
 
 
 def test_a_process_is_told_from_a_later_one_of_the_same_pid_whatever_the_clock_does() -> None:
@@ -497,7 +552,7 @@ def test_numbers_that_are_not_finite_are_null_in_json(store: Store, make_spec: M
     study, worker = begin(store, make_spec(0.1))
     held = claim(store, study, worker)
     metrics = {"val_accuracy": math.nan, "train_loss": math.inf, "other": 1.0}
-    store.report(held, epoch=1, metrics=metrics, value=math.nan)
+    store.report(held, study.spec, epoch=1, metrics=metrics, value=math.nan)
     store.finish(held, "diverged", reason="nan")
     ended = trial(store, study)
     assert ended.curves == {"val_accuracy": [None], "train_loss": [None], "other": [1.0]}
@@ -585,7 +640,7 @@ def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: Make
     def work() -> None:
         writer = Store(str(store.url))
         while (claimed := writer.claim(study, worker)) is not None:
-            value = writer.suggest(claimed, study.spec, attributes={})["lr"]
+            value = writer.suggest(claimed, study.spec, attributes=lambda _: {})["lr"]
             report(writer, claimed, value / 2, value)
             writer.finish(claimed, "complete", reason="")
 

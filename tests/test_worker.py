@@ -139,9 +139,9 @@ def test_a_trial_that_was_killed_after_its_last_report_ends_with_it(
     study = store.create_study(make_spec(0.1, epochs=2), facts={})
     killed = store.claim(study, store.add_worker(study.study_id, device="cpu"))
     assert killed is not None
-    store.suggest(killed, study.spec, attributes={})
+    store.suggest(killed, study.spec, attributes=lambda _: {})
     for epoch, number in ((1, 0.6), (2, last)):
-        store.report(killed, epoch=epoch, metrics={"val_accuracy": number}, value=number)
+        store.report(killed, study.spec, epoch=epoch, metrics={"val_accuracy": number}, value=number)
     store.release(killed)
     (ended,) = work(store, study)
     assert (ended.state, ended.value, ended.attempt) == (state, value, 2)
@@ -257,7 +257,7 @@ def test_a_trial_that_was_given_to_another_worker_is_dropped_without_a_trace(
         assert taken is not None
         (tmp_path / "go").touch()
         wait_for(lambda: len(store.workers(study)) == 2)
-        store.report(taken, epoch=1, metrics={"val_accuracy": 0.9}, value=0.9)
+        store.report(taken, study.spec, epoch=1, metrics={"val_accuracy": 0.9}, value=0.9)
         store.finish(taken, "complete", reason="by the other")
     (trial,) = store.trials(study)
     assert (trial.state, trial.attempt, trial.value, trial.epochs) == ("complete", 2, 0.9, [1])

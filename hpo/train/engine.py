@@ -79,6 +79,7 @@ class Lane:
     optimizer: torch.optim.Optimizer
     amp_dtype: torch.dtype | None  # of automatic mixed precision; None: float32 throughout
     epoch: int = 0  # finished ones
+    first_loss: float = math.nan  # of the trial's first step
     val_losses: list[float] = field(default_factory=list)
 
 
@@ -113,6 +114,8 @@ class PlainEngine:
         lane, training, data = self._lane, self._lane.config.training, self._lane.data
         start_s = time.perf_counter()
         losses_S, train_loss, train_accuracy, lr = self._train(lane)
+        if lane.epoch == 0:
+            lane.first_loss = float(losses_S[0])
         val_loss, val_accuracy = self._evaluate(lane, data.val)
         test_accuracy = None
         if training.report_test_accuracy:
@@ -229,36 +232,39 @@ def diverged(lane: Lane, losses_S: Tensor, *, val_loss: float, val_accuracy: flo
     """Why a trial cannot recover, judged at the end of an epoch from the loss of each step; None where it may."""
     if not (losses_S.isfinite().all() and math.isfinite(val_loss)):
         return "non-finite loss"
-    if is_exploding(losses_S, num_classes=lane.data.num_classes):
+    if not is_guessing(lane.data.val, val_accuracy=val_accuracy):
+        return None
+    if is_exploding(losses_S, first_loss=lane.first_loss, num_classes=lane.data.num_classes):
         return "exploding loss"
-    if is_collapsed(lane, val_accuracy=val_accuracy):
+    if is_collapsed(lane):
         return "collapsed: every input gets the same output"
     return None
 
 
-def is_exploding(losses_S: Tensor, *, num_classes: int) -> bool:
-    """Whether the loss ended the epoch far above a guess, ln(classes), and was not on its way down.
+def is_guessing(val: Part, *, val_accuracy: float) -> bool:
+    """Whether the validation accuracy is no better than that of naming the largest class every time."""
+    largest_class = int(torch.bincount(val.labels_N).max())
+    return round(val_accuracy * len(val)) <= largest_class
 
-    A loss that leaps up early and falls again is recovering, or has collapsed, which is judged by itself. One that
-    starts high, as a network with large initial weights does, and stays there is a slow start: the epoch's first loss
-    has to be exceeded clearly.
+
+def is_exploding(losses_S: Tensor, *, first_loss: float, num_classes: int) -> bool:
+    """Whether the loss ended the epoch far above a guess, ln(classes), and above the trial's very first loss.
+
+    A network with large initial weights starts far above a guess, and is a slow start while it stays below its start.
     """
-    quarter = math.ceil(len(losses_S) / 4)
-    first, last = losses_S[:quarter].mean(), losses_S[-quarter:].mean()
-    return bool(last > 10 * math.log(num_classes) and last >= first and last > 2 * losses_S[0])
+    last = losses_S[-math.ceil(len(losses_S) / 4) :].mean()
+    return bool(last > 10 * max(math.log(num_classes), first_loss))
 
 
-def is_collapsed(lane: Lane, *, val_accuracy: float) -> bool:
-    """Whether training has killed the network: it guesses, and gives every picture the same output.
+def is_collapsed(lane: Lane) -> bool:
+    """Whether training has killed a network that guesses: it gives every picture the same output.
 
     Its loss does not tell: it is ln(classes) for a slow start too, and far above after a leap. A network that could not
     tell pictures apart when it was drawn either, such as an MLP of 20 layers, has not been killed by its learning rate.
     """
-    val = lane.data.val
-    largest_class = int(torch.bincount(val.labels_N).max())
-    if round(val_accuracy * len(val)) > largest_class or output_spread(lane.model, lane.data) > SAME_OUTPUT:
+    if output_spread(lane.model, lane.data) > SAME_OUTPUT:
         return False
-    initial = initial_model(lane.config, data=lane.data, device=val.labels_N.device)
+    initial = initial_model(lane.config, data=lane.data, device=lane.data.val.labels_N.device)
     return output_spread(initial, lane.data) > 10 * SAME_OUTPUT
 
 

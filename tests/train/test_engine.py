@@ -257,14 +257,22 @@ def test_a_bad_initialisation_is_not_called_diverged(
     assert (results[0].train_loss > 10 * math.log(10)) == (name == "large_weights")
 
 
-def test_exploding_means_high_and_rising() -> None:
+def test_exploding_means_far_above_a_guess_and_above_the_trials_first_loss() -> None:
     steps = torch.arange(100.0)
-    assert is_exploding(2 + steps, num_classes=10)
-    assert is_exploding(torch.tensor([2.3, 2.3, 1e6, 1e9]), num_classes=10)
-    assert not is_exploding(2 + steps, num_classes=2**20)  # 77 to 102 is less than ten times a guess
-    assert not is_exploding(102 - steps, num_classes=10)
-    assert not is_exploding(torch.full((100,), 50.0) + torch.rand(100), num_classes=10)
-    assert not is_exploding(torch.tensor([1e9]), num_classes=10)
+    assert is_exploding(2 + steps, first_loss=2.3, num_classes=10)
+    assert is_exploding(torch.tensor([2.3, 2.3, 1e6, 1e9]), first_loss=2.3, num_classes=10)
+    assert is_exploding(torch.full((100,), 1000.0), first_loss=2.3, num_classes=10)  # a plateau, in a later epoch
+    assert not is_exploding(2 + steps, first_loss=2.3, num_classes=2**20)  # less than ten times a guess
+    assert not is_exploding(102 - steps, first_loss=2.3, num_classes=10)  # fell back to near a guess
+    assert not is_exploding(torch.full((100,), 50.0), first_loss=40.0, num_classes=10)  # as high as it began
+
+
+def test_a_network_that_tells_pictures_apart_has_not_diverged_however_high_its_loss() -> None:
+    lane = build_lane(trial(), data=load_data(DIGITS, device="cpu"), device=torch.device("cpu"))
+    lane.first_loss = 2.3
+    high = torch.full((8,), 500.0)
+    assert diverged(lane, high, val_loss=400.0, val_accuracy=0.8) is None
+    assert diverged(lane, high, val_loss=400.0, val_accuracy=0.1) == "exploding loss"
 
 
 def test_non_finite_losses_are_seen_wherever_they_are() -> None:
@@ -305,7 +313,9 @@ def test_the_test_set_is_read_only_when_it_is_asked_for(tmp_path: Path, monkeypa
 def test_reporting_the_test_accuracy_changes_nothing_else() -> None:
     config = trial()
     asked = train(replace(config, training=replace(config.training, report_test_accuracy=True)))
-    assert all(0 <= result.test_accuracy <= 1 for result in asked if result.test_accuracy is not None)
+    for result in asked:
+        assert result.test_accuracy is not None
+        assert 0 <= result.test_accuracy <= 1
     assert [replace(result, test_accuracy=None) for result in asked] == train(config)
 
 

@@ -1,0 +1,311 @@
+"""The ledger: the slots of a study from their claim to their end, each change in one transaction with Optuna's tables.
+
+A slot is one trial of the study's budget; trial n of the Optuna study is slot n. It is claimed under a lease, reported
+on and ended exactly once. An attempt that has lost its slot can change nothing: its `Claim` no longer matches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import optuna
+import sqlalchemy as sa
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import get_storage
+from optuna.trial import TrialState, create_trial
+from sqlalchemy.engine import Connection
+
+from hpo import liveness, search
+from hpo.database import epochs, intermediate_values, now, open_storage, parse_url, slots, studies, workers
+from hpo.learning import LearningStudy
+from hpo.records import Claim, Study
+from hpo.spec import StudySpec
+
+LEASE_S = 60.0  # a claim that is not renewed for this long may be taken by another worker
+MAX_LOSSES = 3  # a slot whose worker crashed this often without coming further is failed: its trial kills them
+SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
+ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
+
+STORE_ERRORS = (sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
+ENDED = ("complete", "pruned", "diverged", "failed")
+
+Verdict = Literal["go on", "prune", "stop"]
+
+
+class ClaimLost(Exception):
+    """The slot is no longer this attempt's: drop the trial, it is another worker's now."""
+
+
+class Ledger:
+    """The slots in a database. `create` makes the database where there is none; else its absence is a UserError.
+
+    Contract: every method may be called from any thread and any process; what a method has returned from is on disk.
+    Methods that take a `Claim` raise `ClaimLost`, and change nothing, where the slot has been given to another attempt.
+    """
+
+    def __init__(self, url: str, *, create: bool = False) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it would say of a study, we say
+        # What we use of it is pinned to one major version, and "experimental" means nothing to whoever runs a study.
+        warnings.filterwarnings("ignore", category=ExperimentalWarning)
+        self.url = parse_url(url)
+        self._storage = open_storage(self.url, create=create)
+        self._cached = get_storage(self._storage)  # finished trials are read from the database once
+
+    def claim(self, study: Study, worker_id: str) -> Claim | None:
+        """Takes the first waiting slot, or None where no slot waits or the study is to stop."""
+        waiting = sa.select(slots).where(slots.c.study_id == study.study_id, slots.c.state == "waiting")
+        with self._storage.engine.connect() as connection:  # idle workers ask often: no write lock for a no
+            if connection.execute(waiting.limit(1)).first() is None:
+                return None
+        with self._transaction() as connection:
+            stop = sa.select(studies.c.stop).where(studies.c.study_id == study.study_id).with_for_update()
+            if connection.execute(stop).scalar_one() is not None:
+                return None
+            row = connection.execute(waiting.order_by(slots.c.number).limit(1)).first()
+            if row is None:
+                return None
+            trial_id = row.trial_id
+            if trial_id is None:
+                trial_id = self._cached.create_new_trial(
+                    study.study_id,
+                    create_trial(state=TrialState.RUNNING, system_attrs={"fixed_params": json.loads(row.given)}),
+                )
+            at = now(connection)
+            connection.execute(
+                slots.update()
+                .where(slots.c.study_id == study.study_id, slots.c.number == row.number)
+                .values(
+                    state="running",
+                    attempt=row.attempt + 1,
+                    trial_id=trial_id,
+                    worker_id=worker_id,
+                    claimed_at=at,
+                    lease_until=at + LEASE_S,
+                )
+            )
+            return Claim(study.study_id, row.number, row.attempt + 1, trial_id, worker_id)
+
+    def suggest(
+        self, claim: Claim, spec: StudySpec, *, attributes: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The trial's values, sampled now unless an earlier attempt did; records `attributes(values)` with them."""
+        learning = search.SAMPLERS[spec.search.sampler].needs_values
+        with self._held(claim):
+            study = self._optuna_study(spec, number=claim.number, learning=learning)
+            study.get_trials(deepcopy=False)  # the cache refuses parameters of a trial that it has not seen
+            values = search.suggest(optuna.Trial(study, claim.trial_id), spec)
+            for key, value in attributes(values).items():
+                self._cached.set_trial_user_attr(claim.trial_id, key, value)
+        return values
+
+    def report(
+        self,
+        claim: Claim,
+        spec: StudySpec,
+        *,
+        epoch: int,
+        metrics: Mapping[str, float],
+        value: float,
+        may_prune: bool = True,
+    ) -> Verdict:
+        """Records an epoch and says how the trial goes on.
+
+        It replaces what an earlier attempt said of this epoch and of later ones. The pruner is not asked about epochs
+        that an earlier attempt went beyond: there it has let the trial pass.
+        """
+        with self._held(claim) as connection:
+            mine = (slots.c.study_id == claim.study_id) & (slots.c.number == claim.number)
+            furthest = connection.execute(sa.select(slots.c.furthest).where(mine)).scalar_one()
+            if epoch > furthest:
+                connection.execute(slots.update().where(mine).values(furthest=epoch, losses=0))
+            self._replace_epoch(connection, claim, epoch, metrics)
+            theirs = intermediate_values.c
+            later = (theirs.trial_id == claim.trial_id) & (theirs.step > epoch)
+            connection.execute(intermediate_values.delete().where(later))
+            self._cached.set_trial_intermediate_value(claim.trial_id, epoch, value)
+            stop = sa.select(studies.c.stop).where(studies.c.study_id == claim.study_id)
+            if connection.execute(stop).scalar_one() is not None:
+                return "stop"
+            if not may_prune or epoch < furthest:
+                return "go on"
+            trial = optuna.Trial(self._optuna_study(spec, number=claim.number), claim.trial_id)
+            return "prune" if trial.should_prune() else "go on"
+
+    def last_report(self, claim: Claim) -> tuple[int, float] | None:
+        """The last epoch that this or an earlier attempt reported, and its value; None where none did."""
+        trial = self._cached.get_trial(claim.trial_id)
+        return None if trial.last_step is None else (trial.last_step, trial.intermediate_values[trial.last_step])
+
+    def finish(
+        self, claim: Claim, state: str, *, reason: str, error: str | None = None, failure_key: str | None = None
+    ) -> None:
+        """Ends the slot for good. Its value is its last report, and nothing where it failed.
+
+        Optuna is given that of a diverged trial too (its tools hide a curve without a value); we never show it.
+        `failure_key` is equal for two trials that failed the same way; three of them stop the study.
+        """
+        with self._held(claim) as connection:
+            self._end(connection, claim, state, reason, error=error, failure_key=failure_key)
+
+    def release(self, claim: Claim) -> None:
+        """Gives the slot back unfinished, to be claimed again."""
+        with self._held(claim) as connection:
+            self._free(connection, claim)
+
+    def renew(self, claims: Sequence[Claim], worker_id: str) -> None:
+        """Extends the leases of the claims that are still this worker's, and records that it lives."""
+        with self._transaction() as connection:
+            at = now(connection)
+            connection.execute(workers.update().where(workers.c.worker_id == worker_id).values(seen_at=at))
+            for claim in claims:
+                connection.execute(slots.update().where(_is_held(claim)).values(lease_until=at + LEASE_S))
+
+    def reap(self, study: Study, *, crashed_pid: int | None = None) -> int:
+        """Frees the slots of workers that died or lost their lease; returns how many.
+
+        A worker of this machine is looked up by its process; one elsewhere is given up when its lease has run out.
+        `crashed_pid` is a worker that its supervisor has seen crash: that counts against the trial it had, while the
+        end of a whole machine, or of everything at once, does not.
+        """
+        with self._transaction() as connection:
+            at = now(connection)
+            rows = connection.execute(
+                sa.select(
+                    slots, workers.c.machine, workers.c.pid, workers.c.pid_started, workers.c.ended_at.label("left")
+                )
+                .join(workers, workers.c.worker_id == slots.c.worker_id)
+                .where(slots.c.study_id == study.study_id, slots.c.state == "running")
+            ).all()
+            lost = [row for row in rows if row.lease_until < at or row.left is not None or is_gone(row)]
+            for row in lost:
+                claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
+                losses = row.losses + (row.pid == crashed_pid and row.machine == liveness.machine())
+                connection.execute(slots.update().where(_is_held(claim)).values(losses=losses))
+                if losses >= MAX_LOSSES:
+                    reason = f"its worker died {MAX_LOSSES} times"
+                    self._end(connection, claim, "failed", reason, failure_key="its worker died")
+                else:
+                    self._free(connection, claim)
+            living = sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
+            for row in connection.execute(living).all():
+                if is_gone(row):
+                    connection.execute(workers.update().where(workers.c.worker_id == row.worker_id).values(ended_at=at))
+            return len(lost)
+
+    def is_stopping(self, study_id: int) -> bool:
+        with self._storage.engine.connect() as connection:
+            query = sa.select(studies.c.stop).where(studies.c.study_id == study_id)
+            return connection.execute(query).scalar_one() is not None
+
+    # Inside a transaction
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        try:
+            with self._storage.transaction() as connection:
+                yield connection
+        except BaseException:
+            self._cached = get_storage(self._storage)  # it may have cached what was rolled back
+            raise
+
+    @contextmanager
+    def _held(self, claim: Claim) -> Iterator[Connection]:
+        """A transaction that the slot's holder alone can enter; extends the lease."""
+        with self._transaction() as connection:
+            held = slots.update().where(_is_held(claim)).values(lease_until=now(connection) + LEASE_S)
+            if connection.execute(held).rowcount != 1:
+                raise ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
+            yield connection
+
+    def _replace_epoch(
+        self, connection: Connection, claim: Claim, epoch: int, metrics: Mapping[str, float]
+    ) -> None:  # fmt: skip
+        same_or_later = (
+            (epochs.c.study_id == claim.study_id) & (epochs.c.number == claim.number) & (epochs.c.epoch >= epoch)
+        )
+        connection.execute(epochs.delete().where(same_or_later))
+        finite = {key: number if math.isfinite(number) else None for key, number in metrics.items()}
+        connection.execute(
+            epochs.insert().values(
+                study_id=claim.study_id,
+                number=claim.number,
+                epoch=epoch,
+                attempt=claim.attempt,
+                metrics=json.dumps(finite),
+            )
+        )
+
+    def _free(self, connection: Connection, claim: Claim) -> None:
+        free = slots.update().where(_is_held(claim)).values(state="waiting", worker_id=None, lease_until=None)
+        connection.execute(free)
+
+    def _end(
+        self,
+        connection: Connection,
+        claim: Claim,
+        state: str,
+        reason: str,
+        *,
+        error: str | None = None,
+        failure_key: str | None = None,
+    ) -> None:
+        assert state in ENDED
+        reason, error = _storable(reason), error and _storable(error)[-ERROR_CHARACTERS:]
+        end = {"state": state, "lease_until": None, "ended_at": now(connection), "reason": reason, "error": error}
+        connection.execute(slots.update().where(_is_held(claim)).values(**end, failure_key=failure_key))
+        _, last = self.last_report(claim) or (0, math.nan)
+        values = [last] if state != "failed" and math.isfinite(last) else None
+        assert values or state != "complete"
+        self._cached.set_trial_user_attr(claim.trial_id, "ended", f"{state}: {reason}")
+        # To Optuna a diverged trial is a pruned one: samplers count it among the worst, and would not see a failed one.
+        states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
+        self._cached.set_trial_state_values(claim.trial_id, states.get(state, TrialState.PRUNED), values)
+        if failure_key is not None:
+            self._stop_on_same_failures(connection, claim.study_id, failure_key, error or reason)
+
+    def _stop_on_same_failures(self, connection: Connection, study_id: int, failure_key: str, error: str) -> None:
+        started = sa.select(studies.c.started_at).where(studies.c.study_id == study_id).scalar_subquery()
+        same = connection.execute(
+            sa.select(sa.func.count())
+            .select_from(slots)
+            .where(slots.c.study_id == study_id, slots.c.failure_key == failure_key, slots.c.ended_at >= started)
+        ).scalar_one()
+        if same >= SAME_FAILURE_LIMIT:
+            reason = f"{same} trials failed the same way\n{error}"
+            connection.execute(
+                studies.update().where(studies.c.study_id == study_id).values(stop="failure", stop_reason=reason)
+            )
+
+    def _optuna_study(self, spec: StudySpec, *, number: int, learning: bool = False) -> optuna.Study:
+        # A new Study for each use: it caches the list of trials until `Study.ask`, which we never call.
+        sampler = search.build_sampler(spec, number=number)
+        if learning:
+            return LearningStudy(spec.name, self._cached, sampler=sampler)
+        return optuna.Study(spec.name, self._cached, sampler=sampler, pruner=search.build_pruner(spec))
+
+
+def is_gone(worker: Any) -> bool:
+    """Whether a row of hpo_workers is of a process of this machine that no longer runs; elsewhere a lease must tell."""
+    here = worker.machine == liveness.machine()
+    return here and not liveness.is_running(worker.pid, started=worker.pid_started)
+
+
+def _is_held(claim: Claim) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        slots.c.study_id == claim.study_id,
+        slots.c.number == claim.number,
+        slots.c.attempt == claim.attempt,
+        slots.c.worker_id == claim.worker_id,
+        slots.c.state == "running",
+    )
+
+
+def _storable(text: str) -> str:
+    """The text without what no database takes: halves of characters, as undecodable file names have, and NUL."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
