@@ -8,10 +8,10 @@ import hpo
 
 
 def train(trial: hpo.Trial) -> None:
-    torch.manual_seed(trial.seed)
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels / 16, dtype=torch.float32, device=trial.device)
     targets = torch.tensor(labels, device=trial.device)
+    torch.manual_seed(trial.seed)
     model = torch.nn.Linear(images.shape[1], 10, device=trial.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=trial.params["lr"])
 
@@ -22,6 +22,7 @@ def train(trial: hpo.Trial) -> None:
         first_epoch = saved["epoch"] + 1
 
     for epoch in range(first_epoch, trial.epochs + 1):
+        torch.manual_seed(trial.seed + epoch)  # the order of an epoch is the same after an interruption
         for batch in torch.randperm(1437).split(64):
             loss = F.cross_entropy(model(images[batch]), targets[batch])
             optimizer.zero_grad()
@@ -29,7 +30,8 @@ def train(trial: hpo.Trial) -> None:
             optimizer.step()
         with torch.no_grad():
             accuracy = (model(images[1437:]).argmax(1) == targets[1437:]).float().mean()
-        if trial.report(epoch, train_loss=loss.item(), val_accuracy=accuracy.item()):
-            return  # pruned, or told to stop
+        end = trial.report(epoch, train_loss=loss.item(), val_accuracy=accuracy.item())
         torch.save({"model": model.state_dict(), "epoch": epoch}, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
+        if end:
+            return  # pruned, or told to stop

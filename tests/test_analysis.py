@@ -79,9 +79,23 @@ def test_the_interval_is_what_was_tried_around_the_best_within_one_standard_erro
 
 def test_other_optimizers_do_not_count_towards_the_interval() -> None:
     trials = make_trials((1e-3, 0.90), (3e-3, 0.91), optimizer="adam") + make_trials((1e-2, 0.905), optimizer="sgd")
-    found = best(make_study(), trials)
+    study = make_study(search={"space": {"lr": [0.1, 0.2], "optimizer": ["adam", "sgd"]}})
+    found = best(study, trials)
     assert found is not None
     assert found.interval == (1e-3, 3e-3)
+
+
+def test_neither_do_other_values_of_a_listed_number_and_replicates_count_with_their_mean() -> None:
+    study = make_study(search={"space": {"lr": [0.1, 0.2], "batch_size": [32, 256], "seed": [0, 1]}})
+    trials = make_trials((1e-3, 0.90), (1e-2, 0.895), batch_size=32, seed=0)
+    trials += make_trials((1e-3, 0.5), batch_size=256, seed=0)
+    trials += make_trials((1e-3, 0.7), (1e-2, 0.889), batch_size=32, seed=1)
+    found = best(study, trials)
+    assert found is not None
+    assert found.interval == (1e-3, 1e-2)
+    worse = best(study, trials + make_trials((1e-2, 0.6), batch_size=32, seed=2))
+    assert worse is not None
+    assert worse.interval == (1e-3, 1e-3)
 
 
 def test_the_standard_error_is_the_binomial_one_and_not_zero_at_100_percent() -> None:

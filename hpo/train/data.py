@@ -9,7 +9,6 @@ channels_last memory format.
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpo.errors import UserError
 from hpo.train.config import DataConfig, derive_seed
-from hpo.train.datasets import DATA_SETS, Pictures, open_data_set, stratified_order
-
-__all__ = ["DATA_SETS", "Data", "Part", "batch_bounds", "load_data", "stratified_order"]
+from hpo.train.datasets import Pictures, open_data_set, stratified_order
 
 LARGEST_SHARE_OF_MEMORY = 0.25  # of the device's free memory that pictures may take with placement "auto"
 READING_BATCH = 512  # pictures at a time where all are read once
@@ -74,14 +71,14 @@ def batch_bounds(num_pictures: int, batch_size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], num_pictures], strict=True))
 
 
-class Store(Protocol):
+class Source(Protocol):
     """Where the pictures of one part are."""
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """For each batch of positions in the part (int64, CPU), its uint8 pictures (B, H, W, C) on the device."""
 
 
-class DeviceStore:
+class DeviceSource:
     """All pictures of a part on the device."""
 
     def __init__(self, images_NHWC: Tensor) -> None:
@@ -95,7 +92,7 @@ class DeviceStore:
             start += len(batch)
 
 
-class StreamStore:
+class StreamSource:
     """Pictures that are read again in each epoch, by worker processes where they come from files."""
 
     def __init__(self, pictures: Pictures, indices_N: Tensor, *, device: torch.device) -> None:
@@ -118,7 +115,7 @@ class StreamStore:
     def _num_workers(self, num_batches: int) -> int:
         if not self.pictures.reads_files or multiprocessing.current_process().daemon:  # daemons may not have children
             return 0
-        return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, num_batches)
+        return min(torch.get_num_threads(), num_batches)  # of the cores that this worker has for itself
 
 
 class _Reader(Dataset[Any]):
@@ -138,7 +135,7 @@ class _Reader(Dataset[Any]):
 class Part:
     """The training, validation or test pictures of a data set, as normalised batches on the device."""
 
-    store: Store
+    source: Source
     labels_N: Tensor  # int64, on the device
     mean_C11: Tensor  # of the training pictures, in units of a pixel's 0 to 255, on the device
     std_C11: Tensor
@@ -168,7 +165,7 @@ class Part:
                 augment = flips_N.to(device), offsets_N2.to(device)
         bounds = batch_bounds(num_pictures, batch_size)
         labels_N = self.labels_N[order_N.to(device)]
-        stored = self.store.read([order_N[start:end] for start, end in bounds])
+        stored = self.source.read([order_N[start:end] for start, end in bounds])
         for (start, end), images_BHWC in zip(bounds, stored, strict=True):
             if augment is None:
                 images = images_BHWC
@@ -227,25 +224,27 @@ def load_data(config: DataConfig, *, device: torch.device | str) -> Data:
     num_bytes = (len(train_indices) + len(val_indices)) * height * width * channels
     on_device = _is_on_device(config, num_bytes=num_bytes, device=device)
 
-    def place(pictures: Pictures, indices_N: Tensor) -> Store:
-        stream = StreamStore(pictures, indices_N, device=device)
+    def place(pictures: Pictures, indices_N: Tensor) -> Source:
+        stream = StreamSource(pictures, indices_N, device=device)
         if not on_device:
             return stream
         images_NHWC = torch.empty((len(indices_N), *shape_HWC), dtype=torch.uint8, device=device)
         bounds = batch_bounds(len(indices_N), READING_BATCH)
         for (start, end), images_BHWC in zip(bounds, stream.read(_reading_batches(len(indices_N))), strict=True):
             images_NHWC[start:end] = images_BHWC
-        return DeviceStore(images_NHWC)
+        return DeviceSource(images_NHWC)
 
-    train_store, val_store = place(pictures, train_indices), place(pictures, val_indices)
-    mean_C, std_C = channel_statistics(train_store, num_pictures=len(train_indices), channels=channels)
+    train_source, val_source = place(pictures, train_indices), place(pictures, val_indices)
+    mean_C, std_C = channel_statistics(train_source, num_pictures=len(train_indices), channels=channels)
     if not on_device:  # a picture that cannot be read is found now, not when an epoch has been trained
-        for _ in val_store.read(_reading_batches(len(val_indices))):
+        for _ in val_source.read(_reading_batches(len(val_indices))):
             pass
 
-    def part(store: Store, labels_N: Tensor, *, flip: bool = False, crop: int = 0) -> Part:
+    def part(source: Source, labels_N: Tensor, *, flip: bool = False, crop: int = 0) -> Part:
         mean_C11, std_C11 = (value.float().to(device).view(-1, 1, 1) for value in (mean_C, std_C))
-        return Part(store=store, labels_N=labels_N.to(device), mean_C11=mean_C11, std_C11=std_C11, flip=flip, crop=crop)
+        return Part(
+            source=source, labels_N=labels_N.to(device), mean_C11=mean_C11, std_C11=std_C11, flip=flip, crop=crop
+        )
 
     def open_test() -> Part:
         assert data_set.open_test is not None
@@ -259,8 +258,8 @@ def load_data(config: DataConfig, *, device: torch.device | str) -> Data:
         return part(place(test, torch.arange(len(test.labels_N))), test.labels_N)
 
     return Data(
-        train=part(train_store, pictures.labels_N[train_indices], flip=config.flip, crop=config.crop),
-        val=part(val_store, pictures.labels_N[val_indices]),
+        train=part(train_source, pictures.labels_N[train_indices], flip=config.flip, crop=config.crop),
+        val=part(val_source, pictures.labels_N[val_indices]),
         num_classes=num_classes,
         channels=channels,
         image_size=height,
@@ -280,14 +279,14 @@ def _check_labels(labels_N: Tensor, config: DataConfig, *, num_classes: int) -> 
         )
 
 
-def channel_statistics(store: Store, *, num_pictures: int, channels: int) -> tuple[Tensor, Tensor]:
+def channel_statistics(source: Source, *, num_pictures: int, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel (float64, CPU), in units of a pixel's 0 to 255.
 
     Taken from counts of the 256 values, and so the same on every device and for every placement. A channel that is the
     same everywhere gets a deviation of 1, not 0.
     """
     counts_C256 = torch.zeros((channels, 256), dtype=torch.int64)
-    for images_BHWC in store.read(_reading_batches(num_pictures)):
+    for images_BHWC in source.read(_reading_batches(num_pictures)):
         counts = [torch.bincount(pixels.flatten(), minlength=256) for pixels in images_BHWC.unbind(-1)]
         counts_C256 += torch.stack(counts).cpu()
     shares_C256 = counts_C256.double() / counts_C256.sum(1, keepdim=True)

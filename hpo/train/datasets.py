@@ -236,7 +236,7 @@ def _download(dataset_class: Any, holds: str, config: DataConfig) -> Path:
                 os.rename(Path(temporary) / holds, root / holds)
             return root
         except (OSError, RuntimeError) as error:
-            raise _absent(config, holds, f" and cannot be downloaded ({describe(error)})") from error
+            raise _absent(config, holds, f" and cannot be downloaded ({' '.join(str(error).split())})") from error
         finally:
             socket.setdefaulttimeout(timeout)
             shutil.rmtree(temporary, ignore_errors=True)

@@ -43,7 +43,8 @@ class Engine(Protocol):
 
     The worker's loop is the same for every engine: admit trials while there are free lanes, run an epoch, report each
     result, evict what the pruner drops, what diverged and what has had its epochs. All calls come from one thread.
-    A trial's numbers depend on its TrialConfig and the kind of device alone, not on what shares the device with it.
+    A trial's numbers do not depend on what shares the device with it: on a CPU they follow from its TrialConfig and the
+    number of threads, digit for digit; on a GPU up to the order in which its kernels add.
     """
 
     @property

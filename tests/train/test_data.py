@@ -229,11 +229,11 @@ def test_auto_placement_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None
 
     def store(available: int) -> str:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
-        return type(load().train.store).__name__
+        return type(load().train.source).__name__
 
     num_bytes = 1438 * 32 * 32
-    assert store(num_bytes * 4 + 4) == "DeviceStore"
-    assert store(num_bytes * 4) == "StreamStore"
+    assert store(num_bytes * 4 + 4) == "DeviceSource"
+    assert store(num_bytes * 4) == "StreamSource"
 
 
 # The data sets
