@@ -193,7 +193,7 @@ def export(name: str, *, storage: str | None = None) -> dict[str, Any]:
     all_trials = store.trials(study)
     found = _best(study, all_trials)
     settings = study.spec.frozen()
-    settings["name"] = f"{name}-best"[-100:]
+    settings["name"] = f"{name[:95]}-best"
     settings["search"] = {
         "sampler": "grid",
         "seed": study.spec.search.seed,

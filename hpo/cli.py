@@ -29,9 +29,17 @@ class _Group(click.Group):
         except StudyStopped as error:
             _fail(error, 1)
         except Exception as error:
-            if type(error).__module__.startswith("sqlalchemy") or type(error).__name__ == "StorageInternalError":
+            if _is_of_the_store(error):
                 _fail(f"the store failed: {getattr(error, 'orig', None) or error.__cause__ or error}", 1)
             raise
+
+
+def _is_of_the_store(error: Exception) -> bool:
+    if "hpo.ledger" not in sys.modules:
+        return False
+    from hpo.ledger import STORE_ERRORS
+
+    return isinstance(error, STORE_ERRORS)
 
 
 def _fail(message: object, code: int) -> None:

@@ -152,7 +152,7 @@ def parse_url(url: str) -> URL:
         parsed = make_url(url)
     except sa.exc.ArgumentError:
         raise UserError(f"--storage must be a URL such as sqlite:///hpo.db, got {url!r}") from None
-    if parsed.get_backend_name() != "sqlite":
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise UserError(f"--storage must be an SQLite URL such as sqlite:///hpo.db, got {parsed}")
     if not parsed.database or parsed.database == ":memory:":
         raise UserError(f"--storage must name a file, which workers can share, got {url!r}")
@@ -192,6 +192,8 @@ def open_storage(url: URL, *, create: bool) -> JoinedStorage:
         raise UserError(
             f"the store {url} cannot be opened{' for writing' if create else ''}: {_plain(error)}"
         ) from None
+    except ValueError as error:
+        raise UserError(f"--storage {url} cannot be read: {error}") from None
     except RuntimeError as error:  # Optuna's own check of its schema
         raise UserError(f"the store {url} was written by another version of Optuna: {error}") from None
     sa.event.listen(storage.engine, "connect", _set_pragmas)

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from hpo.devices import Device, threads_per_worker, torch_device, worker_environment
-from hpo.errors import StudyStopped
+from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
+from hpo.errors import StudyStopped, UserError
 from hpo.ledger import ENDED, STORE_ERRORS
 from hpo.records import Study
 from hpo.store import Store
@@ -58,6 +58,10 @@ class InProcess:
                 return bool(interrupted)
 
             store.reap(study)
+            if study.spec.objective is None:
+                import torch
+
+                torch.set_num_threads(num_cores())  # as a worker process would have: the same sums, digit for digit
             device = self._device.name
             # As a worker process would be: by UUID, before CUDA is first used, so that torch sees this device alone.
             if self._device.uuid is not None:
@@ -88,8 +92,11 @@ class LocalProcesses:
         waiting = store.counts(study.study_id).get("waiting", 0)
         devices = self._devices[: max(1, waiting)]
         threads = threads_per_worker(len(devices))
-        logs = store.folder / study.name / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
+        logs = store.folder(study) / "logs"
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the folder {logs} for the workers' logs cannot be made: {error.strerror}") from None
         processes = [
             _Process(
                 self._assignment(store, study, device, threads), device, logs / f"worker-{index}.log", self._python_path
@@ -118,11 +125,12 @@ class LocalProcesses:
         crashes, ended_before, next_reap = 0, _num_ended(store, study), time.monotonic() + REAP_S
         while not interrupted:
             running = [process for process in processes if process.is_running()]
-            if not running and all(process.exit_code == 0 for process in processes):
+            over = len(running) < len(processes) and _is_over(store, study)
+            if over and not running:
                 return
             for process in processes:
-                if process.exit_code in (None, 0):
-                    continue
+                if process.exit_code is None or over:
+                    continue  # it runs, or had nothing left to do; else it is gone while there is work
                 store.reap(study, crashed_pid=None if process.exit_code == EXIT_RESTART else process.pid)
                 ended = _num_ended(store, study)
                 crashes = 0 if process.exit_code == EXIT_RESTART or ended > ended_before else crashes + 1
@@ -212,6 +220,10 @@ def _drain(processes: Sequence[_Process], interrupted: list[int], watch: Watch) 
         with suppress(*STORE_ERRORS):  # showing progress must not keep the workers from being ended
             watch()
         time.sleep(TICK_S)
+
+
+def _is_over(store: Store, study: Study) -> bool:
+    return store.is_stopping(study.study_id) or not store.counts(study.study_id).keys() - set(ENDED)
 
 
 def _num_ended(store: Store, study: Study) -> int:

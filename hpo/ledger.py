@@ -31,7 +31,13 @@ MAX_LOSSES = 3  # a slot whose worker crashed this often without coming further 
 SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
-STORE_ERRORS = (sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
+class StoreFailed(Exception):
+    """The database could not do what was asked; nothing was changed."""
+
+
+# What reading from, or writing to, a store may raise when the database is at fault.
+STORE_ERRORS = (StoreFailed, sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 ENDED = ("complete", "pruned", "diverged", "failed")
 
@@ -210,8 +216,10 @@ class Ledger:
         try:
             with self._storage.transaction() as connection:
                 yield connection
-        except BaseException:
+        except BaseException as error:
             self._cached = get_storage(self._storage)  # it may have cached what was rolled back
+            if isinstance(error, STORE_ERRORS):
+                raise StoreFailed(str(getattr(error, "orig", None) or error.__cause__ or error)) from error
             raise
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,11 @@ class Trial:
 
         `metrics` must hold the study's objective.metric; every number is kept and shown. Raises UserError otherwise.
         """
-        if not isinstance(epoch, int) or epoch < 1:
+        try:
+            number = operator.index(epoch)
+        except TypeError:
+            number = 0
+        if not 1 <= number < 2**31:
             raise UserError(f"trial.report: epoch must be an integer of at least 1, got {epoch!r}")
         for name in metrics:
             if name in RESERVED:
@@ -49,4 +54,4 @@ class Trial:
             raise UserError(
                 f"trial.report must be given {self._metric}=..., the study's objective.metric; got {', '.join(metrics)}"
             )
-        return self._on_report(epoch, {name: float(value) for name, value in metrics.items()})
+        return self._on_report(number, {name: float(value) for name, value in metrics.items()})

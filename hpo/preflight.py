@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.devices import Device
 from hpo.errors import UserError
 from hpo.spec import StudySpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
@@ -46,6 +49,8 @@ def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
             )
         images, _ = next(data.val.batches(2))
         check_model(model, batch=images, num_classes=data.num_classes)
+        smallest = min(map(int, [config.training.batch_size, *_extremes(spec, "batch_size")]))
+        _check_trains(model, *next(data.train.batches(min(smallest, 8))))
         facts = facts or {
             "num_train": len(data.train),
             "num_val": len(data.val),
@@ -55,3 +60,24 @@ def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
     return facts
+
+
+def _extremes(spec: StudySpec, key: str) -> list[Any]:
+    parameter = spec.search.parameters.get(key)
+    return list(parameter.extremes()) if parameter else []
+
+
+def _check_trains(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """One forward and backward pass in training mode: some networks can be looked at and not trained."""
+    from torch.nn import functional
+
+    from hpo.train.imports import describe
+
+    try:
+        model.train()
+        functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise UserError(
+            f"model.name must name a network that can be trained on a batch of {len(images)} pictures; "
+            f"it raised {describe(error)}"
+        ) from error

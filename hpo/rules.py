@@ -20,7 +20,7 @@ BELOW_1: Rule = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE: Rule = ("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 RULES: dict[str, Rule] = {
-    "search.trials": AT_LEAST_1,
+    "search.trials": ("between 1 and 1,000,000", lambda value: 1 <= value <= 10**6),
     "search.seed": AT_LEAST_0,
     "pruner.startup_trials": AT_LEAST_0,
     "pruner.warmup_epochs": AT_LEAST_0,
@@ -35,8 +35,8 @@ RULES: dict[str, Rule] = {
     "data.split_seed": AT_LEAST_0,
     "data.train_samples": AT_LEAST_1,
     "data.train_fraction": SHARE,
-    "data.image_size": ("at least 8", lambda value: value >= 8),
-    "data.crop": AT_LEAST_0,
+    "data.image_size": ("between 8 and 4096", lambda value: 8 <= value <= 4096),
+    "data.crop": ("between 0 and 64", lambda value: 0 <= value <= 64),
     "training.epochs": AT_LEAST_1,
     "training.batch_size": AT_LEAST_1,
     "training.lr": POSITIVE,

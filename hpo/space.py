@@ -13,6 +13,8 @@ from hpo.errors import UserError, check_keys
 
 Scalar = str | bool | int | float
 
+MAX_POINTS = 10_000  # of one range in a grid
+
 
 @dataclass(frozen=True)
 class Range:
@@ -23,6 +25,13 @@ class Range:
     log: bool = False
     step: float | None = None
     points: int | None = None
+
+    @property
+    def num_points(self) -> int:
+        """How many values a grid has, before integers that fall together are counted once."""
+        if self.step is None:
+            return self.points or 0
+        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
 
     @property
     def integer(self) -> bool:
@@ -38,8 +47,7 @@ class Range:
     def grid(self) -> list[Scalar]:
         """The values of a grid: evenly spaced (geometrically on a log scale), rounded to six significant digits."""
         if self.step is not None:
-            count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-            values = [self.low + index * self.step for index in range(count)]
+            values = [self.low + index * self.step for index in range(self.num_points)]
         else:
             assert self.points is not None
             shares = [index / (self.points - 1) for index in range(self.points)]
@@ -178,4 +186,7 @@ def _parse_range(setting: str, value: dict[str, Any], *, grid: bool) -> Range:
         raise UserError(
             f"{setting}.points has no meaning {'beside step' if step is not None else 'but for a grid'}, got {points!r}"
         )
-    return Range(low=low, high=high, log=bool(log), step=step, points=points)
+    parsed = Range(low=low, high=high, log=bool(log), step=step, points=points)
+    if grid and parsed.num_points > MAX_POINTS:
+        raise UserError(f"{setting} must have at most {MAX_POINTS:,} points in a grid, got {parsed.num_points:,}")
+    return parsed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -275,6 +276,8 @@ class StudySpec(_Section):
                 for case in parameter.cases:
                     if case not in map(str, given.values):
                         raise unknown_name(f"search.space.{key}.by.{parameter.by}", case, map(str, given.values))
+        if name == "grid" and (size := math.prod(map(_num_points, search.parameters.values()))) > MAX_GRID:
+            raise UserError(f"search.space must have at most {MAX_GRID:,} grid points, got {size:,}")
         self._check_try_first()
         if name == "grid" and search.trials not in (None, len(search.grid)):
             raise UserError(
@@ -330,6 +333,8 @@ class StudySpec(_Section):
         for key, parameter in parameters.items():
             for value in parameter.extremes():
                 _check_searched(key, value, data=self.data)
+        if self.data.image_size != DataConfig.image_size and self.data.name != "image_folder":
+            raise UserError(f"data.image_size has no meaning but for image_folder, got {self.data.image_size}")
         if self.training.lr is None and "lr" not in parameters:
             raise UserError("training.lr must be set, or searched as search.space.lr")
         if self.data.train_samples is not None and self.data.train_fraction is not None:
@@ -356,6 +361,15 @@ class StudySpec(_Section):
 
 DEFAULT_TRIALS = 20
 OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # what of [training] a user's own loop is given
+
+
+MAX_GRID = 10**6
+
+
+def _num_points(parameter: Parameter) -> int:
+    if isinstance(parameter, Cases):
+        return max(map(_num_points, parameter.cases.values()))
+    return parameter.num_points if isinstance(parameter, Range) else len(parameter.values)
 
 
 def _check_combination(config: TrialConfig, values: Mapping[str, Scalar]) -> None:

@@ -28,10 +28,13 @@ _UNCLAIMED = {"state": "waiting", "attempt": 0, "furthest": 0, "losses": 0}
 class Store(Ledger):
     """A database of studies: their creation, their workers, and what there is to read of them."""
 
-    @property
-    def folder(self) -> Path:
-        """Where logs and a trial's own files go: beside the database."""
-        return database_path(self.url).parent / "hpo_files"
+    def folder(self, study: Study) -> Path:
+        """Where a study's logs and its trials' own files go: beside the database.
+
+        No other study has it, not even one of the same name in another database, or after this one was deleted: a
+        user's loop must never go on from a stranger's checkpoint.
+        """
+        return database_path(self.url).parent / "hpo_files" / f"{study.name}-{study.facts['uid']}"
 
     @property
     def storage(self) -> optuna.storages.BaseStorage:
@@ -49,7 +52,7 @@ class Store(Ledger):
         with self._transaction() as connection:
             study_id = self._find_id(connection, spec.name)
             if study_id is None:
-                study_id = self._insert_study(connection, spec, json.dumps(dict(facts)))
+                study_id = self._insert_study(connection, spec, json.dumps({**facts, "uid": uuid.uuid4().hex[:8]}))
             else:
                 study = self._load(connection, study_id, spec.name)
                 self.check_joins(study, spec, facts=facts)

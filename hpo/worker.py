@@ -23,7 +23,7 @@ from typing import Any
 
 from hpo import provenance
 from hpo.errors import UserError
-from hpo.ledger import LEASE_S, STORE_ERRORS, ClaimLost
+from hpo.ledger import LEASE_S, ClaimLost, StoreFailed
 from hpo.objective import Trial
 from hpo.records import Claim, Study
 from hpo.store import Store
@@ -65,6 +65,7 @@ class Worker:
         self._lanes: dict[int, tuple[Claim, TrialConfig]] = {}
         self._held: set[Claim] = set()  # what the heartbeat renews
         self._worker_id = ""
+        self._pid = os.getpid()
 
     def run(self) -> None:
         self._worker_id = self._store.add_worker(self._study.study_id, device=self._device)
@@ -169,7 +170,7 @@ class Worker:
 
     def _user_trial(self, claim: Claim, told: list[_End]) -> Trial:
         values, seed = self._suggest(claim)
-        folder = self._store.folder / self._study.name / "trials" / f"{claim.number:04d}"
+        folder = self._store.folder(self._study) / "trials" / f"{claim.number:04d}"
         folder.mkdir(parents=True, exist_ok=True)
 
         def on_report(epoch: int, metrics: dict[str, float]) -> bool:
@@ -255,16 +256,22 @@ class Worker:
         """An exception in training ends its trials as failed, with the traceback, and not the study."""
         try:
             yield
-        except (ClaimLost, *STORE_ERRORS):
+        except (ClaimLost, StoreFailed):
             raise  # the trial is another's, or the store is at fault: not the trial's failure
-        except (Exception, SystemExit) as error:  # a user's loop that calls sys.exit() ends its trial, not the worker
+        except BaseException as error:  # a user's loop that calls sys.exit() ends its trial, not the worker
+            if os.getpid() != self._pid:
+                os._exit(1)  # a process that the user's code forked has come back to us: it has no business here
+            if isinstance(error, KeyboardInterrupt) and self._should_stop():
+                raise  # Ctrl-C, insisted on, where the worker is the command itself
             out_of_memory = _is_out_of_memory(error)
-            reason = "out of memory" if out_of_memory else f"{type(error).__name__}: {error}".split("\n")[0][:500]
+            reason = (
+                "out of memory" if out_of_memory else f"{type(error).__name__}: {_text(error)}".split("\n")[0][:500]
+            )
             for claim in claims:
                 with self._losing_ends(claim):
                     text = "".join(traceback.format_exception(error))
                     self._finish(claim, "failed", reason, error=text, failure_key=_failure_key(error))
-            if "CUDA error" in str(error) and not out_of_memory:
+            if "CUDA error" in _text(error) and not out_of_memory:
                 raise SystemExit(EXIT_RESTART) from error  # no later kernel of this process would run
 
     @contextmanager
@@ -310,9 +317,15 @@ def _failure_key(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
-    )
+    text = _text(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a user's exception may not even be able to say what it is
+        return ""
 
 
 def _free_memory() -> None:

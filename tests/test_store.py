@@ -667,7 +667,8 @@ def test_any_file_name_will_do(tmp_path: Path, make_spec: MakeSpec, name: str) -
     study, worker = begin(store, make_spec(0.1))
     claim(store, study, worker)
     assert (tmp_path / name).exists()
-    assert store.folder == tmp_path / "hpo_files"
+    study = store.create_study(ANY_SPEC, facts={})
+    assert store.folder(study).parent == tmp_path / "hpo_files"
 
 
 @pytest.mark.parametrize(

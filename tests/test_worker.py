@@ -156,9 +156,10 @@ assert trial.checkpoint_dir.is_dir() and not list(trial.checkpoint_dir.iterdir()
 (trial.checkpoint_dir / "seed").write_text(str(trial.seed))
 trial.report(1, val_accuracy=trial.params["lr"])
 """)
-    trials = work(store, store.create_study(make_spec(0.1, 0.2), facts={}))
+    study = store.create_study(make_spec(0.1, 0.2), facts={})
+    trials = work(store, study)
     for trial in trials:
-        folder = tmp_path / "hpo_files" / "s" / "trials" / f"{trial.number:04d}"
+        folder = store.folder(study) / "trials" / f"{trial.number:04d}"
         assert (folder / "seed").read_text() == str(trial.attributes["seed"])
         assert (trial.attributes["device"], trial.attributes["pid"]) == ("cpu", os.getpid())
         assert trial.attributes["host"] == socket.gethostname()

@@ -273,6 +273,10 @@ def _check_labels(labels_N: Tensor, config: DataConfig, *, num_classes: int) -> 
     if len(labels_N) == 0:
         raise UserError(f"data.name = {config.name!r} must have pictures, got none")
     low, high = int(labels_N.min()), int(labels_N.max())
+    if num_classes < 2:
+        raise UserError(f"data.name = {config.name!r} must have at least 2 classes, got {num_classes}")
+    if num_classes > len(labels_N):
+        raise UserError(f"data.name = {config.name!r} must have labels that count the classes from 0, got up to {high}")
     if low < 0 or high >= num_classes:
         raise UserError(
             f"data.name = {config.name!r} must have labels from 0 to {num_classes - 1}, got {low} to {high}"

@@ -82,7 +82,10 @@ class FilePictures(Pictures):
 
         try:
             with Image.open(path) as image:
-                rgb = image.convert("RGB")
+                # PIL would clip 16 bits, not scale them.
+                deep = image.mode.startswith("I")
+                grey = image.convert("I").point(lambda value: value * (1 / 257)).convert("L") if deep else image
+                rgb = grey.convert("RGB")
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and others for damaged files
             raise UserError(f"data.root holds a picture that cannot be read: {path} ({error})") from error
         size = (self.image_size, self.image_size)
@@ -330,6 +333,8 @@ def _own_part(part: Any, name: str) -> Pictures:
             f"data.name = {name!r} must return uint8 images (N, C, H, W) and labels (N,), got {images.dtype} of shape "
             f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
         )
+    if labels.is_floating_point():
+        raise UserError(f"data.name = {name!r} must return integer labels, got {labels.dtype}")
     return ArrayPictures(images.permute(0, 2, 3, 1).contiguous(), labels.long())
 
 

@@ -263,10 +263,11 @@ def is_collapsed(lane: Lane) -> bool:
     Its loss does not tell: it is ln(classes) for a slow start too, and far above after a leap. A network that could not
     tell pictures apart when it was drawn either, such as an MLP of 20 layers, has not been killed by its learning rate.
     """
-    if output_spread(lane.model, lane.data) > SAME_OUTPUT:
+    spread = output_spread(lane.model, lane.data)
+    if spread > SAME_OUTPUT:
         return False
-    initial = initial_model(lane.config, data=lane.data, device=lane.data.val.labels_N.device)
-    return output_spread(initial, lane.data) > 10 * SAME_OUTPUT
+    initial = output_spread(initial_model(lane.config, data=lane.data, device=lane.data.val.labels_N.device), lane.data)
+    return initial > 10 * SAME_OUTPUT or initial == spread == 0  # 0 as drawn: a last layer that starts at zero
 
 
 @torch.no_grad()

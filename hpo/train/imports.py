@@ -40,7 +40,7 @@ def import_object(path: str, *, setting: str) -> Callable[..., Any]:
             f"{setting} = {path!r} must name a module that can be imported; there is no module {error.name!r} "
             f"on Python's path or in {os.getcwd()}"
         ) from error
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise UserError(f"{setting} = {path!r} cannot be imported: {describe(error)}") from error
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -69,7 +69,10 @@ def call_factory(
     import torch
 
     setting = f"{section}.name = {name!r}"
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:
+        raise UserError(f"{setting} must name a function whose arguments Python can tell") from None
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     known = [key for key, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     for key in options:
@@ -81,6 +84,6 @@ def call_factory(
         return factory(**arguments)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever the user's factory does
+    except (Exception, SystemExit) as error:  # whatever the user's factory does
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
         raise UserError(f"{setting} failed when called with {given}: {describe(error)}") from error
