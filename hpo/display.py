@@ -108,7 +108,7 @@ def heading(study: Study) -> Text:
     text.append(
         f": {spec.num_trials} trials, {spec.search.sampler} over {', '.join(spec.search.parameters)}", style="not bold"
     )
-    if facts:
+    if "num_parameters" in facts:
         text.append(
             f"; {spec.model.name} ({facts['num_parameters']:,} parameters) on {spec.data.name} "
             f"({facts['num_train']:,} training, {facts['num_val']:,} validation pictures, "

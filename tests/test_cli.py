@@ -18,6 +18,23 @@ from click.testing import CliRunner
 
 from hpo.cli import main
 
+NETS = """
+import sys
+from torch import nn
+
+def lazy(width):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+def frozen(width):
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).requires_grad_(False)
+
+def norm(width):
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+def leaves(width):
+    sys.exit(0)
+"""
+
 
 class Result(NamedTuple):
     returncode: int
@@ -73,6 +90,7 @@ class Hpo:
 def hpo(tmp_path_factory: pytest.TempPathFactory) -> Hpo:
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.toml").write_text(TINY)
+    (folder / "nets.py").write_text(NETS)
     return Hpo(folder)
 
 
@@ -146,7 +164,10 @@ def test_export_writes_a_study_that_trains_the_best_trial_alone(hpo: Hpo, ran: R
     result = hpo("run", "best.toml", "--devices", "cpu", "--storage", "sqlite:///best.db")
     assert result.returncode == 0, result.stderr
     assert "best learning rate: 0.01" in result.stdout
-    assert "1 trials" in result.stdout
+    (again,) = json.loads(hpo.quick("trials", "tiny-best", "--json", "--storage", "sqlite:///best.db").stdout)
+    once = json.loads(hpo.quick("trials", "tiny", "--json").stdout)[1]
+    for curve in ("train_loss", "val_loss", "val_accuracy"):
+        assert again[curve] == once[curve], "the same trial, digit for digit"
 
 
 def test_joining_with_other_settings_is_refused_with_the_difference(hpo: Hpo, ran: Result) -> None:
@@ -207,6 +228,16 @@ REQUESTS = {
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///no/such/x.db"): ["does not exist"],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///tiny.toml"): ["not a database"],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "mysql://u:secret@h/d"): ["must be an SQLite URL", "***"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:lazy"): ["layers", "lazy"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:frozen"): ["can be trained", "does not require grad"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:leaves"): ["nets:leaves", "SystemExit"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "training.batch_size=1", "--set", "model.name=nets:norm"): [
+        "can be trained on a batch of 1 pictures"
+    ],
+    ("run", "tiny.toml", "--set", "search.space.lr={low=1e-5, high=1, points=1000000000}"): ["at most 10,000 points"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite+aiosqlite:///x.db"): ["must be an SQLite URL"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///x.db?timeout=abc"): ["--storage"],
+    ("run", "tiny.toml", "--set", "name=n", "--in-process", "--workers", "2"): ["--workers has no meaning with"],
     ("best", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
     ("status", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
     ("stop", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],

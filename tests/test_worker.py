@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from hpo import database
-from hpo import store as store_module
+from hpo import ledger as ledger_module
 from hpo import worker as worker_module
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
@@ -210,7 +210,7 @@ def test_a_lease_is_renewed_during_a_long_epoch_also_after_database_errors(
     store: Store, make_spec: MakeSpec, loop: WriteLoop, tmp_path: Path,
     wait_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    for module in (store_module, worker_module):
+    for module in (ledger_module, worker_module):
         monkeypatch.setattr(module, "LEASE_S", 0.4)
     monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.1)
     loop(HELD)
@@ -299,3 +299,38 @@ def test_a_claim_that_is_lost_before_training_begins_does_not_end_the_worker(sto
         )
     trials = work(store, study, should_stop=lambda: store.trials(study)[1].state == "complete")
     assert [(trial.state, trial.worker_id == "another") for trial in trials] == [("running", True), ("complete", False)]
+
+
+# What no exception handler expects
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
+        ("raise GeneratorExit", "GeneratorExit: "),
+        ("raise __import__('sqlalchemy').exc.OperationalError('mine', {}, Exception('mine'))", "OperationalError: "),
+        ("raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})", "Mute: "),
+    ],
+)
+def test_whatever_a_loop_raises_ends_its_trial_and_not_the_study(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, line: str, reason: str
+) -> None:
+    loop(f"if trial.number == 0: {line}\ntrial.report(1, val_accuracy=0.5)")
+    first, second = work(store, store.create_study(make_spec(0.1, 0.2), facts={}))
+    assert (first.state, second.state) == ("failed", "complete")
+    assert str(first.reason).startswith(reason)
+
+
+def test_a_loop_is_never_given_another_studys_checkpoints(tmp_path: Path, make_spec: MakeSpec, loop: WriteLoop) -> None:
+    """Not those of a study of the same name in another database beside it, nor of one that was deleted."""
+    loop("""
+assert not list(trial.checkpoint_dir.iterdir())
+(trial.checkpoint_dir / "last.pt").touch()
+trial.report(1, val_accuracy=0.5)
+""")
+    for name in ("a", "b", "a"):
+        (tmp_path / f"{name}.db").unlink(missing_ok=True)
+        store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
+        (trial,) = work(store, store.create_study(make_spec(0.1), facts={}))
+        assert trial.state == "complete", trial.error

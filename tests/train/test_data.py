@@ -469,3 +469,35 @@ def test_configs_compare_by_value() -> None:
     """The engine keeps the data of trials whose configs are equal."""
     config = DataConfig(options={"a": 1})
     assert config == DataConfig(options={"a": 1}) != replace(config, flip=True)
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name, level in (("dark", 0x2000), ("light", 0xC000)):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        for index in range(8):
+            Image.fromarray(numpy.full((32, 32), level, "uint16")).save(folder / f"{index}.png")
+    data = load("image_folder", root=str(tmp_path), validation_fraction=0.25)
+    assert data.mean == pytest.approx([(0x20 + 0xC0) / 2 / 255] * 3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("numpy.arange(40) / 40", "integer labels, got torch.float64"),
+        ("numpy.zeros(40, int)", "at least 2 classes, got 1"),
+        ("numpy.arange(40) * 10**9", "labels that count the classes from 0"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(
+    labels: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_labels.py").write_text(
+        f"import numpy\ndef data():\n    return (numpy.zeros((40, 1, 32, 32), 'uint8'), {labels}), None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("own_labels", None)
+    with pytest.raises(UserError, match=message):
+        load("own_labels:data")

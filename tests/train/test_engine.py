@@ -356,3 +356,25 @@ def test_trains_on_a_gpu(precision: Any) -> None:
     assert train(config, engine=engine)[-1].diverged is None
     high = replace(config, training=replace(config.training, lr=0.3))
     assert train(high, engine=engine)[-1].diverged
+
+
+ZERO_HEAD = """
+from torch import nn
+def zero_head(*, channels, num_classes):
+    head = nn.Linear(channels * 32 * 32, num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 1024), nn.ReLU(), head)
+"""
+
+
+@pytest.mark.parametrize(("lr", "dies"), [(1e-6, False), (1e-2, False), (1e3, True)])
+def test_a_last_layer_that_starts_at_zero_is_judged_like_any_other(
+    lr: float, dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As drawn it gives every picture the same output, exactly; one step later it does so only if it is dead."""
+    (tmp_path / "own_zero_head.py").write_text(ZERO_HEAD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    results = train(trial(model=ModelConfig(name="own_zero_head:zero_head"), optimizer="sgd", lr=lr))
+    assert (results[-1].diverged is not None) == dies
