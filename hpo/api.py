@@ -22,6 +22,7 @@ from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
 
+HEADER = "The best trial of study"  # begins every export, which alone may be written over
 DEFAULT_STORAGE = "sqlite:///hpo.db"
 
 # Called with the store and the study once before training; returns what to call while it goes on.
@@ -125,10 +126,17 @@ def resume(
     return _train(study.spec, _code_folder(study), go_on, devices=devices, workers=workers, watcher=watcher)
 
 
-def stop(name: str, *, storage: str | None = None) -> None:
-    """Asks every worker of a study, on every machine, to let go of its trial at the end of its epoch and leave."""
+def stop(name: str, *, storage: str | None = None) -> bool:
+    """Asks every worker of a study, on every machine, to let go of its trial at the end of its epoch and leave.
+
+    Returns False, and asks nothing, where the study is finished.
+    """
     store = Store(storage_url(storage))
-    store.request_stop(store.study(name))
+    study = store.study(name)
+    if not _num_left(store, study):
+        return False
+    store.request_stop(study)
+    return True
 
 
 def studies(*, storage: str | None = None) -> list[dict[str, Any]]:
@@ -192,16 +200,7 @@ def export(name: str, *, storage: str | None = None) -> dict[str, Any]:
     study = store.study(name)
     all_trials = store.trials(study)
     found = _best(study, all_trials)
-    settings = study.spec.frozen()
-    settings["name"] = f"{name[:95]}-best"
-    settings["search"] = {
-        "sampler": "grid",
-        "seed": study.spec.search.seed,
-        # With its seed it is the same trial again, and not another one with the same values.
-        "space": {key: [value] for key, value in found.params.items()} | {"seed": [_seed(all_trials, found)]},
-    }
-    settings["pruner"] = {"name": "none"}
-    return settings
+    return study.spec.of_trial(found.params, name=f"{name[:95]}-best", seed=_seed(all_trials, found)).frozen()
 
 
 def write_export(name: str, output: str | Path, *, storage: str | None = None) -> None:
@@ -211,10 +210,15 @@ def write_export(name: str, output: str | Path, *, storage: str | None = None) -
         raise UserError(f"--output must end in .toml or .json, got {str(output)!r}")
     settings = export(name, storage=storage)
     if path.suffix == ".toml":
-        text = f"# The best trial of study {name}.\n\n{tomli_w.dumps(settings)}"
+        text = f"# {HEADER} {name}\n\n{tomli_w.dumps(settings)}"
     else:
         found = best(name, storage=storage)
-        text = json.dumps({"study": name, **found.as_dict(), "spec": settings}, indent=2) + "\n"
+        text = (
+            json.dumps({"what": f"{HEADER} {name}", "study": name, **found.as_dict(), "spec": settings}, indent=2)
+            + "\n"
+        )
+    if path.exists() and HEADER not in path.read_text(errors="replace"):
+        raise UserError(f"--output {path} exists and is no export of ours; name another file")
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

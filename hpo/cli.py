@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,8 @@ def run_command(
     from hpo.spec import StudySpec
 
     parsed = StudySpec.from_toml(spec, overrides=overrides)
-    again = f"hpo run {spec}" + "".join(f" --set {override}" for override in overrides)
+    options = [("--set", override) for override in overrides]
+    again = _command("run", spec, *options, *_worker_arguments(devices, workers), *["--in-process"][: int(in_process)])
     _train(
         lambda watcher: api.run(
             parsed, storage=storage, devices=devices, workers=workers, in_process=in_process, watcher=watcher,
@@ -129,7 +131,7 @@ def worker_command(study: str, devices: str, workers: int | None, storage: str |
     """
     from hpo import api
 
-    again = f"hpo worker {study}"
+    again = _command("worker", study, *_worker_arguments(devices, workers))
     _train(
         lambda watcher: api.join(study, storage=storage, devices=devices, workers=workers, watcher=watcher),
         study, storage, again=again,
@@ -149,7 +151,7 @@ def resume_command(study: str, trials: int | None, devices: str, workers: int | 
     """
     from hpo import api
 
-    again = f"hpo resume {study}"
+    again = _command("resume", study, *_worker_arguments(devices, workers))
     _train(
         lambda watcher: api.resume(
             study, storage=storage, trials=trials, devices=devices, workers=workers, watcher=watcher
@@ -165,7 +167,7 @@ def _train(train: Callable[[Any], Result], study: str, storage: str | None, *, a
     from hpo.display import Progress, make_console, print_answer
     from hpo.store import Store
 
-    suffix = f" --storage {masked(storage)}" if storage else ""
+    suffix = f" --storage {shlex.quote(masked(storage))}" if storage else ""
     console = make_console()
     try:
         with Progress(console) as progress:
@@ -312,8 +314,10 @@ def stop_command(study: str, storage: str | None) -> None:
     """
     from hpo import api
 
-    api.stop(study, storage=storage)
-    click.echo(f"study {study} will stop within an epoch; go on with: hpo resume {study}")
+    if api.stop(study, storage=storage):
+        click.echo(f"study {study} will stop within an epoch; go on with: hpo resume {study}")
+    else:
+        click.echo(f"study {study} is finished; there is nothing to stop")
 
 
 @main.command("dashboard")
@@ -357,6 +361,16 @@ def doctor_command(as_json: bool, storage: str | None) -> None:
         click.echo(f"{finding.subject:<{width}}  {finding.found}")
         if finding.advice:
             click.echo(f"{'':<{width}}  -> {finding.advice}")
+
+
+def _worker_arguments(devices: str, workers: int | None) -> list[tuple[str, str]]:
+    return [("--devices", devices)] * (devices != "auto") + [("--workers", str(workers))] * (workers is not None)
+
+
+def _command(*arguments: str | tuple[str, str]) -> str:
+    """A command line that can be pasted into a shell as it is."""
+    words = [word for argument in arguments for word in ([argument] if isinstance(argument, str) else argument)]
+    return shlex.join(["hpo", *words])
 
 
 def _folder(path: str) -> str:

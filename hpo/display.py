@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.analysis import Best, best
+from hpo.analysis import Best, best, standard_error
 from hpo.ledger import ENDED
 from hpo.records import Study, Trial
 from hpo.store import Store
@@ -122,11 +122,11 @@ def print_answer(
     console: Console, study: Study, trials: Sequence[Trial], found: Best, *, next_steps: Sequence[str]
 ) -> None:
     """The table of learning rates against accuracy, the winner, and what to type next."""
-    console.print(_table(study, trials, found))
+    console.print(_table(study, trials, found, width=console.width))
     for line in answer_lines(study, found):
-        console.print(line, style="bold", highlight=False)
+        console.print(line, style="bold", highlight=False, soft_wrap=True)
     for step in next_steps:
-        console.print(step, style="dim", highlight=False)
+        console.print(step, style="dim", highlight=False, soft_wrap=True)
 
 
 def answer_lines(study: Study, found: Best) -> list[str]:
@@ -135,6 +135,9 @@ def answer_lines(study: Study, found: Best) -> list[str]:
     subject = f"best learning rate: {_number(found.params['lr'])}" if "lr" in found.params else "best"
     subject += f" ({values})" if values else ""
     lines = [f"{subject}, {study.spec.metric} {_value(found.value, study)}, trial {found.trial}"]
+    classes = study.facts.get("num_classes")
+    if classes and found.value <= 1 / classes + standard_error(1 / classes, study.facts["num_val"]):
+        lines.append(f"that is no better than guessing among {classes} classes: give it more epochs, or other rates")
     if found.interval is not None:
         low, high = found.interval
         if low < high:
@@ -146,29 +149,34 @@ def answer_lines(study: Study, found: Best) -> list[str]:
     return lines
 
 
-def _table(study: Study, trials: Sequence[Trial], found: Best) -> Table:
+def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) -> Table:
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     rows = sorted(trials, key=lambda trial: tuple(_sort_key(trial.params.get(key)) for key in keys))
     if len(rows) > MAX_ROWS:
         rows = sorted(trials, key=lambda trial: -math.inf if trial.value is None else trial.value, reverse=True)[
             :MAX_ROWS
         ]
+    has_bars = width >= 60 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen the figures come first
     values = [trial.value for trial in rows if trial.value is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
     table = Table(
         box=box.SIMPLE_HEAD, title=f"{len(rows)} of {len(trials)} trials" if len(rows) < len(trials) else None
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for key in keys:
-        table.add_column("learning rate" if key == "lr" else key, justify="right")
-    table.add_column(study.spec.metric, justify="right")
-    table.add_column("", width=BAR_WIDTH)
-    table.add_column("state")
-    table.add_column("epochs", justify="right")
-    table.add_column("trial", justify="right")
+        width = max(len(_number(trial.params.get(key, ""))) for trial in rows)
+        table.add_column("learning rate" if key == "lr" else key, justify="right", min_width=width)
+    table.add_column(study.spec.metric, justify="right", min_width=6)
+    if has_bars:
+        table.add_column("", width=BAR_WIDTH)
+    table.add_column("state", overflow="fold")
+    table.add_column("epochs", justify="right", no_wrap=True)
+    table.add_column("trial", justify="right", no_wrap=True)
     for trial in rows:
         style = STYLES[trial.state]
         share = (trial.value - low) / (high - low or 1) if trial.value is not None else None
+        if share is not None and study.spec.direction == "minimize":
+            share = 1 - share
         bar = (
             ProgressBar(total=1, completed=max(0.02, share), width=BAR_WIDTH, complete_style=style)
             if share is not None
@@ -178,7 +186,7 @@ def _table(study: Study, trials: Sequence[Trial], found: Best) -> Table:
             "►" if trial.number == found.trial else "",
             *(_number(trial.params[key]) if key in trial.params else "" for key in keys),
             "" if trial.value is None else _value(trial.value, study),
-            bar,
+            *([bar] if has_bars else []),
             Text(
                 trial.state if trial.state in ("complete", "waiting") else f"{trial.state}: {trial.reason}", style=style
             ),

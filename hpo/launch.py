@@ -128,10 +128,10 @@ class LocalProcesses:
             over = len(running) < len(processes) and _is_over(store, study)
             if over and not running:
                 return
-            for process in processes:
-                if process.exit_code is None or over:
-                    continue  # it runs, or had nothing left to do; else it is gone while there is work
-                store.reap(study, crashed_pid=None if process.exit_code == EXIT_RESTART else process.pid)
+            gone = [] if over else [process for process in processes if process.exit_code is not None]
+            if gone:  # while there is work left
+                store.reap(study, crashed_pids=[process.pid for process in gone if process.exit_code != EXIT_RESTART])
+            for process in gone:
                 ended = _num_ended(store, study)
                 crashes = 0 if process.exit_code == EXIT_RESTART or ended > ended_before else crashes + 1
                 ended_before = ended
@@ -175,8 +175,9 @@ class _Process:
             )
 
     @property
-    def pid(self) -> int | None:
-        return None if self._popen is None else self._popen.pid
+    def pid(self) -> int:
+        assert self._popen is not None
+        return self._popen.pid
 
     def is_running(self) -> bool:
         if self._popen is None or self.exit_code is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -172,12 +172,12 @@ class Ledger:
             for claim in claims:
                 connection.execute(slots.update().where(_is_held(claim)).values(lease_until=at + LEASE_S))
 
-    def reap(self, study: Study, *, crashed_pid: int | None = None) -> int:
+    def reap(self, study: Study, *, crashed_pids: Collection[int] = ()) -> int:
         """Frees the slots of workers that died or lost their lease; returns how many.
 
         A worker of this machine is looked up by its process; one elsewhere is given up when its lease has run out.
-        `crashed_pid` is a worker that its supervisor has seen crash: that counts against the trial it had, while the
-        end of a whole machine, or of everything at once, does not.
+        `crashed_pids` are workers that their supervisor has seen crash: that counts against the trials they had, while
+        the end of a whole machine, or of everything at once, does not.
         """
         with self._transaction() as connection:
             at = now(connection)
@@ -191,7 +191,7 @@ class Ledger:
             lost = [row for row in rows if row.lease_until < at or row.left is not None or is_gone(row)]
             for row in lost:
                 claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
-                losses = row.losses + (row.pid == crashed_pid and row.machine == liveness.machine())
+                losses = row.losses + (row.pid in crashed_pids and row.machine == liveness.machine())
                 connection.execute(slots.update().where(_is_held(claim)).values(losses=losses))
                 if losses >= MAX_LOSSES:
                     reason = f"its worker died {MAX_LOSSES} times"

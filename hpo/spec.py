@@ -156,6 +156,25 @@ class StudySpec(_Section):
             seed=seed,
         )
 
+    def of_trial(self, values: Mapping[str, Scalar], *, name: str, seed: int) -> StudySpec:
+        """The study that trains one trial of this one again, digit for digit on a CPU.
+
+        Its values stand in their sections, its learning rate and its seed are a grid of one point. For a function of a
+        user's, which has no sections, all its values are that point.
+        """
+        config = self.trial_config({} if self.objective else values, seed=seed)
+        sections = {"model": config.model, "data": config.data, "training": config.training}
+        settings = self.model_copy(update=sections).frozen() | {"name": name, "pruner": {"name": "none"}}
+        points = dict(values)
+        if not self.objective:
+            for table, entry in ((OPTIMIZERS, config.training.optimizer), (SCHEDULES, config.training.schedule)):
+                for key in {key for other in table.values() for key in other.keys} - set(table[entry].keys):
+                    settings["training"].pop(key, None)  # searched for other optimizers than the one that won
+            points = {"lr": settings["training"].pop("lr")}
+        space = {key: [value] for key, value in points.items()} | {"seed": [seed]}
+        settings["search"] = {"sampler": "grid", "seed": self.search.seed, "space": space}
+        return StudySpec.from_dict(settings)
+
     def corners(self, sections: Collection[str] = ("model", "data", "training")) -> Iterator[dict[str, Scalar]]:
         """The combinations of the extreme values of the space, as far as they concern these sections; at most 4,096."""
         parameters = self.search.parameters

@@ -22,6 +22,7 @@ from hpo.ledger import LEASE_S, Ledger, is_gone
 from hpo.records import Study, Trial, WorkerRow, read_trial
 from hpo.spec import StudySpec
 
+MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
 _UNCLAIMED = {"state": "waiting", "attempt": 0, "furthest": 0, "losses": 0}
 
 
@@ -69,7 +70,9 @@ class Store(Ledger):
         if differences:
             raise UserError(
                 f"study {spec.name!r} exists in {self.url} with other settings; give this one another name, "
-                "or undo: " + "; ".join(differences)
+                "or undo: "
+                + "; ".join(differences[:MAX_DIFFERENCES])
+                + (f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else "")
             )
 
     def _insert_study(self, connection: Connection, spec: StudySpec, facts: str) -> int:

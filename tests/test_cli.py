@@ -229,7 +229,10 @@ REQUESTS = {
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///tiny.toml"): ["not a database"],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "mysql://u:secret@h/d"): ["must be an SQLite URL", "***"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:lazy"): ["layers", "lazy"],
-    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:frozen"): ["can be trained", "does not require grad"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:frozen"): [
+        "can be trained",
+        "does not require grad",
+    ],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:leaves"): ["nets:leaves", "SystemExit"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "training.batch_size=1", "--set", "model.name=nets:norm"): [
         "can be trained on a batch of 1 pictures"
