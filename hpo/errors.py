@@ -28,7 +28,7 @@ def unknown_name(setting: str, value: object, valid: Iterable[str]) -> UserError
 
 def nearest(value: str, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` where a valid name is close to the value, else nothing."""
-    near = difflib.get_close_matches(value, list(valid), n=1)
+    near = difflib.get_close_matches(value, list(valid), n=1, cutoff=0.65)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

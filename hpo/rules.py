@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
+
+from pydantic import ValidationError
 
 from hpo.errors import UserError
 
@@ -71,3 +74,21 @@ def check_rule(setting: str, value: Any, *, shown_as: str | None = None) -> None
     rule, holds = RULES[setting]
     if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
         raise UserError(f"{shown_as or setting} must be {rule}, got {value!r}")
+
+
+def check_reference(setting: str, reference: str) -> None:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", reference):
+        raise UserError(f"{setting} must be written package.module:function, got {reference!r}")
+
+
+def explain(error: ValidationError) -> str:
+    """Pydantic's complaints about types as our sentences: setting, rule, value."""
+    sentences = []
+    for complaint in error.errors():
+        setting = ".".join(map(str, complaint["loc"]))
+        if complaint["type"] == "missing":
+            sentences.append(f"{setting} must be set")
+        else:
+            rule = complaint["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+            sentences.append(f"{setting} must be {rule}, got {complaint['input']!r}")
+    return "; ".join(sentences)

@@ -1,7 +1,7 @@
 """The study file: TOML read into a frozen StudySpec; every check of what a user wrote is here.
 
 What needs the pictures, the network or the machine to be judged is checked by `hpo/preflight.py`, also before anything
-is created. The rules say what a value must be; `_explain` and `UserError` turn a breach into one sentence.
+is created. The rules say what a value must be; `explain` and `UserError` turn a breach into one sentence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from hpo.errors import UserError, check_keys, unknown_name
 from hpo.objective import RESERVED
-from hpo.rules import check_rule
+from hpo.rules import check_reference, check_rule, explain
 from hpo.search import PRUNERS, SAMPLERS
 from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points, parse_space
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
@@ -120,7 +120,7 @@ class StudySpec(_Section):
             # JSON mode lets pydantic be strict about numbers and text and still take a list for a sequence.
             return cls.model_validate_json(json.dumps(settings, default=str), strict=True)
         except ValidationError as error:
-            message = _explain(error)
+            message = explain(error)
         except UserError as error:
             message = str(error)
         raise UserError(f"{message} ({source})" if source else message)
@@ -171,6 +171,7 @@ class StudySpec(_Section):
                 for key in {key for other in table.values() for key in other.keys} - set(table[entry].keys):
                     settings["training"].pop(key, None)  # searched for other optimizers than the one that won
             points = {"lr": settings["training"].pop("lr")}
+        settings["training"].pop("seed")
         space = {key: [value] for key, value in points.items()} | {"seed": [seed]}
         settings["search"] = {"sampler": "grid", "seed": self.search.seed, "space": space}
         return StudySpec.from_dict(settings)
@@ -311,6 +312,8 @@ class StudySpec(_Section):
     def _check_try_first(self) -> None:
         for index, point in enumerate(self.search.try_first):
             where = f"search.try_first[{index}]"
+            if not point or point in self.search.try_first[:index]:
+                raise UserError(f"{where} must name values that are not tried already, got {point}")
             for key, value in point.items():
                 if key not in self.search.parameters:
                     raise unknown_name(f"{where}: each key", key, self.search.parameters)
@@ -337,7 +340,7 @@ class StudySpec(_Section):
             raise UserError(
                 f"objective.metric cannot be one of {', '.join(sorted(RESERVED))}; got {self.objective.metric!r}"
             )
-        _check_reference("objective.function", self.objective.function)
+        check_reference("objective.function", self.objective.function)
         for section, config in (("model", self.model), ("data", self.data), ("training", self.training)):
             for field in dataclasses.fields(config):
                 given = section == "training" and field.name in OBJECTIVE_TRAINING_KEYS
@@ -354,6 +357,7 @@ class StudySpec(_Section):
                 _check_searched(key, value, data=self.data)
         if self.data.image_size != DataConfig.image_size and self.data.name != "image_folder":
             raise UserError(f"data.image_size has no meaning but for image_folder, got {self.data.image_size}")
+        self._check_fixed_beside_searched()
         if self.training.lr is None and "lr" not in parameters:
             raise UserError("training.lr must be set, or searched as search.space.lr")
         if self.data.train_samples is not None and self.data.train_fraction is not None:
@@ -377,6 +381,13 @@ class StudySpec(_Section):
         for values in self.corners():
             _check_combination(self.trial_config(values, seed=0), values)
 
+    def _check_fixed_beside_searched(self) -> None:
+        parameters = self.search.parameters
+        for field in dataclasses.fields(TrainingConfig):
+            if isinstance(parameters.get(field.name), Range | Choice) and not _is_default(self.training, field):
+                value = getattr(self.training, field.name)
+                raise UserError(f"training.{field.name} has no effect beside search.space.{field.name}, got {value!r}")
+
 
 DEFAULT_TRIALS = 20
 OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # what of [training] a user's own loop is given
@@ -398,6 +409,8 @@ def _check_combination(config: TrialConfig, values: Mapping[str, Scalar]) -> Non
         raise UserError(f"training.lr must be set where search.space.lr has no case for it{searched}")
     if training.nesterov and training.momentum == 0 and "nesterov" in OPTIMIZERS[training.optimizer].keys:
         raise UserError(f"training.momentum must be greater than 0 with training.nesterov, got 0{searched}")
+    if training.schedule == "multistep" and not training.milestones:
+        raise UserError(f"training.milestones must name at least one epoch for schedule 'multistep'{searched}")
     if training.warmup_epochs >= training.epochs:
         raise UserError(
             f"training.warmup_epochs must be less than training.epochs = {training.epochs}, "
@@ -432,24 +445,6 @@ def _searchable_keys() -> list[str]:
 def _section_and_name(key: str) -> tuple[str, str]:
     section, dot, name = key.partition(".")
     return (section, name) if dot and section in ("model", "data") else ("training", key)
-
-
-def _check_reference(setting: str, reference: str) -> None:
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", reference):
-        raise UserError(f"{setting} must be written package.module:function, got {reference!r}")
-
-
-def _explain(error: ValidationError) -> str:
-    """Pydantic's complaints about types as our sentences: setting, rule, value."""
-    sentences = []
-    for complaint in error.errors():
-        setting = ".".join(map(str, complaint["loc"]))
-        if complaint["type"] == "missing":
-            sentences.append(f"{setting} must be set")
-        else:
-            rule = complaint["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-            sentences.append(f"{setting} must be {rule}, got {complaint['input']!r}")
-    return "; ".join(sentences)
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

@@ -231,9 +231,14 @@ class Store(Ledger):
                 sa.select(slots).where(slots.c.study_id == study.study_id).order_by(slots.c.number)
             ).all()
             reports: dict[int, list[tuple[int, dict[str, float | None]]]] = {}
+            latest: dict[int, int] = {}  # the attempt that reported last
             for row in connection.execute(
                 sa.select(epochs).where(epochs.c.study_id == study.study_id).order_by(epochs.c.number, epochs.c.epoch)
             ):
                 reports.setdefault(row.number, []).append((row.epoch, json.loads(row.metrics)))
+                latest[row.number] = row.attempt
+        for row in rows:  # a trial that has just been begun again has no epoch yet, whatever was reported before
+            if row.state == "running" and latest.get(row.number) != row.attempt:
+                reports.pop(row.number, None)
         frozen = {trial._trial_id: trial for trial in self._cached.get_all_trials(study.study_id, deepcopy=False)}
         return [read_trial(row, frozen.get(row.trial_id), reports.get(row.number, [])) for row in rows]
