@@ -121,7 +121,9 @@ def _hyperband(options: dict[str, Any], max_epochs: int) -> BasePruner:
 
     # With max_resource="auto" nothing is pruned until one trial has completed.
     return HyperbandPruner(
-        min_resource=options["min_epochs"], max_resource=max_epochs, reduction_factor=options["reduction_factor"]
+        min_resource=min(options["min_epochs"], max_epochs),
+        max_resource=max_epochs,
+        reduction_factor=options["reduction_factor"],
     )
 
 

@@ -263,13 +263,6 @@ class StudySpec(_Section):
             raise UserError("pruner.lower or pruner.upper must be set for pruner 'threshold'")
         if pruner.lower is not None and pruner.upper is not None and pruner.lower >= pruner.upper:
             raise UserError(f"pruner.lower must be less than pruner.upper, got {pruner.lower} and {pruner.upper}")
-        for key in ("min_epochs", "warmup_epochs"):
-            value = getattr(pruner, key)
-            if value is not None and value >= self.max_epochs:
-                raise UserError(
-                    f"pruner.{key} must be less than training.epochs = {self.max_epochs}, or nothing is ever pruned; "
-                    f"got {value}"
-                )
 
     def _check_search(self) -> None:
         search, name = self.search, self.search.sampler

@@ -218,7 +218,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     requests: list[Request] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.extend([message.text] if message.type == "error" else []))
-    page.on("request", requests.append)
+    page.on("request", lambda request: requests.append(request))  # noqa: PLW0108 - it cannot wrap a built-in
     yield page
     assert errors == []
     assert [request.url for request in requests if not request.url.startswith((url, "data:", "blob:"))] == []
