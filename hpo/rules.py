@@ -81,6 +81,17 @@ def check_reference(setting: str, reference: str) -> None:
         raise UserError(f"{setting} must be written package.module:function, got {reference!r}")
 
 
+# Pydantic's names for types, and those of a study file.
+WORDS = {
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid string": "a text",
+    "a valid boolean": "true or false",
+    "a valid array": "a list",
+    "an object": "a table",
+}
+
+
 def explain(error: ValidationError) -> str:
     """Pydantic's complaints about types as our sentences: setting, rule, value."""
     sentences = []
@@ -89,6 +100,8 @@ def explain(error: ValidationError) -> str:
         if complaint["type"] == "missing":
             sentences.append(f"{setting} must be set")
         else:
-            rule = complaint["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+            rule = complaint["msg"].removeprefix("Input should be ").partition(", got")[0]
+            for theirs, ours in WORDS.items():
+                rule = rule.replace(theirs, ours)
             sentences.append(f"{setting} must be {rule}, got {complaint['input']!r}")
     return "; ".join(sentences)
