@@ -196,11 +196,7 @@ def best(name: str, *, storage: str | None = None) -> Best:
 
 def export(name: str, *, storage: str | None = None) -> dict[str, Any]:
     """The best trial as a study: the settings of a study file whose only trial has the best trial's values."""
-    store = Store(storage_url(storage))
-    study = store.study(name)
-    all_trials = store.trials(study)
-    found = _best(study, all_trials)
-    return study.spec.of_trial(found.params, name=f"{name[:95]}-best", seed=_seed(all_trials, found)).frozen()
+    return _exported(name, storage)[1]
 
 
 def write_export(name: str, output: str | Path, *, storage: str | None = None) -> None:
@@ -208,15 +204,12 @@ def write_export(name: str, output: str | Path, *, storage: str | None = None) -
     path = Path(output)
     if path.suffix not in (".toml", ".json"):
         raise UserError(f"--output must end in .toml or .json, got {str(output)!r}")
-    settings = export(name, storage=storage)
+    found, settings = _exported(name, storage)
     if path.suffix == ".toml":
         text = f"# {HEADER} {name}\n\n{tomli_w.dumps(settings)}"
     else:
-        found = best(name, storage=storage)
-        text = (
-            json.dumps({"what": f"{HEADER} {name}", "study": name, **found.as_dict(), "spec": settings}, indent=2)
-            + "\n"
-        )
+        answer = {"what": f"{HEADER} {name}", "study": name, **found.as_dict(), "spec": settings}
+        text = json.dumps(answer, indent=2) + "\n"
     if path.exists() and HEADER not in path.read_text(errors="replace"):
         raise UserError(f"--output {path} exists and is no export of ours; name another file")
     try:
@@ -297,8 +290,14 @@ def _best(study: Study, all_trials: list[Trial]) -> Best:
     return found
 
 
-def _seed(all_trials: list[Trial], found: Best) -> int:
-    return int(next(trial for trial in all_trials if trial.number == found.trial).attributes["seed"])
+def _exported(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
+    """The best trial and the settings that train it again, from one look at the study."""
+    store = Store(storage_url(storage))
+    study = store.study(name)
+    all_trials = store.trials(study)
+    found = _best(study, all_trials)
+    seed = next(trial.attributes["seed"] for trial in all_trials if trial.number == found.trial)
+    return found, study.spec.of_trial(found.params, name=f"{name[:95]}-best", seed=seed).frozen()
 
 
 def _trial_dict(trial: Trial) -> dict[str, Any]:

@@ -30,19 +30,17 @@ def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
     import torch
 
     from hpo.train.data import load_data
+    from hpo.train.engine import check_test_set, mixed_precision
     from hpo.train.models import build_model, check_model
 
-    if spec.training.precision == "bf16" and any(device.kind != "cuda" for device in devices):
-        names = ", ".join(device.name for device in devices)
-        raise UserError(f"training.precision = 'bf16' needs a GPU that computes in bf16, got the device {names}")
+    for device in devices:
+        if device.kind != "cuda":  # a GPU would have to be touched to be asked
+            mixed_precision(spec.training, device=torch.device(device.kind))
     facts: dict[str, Any] = {}
     for corner in spec.corners(sections=("data", "model")):
         config = spec.trial_config(corner, seed=0)
         data = load_data(config.data, device="cpu")
-        if config.training.report_test_accuracy and data.test is None:
-            raise UserError(
-                f"training.report_test_accuracy needs a test set, and data.name = {config.data.name!r} has none"
-            )
+        check_test_set(config, data=data)
         with torch.random.fork_rng(devices=[]):
             model = build_model(
                 config.model, channels=data.channels, num_classes=data.num_classes, image_size=data.image_size

@@ -31,9 +31,7 @@ class Sampler:
     build: Callable[[int, int, StudySpec], BaseSampler]
     conditional: bool = False  # can it search a parameter that depends on another one?
     min_ranges: int = 0
-    needs_values: bool = (
-        False  # learns from complete trials only: is shown diverged trials as complete, with the worst value
-    )
+    needs_values: bool = False  # learns from complete trials only, so that dropped ones must be shown as complete
 
 
 @dataclass(frozen=True)

@@ -164,17 +164,18 @@ PRUNING: dict[str, tuple[dict[str, Any], int | None]] = {
 }
 
 
+def make_pruned_study(tmp_path: Path, pruner: str) -> tuple[Store, Study]:
+    search_settings = {"sampler": "random", "trials": 40, "space": {"lr": RANGES["lr"]}}
+    settings = {"name": pruner, **PRUNING[pruner][0]}
+    return make_study(tmp_path, search=search_settings, pruner=settings, training={"epochs": 8})
+
+
 @pytest.mark.parametrize("pruner", sorted(search.PRUNERS))
 def test_every_pruner_drops_a_hopeless_trial_when_its_options_say_so_and_not_before(
     pruner: str, tmp_path: Path
 ) -> None:
-    options, expected = PRUNING[pruner]
-    store, study = make_study(
-        tmp_path,
-        search={"sampler": "random", "trials": 40, "space": {"lr": RANGES["lr"]}},
-        pruner={"name": pruner, **options},
-        training={"epochs": 8},
-    )
+    expected = PRUNING[pruner][1]
+    store, study = make_pruned_study(tmp_path, pruner)
     run_trials(store, study, 12, lambda values, epoch: 0.5 + 0.05 * epoch, epochs=8)
     hopeless = run_trials(store, study, 12, lambda values, epoch: 0.1 - 0.01 * epoch, epochs=8)
     dropped = [trial["epochs"] for trial in hopeless if trial["state"] == "pruned"]
@@ -187,13 +188,7 @@ def test_every_pruner_drops_a_hopeless_trial_when_its_options_say_so_and_not_bef
 
 @pytest.mark.parametrize("pruner", sorted(search.PRUNERS))
 def test_no_pruner_drops_a_trial_that_leads(pruner: str, tmp_path: Path) -> None:
-    options, _ = PRUNING[pruner]
-    store, study = make_study(
-        tmp_path,
-        search={"sampler": "random", "trials": 10, "space": {"lr": RANGES["lr"]}},
-        pruner={"name": pruner, **options},
-        training={"epochs": 8},
-    )
+    store, study = make_pruned_study(tmp_path, pruner)
     leading = itertools.count()
     ended = run_trials(store, study, 10, lambda values, epoch: 0.3 + 0.001 * next(leading), epochs=8)
     assert [trial["state"] for trial in ended] == ["complete"] * 10

@@ -198,10 +198,7 @@ class PlainEngine:
 
 def build_lane(config: TrialConfig, *, data: Data, device: torch.device) -> Lane:
     """Set a trial up: its network, drawn from its seed, and its optimizer. Raises UserError for what cannot work."""
-    if config.training.report_test_accuracy and data.test is None:
-        raise UserError(
-            f"training.report_test_accuracy needs a test set, and data.name = {config.data.name!r} has none"
-        )
+    check_test_set(config, data=data)
     amp_dtype = mixed_precision(config.training, device=device)
     model = initial_model(config, data=data, device=device)
     return Lane(
@@ -212,6 +209,14 @@ def build_lane(config: TrialConfig, *, data: Data, device: torch.device) -> Lane
         optimizer=build_optimizer(model.parameters(), config.training, device_type=device.type),
         amp_dtype=amp_dtype,
     )
+
+
+def check_test_set(config: TrialConfig, *, data: Data) -> None:
+    """Raises UserError where the test accuracy is asked for and the data set has no test part; else it is read."""
+    if config.training.report_test_accuracy and data.test is None:
+        raise UserError(
+            f"training.report_test_accuracy needs a test set, and data.name = {config.data.name!r} has none"
+        )
 
 
 def initial_model(config: TrialConfig, *, data: Data, device: torch.device) -> nn.Module:
