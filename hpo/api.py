@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import tomli_w
 
-from hpo import analysis, launch, preflight
+from hpo import analysis, database, launch, preflight
 from hpo.analysis import Best
+from hpo.database import parse_url
 from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
 from hpo.ledger import ENDED, STORE_ERRORS
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
+from hpo.trust import Allowed
 
 HEADER = "The best trial of study"  # begins every export, which alone may be written over
 DEFAULT_STORAGE = "sqlite:///hpo.db"
+IDLE_S = 2.0  # between looks for a study with trials waiting
 
 # Called with the store and the study once before training; returns what to call while it goes on.
 Watcher = Callable[[Store, Study], launch.Watch]
@@ -67,11 +73,12 @@ def run(
 
     def create(facts: Mapping[str, Any]) -> tuple[Store, Study]:
         store = Store(url, create=True)
-        study = store.create_study(spec, facts={**facts, "code_folder": folder})
+        study = store.create_study(spec, facts=facts)
         store.start(study)
         return store, study
 
-    return _train(spec, folder, create, devices=devices, workers=workers, in_process=in_process, watcher=watcher)
+    allowed = Allowed.by_author(spec, folder=folder)
+    return _train(spec, allowed, create, devices=devices, workers=workers, in_process=in_process, watcher=watcher)
 
 
 def join(
@@ -80,11 +87,13 @@ def join(
     storage: str | None = None,
     devices: str = "auto",
     workers: int | None = None,
+    allow: Sequence[str] = (),
     watcher: Watcher | None = None,
 ) -> Result:
     """Adds workers of this machine to a study in the store, and returns when the study has ended.
 
-    Modules of the user's own are looked for where they were when the study was created, else in the working directory.
+    `allow` names what the study may import of code of one's own: modules, and folders of modules. Anything else that
+    the study names is refused with a UserError, because whoever can write to the store chooses those names.
     """
     store = Store(storage_url(storage))
     study = store.study(name)
@@ -95,7 +104,55 @@ def join(
         store.check_joins(study, study.spec, facts=facts)
         return store, study
 
-    return _train(study.spec, _code_folder(study), join_it, devices=devices, workers=workers, watcher=watcher)
+    allowed = Allowed.parse(allow)
+    return _train(study.spec, allowed, join_it, devices=devices, workers=workers, watcher=watcher)
+
+
+def serve(
+    first: str | None = None,
+    *,
+    storage: str | None = None,
+    devices: str = "auto",
+    workers: int | None = None,
+    allow: Sequence[str] = (),
+    watcher: Watcher | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Adds workers of this machine to whatever study of the store has trials waiting, for ever: until interrupted.
+
+    Where several have, the one named `first` comes first, and the others as they were started.
+
+    A study that cannot be trained here is passed over, and `say` is told why, until it is started again.
+    """
+    store = Store(storage_url(storage))
+    passed_over: set[tuple[int, float]] = set()
+    said = ""
+    while True:
+        found, now_said = [], "waiting for a study"
+        try:
+            found = [study for study in store.studies() if study.stop is None and _num_waiting(store, study)]
+        except STORE_ERRORS as error:
+            now_said = f"the store does not answer, waiting for it: {error}"
+        found.sort(key=lambda study: (study.name != first, study.started))
+        todo = next((study for study in found if (study.study_id, study.started) not in passed_over), None)
+        if todo is None:
+            if said != now_said:
+                say(now_said)
+            said = now_said
+            time.sleep(IDLE_S)
+            continue
+        said = ""
+        try:
+            join(todo.name, storage=storage, devices=devices, workers=workers, allow=allow, watcher=watcher)
+            say(f"study {todo.name} is finished")
+        except StudyStopped as error:
+            if error.interrupted:
+                raise
+            say(str(error))
+            passed_over.add((todo.study_id, todo.started))
+        except UserError as error:
+            say(f"study {todo.name} is passed over: {error}")
+            passed_over.add((todo.study_id, todo.started))
 
 
 def resume(
@@ -105,11 +162,12 @@ def resume(
     trials: int | None = None,
     devices: str = "auto",
     workers: int | None = None,
+    allow: Sequence[str] = (),
     watcher: Watcher | None = None,
 ) -> Result:
     """Goes on with a study that was stopped or interrupted; `trials` enlarges its budget, keeping what was trained.
 
-    Modules of the user's own are looked for as `join` does.
+    `allow` as in `join`.
     """
     store = Store(storage_url(storage))
     study = store.study(name)
@@ -123,7 +181,8 @@ def resume(
         store.start(study)
         return store, store.study(name)
 
-    return _train(study.spec, _code_folder(study), go_on, devices=devices, workers=workers, watcher=watcher)
+    allowed = Allowed.parse(allow)
+    return _train(study.spec, allowed, go_on, devices=devices, workers=workers, watcher=watcher)
 
 
 def stop(name: str, *, storage: str | None = None) -> bool:
@@ -147,6 +206,44 @@ def studies(*, storage: str | None = None) -> list[dict[str, Any]]:
     ]
 
 
+def copy(
+    name: str, *, to: str, storage: str | None = None, progress: Callable[[int, int], None] = lambda done, of: None
+) -> str:
+    """Copies a study into another store, where it can go on; returns that store's URL, without its password.
+
+    Trials, curves, attempts and, where they can be read from here, checkpoints are copied; the study stays as it was.
+    Raises UserError where trials of it are in training, and where the other store has a study of that name.
+    """
+    source, target = Store(storage_url(storage)), Store(to, create=True)
+    study = source.study(name)
+    with suppress(*STORE_ERRORS):  # from a store that can only be read, too
+        source.reap(study)
+    if running := source.counts(study.study_id).get("running", 0):
+        raise UserError(f"study {name!r} has {running} trials in training; end them with: hpo stop {name}")
+    uid = uuid.uuid4().hex[:8]
+    # Files first: a study that is there has its files, whenever this is interrupted.
+    copied = replace(study, facts={**study.facts, "uid": uid})
+    places = [(source.checkpoints_url(study), target.checkpoints_url(copied))]
+    places += [(str(source.folder(study) / "trials"), str(target.folder(copied) / "trials"))]
+    for old, new in places:
+        files, path = fsspec.core.url_to_fs(old)
+        if files.exists(path):
+            fsspec.generic.rsync(files.unstrip_protocol(path), fsspec.core.url_to_fs(new)[0].unstrip_protocol(new))
+    target.copy_from(source, study, uid=uid, progress=progress)
+    return str(target.url)
+
+
+def upgrade_storage(*, storage: str | None = None) -> list[str]:
+    """Brings a store of an older version to this one, or makes the tables of an empty one; says what was done."""
+    return database.upgrade(parse_url(storage_url(storage)))
+
+
+def check_storage(*, storage: str | None = None) -> tuple[list[str], list[str]]:
+    """What there is to say of a store, and what is wrong with it: slots and Optuna's trials that do not agree."""
+    store = Store(storage_url(storage))
+    return store.describe(), [problem for study in store.studies() for problem in store.problems(study)]
+
+
 def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
     """Where a study stands: trials by state, the best so far, and its workers with what each is doing."""
     store = Store(storage_url(storage))
@@ -165,6 +262,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         "best": found.as_dict() if found else None,
         "workers": [
             {
+                "worker": worker.worker_id,
                 "host": worker.host,
                 "pid": worker.pid,
                 "device": worker.device,
@@ -238,7 +336,7 @@ def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
 
 def _train(
     spec: StudySpec,
-    folder: str,
+    allowed: Allowed,
     open_study: Callable[[Mapping[str, Any]], tuple[Store, Study]],
     *,
     devices: str,
@@ -249,13 +347,14 @@ def _train(
     """Checks everything, then opens the study with the facts that were found, and trains until none of it is left."""
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}")
+    allowed.check(spec)
     chosen = choose_devices(devices)
     launcher: launch.Launcher
     if in_process:
         launcher = launch.InProcess(chosen[0])
     else:
-        launcher = launch.LocalProcesses(chosen, workers=workers, python_path=folder)
-    with _importable(folder):
+        launcher = launch.LocalProcesses(chosen, workers=workers, allowed=allowed)
+    with allowed.importable():
         store, study = open_study(preflight.check(spec, chosen))
         launcher.run(store, study, watch=watcher(store, study) if watcher else lambda: None)
     study = store.study(study.name)
@@ -271,9 +370,8 @@ def _num_left(store: Store, study: Study) -> int:
     return sum(count for state, count in store.counts(study.study_id).items() if state not in ENDED)
 
 
-def _code_folder(study: Study) -> str:
-    folder = str(study.facts.get("code_folder", ""))
-    return folder if os.path.isdir(folder) else os.getcwd()
+def _num_waiting(store: Store, study: Study) -> int:
+    return store.counts(study.study_id).get("waiting", 0)
 
 
 def _result(store: Store, study: Study) -> Result:
@@ -313,15 +411,6 @@ def _trial_dict(trial: Trial) -> dict[str, Any]:
         "reason": trial.reason,
         "error": trial.error,
         **{key: value for key, value in trial.attributes.items() if key != "ended"},
+        "attempts": [asdict(attempt) for attempt in trial.attempts],
         "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
     }
-
-
-@contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    """Modules in this folder can be imported here, for the checks, as they can in the workers."""
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

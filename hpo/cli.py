@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -48,10 +49,31 @@ def _fail(message: object, code: int) -> None:
     sys.exit(code)
 
 
+def _no_password(_context: click.Context, parameter: click.Parameter, url: str | None) -> str | None:
+    """Refuses a URL with a password on the command line, where every process of the machine can read it."""
+    if url and re.match(r"[\w+]+://[^/@]*:[^/@]+@", url):
+        raise UserError(
+            f"{parameter.opts[0]} must not hold a password, which others could read in the list of processes; "
+            "leave it out of the URL and give it in HPO_STORAGE_PASSWORD_FILE, PGPASSFILE or PGPASSWORD, "
+            "or the whole URL in HPO_STORAGE"
+        )
+    return url
+
+
 def _storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--storage", metavar="URL", help="The store. Default: HPO_STORAGE, else sqlite:///hpo.db.")(
-        command
-    )
+    return click.option(
+        "--storage",
+        metavar="URL",
+        callback=_no_password,
+        help="The store. Default: HPO_STORAGE, else sqlite:///hpo.db.",
+    )(command)
+
+
+def _allow_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--allow", multiple=True, metavar="MODULE|FOLDER",
+        help="Code that the study may import: a module by its name, or a folder of modules.",
+    )(command)  # fmt: skip
 
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,30 +142,60 @@ def run_command(
 
 
 @main.command("worker")
-@click.argument("study", metavar="STUDY")
+@click.argument("study", metavar="[STUDY]", required=False)
+@click.option("--stay", is_flag=True, help="Stay when the study is done, for every study of the store.")
+@_allow_option
 @_worker_options
 @_storage_option
-def worker_command(study: str, devices: str, workers: int | None, storage: str | None) -> None:
-    """Add workers of this machine to STUDY until it is done.
+def worker_command(
+    study: str | None, stay: bool, allow: tuple[str, ...], devices: str, workers: int | None, storage: str | None
+) -> None:
+    """Add workers of this machine to STUDY until it is done; with --stay, to any study of the store, for ever.
 
     \b
     hpo worker quickstart --workers 2
+    hpo worker --stay --storage postgresql+psycopg://hpo@database/hpo
     """
     from hpo import api
 
-    again = _command("worker", study, *_worker_arguments(devices, workers))
+    if stay:
+        _stay(study, allow=allow, devices=devices, workers=workers, storage=storage)
+    if study is None:
+        raise UserError("hpo worker needs the name of a study, or --stay for every study of the store")
+    again = _command("worker", study, *_allow_arguments(allow), *_worker_arguments(devices, workers))
     _train(
-        lambda watcher: api.join(study, storage=storage, devices=devices, workers=workers, watcher=watcher),
+        lambda watcher: api.join(
+            study, storage=storage, devices=devices, workers=workers, allow=allow, watcher=watcher
+        ),
         study, storage, again=again,
     )  # fmt: skip
+
+
+def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn:
+    from hpo import api
+    from hpo.display import Progress, make_console
+
+    console = make_console()
+    try:
+        with Progress(console) as progress:
+            api.serve(study, storage=storage, say=console.print, watcher=progress.watch, **options)
+    except StudyStopped as error:
+        if not error.interrupted:
+            raise
+    except KeyboardInterrupt:
+        pass
+    sys.exit(0)
 
 
 @main.command("resume")
 @click.argument("study", metavar="STUDY")
 @click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; what was trained stays.")
+@_allow_option
 @_worker_options
 @_storage_option
-def resume_command(study: str, trials: int | None, devices: str, workers: int | None, storage: str | None) -> None:
+def resume_command(
+    study: str, trials: int | None, allow: tuple[str, ...], devices: str, workers: int | None, storage: str | None
+) -> None:
     """Go on with STUDY after `hpo stop` or an interruption.
 
     \b
@@ -151,10 +203,10 @@ def resume_command(study: str, trials: int | None, devices: str, workers: int | 
     """
     from hpo import api
 
-    again = _command("resume", study, *_worker_arguments(devices, workers))
+    again = _command("resume", study, *_allow_arguments(allow), *_worker_arguments(devices, workers))
     _train(
         lambda watcher: api.resume(
-            study, storage=storage, trials=trials, devices=devices, workers=workers, watcher=watcher
+            study, storage=storage, trials=trials, devices=devices, workers=workers, allow=allow, watcher=watcher
         ),
         study, storage, again=again,
     )  # fmt: skip
@@ -163,11 +215,10 @@ def resume_command(study: str, trials: int | None, devices: str, workers: int | 
 def _train(train: Callable[[Any], Result], study: str, storage: str | None, *, again: str) -> None:
     """Trains with live progress, then prints the answer."""
     from hpo import api
-    from hpo.database import masked
     from hpo.display import Progress, make_console, print_answer
     from hpo.store import Store
 
-    suffix = f" --storage {shlex.quote(masked(storage))}" if storage else ""
+    suffix = f" --storage {shlex.quote(storage)}" if storage else ""
     console = make_console()
     try:
         with Progress(console) as progress:
@@ -320,23 +371,114 @@ def stop_command(study: str, storage: str | None) -> None:
         click.echo(f"study {study} is finished; there is nothing to stop")
 
 
-@main.command("dashboard")
-@click.option("--host", default="127.0.0.1", show_default=True, help="A loopback address: there is no login.")
-@click.option("--port", default=8080, show_default=True, help="0 takes a free one.")
+@main.command("copy")
+@click.argument("study", metavar="STUDY")
+@click.option("--to", required=True, metavar="URL", callback=_no_password, help="The other store.")
 @_storage_option
-def dashboard_command(host: str, port: int, storage: str | None) -> None:
-    """Serve optuna-dashboard for the store, read-only, on this machine.
+def copy_command(study: str, to: str, storage: str | None) -> None:
+    """Copy STUDY with its trials, curves and checkpoints into another store, where it can go on.
+
+    \b
+    hpo copy quickstart --to postgresql+psycopg://hpo@database/hpo
+    """
+    from rich.progress import Progress
+
+    from hpo import api
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("copying trials", total=None)
+        url = api.copy(
+            study, to=to, storage=storage, progress=lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    click.echo(f"copied to {url}; go on there with: hpo resume {study} --storage {shlex.quote(to)}")
+
+
+@main.group("storage")
+def storage_command() -> None:
+    """Look after the store itself.
+
+    \b
+    hpo storage check
+    hpo storage upgrade
+    """
+
+
+@storage_command.command("upgrade")
+@_storage_option
+def storage_upgrade_command(storage: str | None) -> None:
+    """Bring a store of an older version to this one; make the tables of an empty one."""
+    from hpo import api
+
+    for line in api.upgrade_storage(storage=storage):
+        click.echo(line)
+
+
+@storage_command.command("check")
+@_storage_option
+def storage_check_command(storage: str | None) -> None:
+    """Say what the store is, and whether everything in it agrees; exit code 1 where it does not."""
+    from hpo import api
+
+    lines, problems = api.check_storage(storage=storage)
+    for line in [*lines, *problems]:
+        click.echo(line)
+    if problems:
+        sys.exit(1)
+    click.echo("no problem found")
+
+
+@main.command("dashboard")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; beyond loopback with a login.")
+@click.option("--port", default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--auth-file", metavar="FILE", help="Who may log in: an htpasswd file with bcrypt hashes.")
+@click.option("--add-user", metavar="NAME", help="Ask for NAME's password, write it to --auth-file, and end.")
+@click.option(
+    "--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="A name that it is reached by from elsewhere."
+)
+@_storage_option
+def dashboard_command(
+    host: str, port: int, auth_file: str | None, add_user: str | None, allow_hosts: tuple[str, ...], storage: str | None
+) -> None:
+    """Serve optuna-dashboard for the store, read-only; to other machines, only behind a login.
+
+    The password travels unencrypted: where the network is not trusted, put a proxy with TLS in front.
 
     \b
     hpo dashboard --port 8080
+    hpo dashboard --auth-file logins --add-user ada
+    hpo dashboard --auth-file logins --host 0.0.0.0
     """
+    from pathlib import Path
+
     from hpo import api, dashboard
+
+    if add_user is not None:
+        if auth_file is None:
+            raise UserError("--add-user needs --auth-file FILE, which the login is written to")
+        dashboard.check_login_name(add_user)
+        if sys.stdin.isatty():
+            password = click.prompt(f"password of {add_user}", hide_input=True, confirmation_prompt=True)
+        else:
+            password = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
+        dashboard.add_login(Path(auth_file), add_user, password)
+        click.echo(f"{auth_file}: {add_user} can log in; a dashboard that runs already must be started again")
+        return
+
     from hpo.store import Store
 
     def ready(url: str) -> None:
         click.echo(f"dashboard: {url} (Ctrl-C ends it)")
+        if auth_file is not None:
+            click.echo(f"log in as in {auth_file}; the password travels unencrypted, unless a TLS proxy is in front")
 
-    dashboard.serve(Store(api.storage_url(storage)).storage, host=host, port=port, ready=ready)
+    dashboard.serve(
+        Store(api.storage_url(storage)).storage,
+        host=host,
+        port=port,
+        auth_file=auth_file,
+        allow_hosts=allow_hosts,
+        ready=ready,
+    )
 
 
 @main.command("doctor")
@@ -365,6 +507,10 @@ def doctor_command(as_json: bool, storage: str | None) -> None:
 
 def _worker_arguments(devices: str, workers: int | None) -> list[tuple[str, str]]:
     return [("--devices", devices)] * (devices != "auto") + [("--workers", str(workers))] * (workers is not None)
+
+
+def _allow_arguments(allow: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [("--allow", value) for value in allow]
 
 
 def _command(*arguments: str | tuple[str, str]) -> str:

@@ -13,12 +13,14 @@ class UserError(Exception):
 class StudyStopped(Exception):
     """The study could not finish; the command line prints the message alone and exits with 1.
 
-    `can_go_on` is true where the same command, given again, has something left to do.
+    `can_go_on` is true where the same command, given again, has something left to do; `interrupted`, where it was
+    ended by Ctrl-C or SIGTERM.
     """
 
-    def __init__(self, message: str, *, can_go_on: bool = False) -> None:
+    def __init__(self, message: str, *, can_go_on: bool = False, interrupted: bool = False) -> None:
         super().__init__(message)
         self.can_go_on = can_go_on
+        self.interrupted = interrupted
 
 
 def unknown_name(setting: str, value: object, valid: Iterable[str]) -> UserError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,15 +19,18 @@ from typing import Protocol
 
 from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
 from hpo.errors import StudyStopped, UserError
-from hpo.ledger import ENDED, STORE_ERRORS
+from hpo.ledger import ENDED, OUTAGE_S, STORE_ERRORS, is_outage
 from hpo.records import Study
 from hpo.store import Store
+from hpo.trust import Allowed
 from hpo.worker import ASSIGNMENT, DRAIN_S, EXIT_RESTART, Assignment, Worker
+
+logger = logging.getLogger(__name__)
 
 TICK_S = 0.2
 REAP_S = 5.0
 KILL_S = DRAIN_S + 10.0  # after being asked to leave, a worker that is still there is killed
-MAX_CRASHES = 3  # for each worker: processes that died one after the other without a trial ending in between
+MAX_CRASHES = 5  # for each worker: processes that died one after the other without an epoch in between
 
 Watch = Callable[[], None]  # called several times a second while workers run: the place to show progress
 
@@ -73,7 +77,7 @@ class InProcess:
                 raise StudyStopped(f"the device {device} is unusable in this process", can_go_on=True) from None
             watch()
             if interrupted:
-                raise StudyStopped("interrupted", can_go_on=True)
+                raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
 
 
 class LocalProcesses:
@@ -82,10 +86,10 @@ class LocalProcesses:
     They run in sessions of their own, so that Ctrl-C reaches this process alone, and end when it does, however it does.
     """
 
-    def __init__(self, devices: Sequence[Device], *, workers: int | None, python_path: str) -> None:
+    def __init__(self, devices: Sequence[Device], *, workers: int | None, allowed: Allowed) -> None:
         count = workers or len(devices)
         self._devices = [devices[index % len(devices)] for index in range(count)]
-        self._python_path = python_path
+        self._allowed = allowed
 
     def run(self, store: Store, study: Study, *, watch: Watch) -> None:
         store.reap(study)
@@ -98,9 +102,7 @@ class LocalProcesses:
         except OSError as error:
             raise UserError(f"the folder {logs} for the workers' logs cannot be made: {error.strerror}") from None
         processes = [
-            _Process(
-                self._assignment(store, study, device, threads), device, logs / f"worker-{index}.log", self._python_path
-            )
+            _Process(self._assignment(store, study, device, threads), device, logs / f"worker-{index}.log")
             for index, device in enumerate(devices)
         ]
         with _interrupts() as interrupted:
@@ -110,48 +112,62 @@ class LocalProcesses:
                 self._supervise(store, study, processes, interrupted, watch)
             finally:
                 _drain(processes, interrupted, watch)
-                store.reap(study)
+                with suppress(*STORE_ERRORS):  # who goes on with the study does it too
+                    store.reap(study)
         watch()
         if interrupted:
-            raise StudyStopped("interrupted", can_go_on=True)
+            raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
 
     def _assignment(self, store: Store, study: Study, device: Device, threads: int) -> Assignment:
         url = store.url.render_as_string(hide_password=False)
-        return Assignment(url, study.name, device.name, torch_device(device), threads)
+        return Assignment(url, study.name, device.name, torch_device(device), threads, self._allowed)
 
     def _supervise(
         self, store: Store, study: Study, processes: list[_Process], interrupted: list[int], watch: Watch
     ) -> None:  # fmt: skip
-        crashes, ended_before, next_reap = 0, _num_ended(store, study), time.monotonic() + REAP_S
+        crashes, before, next_reap = 0, _progress(store, study), time.monotonic() + REAP_S
+        silent_since: float | None = None  # when the database stopped to answer
         while not interrupted:
             running = [process for process in processes if process.is_running()]
-            over = len(running) < len(processes) and _is_over(store, study)
-            if over and not running:
-                return
-            gone = [] if over else [process for process in processes if process.exit_code is not None]
-            if gone:  # while there is work left
-                store.reap(study, crashed_pids=[process.pid for process in gone if process.exit_code != EXIT_RESTART])
-            for process in gone:
-                ended = _num_ended(store, study)
-                crashes = 0 if process.exit_code == EXIT_RESTART or ended > ended_before else crashes + 1
-                ended_before = ended
-                if crashes >= MAX_CRASHES * len(processes):
-                    raise StudyStopped(
-                        f"workers died {crashes} times without ending a trial, the last one {process.ending()}; "
-                        f"the end of its log, {process.log}:\n{process.log_tail()}"
-                    )
-                process.start()
-            if time.monotonic() > next_reap:
-                store.reap(study)
-                next_reap = time.monotonic() + REAP_S
-            watch()
+            try:
+                over = len(running) < len(processes) and _is_over(store, study)
+                if over and not running:
+                    return
+                gone = [] if over else [process for process in processes if process.exit_code is not None]
+                if gone:  # while there is work left
+                    killed = {process.pid for process in gone if process.exit_code == -signal.SIGKILL}
+                    asked = {process.pid for process in gone if process.exit_code in (EXIT_RESTART, -signal.SIGTERM)}
+                    crashed = {process.pid for process in gone} - killed - asked
+                    store.reap(study, crashed_pids=crashed, killed_pids=killed)
+                for process in gone:
+                    progress = _progress(store, study)
+                    crashes = 0 if process.exit_code == EXIT_RESTART or progress > before else crashes + 1
+                    before = progress
+                    if crashes >= MAX_CRASHES * len(processes):
+                        raise StudyStopped(
+                            f"workers died {crashes} times without coming an epoch further, the last one "
+                            f"{process.ending()}; the end of its log, {process.log}:\n{process.log_tail()}",
+                            can_go_on=True,
+                        )
+                    process.start()
+                if time.monotonic() > next_reap:
+                    store.reap(study)
+                    next_reap = time.monotonic() + REAP_S
+                watch()
+                silent_since = None
+            except STORE_ERRORS as error:
+                if silent_since is None:
+                    silent_since = time.monotonic()
+                    logger.warning("the store does not answer; waiting for it, and workers do: %s", error)
+                if not is_outage(error) or time.monotonic() - silent_since > OUTAGE_S:
+                    raise
             time.sleep(TICK_S)
 
 
 class _Process:
     """One worker process, which can be started again."""
 
-    def __init__(self, assignment: Assignment, device: Device, log: Path, python_path: str) -> None:
+    def __init__(self, assignment: Assignment, device: Device, log: Path) -> None:
         self.log = log
         self.exit_code: int | None = None
         self._popen: subprocess.Popen[bytes] | None = None
@@ -159,7 +175,9 @@ class _Process:
             **os.environ,
             **worker_environment(device, threads=assignment.threads),
             ASSIGNMENT: json.dumps(dataclasses.asdict(assignment)),
-            "PYTHONPATH": os.pathsep.join(filter(None, [python_path, os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [*assignment.allowed.python_path(), os.environ.get("PYTHONPATH")])
+            ),
         }
 
     def start(self) -> None:
@@ -227,8 +245,11 @@ def _is_over(store: Store, study: Study) -> bool:
     return store.is_stopping(study.study_id) or not store.counts(study.study_id).keys() - set(ENDED)
 
 
-def _num_ended(store: Store, study: Study) -> int:
-    return sum(count for state, count in store.counts(study.study_id).items() if state in ENDED)
+def _progress(store: Store, study: Study) -> int:
+    """Grows with every epoch that a trial comes further, and with every trial that ends."""
+    return store.num_epochs(study) + sum(
+        count for state, count in store.counts(study.study_id).items() if state in ENDED
+    )
 
 
 @contextmanager

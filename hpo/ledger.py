@@ -6,12 +6,16 @@ on and ended exactly once. An attempt that has lost its slot can change nothing:
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
+import os
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import optuna
 import sqlalchemy as sa
@@ -21,13 +25,21 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy.engine import Connection
 
 from hpo import liveness, search
-from hpo.database import epochs, intermediate_values, now, open_storage, parse_url, slots, studies, workers
+from hpo.database import now, open_storage, parse_url
 from hpo.learning import LearningStudy
 from hpo.records import Claim, Study
+from hpo.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
 from hpo.spec import StudySpec
 
-LEASE_S = 60.0  # a claim that is not renewed for this long may be taken by another worker
-MAX_LOSSES = 3  # a slot whose worker crashed this often without coming further is failed: its trial kills them
+logger = logging.getLogger(__name__)
+
+# A claim that is not renewed for this long may be taken by another worker.
+LEASE_S = float(os.environ.get("HPO_LEASE_S") or 60.0)
+OUTAGE_S = 600.0  # how long workers wait for a database that does not answer
+LONGEST_PAUSE_S = 5.0  # between two tries
+MAX_LOSSES = 3  # a trial whose worker crashed this often without an epoch in between is failed: it kills them
+MAX_KILLS = 10  # the same for a worker that was killed from outside, which need not be the trial's doing
+OUT_OF_MEMORY = "out of memory"  # the failure key of what ran out of it, wherever it did
 SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
@@ -41,6 +53,10 @@ STORE_ERRORS = (StoreFailed, sa.exc.SQLAlchemyError, optuna.exceptions.StorageIn
 
 ENDED = ("complete", "pruned", "diverged", "failed")
 
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+Self = TypeVar("Self", bound="Ledger")
+
 Verdict = Literal["go on", "prune", "stop"]
 
 
@@ -48,14 +64,56 @@ class ClaimLost(Exception):
     """The slot is no longer this attempt's: drop the trial, it is another worker's now."""
 
 
+def patiently(
+    method: Callable[Concatenate[Self, Arguments], Answer],
+) -> Callable[Concatenate[Self, Arguments], Answer]:
+    """A method that is tried again, after longer and longer pauses, while the database does not answer.
+
+    Safe for each of them: it changes all or nothing, and where its success was not heard of, it finds that done.
+    """
+
+    @functools.wraps(method)
+    def try_again(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        began, pause_s = time.monotonic(), 0.1
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except STORE_ERRORS as error:
+                if not is_outage(error) or time.monotonic() - began > self.patience_s or self.give_up():
+                    raise
+                logger.warning("the store does not answer, trying again: %s", error)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    return try_again
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether the database was locked, cut off or shut down, which passes, rather than asked for something wrong."""
+    while error is not None:
+        if isinstance(error, sa.exc.DBAPIError):
+            passing = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+            return (passing or error.connection_invalidated) and "readonly" not in str(error.orig)
+        if isinstance(error, sa.exc.TimeoutError):  # no connection of the pool came free
+            return True
+        error = error.__cause__
+    return False
+
+
 class Ledger:
     """The slots in a database. `create` makes the database where there is none; else its absence is a UserError.
+
+    While the database does not answer, what a worker calls is tried again for `patience_s`, or until `give_up()`.
 
     Contract: every method may be called from any thread and any process; what a method has returned from is on disk.
     Methods that take a `Claim` raise `ClaimLost`, and change nothing, where the slot has been given to another attempt.
     """
 
-    def __init__(self, url: str, *, create: bool = False) -> None:
+    def __init__(
+        self, url: str, *, create: bool = False, patience_s: float = 0.0, give_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.patience_s = patience_s
+        self.give_up = give_up
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it would say of a study, we say
         # What we use of it is pinned to one major version, and "experimental" means nothing to whoever runs a study.
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -63,18 +121,29 @@ class Ledger:
         self._storage = open_storage(self.url, create=create)
         self._cached = get_storage(self._storage)  # finished trials are read from the database once
 
+    @patiently
     def claim(self, study: Study, worker_id: str) -> Claim | None:
-        """Takes the first waiting slot, or None where no slot waits or the study is to stop."""
+        """Takes a waiting slot, the first one, or None where no slot waits for this worker or the study is to stop.
+
+        A trial that has killed workers is taken after those that have not, lest it keep the study from them. One that
+        ran out of memory is taken last, and only by a worker that has its device to itself, which no other one then
+        takes a trial on.
+        """
         waiting = sa.select(slots).where(slots.c.study_id == study.study_id, slots.c.state == "waiting")
         with self._storage.engine.connect() as connection:  # idle workers ask often: no write lock for a no
             if connection.execute(waiting.limit(1)).first() is None:
                 return None
         with self._transaction() as connection:
+            # The lock on the study's row lets one worker claim at a time, so that slot n becomes Optuna's trial n.
             stop = sa.select(studies.c.stop).where(studies.c.study_id == study.study_id).with_for_update()
             if connection.execute(stop).scalar_one() is not None:
                 return None
-            row = connection.execute(waiting.order_by(slots.c.number).limit(1)).first()
-            if row is None:
+            neighbours = connection.execute(_on_same_device(worker_id)).scalars().all()
+            if neighbours:
+                waiting = waiting.where(slots.c.alone == 0)
+            order = (slots.c.alone, slots.c.losses >= MAX_LOSSES, slots.c.number)
+            row = connection.execute(waiting.order_by(*order).limit(1)).first()
+            if row is None or any(neighbours):
                 return None
             trial_id = row.trial_id
             if trial_id is None:
@@ -83,26 +152,52 @@ class Ledger:
                     create_trial(state=TrialState.RUNNING, system_attrs={"fixed_params": json.loads(row.given)}),
                 )
             at = now(connection)
+            claim = Claim(study.study_id, row.number, row.attempt + 1, trial_id, worker_id)
             connection.execute(
                 slots.update()
                 .where(slots.c.study_id == study.study_id, slots.c.number == row.number)
                 .values(
                     state="running",
-                    attempt=row.attempt + 1,
+                    attempt=claim.attempt,
                     trial_id=trial_id,
                     worker_id=worker_id,
                     claimed_at=at,
                     lease_until=at + LEASE_S,
                 )
             )
-            return Claim(study.study_id, row.number, row.attempt + 1, trial_id, worker_id)
+            connection.execute(
+                attempts.insert().values(
+                    study_id=claim.study_id, number=claim.number, attempt=claim.attempt, worker_id=worker_id,
+                    began_at=at, furthest=row.furthest,
+                )
+            )  # fmt: skip
+            return claim
 
+    @patiently
+    def begin(self, claim: Claim, *, went_on_from: int, notes: Sequence[str] = ()) -> None:
+        """Records from which epoch's checkpoint an attempt goes on, 0 for none, and what was wrong with others."""
+        with self._held(claim) as connection:
+            connection.execute(attempts.update().where(_is_attempt(claim)).values(went_on_from=went_on_from))
+            self._note(connection, claim, notes)
+
+    @patiently
+    def note(self, claim: Claim, text: str) -> None:
+        """Records what went wrong in an attempt without ending it."""
+        with self._held(claim) as connection:
+            self._note(connection, claim, [text])
+
+    @patiently
     def suggest(
         self, claim: Claim, spec: StudySpec, *, attributes: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     ) -> dict[str, Any]:
         """The trial's values, sampled now unless an earlier attempt did; records `attributes(values)` with them."""
-        learning = search.SAMPLERS[spec.search.sampler].needs_values
-        with self._held(claim):
+        sampler = search.SAMPLERS[spec.search.sampler]
+        learning = sampler.needs_values
+        with self._held(claim) as connection:
+            if sampler.counts:  # in an attribute of the study's, which it reads and writes in two steps
+                connection.execute(
+                    sa.select(studies.c.study_id).where(studies.c.study_id == claim.study_id).with_for_update()
+                )
             study = self._optuna_study(spec, number=claim.number, learning=learning)
             study.get_trials(deepcopy=False)  # the cache refuses parameters of a trial that it has not seen
             values = search.suggest(optuna.Trial(study, claim.trial_id), spec)
@@ -110,6 +205,7 @@ class Ledger:
                 self._cached.set_trial_user_attr(claim.trial_id, key, value)
         return values
 
+    @patiently
     def report(
         self,
         claim: Claim,
@@ -143,11 +239,13 @@ class Ledger:
             trial = optuna.Trial(self._optuna_study(spec, number=claim.number), claim.trial_id)
             return "prune" if trial.should_prune() else "go on"
 
+    @patiently
     def last_report(self, claim: Claim) -> tuple[int, float] | None:
         """The last epoch that this or an earlier attempt reported, and its value; None where none did."""
         trial = self._cached.get_trial(claim.trial_id)
         return None if trial.last_step is None else (trial.last_step, trial.intermediate_values[trial.last_step])
 
+    @patiently
     def finish(
         self, claim: Claim, state: str, *, reason: str, error: str | None = None, failure_key: str | None = None
     ) -> None:
@@ -159,10 +257,29 @@ class Ledger:
         with self._held(claim) as connection:
             self._end(connection, claim, state, reason, error=error, failure_key=failure_key)
 
+    @patiently
+    def fail(self, claim: Claim, spec: StudySpec, *, reason: str, error: str, failure_key: str) -> bool:
+        """Ends an attempt by an exception; returns whether that was the trial's end too, or it waits for another try.
+
+        A trial is tried again `search.retries` times, and one that ran out of memory once, alone on its device.
+        """
+        with self._held(claim) as connection:
+            mine = (slots.c.study_id == claim.study_id) & (slots.c.number == claim.number)
+            row = connection.execute(sa.select(slots.c.failures, slots.c.alone).where(mine)).one()
+            out_of_memory = failure_key == OUT_OF_MEMORY
+            if row.alone if out_of_memory else row.failures >= spec.search.retries:
+                self._end(connection, claim, "failed", reason, error=error, failure_key=failure_key)
+                return True
+            tried = {"alone": 1} if out_of_memory else {"failures": row.failures + 1}
+            connection.execute(slots.update().where(mine).values(**tried))
+            self._free(connection, claim, _storable(reason), error=_storable(error)[-ERROR_CHARACTERS:])
+            return False
+
+    @patiently
     def release(self, claim: Claim) -> None:
         """Gives the slot back unfinished, to be claimed again."""
         with self._held(claim) as connection:
-            self._free(connection, claim)
+            self._free(connection, claim, "released")
 
     def renew(self, claims: Sequence[Claim], worker_id: str) -> None:
         """Extends the leases of the claims that are still this worker's, and records that it lives."""
@@ -172,38 +289,71 @@ class Ledger:
             for claim in claims:
                 connection.execute(slots.update().where(_is_held(claim)).values(lease_until=at + LEASE_S))
 
-    def reap(self, study: Study, *, crashed_pids: Collection[int] = ()) -> int:
+    @patiently
+    def reap(
+        self, study: Study, *, crashed_pids: Collection[int] = (), killed_pids: Collection[int] = ()
+    ) -> int:  # fmt: skip
         """Frees the slots of workers that died or lost their lease; returns how many.
 
         A worker of this machine is looked up by its process; one elsewhere is given up when its lease has run out.
-        `crashed_pids` are workers that their supervisor has seen crash: that counts against the trials they had, while
-        the end of a whole machine, or of everything at once, does not.
+        `crashed_pids` and `killed_pids` are workers that their supervisor has seen die, by themselves or by SIGKILL,
+        as a kernel without memory does it: that counts against the trials they had, until these come an epoch further.
+        The end of a whole machine, or of everything at once, does not count.
         """
+        ours = (slots.c.study_id == study.study_id) & (slots.c.state == "running")
+        columns = (workers.c.machine, workers.c.pid, workers.c.pid_started, workers.c.ended_at.label("left"))
+        running = sa.select(slots, *columns).join(workers, workers.c.worker_id == slots.c.worker_id).where(ours)
+        living = sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
+        with self._storage.engine.connect() as connection:  # asked often: no write lock where there is nothing to do
+            at = now(connection)
+            any_lost = any(_is_lost(row, at) for row in connection.execute(running))
+            if not any_lost and not any(is_gone(row) for row in connection.execute(living)):
+                return 0
         with self._transaction() as connection:
             at = now(connection)
-            rows = connection.execute(
-                sa.select(
-                    slots, workers.c.machine, workers.c.pid, workers.c.pid_started, workers.c.ended_at.label("left")
-                )
-                .join(workers, workers.c.worker_id == slots.c.worker_id)
-                .where(slots.c.study_id == study.study_id, slots.c.state == "running")
-            ).all()
-            lost = [row for row in rows if row.lease_until < at or row.left is not None or is_gone(row)]
+            # A slot that is locked is being reported on at this moment: its worker lives.
+            rows = connection.execute(running.with_for_update(of=slots, skip_locked=True)).all()
+            lost = [row for row in rows if _is_lost(row, at)]
             for row in lost:
                 claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
-                losses = row.losses + (row.pid in crashed_pids and row.machine == liveness.machine())
+                crashed, killed = (
+                    row.machine == liveness.machine() and row.pid in pids for pids in (crashed_pids, killed_pids)
+                )
+                losses = row.losses + (crashed or killed)
                 connection.execute(slots.update().where(_is_held(claim)).values(losses=losses))
-                if losses >= MAX_LOSSES:
-                    reason = f"its worker died {MAX_LOSSES} times"
+                if (crashed and losses >= MAX_LOSSES) or (killed and losses >= MAX_KILLS):
+                    reason = f"its worker died {losses} times"
                     self._end(connection, claim, "failed", reason, failure_key="its worker died")
                 else:
-                    self._free(connection, claim)
-            living = sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
+                    self._free(connection, claim, "lost")
             for row in connection.execute(living).all():
                 if is_gone(row):
                     connection.execute(workers.update().where(workers.c.worker_id == row.worker_id).values(ended_at=at))
             return len(lost)
 
+    @patiently
+    def best_trials(self, study: Study, count: int) -> list[tuple[int, float]]:
+        """The complete trials with the best values, at most `count`, best first: their numbers and values."""
+        value = trial_values.c.value
+        order = value.desc() if study.spec.direction == "maximize" else value.asc()
+        query = (
+            sa.select(slots.c.number, value)
+            .join(trial_values, trial_values.c.trial_id == slots.c.trial_id)
+            .where(slots.c.study_id == study.study_id, slots.c.state == "complete")
+            .order_by(order, slots.c.number)
+            .limit(count)
+        )
+        with self._storage.engine.connect() as connection:
+            return [(number, found) for number, found in connection.execute(query)]
+
+    @patiently
+    def ended_numbers(self, study: Study) -> set[int]:
+        """The numbers of the trials that have ended, in whatever way."""
+        query = sa.select(slots.c.number).where(slots.c.study_id == study.study_id, slots.c.state.in_(ENDED))
+        with self._storage.engine.connect() as connection:
+            return set(connection.execute(query).scalars())
+
+    @patiently
     def is_stopping(self, study_id: int) -> bool:
         with self._storage.engine.connect() as connection:
             query = sa.select(studies.c.stop).where(studies.c.study_id == study_id)
@@ -249,9 +399,21 @@ class Ledger:
             )
         )
 
-    def _free(self, connection: Connection, claim: Claim) -> None:
+    def _free(self, connection: Connection, claim: Claim, outcome: str, *, error: str | None = None) -> None:
         free = slots.update().where(_is_held(claim)).values(state="waiting", worker_id=None, lease_until=None)
         connection.execute(free)
+        self._end_attempt(connection, claim, outcome, error)
+
+    def _end_attempt(self, connection: Connection, claim: Claim, outcome: str, error: str | None) -> None:
+        end = {"ended_at": now(connection), "outcome": outcome, "error": error}
+        connection.execute(attempts.update().where(_is_attempt(claim)).values(**end))
+
+    def _note(self, connection: Connection, claim: Claim, texts: Sequence[str]) -> None:
+        before = connection.execute(sa.select(attempts.c.note).where(_is_attempt(claim))).scalar()
+        new = [text for text in map(_storable, texts) if text not in (before or "")]  # a full disk is full every epoch
+        if new:
+            note = "\n".join([*([before] if before else []), *new])
+            connection.execute(attempts.update().where(_is_attempt(claim)).values(note=note))
 
     def _end(
         self,
@@ -267,6 +429,7 @@ class Ledger:
         reason, error = _storable(reason), error and _storable(error)[-ERROR_CHARACTERS:]
         end = {"state": state, "lease_until": None, "ended_at": now(connection), "reason": reason, "error": error}
         connection.execute(slots.update().where(_is_held(claim)).values(**end, failure_key=failure_key))
+        self._end_attempt(connection, claim, state, error)
         _, last = self.last_report(claim) or (0, math.nan)
         values = [last] if state != "failed" and math.isfinite(last) else None
         assert values or state != "complete"
@@ -302,6 +465,29 @@ def is_gone(worker: Any) -> bool:
     """Whether a row of hpo_workers is of a process of this machine that no longer runs; elsewhere a lease must tell."""
     here = worker.machine == liveness.machine()
     return here and not liveness.is_running(worker.pid, started=worker.pid_started)
+
+
+def _is_lost(row: Any, at: float) -> bool:
+    return row.lease_until < at or row.left is not None or is_gone(row)
+
+
+def _on_same_device(worker_id: str) -> sa.Select[Any]:
+    """`alone` of each trial, of whatever study, that is in training on this worker's device."""
+    mine, other = workers.alias("mine"), workers.alias("other")
+    return (
+        sa.select(slots.c.alone)
+        .join(other, sa.and_(other.c.worker_id == slots.c.worker_id, other.c.study_id == slots.c.study_id))
+        .join(mine, sa.and_(mine.c.machine == other.c.machine, mine.c.device == other.c.device))
+        .where(mine.c.worker_id == worker_id, slots.c.state == "running")
+    )
+
+
+def _is_attempt(claim: Claim) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        attempts.c.study_id == claim.study_id,
+        attempts.c.number == claim.number,
+        attempts.c.attempt == claim.attempt,
+    )
 
 
 def _is_held(claim: Claim) -> sa.ColumnElement[bool]:

@@ -24,6 +24,12 @@ class Study:
     facts: Mapping[str, Any]  # what the preflight found: num_train, num_val, num_classes, num_parameters...
     stop: str | None  # None | "requested" | "failure"
     stop_reason: str | None
+    started: float  # by the latest `hpo run` or `hpo resume`, as times in `Trial`
+
+    @property
+    def key(self) -> str:
+        """Its name and its uid, which no other study of the same name has: names its folders."""
+        return f"{self.name}-{self.facts['uid']}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,23 @@ class Claim:
     attempt: int
     trial_id: int
     worker_id: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at training a trial, from its claim to its end, whatever ended it. Times as in `Trial`."""
+
+    attempt: int
+    worker_id: str
+    host: str | None
+    device: str | None
+    began: float
+    ended: float | None
+    furthest: int  # the epochs that earlier attempts had come to
+    went_on_from: int | None  # the epoch of the checkpoint it went on from; 0: from the start; None: not known (yet)
+    outcome: str | None  # a final state, "released", "lost", or an exception in a line; None while it goes on
+    error: str | None
+    note: str | None  # what went wrong on the way, a line each
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,7 @@ class Trial:
     ended: float | None
     epochs: Sequence[int] = ()
     curves: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    attempts: Sequence[Attempt] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +90,20 @@ class WorkerRow:
     alive: bool
 
 
-def read_trial(row: Any, frozen: FrozenTrial | None, reports: list[tuple[int, dict[str, float | None]]]) -> Trial:
+def read_attempt(row: Any) -> Attempt:
+    """An attempt from its row of hpo_attempts, with host and device of its worker."""
+    return Attempt(
+        row.attempt, row.worker_id, row.host, row.device, row.began_at, row.ended_at,
+        row.furthest, row.went_on_from, row.outcome, row.error, row.note,
+    )  # fmt: skip
+
+
+def read_trial(
+    row: Any,
+    frozen: FrozenTrial | None,
+    reports: list[tuple[int, dict[str, float | None]]],
+    attempts: Sequence[Attempt],
+) -> Trial:
     """A trial from its row of hpo_slots, its Optuna trial once it has one, and its (epoch, metrics) in order."""
     names = list(dict.fromkeys(name for _, metrics in reports for name in metrics))
     given = json.loads(row.given)
@@ -85,4 +122,5 @@ def read_trial(row: Any, frozen: FrozenTrial | None, reports: list[tuple[int, di
         ended=row.ended_at,
         epochs=[epoch for epoch, _ in reports],
         curves={name: [metrics.get(name) for _, metrics in reports] for name in names},
+        attempts=attempts,
     )

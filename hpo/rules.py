@@ -25,6 +25,7 @@ SHARE: Rule = ("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 RULES: dict[str, Rule] = {
     "search.trials": ("between 1 and 1,000,000", lambda value: 1 <= value <= 10**6),
     "search.seed": AT_LEAST_0,
+    "search.retries": ("between 0 and 100", lambda value: 0 <= value <= 100),
     "pruner.startup_trials": AT_LEAST_0,
     "pruner.warmup_epochs": AT_LEAST_0,
     "pruner.percentile": ("between 0 and 100", lambda value: 0 <= value <= 100),
@@ -63,7 +64,13 @@ RULES: dict[str, Rule] = {
     "training.plateau_epochs": AT_LEAST_0,
     "training.gradient_clip": POSITIVE,
     "training.label_smoothing": BELOW_1,
+    "training.checkpoint_epochs": AT_LEAST_1,
     "training.seed": AT_LEAST_0,
+    "checkpoints.url": (
+        "an absolute folder or a URL such as s3://bucket/folder, which every machine can reach",
+        lambda value: "://" in value or value.startswith(("/", "~")),
+    ),
+    "checkpoints.keep_best": AT_LEAST_0,
 }
 
 

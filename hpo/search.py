@@ -31,6 +31,7 @@ class Sampler:
     build: Callable[[int, int, StudySpec], BaseSampler]
     conditional: bool = False  # can it search a parameter that depends on another one?
     min_ranges: int = 0
+    counts: bool = False  # keeps a counter in the study, which one trial at a time may read and write
     needs_values: bool = False  # learns from complete trials only, so that dropped ones must be shown as complete
 
 
@@ -74,16 +75,20 @@ def _gp(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
 
 
 def _cmaes(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
-    from optuna.samplers import CmaEsSampler, RandomSampler
+    from optuna.samplers import RandomSampler
 
-    return CmaEsSampler(seed=seed, independent_sampler=RandomSampler(seed=seed), warn_independent_sampling=False)
+    from hpo.cmaes import ReplayedCmaEsSampler
+
+    return ReplayedCmaEsSampler(
+        seed=seed, independent_sampler=RandomSampler(seed=seed), warn_independent_sampling=False
+    )
 
 
 SAMPLERS: dict[str, Sampler] = {
     "grid": Sampler(_random, conditional=True),  # a grid's points are given with its slots; nothing is left to sample
     "random": Sampler(_random, conditional=True),
     "tpe": Sampler(_tpe, conditional=True),
-    "qmc": Sampler(_qmc),
+    "qmc": Sampler(_qmc, counts=True),
     "gp": Sampler(_gp, needs_values=True),
     "cmaes": Sampler(_cmaes, min_ranges=2, needs_values=True),
 }

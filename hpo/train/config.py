@@ -67,6 +67,7 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the GPU has it, else fp32
     compile: bool = False  # torch.compile
+    checkpoint_epochs: int = 1  # a trial is saved every so many epochs, to be gone on with after an interruption
     report_test_accuracy: bool = False  # also measure the test set each epoch; never used to choose
     seed: int = 0
 

@@ -6,18 +6,22 @@ Shapes: B batch, C H W picture, L classes, S steps of an epoch.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpo.errors import UserError
+from hpo.train.checkpoint import Checkpoint, config_digest, copied
 from hpo.train.config import DataConfig, EpochResult, TrainingConfig, TrialConfig, derive_seed
 from hpo.train.data import Data, Part, batch_bounds, load_data
+from hpo.train.imports import describe
 from hpo.train.models import build_model
 from hpo.train.optim import build_optimizer, lr_factor
 
@@ -51,11 +55,13 @@ class Engine(Protocol):
     def free_lanes(self) -> int:
         """How many more trials can be admitted now."""
 
-    def admit(self, config: TrialConfig) -> int:
-        """Set a trial up, ready for its first epoch, and return the number of its lane.
+    def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None) -> int:
+        """Set a trial up, ready for its next epoch, and return the number of its lane.
 
-        Call it only where `free_lanes` > 0. Raises UserError where the trial cannot be trained as it is configured;
-        the lane is then still free, as after any other exception.
+        With a checkpoint, which has to be of this configuration, the trial goes on after `checkpoint.epoch` as if it
+        had never stopped: on a CPU digit for digit, in any process with the same number of threads.
+        Call it only where `free_lanes` > 0. Raises UserError where the trial cannot be trained as it is configured,
+        or its network is no longer the checkpoint's; the lane is then still free, as after any other exception.
         """
 
     def run_epoch(self) -> list[EpochResult]:
@@ -63,6 +69,13 @@ class Engine(Protocol):
 
         Raises Stopped where the engine was told to stop; the trials that were in their lanes are then in the middle of
         an epoch and good only for `evict`. Call it neither for a trial that diverged nor past its last epoch.
+        """
+
+    def checkpoint(self, lane: int) -> Checkpoint:
+        """The trial in a lane after its last epoch, as a copy that later training does not change.
+
+        Of a network it holds what state_dict() gives: parameters, persistent buffers and get_extra_state(). Raises
+        UserError where that cannot be stored. Call it between epochs, not after run_epoch raised.
         """
 
     def evict(self, lane: int) -> None:
@@ -79,9 +92,14 @@ class Lane:
     forward: Callable[[Tensor], Tensor]  # the model, compiled where that was asked for
     optimizer: torch.optim.Optimizer
     amp_dtype: torch.dtype | None  # of automatic mixed precision; None: float32 throughout
-    epoch: int = 0  # finished ones
     first_loss: float = math.nan  # of the trial's first step
-    val_losses: list[float] = field(default_factory=list)
+    results: list[EpochResult] = field(default_factory=list)  # of the finished epochs
+    is_whole: bool = True  # between two epochs, not within one
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return len(self.results)
 
 
 class PlainEngine:
@@ -98,22 +116,44 @@ class PlainEngine:
     def free_lanes(self) -> int:
         return 1 if self._lane is None else 0
 
-    def admit(self, config: TrialConfig) -> int:
+    def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None) -> int:
         assert self._lane is None, "the plain engine has one lane, and it is taken"
+        assert checkpoint is None or checkpoint.config_digest == config_digest(config), "another trial's checkpoint"
         if self._data is None or self._data[0] != config.data:
             self._data = None  # frees the device's memory before the next data set needs it
+            seed_generators(config.data.split_seed, "data")  # a user's data set may draw from them
             self._data = (config.data, load_data(config.data, device=self.device))
-        self._lane = build_lane(config, data=self._data[1], device=self.device)
+        lane = build_lane(config, data=self._data[1], device=self.device)
+        if checkpoint is not None:
+            restore(lane, checkpoint)
+        self._lane = lane
         return 0
 
     def evict(self, lane: int) -> None:
         assert self._lane is not None, "there is no trial in this lane"
         self._lane = None
 
+    def checkpoint(self, lane: int) -> Checkpoint:
+        assert self._lane is not None, "there is no trial in this lane"
+        assert self._lane.is_whole, "the trial is in the middle of an epoch"
+        trial = self._lane
+        state = {
+            "model": trial.model.state_dict(),
+            "optimizer": trial.optimizer.state_dict(),
+            "first_loss": trial.first_loss,
+        }
+        return Checkpoint(
+            config_digest=config_digest(trial.config),
+            epoch=trial.epoch,
+            state=copied(state, setting=f"model.name = {trial.config.model.name!r}"),
+            results=tuple(trial.results),
+        )
+
     def run_epoch(self) -> list[EpochResult]:
         assert self._lane is not None, "there is no trial to train"
         lane, training, data = self._lane, self._lane.config.training, self._lane.data
         start_s = time.perf_counter()
+        lane.is_whole = False
         losses_S, train_loss, train_accuracy, lr = self._train(lane)
         if lane.epoch == 0:
             lane.first_loss = float(losses_S[0])
@@ -122,11 +162,9 @@ class PlainEngine:
         if training.report_test_accuracy:
             assert data.test is not None
             test_accuracy = self._evaluate(lane, data.test)[1]
-        lane.epoch += 1
-        lane.val_losses.append(val_loss)
         result = EpochResult(
             lane=0,
-            epoch=lane.epoch,
+            epoch=lane.epoch + 1,
             train_loss=train_loss,
             train_accuracy=train_accuracy,
             val_loss=val_loss,
@@ -136,6 +174,8 @@ class PlainEngine:
             seconds=time.perf_counter() - start_s,
             diverged=diverged(lane, losses_S, val_loss=val_loss, val_accuracy=val_accuracy),
         )
+        lane.results.append(result)
+        lane.is_whole = True
         return [result]
 
     def _train(self, lane: Lane) -> tuple[Tensor, float, float, float]:
@@ -147,7 +187,7 @@ class PlainEngine:
         num_steps = data.train.num_batches(training.batch_size)
         losses_S = torch.empty(num_steps, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        torch.manual_seed(derive_seed(seed, "epoch", lane.epoch))  # dropout, the same for a resumed trial
+        seed_generators(seed, "epoch", lane.epoch)
         lane.model.train()
         lr = 0.0
         batches = data.train.batches(training.batch_size, seed=seed, epoch=lane.epoch)
@@ -173,7 +213,8 @@ class PlainEngine:
     def _set_lr(self, lane: Lane, *, epoch: float, steps_per_epoch: int) -> float:
         training = lane.config.training
         assert training.lr is not None
-        factor = lr_factor(training, epoch=epoch, steps_per_epoch=steps_per_epoch, val_losses=lane.val_losses)
+        val_losses = [result.val_loss for result in lane.results]
+        factor = lr_factor(training, epoch=epoch, steps_per_epoch=steps_per_epoch, val_losses=val_losses)
         for group in lane.optimizer.param_groups:
             group["lr"] = training.lr * factor
         return training.lr * factor
@@ -211,6 +252,42 @@ def build_lane(config: TrialConfig, *, data: Data, device: torch.device) -> Lane
     )
 
 
+def restore(lane: Lane, checkpoint: Checkpoint) -> None:
+    """Bring a trial just set up to where its checkpoint is; raises UserError where the network does not fit."""
+    state = copied(checkpoint.state, setting="the checkpoint")  # an optimizer would train on the checkpoint's tensors
+    optimizer = lane.optimizer
+    try:
+        lane.model.load_state_dict(state["model"])
+        # The settings of the groups are those of this device, such as `fused`, which says where `step` is.
+        groups = zip(optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
+        groups_here = [{**here, "lr": there["lr"]} for here, there in groups]
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups_here})
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a user's module does, beside torch's own checks
+        raise UserError(
+            f"model.name = {lane.config.model.name!r} must be the network that it was when its checkpoint of epoch "
+            f"{checkpoint.epoch} was made; it raised {describe(error)}"
+        ) from error
+    for moments in optimizer.state.values():
+        if "mu_product" in moments:  # NAdam's, which torch would leave on a GPU and wait for in each step
+            moments["mu_product"] = moments["mu_product"].cpu()
+    lane.first_loss = state["first_loss"]
+    lane.results = [replace(result, lane=0) for result in checkpoint.results]
+
+
+def seed_generators(*parts: int | str) -> None:
+    """Seed every generator that a network may draw from: torch's on all devices, and those of `random` and `numpy`.
+
+    It is done before a network is drawn and before each epoch, so that a trial's seed and the epoch are the state of
+    its generators, and a checkpoint has no other to keep.
+    """
+    seed = derive_seed(*parts)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
+
+
 def check_test_set(config: TrialConfig, *, data: Data) -> None:
     """Raises UserError where the test accuracy is asked for and the data set has no test part; else it is read."""
     if config.training.report_test_accuracy and data.test is None:
@@ -221,7 +298,7 @@ def check_test_set(config: TrialConfig, *, data: Data) -> None:
 
 def initial_model(config: TrialConfig, *, data: Data, device: torch.device) -> nn.Module:
     """The network as the trial's seed draws it, on the device."""
-    torch.manual_seed(derive_seed(config.seed, "init"))
+    seed_generators(config.seed, "init")
     model = build_model(config.model, channels=data.channels, num_classes=data.num_classes, image_size=data.image_size)
     return model.to(device).to(memory_format=torch.channels_last)
 

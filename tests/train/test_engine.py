@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from hpo.errors import UserError
+from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data import load_data
 from hpo.train.engine import (
@@ -89,8 +91,77 @@ def test_stops_before_the_next_step() -> None:
     lane = engine.admit(trial())
     with pytest.raises(Stopped):
         engine.run_epoch()
+    with pytest.raises(AssertionError, match=r"in the middle of an epoch"):
+        engine.checkpoint(lane)
     engine.evict(lane)
     assert engine.free_lanes == 1
+
+
+def test_a_checkpoint_is_a_copy_and_can_be_gone_on_from_more_than_once() -> None:
+    """`tests/train/test_checkpoint.py` goes on from those of every optimizer and schedule, through files."""
+
+    def tensors(checkpoint: Checkpoint) -> list[torch.Tensor]:
+        moments = checkpoint.state["optimizer"]["state"].values()
+        return [*checkpoint.state["model"].values(), *(value for one in moments for value in one.values())]
+
+    def are_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return len(one) == len(other) and all(map(torch.equal, one, other))
+
+    engine: Engine = PlainEngine(device="cpu")
+    config = trial(epochs=3)
+    lane = engine.admit(config)
+    engine.run_epoch()
+    checkpoint = engine.checkpoint(lane)
+    as_made = copy.deepcopy(tensors(checkpoint))
+    later = [replace(engine.run_epoch()[0], seconds=0.0) for _ in range(2)]
+    assert not are_equal(tensors(engine.checkpoint(lane)), as_made)
+    for _ in range(2):
+        engine.evict(lane)
+        lane = engine.admit(config, checkpoint)
+        assert engine.free_lanes == 0
+        assert are_equal(tensors(engine.checkpoint(lane)), as_made)
+        assert [replace(engine.run_epoch()[0], seconds=0.0) for _ in range(2)] == later
+        assert are_equal(tensors(checkpoint), as_made)
+    assert [result.epoch for result in engine.checkpoint(lane).results] == [1, 2, 3]
+    assert later == train(config)[1:]  # making a checkpoint changes no digit
+
+
+def test_a_checkpoint_of_another_network_is_refused() -> None:
+    engine: Engine = PlainEngine(device="cpu")
+    lane = engine.admit(trial())
+    checkpoint = engine.checkpoint(lane)
+    engine.evict(lane)
+    engine.admit(trial(model=ModelConfig(options={"width": 0.1})))
+    other = replace(checkpoint, state=engine.checkpoint(lane).state)
+    engine.evict(lane)
+    with pytest.raises(UserError, match=r"model.name = 'article_cnn' must be the network that it was .* size mismatch"):
+        engine.admit(trial(), other)
+    assert engine.free_lanes == 1
+
+
+OWN_STATE = """
+from torch import nn
+
+class Keeps(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": [1, object()]}
+
+def network():
+    return nn.Sequential(nn.Flatten(), Keeps(1024, 10))
+"""
+
+
+def test_a_state_that_could_not_be_read_again_is_the_users_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_state.py").write_text(OWN_STATE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    engine: Engine = PlainEngine(device="cpu")
+    lane = engine.admit(trial(model=ModelConfig(name="own_state:network")))
+    engine.run_epoch()
+    with pytest.raises(UserError, match=r"'own_state:network'.*\['1._extra_state'\]\['seen'\]\[1\] must .* got object"):
+        engine.checkpoint(lane)
 
 
 def test_the_data_set_is_loaded_once_for_trials_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +184,22 @@ def test_the_same_trial_gives_the_same_digits_whatever_ran_before() -> None:
     torch.rand(17)
     assert train(config, engine=engine) == first == train(config)
     assert train(replace(config, seed=6)) != first
+
+
+def test_a_data_set_that_draws_its_pictures_is_the_same_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_drawn.py").write_text(
+        "import numpy, random\n"
+        "def data():\n"
+        "    pictures = numpy.random.randint(0, 256, (40, 1, 32, 32)).astype('uint8')\n"
+        "    labels = random.sample([0, 1] * 20, 40)\n"
+        "    return (pictures, numpy.array(labels)), None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = trial(data=DataConfig(name="own_drawn:data"))
+    assert train(config) == train(config)
 
 
 def test_placement_changes_no_digit() -> None:
@@ -356,6 +443,26 @@ def test_trains_on_a_gpu(precision: Any) -> None:
     assert train(config, engine=engine)[-1].diverged is None
     high = replace(config, training=replace(config.training, lr=0.3))
     assert train(high, engine=engine)[-1].diverged
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_goes_on_on_a_gpu_from_a_checkpoint_of_either_device(optimizer: str) -> None:
+    """To rounding: a GPU's kernels add in another order each time."""
+    config = trial(model=QUARTER, optimizer=optimizer, epochs=3)
+    gpu = PlainEngine(device="cuda")
+    whole = train(config, engine=gpu)
+    for before in (gpu, PlainEngine(device="cpu")):
+        lane = before.admit(config)
+        before.run_epoch()
+        checkpoint = before.checkpoint(lane)
+        before.evict(lane)
+        lane = gpu.admit(config, checkpoint)
+        for expected in whole[1:]:
+            assert gpu.run_epoch()[0].train_loss == pytest.approx(expected.train_loss, rel=1e-2)
+        moments = gpu.checkpoint(lane).state["optimizer"]["state"].values()
+        assert {str(value.device) for one in moments for value in one.values() if value is not None} == {"cpu"}
+        gpu.evict(lane)
 
 
 ZERO_HEAD = """

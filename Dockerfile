@@ -1,0 +1,30 @@
+# One image for all of ours in docker-compose.yml: the `hpo` command, and no study, data or password.
+FROM python:3.12.12-slim-bookworm
+
+# torch.compile needs a compiler while it trains. Debian keeps only the latest version, so that none can be named.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+
+# A new volume that is mounted at /files takes over its owner.
+RUN useradd --uid 1000 --home-dir /tmp --no-create-home hpo \
+    && install --directory --owner=hpo --group=hpo /files /files/data
+
+# What we depend on, some 6 GB, is a layer that a change of our code leaves as it is: the package is empty here.
+WORKDIR /src
+COPY pyproject.toml ./
+RUN mkdir hpo \
+    && echo '__version__ = "0"' > hpo/__init__.py \
+    && touch README.md LICENSE \
+    && pip install --no-cache-dir './[postgres,s3]'
+
+COPY README.md LICENSE ./
+COPY hpo hpo
+RUN pip install --no-cache-dir --no-deps .
+
+# HOME is where libraries put their caches; the root file system is read-only.
+ENV HOME=/tmp HPO_FILES=/files HPO_DATA=/files/data
+WORKDIR /hpo
+USER 1000:1000
+CMD ["hpo", "--help"]

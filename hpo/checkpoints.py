@@ -1,0 +1,95 @@
+"""A study's checkpoints: where a trial goes on from, and which are removed; hpo.train.checkpoint has their files."""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from contextlib import suppress
+
+from hpo.records import Claim, Study
+from hpo.store import Store
+from hpo.train.checkpoint import Checkpoint, CheckpointFolder, list_folders
+from hpo.train.config import TrialConfig
+
+logger = logging.getLogger(__name__)
+
+
+class StudyCheckpoints:
+    """The checkpoints of a study's trials, a folder for each, wherever the study file says or else on this machine.
+
+    What goes wrong with a checkpoint never ends a trial: it is noted in the store, and training goes on.
+    """
+
+    def __init__(self, store: Store, study: Study) -> None:
+        self._store = store
+        self._study = study
+        self._url = store.checkpoints_url(study)
+        self._keep = study.spec.checkpoints.keep_best
+
+    def begin(self, claim: Claim, config: TrialConfig) -> Checkpoint | None:
+        """The trial's newest whole checkpoint, or None where it starts from its first epoch; the store is told which.
+
+        An epoch of the checkpoint's that the store has not heard of, because its machine lost its last moments in a
+        power cut, is reported now.
+        """
+        checkpoint: Checkpoint | None = None
+        notes: list[str] = []
+        try:
+            checkpoint, notes = self._folder(claim.number).load(config)
+        except OSError as error:
+            notes = [f"its checkpoints in {self._url} could not be read: {error}"]
+        last_epoch, _ = self._store.last_report(claim) or (0, math.nan)
+        if checkpoint is None and last_epoch:
+            notes.append(
+                f"started again after {last_epoch} epochs: {socket.gethostname()} finds no checkpoint in {self._url}"
+            )
+        for note in notes:
+            logger.warning("trial %d: %s", claim.number, note)
+        self._store.begin(claim, went_on_from=checkpoint.epoch if checkpoint else 0, notes=notes)
+        for result in checkpoint.results if checkpoint else ():
+            if result.epoch > last_epoch:
+                self._store.report(
+                    claim, self._study.spec, epoch=result.epoch, metrics=result.metrics(), value=result.val_accuracy,
+                    may_prune=False,
+                )  # fmt: skip
+        return checkpoint
+
+    def save(self, claim: Claim, checkpoint: Checkpoint) -> None:
+        """Saves a trial in training. Where that is impossible, the checkpoint before it is still there."""
+        try:
+            self._folder(claim.number).save(checkpoint)
+        except OSError as error:
+            logger.warning("trial %d: no checkpoint of epoch %d: %s", claim.number, checkpoint.epoch, error)
+            self._store.note(claim, f"a checkpoint could not be written: {error.strerror or error}")
+
+    def may_be_kept(self, value: float) -> bool:
+        """Whether a trial that completes with this value belongs to the best, whose last checkpoint stays."""
+        best = self._store.best_trials(self._study, self._keep)
+        sign = 1 if self._study.spec.direction == "maximize" else -1
+        return len(best) < self._keep or any(sign * value > sign * other for _, other in best)
+
+    def forget(self, number: int) -> None:
+        """Removes what a trial that has ended needs no more, and what it has driven out of the best."""
+        best = [other for other, _ in self._store.best_trials(self._study, self._keep + 1)]
+        for unneeded in {number, *best} - {*best[: self._keep]}:
+            self._remove(unneeded)
+
+    def tidy(self) -> None:
+        """Removes what workers that were killed, or had lost their trial, have left of trials that have ended."""
+        keep = {number for number, _ in self._store.best_trials(self._study, self._keep)}
+        unneeded = self._store.ended_numbers(self._study) - keep
+        with suppress(OSError):
+            for name in list_folders(self._url):
+                if name.isdecimal() and int(name) in unneeded:
+                    self._remove(int(name))
+
+    def _folder(self, number: int) -> CheckpointFolder:
+        identity: dict[str, str | int] = {"study": str(self._study.facts["uid"]), "trial": number}
+        return CheckpointFolder(f"{self._url}/{number:06d}", identity=identity)
+
+    def _remove(self, number: int) -> None:
+        try:
+            self._folder(number).remove()
+        except OSError as error:
+            logger.warning("the checkpoints of trial %d could not be removed: %s", number, error)

@@ -1,0 +1,180 @@
+"""Our tables beside Optuna's: what they hold, how they are made, checked, and brought from an older version to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from alembic.script import ScriptDirectory
+from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel, TrialIntermediateValueModel, TrialValueModel
+from sqlalchemy.engine import URL, Connection, Engine
+
+from hpo.errors import UserError
+
+SCHEMA_VERSION = 2
+
+metadata = sa.MetaData()
+
+meta = sa.Table(
+    "hpo_meta",
+    metadata,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+studies = sa.Table(
+    "hpo_studies",
+    metadata,
+    sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),  # Optuna's
+    sa.Column("spec", sa.Text, nullable=False),  # StudySpec.frozen() as JSON
+    sa.Column("facts", sa.Text, nullable=False),  # what the preflight found, as JSON
+    sa.Column("created_at", sa.Float, nullable=False),  # every time: seconds since 1970 by the database's clock
+    sa.Column("started_at", sa.Float, nullable=False),  # of the latest `hpo run` or `hpo resume`
+    sa.Column("stop", sa.String(16)),  # None | "requested" | "failure"
+    sa.Column("stop_reason", sa.Text),
+)
+slots = sa.Table(
+    "hpo_slots",
+    metadata,
+    sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),  # also the Optuna trial's number
+    sa.Column("state", sa.String(16), nullable=False),  # waiting | running | complete | pruned | diverged | failed
+    sa.Column("given", sa.Text, nullable=False),  # parameters fixed beforehand, under Optuna's names, as JSON
+    sa.Column("trial_id", sa.Integer),  # Optuna's, from the first claim on
+    sa.Column("attempt", sa.Integer, nullable=False),  # 0 before the first claim; fences out whoever lost the slot
+    sa.Column("furthest", sa.Integer, nullable=False),  # the highest epoch that any attempt reported
+    sa.Column("losses", sa.Integer, nullable=False),  # attempts whose worker crashed since `furthest` last rose
+    sa.Column("failures", sa.Integer, nullable=False, server_default="0"),  # attempts that an exception ended
+    sa.Column("alone", sa.Integer, nullable=False, server_default="0"),  # 1: ran out of memory, has a device to itself
+    sa.Column("worker_id", sa.String(64)),
+    sa.Column("claimed_at", sa.Float),  # by the latest attempt
+    sa.Column("lease_until", sa.Float),
+    sa.Column("ended_at", sa.Float),
+    sa.Column("reason", sa.Text),  # why it ended, in a few words
+    sa.Column("error", sa.Text),  # traceback of a failed trial
+    sa.Column("failure_key", sa.Text),  # equal for two trials that failed the same way
+    sa.Index("hpo_slots_by_state", "study_id", "state", "number"),
+)
+attempts = sa.Table(
+    "hpo_attempts",
+    metadata,
+    sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("worker_id", sa.String(64), nullable=False),
+    sa.Column("began_at", sa.Float, nullable=False),
+    sa.Column("ended_at", sa.Float),
+    sa.Column("furthest", sa.Integer, nullable=False),  # epochs that earlier attempts had reported when it began
+    sa.Column("went_on_from", sa.Integer),  # the epoch of the checkpoint it went on from; 0: none, from the start
+    sa.Column("outcome", sa.Text),  # how it ended: a final state, "released", "lost", or an exception in a line
+    sa.Column("error", sa.Text),  # traceback, where an exception ended it
+    sa.Column("note", sa.Text),  # what went wrong on the way without ending it, such as a torn checkpoint
+)
+epochs = sa.Table(
+    "hpo_epochs",
+    metadata,
+    sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("metrics", sa.Text, nullable=False),  # JSON; null stands for a number that is not finite
+)
+workers = sa.Table(
+    "hpo_workers",
+    metadata,
+    sa.Column("worker_id", sa.String(64), primary_key=True),
+    sa.Column("study_id", sa.Integer, nullable=False),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("machine", sa.Text, nullable=False),  # tells whether `pid` can be looked up from here
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("pid_started", sa.Float, nullable=False),
+    sa.Column("device", sa.Text, nullable=False),
+    sa.Column("started_at", sa.Float, nullable=False),
+    sa.Column("seen_at", sa.Float, nullable=False),
+    sa.Column("ended_at", sa.Float),
+    sa.Index("hpo_workers_by_study", "study_id"),
+)
+intermediate_values = TrialIntermediateValueModel.__table__  # Optuna's
+trial_values = TrialValueModel.__table__  # Optuna's
+
+
+def check(engine: Engine, url: URL, *, create: bool) -> bool:
+    """Whether the database holds our tables; `create` allows that it does not.
+
+    Raises UserError where it is somebody else's, or of a version that this code does not know.
+    """
+    tables = set(sa.inspect(engine).get_table_names())
+    if tables and not {"studies", "trials", "version_info"} <= tables:
+        raise UserError(
+            f"the database {url} is no store of ours nor of Optuna's; its tables: {', '.join(sorted(tables)[:5])}"
+        )
+    if meta.name not in tables:
+        if not create:
+            raise UserError(f"the database {url} holds no study of ours; `hpo run` adds one")
+        return False
+    with engine.connect() as connection:
+        version = schema_version(connection)
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"the store {url} has schema version {version}, and this hpo knows up to {SCHEMA_VERSION}: upgrade hpo"
+        )
+    if version < SCHEMA_VERSION:
+        raise UserError(
+            f"the store {url} has schema version {version}, and this hpo needs {SCHEMA_VERSION}: "
+            "end its workers, then run `hpo storage upgrade`"
+        )
+    return True
+
+
+def schema_version(connection: Connection) -> int:
+    version = connection.execute(sa.select(meta.c.value).where(meta.c.key == "schema_version")).scalar()
+    return SCHEMA_VERSION if version is None else int(version)
+
+
+def create_tables(connection: Connection) -> None:
+    """Makes Optuna's tables and ours where they are not; also proves that the database can be written to.
+
+    The caller has begun a transaction that no other one of this function runs beside.
+    """
+    if not sa.inspect(connection).get_table_names():
+        # Optuna would do this later, outside our transaction, and fail where two processes do it at once.
+        migrations = Path(optuna.storages.__file__).parent / "_rdb" / "alembic"
+        MigrationContext.configure(connection).stamp(ScriptDirectory(str(migrations)), "heads")
+    BaseModel.metadata.create_all(connection)
+    metadata.create_all(connection)
+    # The update changes nothing, and fails where the database is read-only.
+    known = meta.update().where(meta.c.key == "schema_version").values(value=meta.c.value)
+    if connection.execute(known).rowcount == 0:
+        connection.execute(meta.insert().values(key="schema_version", value=str(SCHEMA_VERSION)))
+
+
+def _to_2(operations: Operations) -> None:
+    """Retries by cause, and a row for each attempt."""
+    for name in ("failures", "alone"):
+        operations.add_column("hpo_slots", sa.Column(name, sa.Integer, nullable=False, server_default="0"))
+    attempts.create(operations.get_bind())
+
+
+UPGRADES: dict[int, Callable[[Operations], None]] = {1: _to_2}  # from this version to the next
+
+
+def upgrade_tables(connection: Connection) -> tuple[int, int]:
+    """Brings our tables to SCHEMA_VERSION, in the caller's transaction; returns the version before and after."""
+    found = version = schema_version(connection)
+    operations = Operations(MigrationContext.configure(connection))
+    while version in UPGRADES:
+        UPGRADES[version](operations)
+        version += 1
+        connection.execute(meta.update().where(meta.c.key == "schema_version").values(value=str(version)))
+    return found, version
+
+
+def upgrade_optuna(storage: RDBStorage) -> tuple[str, str]:
+    """Brings Optuna's tables to the version of the Optuna that is installed; returns the version before and after."""
+    before = str(storage.get_current_version())
+    storage.upgrade()
+    return before, str(storage.get_head_version())

@@ -1,0 +1,284 @@
+"""Checkpoints of a trial after whole epochs, in a folder or an object store: what is read is whole and its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor, nn
+
+from hpo.errors import UserError
+from hpo.train.config import EpochResult, TrialConfig
+
+MAGIC = b"hpo checkpoint\n"
+FORMAT_VERSION = 1
+_HEADER = struct.Struct(f">{len(MAGIC)}sI32sQ")  # magic, format version, SHA-256 and length in bytes of the payload
+_CHECKPOINT = re.compile(r"epoch-(\d{6,})\.ckpt")
+_TEMPORARY = re.compile(r"\.epoch-\d{6,}\.ckpt\.[0-9a-f]{16}\.tmp")
+ABANDONED_S = 3600.0  # a temporary file that nobody has written to for so long has no writer any more
+NEUTRAL = frozenset({"data.root", "data.placement", "training.checkpoint_epochs"})  # settings that change no result
+_EXTRAS = {"s3": "hpo[s3]", "s3a": "hpo[s3]", "gs": "hpo[gs]", "gcs": "hpo[gs]"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A trial after a whole number of epochs: all that an engine needs to go on exactly as if it had never stopped."""
+
+    config_digest: str  # of the trial's TrialConfig
+    epoch: int  # how many are finished
+    state: Mapping[
+        str, Any
+    ]  # the engine's own, as `copied` makes it: tensors on the CPU, numbers, strings, lists, dicts
+    results: Sequence[EpochResult]  # of the epochs 1 to `epoch`
+
+
+def config_digest(config: TrialConfig) -> str:
+    """The same for two configurations whose trials give the same results, on every machine."""
+    content = dataclasses.asdict(config)
+    for key in NEUTRAL:
+        section, _, name = key.partition(".")
+        del content[section][name]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def copied(value: Any, *, setting: str, where: str = "state") -> Any:
+    """A copy with its tensors on the CPU, strides kept, that torch reads again without unpickling objects.
+
+    Raises UserError, naming `setting` and the place in the state, for what cannot be read again so.
+    """
+    if type(value) in (Tensor, nn.Parameter):
+        return value.detach().to("cpu", copy=True)
+    if type(value) in (dict, OrderedDict):
+        copy = type(value)()
+        for key, item in value.items():
+            there = f"{where}[{key!r}]"
+            copy[copied(key, setting=setting, where=there)] = copied(item, setting=setting, where=there)
+        if isinstance(value, OrderedDict):  # state_dict() notes the versions of its modules as an attribute
+            vars(copy).update(copied(vars(value), setting=setting, where=where))
+        return copy
+    if type(value) in (list, tuple):
+        return type(value)(copied(item, setting=setting, where=f"{where}[{i}]") for i, item in enumerate(value))
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        return torch.load(buffer, map_location="cpu", weights_only=True)
+    except Exception:  # whatever pickling a user's object does
+        raise UserError(
+            f"{setting} has a state that cannot be kept in a checkpoint: {where} must be a tensor, a number, a string, "
+            f"a list or a dict of them, got {type(value).__name__}"
+        ) from None
+
+
+class CheckpointFolder:
+    """Where one trial's checkpoints are: a local folder, or one of an object store; it holds nothing else.
+
+    At most one process trains the trial, yet one that lost its claim without noticing may still write here: it replaces
+    nothing by anything but a whole checkpoint of the same trial and epoch, and removes only what is older than its own.
+    All calls raise OSError where the folder, the disk or the network fails.
+    """
+
+    def __init__(self, url: str, *, identity: Mapping[str, str | int]) -> None:
+        """`url` is a folder or an fsspec URL of an object store; `identity` tells this trial from every other one.
+
+        An s3:// URL takes its credentials and its server from where the AWS command line does: AWS_ACCESS_KEY_ID,
+        AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, ~/.aws. Raises UserError, naming checkpoints.url,
+        where the URL cannot be used.
+        """
+        self.url, self.identity = url, dict(identity)
+        self._filesystem, self._path = _open(self.url)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Store a checkpoint, then remove all older ones but one: what there is should this one be torn later.
+
+        After an exception what was there before is there, whole, and no temporary file beside it.
+        """
+        content = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+        content |= {"identity": self.identity, "results": [dataclasses.asdict(result) for result in checkpoint.results]}
+        buffer = io.BytesIO(bytes(_HEADER.size))
+        buffer.seek(_HEADER.size)
+        torch.save(content, buffer)
+        data = buffer.getbuffer()
+        payload = data[_HEADER.size :]
+        _HEADER.pack_into(data, 0, MAGIC, FORMAT_VERSION, hashlib.sha256(payload).digest(), len(payload))
+        with _raises_os_error(self.url):
+            if isinstance(self._filesystem, LocalFileSystem):
+                _write(self._path_of(checkpoint.epoch), data=data)
+            else:  # one upload shows whole or not at all, and an object store needs no folder made
+                self._filesystem.pipe_file(self._path_of(checkpoint.epoch), bytes(data))
+        # Not the two highest are kept: those may be torn, which is why the trial is back at an earlier epoch.
+        for epoch in sorted(epoch for epoch in self._epochs() if epoch < checkpoint.epoch)[:-1]:
+            with suppress(FileNotFoundError), _raises_os_error(self.url):  # somebody else removed it
+                self._filesystem.rm_file(self._path_of(epoch))
+
+    def load(self, config: TrialConfig) -> tuple[Checkpoint | None, list[str]]:
+        """This trial's newest whole checkpoint as it is configured, and a sentence for each newer file passed over.
+
+        (None, []) where there is no folder.
+        """
+        passed_over: list[str] = []
+        for epoch in sorted(self._epochs(), reverse=True):
+            try:
+                with _raises_os_error(self.url):
+                    data = self._filesystem.cat_file(self._path_of(epoch))
+                return self._parse(data, epoch=epoch, config=config), passed_over
+            except FileNotFoundError:
+                reason = "it was removed before it was read"
+            except _Unusable as error:
+                reason = str(error)
+            passed_over.append(f"the checkpoint {self.url.rstrip('/')}/{_name(epoch)} was passed over: {reason}")
+        return None, passed_over
+
+    def remove(self) -> None:
+        """Delete the checkpoints, and the folder where it holds nothing else: a wrong URL costs nobody their files."""
+        with _raises_os_error(self.url):
+            for name in _names(self._filesystem, self._path):
+                if _CHECKPOINT.fullmatch(name) or _TEMPORARY.fullmatch(name):
+                    with suppress(FileNotFoundError):  # somebody else removed it
+                        self._filesystem.rm_file(f"{self._path}/{name}")
+            if isinstance(self._filesystem, LocalFileSystem):
+                with suppress(OSError):
+                    os.rmdir(self._path)
+
+    def _path_of(self, epoch: int) -> str:
+        return f"{self._path}/{_name(epoch)}"
+
+    def _epochs(self) -> list[int]:
+        with _raises_os_error(self.url):
+            return [int(match[1]) for name in _names(self._filesystem, self._path) if (match := _CHECKPOINT.fullmatch(name))]
+
+    def _parse(self, data: bytes, *, epoch: int, config: TrialConfig) -> Checkpoint:
+        if data[: len(MAGIC)] != MAGIC[: len(data)]:
+            raise _Unusable("it is not a checkpoint of hpo's")
+        if len(data) < _HEADER.size:
+            raise _Unusable(f"it is torn, {len(data)} bytes long and shorter than its header")
+        _, version, digest, length = _HEADER.unpack_from(data)
+        if version != FORMAT_VERSION:
+            raise _Unusable(f"it has format version {version}, and this hpo reads version {FORMAT_VERSION}")
+        payload = data[_HEADER.size :]
+        if len(payload) != length:
+            raise _Unusable(f"it is torn, with {len(payload)} bytes of content in place of {length}")
+        if hashlib.sha256(payload).digest() != digest:
+            raise _Unusable("it is damaged: its checksum differs from that of its content")
+        try:
+            content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+            identity = dict(content.pop("identity"))
+            content["results"] = [EpochResult(**result) for result in content["results"]]
+            checkpoint = Checkpoint(**content)
+        except MemoryError:
+            raise
+        except Exception as error:  # torch's messages advise to switch its safeguard off
+            raise _Unusable(f"its content is not that of a checkpoint ({type(error).__name__})") from error
+        if identity != self.identity:
+            whose = ", ".join(f"{key} {value}" for key, value in identity.items())
+            raise _Unusable(f"it belongs to another trial ({whose})")
+        if checkpoint.config_digest != config_digest(config):
+            raise _Unusable("it belongs to another configuration of the trial")
+        if not checkpoint.epoch == len(checkpoint.results) == epoch:
+            raise _Unusable(f"it is of epoch {checkpoint.epoch}")
+        return checkpoint
+
+
+def list_folders(url: str) -> list[str]:
+    """The names of the folders, each a trial's, below a folder or a URL; none where that is not. Raises OSError."""
+    filesystem, path = _open(url)
+    with _raises_os_error(url):
+        return _names(filesystem, path)
+
+
+class _Unusable(Exception):
+    """Why a file is passed over."""
+
+
+def _name(epoch: int) -> str:
+    return f"epoch-{epoch:06d}.ckpt"
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system that a URL is in, and the path there."""
+    protocol, separator, rest = url.partition("://")
+    if not separator:
+        return LocalFileSystem(), os.path.abspath(url)
+    if re.search(r":.*@|\?", rest):
+        raise UserError(
+            "checkpoints.url must hold no password, key or query: they belong into the environment; "
+            f"got '{protocol}://***'"
+        )
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+    except ImportError as error:
+        package = _EXTRAS.get(protocol, f"the package for {protocol}")
+        raise UserError(f"checkpoints.url needs {package} to be installed ({error}); got {url!r}") from error
+    except Exception as error:  # whatever the file system says of its URL
+        raise UserError(
+            f"checkpoints.url must be a folder or a URL of an object store ({error}); got {url!r}"
+        ) from error
+    return filesystem, path.rstrip("/")
+
+
+@contextmanager
+def _raises_os_error(url: str) -> Iterator[None]:
+    """The libraries of object stores have exceptions of their own, for missing credentials for instance."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{url} failed with {type(error).__name__}: {error}") from error
+
+
+def _names(filesystem: Any, path: str) -> list[str]:
+    """What is in a folder; nothing where there is none."""
+    filesystem.invalidate_cache()  # of listings: somebody else may have written
+    try:
+        return [name.rstrip("/").rpartition("/")[2] for name in filesystem.ls(path, detail=False)]
+    except FileNotFoundError:
+        return []
+
+
+def _write(path: str, *, data: memoryview) -> None:
+    """Write a local file so that it is there whole or not at all, whatever is killed or fails."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    _remove_abandoned(folder)
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")  # no two processes choose the same
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # or a power cut could undo the rename after the older checkpoints are gone
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: str) -> None:
+    """Remove what killed writers left; a file that somebody still writes to is not touched."""
+    for entry in os.scandir(folder):
+        if _TEMPORARY.fullmatch(entry.name):
+            with suppress(FileNotFoundError):
+                if time.time() - entry.stat().st_mtime > ABANDONED_S:
+                    os.unlink(entry)

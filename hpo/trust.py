@@ -1,0 +1,79 @@
+"""Whose code a worker may import: a study that is read from a store names modules, and not everyone may choose them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo.errors import UserError
+from hpo.spec import StudySpec
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What this machine's user has allowed: modules by name, with what is inside them, and folders of modules."""
+
+    modules: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, allow: Iterable[str]) -> Allowed:
+        """From the values of --allow: the name of a module, or the path of a folder. Raises UserError for neither."""
+        modules, folders = [], []
+        for value in allow:
+            if all(part.isidentifier() for part in value.split(".")):
+                modules.append(value)
+            elif Path(value).is_dir():
+                folders.append(str(Path(value).resolve()))
+            else:
+                raise UserError(f"--allow must be the name of a module or a folder that exists, got {value!r}")
+        return cls(tuple(modules), tuple(folders))
+
+    @classmethod
+    def by_author(cls, spec: StudySpec, *, folder: str) -> Allowed:
+        """What somebody allows who gives the study's spec himself: the modules that it names, and its folder's."""
+        return cls(tuple(spec.modules()), (folder,))
+
+    def check(self, spec: StudySpec) -> None:
+        """Raises UserError, naming the module, where the study names one that is not allowed; imports nothing."""
+        for module, setting in spec.modules().items():
+            if not self._is_allowed(module):
+                raise UserError(
+                    f"{setting} of study {spec.name!r} names the module {module!r}, which this worker may not import; "
+                    f"allow it with --allow {module}, or its folder with --allow FOLDER"
+                )
+
+    def _is_allowed(self, module: str) -> bool:
+        if any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.modules):
+            return True
+        with self.importable():
+            try:
+                found = importlib.util.find_spec(module.partition(".")[0])
+            except (ImportError, ValueError):
+                return False
+        if found is None:
+            return False
+        places = [found.origin] if found.has_location and found.origin else list(found.submodule_search_locations or ())
+        return bool(places) and all(
+            any(Path(place).resolve().is_relative_to(folder) for folder in self.folders) for place in places
+        )
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        """Modules of the allowed folders can be imported inside, as they can in a worker process."""
+        sys.path[:0] = self.folders
+        importlib.invalidate_caches()
+        try:
+            yield
+        finally:
+            for folder in self.folders:
+                sys.path.remove(folder)
+
+    def python_path(self) -> Sequence[str]:
+        """What a worker process looks for the modules in, first: the folders, and where this command was given."""
+        return [*self.folders, *([os.getcwd()] if self.modules else [])]
