@@ -90,9 +90,7 @@ def end_worker_process(store: Store, worker_id: str, change: Change) -> None:
 
 
 def move_elsewhere(store: Store, worker_id: str, change: Change) -> None:
-    change(
-        store, schema.workers.update().where(schema.workers.c.worker_id == worker_id).values(machine="elsewhere")
-    )
+    change(store, schema.workers.update().where(schema.workers.c.worker_id == worker_id).values(machine="elsewhere"))
 
 
 # Studies

@@ -48,7 +48,7 @@ def work(store: Store, study: Study, *, should_stop: Callable[[], bool] = lambda
 @contextmanager
 def working(store: Store, study: Study, **options: Any) -> Iterator[None]:
     """A worker in a thread, which has ended after the block."""
-    thread = threading.Thread(target=lambda: work(store, study, **options))
+    thread = threading.Thread(target=lambda: work(store, study, **options), daemon=True)
     thread.start()
     try:
         yield
@@ -206,6 +206,7 @@ def test_a_trial_that_had_its_last_epoch_is_complete_even_where_the_worker_is_to
 # Leases
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 def test_a_lease_is_renewed_during_a_long_epoch_also_after_database_errors(
     store: Store, make_spec: MakeSpec, loop: WriteLoop, tmp_path: Path,
     wait_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
@@ -215,7 +216,7 @@ def test_a_lease_is_renewed_during_a_long_epoch_also_after_database_errors(
     monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.1)
     loop(HELD)
     study = store.create_study(make_spec(0.1), facts={})
-    impatient = Store(str(store.url))
+    impatient = Store(store.url.render_as_string(hide_password=False))
     with working(impatient, study):
         wait_for(lambda: store.trials(study)[0].epochs)
         first = lease(store)
@@ -289,6 +290,7 @@ def test_the_engine_reports_every_epoch_of_every_trial(store: Store) -> None:
     assert trials[1].value is None
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 def test_a_claim_that_is_lost_before_training_begins_does_not_end_the_worker(store: Store) -> None:
     study = engine_study(store, 1e-3, 1e-4)
     with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]

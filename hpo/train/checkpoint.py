@@ -161,7 +161,9 @@ class CheckpointFolder:
 
     def _epochs(self) -> list[int]:
         with _raises_os_error(self.url):
-            return [int(match[1]) for name in _names(self._filesystem, self._path) if (match := _CHECKPOINT.fullmatch(name))]
+            return [
+                int(match[1]) for name in _names(self._filesystem, self._path) if (match := _CHECKPOINT.fullmatch(name))
+            ]
 
     def _parse(self, data: bytes, *, epoch: int, config: TrialConfig) -> Checkpoint:
         if data[: len(MAGIC)] != MAGIC[: len(data)]:

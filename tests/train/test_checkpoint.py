@@ -32,6 +32,7 @@ from hpo.train.checkpoint import (
     Checkpoint,
     CheckpointFolder,
     config_digest,
+    list_folders,
 )
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.engine import Engine, PlainEngine
@@ -165,6 +166,10 @@ class Noise(nn.Module):
         return images * (1 + 0.1 * random.random()) + 0.1 * float(numpy.random.standard_normal()) + 0.01 * self.calls
     def get_extra_state(self):
         return {"calls": self.calls, "first": self.first}
+    _version = 2
+    def _load_from_state_dict(self, state, prefix, local_metadata, *rest):
+        assert local_metadata["version"] == 2, "modules read the states of their older selves by this"
+        super()._load_from_state_dict(state, prefix, local_metadata, *rest)
     def set_extra_state(self, state):
         self.calls, first = state["calls"], state["first"]
         assert first == self.first, "the network was drawn otherwise"
@@ -294,9 +299,12 @@ def test_remove_removes_the_folder_and_no_other(checkpoints: CheckpointFolder, f
     for one in (checkpoints, neighbour):
         one.save(fake(1))
     (folder / f".epoch-000002.ckpt.{'0' * 16}.tmp").touch()
+    assert sorted(list_folders(str(folder.parent))) == ["0007", "00070"]
     checkpoints.remove()
     assert not folder.exists()
     assert neighbour.load(CONFIG)[0] is not None
+    assert list_folders(str(folder.parent)) == ["00070"]
+    assert list_folders(f"{folder}/absent") == []
 
 
 def test_remove_leaves_what_is_not_ours(checkpoints: CheckpointFolder, folder: Path) -> None:
@@ -642,6 +650,7 @@ def test_an_object_store_is_like_a_folder(bucket: str) -> None:
     assert loaded.epoch == 3
     assert sentence.startswith(f"the checkpoint {one.url}/epoch-000004.ckpt was passed over: it is torn, with ")
 
+    assert sorted(list_folders(f"{bucket}/4f1c/")) == ["1", "1*", "12"]
     pattern.remove()
     one.remove()
     assert one.load(CONFIG) == (None, [])
