@@ -21,7 +21,8 @@ from hpo.analysis import Best
 from hpo.database import parse_url
 from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
-from hpo.ledger import ENDED, STORE_ERRORS
+from hpo.ledger import ENDED
+from hpo.outage import STORE_ERRORS
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from hpo import __version__
 from hpo.errors import StudyStopped, UserError
+from hpo.options import (
+    allow_arguments,
+    allow_option,
+    command_line,
+    json_option,
+    no_password,
+    storage_option,
+    worker_arguments,
+    worker_options,
+)
 
 if TYPE_CHECKING:
     from hpo.api import Result
@@ -37,9 +46,9 @@ class _Group(click.Group):
 
 
 def _is_of_the_store(error: Exception) -> bool:
-    if "hpo.ledger" not in sys.modules:
+    if "hpo.outage" not in sys.modules:
         return False
-    from hpo.ledger import STORE_ERRORS
+    from hpo.outage import STORE_ERRORS
 
     return isinstance(error, STORE_ERRORS)
 
@@ -47,50 +56,6 @@ def _is_of_the_store(error: Exception) -> bool:
 def _fail(message: object, code: int) -> None:
     click.echo(f"hpo: {message}", err=True)
     sys.exit(code)
-
-
-def _no_password(_context: click.Context, parameter: click.Parameter, url: str | None) -> str | None:
-    """Refuses a URL with a password on the command line, where every process of the machine can read it."""
-    if url and re.match(r"[\w+]+://[^/@]*:[^/@]+@", url):
-        raise UserError(
-            f"{parameter.opts[0]} must not hold a password, which others could read in the list of processes; "
-            "leave it out of the URL and give it in HPO_STORAGE_PASSWORD_FILE, PGPASSFILE or PGPASSWORD, "
-            "or the whole URL in HPO_STORAGE"
-        )
-    return url
-
-
-def _storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--storage",
-        metavar="URL",
-        callback=_no_password,
-        help="The store. Default: HPO_STORAGE, else sqlite:///hpo.db.",
-    )(command)
-
-
-def _allow_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--allow", multiple=True, metavar="MODULE|FOLDER",
-        help="Code that the study may import: a module by its name, or a folder of modules.",
-    )(command)  # fmt: skip
-
-
-def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-
-
-def _worker_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="Worker processes. Default: one a device. The CPU's threads are divided.",
-    )(command)
-    return click.option(
-        "--devices", default="auto", show_default=True, metavar="LIST",
-        help="auto: every free GPU, else the CPU. Or a list: cpu, mps, cuda, cuda:0,cuda:1.",
-    )(command)  # fmt: skip
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -111,8 +76,8 @@ def main() -> None:
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting of the study file."
 )
 @click.option("--in-process", is_flag=True, help="Train in this process, without workers: for a debugger.")
-@_worker_options
-@_storage_option
+@worker_options
+@storage_option
 def run_command(
     spec: str, overrides: tuple[str, ...], in_process: bool, devices: str, workers: int | None, storage: str | None
 ) -> None:
@@ -129,7 +94,9 @@ def run_command(
 
     parsed = StudySpec.from_toml(spec, overrides=overrides)
     options = [("--set", override) for override in overrides]
-    again = _command("run", spec, *options, *_worker_arguments(devices, workers), *["--in-process"][: int(in_process)])
+    again = command_line(
+        "run", spec, *options, *worker_arguments(devices, workers), *["--in-process"][: int(in_process)]
+    )
     _train(
         lambda watcher: api.run(
             parsed, storage=storage, devices=devices, workers=workers, in_process=in_process, watcher=watcher,
@@ -144,9 +111,9 @@ def run_command(
 @main.command("worker")
 @click.argument("study", metavar="[STUDY]", required=False)
 @click.option("--stay", is_flag=True, help="Stay when the study is done, for every study of the store.")
-@_allow_option
-@_worker_options
-@_storage_option
+@allow_option
+@worker_options
+@storage_option
 def worker_command(
     study: str | None, stay: bool, allow: tuple[str, ...], devices: str, workers: int | None, storage: str | None
 ) -> None:
@@ -162,7 +129,7 @@ def worker_command(
         _stay(study, allow=allow, devices=devices, workers=workers, storage=storage)
     if study is None:
         raise UserError("hpo worker needs the name of a study, or --stay for every study of the store")
-    again = _command("worker", study, *_allow_arguments(allow), *_worker_arguments(devices, workers))
+    again = command_line("worker", study, *allow_arguments(allow), *worker_arguments(devices, workers))
     _train(
         lambda watcher: api.join(
             study, storage=storage, devices=devices, workers=workers, allow=allow, watcher=watcher
@@ -190,9 +157,9 @@ def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn
 @main.command("resume")
 @click.argument("study", metavar="STUDY")
 @click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; what was trained stays.")
-@_allow_option
-@_worker_options
-@_storage_option
+@allow_option
+@worker_options
+@storage_option
 def resume_command(
     study: str, trials: int | None, allow: tuple[str, ...], devices: str, workers: int | None, storage: str | None
 ) -> None:
@@ -203,7 +170,7 @@ def resume_command(
     """
     from hpo import api
 
-    again = _command("resume", study, *_allow_arguments(allow), *_worker_arguments(devices, workers))
+    again = command_line("resume", study, *allow_arguments(allow), *worker_arguments(devices, workers))
     _train(
         lambda watcher: api.resume(
             study, storage=storage, trials=trials, devices=devices, workers=workers, allow=allow, watcher=watcher
@@ -234,8 +201,8 @@ def _train(train: Callable[[Any], Result], study: str, storage: str | None, *, a
 
 
 @main.command("list")
-@_json_option
-@_storage_option
+@json_option
+@storage_option
 def list_command(as_json: bool, storage: str | None) -> None:
     """List the studies in the store.
 
@@ -243,12 +210,13 @@ def list_command(as_json: bool, storage: str | None) -> None:
     hpo list --json
     """
     from hpo import api
+    from hpo.display import print_table
 
     found = api.studies(storage=storage)
     if as_json:
         _print_json(found)
         return
-    _print_table(
+    print_table(
         ["study", *STATES, ""],
         ([row["study"], *(row["trials"].get(state, 0) for state in STATES), row["stop"] or ""] for row in found),
     )
@@ -256,8 +224,8 @@ def list_command(as_json: bool, storage: str | None) -> None:
 
 @main.command("status")
 @click.argument("study", metavar="STUDY")
-@_json_option
-@_storage_option
+@json_option
+@storage_option
 def status_command(study: str, as_json: bool, storage: str | None) -> None:
     """Show where STUDY stands: trials by state, the best so far, workers and what they train.
 
@@ -265,6 +233,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo status quickstart
     """
     from hpo import api
+    from hpo.display import as_text, in_words, print_table
 
     found = api.status(study, storage=storage)
     if as_json:
@@ -276,13 +245,13 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         click.echo(f"stopped ({found['stop_reason']}); go on with: hpo resume {study}")
     if found["best"]:
         best = found["best"]
-        click.echo(f"best so far: {_values(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
+        click.echo(f"best so far: {in_words(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
     if found["workers"]:
         columns = ["host", "pid", "device", "trial", "epoch", "seen_s"]
-        _print_table(
+        print_table(
             [*columns[:-1], "last sign of life"],
             (
-                [*(_text(worker[column]) for column in columns[:-1]), f"{worker['seen_s']} s ago"]
+                [*(as_text(worker[column]) for column in columns[:-1]), f"{worker['seen_s']} s ago"]
                 for worker in found["workers"]
             ),
         )
@@ -292,8 +261,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
 
 @main.command("trials")
 @click.argument("study", metavar="STUDY")
-@_json_option
-@_storage_option
+@json_option
+@storage_option
 def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     """List the trials of STUDY; with --json also their curves.
 
@@ -301,16 +270,17 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo trials quickstart --json
     """
     from hpo import api
+    from hpo.display import as_text, in_words, print_table
 
     found = api.trials(study, storage=storage)
     if as_json:
         _print_json(found)
         return
-    _print_table(
+    print_table(
         ["trial", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
         (
-            [row["number"], row["state"], _values(row["params"]), _text(row["value"]), len(row["epochs"]),
-             row["attempt"], _text(row["duration_s"]), _text(row["reason"])]
+            [row["number"], row["state"], in_words(row["params"]), as_text(row["value"]), len(row["epochs"]),
+             row["attempt"], as_text(row["duration_s"]), as_text(row["reason"])]
             for row in found
         ),
     )  # fmt: skip
@@ -318,8 +288,8 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
 
 @main.command("best")
 @click.argument("study", metavar="STUDY")
-@_json_option
-@_storage_option
+@json_option
+@storage_option
 def best_command(study: str, as_json: bool, storage: str | None) -> None:
     """Print the best trial of STUDY and the learning rates that did as well.
 
@@ -341,7 +311,7 @@ def best_command(study: str, as_json: bool, storage: str | None) -> None:
 @main.command("export")
 @click.argument("study", metavar="STUDY")
 @click.option("--output", required=True, metavar="FILE", help="A study file (.toml), or that and the answer (.json).")
-@_storage_option
+@storage_option
 def export_command(study: str, output: str, storage: str | None) -> None:
     """Write the best trial of STUDY as a study file that trains it alone.
 
@@ -356,7 +326,7 @@ def export_command(study: str, output: str, storage: str | None) -> None:
 
 @main.command("stop")
 @click.argument("study", metavar="STUDY")
-@_storage_option
+@storage_option
 def stop_command(study: str, storage: str | None) -> None:
     """Ask every worker of STUDY to let go of its trial after its epoch, and leave.
 
@@ -373,8 +343,8 @@ def stop_command(study: str, storage: str | None) -> None:
 
 @main.command("copy")
 @click.argument("study", metavar="STUDY")
-@click.option("--to", required=True, metavar="URL", callback=_no_password, help="The other store.")
-@_storage_option
+@click.option("--to", required=True, metavar="URL", callback=no_password, help="The other store.")
+@storage_option
 def copy_command(study: str, to: str, storage: str | None) -> None:
     """Copy STUDY with its trials, curves and checkpoints into another store, where it can go on.
 
@@ -404,7 +374,7 @@ def storage_command() -> None:
 
 
 @storage_command.command("upgrade")
-@_storage_option
+@storage_option
 def storage_upgrade_command(storage: str | None) -> None:
     """Bring a store of an older version to this one; make the tables of an empty one."""
     from hpo import api
@@ -414,7 +384,7 @@ def storage_upgrade_command(storage: str | None) -> None:
 
 
 @storage_command.command("check")
-@_storage_option
+@storage_option
 def storage_check_command(storage: str | None) -> None:
     """Say what the store is, and whether everything in it agrees; exit code 1 where it does not."""
     from hpo import api
@@ -435,7 +405,7 @@ def storage_check_command(storage: str | None) -> None:
 @click.option(
     "--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="A name that it is reached by from elsewhere."
 )
-@_storage_option
+@storage_option
 def dashboard_command(
     host: str, port: int, auth_file: str | None, add_user: str | None, allow_hosts: tuple[str, ...], storage: str | None
 ) -> None:
@@ -482,8 +452,8 @@ def dashboard_command(
 
 
 @main.command("doctor")
-@_json_option
-@_storage_option
+@json_option
+@storage_option
 def doctor_command(as_json: bool, storage: str | None) -> None:
     """Say what is here of devices, versions, data and the store, and what to do about it.
 
@@ -505,20 +475,6 @@ def doctor_command(as_json: bool, storage: str | None) -> None:
             click.echo(f"{'':<{width}}  -> {finding.advice}")
 
 
-def _worker_arguments(devices: str, workers: int | None) -> list[tuple[str, str]]:
-    return [("--devices", devices)] * (devices != "auto") + [("--workers", str(workers))] * (workers is not None)
-
-
-def _allow_arguments(allow: tuple[str, ...]) -> list[tuple[str, str]]:
-    return [("--allow", value) for value in allow]
-
-
-def _command(*arguments: str | tuple[str, str]) -> str:
-    """A command line that can be pasted into a shell as it is."""
-    words = [word for argument in arguments for word in ([argument] if isinstance(argument, str) else argument)]
-    return shlex.join(["hpo", *words])
-
-
 def _folder(path: str) -> str:
     from pathlib import Path
 
@@ -527,25 +483,3 @@ def _folder(path: str) -> str:
 
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _print_table(columns: list[str], rows: Iterable[list[Any]]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    from hpo.display import make_console
-
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*map(str, row))
-    make_console().print(table)
-
-
-def _values(params: dict[str, Any]) -> str:
-    return " ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()
-    )
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

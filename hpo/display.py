@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -282,3 +282,23 @@ def _value(value: float, study: Study) -> str:
 
 def _sort_key(value: Any) -> tuple[int, Any]:
     return (2, "") if value is None else (1, value) if isinstance(value, str) else (0, value)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A plain table of the reading commands."""
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(str, row))
+    make_console().print(table)
+
+
+def in_words(params: Mapping[str, Any]) -> str:
+    """A trial's values in a line."""
+    return " ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()
+    )
+
+
+def as_text(value: Any) -> str:
+    """A cell of a table."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -19,7 +19,8 @@ from typing import Protocol
 
 from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
 from hpo.errors import StudyStopped, UserError
-from hpo.ledger import ENDED, OUTAGE_S, STORE_ERRORS, is_outage
+from hpo.ledger import ENDED
+from hpo.outage import OUTAGE_S, STORE_ERRORS, is_outage
 from hpo.records import Study
 from hpo.store import Store
 from hpo.trust import Allowed

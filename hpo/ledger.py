@@ -6,16 +6,13 @@ on and ended exactly once. An attempt that has lost its slot can change nothing:
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import optuna
 import sqlalchemy as sa
@@ -27,16 +24,13 @@ from sqlalchemy.engine import Connection
 from hpo import liveness, search
 from hpo.database import now, open_storage, parse_url
 from hpo.learning import LearningStudy
+from hpo.outage import STORE_ERRORS, StoreFailed, patiently
 from hpo.records import Claim, Study
 from hpo.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
 from hpo.spec import StudySpec
 
-logger = logging.getLogger(__name__)
-
 # A claim that is not renewed for this long may be taken by another worker.
 LEASE_S = float(os.environ.get("HPO_LEASE_S") or 60.0)
-OUTAGE_S = 600.0  # how long workers wait for a database that does not answer
-LONGEST_PAUSE_S = 5.0  # between two tries
 MAX_LOSSES = 3  # a trial whose worker crashed this often without an epoch in between is failed: it kills them
 MAX_KILLS = 10  # the same for a worker that was killed from outside, which need not be the trial's doing
 OUT_OF_MEMORY = "out of memory"  # the failure key of what ran out of it, wherever it did
@@ -44,60 +38,13 @@ SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
 
-class StoreFailed(Exception):
-    """The database could not do what was asked; nothing was changed."""
-
-
-# What reading from, or writing to, a store may raise when the database is at fault.
-STORE_ERRORS = (StoreFailed, sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
-
 ENDED = ("complete", "pruned", "diverged", "failed")
-
-Arguments = ParamSpec("Arguments")
-Answer = TypeVar("Answer")
-Self = TypeVar("Self", bound="Ledger")
 
 Verdict = Literal["go on", "prune", "stop"]
 
 
 class ClaimLost(Exception):
     """The slot is no longer this attempt's: drop the trial, it is another worker's now."""
-
-
-def patiently(
-    method: Callable[Concatenate[Self, Arguments], Answer],
-) -> Callable[Concatenate[Self, Arguments], Answer]:
-    """A method that is tried again, after longer and longer pauses, while the database does not answer.
-
-    Safe for each of them: it changes all or nothing, and where its success was not heard of, it finds that done.
-    """
-
-    @functools.wraps(method)
-    def try_again(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
-        began, pause_s = time.monotonic(), 0.1
-        while True:
-            try:
-                return method(self, *args, **kwargs)
-            except STORE_ERRORS as error:
-                if not is_outage(error) or time.monotonic() - began > self.patience_s or self.give_up():
-                    raise
-                logger.warning("the store does not answer, trying again: %s", error)
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-    return try_again
-
-
-def is_outage(error: BaseException | None) -> bool:
-    """Whether the database was locked, cut off or shut down, which passes, rather than asked for something wrong."""
-    while error is not None:
-        if isinstance(error, sa.exc.DBAPIError):
-            passing = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
-            return (passing or error.connection_invalidated) and "readonly" not in str(error.orig)
-        if isinstance(error, sa.exc.TimeoutError):  # no connection of the pool came free
-            return True
-        error = error.__cause__
-    return False
 
 
 class Ledger:

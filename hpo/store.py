@@ -20,7 +20,8 @@ from sqlalchemy.engine import Connection
 from hpo import liveness, search
 from hpo.database import CONNECTIONS_PER_WORKER, database_path, exclude_others, now
 from hpo.errors import UserError
-from hpo.ledger import LEASE_S, Ledger, is_gone, patiently
+from hpo.ledger import LEASE_S, Ledger, is_gone
+from hpo.outage import patiently
 from hpo.records import Attempt, Study, Trial, WorkerRow, read_attempt, read_trial
 from hpo.schema import attempts, epochs, schema_version, slots, studies, workers
 from hpo.spec import StudySpec

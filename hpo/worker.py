@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from hpo import provenance
 from hpo.database import Unreachable
 from hpo.errors import UserError
-from hpo.ledger import LEASE_S, LONGEST_PAUSE_S, OUT_OF_MEMORY, OUTAGE_S, ClaimLost, StoreFailed
+from hpo.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost
 from hpo.objective import Trial
+from hpo.outage import LONGEST_PAUSE_S, OUTAGE_S, StoreFailed
 from hpo.records import Claim, Study
 from hpo.store import Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed

@@ -227,7 +227,13 @@ REQUESTS = {
     ("run", "tiny.toml", "--set", "name=n", "--storage", "hpo.db"): ["--storage must be", "sqlite:///hpo.db"],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///no/such/x.db"): ["does not exist"],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///tiny.toml"): ["not a database"],
-    ("run", "tiny.toml", "--set", "name=n", "--storage", "mysql://u:secret@h/d"): ["must be an SQLite URL", "***"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "mysql://u:secret@h/d"): ["must not hold a password"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "mysql://h/d"): ["must be an SQLite or Postgres URL"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "postgresql://h/d"): ["must name the driver"],
+    ("copy", "tiny", "--to", "postgresql+psycopg://u:secret@h/d"): ["--to must not hold a password"],
+    ("copy", "nonesuch", "--to", "sqlite:///other.db"): ["there is no study 'nonesuch'"],
+    ("worker",): ["the name of a study, or --stay"],
+    ("resume", "tiny", "--trials", "9", "--allow", "no/such"): ["--allow must be the name of a module or a folder"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:lazy"): ["layers", "lazy"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:frozen"): [
         "can be trained",
@@ -238,7 +244,9 @@ REQUESTS = {
         "can be trained on a batch of 1 pictures"
     ],
     ("run", "tiny.toml", "--set", "search.space.lr={low=1e-5, high=1, points=1000000000}"): ["at most 10,000 points"],
-    ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite+aiosqlite:///x.db"): ["must be an SQLite URL"],
+    ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite+aiosqlite:///x.db"): [
+        "must be an SQLite or Postgres URL"
+    ],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///x.db?timeout=abc"): ["--storage"],
     ("run", "tiny.toml", "--set", "name=n", "--in-process", "--workers", "2"): ["--workers has no meaning with"],
     ("best", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
@@ -284,5 +292,6 @@ def test_every_command_has_help_with_an_example(command: str, hpo: Hpo) -> None:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     assert sorted(main.commands) == [
-        "best", "dashboard", "doctor", "export", "list", "resume", "run", "status", "stop", "trials", "worker",
+        "best", "copy", "dashboard", "doctor", "export", "list", "resume", "run", "status", "stop", "storage", "trials",
+        "worker",
     ]  # fmt: skip

@@ -10,8 +10,9 @@ import pytest
 
 from hpo.cli import main
 from hpo.search import PRUNERS, SAMPLERS
+from hpo.sections import CheckpointsSpec, ObjectiveSpec, PrunerSpec, SearchSpec
 from hpo.space import Range
-from hpo.spec import ObjectiveSpec, PrunerSpec, SearchSpec, StudySpec
+from hpo.spec import StudySpec
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
 from hpo.train.datasets import DATA_SETS
 from hpo.train.models import MODELS
@@ -42,6 +43,7 @@ DOCUMENTED = {
     "### `[data]`": ["name", *DATA_SETS, *fields(DataConfig)],
     "### `[training]`": [*fields(TrainingConfig), *OPTIMIZERS, *SCHEDULES],
     "### `[objective]`": list(ObjectiveSpec.model_fields),
+    "### `[checkpoints]`": list(CheckpointsSpec.model_fields),
 }
 
 
@@ -72,7 +74,9 @@ def test_options_of_optimizers_and_schedules_are_those_documented() -> None:
         assert set(re.findall(r"`(\w+)`", row.split("|", 2)[2])) == set(entry.keys)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/results.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/distributed.md", "docs/results.md"]
+)
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", path.read_text()):

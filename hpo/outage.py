@@ -1,0 +1,73 @@
+"""Databases that do not answer: which errors say so, and methods that are tried again until it has passed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import optuna
+import sqlalchemy as sa
+
+logger = logging.getLogger(__name__)
+
+OUTAGE_S = 600.0  # how long workers wait for a database that does not answer
+LONGEST_PAUSE_S = 5.0  # between two tries
+
+
+class StoreFailed(Exception):
+    """The database could not do what was asked; nothing was changed."""
+
+
+# What reading from, or writing to, a store may raise when the database is at fault.
+STORE_ERRORS = (StoreFailed, sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
+
+class Patient(Protocol):
+    """What has methods that are tried again: for how long, and a question that ends it earlier."""
+
+    patience_s: float
+    give_up: Callable[[], bool]
+
+
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+Self = TypeVar("Self", bound="Patient")
+
+
+def patiently(
+    method: Callable[Concatenate[Self, Arguments], Answer],
+) -> Callable[Concatenate[Self, Arguments], Answer]:
+    """A method that is tried again, after longer and longer pauses, while the database does not answer.
+
+    Safe for each of them: it changes all or nothing, and where its success was not heard of, it finds that done.
+    """
+
+    @functools.wraps(method)
+    def try_again(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        began, pause_s = time.monotonic(), 0.1
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except STORE_ERRORS as error:
+                if not is_outage(error) or time.monotonic() - began > self.patience_s or self.give_up():
+                    raise
+                logger.warning("the store does not answer, trying again: %s", error)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    return try_again
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether the database was locked, cut off or shut down, which passes, rather than asked for something wrong."""
+    while error is not None:
+        if isinstance(error, sa.exc.DBAPIError):
+            passing = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+            return (passing or error.connection_invalidated) and "readonly" not in str(error.orig)
+        if isinstance(error, sa.exc.TimeoutError):  # no connection of the pool came free
+            return True
+        error = error.__cause__
+    return False
