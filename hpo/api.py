@@ -215,12 +215,13 @@ def copy(
     Trials, curves, attempts and, where they can be read from here, checkpoints are copied; the study stays as it was.
     Raises UserError where trials of it are in training, and where the other store has a study of that name.
     """
-    source, target = Store(storage_url(storage)), Store(to, create=True)
+    source = Store(storage_url(storage))
     study = source.study(name)
     with suppress(*STORE_ERRORS):  # from a store that can only be read, too
         source.reap(study)
     if running := source.counts(study.study_id).get("running", 0):
         raise UserError(f"study {name!r} has {running} trials in training; end them with: hpo stop {name}")
+    target = Store(to, create=True)
     uid = uuid.uuid4().hex[:8]
     # Files first: a study that is there has its files, whenever this is interrupted.
     copied = replace(study, facts={**study.facts, "uid": uid})

@@ -28,7 +28,7 @@ class Allowed:
         for value in allow:
             if all(part.isidentifier() for part in value.split(".")):
                 modules.append(value)
-            elif Path(value).is_dir():
+            elif value and Path(value).is_dir():
                 folders.append(str(Path(value).resolve()))
             else:
                 raise UserError(f"--allow must be the name of a module or a folder that exists, got {value!r}")

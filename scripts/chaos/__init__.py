@@ -1,0 +1,1 @@
+"""A study under faults: see __main__.py."""

@@ -1,0 +1,57 @@
+"""Faults of the product itself, one for each verdict, put in on purpose: `--sabotage NAME` must end in a violation.
+
+A verdict that cannot fail would prove nothing. Each is Python that a worker runs after worker_side.py.
+"""
+
+SABOTAGE = {
+    # 1: a trial that has ended is given out once more.
+    "counts": """
+from hpo.ledger import Ledger, slots
+finish = Ledger.finish
+def again(self, claim, state, **rest):
+    finish(self, claim, state, **rest)
+    if claim.number == 1:
+        with self._transaction() as connection:
+            connection.execute(slots.update().where(slots.c.number == 1).values(state="waiting"))
+Ledger.finish = again
+""",
+    # 2: one parameter of each checkpoint is read as the next larger number.
+    "bits": """
+import torch
+from hpo.train.checkpoint import CheckpointFolder
+load = CheckpointFolder.load
+def changed(self, config):
+    found, passed_over = load(self, config)
+    if found is not None:
+        parameter = next(iter(found.state["model"].values())).view(-1)[:1]
+        torch.nextafter(parameter, torch.full_like(parameter, torch.inf), out=parameter)
+    return found, passed_over
+CheckpointFolder.load = changed
+""",
+    # 3: no checkpoint is found.
+    "redone": """
+from hpo.train.checkpoint import CheckpointFolder
+CheckpointFolder.load = lambda self, config: (None, [])
+""",
+    # 4: whoever has ever had a slot may write to it.
+    "stale": """
+from hpo import ledger
+ledger._is_held = lambda claim: (
+    (ledger.slots.c.study_id == claim.study_id) & (ledger.slots.c.number == claim.number)
+)
+""",
+    # 4: a worker leaves a process behind.
+    "left": """
+import os, subprocess, sys
+from hpo.ledger import Ledger
+finish = Ledger.finish
+def leave_one(self, claim, state, **rest):
+    finish(self, claim, state, **rest)
+    if claim.number == 0:
+        environment = {**os.environ, "HPO_WORKER": "left behind", "PYTHONPATH": ""}
+        subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)"], env=environment, start_new_session=True
+        )
+Ledger.finish = leave_one
+""",
+}
