@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 logger = logging.getLogger(__name__)
 
 OUTAGE_S = 600.0  # how long workers wait for a database that does not answer
+PASSING_IN_SQLITE = ("locked", "busy", "is full", "disk I/O error", "unable to open")
 LONGEST_PAUSE_S = 5.0  # between two tries
 
 
@@ -65,8 +67,9 @@ def is_outage(error: BaseException | None) -> bool:
     """Whether the database was locked, cut off or shut down, which passes, rather than asked for something wrong."""
     while error is not None:
         if isinstance(error, sa.exc.DBAPIError):
-            passing = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
-            return (passing or error.connection_invalidated) and "readonly" not in str(error.orig)
+            if isinstance(error.orig, sqlite3.Error):  # which calls a missing table operational, too
+                return any(words in str(error.orig) for words in PASSING_IN_SQLITE)
+            return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) or error.connection_invalidated
         if isinstance(error, sa.exc.TimeoutError):  # no connection of the pool came free
             return True
         error = error.__cause__

@@ -39,6 +39,15 @@ class Postgres:
             result = connection.exec_driver_sql(statement)
             return list(result.all()) if result.returns_rows else []
 
+    def stop(self) -> None:
+        """As a restart of its machine ends it: with every connection."""
+        if self.wheel is None:
+            pytest.skip("the server that HPO_TEST_POSTGRES names is not ours to stop")
+        self.wheel.stop()
+
+    def start(self) -> None:
+        self.wheel.start()
+
     @contextlib.contextmanager
     def database(self) -> Iterator[str]:
         name = f"hpo_test_{uuid.uuid4().hex[:12]}"

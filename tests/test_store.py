@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ from optuna.trial import TrialState
 
 from hpo import database, liveness, schema
 from hpo.errors import UserError
-from hpo.ledger import LEASE_S, MAX_LOSSES, ClaimLost
+from hpo.ledger import LEASE_S, MAX_LOSSES, OUT_OF_MEMORY, ClaimLost
+from hpo.outage import StoreFailed
 from hpo.records import Claim, Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
@@ -774,3 +776,302 @@ def test_times_are_the_databases(store: Store) -> None:
         query = "strftime('%s', 'now')" if connection.dialect.name == "sqlite" else "extract(epoch from now())"
         expected = float(connection.exec_driver_sql(f"SELECT {query}").scalar_one())
         assert database.now(connection) == pytest.approx(expected, abs=LEASE_S / 10)
+
+
+# Retries by cause
+
+
+def fail_once(store: Store, claimed: Claim, spec: StudySpec, key: str = "ValueError here") -> bool:
+    return store.fail(claimed, spec, reason="ValueError: no luck", error="Traceback", failure_key=key)
+
+
+@pytest.mark.parametrize("retries", [0, 1, 2])
+def test_an_exception_is_tried_again_as_often_as_the_study_says(
+    store: Store, make_spec: MakeSpec, retries: int
+) -> None:
+    spec = make_spec(0.1, 0.2, search={"retries": retries})
+    study, worker = begin(store, spec)
+    for attempt in range(1, retries + 2):
+        held = claim(store, study, worker)
+        assert (held.number, held.attempt) == (0, attempt)
+        assert fail_once(store, held, spec) == (attempt > retries)
+    ended = trial(store, study)
+    assert (ended.state, ended.reason, ended.error) == ("failed", "ValueError: no luck", "Traceback")
+    outcomes = [(a.attempt, a.outcome, a.error) for a in ended.attempts]
+    assert outcomes[:-1] == [(n, "ValueError: no luck", "Traceback") for n in range(1, retries + 1)]
+    assert outcomes[-1] == (retries + 1, "failed", "Traceback")
+
+
+def test_what_ran_out_of_memory_is_tried_once_more_alone_on_its_device(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    spec = make_spec(0.1, 0.2, 0.3, search={"retries": 5})
+    study, first = begin(store, spec)
+    second = store.add_worker(study.study_id, device="cpu")
+    other_device = store.add_worker(study.study_id, device="cuda:1")
+    elsewhere = store.add_worker(study.study_id, device="cpu")
+    move_elsewhere(store, elsewhere, change)
+
+    hungry = claim(store, study, first)
+    beside = claim(store, study, second)
+    assert not fail_once(store, hungry, spec, key=OUT_OF_MEMORY)
+    third = claim(store, study, first)
+    assert third.number == 2, "those that fit come first"
+    store.finish(third, "diverged", reason="")
+    assert store.claim(study, first) is None, "it was begun beside another trial"
+    store.finish(beside, "diverged", reason="")
+    alone = claim(store, study, first)
+    assert (alone.number, alone.attempt) == (0, 2)
+
+    change(store, schema.slots.update().where(schema.slots.c.number == 2).values(state="waiting"))
+    assert store.claim(study, second) is None, "another trial was begun beside it"
+    for worker in (other_device, elsewhere):
+        held = store.claim(study, worker)
+        assert held is not None
+        store.release(held)
+    assert fail_once(store, alone, spec, key=OUT_OF_MEMORY), "it was tried a third time"
+    assert trial(store, study).state == "failed"
+
+
+def test_each_attempt_is_kept_with_where_it_went_on_and_how_it_ended(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    study, worker = begin(store, make_spec(0.1, epochs=9))
+    first = claim(store, study, worker)
+    store.begin(first, went_on_from=0)
+    report(store, first, 0.1, 0.2)
+    store.note(first, "the disk was full")
+    store.note(first, "the disk was full")
+    expire(store, first, change)
+    store.reap(study)
+    second = claim(store, study, worker)
+    store.begin(second, went_on_from=1, notes=["the newest was torn"])
+    assert trial(store, study).epochs == [1], "shown before it is trained again"
+    store.release(second)
+    third = claim(store, study, worker)
+    store.finish(third, "pruned", reason="")
+    found = [(a.attempt, a.furthest, a.went_on_from, a.outcome, a.note) for a in trial(store, study).attempts]
+    assert found == [
+        (1, 0, 0, "lost", "the disk was full"),
+        (2, 2, 1, "released", "the newest was torn"),
+        (3, 2, None, "pruned", None),
+    ]
+    assert all(a.device == "cpu" and a.ended is not None and a.ended >= a.began for a in trial(store, study).attempts)
+
+
+def test_the_best_trials_are_the_complete_ones_in_the_studys_direction(store: Store, make_spec: MakeSpec) -> None:
+    for name, direction, expected in (("up", "maximize", [3, 1, 0]), ("down", "minimize", [0, 1, 3])):
+        objective = {"function": "loop:train", "direction": direction}
+        study, worker = begin(store, make_spec(0.1, 0.2, 0.3, 0.4, 0.5, name=name, objective=objective))
+        for value, state in ((0.1, "complete"), (0.5, "complete"), (0.9, "pruned"), (0.7, "complete")):
+            held = claim(store, study, worker)
+            report(store, held, value)
+            store.finish(held, state, reason="")
+        assert [number for number, _ in store.best_trials(study, 9)] == expected
+        assert store.best_trials(study, 1) == [(expected[0], 0.7 if name == "up" else 0.1)]
+        assert store.best_trials(study, 0) == []
+        assert store.ended_numbers(study) == {0, 1, 2, 3}
+
+
+# Leases against stalled workers
+
+
+@only_postgres
+def test_a_slot_that_is_being_reported_on_is_not_freed(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    """Its lease may have run out while the worker waited for the database."""
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+    expire(store, held, change)
+    with store.storage.engine.begin() as reporting:  # type: ignore[attr-defined]
+        reporting.execute(schema.slots.update().values(furthest=1))
+        assert Store(url_of(store)).reap(study) == 0
+    assert store.reap(study) == 1
+
+
+@only_postgres
+def test_a_client_that_stops_in_the_middle_of_a_transaction_blocks_nobody_for_long(
+    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    monkeypatch.setattr(database, "ABANDONED_S", 1)
+    stopped = Store(url_of(store))
+    transaction = stopped._transaction()
+    connection = transaction.__enter__()
+    connection.execute(sa.select(schema.studies).with_for_update())
+    assert store.claim(study, worker) is not None  # waits until the server has ended the other one
+    with pytest.raises(sa.exc.OperationalError, match="idle-in-transaction"):
+        connection.execute(sa.select(schema.studies))
+    with pytest.raises(StoreFailed):
+        transaction.__exit__(None, None, None)
+
+
+# A database that goes away
+
+
+@only_postgres
+def test_a_restarted_server_is_waited_for_and_nothing_is_lost(store: Store, make_spec: MakeSpec, postgres: Any) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    patient = Store(url_of(store), patience_s=60)
+    held = claim(patient, study, worker)
+    postgres.stop()
+    try:
+        with pytest.raises(StoreFailed):
+            store.report(held, ANY_SPEC, epoch=1, metrics={}, value=0.5)
+        with pytest.raises(database.Unreachable, match="cannot be opened"):
+            Store(url_of(store))
+        reporting = threading.Thread(target=lambda: report(patient, held, 0.5, 0.6))
+        reporting.start()
+        reporting.join(timeout=0.5)
+        assert reporting.is_alive()
+    finally:
+        postgres.start()
+    reporting.join(timeout=30)
+    store.finish(held, "complete", reason="")  # the store that was refused is of use again
+    assert (trial(store, study).epochs, trial(store, study).value) == ([1, 2], 0.6)
+
+
+@only_sqlite
+def test_a_lock_that_outlasts_the_timeout_is_waited_for(url: str, make_spec: MakeSpec) -> None:
+    study, worker = begin(Store(url, create=True), make_spec(0.1))
+    patient, impatient = Store(f"{url}?timeout=0.1", patience_s=60), Store(f"{url}?timeout=0.1")
+    held = claim(patient, study, worker)
+    writer = sqlite3.connect(patient.url.database or "")
+    writer.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreFailed, match="locked"):
+        impatient.report(held, ANY_SPEC, epoch=1, metrics={}, value=0.5)
+    reporting = threading.Thread(target=lambda: report(patient, held, 0.5))
+    reporting.start()
+    reporting.join(timeout=0.5)
+    assert reporting.is_alive()
+    writer.close()
+    reporting.join(timeout=30)
+    assert trial(impatient, study).epochs == [1]
+
+
+def test_a_worker_that_is_told_to_leave_waits_no_longer(url: str, make_spec: MakeSpec) -> None:
+    study, worker = begin(Store(url, create=True), make_spec(0.1))
+    told = threading.Event()
+    patient = Store(url, patience_s=600, give_up=told.is_set)
+    held = claim(patient, study, worker)
+    broken = sa.exc.OperationalError("SELECT", {}, Exception("the server went away"))
+    calls = []
+
+    def fails(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            told.set()
+        raise broken
+
+    sa.event.listen(patient.storage.engine, "before_cursor_execute", fails)  # type: ignore[attr-defined]
+    with pytest.raises(StoreFailed):
+        report(patient, held, 0.5)
+    assert len(calls) >= 3
+
+
+def test_a_request_that_is_wrong_is_not_tried_again(url: str) -> None:
+    patient = Store(url, create=True, patience_s=600)
+    with patient.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+        connection.exec_driver_sql("DROP TABLE hpo_attempts")
+        connection.exec_driver_sql("DROP TABLE hpo_slots")
+    began = time.monotonic()
+    with pytest.raises(sa.exc.DatabaseError):
+        patient.counts(1)
+    assert time.monotonic() - began < 30
+
+
+# Other versions, other stores
+
+
+def make_version_1(store: Store) -> None:
+    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+        for statement in (
+            "ALTER TABLE hpo_slots DROP COLUMN failures",
+            "ALTER TABLE hpo_slots DROP COLUMN alone",
+            "DROP TABLE hpo_attempts",
+            "UPDATE hpo_meta SET value = '1' WHERE key = 'schema_version'",
+        ):
+            connection.exec_driver_sql(statement)
+
+
+def test_a_store_of_an_older_version_is_refused_until_it_is_upgraded_and_then_goes_on(
+    store: Store, make_spec: MakeSpec, url: str
+) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    report(store, claim(store, study, worker), 0.5)
+    make_version_1(store)
+    for create in (False, True):
+        with pytest.raises(UserError, match=r"schema version 1, and this hpo needs 2: .*`hpo storage upgrade`"):
+            Store(url, create=create)
+    assert database.upgrade(database.parse_url(url)) == [
+        "our tables: from version 1 to 2",
+        f"Optuna's tables: version {store.storage.get_current_version()} already",  # type: ignore[attr-defined]
+    ]
+    assert database.upgrade(database.parse_url(url))[0] == "our tables: version 2 already"
+    upgraded = Store(url)
+    assert trial(upgraded, study).epochs == [1]
+    assert claim(upgraded, study, worker).number == 1
+    assert upgraded.problems(study) == []
+
+
+def test_upgrading_an_empty_database_makes_the_tables(url: str) -> None:
+    assert database.upgrade(database.parse_url(url)) == [
+        f"made the tables of {database.parse_url(url)}, schema version {schema.SCHEMA_VERSION}"
+    ]
+    assert Store(url).studies() == []
+
+
+def test_what_ledger_and_optuna_do_not_agree_on_is_found(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2, 0.3))
+    for _ in range(2):
+        held = claim(store, study, worker)
+        report(store, held, 0.5)
+        store.finish(held, "complete", reason="")
+    assert store.problems(study) == []
+    change(store, schema.slots.update().where(schema.slots.c.number == 0).values(state="failed"))
+    change(store, schema.slots.update().where(schema.slots.c.number == 1).values(trial_id=None))
+    assert store.problems(study) == [
+        "trial 0 of study 's' is failed, and to Optuna trial 0, COMPLETE",
+        "Optuna's trial 1 of study 's' has no slot",
+    ]
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+def test_a_copied_study_is_the_same_and_goes_on_in_the_other_store(
+    store: Store, make_spec: MakeSpec, tmp_path: Path, sampler: str
+) -> None:
+    spec = make_spec(*[n / 10 for n in range(1, 7)]) if sampler == "grid" else make_spec(search={"trials": 6})
+    study, worker = begin(store, spec)
+    for value, state in ((0.5, "complete"), (0.4, "pruned"), (math.nan, "diverged"), (0.7, "failed")):
+        held = claim(store, study, worker)
+        report(store, held, 0.3, value)
+        store.finish(held, state, reason="because")
+    running = claim(store, study, worker)
+    report(store, running, 0.3)
+    target = Store(f"sqlite:///{tmp_path}/other.db", create=True)
+    begin(target, make_spec(0.1, name="another"))  # so that no id is the same by chance
+    copied = target.copy_from(store, study, uid="0123abcd")
+    before, after = store.trials(study), target.trials(copied)
+    assert [(t.state if t.state != "running" else "waiting", t.params, t.value, t.curves) for t in before] == [
+        (t.state, t.params, t.value, t.curves) for t in after
+    ]
+    assert [t.params for t in optuna_trials(target)] == [t.params for t in optuna_trials(store)]
+    assert target.problems(copied) == []
+    assert (copied.spec, copied.key) == (study.spec, "s-0123abcd")
+    again = claim(target, copied, target.add_worker(copied.study_id, device="cpu"))
+    assert (again.number, again.attempt) == (4, 2)
+    with pytest.raises(UserError, match="holds a study 's' already"):
+        target.copy_from(store, study, uid="0123abce")
+
+
+def test_a_copy_that_is_interrupted_leaves_nothing(store: Store, make_spec: MakeSpec, tmp_path: Path) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    report(store, claim(store, study, worker), 0.3)
+    target = Store(f"sqlite:///{tmp_path}/other.db", create=True)
+    before = everything(target)
+    for at in range(200):
+        with suppress(Interruption), interrupted(target, at=at):
+            target.copy_from(store, study, uid="0123abcd")
+            break
+        assert everything(target) == before
+    assert at > 5
+    assert everything(target) != before

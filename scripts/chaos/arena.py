@@ -44,6 +44,14 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def run(command: str) -> bool:
+    """Whether a command of this machine, which may not have it, has done what it should."""
+    try:
+        return subprocess.run(command.split(), check=False, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
 # Databases. Each writes down, in the transaction itself, every report with the attempt that had the slot at that moment
 # and every change of a slot's state: what the product's own code cannot leave out or say wrongly.
 
@@ -70,16 +78,14 @@ class SQLite:
         with engine.begin() as connection:
             for table in AUDIT:
                 connection.exec_driver_sql(table.format(key="INTEGER PRIMARY KEY"))
-            connection.exec_driver_sql(
-                f"CREATE TRIGGER chaos_report AFTER INSERT ON hpo_epochs BEGIN {ON_REPORT}; END"
-            )
+            connection.exec_driver_sql(f"CREATE TRIGGER chaos_report AFTER INSERT ON hpo_epochs BEGIN {ON_REPORT}; END")
             connection.exec_driver_sql(
                 "CREATE TRIGGER chaos_state AFTER UPDATE ON hpo_slots WHEN OLD.state <> NEW.state "
                 f"BEGIN {ON_STATE}; END"
             )
 
     def lock(self) -> None:
-        self._locker = sqlite3.connect(self._path, timeout=30, isolation_level=None)
+        self._locker = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
         self._locker.execute("BEGIN IMMEDIATE")
 
     def unlock(self) -> None:
@@ -236,8 +242,7 @@ class Arena:
         """Makes the study's files and its empty store, on the server or in SQLite."""
         (self.folder / "orders").mkdir()
         self.disk.mkdir()
-        mounting = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "hpo-chaos", str(self.disk)]
-        self.is_mounted = bool(shutil.which("mount")) and subprocess.run(mounting, capture_output=True).returncode == 0
+        self.is_mounted = run(f"mount -t tmpfs -o size={DISK_BYTES} hpo-chaos {self.disk}")
         here = Path(__file__).parent
         shutil.copy(here / "worker_side.py", self.folder / "sitecustomize.py")
         if self.sabotage:
@@ -262,9 +267,10 @@ class Arena:
             **os.environ, "HPO_STORAGE": self.database.url, "HPO_LEASE_S": f"{LEASE_S:g}",
             "HPO_FILES": str(self.folder / "hpo_files"),
         }  # fmt: skip
+        hpo = str(Path(sys.executable).parent / "hpo")
         with output.open("wb") as stream:
             process = subprocess.Popen(
-                [Path(sys.executable).parent / "hpo", "run", "study.toml", "--devices", "cpu", "--workers", str(WORKERS)],
+                [hpo, "run", "study.toml", "--devices", "cpu", "--workers", str(WORKERS)],
                 cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
@@ -309,7 +315,7 @@ class Arena:
         if self.is_mounted:
             if self.keep:
                 shutil.copytree(self.disk, self.folder / "disk-as-it-was", dirs_exist_ok=True)
-            self.keep |= subprocess.run(["umount", str(self.disk)], capture_output=True).returncode != 0
+            self.keep |= not run(f"umount {self.disk}")
         if self.keep:
             print(f"kept to be looked at: {self.folder}", flush=True)
         else:

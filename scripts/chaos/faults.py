@@ -1,13 +1,14 @@
-"""The faults, and the loop that injects them into a running study in a seeded order while it goes on as a user would."""
+"""The faults, and the loop that injects them, in a seeded order, into a study that is run as a user would run it."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ PAST_LEASE_S = LEASE_S + 1.0
 TAKEN_AWAY_S = LEASE_S + REAP_S + 2.0  # after which a stopped worker's trial is certainly somebody else's
 MAX_ORDERS = 3  # given to workers and not yet carried out
 CALM_S = 240.0  # within which a study must end once nothing disturbs it any more
+LAST_TRIAL = "SIGKILL of everything with one trial left"  # once in each study
 LEAVE_S = 60.0  # within which every process must be gone once its study has ended
 
 
@@ -66,8 +68,13 @@ class Chaos:
                 self.say(f"{total} faults; nothing disturbs the study from now on")
             if calm_since is not None and time.monotonic() - calm_since > CALM_S:
                 raise Stuck(f"the study did not end within {CALM_S:.0f} s without faults")
+            if self._is_last_trial() and not self._last_trial_hit and kill_everything(self):
+                # Its slot alone is waiting then: what the command starts for it must be what it was.
+                self._last_trial_hit = True
+                self._count(LAST_TRIAL)
             if calm_since is None and time.monotonic() > next_fault:
-                self._deal()
+                if self.victim() is not None:  # nothing is proved by faults while everything is being started
+                    self._deal()
                 next_fault = time.monotonic() + self.rng.expovariate(1 / self.interval_s)
             if time.monotonic() > next_word:
                 self.say(f"{total} faults, {len(self._finished)} trials finished")
@@ -108,10 +115,6 @@ class Chaos:
         return False
 
     def _deal(self) -> None:
-        if len(self.deck) and self._is_last_trial() and not self._last_trial_hit:
-            self._last_trial_hit = kill_everything(self)
-            self._count("SIGKILL of everything with one trial left")
-            return
         for _ in range(len(self.deck)):
             fault = self.deck.pop(0)
             if FAULTS[fault](self):
@@ -212,6 +215,10 @@ def kill_all_workers(chaos: Chaos) -> bool:
     return True
 
 
+def terminate_all_workers(chaos: Chaos) -> bool:
+    return [send(pid, signal.SIGTERM) for pid in chaos.arena.workers()] != []
+
+
 def kill_everything(chaos: Chaos) -> bool:
     """As a power cut does, but for the disk's cache. The command first, or it would replace its workers."""
     if chaos.victim() is None:
@@ -297,8 +304,11 @@ def to_the_database(
     def inject(chaos: Chaos) -> bool:
         if chaos._is_database_busy:
             return False
+        try:
+            begin(chaos.arena.database)
+        except sqlite3.OperationalError:  # a worker that is stopped has the lock
+            return False
         chaos._is_database_busy = True
-        begin(chaos.arena.database)
 
         def over() -> None:
             end(chaos.arena.database)
@@ -347,7 +357,7 @@ MOMENTS = {
     "a commit's answer is lost": (0, 4),
 }
 FROM_OUTSIDE: dict[str, tuple[int, int, Callable[[Chaos], bool]]] = {
-    "SIGTERM of all workers": (1, 1, lambda chaos: all([send(p, signal.SIGTERM) for p in chaos.arena.workers()])),
+    "SIGTERM of all workers": (1, 1, terminate_all_workers),
     "SIGKILL of all workers": (4, 3, kill_all_workers),
     "SIGKILL of everything": (4, 3, kill_everything),
     "SIGKILL of the command": (3, 3, to_the_command(signal.SIGKILL)),
@@ -377,25 +387,30 @@ FAULTS: dict[str, Callable[[Chaos], bool]] = {
 }
 
 
-def make_deck(store: str, size: int, rng: random.Random) -> list[str]:
-    """Names of faults, at least `size`, as often as the tables say and one of each before any comes again."""
+# What a short run begins with.
+ESSENTIAL = (
+    "SIGKILL mid-epoch", "SIGKILL half of a checkpoint written", "SIGKILL claimed, not begun", "SIGSTOP at any moment",
+    "SIGKILL reported, not finished", "a torn checkpoint", "SIGTERM", "the database locked", "the database crashed",
+    "the database cut off", "the disk full", "SIGKILL of all workers", "a second command",
+)  # fmt: skip
+
+
+def make_deck(store: str, *, size: int, rng: random.Random) -> list[str]:
+    """More than `size` names of faults, as often as the tables say: some cannot be injected when they are dealt."""
     column = ("sqlite", "postgres").index(store)
-    shares: dict[str, int] = {}
-    for table in (MOMENTS, FROM_OUTSIDE, SIGNALS):
-        shares |= {fault: row[column] for fault, row in table.items() if row[column]}  # type: ignore[attr-defined]
-    first = list(shares)
-    rng.shuffle(first)
-    rest: list[str] = []
-    while len(first) + len(rest) < 2 * size + 20:  # some cannot be injected, or are ordered and never carried out
+    tables: tuple[Mapping[str, tuple[Any, ...]], ...] = (MOMENTS, FROM_OUTSIDE, SIGNALS)
+    shares = {fault: row[column] for table in tables for fault, row in table.items()}
+    deck = [fault for fault in ESSENTIAL if shares[fault]]
+    while len(deck) < 2 * size + 20:
         block = [fault for fault, share in shares.items() for _ in range(share)]
         rng.shuffle(block)
-        rest += block
-    return first + rest
+        deck += block
+    return deck
 
 
 def summarize(counts: Sequence[tuple[str, Counter[str]]]) -> list[str]:
     """The faults by kind, a column for each store."""
-    faults = [fault for fault in [*FAULTS, "SIGKILL of everything with one trial left"] if any(c[fault] for _, c in counts)]
+    faults = [fault for fault in [*FAULTS, LAST_TRIAL] if any(c[fault] for _, c in counts)]
     width = max(map(len, faults), default=0)
     rows = [f"{fault:<{width}}" + "".join(f"{c[fault] or '-':>10}" for _, c in counts) for fault in faults]
     heads = f"{'':<{width}}" + "".join(f"{name:>10}" for name, _ in counts)

@@ -72,7 +72,7 @@ class HalfWay:
     """A file that is written in two halves, with a moment in between; and a disk that is full while harness says so."""
 
     def __init__(self, path: str, mode: str) -> None:
-        self._file = builtins.open(path, mode)
+        self._file = builtins.open(path, mode)  # noqa: SIM115
 
     def __enter__(self) -> HalfWay:
         return self
@@ -92,7 +92,7 @@ class HalfWay:
         self._file.write(data[len(data) // 2 :])
 
 
-def install() -> None:
+def install() -> None:  # noqa: PLR0915
     import sqlalchemy as sa
 
     from hpo.database import JoinedStorage
