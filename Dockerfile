@@ -23,7 +23,7 @@ COPY README.md LICENSE ./
 COPY hpo hpo
 RUN pip install --no-cache-dir --no-deps .
 
-# HOME is where libraries put their caches; the root file system is read-only.
+# HOME is where libraries put their caches.
 ENV HOME=/tmp HPO_FILES=/files HPO_DATA=/files/data
 WORKDIR /hpo
 USER 1000:1000

@@ -69,7 +69,9 @@ def is_outage(error: BaseException | None) -> bool:
         if isinstance(error, sa.exc.DBAPIError):
             if isinstance(error.orig, sqlite3.Error):  # which calls a missing table operational, too
                 return any(words in str(error.orig) for words in PASSING_IN_SQLITE)
-            return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) or error.connection_invalidated
+            # The second is how psycopg hears that the server ended a transaction that was left open.
+            passing = sa.exc.OperationalError | sa.exc.InternalError | sa.exc.InterfaceError
+            return isinstance(error, passing) or error.connection_invalidated
         if isinstance(error, sa.exc.TimeoutError):  # no connection of the pool came free
             return True
         error = error.__cause__

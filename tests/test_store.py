@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from hpo import database, liveness, schema
 from hpo.errors import UserError
 from hpo.ledger import LEASE_S, MAX_LOSSES, OUT_OF_MEMORY, ClaimLost
-from hpo.outage import StoreFailed
+from hpo.outage import StoreFailed, is_outage
 from hpo.records import Claim, Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
@@ -899,8 +899,9 @@ def test_a_client_that_stops_in_the_middle_of_a_transaction_blocks_nobody_for_lo
     connection = transaction.__enter__()
     connection.execute(sa.select(schema.studies).with_for_update())
     assert store.claim(study, worker) is not None  # waits until the server has ended the other one
-    with pytest.raises(sa.exc.OperationalError, match="idle-in-transaction"):
+    with pytest.raises(sa.exc.DBAPIError, match="idle-in-transaction") as ended:
         connection.execute(sa.select(schema.studies))
+    assert is_outage(ended.value)
     with pytest.raises(StoreFailed):
         transaction.__exit__(None, None, None)
 

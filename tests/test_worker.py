@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sqlite3
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import torch
 
 from hpo import database, schema
 from hpo import ledger as ledger_module
@@ -21,6 +23,7 @@ from hpo import worker as worker_module
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
+from hpo.train.checkpoint import Checkpoint, CheckpointFolder
 from hpo.worker import Worker
 
 MakeSpec = Callable[..., StudySpec]
@@ -268,14 +271,15 @@ def test_a_trial_that_was_given_to_another_worker_is_dropped_without_a_trace(
 # The engine
 
 
-def engine_study(store: Store, *lrs: float) -> Study:
+def engine_study(store: Store, *lrs: float, keep_best: int = 1, **training: Any) -> Study:
     spec = StudySpec.from_dict(
         {
             "name": "digits",
             "search": {"sampler": "grid", "space": {"lr": list(lrs)}},
             "model": {"name": "article_cnn", "width": 0.05},
             "data": {"name": "digits", "train_samples": 200, "validation_fraction": 0.2},
-            "training": {"epochs": 2, "optimizer": "adam", "batch_size": 50},
+            "training": {"epochs": 2, "optimizer": "adam", "batch_size": 50, **training},
+            "checkpoints": {"keep_best": keep_best},
         }
     )
     return store.create_study(spec, facts={})
@@ -336,3 +340,160 @@ trial.report(1, val_accuracy=0.5)
         store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
         (trial,) = work(store, store.create_study(make_spec(0.1), facts={}))
         assert trial.state == "complete", trial.error
+
+
+# Retries, and what goes on from a checkpoint
+
+NUMBER_OF_ITS_ATTEMPTS = """
+if trial.attempt == 1:
+    raise ValueError("this time")
+trial.report(1, val_accuracy=trial.attempt)
+"""
+
+
+def test_a_trial_that_an_exception_ended_is_tried_again(store: Store, make_spec: MakeSpec, loop: WriteLoop) -> None:
+    loop(NUMBER_OF_ITS_ATTEMPTS)
+    (trial,) = work(store, store.create_study(make_spec(0.1), facts={}))
+    assert (trial.state, trial.value, trial.error) == ("complete", 2.0, None)
+    assert [attempt.outcome for attempt in trial.attempts] == ["ValueError: this time", "complete"]
+    assert "raise ValueError" in str(trial.attempts[0].error)
+
+
+def test_what_ran_out_of_memory_is_tried_again_alone_and_last(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+if trial.attempt == 1 and trial.number == 0:
+    raise MemoryError
+trial.report(1, val_accuracy=time.time())
+""")
+    trials = work(store, store.create_study(make_spec(0.1, 0.2, 0.3, search={"retries": 0}), facts={}))
+    assert [trial.state for trial in trials] == ["complete"] * 3
+    assert [attempt.outcome for attempt in trials[0].attempts] == ["out of memory", "complete"]
+    assert (trials[0].value or 0) > max(trial.value or 0 for trial in trials[1:])
+
+
+def uninterrupted(tmp_path: Path, *lrs: float, **settings: Any) -> tuple[list[Trial], dict[int, Checkpoint]]:
+    store = Store(f"sqlite:///{tmp_path}/uninterrupted/hpo.db", create=True)
+    study = engine_study(store, *lrs, **settings)
+    return work(store, study), final_checkpoints(store, study)
+
+
+def final_checkpoints(store: Store, study: Study) -> dict[int, Checkpoint]:
+    found = {}
+    for trial in store.trials(study):
+        config = study.spec.trial_config(trial.params, seed=trial.attributes["seed"])
+        url = f"{store.checkpoints_url(study)}/{trial.number:06d}"
+        identity = {"study": study.facts["uid"], "trial": trial.number}
+        checkpoint, notes = CheckpointFolder(url, identity=identity).load(config)
+        assert notes == []
+        if checkpoint is not None:
+            found[trial.number] = checkpoint
+    return found
+
+
+def parameters(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.state["model"])
+
+
+def curves(trial: Trial) -> dict[str, Any]:
+    return {name: values for name, values in trial.curves.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("checkpoint_epochs", [1, 3])
+def test_a_trial_that_is_let_go_is_saved_and_goes_on_with_its_next_epoch_bit_for_bit(
+    store: Store, tmp_path: Path, checkpoint_epochs: int
+) -> None:
+    (tmp_path / "uninterrupted").mkdir()
+    settings = {"epochs": 5, "checkpoint_epochs": checkpoint_epochs, "schedule": "cosine"}
+    (expected,), expected_final = uninterrupted(tmp_path, 1e-3, **settings)
+    study = engine_study(store, 1e-3, **settings)
+    for epochs in (1, 2, 4):
+        (interrupted,) = work(store, study, should_stop=lambda n=epochs: len(store.trials(study)[0].epochs) >= n)
+        assert (interrupted.state, interrupted.epochs) == ("waiting", list(range(1, epochs + 1)))
+    (trial,) = work(store, study)
+    assert [attempt.went_on_from for attempt in trial.attempts] == [0, 1, 2, 4]
+    assert [attempt.outcome for attempt in trial.attempts] == ["released"] * 3 + ["complete"]
+    assert all(attempt.note is None for attempt in trial.attempts)
+    assert (curves(trial), trial.value) == (curves(expected), expected.value)
+    final = final_checkpoints(store, study)
+    for name, tensor in parameters(expected_final[0]).items():
+        assert torch.equal(parameters(final[0])[name], tensor)
+
+
+def test_a_trial_that_was_lost_between_its_last_epoch_and_its_end_is_not_trained_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = engine_study(store, 1e-3)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            work(store, study)
+    (trial,) = work(store, study)
+    assert (trial.state, trial.epochs) == ("complete", [1, 2])
+    assert trial.attempts[-1].went_on_from == 2
+
+
+def test_a_trial_whose_checkpoints_are_elsewhere_starts_again_and_the_store_says_so(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = engine_study(store, 1e-3)
+    work(store, study, should_stop=lambda: len(store.trials(study)[0].epochs) >= 1)
+    monkeypatch.setattr(Store, "folder", lambda self, study: tmp_path / "another machine")
+    (trial,) = work(store, study)
+    assert (trial.state, trial.epochs) == ("complete", [1, 2])
+    assert trial.attempts[-1].went_on_from == 0
+    assert trial.attempts[-1].note == (
+        f"started again after 1 epochs: {socket.gethostname()} finds no checkpoint in "
+        f"{tmp_path}/another machine/checkpoints"
+    )
+
+
+def test_an_epoch_that_the_database_has_lost_is_reported_from_the_checkpoint(
+    store: Store, change: Callable[..., None]
+) -> None:
+    """As SQLite may in a power cut: the checkpoint is on disk, the report is not."""
+    study = engine_study(store, 1e-3, epochs=3)
+    work(store, study, should_stop=lambda: len(store.trials(study)[0].epochs) >= 2)
+    before = store.trials(study)[0]
+    change(store, schema.epochs.delete().where(schema.epochs.c.epoch == 2))
+    change(store, schema.intermediate_values.delete().where(schema.intermediate_values.c.step == 2))
+    (trial,) = work(Store(store.url.render_as_string(hide_password=False)), study)
+    assert trial.epochs == [1, 2, 3]
+    assert trial.curves["val_loss"][:2] == before.curves["val_loss"]
+    assert trial.attempts[-1].went_on_from == 2
+
+
+def test_of_trials_that_have_ended_only_the_best_keep_a_checkpoint(store: Store) -> None:
+    study = engine_study(store, 1e-5, 1e-3, 1e30, 1e-4, keep_best=2)
+    trials = work(store, study)
+    best = sorted((t for t in trials if t.state == "complete"), key=lambda t: -(t.value or 0))[:2]
+    assert sorted(final_checkpoints(store, study)) == sorted(trial.number for trial in best)
+    assert all(checkpoint.epoch == 2 for checkpoint in final_checkpoints(store, study).values())
+
+
+def test_what_killed_workers_have_left_is_removed_by_the_next_one(store: Store) -> None:
+    study = engine_study(store, 1e-3, 1e-30, keep_best=1)
+    work(store, study, should_stop=lambda: store.trials(study)[0].state == "complete")
+    root = Path(store.checkpoints_url(study))
+    assert sorted(path.name for path in root.iterdir()) == ["000000"]
+    shutil.copytree(root / "000000", root / "000001")  # as of a trial that is still to be trained
+    work(store, study)
+    shutil.copytree(root / "000000", root / "000001")
+    assert sorted(path.name for path in root.iterdir()) == ["000000", "000001"]
+    work(store, study)
+    assert sorted(path.name for path in root.iterdir()) == ["000000"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_noted_and_training_goes_on(store: Store) -> None:
+    study = engine_study(store, 1e-3)
+    root = Path(store.checkpoints_url(study))
+    root.parent.mkdir(parents=True)
+    root.write_text("a file where the folder should be")
+    (trial,) = work(store, study)
+    assert trial.state == "complete"
+    assert "\na checkpoint could not be written: " in str(trial.attempts[0].note)
