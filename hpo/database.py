@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.orm import Session, scoped_session
 
@@ -28,6 +28,7 @@ BUSY_TIMEOUT_S = 60.0  # how long a writer waits for SQLite's one write lock; `?
 OPEN_TIMEOUT_S = 10.0  # the same while opening, where a lock held that long is somebody's mistake
 # One connection for the thread that trains and one for the heartbeat, which must not wait for the other.
 CONNECTIONS_PER_WORKER = 2
+MAX_THREADS = 10  # that one process may use a store from, the dashboard's 8 among them; each needs a connection
 ABANDONED_S = 60  # Postgres ends a transaction that its client, stopped or cut off, has left open this long
 ADVISORY_LOCK = 0x68706F  # "hpo": held in Postgres while tables or studies are made
 
@@ -72,6 +73,25 @@ class JoinedStorage(RDBStorage):
             finally:
                 self._joined.connection = None
                 self.scoped_session.remove()
+
+
+class DraftStorage:
+    """A storage as a sampler sees it while it thinks, outside any transaction: its notes on trials wait for `write`."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+        self._notes: list[tuple[int, str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._notes.append((trial_id, key, value))
+
+    def write(self) -> None:
+        for note in self._notes:
+            self._storage.set_trial_system_attr(*note)
+        self._notes.clear()
 
 
 def begin(connection: Connection) -> None:
@@ -202,7 +222,7 @@ def _engine_options(url: URL) -> dict[str, Any]:
     return {
         "pool_pre_ping": True,  # a connection that a restarted server has closed is replaced before it is used
         "pool_size": CONNECTIONS_PER_WORKER,
-        "max_overflow": 1,
+        "max_overflow": MAX_THREADS - CONNECTIONS_PER_WORKER,
         "connect_args": {
             "connect_timeout": 10,
             # A peer that vanished without closing is noticed within about a minute, not after TCP's quarter of an hour.

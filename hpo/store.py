@@ -343,7 +343,7 @@ class Store(Ledger):
             f"{len(self.studies())} studies",
         ]
         if database_path(self.url) is None:
-            lines.append(f"a worker process has up to {CONNECTIONS_PER_WORKER + 1} connections open, mostly 1")
+            lines.append(f"a worker process has up to {CONNECTIONS_PER_WORKER} connections open")
         return lines
 
     def problems(self, study: Study) -> list[str]:

@@ -24,8 +24,8 @@ from scripts.chaos.sabotage import SABOTAGE
 from scripts.chaos.verdicts import Evidence
 
 PROBLEMS = {
-    "grid": Problem(sampler="grid", trials=20, epochs=10, checkpoint_epochs=1),
-    "random": Problem(sampler="random", trials=16, epochs=10, checkpoint_epochs=2),
+    "grid": Problem(sampler="grid", trials=16, epochs=10, checkpoint_epochs=1),
+    "random": Problem(sampler="random", trials=12, epochs=10, checkpoint_epochs=2),
 }
 SHORT = {
     "grid": Problem(sampler="grid", trials=6, epochs=6, checkpoint_epochs=1),

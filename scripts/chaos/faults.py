@@ -19,7 +19,8 @@ from scripts.chaos.arena import LEASE_S, Arena, Command, Postgres, SQLite
 REAP_S = 5.0  # how often a supervisor looks for lost leases (hpo.launch)
 PAST_LEASE_S = LEASE_S + 1.0
 TAKEN_AWAY_S = LEASE_S + REAP_S + 2.0  # after which a stopped worker's trial is certainly somebody else's
-MAX_ORDERS = 3  # given to workers and not yet carried out
+MAX_ORDERS = 4  # given to workers and not yet carried out
+WINDOW = 6  # faults in front of the deck of which one is chosen
 CALM_S = 240.0  # within which a study must end once nothing disturbs it any more
 LAST_TRIAL = "SIGKILL of everything with one trial left"  # once in each study
 LEAVE_S = 60.0  # within which every process must be gone once its study has ended
@@ -48,7 +49,7 @@ class Chaos:
     _finished: set[int] = field(default_factory=set)
     _orders: Counter[str] = field(default_factory=Counter)
     _is_database_busy: bool = False
-    _is_disk_busy: bool = False
+    _empty_the_disk: Callable[[], None] | None = None
     _second: Command | None = None
     _last_trial_hit: bool = False
 
@@ -73,8 +74,7 @@ class Chaos:
                 self._last_trial_hit = True
                 self._count(LAST_TRIAL)
             if calm_since is None and time.monotonic() > next_fault:
-                if self.victim() is not None:  # nothing is proved by faults while everything is being started
-                    self._deal()
+                self._deal()
                 next_fault = time.monotonic() + self.rng.expovariate(1 / self.interval_s)
             if time.monotonic() > next_word:
                 self.say(f"{total} faults, {len(self._finished)} trials finished")
@@ -94,6 +94,7 @@ class Chaos:
                 break
             time.sleep(0.1)
         self._note_record()
+        self.lines.sort(key=lambda line: line["at"])
         if commands:
             raise Stuck(f"{len(commands)} commands did not end within {LEAVE_S:.0f} s after their study had")
         for command in self.arena.commands:
@@ -115,11 +116,16 @@ class Chaos:
         return False
 
     def _deal(self) -> None:
-        for _ in range(len(self.deck)):
-            fault = self.deck.pop(0)
+        """Injects the first fault in front of the deck that can be injected now.
+
+        Nothing is proved by faults while everything is being started: there must be a worker that trains.
+        """
+        if self.victim() is None:
+            return
+        for fault in self.deck[:WINDOW]:
             if FAULTS[fault](self):
+                self.deck.remove(fault)
                 return
-            self.deck.append(fault)
 
     def _is_last_trial(self) -> bool:
         return len(self._finished) == self.arena.problem.trials - 1
@@ -130,8 +136,10 @@ class Chaos:
     def _note_record(self) -> None:
         for line in self.arena.read_record():
             self.lines.append(line)
-            if line["what"] == "began":
+            if line["what"] == "trained":
                 self._training[line["pid"]] = line
+            elif line["what"] == "unsaved" and self._empty_the_disk:
+                self._empty_the_disk()
             elif line["what"] in ("finished", "refused"):
                 self._training.pop(line["pid"], None)
                 if line["what"] == "finished":
@@ -159,7 +167,7 @@ class Chaos:
 
     def go_on_later(self, pid: int) -> None:
         """SIGCONT after the lease: of some before anybody noticed, of others when their trial has been given away."""
-        self.later(self.rng.choice([PAST_LEASE_S, TAKEN_AWAY_S]), lambda: send(pid, signal.SIGCONT))
+        self.later(self.rng.choice([PAST_LEASE_S, TAKEN_AWAY_S, TAKEN_AWAY_S]), lambda: send(pid, signal.SIGCONT))
 
     def order(self, fault: str) -> bool:
         path = self.arena.folder / "orders" / fault
@@ -169,7 +177,7 @@ class Chaos:
         return True
 
     def victim(self) -> int | None:
-        """A worker that has a trial; the others are only being started."""
+        """A worker that has trained an epoch of the trial that it has; the others are only being started."""
         living = [pid for pid in self.arena.workers() if pid in self._training]
         return self.rng.choice(living) if living else None
 
@@ -243,20 +251,21 @@ def start_a_second(chaos: Chaos) -> bool:
 
 
 def fill_the_disk(chaos: Chaos) -> bool:
-    if chaos._is_disk_busy:
+    """Until a checkpoint could not be written, or a while."""
+    if chaos._empty_the_disk is not None:
         return False
-    chaos._is_disk_busy = True
     flag, ballast = chaos.arena.folder / "full", chaos.arena.disk / "ballast"
 
     def empty() -> None:
-        (ballast if chaos.arena.is_mounted else flag).unlink()
-        chaos._is_disk_busy = False
+        (ballast if chaos.arena.is_mounted else flag).unlink(missing_ok=True)
+        chaos._empty_the_disk = None
 
+    chaos._empty_the_disk = empty
     if chaos.arena.is_mounted:
         _fill(ballast)
     else:
         flag.touch()
-    chaos.later(chaos.rng.uniform(2, 5), empty)
+    chaos.later(15.0, empty)
     return True
 
 
@@ -342,7 +351,7 @@ def restart(mode: str) -> Callable[[Postgres], None]:
 MOMENTS = {
     "SIGKILL mid-epoch": (7, 7),
     "SIGKILL claimed, not begun": (5, 5),
-    "SIGKILL half of a checkpoint written": (6, 5),
+    "SIGKILL half of a checkpoint written": (7, 6),
     "SIGKILL checkpoint written, not renamed": (3, 3),
     "SIGKILL checkpoint renamed, older ones there": (3, 3),
     "SIGKILL reported, not saved": (6, 5),
@@ -351,18 +360,18 @@ MOMENTS = {
     "SIGKILL in a transaction": (5, 4),
     "SIGSTOP claimed, not begun": (3, 2),
     "SIGSTOP half of a checkpoint written": (2, 2),
-    "SIGSTOP reported, not saved": (3, 2),
+    "SIGSTOP reported, not saved": (4, 3),
     "SIGSTOP reported, not finished": (2, 2),
     "SIGSTOP in a transaction": (2, 2),
     "a commit's answer is lost": (0, 4),
 }
 FROM_OUTSIDE: dict[str, tuple[int, int, Callable[[Chaos], bool]]] = {
     "SIGTERM of all workers": (1, 1, terminate_all_workers),
-    "SIGKILL of all workers": (4, 3, kill_all_workers),
-    "SIGKILL of everything": (4, 3, kill_everything),
-    "SIGKILL of the command": (3, 3, to_the_command(signal.SIGKILL)),
-    "Ctrl-C": (3, 3, to_the_command(signal.SIGINT)),
-    "a second command": (3, 3, start_a_second),
+    "SIGKILL of all workers": (2, 2, kill_all_workers),
+    "SIGKILL of everything": (2, 2, kill_everything),
+    "SIGKILL of the command": (2, 2, to_the_command(signal.SIGKILL)),
+    "Ctrl-C": (2, 2, to_the_command(signal.SIGINT)),
+    "a second command": (2, 2, start_a_second),
     "the disk full": (4, 4, fill_the_disk),
     "a torn checkpoint": (5, 5, tear_a_checkpoint),
     "the database locked": (
@@ -376,8 +385,8 @@ FROM_OUTSIDE: dict[str, tuple[int, int, Callable[[Chaos], bool]]] = {
         0, 2, to_the_database(lambda db: db.server.freeze(), lambda db: db.server.thaw(), seconds=LEASE_S + 1)),
 }  # fmt: skip
 SIGNALS = {
-    "SIGKILL at any moment": (7, 6, signal.SIGKILL),
-    "SIGSTOP at any moment": (6, 5, signal.SIGSTOP),
+    "SIGKILL at any moment": (8, 7, signal.SIGKILL),
+    "SIGSTOP at any moment": (8, 7, signal.SIGSTOP),
     "SIGTERM": (4, 4, signal.SIGTERM),
 }
 FAULTS: dict[str, Callable[[Chaos], bool]] = {
