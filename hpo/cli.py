@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -143,6 +144,7 @@ def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn
     from hpo.display import Progress, make_console
 
     console = make_console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it waits; workers that train are drained
     try:
         with Progress(console) as progress:
             api.serve(study, storage=storage, say=console.print, watcher=progress.watch, **options)
