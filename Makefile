@@ -24,6 +24,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python scripts/bench_engine.py
+	$(BIN)/python scripts/bench_store.py
 
 clean:
 	rm -rf .venv

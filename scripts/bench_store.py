@@ -128,8 +128,7 @@ def work(url: str, deadline: float, threads: int, results: Any) -> None:
 
 
 def measure(url: str, *, trials: int, workers: int, seconds: float) -> dict[str, Any]:
-    store = Store(url, create=True)
-    fill(store, trials, more=20_000)
+    store = Store(url)
     processes = max(1, math.ceil(workers / THREADS))
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -222,8 +221,10 @@ def main() -> None:
     for kind in arguments.stores:
         with stores(kind) as make:
             for trials in arguments.trials:
-                for workers in arguments.workers:
-                    row = measure(make(), trials=trials, workers=workers, seconds=arguments.seconds)
+                url = make()
+                fill(Store(url, create=True), trials, more=20_000)
+                for workers in arguments.workers:  # one after the other on one study, which grows by what they do
+                    row = measure(url, trials=trials, workers=workers, seconds=arguments.seconds)
                     table.append(row)
                     cells = "  ".join(
                         f"{row[step]['p50_ms']:12.1f} {row[step]['p99_ms']:8.1f} {row[step]['per_s']:7.1f}"

@@ -50,7 +50,7 @@ def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
             **{key: row[key] for key in ("number", "epoch", "attempt")},
             "metrics": {k: v for k, v in _metrics(row).items() if k != "seconds"},
         }
-        for row in store.rows(epochs, study)
+        for row in sorted(store.rows(epochs, study), key=lambda row: (row["number"], row["epoch"]))
     ]
     theirs = optuna.load_study(study_name="chaos", storage=store.storage).trials
     numbers = range(len(store.rows(slots, study)))
