@@ -23,14 +23,26 @@ from sqlalchemy.engine import Connection
 
 from hpo import liveness, search
 from hpo.database import DraftStorage, now, open_storage, parse_url
+from hpo.errors import UserError
 from hpo.learning import LearningStudy
 from hpo.outage import STORE_ERRORS, StoreFailed, patiently
 from hpo.records import Claim, Study
 from hpo.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
 from hpo.spec import StudySpec
 
-# A claim that is not renewed for this long may be taken by another worker.
-LEASE_S = float(os.environ.get("HPO_LEASE_S") or 60.0)
+
+def _lease_s() -> float:
+    text = os.environ.get("HPO_LEASE_S") or "60"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds <= 86_400:
+        raise UserError(f"HPO_LEASE_S must be a number of seconds between 1 and 86400, got {text!r}")
+    return seconds
+
+
+LEASE_S = _lease_s()  # a claim that is not renewed for this long may be taken by another worker
 MAX_LOSSES = 3  # a trial whose worker crashed this often without an epoch in between is failed: it kills them
 MAX_KILLS = 10  # the same for a worker that was killed from outside, which need not be the trial's doing
 OUT_OF_MEMORY = "out of memory"  # the failure key of what ran out of it, wherever it did

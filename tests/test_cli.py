@@ -295,3 +295,13 @@ def test_the_commands_are_those_of_the_contract() -> None:
         "best", "copy", "dashboard", "doctor", "export", "list", "resume", "run", "status", "stop", "storage", "trials",
         "worker",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "nan", "1e9"])
+def test_a_lease_that_is_no_length_of_time_is_one_message(tmp_path: Path, value: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "hpo", "list"], cwd=tmp_path, env={**os.environ, "HPO_LEASE_S": value},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    expected = f"hpo: HPO_LEASE_S must be a number of seconds between 1 and 86400, got '{value}'\n"
+    assert (result.returncode, result.stderr) == (2, expected)
