@@ -125,6 +125,9 @@ def serve(
 
     A study that cannot be trained here is passed over, and `say` is told why, until it is started again.
     """
+    _check_workers(workers)
+    choose_devices(devices)
+    Allowed.parse(allow)
     store = Store(storage_url(storage))
     passed_over: set[tuple[int, float]] = set()
     said = ""
@@ -347,8 +350,7 @@ def _train(
     watcher: Watcher | None,
 ) -> Result:
     """Checks everything, then opens the study with the facts that were found, and trains until none of it is left."""
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers must be at least 1, got {workers}")
+    _check_workers(workers)
     allowed.check(spec)
     chosen = choose_devices(devices)
     launcher: launch.Launcher
@@ -366,6 +368,11 @@ def _train(
     if left:
         raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_go_on=True)
     return _result(store, study)
+
+
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}")
 
 
 def _num_left(store: Store, study: Study) -> int:

@@ -233,6 +233,9 @@ REQUESTS = {
     ("copy", "tiny", "--to", "postgresql+psycopg://u:secret@h/d"): ["--to must not hold a password"],
     ("copy", "nonesuch", "--to", "sqlite:///other.db"): ["there is no study 'nonesuch'"],
     ("worker",): ["the name of a study, or --stay"],
+    ("worker", "--stay", "--workers", "0"): ["--workers must be at least 1, got 0"],
+    ("worker", "--stay", "--devices", "tpu"): ["--devices"],
+    ("worker", "--stay", "--allow", "no/such"): ["--allow must be the name of a module or a folder"],
     ("resume", "tiny", "--trials", "9", "--allow", "no/such"): ["--allow must be the name of a module or a folder"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:lazy"): ["layers", "lazy"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:frozen"): [

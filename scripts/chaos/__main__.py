@@ -28,10 +28,10 @@ PROBLEMS = {
     "random": Problem(sampler="random", trials=12, epochs=10, checkpoint_epochs=2),
 }
 SHORT = {
-    "grid": Problem(sampler="grid", trials=6, epochs=6, checkpoint_epochs=1),
-    "random": Problem(sampler="random", trials=6, epochs=6, checkpoint_epochs=2),
+    "grid": Problem(sampler="grid", trials=6, epochs=12, checkpoint_epochs=1),
+    "random": Problem(sampler="random", trials=6, epochs=12, checkpoint_epochs=2),
 }
-SHORT_FAULTS = 13
+SHORT_FAULTS = 12
 REFERENCE_S = 300.0  # within which a study without faults must end
 began = time.monotonic()
 
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, help="on each store")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="one small study on each store")
-    parser.add_argument("--interval", type=float, default=0.8, help="seconds between two faults, on average")
+    parser.add_argument("--interval", type=float, default=0.5, help="seconds between two faults, on average")
     parser.add_argument("--sabotage", choices=sorted(SABOTAGE), help="break the product on purpose")
     arguments = parser.parse_args()
     stores = ["sqlite", "postgres"] if arguments.store == "both" else [arguments.store]
@@ -103,10 +103,12 @@ def main() -> int:
         rng = random.Random(f"{arguments.seed} {store}")
         deck, injected = make_deck(store, size=num_faults, rng=rng), Counter[str]()
         server = PostgresServer() if store == "postgres" else None
-        order = ["random", "grid"] if store == "postgres" and arguments.short else ["grid", "random"]
+        kinds = ["grid", "random"]
+        if arguments.short:  # one of them on each store
+            kinds = [kinds[store == "postgres"]]
         try:
             for round_number in range(20):
-                kind = order[round_number % 2]
+                kind = kinds[round_number % len(kinds)]
                 problem = problems[kind]
                 if kind not in references:
                     say(f"{kind}: {problem.trials} trials of {problem.epochs} epochs without faults")

@@ -47,7 +47,6 @@ class Chaos:
     _main: Command | None = None
     _training: dict[int, dict[str, Any]] = field(default_factory=dict)  # what each worker's pid last began
     _finished: set[int] = field(default_factory=set)
-    _orders: Counter[str] = field(default_factory=Counter)
     _is_database_busy: bool = False
     _empty_the_disk: Callable[[], None] | None = None
     _second: Command | None = None
@@ -145,7 +144,6 @@ class Chaos:
                 if line["what"] == "finished":
                     self._finished.add(line["number"])
             elif line["what"] == "fault":
-                self._orders[line["fault"]] -= 1
                 self._count(line["fault"])
                 if line["fault"].startswith("SIGSTOP"):
                     self.go_on_later(line["pid"])
@@ -246,7 +244,7 @@ def start_a_second(chaos: Chaos) -> bool:
     if chaos._second is not None and chaos._second.process.poll() is None:
         return False
     command = chaos._second = chaos.arena.start()
-    chaos.later(chaos.rng.uniform(8, 20), lambda: command.process.send_signal(signal.SIGINT))
+    chaos.later(chaos.rng.uniform(5, 15), lambda: command.process.send_signal(signal.SIGINT))
     return True
 
 

@@ -153,8 +153,9 @@ def check_bits(seen: Evidence, reference: Evidence, problem: Problem) -> Iterato
         )
         if theirs != others:
             yield f"trial {number} has another value or curve to Optuna: {theirs} in place of {others}"
-        if seen.finals[number] != reference.finals[number] and not (seen.finals[number] is None and number in unsaved):
-            yield f"trial {number} has {'no' if seen.finals[number] is None else 'another'} final checkpoint"
+        final = seen.finals.get(number)
+        if final != reference.finals[number] and not (final is None and number in unsaved):
+            yield f"trial {number} has {'no' if final is None else 'another'} final checkpoint"
         if reference.finals[number] != expected.get((number, problem.epochs)):
             yield f"trial {number} without faults: its checkpoint is not what was trained"
 
@@ -165,7 +166,7 @@ def redone(seen: Evidence) -> list[tuple[Row, int]]:
     for row in seen.reports:
         key = (row["number"], row["attempt"])
         reported[key] = max(reported[key], row["epoch"])
-    found, reached = [], dict.fromkeys((row["number"] for row in seen.slots), 0)
+    found, reached = [], defaultdict[int, int](int)
     for row in sorted(seen.attempts, key=lambda row: (row["number"], row["attempt"])):
         number, start = row["number"], row["went_on_from"]
         if start is None:
