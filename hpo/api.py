@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import fsspec.generic
 import tomli_w
 
 from hpo import analysis, database, launch, preflight
 from hpo.analysis import Best
-from hpo.database import parse_url
+from hpo.database import Unreachable, parse_url
 from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
 from hpo.ledger import ENDED
-from hpo.outage import STORE_ERRORS
+from hpo.outage import OUTAGE_S, STORE_ERRORS
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
@@ -149,6 +150,9 @@ def serve(
         try:
             join(todo.name, storage=storage, devices=devices, workers=workers, allow=allow, watcher=watcher)
             say(f"study {todo.name} is finished")
+        except (Unreachable, *STORE_ERRORS) as error:
+            say(f"the store does not answer, waiting for it: {error}")
+            time.sleep(IDLE_S)
         except StudyStopped as error:
             if error.interrupted:
                 raise
@@ -225,16 +229,16 @@ def copy(
     if running := source.counts(study.study_id).get("running", 0):
         raise UserError(f"study {name!r} has {running} trials in training; end them with: hpo stop {name}")
     target = Store(to, create=True)
-    uid = uuid.uuid4().hex[:8]
+    target.check_absent(name)
     # Files first: a study that is there has its files, whenever this is interrupted.
-    copied = replace(study, facts={**study.facts, "uid": uid})
+    copied = replace(study, facts={**study.facts, "uid": uuid.uuid4().hex[:8], "origin": study.origin})
     places = [(source.checkpoints_url(study), target.checkpoints_url(copied))]
     places += [(str(source.folder(study) / "trials"), str(target.folder(copied) / "trials"))]
     for old, new in places:
         files, path = fsspec.core.url_to_fs(old)
         if files.exists(path):
             fsspec.generic.rsync(files.unstrip_protocol(path), fsspec.core.url_to_fs(new)[0].unstrip_protocol(new))
-    target.copy_from(source, study, uid=uid, progress=progress)
+    target.copy_from(source, study, facts=copied.facts, progress=progress)
     return str(target.url)
 
 
@@ -360,6 +364,7 @@ def _train(
         launcher = launch.LocalProcesses(chosen, workers=workers, allowed=allowed)
     with allowed.importable():
         store, study = open_study(preflight.check(spec, chosen))
+        store.patience_s = OUTAGE_S
         launcher.run(store, study, watch=watcher(store, study) if watcher else lambda: None)
     study = store.study(study.name)
     left = _num_left(store, study)

@@ -63,11 +63,14 @@ class StudyCheckpoints:
             logger.warning("trial %d: no checkpoint of epoch %d: %s", claim.number, checkpoint.epoch, error)
             self._store.note(claim, f"a checkpoint could not be written: {error.strerror or error}")
 
-    def may_be_kept(self, value: float) -> bool:
-        """Whether a trial that completes with this value belongs to the best, whose last checkpoint stays."""
+    def may_be_kept(self, number: int, value: float) -> bool:
+        """Whether a trial that completes with this value belongs to the best, whose last checkpoint stays.
+
+        Of equal ones the one with the lower number does, as in `best_trials`.
+        """
         best = self._store.best_trials(self._study, self._keep)
         sign = 1 if self._study.spec.direction == "maximize" else -1
-        return len(best) < self._keep or any(sign * value > sign * other for _, other in best)
+        return len(best) < self._keep or any((sign * value, -number) > (sign * v, -n) for n, v in best)
 
     def forget(self, number: int) -> None:
         """Removes what a trial that has ended needs no more, and what it has driven out of the best."""
@@ -77,15 +80,15 @@ class StudyCheckpoints:
 
     def tidy(self) -> None:
         """Removes what workers that were killed, or had lost their trial, have left of trials that have ended."""
-        keep = {number for number, _ in self._store.best_trials(self._study, self._keep)}
-        unneeded = self._store.ended_numbers(self._study) - keep
+        ended = self._store.ended_numbers(self._study)  # first: a trial may end while this looks, as the best
+        unneeded = ended - {number for number, _ in self._store.best_trials(self._study, self._keep)}
         with suppress(OSError):
             for name in list_folders(self._url):
                 if name.isdecimal() and int(name) in unneeded:
                     self._remove(int(name))
 
     def _folder(self, number: int) -> CheckpointFolder:
-        identity: dict[str, str | int] = {"study": str(self._study.facts["uid"]), "trial": number}
+        identity: dict[str, str | int] = {"study": self._study.origin, "trial": number}
         return CheckpointFolder(f"{self._url}/{number:06d}", identity=identity)
 
     def _remove(self, number: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -20,13 +19,11 @@ from typing import Protocol
 from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
 from hpo.errors import StudyStopped, UserError
 from hpo.ledger import ENDED
-from hpo.outage import OUTAGE_S, STORE_ERRORS, is_outage
+from hpo.outage import STORE_ERRORS
 from hpo.records import Study
 from hpo.store import Store
 from hpo.trust import Allowed
 from hpo.worker import ASSIGNMENT, DRAIN_S, EXIT_RESTART, Assignment, Worker
-
-logger = logging.getLogger(__name__)
 
 TICK_S = 0.2
 REAP_S = 5.0
@@ -96,7 +93,7 @@ class LocalProcesses:
         store.reap(study)
         waiting = store.counts(study.study_id).get("waiting", 0)
         devices = self._devices[: max(1, waiting)]
-        threads = threads_per_worker(len(devices))
+        threads = threads_per_worker(len(self._devices))  # not fewer workers' more: their digits would differ
         logs = store.folder(study) / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -107,14 +104,17 @@ class LocalProcesses:
             for index, device in enumerate(devices)
         ]
         with _interrupts() as interrupted:
+            store.give_up = lambda: bool(interrupted)  # an outage is waited out, unless somebody does not want to
             try:
                 for process in processes:
                     process.start()
                 self._supervise(store, study, processes, interrupted, watch)
             finally:
+                store.give_up = lambda: True
                 _drain(processes, interrupted, watch)
                 with suppress(*STORE_ERRORS):  # who goes on with the study does it too
                     store.reap(study)
+                store.give_up = lambda: False
         watch()
         if interrupted:
             raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
@@ -127,41 +127,32 @@ class LocalProcesses:
         self, store: Store, study: Study, processes: list[_Process], interrupted: list[int], watch: Watch
     ) -> None:  # fmt: skip
         crashes, before, next_reap = 0, _progress(store, study), time.monotonic() + REAP_S
-        silent_since: float | None = None  # when the database stopped to answer
         while not interrupted:
             running = [process for process in processes if process.is_running()]
-            try:
-                over = len(running) < len(processes) and _is_over(store, study)
-                if over and not running:
-                    return
-                gone = [] if over else [process for process in processes if process.exit_code is not None]
-                if gone:  # while there is work left
-                    killed = {process.pid for process in gone if process.exit_code == -signal.SIGKILL}
-                    asked = {process.pid for process in gone if process.exit_code in (EXIT_RESTART, -signal.SIGTERM)}
-                    crashed = {process.pid for process in gone} - killed - asked
-                    store.reap(study, crashed_pids=crashed, killed_pids=killed)
-                for process in gone:
-                    progress = _progress(store, study)
-                    crashes = 0 if process.exit_code == EXIT_RESTART or progress > before else crashes + 1
-                    before = progress
-                    if crashes >= MAX_CRASHES * len(processes):
-                        raise StudyStopped(
-                            f"workers died {crashes} times without coming an epoch further, the last one "
-                            f"{process.ending()}; the end of its log, {process.log}:\n{process.log_tail()}",
-                            can_go_on=True,
-                        )
-                    process.start()
-                if time.monotonic() > next_reap:
-                    store.reap(study)
-                    next_reap = time.monotonic() + REAP_S
-                watch()
-                silent_since = None
-            except STORE_ERRORS as error:
-                if silent_since is None:
-                    silent_since = time.monotonic()
-                    logger.warning("the store does not answer; waiting for it, and workers do: %s", error)
-                if not is_outage(error) or time.monotonic() - silent_since > OUTAGE_S:
-                    raise
+            over = len(running) < len(processes) and _is_over(store, study)
+            if over and not running:
+                return
+            gone = [] if over else [process for process in processes if process.exit_code is not None]
+            if gone:  # while there is work left
+                killed = {process.pid for process in gone if process.exit_code == -signal.SIGKILL}
+                asked = {process.pid for process in gone if process.exit_code in (EXIT_RESTART, -signal.SIGTERM)}
+                crashed = {process.pid for process in gone} - killed - asked
+                store.reap(study, crashed_pids=crashed, killed_pids=killed)
+            for process in gone:
+                progress = _progress(store, study)
+                crashes = 0 if process.exit_code == EXIT_RESTART or progress > before else crashes + 1
+                before = progress
+                if crashes >= MAX_CRASHES * len(processes):
+                    raise StudyStopped(
+                        f"workers died {crashes} times without coming an epoch further, the last one "
+                        f"{process.ending()}; the end of its log, {process.log}:\n{process.log_tail()}",
+                        can_go_on=True,
+                    )
+                process.start()
+            if time.monotonic() > next_reap:
+                store.reap(study)
+                next_reap = time.monotonic() + REAP_S
+            watch()
             time.sleep(TICK_S)
 
 

@@ -25,7 +25,7 @@ from hpo import liveness, search
 from hpo.database import DraftStorage, now, open_storage, parse_url
 from hpo.errors import UserError
 from hpo.learning import LearningStudy
-from hpo.outage import STORE_ERRORS, StoreFailed, patiently
+from hpo.outage import STORE_ERRORS, StoreFailed, patiently, plain
 from hpo.records import Claim, Study
 from hpo.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
 from hpo.spec import StudySpec
@@ -97,8 +97,9 @@ class Ledger:
             stop = sa.select(studies.c.stop).where(studies.c.study_id == study.study_id).with_for_update()
             if connection.execute(stop).scalar_one() is not None:
                 return None
-            neighbours = connection.execute(_on_same_device(worker_id)).scalars().all()
-            if any(neighbours):
+            at = now(connection)
+            neighbours = [row for row in connection.execute(_on_same_device(worker_id)) if not _is_lost(row, at)]
+            if any(row.alone for row in neighbours):
                 return None
             fits = slots.c.alone == 0
             kinds = [fits & (slots.c.losses < MAX_LOSSES), fits] + [slots.c.alone == 1] * (not neighbours)
@@ -188,26 +189,28 @@ class Ledger:
     ) -> Verdict:
         """Records an epoch and says how the trial goes on.
 
-        It replaces what an earlier attempt said of this epoch and of later ones. The pruner is not asked about epochs
-        that an earlier attempt went beyond: there it has let the trial pass.
+        It replaces what an earlier attempt said of this epoch and of later ones. The pruner is asked once for each
+        epoch, and its word is kept: a kill between a report and what follows from it changes nothing.
         """
         with self._held(claim) as connection:
             mine = (slots.c.study_id == claim.study_id) & (slots.c.number == claim.number)
-            furthest = connection.execute(sa.select(slots.c.furthest).where(mine)).scalar_one()
-            if epoch > furthest:
-                connection.execute(slots.update().where(mine).values(furthest=epoch, losses=0))
+            slot = connection.execute(sa.select(slots.c.furthest, slots.c.pruned_at).where(mine)).one()
             self._replace_epoch(connection, claim, epoch, metrics)
             theirs = intermediate_values.c
             later = (theirs.trial_id == claim.trial_id) & (theirs.step > epoch)
             connection.execute(intermediate_values.delete().where(later))
             self._cached.set_trial_intermediate_value(claim.trial_id, epoch, value)
+            pruned = slot.pruned_at == epoch
+            if epoch > slot.furthest:
+                if may_prune:
+                    study = self._optuna_study(spec, self._cached, number=claim.number)
+                    pruned = optuna.Trial(study, claim.trial_id).should_prune()
+                reached = {"furthest": epoch, "losses": 0, "pruned_at": epoch if pruned else None}
+                connection.execute(slots.update().where(mine).values(**reached))
+            if pruned and may_prune:
+                return "prune"
             stop = sa.select(studies.c.stop).where(studies.c.study_id == claim.study_id)
-            if connection.execute(stop).scalar_one() is not None:
-                return "stop"
-            if not may_prune or epoch < furthest:
-                return "go on"
-            trial = optuna.Trial(self._optuna_study(spec, self._cached, number=claim.number), claim.trial_id)
-            return "prune" if trial.should_prune() else "go on"
+            return "go on" if connection.execute(stop).scalar_one() is None else "stop"
 
     @patiently
     def last_report(self, claim: Claim) -> tuple[int, float] | None:
@@ -339,7 +342,7 @@ class Ledger:
         except BaseException as error:
             self._cached = get_storage(self._storage)  # it may have cached what was rolled back
             if isinstance(error, STORE_ERRORS):
-                raise StoreFailed(str(getattr(error, "orig", None) or error.__cause__ or error)) from error
+                raise StoreFailed(plain(error)) from error
             raise
 
     @contextmanager
@@ -400,7 +403,8 @@ class Ledger:
         end = {"state": state, "lease_until": None, "ended_at": now(connection), "reason": reason, "error": error}
         connection.execute(slots.update().where(_is_held(claim)).values(**end, failure_key=failure_key))
         self._end_attempt(connection, claim, state, error)
-        _, last = self.last_report(claim) or (0, math.nan)
+        trial = self._cached.get_trial(claim.trial_id)
+        last = math.nan if trial.last_step is None else trial.intermediate_values[trial.last_step]
         values = [last] if state != "failed" and math.isfinite(last) else None
         assert values or state != "complete"
         self._cached.set_trial_user_attr(claim.trial_id, "ended", f"{state}: {reason}")
@@ -443,10 +447,11 @@ def _is_lost(row: Any, at: float) -> bool:
 
 
 def _on_same_device(worker_id: str) -> sa.Select[Any]:
-    """`alone` of each trial, of whatever study, that is in training on this worker's device."""
+    """The trials, of whatever study, that are in training on this worker's device, with what tells if that is true."""
     mine, other = workers.alias("mine"), workers.alias("other")
+    columns = (other.c.machine, other.c.pid, other.c.pid_started, other.c.ended_at.label("left"))
     return (
-        sa.select(slots.c.alone)
+        sa.select(slots.c.alone, slots.c.lease_until, *columns)
         .join(other, sa.and_(other.c.worker_id == slots.c.worker_id, other.c.study_id == slots.c.study_id))
         .join(mine, sa.and_(mine.c.machine == other.c.machine, mine.c.device == other.c.device))
         .where(mine.c.worker_id == worker_id, slots.c.state == "running")

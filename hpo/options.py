@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +13,23 @@ from hpo.errors import UserError
 
 def no_password(_context: click.Context, parameter: click.Parameter, url: str | None) -> str | None:
     """Refuses a URL with a password on the command line, where every process of the machine can read it."""
-    if url and re.match(r"[\w+]+://[^/@]*:[^/@]+@", url):
+    if url and "@" in url and _has_password(url):
         raise UserError(
             f"{parameter.opts[0]} must not hold a password, which others could read in the list of processes; "
             "leave it out of the URL and give it in HPO_STORAGE_PASSWORD_FILE, PGPASSFILE or PGPASSWORD, "
             "or the whole URL in HPO_STORAGE"
         )
     return url
+
+
+def _has_password(url: str) -> bool:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return bool(make_url(url).password)
+    except (ArgumentError, ValueError):
+        return True  # it has a place for one, and cannot be told from one
 
 
 def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 OUTAGE_S = 600.0  # how long workers wait for a database that does not answer
 PASSING_IN_SQLITE = ("locked", "busy", "is full", "disk I/O error", "unable to open")
+FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0  # between two tries
 
 
@@ -49,18 +50,25 @@ def patiently(
 
     @functools.wraps(method)
     def try_again(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
-        began, pause_s = time.monotonic(), 0.1
+        began, pause_s = time.monotonic(), FIRST_PAUSE_S
         while True:
             try:
                 return method(self, *args, **kwargs)
             except STORE_ERRORS as error:
                 if not is_outage(error) or time.monotonic() - began > self.patience_s or self.give_up():
-                    raise
-                logger.warning("the store does not answer, trying again: %s", error)
+                    raise StoreFailed(plain(error)) from error
+                if pause_s == FIRST_PAUSE_S:
+                    logger.warning("the store does not answer, waiting for it: %s", plain(error))
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     return try_again
+
+
+def plain(error: BaseException) -> str:
+    """What the database said, in a line."""
+    cause = getattr(error, "orig", None) or (None if isinstance(error, StoreFailed) else error.__cause__) or error
+    return " ".join(str(getattr(cause, "orig", None) or cause).split())
 
 
 def is_outage(error: BaseException | None) -> bool:
@@ -72,7 +80,8 @@ def is_outage(error: BaseException | None) -> bool:
             # The second is how psycopg hears that the server ended a transaction that was left open.
             passing = sa.exc.OperationalError | sa.exc.InternalError | sa.exc.InterfaceError
             return isinstance(error, passing) or error.connection_invalidated
-        if isinstance(error, sa.exc.TimeoutError):  # no connection of the pool came free
+        # No connection of the pool came free; or Optuna tried again on one that was lost inside a transaction.
+        if isinstance(error, sa.exc.TimeoutError | sa.exc.PendingRollbackError):
             return True
         error = error.__cause__
     return False

@@ -27,6 +27,11 @@ class Study:
     started: float  # by the latest `hpo run` or `hpo resume`, as times in `Trial`
 
     @property
+    def origin(self) -> str:
+        """The uid of the study that it is a copy of, or else its own: names its checkpoints, which move with it."""
+        return str(self.facts.get("origin", self.facts["uid"]))
+
+    @property
     def key(self) -> str:
         """Its name and its uid, which no other study of the same name has: names its folders."""
         return f"{self.name}-{self.facts['uid']}"

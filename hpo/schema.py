@@ -47,6 +47,7 @@ slots = sa.Table(
     sa.Column("trial_id", sa.Integer),  # Optuna's, from the first claim on
     sa.Column("attempt", sa.Integer, nullable=False),  # 0 before the first claim; fences out whoever lost the slot
     sa.Column("furthest", sa.Integer, nullable=False),  # the highest epoch that any attempt reported
+    sa.Column("pruned_at", sa.Integer),  # the epoch after which the pruner said to drop it
     sa.Column("losses", sa.Integer, nullable=False),  # attempts whose worker crashed since `furthest` last rose
     sa.Column("failures", sa.Integer, nullable=False, server_default="0"),  # attempts that an exception ended
     sa.Column("alone", sa.Integer, nullable=False, server_default="0"),  # 1: ran out of memory, has a device to itself
@@ -153,9 +154,10 @@ def create_tables(connection: Connection) -> None:
 
 
 def _to_2(operations: Operations) -> None:
-    """Retries by cause, and a row for each attempt."""
+    """Retries by cause, a pruner's word that is kept, and a row for each attempt."""
     for name in ("failures", "alone"):
         operations.add_column("hpo_slots", sa.Column(name, sa.Integer, nullable=False, server_default="0"))
+    operations.add_column("hpo_slots", sa.Column("pruned_at", sa.Integer))
     attempts.create(operations.get_bind())
 
 
@@ -163,8 +165,15 @@ UPGRADES: dict[int, Callable[[Operations], None]] = {1: _to_2}  # from this vers
 
 
 def upgrade_tables(connection: Connection) -> tuple[int, int]:
-    """Brings our tables to SCHEMA_VERSION, in the caller's transaction; returns the version before and after."""
+    """Brings our tables to SCHEMA_VERSION, in the caller's transaction; returns the version before and after.
+
+    Raises UserError for a version that this code does not know.
+    """
     found = version = schema_version(connection)
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"the store has schema version {version}, and this hpo knows up to {SCHEMA_VERSION}: upgrade hpo"
+        )
     operations = Operations(MigrationContext.configure(connection))
     while version in UPGRADES:
         UPGRADES[version](operations)

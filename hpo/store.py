@@ -140,6 +140,8 @@ class Store(Ledger):
         if study.spec.search.sampler == "grid":
             raise UserError(f"--trials cannot enlarge a grid; study {study.name!r} has {study.spec.num_trials} points")
         with self._transaction() as connection:
+            exclude_others(connection)
+            study = self._load(connection, study.study_id, study.name)
             if trials < (count := self._num_slots(connection, study)):
                 raise UserError(f"--trials must be at least {count}, which study {study.name!r} has, got {trials}")
             self._save(connection, study, study.spec, trials=trials)
@@ -157,17 +159,29 @@ class Store(Ledger):
         query = sa.select(sa.func.count()).select_from(slots).where(slots.c.study_id == study.study_id)
         return connection.execute(query).scalar_one()
 
+    def check_absent(self, name: str) -> None:
+        """Raises UserError where this store has a study of that name."""
+        if name in {study.study_name for study in self._storage.get_all_studies()}:
+            raise UserError(f"{self.url} holds a study {name!r} already")
+
     def copy_from(
-        self, source: Store, study: Study, *, uid: str, progress: Callable[[int, int], None] = lambda done, of: None
+        self,
+        source: Store,
+        study: Study,
+        *,
+        facts: Mapping[str, Any],
+        progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> Study:
         """Copies a study of another store into this one, all of it or nothing; trials keep numbers, values and curves.
 
-        A trial in training there waits here. `progress(done, of)` is called as trials are copied. Raises UserError
-        where this store has a study of that name.
+        `facts` are the copy's. `progress(done, of)` is called as trials are copied. Raises UserError where this store
+        has a study of that name, and where trials of it were in training meanwhile.
         """
         theirs = source.storage
-        rows = {table: source.rows(table, study) for table in (studies, slots, epochs, attempts, workers)}
+        rows = {table: source.rows(table, study) for table in (slots, studies, epochs, attempts, workers)}
         trials = theirs.get_all_trials(study.study_id)
+        if rows[slots] != source.rows(slots, study) or any(row["state"] == "running" for row in rows[slots]):
+            raise UserError(f"study {study.name!r} is in training; end that with: hpo stop {study.name}")
         with self._transaction() as connection:
             exclude_others(connection)
             at = now(connection)
@@ -175,6 +189,7 @@ class Store(Ledger):
                 study_id = self._storage.create_new_study(theirs.get_study_directions(study.study_id), study.name)
             except optuna.exceptions.DuplicatedStudyError:
                 raise UserError(f"{self.url} holds a study {study.name!r} already") from None
+            assert facts["uid"] != study.facts["uid"]
             for key, value in theirs.get_study_system_attrs(study.study_id).items():
                 self._storage.set_study_system_attr(study_id, key, value)
             for key, value in theirs.get_study_user_attrs(study.study_id).items():
@@ -186,11 +201,9 @@ class Store(Ledger):
             known = set(connection.execute(sa.select(workers.c.worker_id)).scalars())
             rows[workers] = [row for row in rows[workers] if row["worker_id"] not in known]
             for row in rows[studies]:
-                row["facts"] = json.dumps({**study.facts, "uid": uid})
+                row["facts"] = json.dumps(dict(facts))
             for row in rows[slots]:
                 row["trial_id"] = trial_ids[row["trial_id"]]
-                if row["state"] == "running":
-                    row |= {"state": "waiting", "worker_id": None, "lease_until": None}
             for row in rows[attempts] + rows[workers]:
                 row["ended_at"] = row["ended_at"] or at
             for table, copied in rows.items():
@@ -233,9 +246,12 @@ class Store(Ledger):
         row = connection.execute(sa.select(studies).where(studies.c.study_id == study_id)).one()
         spec = StudySpec.from_dict(json.loads(row.spec), source=f"study {name!r} in {self.url}")
         facts = json.loads(row.facts)
-        if not re.fullmatch(r"[0-9a-f]{8}", str(facts.get("uid"))):
-            # It becomes part of a path: a store must not be able to name any folder of this machine.
-            raise UserError(f"study {name!r} in {self.url} is damaged: its uid is {facts.get('uid')!r}")
+        # Name and uid become part of a path: a store must not be able to name any folder of this machine.
+        if spec.name != name or not re.fullmatch(r"[0-9a-f]{8}", str(facts.get("uid"))):
+            raise UserError(
+                f"study {name!r} in {self.url} is damaged: its spec names it {spec.name!r}, its uid is "
+                f"{facts.get('uid')!r}"
+            )
         return Study(study_id, name, spec, facts, row.stop, row.stop_reason, row.started_at)
 
     # Workers
@@ -294,6 +310,7 @@ class Store(Ledger):
             )
             return {row.state: row.num for row in connection.execute(query)}
 
+    @patiently
     def num_epochs(self, study: Study) -> int:
         """How many epochs its trials have come to, all together."""
         with self._storage.engine.connect() as connection:

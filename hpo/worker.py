@@ -43,6 +43,7 @@ POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
 REAP_S = 5.0  # between looks for workers that died
 EPOCH_S = 20.0  # how long an epoch may go on once the worker was told to leave, to be saved at its end
 DRAIN_S = 30.0  # how long a loop of the user's may take to come to its next report before it is left in its epoch
+LEAVE_S = 5.0  # how long giving trials back and signing off may take then
 EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
 ASSIGNMENT = "HPO_WORKER"  # environment variable with the Assignment; not on the command line, where anyone reads it
 
@@ -175,10 +176,11 @@ class Worker:
             if end is None:
                 must_save = result.epoch % config.training.checkpoint_epochs == 0 or self._should_stop()
             else:
-                must_save = end[0] == "complete" and self._checkpoints.may_be_kept(result.val_accuracy)
+                must_save = end[0] == "complete" and self._checkpoints.may_be_kept(claim.number, result.val_accuracy)
             if must_save:
-                self._checkpoints.save(claim, self._engine.checkpoint(result.lane))
-            if end is not None:
+                with self._failures_end([claim]):  # a network's state may be such that it cannot be saved
+                    self._checkpoints.save(claim, self._engine.checkpoint(result.lane))
+            if end is not None and claim in self._held:
                 self._finish(claim, *end)
 
     # Trials of the user's own function
@@ -425,10 +427,11 @@ def main() -> None:
         os.read(0, 1)  # returns when the supervisor closes its end, or is no more
         stop.set()
         time.sleep(DRAIN_S)
-        try:
-            worker.leave()
-        finally:
-            os._exit(0)
+        # In a thread of its own: a database that is frozen must not keep this process for ever.
+        leaving = threading.Thread(target=worker.leave, daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_S)
+        os._exit(0)
 
     threading.Thread(target=outlive_nobody, daemon=True, name="supervisor").start()
     if study.spec.objective is None:

@@ -1,8 +1,8 @@
 """The store under load, without training: how long a claim, a suggestion, a report and an end take, and how it grows.
 
 Workers replay learning curves: each claims a trial, has its values suggested by TPE, reports its epochs to a median
-pruner, and ends it. The study is filled beforehand to the size that is measured. `make bench-store` runs all of it on
-SQLite and on a Postgres of its own; with --json the figures go to a file.
+pruner, and ends it. The study is filled beforehand to the size that is measured. `make bench` runs it on SQLite and
+on a Postgres of its own; with --json the figures go to a file.
 """
 
 from __future__ import annotations

@@ -508,25 +508,45 @@ def test_three_trials_that_kill_their_workers_stop_the_study(store: Store, make_
     assert store.claim(study, worker) is None
 
 
-def test_a_trial_that_was_let_pass_once_is_not_pruned_there_when_it_is_trained_again(
-    store: Store, make_spec: MakeSpec, change: Change
+@pytest.mark.parametrize("pruner", ["median", "asha", "hyperband"])
+def test_a_kill_changes_nothing_in_what_the_pruner_has_said(
+    store: Store, make_spec: MakeSpec, change: Change, pruner: str
 ) -> None:
-    """A kill must not change which trials survive: the pruner is asked only where no earlier attempt has been."""
-    spec = make_spec(search={"trials": 9}, pruner={"name": "median", "startup_trials": 2, "warmup_epochs": 0})
+    """It is asked once an epoch: what it let pass goes on, and what it dropped is dropped, whenever the worker died."""
+    options = {"startup_trials": 2, "warmup_epochs": 0} if pruner == "median" else {"reduction_factor": 2}
+    spec = make_spec(search={"trials": 12}, epochs=8, pruner={"name": pruner, **options})
     study, worker = begin(store, spec)
-    lost = claim(store, study, worker)
-    for epoch in (1, 2):
-        assert store.report(lost, spec, epoch=epoch, metrics={}, value=0.1) == "go on"
-    for _ in range(3):
+    passed = claim(store, study, worker)
+    assert store.report(passed, spec, epoch=1, metrics={}, value=0.1) == "go on"
+    for _ in range(8):
         better = claim(store, study, worker)
-        report(store, better, 0.8, 0.9)
+        for epoch in range(1, 9):
+            store.report(better, spec, epoch=epoch, metrics={}, value=0.5 + epoch / 100, may_prune=epoch < 8)
         store.finish(better, "complete", reason="")
-    expire(store, lost, change)
+    dropped = claim(store, study, worker)
+    verdicts = [store.report(dropped, spec, epoch=epoch, metrics={}, value=0.1) for epoch in (1, 2, 3, 4)]
+    at = verdicts.index("prune") + 1
+    store.request_stop(study)
+    store.start(study)
+    for lost in (passed, dropped):
+        expire(store, lost, change)
+    change(
+        store, schema.slots.update().where(schema.slots.c.number == dropped.number).values(furthest=at, pruned_at=at)
+    )
     store.reap(study)
-    again = claim(store, study, worker)
-    assert again.number == lost.number
-    verdicts = [store.report(again, spec, epoch=epoch, metrics={}, value=0.1) for epoch in (1, 2)]
-    assert verdicts == ["go on", "prune"]
+    again = [claim(store, study, worker) for _ in range(2)]
+    assert [c.number for c in again] == [passed.number, dropped.number]
+    assert store.report(again[0], spec, epoch=1, metrics={}, value=0.1) == "go on"
+    assert store.report(again[1], spec, epoch=at, metrics={}, value=0.1) == "prune"
+
+
+def test_a_stop_does_not_keep_the_pruner_from_its_word(store: Store, make_spec: MakeSpec) -> None:
+    spec = make_spec(0.1, 0.2, epochs=9, pruner={"name": "threshold", "lower": 0.5, "warmup_epochs": 0})
+    study, worker = begin(store, spec)
+    bad, good = claim(store, study, worker), claim(store, study, worker)
+    store.request_stop(study)
+    assert store.report(bad, spec, epoch=1, metrics={}, value=0.1) == "prune"
+    assert store.report(good, spec, epoch=1, metrics={}, value=0.9) == "stop"
 
 
 def test_a_process_is_told_from_a_later_one_of_the_same_pid_whatever_the_clock_does() -> None:
@@ -975,7 +995,7 @@ def test_a_request_that_is_wrong_is_not_tried_again(url: str) -> None:
         connection.exec_driver_sql("DROP TABLE hpo_attempts")
         connection.exec_driver_sql("DROP TABLE hpo_slots")
     began = time.monotonic()
-    with pytest.raises(sa.exc.DatabaseError):
+    with pytest.raises(StoreFailed):
         patient.counts(1)
     assert time.monotonic() - began < 30
 
@@ -988,6 +1008,7 @@ def make_version_1(store: Store) -> None:
         for statement in (
             "ALTER TABLE hpo_slots DROP COLUMN failures",
             "ALTER TABLE hpo_slots DROP COLUMN alone",
+            "ALTER TABLE hpo_slots DROP COLUMN pruned_at",
             "DROP TABLE hpo_attempts",
             "UPDATE hpo_meta SET value = '1' WHERE key = 'schema_version'",
         ):
@@ -1050,9 +1071,12 @@ def test_a_copied_study_is_the_same_and_goes_on_in_the_other_store(
     report(store, running, 0.3)
     target = Store(f"sqlite:///{tmp_path}/other.db", create=True)
     begin(target, make_spec(0.1, name="another"))  # so that no id is the same by chance
-    copied = target.copy_from(store, study, uid="0123abcd")
+    with pytest.raises(UserError, match="is in training"):
+        target.copy_from(store, study, facts={**study.facts, "uid": "0123abcd"})
+    store.release(running)
+    copied = target.copy_from(store, study, facts={**study.facts, "uid": "0123abcd"})
     before, after = store.trials(study), target.trials(copied)
-    assert [(t.state if t.state != "running" else "waiting", t.params, t.value, t.curves) for t in before] == [
+    assert [(t.state, t.params, t.value, t.curves) for t in before] == [
         (t.state, t.params, t.value, t.curves) for t in after
     ]
     assert [t.params for t in optuna_trials(target)] == [t.params for t in optuna_trials(store)]
@@ -1061,18 +1085,117 @@ def test_a_copied_study_is_the_same_and_goes_on_in_the_other_store(
     again = claim(target, copied, target.add_worker(copied.study_id, device="cpu"))
     assert (again.number, again.attempt) == (4, 2)
     with pytest.raises(UserError, match="holds a study 's' already"):
-        target.copy_from(store, study, uid="0123abce")
+        target.copy_from(store, study, facts={**study.facts, "uid": "0123abce"})
 
 
 def test_a_copy_that_is_interrupted_leaves_nothing(store: Store, make_spec: MakeSpec, tmp_path: Path) -> None:
     study, worker = begin(store, make_spec(0.1, 0.2))
-    report(store, claim(store, study, worker), 0.3)
+    held = claim(store, study, worker)
+    report(store, held, 0.3)
+    store.release(held)
     target = Store(f"sqlite:///{tmp_path}/other.db", create=True)
     before = everything(target)
     for at in range(200):
         with suppress(Interruption), interrupted(target, at=at):
-            target.copy_from(store, study, uid="0123abcd")
+            target.copy_from(store, study, facts={**study.facts, "uid": "0123abcd"})
             break
         assert everything(target) == before
     assert at > 5
     assert everything(target) != before
+
+
+@only_postgres
+@pytest.mark.parametrize("action", ["claim", "suggest", "report", "finish"])
+def test_a_connection_that_is_cut_at_any_statement_is_replaced_and_the_call_succeeds(
+    store: Store, make_spec: MakeSpec, postgres: Any, action: str
+) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 60, "sampler": "tpe"}, pruner={"name": "median"}))
+    patient = Store(url_of(store), patience_s=30)
+    cut = postgres.execute
+    engine = patient.storage.engine  # type: ignore[attr-defined]
+
+    def prepared() -> Claim | None:
+        if action == "claim":
+            return None
+        held = patient.claim(study, worker)
+        assert held is not None
+        if action in ("report", "finish"):
+            patient.suggest(held, study.spec, attributes=lambda _: {})
+        if action == "finish":
+            report(patient, held, 0.5)
+        return held
+
+    actions: dict[str, Callable[[Any], Any]] = {
+        "claim": lambda _: patient.claim(study, worker),
+        "suggest": lambda held: patient.suggest(held, study.spec, attributes=lambda _: {"seed": 1}),
+        "report": lambda held: patient.report(held, study.spec, epoch=1, metrics={}, value=0.5),
+        "finish": lambda held: patient.finish(held, "complete", reason=""),
+    }
+    for at in range(0, 60, 3):
+        held = prepared()
+        count = 0
+
+        def before(connection: Any, *_: Any, at: int = at) -> None:
+            nonlocal count
+            count += 1
+            if count == at + 1:
+                pid = connection.connection.dbapi_connection.info.backend_pid
+                cut(f"SELECT pg_terminate_backend({pid}, 1000)")
+
+        sa.event.listen(engine, "before_cursor_execute", before)
+        actions[action](held)
+        sa.event.remove(engine, "before_cursor_execute", before)
+        if count <= at:
+            break
+    assert at > 3
+    assert store.problems(study) == []
+
+
+def test_an_error_of_the_database_is_never_the_trials(
+    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+
+    def breaks(*_: Any, **__: Any) -> None:
+        raise optuna.exceptions.StorageInternalError("x")
+
+    monkeypatch.setattr(type(store._cached), "get_trial", breaks)
+    with pytest.raises(StoreFailed):
+        store.last_report(held)
+
+
+def test_a_dead_trial_of_another_study_does_not_keep_a_device(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    other, gone = begin(store, make_spec(0.1, name="other"))
+    hungry = claim(store, other, gone)
+    fail_once(store, hungry, make_spec(0.1), key=OUT_OF_MEMORY)
+    assert claim(store, other, gone).attempt == 2
+    study, worker = begin(store, make_spec(0.1))
+    assert store.claim(study, worker) is None
+    end_worker_process(store, gone, change)
+    assert store.claim(study, worker) is not None
+
+
+def test_a_name_from_a_store_cannot_name_a_folder_elsewhere(store: Store, make_spec: MakeSpec) -> None:
+    store.create_study(make_spec(0.1), facts={})
+    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+        connection.exec_driver_sql("UPDATE studies SET study_name = '../../evil'")
+    with pytest.raises(UserError, match=r"study '../../evil' in .* is damaged: its spec names it 's'"):
+        store.study("../../evil")
+
+
+def test_several_may_enlarge_a_study_at_once(store: Store, make_spec: MakeSpec) -> None:
+    study, _ = begin(store, make_spec(search={"trials": 2}))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: Store(url_of(store)).enlarge(study, 9), range(4)))
+    assert store.counts(study.study_id) == {"waiting": 9}
+    assert store.study("s").spec.num_trials == 9
+
+
+def test_a_store_of_a_newer_version_is_not_upgraded(store: Store) -> None:
+    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+        connection.exec_driver_sql("UPDATE hpo_meta SET value = '99' WHERE key = 'schema_version'")
+    with pytest.raises(UserError, match=r"schema version 99, and this hpo knows up to 2: upgrade hpo"):
+        database.upgrade(store.url)

@@ -111,5 +111,5 @@ def test_a_uid_from_a_store_cannot_name_a_folder_elsewhere(store: Store, make_sp
     study = store.create_study(make_spec(0.1), facts={})
     with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.exec_driver_sql('UPDATE hpo_studies SET facts = \'{"uid": "../../x"}\'')
-    with pytest.raises(UserError, match=rf"study '{study.name}' in .* is damaged: its uid is '../../x'"):
+    with pytest.raises(UserError, match=rf"study '{study.name}' in .* is damaged: .* its uid is '../../x'"):
         store.study("s")

@@ -17,9 +17,10 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from hpo import database, schema
+from hpo import api, database, schema
 from hpo import ledger as ledger_module
 from hpo import worker as worker_module
+from hpo.errors import UserError
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
@@ -497,3 +498,52 @@ def test_a_checkpoint_that_cannot_be_written_is_noted_and_training_goes_on(store
     (trial,) = work(store, study)
     assert trial.state == "complete"
     assert "\na checkpoint could not be written: " in str(trial.attempts[0].note)
+
+
+def test_of_equal_trials_the_one_that_is_called_best_keeps_its_last_checkpoint(store: Store) -> None:
+    """Whichever ends first: the lower number is the best one."""
+    study = engine_study(store, 1e-3, 1e-3, epochs=2)
+    for number in (1, 0):
+        work(store, study, should_stop=lambda n=number: store.trials(study)[n].state == "complete")
+    (best,) = store.best_trials(study, 1)
+    (kept,) = final_checkpoints(store, study).items()
+    assert (kept[0], kept[1].epoch) == (best[0], 2)
+
+
+class Unsavable(torch.nn.Sequential):
+    def get_extra_state(self) -> object:
+        return object()
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+def test_a_network_that_cannot_be_saved_fails_its_trial_and_not_the_worker(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hpo.train.engine
+
+    build = hpo.train.engine.build_model
+    monkeypatch.setattr(hpo.train.engine, "build_model", lambda *args, **options: Unsavable(build(*args, **options)))
+    (trial,) = work(store, engine_study(store, 1e-3))
+    assert (trial.state, len(trial.attempts)) == ("failed", 2)
+
+
+def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Path) -> None:
+    study = engine_study(store, 1e-3, epochs=3)
+    work(store, study, should_stop=lambda: len(store.trials(study)[0].epochs) >= 2)
+    url = store.url.render_as_string(hide_password=False)
+    (tmp_path / "elsewhere").mkdir()
+    other = f"sqlite:///{tmp_path}/elsewhere/other.db"
+    assert api.copy("digits", to=other, storage=url) == other
+    with pytest.raises(UserError, match="holds a study 'digits' already"):
+        api.copy("digits", to=other, storage=url)
+    target = Store(other)
+    (trial,) = work(target, target.study("digits"))
+    assert (trial.state, trial.epochs) == ("complete", [1, 2, 3])
+    assert (trial.attempts[-1].went_on_from, trial.attempts[-1].note) == (2, None)
+    (untouched,) = store.trials(study)
+    assert (untouched.state, untouched.epochs) == ("waiting", [1, 2])
+    assert sorted(path.name for path in (tmp_path / "elsewhere" / "hpo_files").iterdir()) == [
+        target.study("digits").key
+    ]

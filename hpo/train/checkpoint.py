@@ -140,6 +140,8 @@ class CheckpointFolder:
                 return self._parse(data, epoch=epoch, config=config), passed_over
             except FileNotFoundError:
                 reason = "it was removed before it was read"
+            except OSError as error:
+                reason = f"it could not be read: {error}"
             except _Unusable as error:
                 reason = str(error)
             passed_over.append(f"the checkpoint {self.url.rstrip('/')}/{_name(epoch)} was passed over: {reason}")

@@ -6,11 +6,13 @@ A verdict that cannot fail would prove nothing. Each is Python that a worker run
 SABOTAGE = {
     # 1: a trial that has ended is given out once more.
     "counts": """
+import os
 from hpo.ledger import Ledger, slots
 finish = Ledger.finish
 def again(self, claim, state, **rest):
     finish(self, claim, state, **rest)
-    if claim.number == 1:
+    if claim.number == 1 and not os.path.exists("given out again"):
+        open("given out again", "x").close()
         with self._transaction() as connection:
             connection.execute(slots.update().where(slots.c.number == 1).values(state="waiting"))
 Ledger.finish = again
