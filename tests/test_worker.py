@@ -20,6 +20,7 @@ import torch
 from hpo import api, database, schema
 from hpo import ledger as ledger_module
 from hpo import worker as worker_module
+from hpo.checkpoints import StudyCheckpoints
 from hpo.errors import UserError
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
@@ -500,14 +501,22 @@ def test_a_checkpoint_that_cannot_be_written_is_noted_and_training_goes_on(store
     assert "\na checkpoint could not be written: " in str(trial.attempts[0].note)
 
 
-def test_of_equal_trials_the_one_that_is_called_best_keeps_its_last_checkpoint(store: Store) -> None:
-    """Whichever ends first: the lower number is the best one."""
-    study = engine_study(store, 1e-3, 1e-3, epochs=2)
-    for number in (1, 0):
-        work(store, study, should_stop=lambda n=number: store.trials(study)[n].state == "complete")
-    (best,) = store.best_trials(study, 1)
-    (kept,) = final_checkpoints(store, study).items()
-    assert (kept[0], kept[1].epoch) == (best[0], 2)
+def test_of_equal_trials_the_one_that_is_called_best_keeps_its_last_checkpoint(
+    store: Store, make_spec: MakeSpec
+) -> None:
+    study = store.create_study(make_spec(0.1, 0.2, 0.3), facts={})
+    worker = store.add_worker(study.study_id, device="cpu")
+    claims = [store.claim(study, worker) for _ in range(3)]
+    for claim in claims[1:]:
+        assert claim is not None
+        store.report(claim, study.spec, epoch=1, metrics={}, value=0.5)
+    assert claims[1] is not None
+    store.finish(claims[1], "complete", reason="")
+    checkpoints = StudyCheckpoints(store, study)
+    assert checkpoints.may_be_kept(0, 0.5)
+    assert not checkpoints.may_be_kept(2, 0.5)
+    assert checkpoints.may_be_kept(2, 0.6)
+    assert not checkpoints.may_be_kept(0, 0.4)
 
 
 class Unsavable(torch.nn.Sequential):
