@@ -14,7 +14,7 @@ from hpo.spec import StudySpec
 
 def make_study(num_val: int | None = 400, **settings: Any) -> Study:
     spec = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": [0.1, 0.2]}}, **settings})
-    return Study(1, "s", spec, {} if num_val is None else {"num_val": num_val}, None, None)
+    return Study(1, "s", spec, {} if num_val is None else {"num_val": num_val}, None, None, 0.0)
 
 
 def make_trials(*rows: tuple[float, float | str], **params: Any) -> list[Trial]:

@@ -68,7 +68,7 @@ def run_with_faults(
             chaos.run(num_faults)
         except Stuck as error:
             wrong.append(f"stuck: {error}")
-        seen = verdicts.gather(arena, chaos.lines, living=arena.workers())
+        seen = verdicts.gather(arena, chaos.lines, living=arena.processes())
         for number, check in enumerate(verdicts.CHECKS, 1):
             found = list(check(seen, reference, problem))
             wrong += [f"{number}: {text}" for text in found]

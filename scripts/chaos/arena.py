@@ -298,8 +298,8 @@ class Arena:
         self.commands.append(Command(process, output))
         return self.commands[-1]
 
-    def workers(self) -> list[int]:
-        """The pids of all processes that belong to a worker of this study, whoever has started them."""
+    def processes(self) -> list[int]:
+        """The pids of all that workers of this study are or have started, whoever has started them."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended, or is a zombie
@@ -307,6 +307,15 @@ class Arena:
                 mine = f"HPO_STORAGE={self.database.url}".encode() in environment
                 if mine and any(variable.startswith(b"HPO_WORKER=") for variable in environment):
                     found.append(int(entry.name))
+        return found
+
+    def workers(self) -> list[int]:
+        """The pids of the workers themselves."""
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                if b"hpo.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
         return found
 
     def read_record(self) -> Iterator[dict[str, Any]]:
@@ -327,11 +336,11 @@ class Arena:
             if command.process.poll() is None:
                 command.process.kill()
             command.process.wait()
-        for pid in self.workers():
+        for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while self.workers() and time.monotonic() < deadline:
+        while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
         if self.is_mounted:
             if self.keep:

@@ -89,7 +89,7 @@ class Chaos:
             self._note_record()
             self._do_what_is_due()
             commands = [command for command in self.arena.commands if command.process.poll() is None]
-            if not commands and not self._later and not self.arena.workers():
+            if not commands and not self._later and not self.arena.processes():
                 break
             time.sleep(0.1)
         self._note_record()

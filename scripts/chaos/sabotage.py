@@ -42,18 +42,15 @@ ledger._is_held = lambda claim: (
     (ledger.slots.c.study_id == claim.study_id) & (ledger.slots.c.number == claim.number)
 )
 """,
-    # 4: a worker leaves a process behind.
+    # 4: workers leave processes behind.
     "left": """
 import os, subprocess, sys
 from hpo.ledger import Ledger
 finish = Ledger.finish
 def leave_one(self, claim, state, **rest):
     finish(self, claim, state, **rest)
-    if claim.number == 0:
-        environment = {**os.environ, "HPO_WORKER": "left behind", "PYTHONPATH": ""}
-        subprocess.Popen(
-            [sys.executable, "-c", "import time; time.sleep(600)"], env=environment, start_new_session=True
-        )
+    environment = {**os.environ, "HPO_WORKER": "left behind", "PYTHONPATH": ""}
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environment, start_new_session=True)
 Ledger.finish = leave_one
 """,
 }
