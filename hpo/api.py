@@ -250,7 +250,8 @@ def upgrade_storage(*, storage: str | None = None) -> list[str]:
 def check_storage(*, storage: str | None = None) -> tuple[list[str], list[str]]:
     """What there is to say of a store, and what is wrong with it: slots and Optuna's trials that do not agree."""
     store = Store(storage_url(storage))
-    return store.describe(), [problem for study in store.studies() for problem in store.problems(study)]
+    problems = [problem for study in store.studies() for problem in store.problems(study)]
+    return store.describe(), store.damages() + problems
 
 
 def status(name: str, *, storage: str | None = None) -> dict[str, Any]:

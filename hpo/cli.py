@@ -37,7 +37,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            _fail(error, 2)
+            _fail(error, error.exit_code)
         except StudyStopped as error:
             _fail(error, 1)
         except Exception as error:

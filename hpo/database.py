@@ -36,6 +36,8 @@ ADVISORY_LOCK = 0x68706F  # "hpo": held in Postgres while tables or studies are 
 class Unreachable(UserError):
     """The database does not answer; it may at another time."""
 
+    exit_code = 1
+
 
 class JoinedStorage(RDBStorage):
     """Optuna's storage on an engine of ours; inside `transaction()` its calls become part of that transaction.

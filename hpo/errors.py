@@ -9,6 +9,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """The request was wrong; the command line prints the message alone and exits with 2."""
 
+    exit_code = 2
+
 
 class StudyStopped(Exception):
     """The study could not finish; the command line prints the message alone and exits with 1.

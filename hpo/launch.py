@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from hpo.database import PASSWORD_FILE
 from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
 from hpo.errors import StudyStopped, UserError
 from hpo.ledger import ENDED
@@ -120,7 +121,9 @@ class LocalProcesses:
             raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
 
     def _assignment(self, store: Store, study: Study, device: Device, threads: int) -> Assignment:
-        url = store.url.render_as_string(hide_password=False)
+        # A password that came from a file is read from there again: no environment need show it.
+        known = store.url.set(password=None) if os.environ.get(PASSWORD_FILE) else store.url
+        url = known.render_as_string(hide_password=False)
         return Assignment(url, study.name, device.name, torch_device(device), threads, self._allowed)
 
     def _supervise(
@@ -167,6 +170,7 @@ class _Process:
             **os.environ,
             **worker_environment(device, threads=assignment.threads),
             ASSIGNMENT: json.dumps(dataclasses.asdict(assignment)),
+            "PYTHONSAFEPATH": "1",  # or the working directory would come before the folders that are allowed
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [*assignment.allowed.python_path(), os.environ.get("PYTHONPATH")])
             ),

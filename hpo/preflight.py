@@ -24,6 +24,8 @@ def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
 
     build_pruner(spec)
     build_sampler(spec, number=0)
+    if spec.checkpoints.url is not None and "://" in spec.checkpoints.url:
+        _check_place(spec.checkpoints.url)
     if spec.objective:
         import_object(spec.objective.function, setting="objective.function")
         return {}
@@ -58,6 +60,16 @@ def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
     return facts
+
+
+def _check_place(url: str) -> None:
+    """Asks an object store for what is there: a wrong name or absent credentials are found before training."""
+    from hpo.train.checkpoint import list_folders
+
+    try:
+        list_folders(url)
+    except OSError as error:
+        raise UserError(f"checkpoints.url must be a place that this machine can read: {error}") from None
 
 
 def _extremes(spec: StudySpec, key: str) -> list[Any]:

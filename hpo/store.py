@@ -132,8 +132,22 @@ class Store(Ledger):
             return self._load(connection, study_id, name)
 
     def studies(self) -> list[Study]:
+        """The studies that can be read; what is wrong with others, `damages` tells."""
+        return self._load_all()[0]
+
+    def damages(self) -> list[str]:
+        """What is wrong with studies that cannot be read."""
+        return self._load_all()[1]
+
+    def _load_all(self) -> tuple[list[Study], list[str]]:
+        found, damages = [], []
         with self._storage.engine.connect() as connection:
-            return [self._load(connection, study_id, name) for study_id, name in self._names(connection).items()]
+            for study_id, name in self._names(connection).items():
+                try:
+                    found.append(self._load(connection, study_id, name))
+                except UserError as error:
+                    damages.append(str(error))
+        return found, damages
 
     def enlarge(self, study: Study, trials: int) -> None:
         """Gives the study a budget of `trials`; what was trained stays. Raises UserError for a grid or for fewer."""
@@ -244,8 +258,11 @@ class Store(Ledger):
 
     def _load(self, connection: Connection, study_id: int, name: str) -> Study:
         row = connection.execute(sa.select(studies).where(studies.c.study_id == study_id)).one()
-        spec = StudySpec.from_dict(json.loads(row.spec), source=f"study {name!r} in {self.url}")
-        facts = json.loads(row.facts)
+        try:
+            settings, facts = json.loads(row.spec), dict(json.loads(row.facts))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"study {name!r} in {self.url} is damaged: {error}") from None
+        spec = StudySpec.from_dict(settings, source=f"study {name!r} in {self.url}")
         # Name and uid become part of a path: a store must not be able to name any folder of this machine.
         if spec.name != name or not re.fullmatch(r"[0-9a-f]{8}", str(facts.get("uid"))):
             raise UserError(

@@ -232,6 +232,12 @@ REQUESTS = {
     ("run", "tiny.toml", "--set", "name=n", "--storage", "postgresql://h/d"): ["must name the driver"],
     ("copy", "tiny", "--to", "postgresql+psycopg://u:secret@h/d"): ["--to must not hold a password"],
     ("copy", "nonesuch", "--to", "sqlite:///other.db"): ["there is no study 'nonesuch'"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "checkpoints.url=s3://key:secret@b/x"): ["checkpoints.url", "***"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "checkpoints.url=foo://b/x"): ["checkpoints.url"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "checkpoints.url=relative"): [
+        "checkpoints.url",
+        "absolute folder",
+    ],
     ("worker",): ["the name of a study, or --stay"],
     ("worker", "--stay", "--workers", "0"): ["--workers must be at least 1, got 0"],
     ("worker", "--stay", "--devices", "tpu"): ["--devices"],

@@ -1194,3 +1194,19 @@ def test_a_store_of_a_newer_version_is_not_upgraded(store: Store) -> None:
         connection.exec_driver_sql("UPDATE hpo_meta SET value = '99' WHERE key = 'schema_version'")
     with pytest.raises(UserError, match=r"schema version 99, and this hpo knows up to 2: upgrade hpo"):
         database.upgrade(store.url)
+
+
+@pytest.mark.parametrize("column", ["spec", "facts"])
+@pytest.mark.parametrize("content", ["{broken", "[1]", "{}"])
+def test_one_damaged_study_does_not_keep_anybody_from_the_others(
+    store: Store, make_spec: MakeSpec, column: str, content: str
+) -> None:
+    store.create_study(make_spec(0.1, name="good"), facts={})
+    bad = store.create_study(make_spec(0.1, name="bad"), facts={})
+    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+        connection.execute(schema.studies.update().where(schema.studies.c.study_id == bad.study_id), {column: content})
+    assert [study.name for study in store.studies()] == ["good"]
+    (damage,) = store.damages()
+    assert "study 'bad'" in damage
+    with pytest.raises(UserError, match="study 'bad'"):
+        store.study("bad")

@@ -107,6 +107,17 @@ def test_a_command_that_reads_a_study_from_the_store_imports_only_what_it_is_tol
     assert (hpo.folder / "imported").exists()
 
 
+def test_what_was_checked_is_what_is_imported(hpo: Hpo, make_spec: MakeSpec) -> None:
+    """A module of the same name in the working directory is not the allowed one."""
+    hpo.write(make_spec(0.1), "def train(trial):\n    open('wrong', 'w')\n    trial.report(1, val_accuracy=1)\n")
+    (hpo.folder / "trusted").mkdir()
+    (hpo.folder / "trusted" / "loop.py").write_text("def train(trial):\n    trial.report(1, val_accuracy=1)\n")
+    Store(hpo.url, create=True).create_study(make_spec(0.1), facts={})
+    exit_code, output = hpo.run("worker", "s", "--devices", "cpu", "--allow", "./trusted")
+    assert exit_code == 0, output
+    assert not (hpo.folder / "wrong").exists()
+
+
 def test_a_uid_from_a_store_cannot_name_a_folder_elsewhere(store: Store, make_spec: MakeSpec) -> None:
     study = store.create_study(make_spec(0.1), facts={})
     with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
