@@ -44,7 +44,7 @@ def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def allow_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--allow", multiple=True, metavar="MODULE|FOLDER",
-        help="Code that the study may import: a module by its name, or a folder of modules.",
+        help="Code that the study may import: a module by its name, or a folder (./models).",
     )(command)  # fmt: skip
 
 

@@ -23,7 +23,10 @@ class Allowed:
 
     @classmethod
     def parse(cls, allow: Iterable[str]) -> Allowed:
-        """From the values of --allow: the name of a module, or the path of a folder. Raises UserError for neither."""
+        """From the values of --allow: the name of a module, or the path of a folder, which has a slash or a dot in it.
+
+        Raises UserError for neither.
+        """
         modules, folders = [], []
         for value in allow:
             if all(part.isidentifier() for part in value.split(".")):
@@ -31,7 +34,9 @@ class Allowed:
             elif value and Path(value).is_dir():
                 folders.append(str(Path(value).resolve()))
             else:
-                raise UserError(f"--allow must be the name of a module or a folder that exists, got {value!r}")
+                raise UserError(
+                    f"--allow must be the name of a module or a folder that exists, such as ./models, got {value!r}"
+                )
         return cls(tuple(modules), tuple(folders))
 
     @classmethod
