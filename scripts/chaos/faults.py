@@ -32,7 +32,7 @@ class Stuck(Exception):
 
 @dataclass
 class Chaos:
-    """A study under faults. `deck` is dealt from its front; what cannot be injected now goes to its end."""
+    """A study under faults, which are dealt from the front of `deck`."""
 
     arena: Arena
     deck: list[str]
@@ -43,13 +43,13 @@ class Chaos:
     lines: list[dict[str, Any]] = field(default_factory=list)  # of the workers' record, and ours
     reruns: int = 0  # how often the command was given again after it had ended otherwise than by our SIGKILL
     strange: list[str] = field(default_factory=list)  # ends of commands that no user should see
+    training: dict[int, dict[str, Any]] = field(default_factory=dict)  # what each worker's pid last began
+    is_database_busy: bool = False
+    empty_the_disk: Callable[[], None] | None = None
+    second: Command | None = None
     _later: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
     _main: Command | None = None
-    _training: dict[int, dict[str, Any]] = field(default_factory=dict)  # what each worker's pid last began
     _finished: set[int] = field(default_factory=set)
-    _is_database_busy: bool = False
-    _empty_the_disk: Callable[[], None] | None = None
-    _second: Command | None = None
     _last_trial_hit: bool = False
 
     def run(self, num_faults: int) -> None:
@@ -71,7 +71,7 @@ class Chaos:
             if self._is_last_trial() and not self._last_trial_hit and kill_everything(self):
                 # Its slot alone is waiting then: what the command starts for it must be what it was.
                 self._last_trial_hit = True
-                self._count(LAST_TRIAL)
+                self.count(LAST_TRIAL)
             if calm_since is None and time.monotonic() > next_fault:
                 self._deal()
                 next_fault = time.monotonic() + self.rng.expovariate(1 / self.interval_s)
@@ -93,7 +93,6 @@ class Chaos:
                 break
             time.sleep(0.1)
         self._note_record()
-        self.lines.sort(key=lambda line: line["at"])
         if commands:
             raise Stuck(f"{len(commands)} commands did not end within {LEAVE_S:.0f} s after their study had")
         for command in self.arena.commands:
@@ -129,22 +128,22 @@ class Chaos:
     def _is_last_trial(self) -> bool:
         return len(self._finished) == self.arena.problem.trials - 1
 
-    def _count(self, fault: str) -> None:
+    def count(self, fault: str) -> None:
         self.counts[fault] += 1
 
     def _note_record(self) -> None:
         for line in self.arena.read_record():
             self.lines.append(line)
             if line["what"] == "trained":
-                self._training[line["pid"]] = line
-            elif line["what"] == "unsaved" and self._empty_the_disk:
-                self._empty_the_disk()
+                self.training[line["pid"]] = line
+            elif line["what"] == "unsaved" and self.empty_the_disk:
+                self.empty_the_disk()
             elif line["what"] in ("finished", "refused"):
-                self._training.pop(line["pid"], None)
+                self.training.pop(line["pid"], None)
                 if line["what"] == "finished":
                     self._finished.add(line["number"])
             elif line["what"] == "fault":
-                self._count(line["fault"])
+                self.count(line["fault"])
                 if line["fault"].startswith("SIGSTOP"):
                     self.go_on_later(line["pid"])
 
@@ -176,7 +175,7 @@ class Chaos:
 
     def victim(self) -> int | None:
         """A worker that has trained an epoch of the trial that it has; the others are only being started."""
-        living = [pid for pid in self.arena.workers() if pid in self._training]
+        living = [pid for pid in self.arena.workers() if pid in self.training]
         return self.rng.choice(living) if living else None
 
     @property
@@ -202,10 +201,10 @@ def to_a_worker(fault: str, number: signal.Signals) -> Callable[[Chaos], bool]:
         pid = chaos.victim()
         if pid is None or not send(pid, number):
             return False
-        chaos._training.pop(pid, None)
+        chaos.training.pop(pid, None)
         if number == signal.SIGSTOP:
             chaos.go_on_later(pid)
-        chaos._count(fault)
+        chaos.count(fault)
         return True
 
     return inject
@@ -217,7 +216,7 @@ def kill_all_workers(chaos: Chaos) -> bool:
         return False
     for pid in pids:
         send(pid, signal.SIGKILL)
-    chaos._training.clear()
+    chaos.training.clear()
     return True
 
 
@@ -241,24 +240,24 @@ def to_the_command(number: signal.Signals) -> Callable[[Chaos], bool]:
 
 
 def start_a_second(chaos: Chaos) -> bool:
-    if chaos._second is not None and chaos._second.process.poll() is None:
+    if chaos.second is not None and chaos.second.process.poll() is None:
         return False
-    command = chaos._second = chaos.arena.start()
+    command = chaos.second = chaos.arena.start()
     chaos.later(chaos.rng.uniform(5, 15), lambda: command.process.send_signal(signal.SIGINT))
     return True
 
 
 def fill_the_disk(chaos: Chaos) -> bool:
     """Until a checkpoint could not be written, or a while."""
-    if chaos._empty_the_disk is not None:
+    if chaos.empty_the_disk is not None:
         return False
     flag, ballast = chaos.arena.folder / "full", chaos.arena.disk / "ballast"
 
     def empty() -> None:
         (ballast if chaos.arena.is_mounted else flag).unlink(missing_ok=True)
-        chaos._empty_the_disk = None
+        chaos.empty_the_disk = None
 
-    chaos._empty_the_disk = empty
+    chaos.empty_the_disk = empty
     if chaos.arena.is_mounted:
         _fill(ballast)
     else:
@@ -283,7 +282,7 @@ def tear_a_checkpoint(chaos: Chaos) -> bool:
     pid = chaos.victim()
     if pid is None or not send(pid, signal.SIGSTOP):
         return False
-    number = chaos._training[pid]["number"]
+    number = chaos.training[pid]["number"]
     found = sorted(chaos.arena.disk.glob(f"chaos-*/{number:06d}/epoch-*.ckpt"))
     if not found:
         send(pid, signal.SIGCONT)
@@ -301,7 +300,7 @@ def tear_a_checkpoint(chaos: Chaos) -> bool:
     epoch = int(found[-1].stem.split("-")[1])
     chaos.lines.append({"what": "torn", "number": number, "epoch": epoch, "at": time.time()})
     send(pid, signal.SIGKILL)
-    chaos._training.pop(pid)
+    chaos.training.pop(pid)
     return True
 
 
@@ -309,17 +308,17 @@ def to_the_database(
     begin: Callable[[Any], None], end: Callable[[Any], None] = lambda database: None, *, seconds: float = 0.0
 ) -> Callable[[Chaos], bool]:
     def inject(chaos: Chaos) -> bool:
-        if chaos._is_database_busy:
+        if chaos.is_database_busy:
             return False
         try:
             begin(chaos.arena.database)
         except sqlite3.OperationalError:  # a worker that is stopped has the lock
             return False
-        chaos._is_database_busy = True
+        chaos.is_database_busy = True
 
         def over() -> None:
             end(chaos.arena.database)
-            chaos._is_database_busy = False
+            chaos.is_database_busy = False
 
         chaos.later(seconds * chaos.rng.uniform(1.0, 1.5), over)
         return True
@@ -331,7 +330,7 @@ def counted(fault: str, inject: Callable[[Chaos], bool]) -> Callable[[Chaos], bo
     def inject_and_count(chaos: Chaos) -> bool:
         injected = inject(chaos)
         if injected:
-            chaos._count(fault)
+            chaos.count(fault)
         return injected
 
     return inject_and_count

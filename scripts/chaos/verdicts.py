@@ -69,7 +69,7 @@ def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
         ],
         finals={number: _final(arena, store, study, number) for number in numbers},
         problems=store.problems(study),
-        record=record,
+        record=sorted(record, key=lambda line: line["at"]),
         living=living,
     )  # fmt: skip
 
