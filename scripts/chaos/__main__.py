@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -93,6 +94,7 @@ def main() -> int:
     parser.add_argument("--interval", type=float, default=0.5, help="seconds between two faults, on average")
     parser.add_argument("--sabotage", choices=sorted(SABOTAGE), help="break the product on purpose")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started and mounted is cleared away, too
     stores = ["sqlite", "postgres"] if arguments.store == "both" else [arguments.store]
     num_faults = arguments.faults or (SHORT_FAULTS if arguments.short else 100)
     problems = SHORT if arguments.short else PROBLEMS
