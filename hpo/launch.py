@@ -29,6 +29,7 @@ from hpo.worker import ASSIGNMENT, DRAIN_S, EXIT_RESTART, Assignment, Worker
 TICK_S = 0.2
 REAP_S = 5.0
 KILL_S = DRAIN_S + 10.0  # after being asked to leave, a worker that is still there is killed
+STRAGGLE_S = 10.0  # after a study's end, a worker that is still there hangs: idle ones look every POLL_S
 MAX_CRASHES = 5  # for each worker: processes that died one after the other without an epoch in between
 
 Watch = Callable[[], None]  # called several times a second while workers run: the place to show progress
@@ -130,11 +131,18 @@ class LocalProcesses:
         self, store: Store, study: Study, processes: list[_Process], interrupted: list[int], watch: Watch
     ) -> None:  # fmt: skip
         crashes, before, next_reap = 0, _progress(store, study), time.monotonic() + REAP_S
+        finished_since: float | None = None
         while not interrupted:
             running = [process for process in processes if process.is_running()]
-            over = len(running) < len(processes) and _is_over(store, study)
+            look = time.monotonic() > next_reap or len(running) < len(processes)
+            over = look and _is_over(store, study)
             if over and not running:
                 return
+            if look:
+                is_finished = over and _is_finished(store, study)
+                finished_since = (finished_since or time.monotonic()) if is_finished else None
+                if finished_since is not None and time.monotonic() - finished_since > STRAGGLE_S:
+                    return  # who is still here hangs, and is ended like one that does not leave when asked
             gone = [] if over else [process for process in processes if process.exit_code is not None]
             if gone:  # while there is work left
                 killed = {process.pid for process in gone if process.exit_code == -signal.SIGKILL}
@@ -238,7 +246,11 @@ def _drain(processes: Sequence[_Process], interrupted: list[int], watch: Watch) 
 
 
 def _is_over(store: Store, study: Study) -> bool:
-    return store.is_stopping(study.study_id) or not store.counts(study.study_id).keys() - set(ENDED)
+    return store.is_stopping(study.study_id) or _is_finished(store, study)
+
+
+def _is_finished(store: Store, study: Study) -> bool:
+    return not store.counts(study.study_id).keys() - set(ENDED)
 
 
 def _progress(store: Store, study: Study) -> int:

@@ -446,8 +446,10 @@ def main() -> None:
     except Exception:
         logger.exception("the worker failed")
         exit_code = 1
-    if stop.is_set() and exit_code == 0:
-        exit_code = EXIT_RESTART  # told to leave, perhaps not by its supervisor: the work may not be done
+    if stop.is_set():
+        # Told to leave, perhaps not by its supervisor: the work may not be done. Where the store did not answer at
+        # that moment, leaving failed, and that is no crash that its trial could be blamed for.
+        exit_code = EXIT_RESTART
     # Threads that the user's code has left behind must not hold up the end.
     sys.stdout.flush()
     sys.stderr.flush()
