@@ -61,6 +61,7 @@ class InProcess:
                     watch()
                 return bool(interrupted)
 
+            store.give_up = lambda: bool(interrupted)
             store.reap(study)
             if study.spec.objective is None:
                 import torch

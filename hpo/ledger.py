@@ -49,7 +49,6 @@ OUT_OF_MEMORY = "out of memory"  # the failure key of what ran out of it, wherev
 SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
-
 ENDED = ("complete", "pruned", "diverged", "failed")
 
 Verdict = Literal["go on", "prune", "stop"]
@@ -114,11 +113,10 @@ class Ledger:
                     study.study_id,
                     create_trial(state=TrialState.RUNNING, system_attrs={"fixed_params": json.loads(row.given)}),
                 )
-            at = now(connection)
             claim = Claim(study.study_id, row.number, row.attempt + 1, trial_id, worker_id)
             connection.execute(
                 slots.update()
-                .where(slots.c.study_id == study.study_id, slots.c.number == row.number)
+                .where(_is_slot(claim))
                 .values(
                     state="running",
                     attempt=claim.attempt,
@@ -193,7 +191,7 @@ class Ledger:
         epoch, and its word is kept: a kill between a report and what follows from it changes nothing.
         """
         with self._held(claim) as connection:
-            mine = (slots.c.study_id == claim.study_id) & (slots.c.number == claim.number)
+            mine = _is_slot(claim)
             slot = connection.execute(sa.select(slots.c.furthest, slots.c.pruned_at).where(mine)).one()
             self._replace_epoch(connection, claim, epoch, metrics)
             theirs = intermediate_values.c
@@ -237,7 +235,7 @@ class Ledger:
         A trial is tried again `search.retries` times, and one that ran out of memory once, alone on its device.
         """
         with self._held(claim) as connection:
-            mine = (slots.c.study_id == claim.study_id) & (slots.c.number == claim.number)
+            mine = _is_slot(claim)
             row = connection.execute(sa.select(slots.c.failures, slots.c.alone).where(mine)).one()
             out_of_memory = failure_key == OUT_OF_MEMORY
             if row.alone if out_of_memory else row.failures >= spec.search.retries:
@@ -466,10 +464,13 @@ def _is_attempt(claim: Claim) -> sa.ColumnElement[bool]:
     )
 
 
+def _is_slot(claim: Claim) -> sa.ColumnElement[bool]:
+    return sa.and_(slots.c.study_id == claim.study_id, slots.c.number == claim.number)
+
+
 def _is_held(claim: Claim) -> sa.ColumnElement[bool]:
     return sa.and_(
-        slots.c.study_id == claim.study_id,
-        slots.c.number == claim.number,
+        _is_slot(claim),
         slots.c.attempt == claim.attempt,
         slots.c.worker_id == claim.worker_id,
         slots.c.state == "running",

@@ -25,17 +25,12 @@ from hpo.rules import check_reference, check_rule, explain
 from hpo.search import PRUNERS, SAMPLERS
 from hpo.sections import CheckpointsSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
 from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points
-from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
+from hpo.train.config import NEUTRAL, TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
 # What may differ between two runs of one study without changing a single number of it.
-RESULT_NEUTRAL = frozenset(
-    {
-        "data.root", "data.placement", "search.retries",
-        "training.checkpoint_epochs", "checkpoints.url", "checkpoints.keep_best",
-    }
-)  # fmt: skip
+RESULT_NEUTRAL = NEUTRAL | {"search.retries", "checkpoints.url", "checkpoints.keep_best"}
 BUDGET = frozenset({"search.trials"})  # of a sampled study: trials can be added to those that there are
 
 
@@ -361,7 +356,6 @@ class StudySpec(Section):
 SECTIONS: dict[str, type[Section]] = {
     "search": SearchSpec, "pruner": PrunerSpec, "objective": ObjectiveSpec, "checkpoints": CheckpointsSpec,
 }  # fmt: skip
-TORCHVISION = "torchvision:"  # the one prefix of a model's name that is no module of a user's
 DEFAULT_TRIALS = 20
 OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # what of [training] a user's own loop is given
 

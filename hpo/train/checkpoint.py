@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from hpo.errors import UserError
-from hpo.train.config import EpochResult, TrialConfig
+from hpo.train.config import NEUTRAL, EpochResult, TrialConfig
 
 MAGIC = b"hpo checkpoint\n"
 FORMAT_VERSION = 1
@@ -30,7 +30,6 @@ _HEADER = struct.Struct(f">{len(MAGIC)}sI32sQ")  # magic, format version, SHA-25
 _CHECKPOINT = re.compile(r"epoch-(\d{6,})\.ckpt")
 _TEMPORARY = re.compile(r"\.epoch-\d{6,}\.ckpt\.[0-9a-f]{16}\.tmp")
 ABANDONED_S = 3600.0  # a temporary file that nobody has written to for so long has no writer any more
-NEUTRAL = frozenset({"data.root", "data.placement", "training.checkpoint_epochs"})  # settings that change no result
 _EXTRAS = {"s3": "hpo[s3]", "s3a": "hpo[s3]", "gs": "hpo[gs]", "gcs": "hpo[gs]"}
 
 

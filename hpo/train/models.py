@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import UserError, unknown_name
-from hpo.train.config import ModelConfig
+from hpo.train.config import TORCHVISION, ModelConfig
 from hpo.train.imports import call_factory, describe, import_object, is_import_path
 
-TORCHVISION = "torchvision:"
 ARTICLE_IMAGE_SIZE = 32
 
 
