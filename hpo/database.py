@@ -30,6 +30,8 @@ OPEN_TIMEOUT_S = 10.0  # the same while opening, where a lock held that long is 
 CONNECTIONS_PER_WORKER = 2
 MAX_THREADS = 10  # that one process may use a store from, the dashboard's 8 among them; each needs a connection
 ABANDONED_S = 60  # Postgres ends a transaction that its client, stopped or cut off, has left open this long
+# What Postgres says to who asks for something wrong; whatever else keeps a connection from being made may pass.
+REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no pg_hba.conf entry")
 ADVISORY_LOCK = 0x68706F  # "hpo": held in Postgres while tables or studies are made
 
 
@@ -242,10 +244,11 @@ def _explained(url: URL, *, writing: bool) -> Iterator[None]:
     """What opening a database may raise, as a sentence."""
     try:
         yield
-    except sa.exc.OperationalError as error:
-        raise Unreachable(f"the store {url} cannot be opened{' for writing' * writing}: {_plain(error)}") from None
     except sa.exc.DatabaseError as error:
-        raise UserError(f"the store {url} cannot be opened{' for writing' * writing}: {_plain(error)}") from None
+        said = _plain(error)
+        may_pass = isinstance(error, sa.exc.OperationalError) and not any(words in said for words in REFUSALS)
+        problem = f"the store {url} cannot be opened{' for writing' * writing}: {said}"
+        raise (Unreachable if may_pass else UserError)(problem) from None
     except ImportError:
         raise UserError(f"the store {url} needs the package psycopg: pip install 'hpo[postgres]'") from None
     except ValueError as error:
