@@ -87,7 +87,7 @@ def fill(store: Store, trials: int, *, more: int) -> None:
             connection.execute(schema.epochs.insert(), rows)
 
 
-def work(url: str, deadline: float, threads: int, results: Any) -> None:
+def work(url: str, deadline: float, threads: int, epoch_s: float, results: Any) -> None:
     """Some workers in one process; puts the seconds of every call."""
     from threading import Thread
 
@@ -97,6 +97,7 @@ def work(url: str, deadline: float, threads: int, results: Any) -> None:
         store = Store(url, patience_s=60)
         study = store.study("load")
         worker = store.add_worker(study.study_id, device=f"cpu:{os.getpid()}")
+        draw = random.Random(worker)
         store.trials(study)  # the cold read of all trials is a worker's start, not a step
 
         def timed(step: str, *arguments: Any, **options: Any) -> Any:
@@ -113,6 +114,7 @@ def work(url: str, deadline: float, threads: int, results: Any) -> None:
                 lr = timed("suggest", claim, study.spec, attributes=lambda _: {"seed": 1})["lr"]
                 end = "complete"
                 for epoch, value in enumerate(curve(lr, claim.number), start=1):
+                    time.sleep(epoch_s * (0.5 + draw.random()))
                     told = {"epoch": epoch, "metrics": {"val_accuracy": value}, "value": value}
                     if timed("report", claim, study.spec, **told, may_prune=epoch < EPOCHS) == "prune":
                         end = "pruned"
@@ -127,7 +129,7 @@ def work(url: str, deadline: float, threads: int, results: Any) -> None:
     results.put(timings)
 
 
-def measure(url: str, *, trials: int, workers: int, seconds: float) -> dict[str, Any]:
+def measure(url: str, *, trials: int, workers: int, seconds: float, epoch_s: float) -> dict[str, Any]:
     store = Store(url)
     processes = max(1, math.ceil(workers / THREADS))
     context = multiprocessing.get_context("spawn")
@@ -135,7 +137,7 @@ def measure(url: str, *, trials: int, workers: int, seconds: float) -> dict[str,
     share = [workers // processes + (index < workers % processes) for index in range(processes)]
     start_up = 4.0 + 2.5 * processes + trials / 500 * workers / 8
     deadline = time.time() + start_up + seconds
-    started = [context.Process(target=work, args=(url, deadline, threads, results)) for threads in share]
+    started = [context.Process(target=work, args=(url, deadline, threads, epoch_s, results)) for threads in share]
     for process in started:
         process.start()
     connections = 0
@@ -208,6 +210,7 @@ def main() -> None:
     parser.add_argument("--trials", nargs="+", type=int, default=[100, 1000, 5000])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 8, 32, 64])
     parser.add_argument("--seconds", type=float, default=10.0, help="of load for each figure, after the start-up")
+    parser.add_argument("--epoch-s", type=float, default=0.0, help="of training before each report; 0: nothing but load")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -224,7 +227,7 @@ def main() -> None:
                 url = make()
                 fill(Store(url, create=True), trials, more=20_000)
                 for workers in arguments.workers:  # one after the other on one study, which grows by what they do
-                    row = measure(url, trials=trials, workers=workers, seconds=arguments.seconds)
+                    row = measure(url, trials=trials, workers=workers, seconds=arguments.seconds, epoch_s=arguments.epoch_s)
                     table.append(row)
                     cells = "  ".join(
                         f"{row[step]['p50_ms']:12.1f} {row[step]['p99_ms']:8.1f} {row[step]['per_s']:7.1f}"
