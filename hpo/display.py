@@ -52,6 +52,7 @@ class Progress:
         self._study: Study | None = None
         self._next_read = 0.0
         self._reported: dict[int, tuple[str, int]] = {}
+        self._said: set[str] = set()  # of what the workers agreed on
 
     def __enter__(self) -> Progress:
         if self._live is not None:
@@ -81,6 +82,10 @@ class Progress:
         if time.monotonic() < self._next_read or self._store is None or self._study is None:
             return
         began = time.monotonic()
+        for key, agreed in self._store.agreements(self._study).items():
+            if key not in self._said:
+                self._said.add(key)
+                self._console.print(agreed["reason"], highlight=False, soft_wrap=True)
         trials = self._store.trials(self._study)
         for trial in trials:
             if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:

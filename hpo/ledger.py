@@ -80,12 +80,13 @@ class Ledger:
         self._cached = get_storage(self._storage)  # finished trials are read from the database once
 
     @patiently
-    def claim(self, study: Study, worker_id: str) -> Claim | None:
+    def claim(self, study: Study, worker_id: str, *, beside: int = 0) -> Claim | None:
         """Takes a waiting slot, the first one, or None where no slot waits for this worker or the study is to stop.
 
-        A trial that has killed workers is taken after those that have not, lest it keep the study from them. One that
-        ran out of memory is taken last, and only by a worker that has its device to itself, which no other one then
-        takes a trial on.
+        `beside` is how many trials the worker holds already. A trial that has killed workers is taken after those that
+        have not, lest it keep the study from them, and not beside others, lest they pay for it. One that ran out of
+        memory is taken last, and only by a worker that has its device to itself, which no other one then takes a trial
+        on.
         """
         waiting = sa.select(slots).where(slots.c.study_id == study.study_id, slots.c.state == "waiting")
         with self._storage.engine.connect() as connection:  # idle workers ask often: no write lock for a no
@@ -101,7 +102,9 @@ class Ledger:
             if any(row.alone for row in neighbours):
                 return None
             fits = slots.c.alone == 0
-            kinds = [fits & (slots.c.losses < MAX_LOSSES), fits] + [slots.c.alone == 1] * (not neighbours)
+            kinds: list[sa.ColumnElement[bool]] = [fits & (slots.c.losses == 0)]
+            if not beside:
+                kinds += [fits & (slots.c.losses < MAX_LOSSES), fits] + [slots.c.alone == 1] * (not neighbours)
             # One after the other, not one ORDER BY, so that the index gives the first at once and nothing is sorted.
             queries = [waiting.where(kind).order_by(slots.c.number).limit(1) for kind in kinds]
             row = next((row for query in queries if (row := connection.execute(query).first())), None)
@@ -113,7 +116,9 @@ class Ledger:
                     study.study_id,
                     create_trial(state=TrialState.RUNNING, system_attrs={"fixed_params": json.loads(row.given)}),
                 )
-            claim = Claim(study.study_id, row.number, row.attempt + 1, trial_id, worker_id)
+            claim = Claim(
+                study.study_id, row.number, row.attempt + 1, trial_id, worker_id, is_suspect=row.losses > 0
+            )  # fmt: skip
             connection.execute(
                 slots.update()
                 .where(_is_slot(claim))

@@ -46,6 +46,7 @@ class Claim:
     attempt: int
     trial_id: int
     worker_id: str
+    is_suspect: bool = field(default=False, compare=False)  # workers died of it or beside it: it trains alone
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,10 @@ RULES: dict[str, Rule] = {
     "training.label_smoothing": BELOW_1,
     "training.checkpoint_epochs": AT_LEAST_1,
     "training.seed": AT_LEAST_0,
+    "engine.lanes": (
+        "'auto' or an integer between 1 and 1024",
+        lambda value: value == "auto" or (type(value) is int and 1 <= value <= 1024),
+    ),
     "checkpoints.url": (
         "an absolute folder or a URL such as s3://bucket/folder, which every machine can reach",
         lambda value: "://" in value or value.startswith(("/", "~")),

@@ -65,6 +65,12 @@ class ObjectiveSpec(Section):
     direction: str = "maximize"
 
 
+class EngineSpec(Section):
+    """How a device is shared among trials."""
+
+    lanes: Any = "auto"  # trials that a worker trains at once; auto: as many as are fastest, measured
+
+
 class CheckpointsSpec(Section):
     """Where trials in training are kept, so that another worker can go on with them, and how many of the best stay."""
 

@@ -23,14 +23,14 @@ from hpo.errors import UserError, check_keys, unknown_name
 from hpo.objective import RESERVED
 from hpo.rules import check_reference, check_rule, explain
 from hpo.search import PRUNERS, SAMPLERS
-from hpo.sections import CheckpointsSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
+from hpo.sections import CheckpointsSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
 from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points
 from hpo.train.config import NEUTRAL, TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
 # What may differ between two runs of one study without changing a single number of it.
-RESULT_NEUTRAL = NEUTRAL | {"search.retries", "checkpoints.url", "checkpoints.keep_best"}
+RESULT_NEUTRAL = NEUTRAL | {"search.retries", "engine.lanes", "checkpoints.url", "checkpoints.keep_best"}
 BUDGET = frozenset({"search.trials"})  # of a sampled study: trials can be added to those that there are
 
 
@@ -48,6 +48,7 @@ class StudySpec(Section):
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
     objective: ObjectiveSpec | None = None
+    engine: EngineSpec = EngineSpec()
     checkpoints: CheckpointsSpec = CheckpointsSpec()
 
     @classmethod
@@ -200,7 +201,7 @@ class StudySpec(Section):
     def _check(self) -> StudySpec:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise UserError(f"name must be letters, digits, '.', '_' and '-', at most 100; got {self.name!r}")
-        for section in ("search", "pruner", "data", "training", "checkpoints"):
+        for section in ("search", "pruner", "data", "training", "engine", "checkpoints"):
             for key, value in vars(getattr(self, section)).items():
                 check_rule(f"{section}.{key}", value)
         self._check_search()
@@ -305,6 +306,11 @@ class StudySpec(Section):
                 "checkpoints.keep_best has no effect with objective.function, whose folders are all kept; "
                 f"got {self.checkpoints.keep_best}"
             )
+        if self.engine != EngineSpec():
+            raise UserError(
+                "engine.lanes has no effect with objective.function, which is called for one trial at a time; "
+                f"got {self.engine.lanes!r}"
+            )
         for section, config in (("model", self.model), ("data", self.data), ("training", self.training)):
             for field in dataclasses.fields(config):
                 given = section == "training" and field.name in OBJECTIVE_TRAINING_KEYS
@@ -354,7 +360,8 @@ class StudySpec(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    "search": SearchSpec, "pruner": PrunerSpec, "objective": ObjectiveSpec, "checkpoints": CheckpointsSpec,
+    "search": SearchSpec, "pruner": PrunerSpec, "objective": ObjectiveSpec, "engine": EngineSpec,
+    "checkpoints": CheckpointsSpec,
 }  # fmt: skip
 DEFAULT_TRIALS = 20
 OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # what of [training] a user's own loop is given

@@ -271,6 +271,23 @@ class Store(Ledger):
             )
         return Study(study_id, name, spec, facts, row.stop, row.stop_reason, row.started_at)
 
+    @patiently
+    def agree(self, study: Study, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
+        """What holds for the study under this name from now on: `value`, or what an earlier caller gave."""
+        with self._transaction() as connection:
+            connection.execute(
+                sa.select(studies.c.study_id).where(studies.c.study_id == study.study_id).with_for_update()
+            )
+            known = self._storage.get_study_user_attrs(study.study_id)
+            if key not in known:
+                self._storage.set_study_user_attr(study.study_id, key, dict(value))
+            return dict(known.get(key, value))
+
+    @patiently
+    def agreements(self, study: Study) -> dict[str, Any]:
+        """All that was agreed on, by name."""
+        return self._storage.get_study_user_attrs(study.study_id)
+
     # Workers
 
     @patiently

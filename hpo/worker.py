@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from hpo.trust import Allowed
 
 if TYPE_CHECKING:
     from hpo.checkpoints import StudyCheckpoints
-    from hpo.train.engine import Engine
+    from hpo.train.lanes import Choice, LaneEngine
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Worker:
         self._draining = False
         self._told_at: float | None = None  # when it was first seen that the worker is to leave
         self._lanes: dict[int, tuple[Claim, TrialConfig]] = {}
-        self._engine: Engine | None = None
+        self._engine: LaneEngine | None = None
         self._checkpoints: StudyCheckpoints | None = None
         self._held: set[Claim] = set()  # what the heartbeat renews
         self._worker_id = ""
@@ -122,16 +122,29 @@ class Worker:
 
     def _engine_loop(self) -> Callable[[], bool]:
         from hpo.checkpoints import StudyCheckpoints
-        from hpo.train.engine import PlainEngine, Stopped
+        from hpo.train.engine import Stopped
+        from hpo.train.lanes import MOST_LANES, LaneEngine
 
-        engine = self._engine = PlainEngine(device=self._torch_device, should_stop=self._must_abort)
+        wanted = self._spec.engine.lanes
+        engine = self._engine = LaneEngine(
+            device=self._torch_device,
+            lanes=None if wanted == "auto" else wanted,
+            most=max(2, min(MOST_LANES, self._spec.num_trials)),
+            should_stop=self._must_abort,
+            agree=self._agree,
+        )
         checkpoints = self._checkpoints = StudyCheckpoints(self._store, self._study)
         checkpoints.tidy()
 
         def work() -> bool:
             """Fills the free lanes and trains an epoch; False where there was nothing to train."""
-            while engine.free_lanes and (claim := self._claim()):
-                with self._losing_ends(claim), self._failures_end([claim]):
+            while engine.free_lanes and self._may_take_more() and (claim := self._claim()):
+                num_lanes = len(self._lanes)
+                with (
+                    self._losing_ends(claim),
+                    self._failures_end([claim]),
+                    self._memory_limits([claim], to=num_lanes),
+                ):
                     values, seed = self._suggest(claim)
                     config = self._spec.trial_config(values, seed=seed)
                     checkpoint = checkpoints.begin(claim, config)
@@ -143,7 +156,8 @@ class Worker:
                 return False
             results: list[EpochResult] = []
             num_lanes = len(self._lanes)
-            with self._failures_end([claim for claim, _ in self._lanes.values()]), suppress(Stopped):
+            held = [claim for claim, _ in self._lanes.values()]
+            with self._failures_end(held), self._memory_limits(held, to=num_lanes // 2), suppress(Stopped):
                 results = engine.run_epoch()
             for result in results:
                 self._settle(*self._lanes[result.lane], result)
@@ -156,6 +170,24 @@ class Worker:
             return True
 
         return work
+
+    def _agree(self, choice: Choice) -> Choice:
+        """What the study's workers do on devices like this one: as the first of them chose."""
+        from hpo.train.lanes import Choice
+
+        key = f"lanes {self._spec.engine.lanes} on {choice.device}"
+        return Choice(**self._store.agree(self._study, key, asdict(choice)))
+
+    def _may_take_more(self) -> bool:
+        """Whether another trial may join those in the lanes: not a suspect's, and no more than this worker's share."""
+        if not self._lanes:
+            return True
+        if any(claim.is_suspect for claim, _ in self._lanes.values()):
+            return False
+        counts = self._store.counts(self._study.study_id)
+        num_open = counts.get("waiting", 0) + counts.get("running", 0)
+        num_workers = sum(worker.alive for worker in self._store.workers(self._study))
+        return len(self._lanes) < math.ceil(num_open / max(1, num_workers))
 
     def _settle(self, claim: Claim, config: TrialConfig, result: EpochResult) -> None:
         """Reports an epoch; then ends the trial where it is done, dropped or diverged, or saves it.
@@ -243,7 +275,9 @@ class Worker:
     # Both
 
     def _claim(self) -> Claim | None:
-        claim = None if self._should_stop() else self._store.claim(self._study, self._worker_id)
+        if self._should_stop():
+            return None
+        claim = self._store.claim(self._study, self._worker_id, beside=len(self._lanes))
         if claim is not None:
             self._held.add(claim)
         return claim
@@ -322,6 +356,21 @@ class Worker:
                         self._checkpoints.forget(claim.number)
             if "CUDA error" in _text(error) and not out_of_memory:
                 raise SystemExit(EXIT_RESTART) from error  # no later kernel of this process would run
+
+    @contextmanager
+    def _memory_limits(self, claims: list[Claim], *, to: int) -> Iterator[None]:
+        """Running out of memory is no trial's failure where there are others: these are given back, to go on from their
+        checkpoints, and so many are trained at once from now on. With `to` = 0 it is."""
+        try:
+            yield
+        except Exception as error:
+            if to == 0 or not _is_out_of_memory(error):
+                raise
+            assert self._engine is not None
+            logger.warning("out of memory with %d trials; at most %d at once from now on", len(self._lanes), to)
+            self._engine.limit(to)
+            for claim in claims:
+                self._let_go(claim)
 
     @contextmanager
     def _heartbeat(self) -> Iterator[None]:

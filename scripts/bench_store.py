@@ -210,7 +210,9 @@ def main() -> None:
     parser.add_argument("--trials", nargs="+", type=int, default=[100, 1000, 5000])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 8, 32, 64])
     parser.add_argument("--seconds", type=float, default=10.0, help="of load for each figure, after the start-up")
-    parser.add_argument("--epoch-s", type=float, default=0.0, help="of training before each report; 0: nothing but load")
+    parser.add_argument(
+        "--epoch-s", type=float, default=0.0, help="of training before each report; 0: nothing but load"
+    )
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -227,7 +229,9 @@ def main() -> None:
                 url = make()
                 fill(Store(url, create=True), trials, more=20_000)
                 for workers in arguments.workers:  # one after the other on one study, which grows by what they do
-                    row = measure(url, trials=trials, workers=workers, seconds=arguments.seconds, epoch_s=arguments.epoch_s)
+                    row = measure(
+                        url, trials=trials, workers=workers, seconds=arguments.seconds, epoch_s=arguments.epoch_s
+                    )
                     table.append(row)
                     cells = "  ".join(
                         f"{row[step]['p50_ms']:12.1f} {row[step]['p99_ms']:8.1f} {row[step]['per_s']:7.1f}"

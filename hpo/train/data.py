@@ -154,27 +154,47 @@ class Part:
         With a seed the pictures are shuffled and augmented, the same way for the same (seed, epoch); without, they come
         as they are in their fixed order.
         """
-        device, num_pictures = self.labels_N.device, len(self)
-        order_N, augment = torch.arange(num_pictures), None
+        order_1N, augment = torch.arange(len(self))[None], None
         if seed is not None:
+            order_1N, augment = self._shuffled([(seed, epoch)])
+        for images_1BCHW, labels_1B in self._read(batch_size, order_1N, augment):
+            yield images_1BCHW[0], labels_1B[0]
+
+    def stacked_batches(self, batch_size: int, epochs: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of K epochs at once, each a (seed, epoch) with the batches that it has alone.
+
+        Pairs of images float32 (K, B, C, H, W) and labels int64 (K, B).
+        """
+        return self._read(batch_size, *self._shuffled(epochs))
+
+    def _shuffled(self, epochs: Sequence[tuple[int, int]]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """For each epoch its order (K, N), and its flips (K, N) and offsets (K, N, 2) where pictures are augmented."""
+        orders, flips, offsets = [], [], []
+        for seed, epoch in epochs:
             generator = torch.Generator().manual_seed(derive_seed(seed, "data", epoch))
-            order_N = torch.randperm(num_pictures, generator=generator)
+            orders.append(torch.randperm(len(self), generator=generator))
             if self.flip or self.crop:
-                flips_N = torch.rand(num_pictures, generator=generator).lt(0.5 if self.flip else 0.0)
-                offsets_N2 = torch.randint(2 * self.crop + 1, (num_pictures, 2), generator=generator)
-                augment = flips_N.to(device), offsets_N2.to(device)
-        bounds = batch_bounds(num_pictures, batch_size)
-        labels_N = self.labels_N[order_N.to(device)]
-        stored = self.source.read([order_N[start:end] for start, end in bounds])
-        for (start, end), images_BHWC in zip(bounds, stored, strict=True):
-            if augment is None:
-                images = images_BHWC
-            else:
-                flips_N, offsets_N2 = augment
-                images = flip_and_crop(
-                    images_BHWC, flips_B=flips_N[start:end], offsets_B2=offsets_N2[start:end], padding=self.crop
-                )
-            yield self._normalise(images), labels_N[start:end]
+                flips.append(torch.rand(len(self), generator=generator).lt(0.5 if self.flip else 0.0))
+                offsets.append(torch.randint(2 * self.crop + 1, (len(self), 2), generator=generator))
+        augment = (torch.stack(flips), torch.stack(offsets)) if flips else None
+        return torch.stack(orders), augment
+
+    def _read(
+        self, batch_size: int, order_KN: Tensor, augment: tuple[Tensor, Tensor] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        device, num_lanes = self.labels_N.device, len(order_KN)
+        bounds = batch_bounds(len(self), batch_size)
+        labels_KN = self.labels_N[order_KN.to(device)]
+        if augment is not None:
+            flips_KN, offsets_KN2 = (drawn.to(device) for drawn in augment)
+        stored = self.source.read([order_KN[:, start:end].flatten() for start, end in bounds])
+        for (start, end), images_BHWC in zip(bounds, stored, strict=True):  # the batch of each lane after the other's
+            images = images_BHWC
+            if augment is not None:
+                flips_B, offsets_B2 = flips_KN[:, start:end].flatten(), offsets_KN2[:, start:end].flatten(0, 1)
+                images = flip_and_crop(images, flips_B=flips_B, offsets_B2=offsets_B2, padding=self.crop)
+            images_BCHW = self._normalise(images)
+            yield images_BCHW.view(num_lanes, end - start, *images_BCHW.shape[1:]), labels_KN[:, start:end]
 
     def _normalise(self, images_BHWC: Tensor) -> Tensor:
         images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)

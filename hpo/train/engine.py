@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -82,35 +82,101 @@ class Engine(Protocol):
         """Forget the trial in a lane and free its memory; the lane is free afterwards."""
 
 
+class DataSets:
+    """The data set on a device: loaded once for the trials that share it, dropped where another one is needed."""
+
+    def __init__(self, *, device: torch.device) -> None:
+        self._device = device
+        self._loaded: tuple[DataConfig, Data] | None = None
+
+    def get(self, config: DataConfig) -> Data:
+        if self._loaded is None or self._loaded[0] != config:
+            self._loaded = None  # frees the device's memory before the next data set needs it
+            seed_generators(config.split_seed, "data")  # a user's data set may draw from them
+            self._loaded = (config, load_data(config, device=self._device))
+        return self._loaded[1]
+
+
 @dataclass(kw_only=True)
 class Lane:
-    """What a trial in training consists of."""
+    """What every engine keeps of a trial in training."""
 
     config: TrialConfig
     data: Data
-    model: nn.Module
-    forward: Callable[[Tensor], Tensor]  # the model, compiled where that was asked for
-    optimizer: torch.optim.Optimizer
-    amp_dtype: torch.dtype | None  # of automatic mixed precision; None: float32 throughout
+    network: Callable[[], nn.Module]  # as trained so far
     first_loss: float = math.nan  # of the trial's first step
     results: list[EpochResult] = field(default_factory=list)  # of the finished epochs
-    is_whole: bool = True  # between two epochs, not within one
 
     @property
     def epoch(self) -> int:
         """How many epochs are finished."""
         return len(self.results)
 
+    def lr_at(self, step: int, *, num_steps: int) -> float:
+        """The learning rate of a step, counted from 0, of the epoch in progress, which has `num_steps`."""
+        training = self.config.training
+        assert training.lr is not None
+        factor = lr_factor(
+            training,
+            epoch=self.epoch + step / num_steps,
+            steps_per_epoch=num_steps,
+            val_losses=[result.val_loss for result in self.results],
+        )
+        return training.lr * factor
+
+    def finish_epoch(
+        self,
+        losses_S: Tensor,
+        *,
+        lane: int,
+        hits: int,
+        val: tuple[float, float],
+        test_accuracy: float | None,
+        seconds: float,
+    ) -> EpochResult:
+        """Records the epoch in progress: each step's loss (CPU), correct pictures, validation loss and accuracy."""
+        training, num_pictures = self.config.training, len(self.data.train)
+        sizes_S = torch.tensor([end - start for start, end in batch_bounds(num_pictures, training.batch_size)])
+        if self.epoch == 0:
+            self.first_loss = float(losses_S[0])
+        result = EpochResult(
+            lane=lane,
+            epoch=self.epoch + 1,
+            train_loss=float((losses_S.double() * sizes_S).sum()) / num_pictures,
+            train_accuracy=hits / num_pictures,
+            val_loss=val[0],
+            val_accuracy=val[1],
+            test_accuracy=test_accuracy,
+            lr=self.lr_at(len(losses_S) - 1, num_steps=len(losses_S)),
+            seconds=seconds,
+            diverged=diverged(self, losses_S, val_loss=val[0], val_accuracy=val[1]),
+        )
+        self.results.append(result)
+        return result
+
+
+@dataclass(kw_only=True)
+class PlainLane(Lane):
+    """A trial that has its network and its optimizer to itself."""
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]  # the model, compiled where that was asked for
+    optimizer: torch.optim.Optimizer
+    amp_dtype: torch.dtype | None  # of automatic mixed precision; None: float32 throughout
+    is_whole: bool = True  # between two epochs, not within one
+
 
 class PlainEngine:
     """One lane on one device: as simple as a training loop can be, and the reference for every other engine."""
 
-    def __init__(self, *, device: str, should_stop: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, *, device: str, should_stop: Callable[[], bool] = lambda: False, data_sets: DataSets | None = None
+    ) -> None:
         """`should_stop` is asked before each step, from the training thread, and has to be quick."""
         self.device = torch.device(device)
         self._should_stop = should_stop
-        self._lane: Lane | None = None
-        self._data: tuple[DataConfig, Data] | None = None
+        self._lane: PlainLane | None = None
+        self._data_sets = data_sets or DataSets(device=self.device)
 
     @property
     def free_lanes(self) -> int:
@@ -119,11 +185,7 @@ class PlainEngine:
     def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None) -> int:
         assert self._lane is None, "the plain engine has one lane, and it is taken"
         assert checkpoint is None or checkpoint.config_digest == config_digest(config), "another trial's checkpoint"
-        if self._data is None or self._data[0] != config.data:
-            self._data = None  # frees the device's memory before the next data set needs it
-            seed_generators(config.data.split_seed, "data")  # a user's data set may draw from them
-            self._data = (config.data, load_data(config.data, device=self.device))
-        lane = build_lane(config, data=self._data[1], device=self.device)
+        lane = build_lane(config, data=self._data_sets.get(config.data), device=self.device)
         if checkpoint is not None:
             restore(lane, checkpoint)
         self._lane = lane
@@ -137,49 +199,26 @@ class PlainEngine:
         assert self._lane is not None, "there is no trial in this lane"
         assert self._lane.is_whole, "the trial is in the middle of an epoch"
         trial = self._lane
-        state = {
-            "model": trial.model.state_dict(),
-            "optimizer": trial.optimizer.state_dict(),
-            "first_loss": trial.first_loss,
-        }
-        return Checkpoint(
-            config_digest=config_digest(trial.config),
-            epoch=trial.epoch,
-            state=copied(state, setting=f"model.name = {trial.config.model.name!r}"),
-            results=tuple(trial.results),
-        )
+        return make_checkpoint(trial, model=trial.model.state_dict(), optimizer=trial.optimizer.state_dict())
 
     def run_epoch(self) -> list[EpochResult]:
         assert self._lane is not None, "there is no trial to train"
-        lane, training, data = self._lane, self._lane.config.training, self._lane.data
+        lane, data = self._lane, self._lane.data
         start_s = time.perf_counter()
         lane.is_whole = False
-        losses_S, train_loss, train_accuracy, lr = self._train(lane)
-        if lane.epoch == 0:
-            lane.first_loss = float(losses_S[0])
-        val_loss, val_accuracy = self._evaluate(lane, data.val)
+        losses_S, hits = self._train(lane)
+        val = self._evaluate(lane, data.val)
         test_accuracy = None
-        if training.report_test_accuracy:
+        if lane.config.training.report_test_accuracy:
             assert data.test is not None
             test_accuracy = self._evaluate(lane, data.test)[1]
-        result = EpochResult(
-            lane=0,
-            epoch=lane.epoch + 1,
-            train_loss=train_loss,
-            train_accuracy=train_accuracy,
-            val_loss=val_loss,
-            val_accuracy=val_accuracy,
-            test_accuracy=test_accuracy,
-            lr=lr,
-            seconds=time.perf_counter() - start_s,
-            diverged=diverged(lane, losses_S, val_loss=val_loss, val_accuracy=val_accuracy),
-        )
-        lane.results.append(result)
+        seconds = time.perf_counter() - start_s
+        result = lane.finish_epoch(losses_S, lane=0, hits=hits, val=val, test_accuracy=test_accuracy, seconds=seconds)
         lane.is_whole = True
         return [result]
 
-    def _train(self, lane: Lane) -> tuple[Tensor, float, float, float]:
-        """One epoch: the loss of each step (S,), mean loss and accuracy per picture, and the last learning rate.
+    def _train(self, lane: PlainLane) -> tuple[Tensor, int]:
+        """One epoch: the loss of each step (S,), on the CPU, and how many pictures were classified correctly.
 
         The device is not waited for until the epoch ends: losses and hits stay on it.
         """
@@ -189,62 +228,61 @@ class PlainEngine:
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         seed_generators(seed, "epoch", lane.epoch)
         lane.model.train()
-        lr = 0.0
         batches = data.train.batches(training.batch_size, seed=seed, epoch=lane.epoch)
         for step, (images_BCHW, labels_B) in enumerate(batches):
             if self._should_stop():
                 raise Stopped
-            lr = self._set_lr(lane, epoch=lane.epoch + step / num_steps, steps_per_epoch=num_steps)
-            with self._autocast(lane):
-                logits_BL = lane.forward(images_BCHW)
-            loss = F.cross_entropy(logits_BL.float(), labels_B, label_smoothing=training.label_smoothing)
-            lane.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if training.gradient_clip is not None:
-                nn.utils.clip_grad_norm_(lane.model.parameters(), training.gradient_clip)
-            lane.optimizer.step()
-            losses_S[step] = loss.detach()
-            hits += (logits_BL.detach().argmax(1) == labels_B).sum()
-        losses_S = losses_S.cpu()
-        sizes_S = torch.tensor([end - start for start, end in batch_bounds(len(data.train), training.batch_size)])
-        train_loss = float((losses_S.double() * sizes_S).sum()) / len(data.train)
-        return losses_S, train_loss, int(hits) / len(data.train), lr
+            for group in lane.optimizer.param_groups:
+                group["lr"] = lane.lr_at(step, num_steps=num_steps)
+            losses_S[step], step_hits = self.step(lane, images_BCHW, labels_B)
+            hits += step_hits
+        return losses_S.cpu(), int(hits)
 
-    def _set_lr(self, lane: Lane, *, epoch: float, steps_per_epoch: int) -> float:
+    def step(self, lane: PlainLane, images_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Trains on a batch; its mean loss and its correct pictures stay on the device."""
         training = lane.config.training
-        assert training.lr is not None
-        val_losses = [result.val_loss for result in lane.results]
-        factor = lr_factor(training, epoch=epoch, steps_per_epoch=steps_per_epoch, val_losses=val_losses)
-        for group in lane.optimizer.param_groups:
-            group["lr"] = training.lr * factor
-        return training.lr * factor
+        with autocast(self.device, lane.amp_dtype):
+            logits_BL = lane.forward(images_BCHW)
+        loss = F.cross_entropy(logits_BL.float(), labels_B, label_smoothing=training.label_smoothing)
+        lane.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if training.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(lane.model.parameters(), training.gradient_clip)
+        lane.optimizer.step()
+        return loss.detach(), (logits_BL.detach().argmax(1) == labels_B).sum()
 
     @torch.no_grad()
-    def _evaluate(self, lane: Lane, part: Part) -> tuple[float, float]:
+    def _evaluate(self, lane: PlainLane, part: Part) -> tuple[float, float]:
         """Mean loss and accuracy per picture, from float32 sums."""
         lane.model.eval()
         sums = torch.zeros(2, device=self.device)  # loss, hits
-        batch_size = max(lane.config.training.batch_size, EVALUATION_PIXELS // lane.data.image_size**2)
-        for images_BCHW, labels_B in part.batches(batch_size):
-            with self._autocast(lane):
+        for images_BCHW, labels_B in part.batches(evaluation_batch(lane)):
+            with autocast(self.device, lane.amp_dtype):
                 logits_BL = lane.model(images_BCHW).float()
             hits = (logits_BL.argmax(1) == labels_B).sum()
             sums += torch.stack([F.cross_entropy(logits_BL, labels_B, reduction="sum"), hits])
         loss, accuracy = (sums / len(part)).tolist()
         return loss, accuracy
 
-    def _autocast(self, lane: Lane) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=lane.amp_dtype, enabled=lane.amp_dtype is not None)
+
+def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
 
 
-def build_lane(config: TrialConfig, *, data: Data, device: torch.device) -> Lane:
+def evaluation_batch(lane: Lane) -> int:
+    """How many pictures are validated at a time."""
+    return max(lane.config.training.batch_size, EVALUATION_PIXELS // lane.data.image_size**2)
+
+
+def build_lane(config: TrialConfig, *, data: Data, device: torch.device) -> PlainLane:
     """Set a trial up: its network, drawn from its seed, and its optimizer. Raises UserError for what cannot work."""
     check_test_set(config, data=data)
     amp_dtype = mixed_precision(config.training, device=device)
     model = initial_model(config, data=data, device=device)
-    return Lane(
+    return PlainLane(
         config=config,
         data=data,
+        network=lambda: model,
         model=model,
         forward=torch.compile(model) if config.training.compile else model,
         optimizer=build_optimizer(model.parameters(), config.training, device_type=device.type),
@@ -252,7 +290,18 @@ def build_lane(config: TrialConfig, *, data: Data, device: torch.device) -> Lane
     )
 
 
-def restore(lane: Lane, checkpoint: Checkpoint) -> None:
+def make_checkpoint(lane: Lane, *, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of a trial whose network and torch.optim optimizer have these states."""
+    state = {"model": model, "optimizer": optimizer, "first_loss": lane.first_loss}
+    return Checkpoint(
+        config_digest=config_digest(lane.config),
+        epoch=lane.epoch,
+        state=copied(state, setting=f"model.name = {lane.config.model.name!r}"),
+        results=tuple(lane.results),
+    )
+
+
+def restore(lane: PlainLane, checkpoint: Checkpoint) -> None:
     """Bring a trial just set up to where its checkpoint is; raises UserError where the network does not fit."""
     state = copied(checkpoint.state, setting="the checkpoint")  # an optimizer would train on the checkpoint's tensors
     optimizer = lane.optimizer
@@ -345,7 +394,7 @@ def is_collapsed(lane: Lane) -> bool:
     Its loss does not tell: it is ln(classes) for a slow start too, and far above after a leap. A network that could not
     tell pictures apart when it was drawn either, such as an MLP of 20 layers, has not been killed by its learning rate.
     """
-    spread = output_spread(lane.model, lane.data)
+    spread = output_spread(lane.network(), lane.data)
     if spread > SAME_OUTPUT:
         return False
     initial = output_spread(initial_model(lane.config, data=lane.data, device=lane.data.val.labels_N.device), lane.data)

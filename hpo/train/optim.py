@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UserError, unknown_name
+from hpo.train import updates
 from hpo.train.config import TrainingConfig
+from hpo.train.updates import Update
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +27,28 @@ class Optimizer:
 
     torch_class: str  # name in torch.optim
     keys: frozenset[str]
+    update: Update  # the same rule for many trials at once
     fused_on_cuda: bool = False  # has one kernel that updates all parameters
 
 
 _ADAM_KEYS = frozenset({"beta1", "beta2", "eps", "weight_decay"})
 
 OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": Optimizer(torch_class="SGD", keys=frozenset({"momentum", "nesterov", "weight_decay"}), fused_on_cuda=True),
-    "adam": Optimizer(torch_class="Adam", keys=_ADAM_KEYS, fused_on_cuda=True),
-    "adamw": Optimizer(torch_class="AdamW", keys=_ADAM_KEYS, fused_on_cuda=True),
-    "nadam": Optimizer(torch_class="NAdam", keys=_ADAM_KEYS),
-    "radam": Optimizer(torch_class="RAdam", keys=_ADAM_KEYS),
-    "rmsprop": Optimizer(torch_class="RMSprop", keys=frozenset({"momentum", "eps", "weight_decay"})),
-    "adagrad": Optimizer(torch_class="Adagrad", keys=frozenset({"eps", "weight_decay"})),
-    "adadelta": Optimizer(torch_class="Adadelta", keys=frozenset({"eps", "weight_decay"})),
+    "sgd": Optimizer(
+        torch_class="SGD",
+        keys=frozenset({"momentum", "nesterov", "weight_decay"}),
+        update=updates.SGD,
+        fused_on_cuda=True,
+    ),
+    "adam": Optimizer(torch_class="Adam", keys=_ADAM_KEYS, update=updates.ADAM, fused_on_cuda=True),
+    "adamw": Optimizer(torch_class="AdamW", keys=_ADAM_KEYS, update=updates.ADAMW, fused_on_cuda=True),
+    "nadam": Optimizer(torch_class="NAdam", keys=_ADAM_KEYS, update=updates.NADAM),
+    "radam": Optimizer(torch_class="RAdam", keys=_ADAM_KEYS, update=updates.RADAM),
+    "rmsprop": Optimizer(
+        torch_class="RMSprop", keys=frozenset({"momentum", "eps", "weight_decay"}), update=updates.RMSPROP
+    ),
+    "adagrad": Optimizer(torch_class="Adagrad", keys=frozenset({"eps", "weight_decay"}), update=updates.ADAGRAD),
+    "adadelta": Optimizer(torch_class="Adadelta", keys=frozenset({"eps", "weight_decay"}), update=updates.ADADELTA),
 }
 
 

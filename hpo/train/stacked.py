@@ -1,0 +1,300 @@
+"""Many networks of one architecture run as one: their parameters stacked, the forward pass mapped over them.
+
+torch.vmap does the mapping; two operations are ours. Dropout is drawn for each network from a generator of its own, as
+it would draw alone. Convolutions are, as one chooses, the grouped ones that vmap makes of them or products of matrices.
+Shapes: K lanes (networks), B batch, C H W picture, O output channels, L classes; F values under a kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hpo.train.imports import describe
+
+# How far a stacked network's outputs may be from its own, relative to the largest: far above rounding in float32 or
+# bf16, far below what another mask of dropout or a forgotten running mean makes.
+SAME_FLOAT32, SAME_BF16 = 1e-3, 5e-2
+
+
+CONVOLUTIONS = ("grouped", "products")
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+
+
+class NotStackable(Exception):
+    """Why networks of this kind cannot be run as one."""
+
+
+class Streams:
+    """A random stream for each lane: the state of the device's generator that the lane would have alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._states: list[Tensor] = []
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """One stream for each seed, as `torch.manual_seed(seed)` begins it."""
+        with self._restored():
+            self._states = []
+            for seed in seeds:
+                torch.manual_seed(seed)
+                self._states.append(self._get())
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    @contextmanager
+    def of(self, lane: int) -> Iterator[None]:
+        """torch draws from this lane's stream."""
+        with self._restored():
+            self._set(self._states[lane])
+            yield
+            self._states[lane] = self._get()
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        before = self._get()
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _get(self) -> Tensor:
+        return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
+
+    def _set(self, state: Tensor) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state, self._device)
+        else:
+            torch.set_rng_state(state)
+
+
+class StackedNetwork:
+    """Networks like `model`, whose parameters and buffers are given with each call, stacked."""
+
+    def __init__(self, model: nn.Module, *, device: torch.device, convolution: str = "grouped") -> None:
+        """`model` is on the device, `convolution` one of CONVOLUTIONS; call `check` before anything else.
+
+        Raises NotStackable where such networks cannot be run as one."""
+        for module in model.modules():
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                raise NotStackable(f"{type(module).__name__} keeps a state of its own (get_extra_state)")
+        if not all(parameter.requires_grad and parameter.is_floating_point() for parameter in model.parameters()):
+            raise NotStackable("it has parameters that are not trained")
+        self._model = model
+        self.streams = Streams(device)
+        self._ours = _Ours(self.streams, products=convolution == "products")
+
+    def __call__(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, *, training: bool
+    ) -> Tensor:
+        """The outputs (K, B, L) for each lane's pictures (K, B, C, H, W), or for the same ones (B, C, H, W).
+
+        Parameters and buffers have K in front of their own shapes; in training, buffers are changed in place, and
+        dropout draws from `streams`. Differentiable with regard to the parameters.
+        """
+        self._model.train(training)
+
+        def one(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+            logits: Tensor = torch.func.functional_call(self._model, (params, buffers), (images,))
+            return logits
+
+        lanewise = torch.vmap(one, in_dims=(0, 0, 0 if images.dim() == 5 else None), randomness="error")
+        with self._ours:
+            logits_KBL: Tensor = lanewise(dict(params), dict(buffers), images)
+        return logits_KBL
+
+    def check(self, images_BCHW: Tensor, *, autocast: Callable[[], torch.autocast]) -> None:
+        """Raises NotStackable where two stacked networks do not do on these pictures what the network does alone."""
+        model = copy.deepcopy(self._model)
+        params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        stacked_params, stacked_buffers = (
+            {name: torch.stack([tensor.detach()] * 2) for name, tensor in tensors.items()}
+            for tensors in (params, buffers)
+        )  # fmt: skip
+        leaves = {name: tensor.requires_grad_() for name, tensor in stacked_params.items()}
+        with _restoring_generators(images_BCHW.device), autocast():
+            torch.manual_seed(0)
+            others = (random.getstate(), str(numpy.random.get_state()))
+            with _Layouts() as layouts:
+                alone_BL = model.train()(images_BCHW)
+            self._ours.layouts = layouts.seen
+            if (random.getstate(), str(numpy.random.get_state())) != others:
+                raise NotStackable("it draws from Python's or NumPy's generator")
+            alone_grads = torch.autograd.grad(alone_BL.float().square().sum(), list(params.values()), allow_unused=True)
+            if any(grad is None for grad in alone_grads):
+                raise NotStackable("it has parameters that its output does not depend on")
+            self.streams.seed([0, 0])
+            images_KBCHW = images_BCHW.expand(2, *images_BCHW.shape)
+            try:
+                stacked_KBL = self(leaves, stacked_buffers, images_KBCHW, training=True)
+                grads = torch.autograd.grad(stacked_KBL.float().square().sum(), list(leaves.values()))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever vmap says of what it cannot map, and modules of what they get
+                raise NotStackable(f"{describe(error)}".split("\n")[0][:200]) from None
+        # Gradients are measured against the largest: that of a bias in front of a batch norm is nothing but rounding.
+        largest = max(float(grad.abs().max()) for grad in alone_grads)
+        pairs = [(alone_BL.detach(), stacked_KBL.detach(), float(alone_BL.detach().abs().max()))]
+        pairs += [(alone, stacked, largest) for alone, stacked in zip(alone_grads, grads, strict=True)]
+        for name, stacked in stacked_buffers.items():
+            buffer = model.get_buffer(name)
+            pairs += [(buffer, stacked, float(buffer.abs().max()))] if buffer.numel() else []
+        tolerance = SAME_FLOAT32 if alone_BL.dtype == torch.float32 else SAME_BF16
+        for alone, stacked, scale in pairs:
+            if not float((stacked - alone).abs().max()) <= tolerance * max(scale, 1e-30):
+                raise NotStackable("stacked, it gives other results than alone")
+
+
+class _Layouts(TorchFunctionMode):
+    """Notes the memory format of what is given to each dropout, in whose order it draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.memory_format] = []
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function in DROPOUTS:
+            inputs = args[0]
+            is_pictures = inputs.dim() == 4 and not inputs.is_contiguous()
+            self.seen.append(torch.channels_last if is_pictures else torch.contiguous_format)
+        return function(*args, **(kwargs or {}))
+
+
+class _Ours(TorchFunctionMode):
+    """Puts our operations in the place of torch's for as long as it is entered."""
+
+    def __init__(self, streams: Streams, *, products: bool) -> None:
+        super().__init__()
+        self.layouts: list[torch.memory_format] = []  # of the dropouts, in the order of their calls
+        self._streams, self._products = streams, products
+        self._num_dropouts = 0
+
+    def __enter__(self) -> _Ours:
+        self._num_dropouts = 0
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function in DROPOUTS:
+            return self._dropout(function, *args, **(kwargs or {}))
+        if function is F.conv2d and self._products:
+            return _conv2d(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _dropout(
+        self,
+        function: Callable[..., Tensor],
+        inputs: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+    ) -> Tensor:
+        if not training:
+            return function(inputs, p, training, inplace)
+        layout = self.layouts[self._num_dropouts]
+        self._num_dropouts += 1
+        dropped: Tensor = _Dropout.apply(inputs, lambda ones: function(ones, p), layout, self._streams)
+        return inputs.copy_(dropped) if inplace else dropped
+
+
+class _Dropout(torch.autograd.Function):
+    """Dropout of every lane from that lane's stream; used under vmap alone."""
+
+    @staticmethod
+    def forward(inputs: Tensor, drop: Any, layout: torch.memory_format, streams: Streams) -> Tensor:
+        raise AssertionError("dropout outside of vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, inputs: Tensor, drop: Any, layout: torch.memory_format, streams: Streams
+    ) -> tuple[Tensor, int]:
+        lanes_K = inputs.movedim(in_dims[0], 0)
+        assert len(lanes_K) == len(streams)
+        masks = []
+        for lane, activations in enumerate(lanes_K.detach()):
+            with streams.of(lane):
+                masks.append(drop(torch.ones_like(activations, memory_format=layout)))
+        return lanes_K * torch.stack(masks), 0
+
+
+def _conv2d(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    result: Tensor
+    if groups != 1 or isinstance(padding, str) or _pair(dilation) != (1, 1):
+        result = F.conv2d(images, weight, bias, stride, padding, dilation, groups)
+        return result
+    result = _Convolution.apply(images, weight, _pair(stride), _pair(padding))
+    return result if bias is None else result + bias[:, None, None]
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution of every lane's pictures with that lane's kernels, as a product of matrices; under vmap alone."""
+
+    @staticmethod
+    def forward(images: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+        raise AssertionError("a convolution outside of vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, stride: Any, padding: Any) -> tuple[Tensor, int]:
+        weight_KOCHW = weight.movedim(in_dims[1], 0)
+        height, width = weight_KOCHW.shape[-2:]
+        is_shared = in_dims[0] is None  # the same pictures for all lanes
+        pictures = images if is_shared else images.movedim(in_dims[0], 0).flatten(0, 1)
+        padded = F.pad(pictures, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
+        places = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1])  # B H W C kernel's H W
+        filters_KFO = weight_KOCHW.flatten(2).mT
+        patches = places.reshape(1 if is_shared else info.batch_size, -1, filters_KFO.shape[1])  # K BN F
+        result_KBHWO = (patches @ filters_KFO).view(info.batch_size, -1, *places.shape[1:3], filters_KFO.shape[2])
+        return result_KBHWO.permute(0, 1, 4, 2, 3), 0
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+@contextmanager
+def _restoring_generators(device: torch.device) -> Iterator[None]:
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
