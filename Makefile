@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: setup demo test lint bench chaos clean
+.PHONY: setup demo test lint bench bench-gpu chaos clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -25,6 +25,9 @@ lint: setup
 bench: setup
 	$(BIN)/python scripts/bench_engine.py
 	$(BIN)/python scripts/bench_store.py
+
+bench-gpu: setup
+	$(BIN)/python scripts/bench_lanes.py --json bench-gpu.json
 
 chaos: setup
 	$(BIN)/python -m scripts.chaos $(CHAOS)

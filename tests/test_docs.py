@@ -10,7 +10,7 @@ import pytest
 
 from hpo.cli import main
 from hpo.search import PRUNERS, SAMPLERS
-from hpo.sections import CheckpointsSpec, ObjectiveSpec, PrunerSpec, SearchSpec
+from hpo.sections import CheckpointsSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec
 from hpo.space import Range
 from hpo.spec import StudySpec
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
@@ -43,6 +43,7 @@ DOCUMENTED = {
     "### `[data]`": ["name", *DATA_SETS, *fields(DataConfig)],
     "### `[training]`": [*fields(TrainingConfig), *OPTIMIZERS, *SCHEDULES],
     "### `[objective]`": list(ObjectiveSpec.model_fields),
+    "### `[engine]`": list(EngineSpec.model_fields),
     "### `[checkpoints]`": list(CheckpointsSpec.model_fields),
 }
 

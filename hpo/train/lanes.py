@@ -45,7 +45,9 @@ from hpo.train.updates import nadam_momentum_product
 logger = logging.getLogger(__name__)
 
 MOST_LANES = 64
-WORTH_IT = 1.15  # how much faster than one trial after another lanes must be, and than half as many
+# How much faster than one trial after another lanes must be: trials that begin together know less of each other.
+WORTH_IT = 1.5
+WORTH_MORE = 1.15  # and how much faster than half as many lanes
 LARGEST_SHARE_OF_MEMORY = 0.8  # of the device's, when the number of lanes is doubled
 MEASURED_S = 0.25  # of steps, at least two
 
@@ -269,6 +271,11 @@ class Group:
             for row, lane in enumerate(self._rows)
         ]
 
+    @property
+    def num_steps(self) -> int:
+        """Of an epoch."""
+        return self._data.train.num_batches(self._trials()[0].config.training.batch_size)
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of the epoch that every lane is in, (K, B, C, H, W) and (K, B); their random streams begin."""
         trials = self._trials()
@@ -324,7 +331,7 @@ class Group:
 
     def _train(self, trials: Sequence[Lane]) -> tuple[Tensor, list[int]]:
         """An epoch of every lane: the loss of each step (K, S), on the CPU, and how many pictures were correct."""
-        num_steps = self._data.train.num_batches(trials[0].config.training.batch_size)
+        num_steps = self.num_steps
         losses_KS = torch.empty((len(trials), num_steps), device=self.device)
         hits_K = torch.zeros(len(trials), dtype=torch.int64, device=self.device)
         factors_S = self.factors(num_steps)
@@ -386,7 +393,7 @@ class Group:
     def _optimizer_state(self, lane: int, trial: Lane) -> dict[int, dict[str, Any]]:
         """What torch.optim's optimizer of this trial would have in its state."""
         row, training = self._rows.index(lane), trial.config.training
-        steps = trial.epoch * self._data.train.num_batches(training.batch_size)
+        steps = trial.epoch * self.num_steps
         common: dict[str, Tensor] = {} if training.optimizer == "sgd" else {"step": torch.tensor(float(steps))}
         if training.optimizer == "nadam":
             common["mu_product"] = torch.tensor(nadam_momentum_product(training.beta1, steps))
@@ -451,7 +458,7 @@ def _rates(group: Group, config: TrialConfig, most: int) -> Iterator[tuple[float
     while lanes <= most and _has_room(group.device):
         rate = _rate(group, config, lanes)
         yield rate, lanes
-        if rate < WORTH_IT * fastest:
+        if rate < WORTH_MORE * fastest:
             break
         fastest, lanes = rate, 2 * lanes
     while len(group):

@@ -1,7 +1,7 @@
 """Many networks of one architecture run as one: their parameters stacked, the forward pass mapped over them.
 
-torch.vmap does the mapping; two operations are ours. Dropout is drawn for each network from a generator of its own, as
-it would draw alone. Convolutions are, as one chooses, the grouped ones that vmap makes of them or products of matrices.
+torch.vmap does the mapping; three operations are ours. Dropout is drawn for each network from its own generator, as
+it would draw alone. Convolutions are grouped ones or products of matrices; they and pooling keep a fast layout.
 Shapes: K lanes (networks), B batch, C H W picture, O output channels, L classes; F values under a kernel.
 """
 
@@ -27,6 +27,7 @@ SAME_FLOAT32, SAME_BF16 = 1e-3, 5e-2
 
 
 CONVOLUTIONS = ("grouped", "products")
+POOLINGS = (F.max_pool2d, F.avg_pool2d)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
@@ -92,7 +93,7 @@ class StackedNetwork:
             raise NotStackable("it has parameters that are not trained")
         self._model = model
         self.streams = Streams(device)
-        self._ours = _Ours(self.streams, products=convolution == "products")
+        self._ours = _Ours(self.streams, convolution=_Products if convolution == "products" else _Grouped)
 
     def __call__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, *, training: bool
@@ -179,10 +180,10 @@ class _Layouts(TorchFunctionMode):
 class _Ours(TorchFunctionMode):
     """Puts our operations in the place of torch's for as long as it is entered."""
 
-    def __init__(self, streams: Streams, *, products: bool) -> None:
+    def __init__(self, streams: Streams, *, convolution: type[_Grouped] | type[_Products]) -> None:
         super().__init__()
         self.layouts: list[torch.memory_format] = []  # of the dropouts, in the order of their calls
-        self._streams, self._products = streams, products
+        self._streams, self._convolution = streams, convolution
         self._num_dropouts = 0
 
     def __enter__(self) -> _Ours:
@@ -199,8 +200,14 @@ class _Ours(TorchFunctionMode):
     ) -> Any:
         if function in DROPOUTS:
             return self._dropout(function, *args, **(kwargs or {}))
-        if function is F.conv2d and self._products:
-            return _conv2d(*args, **(kwargs or {}))
+        if function is F.conv2d:
+            return _conv2d(*args, **(kwargs or {}), convolution=self._convolution)
+        if function is F.batch_norm and args[0].device.type == "cpu":  # else its sums depend on the number of lanes
+            inputs, *settings = args
+            return function(_Contiguous.apply(inputs), *settings, **(kwargs or {}))
+        if function in POOLINGS:
+            images, *settings = args
+            return _Pooled.apply(images, lambda images: function(images, *settings, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
 
     def _dropout(
@@ -219,16 +226,39 @@ class _Ours(TorchFunctionMode):
         return inputs.copy_(dropped) if inplace else dropped
 
 
-class _Dropout(torch.autograd.Function):
-    """Dropout of every lane from that lane's stream; used under vmap alone."""
+def _conv2d(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    convolution: type[_Grouped] | type[_Products],
+) -> Tensor:
+    result: Tensor
+    if isinstance(padding, str):
+        result = F.conv2d(images, weight, bias, stride, padding, dilation, groups)
+        return result
+    result = convolution.apply(images, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+    return result
+
+
+class _Lanewise(torch.autograd.Function):
+    """An operation that has a rule for vmap and is used under it alone; autograd records what the rule does."""
 
     @staticmethod
-    def forward(inputs: Tensor, drop: Any, layout: torch.memory_format, streams: Streams) -> Tensor:
-        raise AssertionError("dropout outside of vmap")
+    def forward(*inputs: Any) -> Tensor:
+        raise AssertionError("used outside of vmap")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
+
+
+class _Dropout(_Lanewise):
+    """Dropout of every lane from that lane's stream."""
 
     @staticmethod
     def vmap(
@@ -243,36 +273,59 @@ class _Dropout(torch.autograd.Function):
         return lanes_K * torch.stack(masks), 0
 
 
-def _conv2d(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    result: Tensor
-    if groups != 1 or isinstance(padding, str) or _pair(dilation) != (1, 1):
-        result = F.conv2d(images, weight, bias, stride, padding, dilation, groups)
-        return result
-    result = _Convolution.apply(images, weight, _pair(stride), _pair(padding))
-    return result if bias is None else result + bias[:, None, None]
+class _Grouped(_Lanewise):
+    """A convolution of every lane's pictures with that lane's kernels, as one whose groups are the lanes.
 
-
-class _Convolution(torch.autograd.Function):
-    """A convolution of every lane's pictures with that lane's kernels, as a product of matrices; under vmap alone."""
+    With their channels side by side in channels_last it is up to 4 times as fast on a CPU as what vmap makes of it.
+    """
 
     @staticmethod
-    def forward(images: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
-        raise AssertionError("a convolution outside of vmap")
+    def vmap(
+        info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor | None,
+        stride: Any, padding: Any, dilation: Any, groups: int,
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        weight_KOCHW = weight.movedim(in_dims[1], 0)
+        if in_dims[0] is not None:
+            images, groups = _side_by_side(images, in_dims[0]), groups * info.batch_size
+        elif groups > 1:  # the same pictures for all lanes, in groups
+            images, groups = images.repeat(1, info.batch_size, 1, 1), groups * info.batch_size
+        bias_O = None if bias is None else bias.movedim(in_dims[2], 0).flatten()
+        result = F.conv2d(images, weight_KOCHW.flatten(0, 1), bias_O, stride, padding, dilation, groups)
+        return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
+
+
+class _Pooled(_Lanewise):
+    """A pooling of pictures, in the same layout."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+    def vmap(info: Any, in_dims: Any, images: Tensor, pool: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        result = pool(_side_by_side(images, in_dims[0]))
+        return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
+
+
+class _Contiguous(_Lanewise):
+    """The same, with the lanes' channels side by side and contiguous in memory."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, stride: Any, padding: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, inputs: Tensor) -> tuple[Tensor, int]:
+        return inputs.movedim(in_dims[0], 1).contiguous(), 1
+
+
+def _side_by_side(images: Tensor, lane_dim: int) -> Tensor:
+    """(B, K C, H, W) in channels_last."""
+    return images.movedim(lane_dim, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+
+
+class _Products(_Lanewise):
+    """A convolution as a product of matrices for each lane."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor | None,
+        stride: Any, padding: Any, dilation: Any, groups: int,
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        if groups > 1 or dilation != (1, 1):
+            return _Grouped.vmap(info, in_dims, images, weight, bias, stride, padding, dilation, groups)
         weight_KOCHW = weight.movedim(in_dims[1], 0)
         height, width = weight_KOCHW.shape[-2:]
         is_shared = in_dims[0] is None  # the same pictures for all lanes
@@ -281,7 +334,10 @@ class _Convolution(torch.autograd.Function):
         places = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1])  # B H W C kernel's H W
         filters_KFO = weight_KOCHW.flatten(2).mT
         patches = places.reshape(1 if is_shared else info.batch_size, -1, filters_KFO.shape[1])  # K BN F
-        result_KBHWO = (patches @ filters_KFO).view(info.batch_size, -1, *places.shape[1:3], filters_KFO.shape[2])
+        products = patches @ filters_KFO if bias is None else torch.baddbmm(
+            bias.movedim(in_dims[2], 0)[:, None], patches.expand(info.batch_size, -1, -1), filters_KFO
+        )  # fmt: skip
+        result_KBHWO = products.view(info.batch_size, -1, *places.shape[1:3], filters_KFO.shape[2])
         return result_KBHWO.permute(0, 1, 4, 2, 3), 0
 
 

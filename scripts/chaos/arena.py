@@ -215,6 +215,7 @@ class Problem:
             "data": {
                 "name": "pictures:digits", "train_samples": 600, "validation_fraction": 0.2, "flip": True, "crop": 2,
             },
+            "engine": {"lanes": 1},  # a worker's faults are told by the one trial that it trains
             "training": {
                 "epochs": self.epochs, "batch_size": 20, "schedule": "cosine",
                 "checkpoint_epochs": self.checkpoint_epochs,

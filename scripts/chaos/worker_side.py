@@ -113,8 +113,8 @@ def install() -> None:  # noqa: PLR0915
 
     claim = Ledger.claim
 
-    def claim_with_faults(self: Any, study: Any, worker_id: str) -> Any:
-        claimed = claim(self, study, worker_id)
+    def claim_with_faults(self: Any, study: Any, worker_id: str, **rest: Any) -> Any:
+        claimed = claim(self, study, worker_id, **rest)
         if claimed is not None:
             current.update(number=claimed.number, attempt=claimed.attempt)
             moment("claimed, not begun")
@@ -163,11 +163,11 @@ def install() -> None:  # noqa: PLR0915
             raise
         record("saved", **whose)
 
-    set_lr, run_epoch = PlainEngine._set_lr, PlainEngine.run_epoch
+    step, run_epoch = PlainEngine.step, PlainEngine.run_epoch
 
-    def set_lr_with_faults(self: Any, lane: Any, **rest: Any) -> float:
+    def step_with_faults(self: Any, *batch: Any) -> Any:
         moment("mid-epoch")
-        return set_lr(self, lane, **rest)
+        return step(self, *batch)
 
     def run_epoch_recorded(self: Any) -> Any:
         results = run_epoch(self)
@@ -179,7 +179,7 @@ def install() -> None:  # noqa: PLR0915
     JoinedStorage.transaction = transaction_with_faults
     Ledger.claim, Ledger.begin, Ledger.report = claim_with_faults, begin_recorded, report_with_faults
     Ledger.finish, CheckpointFolder.save = finish_with_faults, save_recorded
-    PlainEngine._set_lr, PlainEngine.run_epoch = set_lr_with_faults, run_epoch_recorded
+    PlainEngine.step, PlainEngine.run_epoch = step_with_faults, run_epoch_recorded
     checkpoint.open = HalfWay
     checkpoint.os = types.SimpleNamespace(**{**vars(os), "replace": replace})
     with suppress(FileNotFoundError):

@@ -312,10 +312,14 @@ def test_stops_before_the_next_step_and_forgets_what_was_begun() -> None:
     assert train(engine, trial()).epoch == EPOCHS
 
 
-@pytest.mark.parametrize("settings", SETTINGS[: len(OPTIMIZERS)], ids=lambda given: given["optimizer"])
-def test_checkpoints_go_on_in_either_engine(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [(ARTICLE, given) for given in SETTINGS[: len(OPTIMIZERS)]] + [(BATCH_NORM, SETTINGS[0]), (DROPOUT, SETTINGS[0])],
+    ids=lambda given: given.name if isinstance(given, ModelConfig) else given["optimizer"],
+)
+def test_checkpoints_go_on_in_either_engine(model: ModelConfig, settings: dict[str, Any]) -> None:
     """In lanes bit for bit, between lanes and the plain engine up to rounding."""
-    config = trial(model=BATCH_NORM, **settings)
+    config = trial(model=model, **settings)
     whole = {
         "lanes": train(LaneEngine(device="cpu", lanes=4), config),
         "plain": train(PlainEngine(device="cpu"), config),
