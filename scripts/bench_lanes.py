@@ -259,7 +259,7 @@ def study_seconds(arguments: argparse.Namespace, trials: int, epochs: int) -> fl
     return time.perf_counter() - start_s
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--network", default="article", choices=NETWORKS)
@@ -274,11 +274,16 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
+    small = 4096 if arguments.network == "tiny" else 256
+    arguments.pictures = arguments.pictures or (50_000 if arguments.device.startswith("cuda") else small)
+    arguments.batch_size = arguments.batch_size or (32 if arguments.network == "tiny" else 128)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
     device, network = arguments.device, arguments.network
     on_cuda = torch.device(device).type == "cuda"
-    small = 4096 if network == "tiny" else 256
-    arguments.pictures = arguments.pictures or (50_000 if on_cuda else small)
-    arguments.batch_size = arguments.batch_size or (32 if network == "tiny" else 128)
     given = (network, arguments.pictures, arguments.batch_size)
     config = prepare(*given)
     if arguments.study:

@@ -273,10 +273,20 @@ def test_a_trial_that_was_given_to_another_worker_is_dropped_without_a_trace(
 # The engine
 
 
-def engine_study(store: Store, *lrs: float, keep_best: int = 1, **training: Any) -> Study:
+def engine_study(
+    store: Store,
+    *lrs: float,
+    name: str = "digits",
+    keep_best: int = 1,
+    lanes: int = 1,
+    pruner: dict[str, Any] | None = None,
+    **training: Any,
+) -> Study:
     spec = StudySpec.from_dict(
         {
-            "name": "digits",
+            "name": name,
+            "pruner": pruner or {"name": "none"},
+            "engine": {"lanes": lanes},
             "search": {"sampler": "grid", "space": {"lr": list(lrs)}},
             "model": {"name": "article_cnn", "width": 0.05},
             "data": {"name": "digits", "train_samples": 200, "validation_fraction": 0.2},
@@ -556,3 +566,123 @@ def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "elsewhere" / "hpo_files").iterdir()) == [
         target.study("digits").key
     ]
+
+
+# Many trials at once
+
+SEVERAL = (1e-4, 3e-4, 1e-3, 3e-3, 1e30)
+
+
+def curves_of(trials: list[Trial]) -> list[Any]:
+    """All that a trial came to but the time it took."""
+    return [
+        (trial.state, trial.epochs, {key: values for key, values in trial.curves.items() if key != "seconds"})
+        for trial in trials
+    ]
+
+
+def test_trials_in_lanes_end_as_they_do_one_at_a_time(store: Store) -> None:
+    studies = {lanes: engine_study(store, *SEVERAL, epochs=3, lanes=lanes, name=f"in-{lanes}") for lanes in (1, 3)}
+    found = {lanes: work(store, study) for lanes, study in studies.items()}
+    for alone, beside in zip(found[1], found[3], strict=True):
+        assert (beside.state, beside.epochs, beside.attempt) == (alone.state, alone.epochs, 1)
+        for name in ("train_loss", "val_loss", "val_accuracy", "lr"):
+            pairs = zip(beside.curves[name], alone.curves[name], strict=True)
+            assert all(one == pytest.approx(other, rel=1e-3) for one, other in pairs if None not in (one, other))
+    (agreed,) = store.agreements(studies[3]).values()
+    assert agreed["reason"] == "3 trials at once on the CPU: engine.lanes = 3"
+
+
+def test_a_lane_is_filled_again_while_others_train(store: Store) -> None:
+    """The second trial is dropped after its first epoch, and the third is in training before the first has ended."""
+    pruner = {"name": "threshold", "upper": 1.0, "lower": 0.0, "warmup_epochs": 0}
+    study = engine_study(store, 1e-3, 1e30, 1e-4, epochs=4, lanes=2, pruner=pruner)
+    trials = work(store, study)
+    assert [trial.state for trial in trials] == ["complete", "diverged", "complete"]
+    assert trials[2].started is not None
+    assert trials[0].ended is not None
+    assert trials[2].started < trials[0].ended
+
+
+def test_trials_in_lanes_go_on_bit_for_bit(store: Store) -> None:
+    """Whatever is in the other lanes then: the interrupted study is gone on with by a worker of more lanes."""
+    expected = work(store, engine_study(store, *SEVERAL, epochs=4, lanes=2, name="whole"))
+    study = engine_study(store, *SEVERAL, epochs=4, lanes=2, name="cut")
+    work(store, study, should_stop=lambda: sum(len(trial.epochs) for trial in store.trials(study)) >= 3)
+    assert {trial.state for trial in store.trials(study)} >= {"waiting"}
+    study = store.create_study(StudySpec.from_dict(study.spec.frozen() | {"engine": {"lanes": 4}}), facts={})
+    found = work(store, study)
+    assert curves_of(found) == curves_of(expected)
+    assert max(trial.attempt for trial in found) == 2
+    assert {attempt.went_on_from for trial in found for attempt in trial.attempts[1:]} <= {1, 2}
+
+
+def test_memory_that_runs_out_beside_others_is_nobodys_failure(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from hpo.train.lanes import Group
+
+    step, most = Group.step, []
+
+    def step_in_little_memory(self: Any, *batch: Any) -> Any:
+        if len(self) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        most.append(len(self))
+        return step(self, *batch)
+
+    monkeypatch.setattr("hpo.train.lanes._rate", lambda *_: 1.0)
+    monkeypatch.setattr(Group, "step", step_in_little_memory)
+    trials = work(store, engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4))
+    assert [trial.state for trial in trials] == ["complete"] * 4
+    assert {attempt.outcome for trial in trials for attempt in trial.attempts} == {"complete", "released"}
+    assert max(most) == 2
+
+
+def test_a_suspect_trains_alone(store: Store) -> None:
+    """A crash of a worker with several trials does not tell whose doing it was; the next one does."""
+    study = engine_study(store, 1e-4, 3e-4, 1e-3, lanes=3)
+    worker_id = store.add_worker(study.study_id, device="cpu")
+    held = [store.claim(study, worker_id, beside=beside) for beside in range(2)]
+    assert None not in held
+    with store._transaction() as connection:  # as after a crash that was seen
+        connection.execute(schema.slots.update().where(schema.slots.c.number < 2).values(losses=1))
+    for claim in held:
+        assert claim is not None
+        store.release(claim)
+    store.remove_worker(worker_id)
+    order: list[tuple[int, ...]] = []
+    report = Store.report
+
+    def noting(self: Store, claim: Any, *args: Any, **rest: Any) -> Any:
+        order.append(tuple(trial.number for trial in store.trials(study) if trial.state == "running"))
+        return report(self, claim, *args, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "report", noting)
+        trials = work(store, study)
+    assert [trial.state for trial in trials] == ["complete"] * 3
+    assert set(order) == {(2,), (0,), (1,)}
+
+
+def test_workers_share_what_is_left(store: Store) -> None:
+    """Four trials and two workers: neither takes more than two, however many lanes it has."""
+    study = engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4)
+    store.add_worker(study.study_id, device="cpu")  # the other one, which has not come to claim yet
+    most = 0
+
+    def watching() -> bool:
+        nonlocal most
+        most = max(most, store.counts(study.study_id).get("running", 0))
+        return False
+
+    trials = work(store, study, should_stop=watching)
+    assert [trial.state for trial in trials] == ["complete"] * 4
+    assert most == 2
+
+
+def test_what_the_first_worker_chose_holds_for_all(store: Store) -> None:
+    study = engine_study(store, 1e-4)
+    assert store.agree(study, "lanes auto on the CPU", {"lanes": 8}) == {"lanes": 8}
+    assert store.agree(study, "lanes auto on the CPU", {"lanes": 2}) == {"lanes": 8}
+    assert store.agree(study, "lanes auto on some GPU", {"lanes": 2}) == {"lanes": 2}
+    assert store.agreements(study) == {"lanes auto on the CPU": {"lanes": 8}, "lanes auto on some GPU": {"lanes": 2}}
