@@ -34,8 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hpo.train import datasets
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.engine import DataSets, PlainEngine, build_lane, initial_model
-from hpo.train.lanes import CONVOLUTIONS, Group, LaneEngine
+from hpo.train.group import Group
+from hpo.train.lanes import LaneEngine
 from hpo.train.models import MODELS
+from hpo.train.stacked import CONVOLUTIONS
 
 ARTICLE_LRS = (1e-1, 1e-3, 3e-4, 6.25e-5)
 SPACE = (1e-5, 1e-1)  # of the study of many trials

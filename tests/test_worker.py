@@ -620,7 +620,7 @@ def test_trials_in_lanes_go_on_bit_for_bit(store: Store) -> None:
 def test_memory_that_runs_out_beside_others_is_nobodys_failure(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from hpo.train.lanes import Group
+    from hpo.train.group import Group
 
     step, most = Group.step, []
 

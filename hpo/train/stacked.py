@@ -8,6 +8,7 @@ Shapes: K lanes (networks), B batch, C H W picture, O output channels, L classes
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,8 +116,8 @@ class StackedNetwork:
         return logits_KBL
 
     def check(self, images_BCHW: Tensor, *, autocast: Callable[[], torch.autocast]) -> None:
-        """Raises NotStackable where two stacked networks do not do on these pictures what the network does alone."""
-        model = copy.deepcopy(self._model)
+        """Raises NotStackable where a network beside another one does not do on these pictures what it does alone."""
+        model = copy.deepcopy(self._model).train()
         params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         stacked_params, stacked_buffers = (
             {name: torch.stack([tensor.detach()] * 2) for name, tensor in tensors.items()}
@@ -125,34 +126,42 @@ class StackedNetwork:
         leaves = {name: tensor.requires_grad_() for name, tensor in stacked_params.items()}
         with _restoring_generators(images_BCHW.device), autocast():
             torch.manual_seed(0)
-            others = (random.getstate(), str(numpy.random.get_state()))
+            others = _other_generators()
             with _Layouts() as layouts:
-                alone_BL = model.train()(images_BCHW)
+                alone_BL = model(images_BCHW)
             self._ours.layouts = layouts.seen
-            if (random.getstate(), str(numpy.random.get_state())) != others:
+            if _other_generators() != others:
                 raise NotStackable("it draws from Python's or NumPy's generator")
             alone_grads = torch.autograd.grad(alone_BL.float().square().sum(), list(params.values()), allow_unused=True)
             if any(grad is None for grad in alone_grads):
                 raise NotStackable("it has parameters that its output does not depend on")
-            self.streams.seed([0, 0])
-            images_KBCHW = images_BCHW.expand(2, *images_BCHW.shape)
+            with torch.no_grad():
+                evaluated_BL = model.eval()(images_BCHW)
+            self.streams.seed([0, 1])
             try:
-                stacked_KBL = self(leaves, stacked_buffers, images_KBCHW, training=True)
+                both_KBCHW = torch.stack([images_BCHW, images_BCHW.flip(0)])
+                stacked_KBL = self(leaves, stacked_buffers, both_KBCHW, training=True)
                 grads = torch.autograd.grad(stacked_KBL.float().square().sum(), list(leaves.values()))
+                with torch.no_grad():
+                    stacked_evaluated_KBL = self(leaves, stacked_buffers, images_BCHW, training=False)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever vmap says of what it cannot map, and modules of what they get
                 raise NotStackable(f"{describe(error)}".split("\n")[0][:200]) from None
         # Gradients are measured against the largest: that of a bias in front of a batch norm is nothing but rounding.
-        largest = max(float(grad.abs().max()) for grad in alone_grads)
-        pairs = [(alone_BL.detach(), stacked_KBL.detach(), float(alone_BL.detach().abs().max()))]
-        pairs += [(alone, stacked, largest) for alone, stacked in zip(alone_grads, grads, strict=True)]
-        for name, stacked in stacked_buffers.items():
-            buffer = model.get_buffer(name)
-            pairs += [(buffer, stacked, float(buffer.abs().max()))] if buffer.numel() else []
+        pairs = [
+            ([alone_BL.detach()], [stacked_KBL.detach()]),
+            ([evaluated_BL], [stacked_evaluated_KBL]),
+            (list(alone_grads), list(grads)),
+            *(([model.get_buffer(name)], [stacked]) for name, stacked in stacked_buffers.items() if stacked.numel()),
+        ]
         tolerance = SAME_FLOAT32 if alone_BL.dtype == torch.float32 else SAME_BF16
-        for alone, stacked, scale in pairs:
-            if not float((stacked - alone).abs().max()) <= tolerance * max(scale, 1e-30):
+        for alone, stacked in pairs:
+            largest = max(float(tensor.abs().max()) for tensor in alone)
+            differences = [
+                float((beside[0] - tensor).abs().max()) for tensor, beside in zip(alone, stacked, strict=True)
+            ]
+            if not max(differences) <= tolerance * max(largest, 1e-30):
                 raise NotStackable("stacked, it gives other results than alone")
 
 
@@ -343,6 +352,11 @@ class _Products(_Lanewise):
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _other_generators() -> bytes:
+    """The state of the generators that are not torch's."""
+    return pickle.dumps((random.getstate(), numpy.random.get_state()))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ which training amplifies: products are added in another order. Between lanes and
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from hpo.train import lanes as lanes_module
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.engine import DataSets, Engine, PlainEngine, Stopped
-from hpo.train.lanes import Choice, Group, LaneEngine, choose, with_eps
+from hpo.train.group import Group, with_eps
+from hpo.train.lanes import Choice, LaneEngine, choose
 from hpo.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer
 from hpo.train.stacked import CONVOLUTIONS
 
@@ -80,6 +82,15 @@ class State(nn.Linear):
 def doubtful(*, channels, num_classes, kind):
     return nn.Sequential(nn.Flatten(), State(1024, 10)) if kind == "state" else Doubtful(kind)
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads wait for each other longer than such small networks take, where other programs run too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +197,7 @@ def test_every_optimizer_and_schedule_is_the_plain_engines(settings: dict[str, A
 def test_every_kind_of_network_is_the_plain_engines(
     model: ModelConfig, convolution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.set_num_threads(2)
     monkeypatch.setattr(lanes_module, "CONVOLUTIONS", (convolution,))
     config = trial(model=model, optimizer="sgd", momentum=0.9)
     plain = train(PlainEngine(device="cpu"), config)
@@ -405,7 +417,7 @@ def test_as_many_lanes_as_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     found = chosen(monkeypatch, {1: 100, 2: 150, 4: 250, 8: 400, 16: 410, 32: 500})
     assert (found.lanes, found.convolution) == (16, "grouped")  # 16 gained too little on 8 for 32 to be tried
     assert found.reason.startswith("16 trials at once on the CPU: ")
-    assert found.reason.endswith("times 2 1.5, 4 2.5, 8 4.0, 16 4.1")
+    assert found.reason.endswith(": 2 at once 1.5, 4 at once 2.5, 8 at once 4.0, 16 at once 4.1")
 
 
 def test_one_after_another_where_lanes_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
