@@ -261,7 +261,11 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
     with suppress(*STORE_ERRORS):  # a store that can only be read can be looked at all the same
         store.reap(study)
     all_trials = store.trials(study)
-    running = {trial.worker_id: trial for trial in all_trials if trial.state == "running"}
+    running: dict[str | None, list[dict[str, int]]] = {}
+    for trial in all_trials:
+        if trial.state == "running":
+            doing = {"trial": trial.number, "epoch": max(trial.epochs, default=0)}
+            running.setdefault(trial.worker_id, []).append(doing)
     found = analysis.best(study, all_trials)
     return {
         "study": name,
@@ -276,8 +280,8 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
                 "host": worker.host,
                 "pid": worker.pid,
                 "device": worker.device,
-                "trial": running[worker.worker_id].number if worker.worker_id in running else None,
-                "epoch": max(running[worker.worker_id].epochs, default=0) if worker.worker_id in running else None,
+                **running.get(worker.worker_id, [{"trial": None, "epoch": None}])[0],
+                "lanes": running.get(worker.worker_id, []),
                 "seen_s": round(worker.seen_s, 1),
             }
             for worker in store.workers(study)
@@ -410,7 +414,9 @@ def _exported(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
     all_trials = store.trials(study)
     found = _best(study, all_trials)
     seed = next(trial.attributes["seed"] for trial in all_trials if trial.number == found.trial)
-    return found, study.spec.of_trial(found.params, name=f"{name[:95]}-best", seed=seed).frozen()
+    stacked = any(agreed["convolution"] for agreed in store.agreements(study).values())
+    again = study.spec.of_trial(found.params, name=f"{name[:95]}-best", seed=seed, stacked=stacked)
+    return found, again.frozen()
 
 
 def _trial_dict(trial: Trial) -> dict[str, Any]:

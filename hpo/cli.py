@@ -253,8 +253,9 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         print_table(
             [*columns[:-1], "last sign of life"],
             (
-                [*(as_text(worker[column]) for column in columns[:-1]), f"{worker['seen_s']} s ago"]
+                [*(as_text((worker | lane)[column]) for column in columns[:-1]), f"{worker['seen_s']} s ago"]
                 for worker in found["workers"]
+                for lane in worker["lanes"] or [{}]
             ),
         )
     else:

@@ -118,11 +118,12 @@ class StudySpec(Section):
             seed=seed,
         )
 
-    def of_trial(self, values: Mapping[str, Scalar], *, name: str, seed: int) -> StudySpec:
+    def of_trial(self, values: Mapping[str, Scalar], *, name: str, seed: int, stacked: bool) -> StudySpec:
         """The study that trains one trial of this one again, digit for digit on a CPU.
 
-        Its values stand in their sections, its learning rate and its seed are a grid of one point. For a function of a
-        user's, which has no sections, all its values are that point.
+        `stacked`: the trial was trained in lanes, which shows in its last digits; so will this one. Its values stand in
+        their sections, its learning rate and its seed are a grid of one point. For a function of a user's, which has no
+        sections, all its values are that point.
         """
         config = self.trial_config({} if self.objective else values, seed=seed)
         sections = {"model": config.model, "data": config.data, "training": config.training}
@@ -133,6 +134,7 @@ class StudySpec(Section):
                 for key in {key for other in table.values() for key in other.keys} - set(table[entry].keys):
                     settings["training"].pop(key, None)  # searched for other optimizers than the one that won
             points = {"lr": settings["training"].pop("lr")}
+            settings["engine"] = {"lanes": 2 if stacked else 1}
         settings["training"].pop("seed")
         space = {key: [value] for key, value in points.items()} | {"seed": [seed]}
         settings["search"] = {"sampler": "grid", "seed": self.search.seed, "space": space}

@@ -129,7 +129,7 @@ class Worker:
         engine = self._engine = LaneEngine(
             device=self._torch_device,
             lanes=None if wanted == "auto" else wanted,
-            most=max(2, min(MOST_LANES, self._spec.num_trials)),
+            most=min(MOST_LANES, self._spec.num_trials),
             should_stop=self._must_abort,
             agree=self._agree,
         )
@@ -175,6 +175,8 @@ class Worker:
         """What the study's workers do on devices like this one: as the first of them chose."""
         from hpo.train.lanes import Choice
 
+        if self._spec.num_trials == 1:
+            return choice  # which says nothing of the study should it be enlarged
         key = f"lanes {self._spec.engine.lanes} on {choice.device}"
         return Choice(**self._store.agree(self._study, key, asdict(choice)))
 

@@ -68,7 +68,7 @@ class LaneEngine:
 
     @property
     def free_lanes(self) -> int:
-        return (self.choice.lanes if self.choice else 1) - len(self._places)
+        return max(0, (self.choice.lanes if self.choice else 1) - len(self._places))
 
     def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None) -> int:
         assert self.free_lanes > 0, "all lanes are taken"
@@ -142,8 +142,8 @@ def choose(
         subject = "one trial at a time" if lanes == 1 else f"{lanes} trials at once"
         return Choice(device=name, lanes=lanes, convolution=convolution, reason=f"{subject} on {name}: {reason}")
 
-    if lanes == 1:
-        return choice("engine.lanes = 1")
+    if lanes == 1 or most == 1:
+        return choice("engine.lanes = 1" if lanes == 1 else "there is but one")
     try:
         methods = CONVOLUTIONS if device.type == "cuda" else CONVOLUTIONS[:1]  # products lose on every CPU tried
         groups = [Group(config, data=data, device=device, convolution=method) for method in methods]

@@ -161,7 +161,7 @@ class StackedNetwork:
             differences = [
                 float((beside[0] - tensor).abs().max()) for tensor, beside in zip(alone, stacked, strict=True)
             ]
-            if not max(differences) <= tolerance * max(largest, 1e-30):
+            if not all(difference <= tolerance * max(largest, 1e-30) for difference in differences):  # nor NaN
                 raise NotStackable("stacked, it gives other results than alone")
 
 
