@@ -83,8 +83,8 @@ class Ledger:
     def claim(self, study: Study, worker_id: str, *, beside: int = 0) -> Claim | None:
         """Takes a waiting slot, the first one, or None where no slot waits for this worker or the study is to stop.
 
-        `beside` is how many trials the worker holds already. A trial that has killed workers is taken after those that
-        have not, lest it keep the study from them, and not beside others, lest they pay for it. One that ran out of
+        `beside` is how many trials the worker holds already. A trial that keeps killing workers is taken after those that
+        do not, lest it keep the study from them, and never beside others, lest they pay for it. One that ran out of
         memory is taken last, and only by a worker that has its device to itself, which no other one then takes a trial
         on.
         """
@@ -102,9 +102,9 @@ class Ledger:
             if any(row.alone for row in neighbours):
                 return None
             fits = slots.c.alone == 0
-            kinds: list[sa.ColumnElement[bool]] = [fits & (slots.c.losses == 0)]
-            if not beside:
-                kinds += [fits & (slots.c.losses < MAX_LOSSES), fits] + [slots.c.alone == 1] * (not neighbours)
+            kinds = [fits & (slots.c.losses < MAX_LOSSES), fits] + [slots.c.alone == 1] * (not neighbours)
+            if beside:
+                kinds = [fits & (slots.c.losses == 0)]
             # One after the other, not one ORDER BY, so that the index gives the first at once and nothing is sorted.
             queries = [waiting.where(kind).order_by(slots.c.number).limit(1) for kind in kinds]
             row = next((row for query in queries if (row := connection.execute(query).first())), None)

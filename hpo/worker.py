@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpo import provenance
 from hpo.database import Unreachable
 from hpo.errors import UserError
+from hpo.failures import failure_key, is_out_of_memory, message
 from hpo.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost
 from hpo.objective import Trial
 from hpo.outage import LONGEST_PAUSE_S, OUTAGE_S, StoreFailed
@@ -345,18 +345,20 @@ class Worker:
                 os._exit(1)  # a process that the user's code forked has come back to us: it has no business here
             if isinstance(error, KeyboardInterrupt) and self._should_stop():
                 raise  # Ctrl-C, insisted on, where the worker is the command itself
-            out_of_memory = _is_out_of_memory(error)
-            reason = OUT_OF_MEMORY if out_of_memory else f"{type(error).__name__}: {_text(error)}".split("\n")[0][:500]
+            out_of_memory = is_out_of_memory(error)
+            reason = (
+                OUT_OF_MEMORY if out_of_memory else f"{type(error).__name__}: {message(error)}".split("\n")[0][:500]
+            )
             text = "".join(traceback.format_exception(error))
             for claim in claims:
                 with self._losing_ends(claim):
                     ended = self._store.fail(
-                        claim, self._spec, reason=reason, error=text, failure_key=_failure_key(error)
+                        claim, self._spec, reason=reason, error=text, failure_key=failure_key(error)
                     )
                     self._held.discard(claim)
                     if ended and self._checkpoints is not None:
                         self._checkpoints.forget(claim.number)
-            if "CUDA error" in _text(error) and not out_of_memory:
+            if "CUDA error" in message(error) and not out_of_memory:
                 raise SystemExit(EXIT_RESTART) from error  # no later kernel of this process would run
 
     @contextmanager
@@ -366,7 +368,7 @@ class Worker:
         try:
             yield
         except Exception as error:
-            if to == 0 or not _is_out_of_memory(error):
+            if to == 0 or not is_out_of_memory(error):
                 raise
             assert self._engine is not None
             logger.warning("out of memory with %d trials; at most %d at once from now on", len(self._lanes), to)
@@ -403,29 +405,6 @@ def _diverged(what: str, epoch: int) -> _End:
 
 def _complete(epoch: int) -> _End:
     return "complete", f"trained for {epoch} epochs"
-
-
-def _failure_key(error: BaseException) -> str:
-    """Equal for two exceptions of the same type raised at the same place."""
-    if _is_out_of_memory(error):
-        return OUT_OF_MEMORY  # wherever it ran out
-    frame: TracebackType | None = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame is not None else ""
-    return f"{type(error).__name__} {where}"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = _text(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # a user's exception may not even be able to say what it is
-        return ""
 
 
 def _free_memory() -> None:

@@ -28,7 +28,7 @@ SAME_FLOAT32, SAME_BF16 = 1e-3, 5e-2
 
 
 CONVOLUTIONS = ("grouped", "products")
-POOLINGS = (F.max_pool2d, F.avg_pool2d)
+POOLINGS = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
