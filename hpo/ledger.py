@@ -83,10 +83,10 @@ class Ledger:
     def claim(self, study: Study, worker_id: str, *, beside: int = 0) -> Claim | None:
         """Takes a waiting slot, the first one, or None where no slot waits for this worker or the study is to stop.
 
-        `beside` is how many trials the worker holds already. A trial that keeps killing workers is taken after those that
-        do not, lest it keep the study from them, and never beside others, lest they pay for it. One that ran out of
-        memory is taken last, and only by a worker that has its device to itself, which no other one then takes a trial
-        on.
+        `beside` is how many trials the worker holds already. A trial that keeps killing workers is taken after those
+        that do not, lest it keep the study from them, and never beside others, lest they pay for it. One that ran out
+        of memory is taken last, and only by a worker that has its device to itself, which no other one then takes a
+        trial on.
         """
         waiting = sa.select(slots).where(slots.c.study_id == study.study_id, slots.c.state == "waiting")
         with self._storage.engine.connect() as connection:  # idle workers ask often: no write lock for a no
