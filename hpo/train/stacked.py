@@ -214,7 +214,7 @@ class _Ours(TorchFunctionMode):
         if function is F.batch_norm and args[0].device.type == "cpu":  # else its sums depend on the number of lanes
             inputs, *settings = args
             return function(_Contiguous.apply(inputs), *settings, **(kwargs or {}))
-        if function in POOLINGS:
+        if function in POOLINGS and args[0].dim() == 4:
             images, *settings = args
             return _Pooled.apply(images, lambda images: function(images, *settings, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
@@ -247,7 +247,7 @@ def _conv2d(
     convolution: type[_Grouped] | type[_Products],
 ) -> Tensor:
     result: Tensor
-    if isinstance(padding, str):
+    if isinstance(padding, str) or images.dim() != 4:
         result = F.conv2d(images, weight, bias, stride, padding, dilation, groups)
         return result
     result = convolution.apply(images, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
@@ -255,11 +255,10 @@ def _conv2d(
 
 
 class _Lanewise(torch.autograd.Function):
-    """An operation that has a rule for vmap and is used under it alone; autograd records what the rule does."""
+    """An operation with a rule for vmap; autograd records what the rule does.
 
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        raise AssertionError("used outside of vmap")
+    `forward` is what happens to what is the same for all lanes, such as pictures in validation before the first layer.
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -268,6 +267,10 @@ class _Lanewise(torch.autograd.Function):
 
 class _Dropout(_Lanewise):
     """Dropout of every lane from that lane's stream."""
+
+    @staticmethod
+    def forward(inputs: Tensor, drop: Any, layout: torch.memory_format, streams: Streams) -> Tensor:
+        raise RuntimeError("dropout of what is the same for all lanes")
 
     @staticmethod
     def vmap(
@@ -289,22 +292,56 @@ class _Grouped(_Lanewise):
     """
 
     @staticmethod
+    def forward(images: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        return F.conv2d(images, weight, bias, *settings)
+
+    @staticmethod
     def vmap(
         info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor | None,
         stride: Any, padding: Any, dilation: Any, groups: int,
     ) -> tuple[Tensor, int]:  # fmt: skip
-        weight_KOCHW = weight.movedim(in_dims[1], 0)
+        weight_KOCHW, bias_KO = _of_lanes(info, in_dims[1], weight), _of_lanes(info, in_dims[2], bias)
         if in_dims[0] is not None:
             images, groups = _side_by_side(images, in_dims[0]), groups * info.batch_size
         elif groups > 1:  # the same pictures for all lanes, in groups
             images, groups = images.repeat(1, info.batch_size, 1, 1), groups * info.batch_size
-        bias_O = None if bias is None else bias.movedim(in_dims[2], 0).flatten()
+        bias_O = None if bias_KO is None else bias_KO.flatten()
         result = F.conv2d(images, weight_KOCHW.flatten(0, 1), bias_O, stride, padding, dilation, groups)
         return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
 
 
+class _Products(_Grouped):
+    """The same as a product of matrices for each lane, where that can be."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor | None,
+        stride: Any, padding: Any, dilation: Any, groups: int,
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        if groups > 1 or dilation != (1, 1):
+            return _Grouped.vmap(info, in_dims, images, weight, bias, stride, padding, dilation, groups)
+        weight_KOCHW, bias_KO = _of_lanes(info, in_dims[1], weight), _of_lanes(info, in_dims[2], bias)
+        height, width = weight_KOCHW.shape[-2:]
+        is_shared = in_dims[0] is None  # the same pictures for all lanes
+        pictures = images if is_shared else images.movedim(in_dims[0], 0).flatten(0, 1)
+        padded = F.pad(pictures, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
+        places = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1])  # B H W C kernel's H W
+        filters_KFO = weight_KOCHW.flatten(2).mT
+        patches = places.reshape(1 if is_shared else info.batch_size, -1, filters_KFO.shape[1])  # K BN F
+        if bias_KO is None:
+            products = patches @ filters_KFO
+        else:
+            products = torch.baddbmm(bias_KO[:, None], patches.expand(info.batch_size, -1, -1), filters_KFO)
+        result_KBHWO = products.view(info.batch_size, -1, *places.shape[1:3], filters_KFO.shape[2])
+        return result_KBHWO.permute(0, 1, 4, 2, 3), 0
+
+
 class _Pooled(_Lanewise):
-    """A pooling of pictures, in the same layout."""
+    """A pooling of pictures, in the layout of the convolutions."""
+
+    @staticmethod
+    def forward(images: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        return pool(images)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, images: Tensor, pool: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
@@ -316,6 +353,10 @@ class _Contiguous(_Lanewise):
     """The same, with the lanes' channels side by side and contiguous in memory."""
 
     @staticmethod
+    def forward(inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
     def vmap(info: Any, in_dims: Any, inputs: Tensor) -> tuple[Tensor, int]:
         return inputs.movedim(in_dims[0], 1).contiguous(), 1
 
@@ -325,29 +366,11 @@ def _side_by_side(images: Tensor, lane_dim: int) -> Tensor:
     return images.movedim(lane_dim, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
-class _Products(_Lanewise):
-    """A convolution as a product of matrices for each lane."""
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor | None,
-        stride: Any, padding: Any, dilation: Any, groups: int,
-    ) -> tuple[Tensor, int]:  # fmt: skip
-        if groups > 1 or dilation != (1, 1):
-            return _Grouped.vmap(info, in_dims, images, weight, bias, stride, padding, dilation, groups)
-        weight_KOCHW = weight.movedim(in_dims[1], 0)
-        height, width = weight_KOCHW.shape[-2:]
-        is_shared = in_dims[0] is None  # the same pictures for all lanes
-        pictures = images if is_shared else images.movedim(in_dims[0], 0).flatten(0, 1)
-        padded = F.pad(pictures, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
-        places = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1])  # B H W C kernel's H W
-        filters_KFO = weight_KOCHW.flatten(2).mT
-        patches = places.reshape(1 if is_shared else info.batch_size, -1, filters_KFO.shape[1])  # K BN F
-        products = patches @ filters_KFO if bias is None else torch.baddbmm(
-            bias.movedim(in_dims[2], 0)[:, None], patches.expand(info.batch_size, -1, -1), filters_KFO
-        )  # fmt: skip
-        result_KBHWO = products.view(info.batch_size, -1, *places.shape[1:3], filters_KFO.shape[2])
-        return result_KBHWO.permute(0, 1, 4, 2, 3), 0
+def _of_lanes(info: Any, lane_dim: int | None, tensor: Tensor | None) -> Any:
+    """With the lanes in front, also where it is the same for all of them; None stays None."""
+    if tensor is None:
+        return None
+    return tensor.expand(info.batch_size, *tensor.shape) if lane_dim is None else tensor.movedim(lane_dim, 0)
 
 
 def _pair(value: Any) -> tuple[int, int]:
