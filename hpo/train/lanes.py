@@ -27,7 +27,8 @@ MOST_LANES = 64
 WORTH_IT = 1.5
 WORTH_MORE = 1.15  # and how much faster than half as many lanes
 LARGEST_SHARE_OF_MEMORY = 0.8  # of the device's, when the number of lanes is doubled
-MEASURED_S = 0.25  # of steps, at least two
+MEASURED_S, MEASURED_STEPS = 0.25, 5  # the least of which the fastest is taken: other programs make steps slow
+LONGEST_S = 2.0  # unless steps take so long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +197,7 @@ def _rate(group: Group, config: TrialConfig, lanes: int) -> float:
 def _seconds(step: Callable[[], object], *, device: torch.device) -> float:
     """The least time that a step took."""
     times = [_timed(step, device=device) for _ in range(2)][1:]  # the first one warms up
-    while sum(times) < MEASURED_S or len(times) < 2:
+    while sum(times) < LONGEST_S and (sum(times) < MEASURED_S or len(times) < MEASURED_STEPS):
         times.append(_timed(step, device=device))
     return min(times)
 
