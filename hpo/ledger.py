@@ -234,13 +234,22 @@ class Ledger:
             self._end(connection, claim, state, reason, error=error, failure_key=failure_key)
 
     @patiently
-    def fail(self, claim: Claim, spec: StudySpec, *, reason: str, error: str, failure_key: str) -> bool:
+    def fail(
+        self, claim: Claim, spec: StudySpec, *, reason: str, error: str, failure_key: str, beside: bool = False
+    ) -> bool:
         """Ends an attempt by an exception; returns whether that was the trial's end too, or it waits for another try.
+
+        `beside` others it counts for nobody, because nobody knows whose it was: the trial is a suspect, tried alone.
 
         A trial is tried again `search.retries` times, and one that ran out of memory once, alone on its device.
         """
         with self._held(claim) as connection:
             mine = _is_slot(claim)
+            ended = {"error": _storable(error)[-ERROR_CHARACTERS:]}
+            if beside:
+                connection.execute(slots.update().where(mine, slots.c.losses == 0).values(losses=1))
+                self._free(connection, claim, f"beside others: {_storable(reason)}", **ended)
+                return False
             row = connection.execute(sa.select(slots.c.failures, slots.c.alone).where(mine)).one()
             out_of_memory = failure_key == OUT_OF_MEMORY
             if row.alone if out_of_memory else row.failures >= spec.search.retries:
@@ -248,7 +257,7 @@ class Ledger:
                 return True
             tried = {"alone": 1} if out_of_memory else {"failures": row.failures + 1}
             connection.execute(slots.update().where(mine).values(**tried))
-            self._free(connection, claim, _storable(reason), error=_storable(error)[-ERROR_CHARACTERS:])
+            self._free(connection, claim, _storable(reason), **ended)
             return False
 
     @patiently

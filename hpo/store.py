@@ -26,6 +26,7 @@ from hpo.records import Attempt, Study, Trial, WorkerRow, read_attempt, read_tri
 from hpo.schema import attempts, epochs, schema_version, slots, studies, workers
 from hpo.spec import StudySpec
 
+AGREEMENT = "hpo: "  # begins the names of Optuna's study attributes that are ours
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
 _UNCLAIMED = {"state": "waiting", "attempt": 0, "furthest": 0, "losses": 0, "failures": 0, "alone": 0}
 
@@ -274,19 +275,21 @@ class Store(Ledger):
     @patiently
     def agree(self, study: Study, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
         """What holds for the study under this name from now on: `value`, or what an earlier caller gave."""
+        name = f"{AGREEMENT}{key}"
         with self._transaction() as connection:
             connection.execute(
                 sa.select(studies.c.study_id).where(studies.c.study_id == study.study_id).with_for_update()
             )
             known = self._storage.get_study_user_attrs(study.study_id)
-            if key not in known:
-                self._storage.set_study_user_attr(study.study_id, key, dict(value))
-            return dict(known.get(key, value))
+            if name not in known:
+                self._storage.set_study_user_attr(study.study_id, name, dict(value))
+            return dict(known.get(name, value))
 
     @patiently
     def agreements(self, study: Study) -> dict[str, Any]:
         """All that was agreed on, by name."""
-        return self._storage.get_study_user_attrs(study.study_id)
+        attributes = self._storage.get_study_user_attrs(study.study_id)
+        return {key.removeprefix(AGREEMENT): attributes[key] for key in attributes if key.startswith(AGREEMENT)}
 
     # Workers
 

@@ -78,6 +78,7 @@ class Worker:
         self._engine: LaneEngine | None = None
         self._checkpoints: StudyCheckpoints | None = None
         self._held: set[Claim] = set()  # what the heartbeat renews
+        self._suspects: set[Claim] = set()  # of those, the ones that have the device to themselves for an epoch
         self._worker_id = ""
         self._pid = os.getpid()
 
@@ -129,7 +130,7 @@ class Worker:
         engine = self._engine = LaneEngine(
             device=self._torch_device,
             lanes=None if wanted == "auto" else wanted,
-            most=min(MOST_LANES, self._spec.num_trials),
+            most=1 if self._has_many_kinds() else min(MOST_LANES, self._spec.num_trials),
             should_stop=self._must_abort,
             agree=self._agree,
         )
@@ -151,7 +152,8 @@ class Worker:
                     if checkpoint is not None and checkpoint.epoch >= config.training.epochs:
                         self._finish(claim, *_complete(checkpoint.epoch))  # killed between its last epoch and its end
                     else:
-                        self._lanes[engine.admit(config, checkpoint)] = (claim, config)
+                        lane = engine.admit(config, checkpoint, alone=claim.is_suspect)
+                        self._lanes[lane] = (claim, config)
             if not self._lanes:
                 return False
             results: list[EpochResult] = []
@@ -171,20 +173,30 @@ class Worker:
 
         return work
 
-    def _agree(self, choice: Choice) -> Choice:
-        """What the study's workers do on devices like this one: as the first of them chose."""
+    def _agree(self, device: str, measure: Callable[[], Choice]) -> Choice:
+        """What the study's workers do on devices of this name: as the first of them chose."""
         from hpo.train.lanes import Choice
 
-        if self._spec.num_trials == 1:
-            return choice  # which says nothing of the study should it be enlarged
-        key = f"lanes {self._spec.engine.lanes} on {choice.device}"
-        return Choice(**self._store.agree(self._study, key, asdict(choice)))
+        key = f"lanes {self._spec.engine.lanes} on {device}"
+        known = self._store.agreements(self._study).get(key)
+        if known is None:
+            chosen = measure()
+            if chosen.is_passing:
+                return chosen
+            known = self._store.agree(self._study, key, asdict(chosen))
+        return Choice(**known)
+
+    def _has_many_kinds(self) -> bool:
+        """Whether the search varies what trials that are trained as one must share."""
+        from hpo.train.group import kind_of
+
+        return len({kind_of(self._spec.trial_config(corner, seed=0)) for corner in self._spec.corners()}) > 1
 
     def _may_take_more(self) -> bool:
         """Whether another trial may join those in the lanes: not a suspect's, and no more than this worker's share."""
         if not self._lanes:
             return True
-        if any(claim.is_suspect for claim, _ in self._lanes.values()):
+        if self._suspects & self._held:
             return False
         counts = self._store.counts(self._study.study_id)
         num_open = counts.get("waiting", 0) + counts.get("running", 0)
@@ -282,6 +294,8 @@ class Worker:
         claim = self._store.claim(self._study, self._worker_id, beside=len(self._lanes))
         if claim is not None:
             self._held.add(claim)
+            if claim.is_suspect:
+                self._suspects.add(claim)
         return claim
 
     def _suggest(self, claim: Claim) -> tuple[dict[str, Any], int]:
@@ -305,6 +319,7 @@ class Worker:
             claim, self._spec, epoch=epoch, metrics=metrics, value=value, may_prune=not (diverged or last)
         )
         self._draining = self._draining or verdict == "stop"
+        self._suspects.discard(claim)
         if diverged:
             return _diverged(diverged, epoch)
         if last:
@@ -335,7 +350,10 @@ class Worker:
 
     @contextmanager
     def _failures_end(self, claims: list[Claim]) -> Iterator[None]:
-        """An exception in training ends its trials as failed, with the traceback, and not the study."""
+        """An exception in training ends its trial as failed, with the traceback, and not the study.
+
+        Of several trials it ends none: each goes on alone, where it is that trial's or does not come again.
+        """
         try:
             yield
         except (ClaimLost, StoreFailed):
@@ -353,7 +371,12 @@ class Worker:
             for claim in claims:
                 with self._losing_ends(claim):
                     ended = self._store.fail(
-                        claim, self._spec, reason=reason, error=text, failure_key=failure_key(error)
+                        claim,
+                        self._spec,
+                        reason=reason,
+                        error=text,
+                        failure_key=failure_key(error),
+                        beside=len(claims) > 1,
                     )
                     self._held.discard(claim)
                     if ended and self._checkpoints is not None:

@@ -638,8 +638,63 @@ def test_memory_that_runs_out_beside_others_is_nobodys_failure(store: Store, mon
     assert max(most) == 2
 
 
+def test_an_exception_is_charged_to_the_trial_that_raises_it_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpo.train.engine import PlainEngine
+    from hpo.train.group import Group
+
+    def is_bad(config: Any) -> bool:
+        return bool(config.training.lr == 3e-4)
+
+    group_step, plain_step = Group.step, PlainEngine.step
+
+    def in_a_group(self: Any, *batch: Any) -> Any:
+        if any(is_bad(trial.config) for trial in self._trials()):
+            raise RuntimeError("a bad trial")
+        return group_step(self, *batch)
+
+    def in_a_plain_engine(self: Any, lane: Any, *batch: Any) -> Any:
+        if is_bad(lane.config):
+            raise RuntimeError("a bad trial")
+        return plain_step(self, lane, *batch)
+
+    monkeypatch.setattr(Group, "step", in_a_group)
+    monkeypatch.setattr(PlainEngine, "step", in_a_plain_engine)
+    study = engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4)
+    trials = work(store, study)
+    assert [trial.state for trial in trials] == ["complete", "failed", "complete", "complete"]
+    assert store.study("digits").stop is None
+    outcomes = [[attempt.outcome for attempt in trial.attempts] for trial in trials]
+    assert outcomes[0] == ["beside others: RuntimeError: a bad trial", "complete"]
+    assert outcomes[1] == ["beside others: RuntimeError: a bad trial", "RuntimeError: a bad trial", "failed"]
+
+
+def test_trials_that_cannot_be_stacked_with_each_other_are_not(store: Store) -> None:
+    settings = {
+        "name": "kinds",
+        "search": {"sampler": "grid", "space": {"lr": [1e-3], "batch_size": [25, 50]}},
+        "model": {"name": "article_cnn", "width": 0.05},
+        "data": {"name": "digits", "train_samples": 200, "validation_fraction": 0.2},
+        "training": {"epochs": 1},
+    }
+    study = store.create_study(StudySpec.from_dict(settings), facts={})
+    assert [trial.state for trial in work(store, study)] == ["complete", "complete"]
+    assert store.agreements(study) == {}  # it holds for this space, and was not measured
+
+
+def test_an_exported_trial_is_trained_as_it_was(store: Store) -> None:
+    study = engine_study(store, 1e-3, 3e-3, lanes=2)
+    url = store.url.render_as_string(hide_password=False)
+    trials = work(store, study)
+    settings = api.export("digits", storage=url)
+    best = api.best("digits", storage=url)
+    again = work(store, store.create_study(StudySpec.from_dict(settings), facts={}))
+    assert curves_of(again) == curves_of([trials[best.trial]])
+
+
 def test_a_suspect_trains_alone(store: Store) -> None:
-    """A crash of a worker with several trials does not tell whose doing it was; the next one does."""
+    """A crash of a worker with several trials does not tell whose doing it was; the next one does. For an epoch."""
     study = engine_study(store, 1e-4, 3e-4, 1e-3, lanes=3)
     worker_id = store.add_worker(study.study_id, device="cpu")
     held = [store.claim(study, worker_id, beside=beside) for beside in range(2)]
@@ -650,18 +705,19 @@ def test_a_suspect_trains_alone(store: Store) -> None:
         assert claim is not None
         store.release(claim)
     store.remove_worker(worker_id)
-    order: list[tuple[int, ...]] = []
+    beside: dict[tuple[int, int], list[int]] = {}  # which trials ran at the report of a trial's epoch
     report = Store.report
 
-    def noting(self: Store, claim: Any, *args: Any, **rest: Any) -> Any:
-        order.append(tuple(trial.number for trial in store.trials(study) if trial.state == "running"))
-        return report(self, claim, *args, **rest)
+    def noting(self: Store, claim: Any, *args: Any, epoch: int, **rest: Any) -> Any:
+        beside[claim.number, epoch] = [trial.number for trial in store.trials(study) if trial.state == "running"]
+        return report(self, claim, *args, epoch=epoch, **rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "report", noting)
         trials = work(store, study)
     assert [trial.state for trial in trials] == ["complete"] * 3
-    assert set(order) == {(2,), (0,), (1,)}
+    assert (beside[0, 1], beside[1, 1]) == ([0], [1])
+    assert beside[0, 2] == [0, 2]
 
 
 def test_workers_share_what_is_left(store: Store) -> None:
@@ -682,6 +738,7 @@ def test_workers_share_what_is_left(store: Store) -> None:
 
 def test_what_the_first_worker_chose_holds_for_all(store: Store) -> None:
     study = engine_study(store, 1e-4)
+    store.storage.set_study_user_attr(study.study_id, "owner", "somebody")  # with Optuna's own tools
     assert store.agree(study, "lanes auto on the CPU", {"lanes": 8}) == {"lanes": 8}
     assert store.agree(study, "lanes auto on the CPU", {"lanes": 2}) == {"lanes": 8}
     assert store.agree(study, "lanes auto on some GPU", {"lanes": 2}) == {"lanes": 2}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpo.train.checkpoint import Checkpoint
+from hpo.train.checkpoint import Checkpoint, config_digest
 from hpo.train.config import EpochResult, TrainingConfig, TrialConfig, derive_seed
 from hpo.train.data import Data, DeviceSource, Part
 from hpo.train.engine import (
@@ -70,7 +70,8 @@ class Group:
         build_optimizer(self._model.parameters(), config.training, device_type=device.type)  # refuses wrong settings
         self._network = StackedNetwork(self._model, device=device, convolution=convolution)
         images_BCHW, _ = next(data.train.batches(config.training.batch_size))
-        self._network.check(images_BCHW, autocast=self._autocast)
+        other = initial_model(replace(config, seed=config.seed + 1), data=data, device=device)
+        self._network.check(other, images_BCHW, autocast=self._autocast)
         self._update = OPTIMIZERS[config.training.optimizer].update
         self._lanes: list[Lane | None] = []  # by lane; None where it is free
         self._rows: list[int] = []  # the lane of each row
@@ -89,23 +90,26 @@ class Group:
         return 1  # always another one
 
     def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None) -> int:
+        assert checkpoint is None or checkpoint.config_digest == config_digest(config), "another trial's checkpoint"
         plain = build_lane(config, data=self._data, device=self.device)
         if checkpoint is not None:
             restore(plain, checkpoint)
-        if None not in self._lanes:
-            self._lanes.append(None)
-        number = self._lanes.index(None)
         parameters = list(plain.model.parameters())
         state = [plain.optimizer.state.get(parameter, {}) for parameter in parameters]
         moments = {
             name: [_given(of_one.get(name), parameter) for of_one, parameter in zip(state, parameters, strict=True)]
             for name in self._moments
         }
-        self._params_KP = torch.cat([self._params_KP, _row(parameters)])
-        for name, tensors in moments.items():
-            self._moments[name] = torch.cat([self._moments[name], _row(tensors)])
-        for name, buffer in plain.model.named_buffers():
-            self._buffers[name] = torch.cat([self._buffers[name], buffer[None]])
+        # All of it or, where memory runs out, nothing: the others go on.
+        grown_params = torch.cat([self._params_KP, _row(parameters)])
+        grown_moments = {name: torch.cat([self._moments[name], _row(given)]) for name, given in moments.items()}
+        grown_buffers = {
+            name: torch.cat([self._buffers[name], buffer[None]]) for name, buffer in plain.model.named_buffers()
+        }
+        self._params_KP, self._moments, self._buffers = grown_params, grown_moments, grown_buffers
+        if None not in self._lanes:
+            self._lanes.append(None)
+        number = self._lanes.index(None)
         self._rows.append(number)
         self._lanes[number] = Lane(
             config=config,
@@ -181,7 +185,8 @@ class Group:
         logs_KBL = logits_KBL.float().log_softmax(2)
         of_label_KB = logs_KBL.gather(2, labels_KB[:, :, None])[:, :, 0]
         smoothing = factors["label_smoothing"]
-        losses_KB = -((1 - smoothing) * of_label_KB + smoothing * logs_KBL.mean(2))
+        smooth_KB = torch.where(smoothing > 0, smoothing * logs_KBL.mean(2), 0.0)  # of -inf nothing where that is off
+        losses_KB = -((1 - smoothing) * of_label_KB + smooth_KB)
         losses_K = losses_KB.mean(1)
         gradients = torch.autograd.grad(losses_K.sum(), list(self._leaves.values()))
         gradients_KP = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
@@ -233,7 +238,10 @@ class Group:
     def _evaluate(self, trials: Sequence[Lane], part: Part) -> list[tuple[float, float]]:
         """For each lane the mean loss and the accuracy per picture, from float32 sums."""
         sums_K2 = torch.zeros((len(trials), 2), device=self.device)
-        for images_BCHW, labels_B in part.batches(evaluation_batch(trials[0])):
+        batch_size = evaluation_batch(trials[0])
+        if self.device.type == "cuda":  # memory; on a CPU the size would show in the last digit
+            batch_size = max(trials[0].config.training.batch_size, batch_size // len(trials))
+        for images_BCHW, labels_B in part.batches(batch_size):
             with self._autocast():
                 logits_KBL = self._network(self._leaves, self._buffers, images_BCHW, training=False).float()
             labels_KB = labels_B.expand(len(trials), -1)
@@ -249,9 +257,10 @@ class Group:
 
     def _select(self, rows: list[int]) -> None:
         """Keeps these rows, in this order."""
-        self._params_KP = self._params_KP[rows]
-        self._moments = {name: tensor[rows] for name, tensor in self._moments.items()}
+        params_KP = self._params_KP[rows]
+        moments = {name: tensor[rows] for name, tensor in self._moments.items()}
         self._buffers = {name: tensor[rows] for name, tensor in self._buffers.items()}
+        self._params_KP, self._moments = params_KP, moments
         self._rows = [self._rows[row] for row in rows]
         self._cut_leaves()
 

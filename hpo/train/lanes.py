@@ -16,7 +16,7 @@ import torch
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
 from hpo.train.data import Data
-from hpo.train.engine import DataSets, Engine, PlainEngine, build_lane
+from hpo.train.engine import DataSets, Engine, PlainEngine, Stopped, build_lane
 from hpo.train.group import Group, kind_of
 from hpo.train.stacked import CONVOLUTIONS, NotStackable
 
@@ -39,6 +39,7 @@ class Choice:
     lanes: int
     convolution: str | None  # of the stacked network, one of CONVOLUTIONS; None: each trial is trained alone
     reason: str
+    is_passing: bool = False  # it follows from what the study is now, and need not hold for others
 
 
 class LaneEngine:
@@ -51,12 +52,12 @@ class LaneEngine:
         lanes: int | None = None,
         most: int = MOST_LANES,
         should_stop: Callable[[], bool] = lambda: False,
-        agree: Callable[[Choice], Choice] = lambda choice: choice,
+        agree: Callable[[str, Callable[[], Choice]], Choice] = lambda device, measure: measure(),
     ) -> None:
         """`lanes` None: as many as are fastest, up to `most`, measured with the first trial that is admitted.
 
-        `agree` is told what this engine would choose and answers what it is to do, as others that train the same study
-        on such a device do: whether trials are stacked changes their last digits.
+        `agree(device, measure)` says what others that train the same study on a device of that name do, or calls
+        `measure` to be the first: whether trials are stacked changes their last digits.
         """
         self.device = torch.device(device)
         self.choice: Choice | None = None
@@ -71,14 +72,16 @@ class LaneEngine:
     def free_lanes(self) -> int:
         return max(0, (self.choice.lanes if self.choice else 1) - len(self._places))
 
-    def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None) -> int:
+    def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None, *, alone: bool = False) -> int:
+        """As every engine does; `alone`: the trial shares its device but is not stacked with others."""
         assert self.free_lanes > 0, "all lanes are taken"
         if self.choice is None:
             data = self._data_sets.get(config.data)
             self.choice = self._agree(
-                choose(config, data=data, device=self.device, lanes=self._wanted, most=self._most)
+                name_of(self.device),
+                lambda: choose(config, data=data, device=self.device, lanes=self._wanted, most=self._most),
             )
-        engine = self._engine_for(config)
+        engine = self._plain_engine() if alone else self._engine_for(config)
         lane = next(number for number in range(self.choice.lanes) if number not in self._places)
         self._places[lane] = (engine, engine.admit(config, checkpoint))
         return lane
@@ -87,11 +90,17 @@ class LaneEngine:
         assert self._places, "there is no trial to train"
         lanes = {(id(engine), lane): number for number, (engine, lane) in self._places.items()}
         engines = {id(engine): engine for engine, _ in self._places.values()}
-        return [
-            replace(result, lane=lanes[key, result.lane])
-            for key, engine in engines.items()
-            for result in engine.run_epoch()
-        ]
+        results = []
+        for key, engine in engines.items():
+            try:
+                results += [replace(result, lane=lanes[key, result.lane]) for result in engine.run_epoch()]
+            except (Stopped, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                # It may be that of the stack, of which the probe saw only one batch.
+                self._unstackable |= {kind for kind, group in self._groups.items() if group is engine}
+                raise
+        return results
 
     def checkpoint(self, lane: int) -> Checkpoint:
         engine, there = self._places[lane]
@@ -127,6 +136,9 @@ class LaneEngine:
                 self._unstackable.add(kind)
             else:
                 return group
+        return self._plain_engine()
+
+    def _plain_engine(self) -> PlainEngine:
         return PlainEngine(device=str(self.device), should_stop=self._should_stop, data_sets=self._data_sets)
 
 
@@ -137,27 +149,42 @@ def choose(
     config: TrialConfig, *, data: Data, device: torch.device, lanes: int | None = None, most: int = MOST_LANES
 ) -> Choice:
     """How trials like this one are trained fastest on this device: in `lanes` lanes, or in as many as that takes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    name = name_of(device)
 
-    def choice(reason: str, *, lanes: int = 1, convolution: str | None = None) -> Choice:
+    def choice(reason: str, *, lanes: int = 1, convolution: str | None = None, is_passing: bool = False) -> Choice:
         subject = "one trial at a time" if lanes == 1 else f"{lanes} trials at once"
-        return Choice(device=name, lanes=lanes, convolution=convolution, reason=f"{subject} on {name}: {reason}")
+        return Choice(
+            device=name,
+            lanes=lanes,
+            convolution=convolution,
+            reason=f"{subject} on {name}: {reason}",
+            is_passing=is_passing,
+        )
 
-    if lanes == 1 or most == 1:
-        return choice("engine.lanes = 1" if lanes == 1 else "there is but one")
+    if lanes == 1:
+        return choice("engine.lanes = 1")
+    if lanes is None and most == 1:
+        return choice("they have nothing to share, or there is but one", is_passing=True)
     try:
         methods = CONVOLUTIONS if device.type == "cuda" else CONVOLUTIONS[:1]  # products lose on every CPU tried
         groups = [Group(config, data=data, device=device, convolution=method) for method in methods]
     except NotStackable as error:
         return choice(f"its network trains alone, {error}")
     if lanes is not None:
-        _, best = max((_rate(group, config, lanes), group.convolution) for group in groups)
+        best = groups[0].convolution
+        if len(groups) > 1:
+            _, best = max((_rate(group, config, lanes), group.convolution) for group in groups)
         return choice(f"engine.lanes = {lanes}", lanes=lanes, convolution=best)
     alone = _rate_alone(config, data=data, device=device)
     measured = [(rate, count, group.convolution) for group in groups for rate, count in _rates(group, config, most)]
     _, count, convolution = max([(WORTH_IT * alone, 1, None), *measured], key=lambda one: one[0])
     figures = ", ".join(f"{count} at once {rate / alone:.1f}" for rate, count, _ in measured)
     return choice(f"times as fast as one after another: {figures}", lanes=count, convolution=convolution)
+
+
+def name_of(device: torch.device) -> str:
+    """The kind of device, as people know it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 
 def _rates(group: Group, config: TrialConfig, most: int) -> Iterator[tuple[float, int]]:

@@ -48,7 +48,7 @@ class Streams:
         with self._restored():
             self._states = []
             for seed in seeds:
-                torch.manual_seed(seed)
+                self._seed(seed)
                 self._states.append(self._get())
 
     def __len__(self) -> int:
@@ -69,6 +69,13 @@ class Streams:
             yield
         finally:
             self._set(before)
+
+    def _seed(self, seed: int) -> None:
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
 
     def _get(self) -> Tensor:
         return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
@@ -115,54 +122,68 @@ class StackedNetwork:
             logits_KBL: Tensor = lanewise(dict(params), dict(buffers), images)
         return logits_KBL
 
-    def check(self, images_BCHW: Tensor, *, autocast: Callable[[], torch.autocast]) -> None:
-        """Raises NotStackable where a network beside another one does not do on these pictures what it does alone."""
-        model = copy.deepcopy(self._model).train()
-        params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        stacked_params, stacked_buffers = (
-            {name: torch.stack([tensor.detach()] * 2) for name, tensor in tensors.items()}
-            for tensors in (params, buffers)
-        )  # fmt: skip
-        leaves = {name: tensor.requires_grad_() for name, tensor in stacked_params.items()}
+    def check(self, other: nn.Module, images_BCHW: Tensor, *, autocast: Callable[[], torch.autocast]) -> None:
+        """Raises NotStackable where this network beside another does not do on these pictures what each does alone."""
+        networks = [copy.deepcopy(network) for network in (self._model, other)]
+        pictures = [images_BCHW, images_BCHW.flip(0)]
+        stacked_buffers = {
+            name: torch.stack([buffer, other.get_buffer(name)]) for name, buffer in self._model.named_buffers()
+        }
+        leaves = {
+            name: torch.stack([parameter.detach(), other.get_parameter(name).detach()]).requires_grad_()
+            for name, parameter in self._model.named_parameters()
+        }
         with _restoring_generators(images_BCHW.device), autocast():
-            torch.manual_seed(0)
-            others = _other_generators()
-            with _Layouts() as layouts:
-                alone_BL = model(images_BCHW)
-            self._ours.layouts = layouts.seen
-            if _other_generators() != others:
-                raise NotStackable("it draws from Python's or NumPy's generator")
-            alone_grads = torch.autograd.grad(alone_BL.float().square().sum(), list(params.values()), allow_unused=True)
-            if any(grad is None for grad in alone_grads):
-                raise NotStackable("it has parameters that its output does not depend on")
-            with torch.no_grad():
-                evaluated_BL = model.eval()(images_BCHW)
+            alone = [
+                self._alone(network, images, seed=seed)
+                for seed, (network, images) in enumerate(zip(networks, pictures, strict=True))
+            ]
             self.streams.seed([0, 1])
             try:
-                both_KBCHW = torch.stack([images_BCHW, images_BCHW.flip(0)])
-                stacked_KBL = self(leaves, stacked_buffers, both_KBCHW, training=True)
-                grads = torch.autograd.grad(stacked_KBL.float().square().sum(), list(leaves.values()))
+                logits_KBL = self(leaves, stacked_buffers, torch.stack(pictures), training=True)
+                grads = torch.autograd.grad(logits_KBL.float().square().sum(), list(leaves.values()))
                 with torch.no_grad():
-                    stacked_evaluated_KBL = self(leaves, stacked_buffers, images_BCHW, training=False)
+                    evaluated_KBL = self(leaves, stacked_buffers, images_BCHW, training=False)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever vmap says of what it cannot map, and modules of what they get
                 raise NotStackable(f"{describe(error)}".split("\n")[0][:200]) from None
-        # Gradients are measured against the largest: that of a bias in front of a batch norm is nothing but rounding.
-        pairs = [
-            ([alone_BL.detach()], [stacked_KBL.detach()]),
-            ([evaluated_BL], [stacked_evaluated_KBL]),
-            (list(alone_grads), list(grads)),
-            *(([model.get_buffer(name)], [stacked]) for name, stacked in stacked_buffers.items() if stacked.numel()),
-        ]
-        tolerance = SAME_FLOAT32 if alone_BL.dtype == torch.float32 else SAME_BF16
-        for alone, stacked in pairs:
-            largest = max(float(tensor.abs().max()) for tensor in alone)
-            differences = [
-                float((beside[0] - tensor).abs().max()) for tensor, beside in zip(alone, stacked, strict=True)
+            with torch.no_grad():
+                evaluated = [network.eval()(images_BCHW) for network in networks]
+        tolerance = SAME_FLOAT32 if logits_KBL.dtype == torch.float32 else SAME_BF16
+        for lane, (network, (logits_BL, own_grads)) in enumerate(zip(networks, alone, strict=True)):
+            # Measured against the largest of their sort: a bias in front of a batch norm has a gradient, and a channel
+            # without an activation a running mean, that are nothing but rounding.
+            buffers = [(buffer, stacked_buffers[name][lane]) for name, buffer in network.named_buffers()]
+            sorts = [
+                [(logits_BL, logits_KBL[lane].detach())],
+                [(evaluated[lane], evaluated_KBL[lane])],
+                [(own, stacked[lane]) for own, stacked in zip(own_grads, grads, strict=True)],
+                [pair for pair in buffers if pair[0].numel() and pair[0].is_floating_point()],
+                [pair for pair in buffers if pair[0].numel() and not pair[0].is_floating_point()],
             ]
-            if not all(difference <= tolerance * max(largest, 1e-30) for difference in differences):  # nor NaN
-                raise NotStackable("stacked, it gives other results than alone")
+            for pairs in filter(None, sorts):
+                largest = max(float(own.abs().max()) for own, _ in pairs)
+                differences = [float((stacked - own).abs().max()) for own, stacked in pairs]
+                if not all(difference <= tolerance * max(largest, 1e-30) for difference in differences):  # nor NaN
+                    raise NotStackable("stacked, it gives other results than alone")
+
+    def _alone(self, network: nn.Module, images_BCHW: Tensor, *, seed: int) -> tuple[Tensor, list[Tensor]]:
+        """Outputs in training and gradients of a network alone, which sees what it does beside computing them."""
+        torch.manual_seed(seed)
+        network.train()
+        generators, attributes = _other_generators(), _attributes(network)
+        with _Layouts() as layouts:
+            logits_BL = network(images_BCHW)
+        self._ours.layouts = layouts.seen
+        if _other_generators() != generators:
+            raise NotStackable("it draws from Python's or NumPy's generator")
+        if _attributes(network) != attributes:
+            raise NotStackable("its modules change their own attributes in training")
+        grads = torch.autograd.grad(logits_BL.float().square().sum(), list(network.parameters()), allow_unused=True)
+        if any(grad is None for grad in grads):
+            raise NotStackable("it has parameters that its output does not depend on")
+        return logits_BL.detach(), [grad for grad in grads if grad is not None]
 
 
 class _Layouts(TorchFunctionMode):
@@ -180,7 +201,7 @@ class _Layouts(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if function in DROPOUTS:
-            inputs = args[0]
+            inputs = args[0] if args else (kwargs or {})["input"]
             is_pictures = inputs.dim() == 4 and not inputs.is_contiguous()
             self.seen.append(torch.channels_last if is_pictures else torch.contiguous_format)
         return function(*args, **(kwargs or {}))
@@ -211,32 +232,43 @@ class _Ours(TorchFunctionMode):
             return self._dropout(function, *args, **(kwargs or {}))
         if function is F.conv2d:
             return _conv2d(*args, **(kwargs or {}), convolution=self._convolution)
-        if function is F.batch_norm and args[0].device.type == "cpu":  # else its sums depend on the number of lanes
-            inputs, *settings = args
-            return function(_Contiguous.apply(inputs), *settings, **(kwargs or {}))
-        if function in POOLINGS and args[0].dim() == 4:
-            images, *settings = args
-            return _Pooled.apply(images, lambda images: function(images, *settings, **(kwargs or {})))
+        if function is F.batch_norm:
+            return _batch_norm(*args, **(kwargs or {}))
+        if function in POOLINGS:
+            return _pool(function, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     def _dropout(
         self,
         function: Callable[..., Tensor],
-        inputs: Tensor,
+        input: Tensor,  # as torch names it, whose callers may
         p: float = 0.5,
         training: bool = True,
         inplace: bool = False,
     ) -> Tensor:
         if not training:
-            return function(inputs, p, training, inplace)
+            return function(input, p, training, inplace)
         layout = self.layouts[self._num_dropouts]
         self._num_dropouts += 1
-        dropped: Tensor = _Dropout.apply(inputs, lambda ones: function(ones, p), layout, self._streams)
-        return inputs.copy_(dropped) if inplace else dropped
+        dropped: Tensor = _Dropout.apply(input, lambda ones: function(ones, p), layout, self._streams)
+        return input.copy_(dropped) if inplace else dropped
+
+
+def _batch_norm(input: Tensor, *settings: Any, **named: Any) -> Tensor:
+    if input.device.type == "cpu":  # where in channels_last its sums depend on the number of lanes
+        input = _Contiguous.apply(input)
+    return F.batch_norm(input, *settings, **named)
+
+
+def _pool(function: Callable[..., Tensor], input: Tensor, *settings: Any, **named: Any) -> Tensor:
+    if input.dim() != 4:
+        return function(input, *settings, **named)
+    result: Tensor = _Pooled.apply(input, lambda images: function(images, *settings, **named))
+    return result
 
 
 def _conv2d(
-    images: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -247,10 +279,10 @@ def _conv2d(
     convolution: type[_Grouped] | type[_Products],
 ) -> Tensor:
     result: Tensor
-    if isinstance(padding, str) or images.dim() != 4:
-        result = F.conv2d(images, weight, bias, stride, padding, dilation, groups)
+    if isinstance(padding, str) or input.dim() != 4:
+        result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         return result
-    result = convolution.apply(images, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+    result = convolution.apply(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
     return result
 
 
@@ -375,6 +407,19 @@ def _of_lanes(info: Any, lane_dim: int | None, tensor: Tensor | None) -> Any:
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _attributes(network: nn.Module) -> list[bytes]:
+    """The state of its modules beside parameters and buffers, as far as it can be written down."""
+    states = []
+    for module in network.modules():
+        own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
+        for key, value in own.items():
+            try:
+                states.append(pickle.dumps((key, value)))
+            except Exception:  # whatever pickling a user's object does
+                states.append(repr((key, value)).encode())
+    return states
 
 
 def _other_generators() -> bytes:
