@@ -228,7 +228,10 @@ def copy(
         source.reap(study)
     if running := source.counts(study.study_id).get("running", 0):
         raise UserError(f"study {name!r} has {running} trials in training; end them with: hpo stop {name}")
-    target = Store(to, create=True)
+    try:
+        target = Store(to, create=True)
+    except UserError as error:
+        raise type(error)(str(error).replace("--storage", "--to")) from None
     target.check_absent(name)
     # Files first: a study that is there has its files, whenever this is interrupted.
     copied = replace(study, facts={**study.facts, "uid": uuid.uuid4().hex[:8], "origin": study.origin})

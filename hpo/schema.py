@@ -184,6 +184,7 @@ def upgrade_tables(connection: Connection) -> tuple[int, int]:
 
 def upgrade_optuna(storage: RDBStorage) -> tuple[str, str]:
     """Brings Optuna's tables to the version of the Optuna that is installed; returns the version before and after."""
-    before = str(storage.get_current_version())
-    storage.upgrade()
-    return before, str(storage.get_head_version())
+    before, newest = str(storage.get_current_version()), str(storage.get_head_version())
+    if before != newest:
+        storage.upgrade()
+    return before, newest
