@@ -555,7 +555,7 @@ def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Pat
     (tmp_path / "elsewhere").mkdir()
     other = f"sqlite:///{tmp_path}/elsewhere/other.db"
     assert api.copy("digits", to=other, storage=url) == other
-    with pytest.raises(UserError, match="^--to must be an SQLite or Postgres URL"):
+    with pytest.raises(UserError, match=r"^--to must be an SQLite or Postgres URL"):
         api.copy("digits", to="mysql://host/database", storage=url)
     with pytest.raises(UserError, match="holds a study 'digits' already"):
         api.copy("digits", to=other, storage=url)
