@@ -1,7 +1,8 @@
 """Many networks of one architecture run as one: their parameters stacked, the forward pass mapped over them.
 
-torch.vmap does the mapping; three operations are ours. Dropout is drawn for each network from its own generator, as
-it would draw alone. Convolutions are grouped ones or products of matrices; they and pooling keep a fast layout.
+torch.vmap does the mapping; some operations are ours. Dropout is drawn for each network from its own generator, as
+alone. Convolutions are grouped ones or products of matrices; they, pooling and batch norm keep a fast layout,
+and they and linear layers the precision of autocast, which does not reach what vmap makes of them.
 Shapes: K lanes (networks), B batch, C H W picture, O output channels, L classes; F values under a kernel.
 """
 
@@ -150,7 +151,7 @@ class StackedNetwork:
                 raise NotStackable(f"{describe(error)}".split("\n")[0][:200]) from None
             with torch.no_grad():
                 evaluated = [network.eval()(images_BCHW) for network in networks]
-        tolerance = SAME_FLOAT32 if logits_KBL.dtype == torch.float32 else SAME_BF16
+        tolerance = SAME_FLOAT32 if alone[0][0].dtype == torch.float32 else SAME_BF16
         for lane, (network, (logits_BL, own_grads)) in enumerate(zip(networks, alone, strict=True)):
             # Measured against the largest of their sort: a bias in front of a batch norm has a gradient, and a channel
             # without an activation a running mean, that are nothing but rounding.
@@ -232,6 +233,8 @@ class _Ours(TorchFunctionMode):
             return self._dropout(function, *args, **(kwargs or {}))
         if function is F.conv2d:
             return _conv2d(*args, **(kwargs or {}), convolution=self._convolution)
+        if function is F.linear:
+            return _linear(*args, **(kwargs or {}))
         if function is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
         if function in POOLINGS:
@@ -254,10 +257,28 @@ class _Ours(TorchFunctionMode):
         return input.copy_(dropped) if inplace else dropped
 
 
-def _batch_norm(input: Tensor, *settings: Any, **named: Any) -> Tensor:
-    if input.device.type == "cpu":  # where in channels_last its sums depend on the number of lanes
-        input = _Contiguous.apply(input)
-    return F.batch_norm(input, *settings, **named)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    result: Tensor = _Linear.apply(input, weight, bias) if input.dim() > 1 else F.linear(input, weight, bias)
+    return result
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    def normalise(
+        inputs: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        return F.batch_norm(inputs, mean, var, weight, bias, training, momentum, eps)
+
+    normalised: Tensor = _BatchNorm.apply(input, running_mean, running_var, weight, bias, normalise)
+    return normalised
 
 
 def _pool(function: Callable[..., Tensor], input: Tensor, *settings: Any, **named: Any) -> Tensor:
@@ -279,7 +300,7 @@ def _conv2d(
     convolution: type[_Grouped] | type[_Products],
 ) -> Tensor:
     result: Tensor
-    if isinstance(padding, str) or input.dim() != 4:
+    if input.dim() != 4:
         result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         return result
     result = convolution.apply(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
@@ -350,7 +371,7 @@ class _Products(_Grouped):
         info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor | None,
         stride: Any, padding: Any, dilation: Any, groups: int,
     ) -> tuple[Tensor, int]:  # fmt: skip
-        if groups > 1 or dilation != (1, 1):
+        if groups > 1 or dilation != (1, 1) or isinstance(padding, str):
             return _Grouped.vmap(info, in_dims, images, weight, bias, stride, padding, dilation, groups)
         weight_KOCHW, bias_KO = _of_lanes(info, in_dims[1], weight), _of_lanes(info, in_dims[2], bias)
         height, width = weight_KOCHW.shape[-2:]
@@ -381,16 +402,42 @@ class _Pooled(_Lanewise):
         return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
 
 
-class _Contiguous(_Lanewise):
-    """The same, with the lanes' channels side by side and contiguous in memory."""
+class _Linear(_Lanewise):
+    """A linear layer of every lane, as a product of matrices each; under autocast in its precision, unlike vmap's."""
 
     @staticmethod
-    def forward(inputs: Tensor) -> Tensor:
-        return inputs.clone()
+    def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(inputs, weight, bias)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, inputs: Tensor) -> tuple[Tensor, int]:
-        return inputs.movedim(in_dims[0], 1).contiguous(), 1
+    def vmap(info: Any, in_dims: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+        inputs, weight_KOF = _of_lanes(info, in_dims[0], inputs), _of_lanes(info, in_dims[1], weight)
+        bias_KO = _of_lanes(info, in_dims[2], bias)
+        rows_KNF, weight_KFO = inputs.flatten(1, -2), weight_KOF.mT
+        if bias_KO is None:
+            result = torch.bmm(rows_KNF, weight_KFO)
+        else:
+            result = torch.baddbmm(bias_KO[:, None], rows_KNF, weight_KFO)
+        return result.view(*inputs.shape[:-1], -1), 0
+
+
+class _BatchNorm(_Lanewise):
+    """A batch norm over the lanes' channels side by side; running statistics are changed in place."""
+
+    @staticmethod
+    def forward(inputs: Tensor, *rest: Any) -> Tensor:
+        *given, normalise = rest
+        return normalise(inputs, *given)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, inputs: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        *given, normalise = rest
+        stacked = [_of_lanes(info, dim, tensor) for dim, tensor in zip(in_dims[1:], given, strict=False)]
+        channels = _of_lanes(info, in_dims[0], inputs).movedim(0, 1).flatten(1, 2)
+        if channels.device.type == "cpu":  # where in channels_last the sums depend on the number of lanes
+            channels = channels.contiguous()
+        result = normalise(channels, *(None if tensor is None else tensor.flatten() for tensor in stacked))
+        return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
 
 
 def _side_by_side(images: Tensor, lane_dim: int) -> Tensor:
@@ -405,8 +452,9 @@ def _of_lanes(info: Any, lane_dim: int | None, tensor: Tensor | None) -> Any:
     return tensor.expand(info.batch_size, *tensor.shape) if lane_dim is None else tensor.movedim(lane_dim, 0)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _pair(value: Any) -> Any:
+    """One number for both directions as two; a padding may also be a word."""
+    return (value, value) if isinstance(value, int) else value if isinstance(value, str) else tuple(value)
 
 
 def _attributes(network: nn.Module) -> list[bytes]:

@@ -19,11 +19,11 @@ from torch import Tensor
 from hpo.train import lanes as lanes_module
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
-from hpo.train.engine import DataSets, Engine, PlainEngine, Stopped
+from hpo.train.engine import DataSets, Engine, PlainEngine, Stopped, initial_model
 from hpo.train.group import Group, with_eps
 from hpo.train.lanes import Choice, LaneEngine, choose
 from hpo.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer
-from hpo.train.stacked import CONVOLUTIONS
+from hpo.train.stacked import CONVOLUTIONS, StackedNetwork
 
 EPOCHS = 3
 CPU = torch.device("cpu")
@@ -231,6 +231,20 @@ def test_every_kind_of_network_is_the_plain_engines(
         assert_close(checkpoint, plain)
         if convolution == "grouped" and model is not UNUSUAL:  # for depthwise ones the kernel is chosen by the lanes
             assert_equal(checkpoint, among[1])
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "model", [ARTICLE, BATCH_NORM, DROPOUT, UNUSUAL], ids=["article", "batch_norm", "dropout", "unusual"]
+)
+def test_networks_stack_in_mixed_precision(model: ModelConfig, convolution: str) -> None:
+    """As on a GPU, here with the CPU's autocast: the probe finds the results that the network has alone."""
+    config = trial(model=model)
+    data = DataSets(device=CPU).get(config.data)
+    one, other = (initial_model(replace(config, seed=seed), data=data, device=CPU) for seed in range(2))
+    images, _ = next(data.train.batches(64))
+    network = StackedNetwork(one, device=CPU, convolution=convolution)
+    network.check(other, images, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("model", [ARTICLE, BATCH_NORM, DROPOUT], ids=["article", "batch_norm", "dropout"])
