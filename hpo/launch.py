@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from hpo.assignment import ASSIGNMENT, Assignment
 from hpo.database import PASSWORD_FILE
 from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
 from hpo.errors import StudyStopped, UserError
@@ -24,7 +25,7 @@ from hpo.outage import STORE_ERRORS
 from hpo.records import Study
 from hpo.store import Store
 from hpo.trust import Allowed
-from hpo.worker import ASSIGNMENT, DRAIN_S, EXIT_RESTART, Assignment, Worker
+from hpo.worker import DRAIN_S, EXIT_RESTART, Worker
 
 TICK_S = 0.2
 REAP_S = 5.0

@@ -6,7 +6,6 @@ is left, when it is told to (SIGTERM, the death of its supervisor, `hpo stop`), 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -17,11 +16,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo import provenance
+from hpo.assignment import ASSIGNMENT, read_assignment
 from hpo.database import Unreachable
 from hpo.errors import UserError
 from hpo.failures import failure_key, is_out_of_memory, message
@@ -31,7 +31,6 @@ from hpo.outage import LONGEST_PAUSE_S, OUTAGE_S, StoreFailed
 from hpo.records import Claim, Study
 from hpo.store import Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
-from hpo.trust import Allowed
 
 if TYPE_CHECKING:
     from hpo.checkpoints import StudyCheckpoints
@@ -45,19 +44,6 @@ EPOCH_S = 20.0  # how long an epoch may go on once the worker was told to leave,
 DRAIN_S = 30.0  # how long a loop of the user's may take to come to its next report before it is left in its epoch
 LEAVE_S = 5.0  # how long giving trials back and signing off may take then
 EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
-ASSIGNMENT = "HPO_WORKER"  # environment variable with the Assignment; not on the command line, where anyone reads it
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a worker process is started with."""
-
-    storage: str
-    study: str
-    device: str  # as users name it, and as it is recorded
-    torch_device: str  # as torch names it in the worker's process
-    threads: int
-    allowed: Allowed  # whose code it may import
 
 
 class Worker:
@@ -438,13 +424,6 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def read_assignment(text: str) -> Assignment:
-    """The inverse of `json.dumps(dataclasses.asdict(assignment))`."""
-    values = json.loads(text)
-    modules, folders = (tuple(values["allowed"][key]) for key in ("modules", "folders"))
-    return Assignment(**{**values, "allowed": Allowed(modules, folders)})
 
 
 def _open_patiently(url: str, *, give_up: Callable[[], bool]) -> Store:
