@@ -178,7 +178,7 @@ class Group:
     def step(self, images_KBCHW: Tensor, labels_KB: Tensor, factors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Trains every lane on its batch; losses (K,) and correct pictures (K,) stay on the device.
 
-        `factors` are those of the update rule for this step, and what `_factors` adds to them.
+        `factors` are those of the update rule for this step, and what `factors` adds to them.
         """
         with self._autocast():
             logits_KBL = self._network(self._leaves, self._buffers, images_KBCHW, training=True)
