@@ -1,4 +1,4 @@
-"""Trials -> the answer: the best learning rate and the interval of those that did as well."""
+"""Trials -> the answer: the best learning rate, the interval of those that did as well, and where all of them point."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ from typing import Any
 from hpo.records import Study, Trial
 from hpo.space import Choice
 
+COMPARED = 5  # trials are compared after as many epochs as so many of them have come to
+WINDOW = 3  # epochs whose mean counts: one epoch's accuracy is noisy
+DECADES = 1.0  # to either side of the best one: over more, the response is no parabola
+LEAST_RATES = 4  # that a parabola is fitted to; three always fit
+
 
 @dataclass(frozen=True)
 class Best:
-    """The best complete trial. `interval` is None where the study has no learning rate or no picture count."""
+    """The best complete trial. `interval` is None where the study has no learning rate or no picture count.
+
+    `peak` is the learning rate that all trials together point to (see `peak`), None where none is searched.
+    """
 
     trial: int
     params: Mapping[str, Any]
     value: float
     interval: tuple[float, float] | None
+    peak: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,7 +44,8 @@ def best(study: Study, trials: Sequence[Trial]) -> Best | None:
         return None
     sign = -1 if study.spec.direction == "maximize" else 1
     winner = min(complete, key=lambda trial: (sign * _value(trial), _last_loss(trial), trial.number))
-    return Best(winner.number, winner.params, _value(winner), learning_rate_interval(study, trials, winner))
+    interval = learning_rate_interval(study, trials, winner)
+    return Best(winner.number, winner.params, _value(winner), interval, peak(study, trials))
 
 
 def learning_rate_interval(study: Study, trials: Sequence[Trial], winner: Trial) -> tuple[float, float] | None:
@@ -62,10 +72,59 @@ def learning_rate_interval(study: Study, trials: Sequence[Trial], winner: Trial)
     return rates[low], rates[high]
 
 
+def peak(study: Study, trials: Sequence[Trial]) -> float | None:
+    """The learning rate that the trials so far point to, ended or not; None where none is searched or reported on.
+
+    The best trial alone is the luckiest; the others say where the top of the response is. A parabola in log lr is
+    fitted by least squares (a response surface: Box and Wilson, J. Royal Statistical Society B 13, 1951) to the trials
+    within DECADES of the best one and with its listed parameters, after as many epochs as COMPARED trials have come to,
+    each counting with its mean over the last WINDOW of those. The peak is its top, within the rates that were tried;
+    where it has none, or too few rates, the best one. `make bench-search` measures how soon it is right.
+    """
+    import numpy as np
+
+    sign = -1 if study.spec.direction == "minimize" else 1
+    curves = {
+        trial.number: [math.nan if value is None else sign * value for value in trial.curves[study.spec.metric]]
+        for trial in trials
+        if "lr" in trial.params and trial.state != "failed" and trial.curves.get(study.spec.metric)
+    }
+    if not curves:
+        return None
+    lengths = sorted(map(len, curves.values()), reverse=True)
+    epoch = lengths[min(COMPARED, len(lengths)) - 1]
+    values = {
+        number: statistics.fmean(curve[max(0, epoch - WINDOW) : epoch])
+        for number, curve in curves.items()
+        if len(curve) >= epoch
+    }
+    known = [trial for trial in trials if not math.isnan(values.get(trial.number, math.nan))]
+    if not known:
+        return None
+    leader = max(known, key=lambda trial: values[trial.number])
+    top = float(leader.params["lr"])
+    fitted = [
+        trial
+        for trial in known
+        if _is_alike(study, trial, leader) and abs(math.log10(trial.params["lr"] / top)) <= DECADES
+    ]
+    x = np.log10([trial.params["lr"] for trial in fitted])
+    if len(set(x)) < LEAST_RATES:
+        return top
+    parabola = np.polynomial.Polynomial.fit(x, [values[trial.number] for trial in fitted], 2)
+    if parabola.deriv(2)(0) >= 0:
+        return top
+    return float(10 ** np.clip(parabola.deriv().roots()[0], x.min(), x.max()))
+
+
 def _is_comparable(study: Study, trial: Trial, winner: Trial) -> bool:
+    same = "lr" in trial.params and trial.state in ("complete", "pruned", "diverged")
+    return same and _is_alike(study, trial, winner)
+
+
+def _is_alike(study: Study, trial: Trial, winner: Trial) -> bool:
     listed = {key for key, p in study.spec.search.parameters.items() if isinstance(p, Choice)} - {"lr", "seed"}
-    same = all(trial.params.get(key) == winner.params.get(key) for key in listed)
-    return same and "lr" in trial.params and trial.state in ("complete", "pruned", "diverged")
+    return all(trial.params.get(key) == winner.params.get(key) for key in listed)
 
 
 def _mean(replicates: Sequence[Trial]) -> float:

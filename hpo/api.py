@@ -277,6 +277,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         "stop": study.stop,
         "stop_reason": study.stop_reason,
         "best": found.as_dict() if found else None,
+        "peak": analysis.peak(study, all_trials),
         "workers": [
             {
                 "worker": worker.worker_id,

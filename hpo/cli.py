@@ -248,6 +248,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     if found["best"]:
         best = found["best"]
         click.echo(f"best so far: {in_words(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
+    if found["peak"] is not None:
+        click.echo(f"all trials together point to: lr={found['peak']:.3g}")
     if found["workers"]:
         columns = ["host", "pid", "device", "trial", "epoch", "seen_s"]
         print_table(

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.analysis import Best, best, standard_error
+from hpo.analysis import Best, best, peak, standard_error
 from hpo.ledger import ENDED
 from hpo.records import Study, Trial
 from hpo.store import Store
@@ -151,6 +151,8 @@ def answer_lines(study: Study, found: Best) -> list[str]:
             )
         else:
             lines.append("no other learning rate that was tried came within one standard error")
+    if found.peak is not None:
+        lines.append(f"all trials together point to {_number(float(f'{found.peak:.3g}'))}")
     return lines
 
 
@@ -227,6 +229,8 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
     if (found := best(study, trials)) is not None:
         value = f"{study.spec.metric} {_value(found.value, study)}"
         parts.append(Text(f"best so far: {_params(found.params)}, {value}, trial {found.trial}"))
+    if (rate := peak(study, trials)) is not None:
+        parts.append(Text(f"all trials together point to: lr={rate:.3g}"))
     return Group(*parts)
 
 

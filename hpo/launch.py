@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from hpo.assignment import ASSIGNMENT, Assignment
 from hpo.database import PASSWORD_FILE
 from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
 from hpo.errors import StudyStopped, UserError
@@ -25,7 +24,8 @@ from hpo.outage import STORE_ERRORS
 from hpo.records import Study
 from hpo.store import Store
 from hpo.trust import Allowed
-from hpo.worker import DRAIN_S, EXIT_RESTART, Worker
+from hpo.worker import EXIT_RESTART, Worker
+from hpo.worker_process import ASSIGNMENT, DRAIN_S, Assignment
 
 TICK_S = 0.2
 REAP_S = 5.0
@@ -190,7 +190,7 @@ class _Process:
         self.exit_code = None
         with self.log.open("ab") as log:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "hpo.worker"],
+                [sys.executable, "-m", "hpo.worker_process"],
                 env=self._environment,
                 stdin=subprocess.PIPE,
                 stdout=log,

@@ -1,4 +1,4 @@
-"""The study as it is shown to samplers that learn from complete trials only."""
+"""The study as it is shown to samplers, so that they learn from all that is known of its trials."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ from optuna.trial import FrozenTrial, TrialState
 DIVERGED = "diverged"  # how the user attribute "ended" of such a trial begins
 
 
-class LearningStudy(optuna.Study):
+class ReportsStudy(optuna.Study):
+    """An Optuna study in which a trial in training counts by its last report, as a pruned one does, for TPE.
+
+    TPE counts what is in training among the worst, whatever it has reported: with many trials at once it would keep
+    away from where they do best.
+    """
+
+    def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy=False, use_cache=use_cache)
+        shown = [
+            _as_pruned(trial) if trial.state is TrialState.RUNNING and trial.intermediate_values else trial
+            for trial in trials
+        ]
+        return [trial for trial in shown if states is None or trial.state in states]
+
+
+class ValuesStudy(optuna.Study):
     """An Optuna study in which every trial that was dropped counts as complete, for GP and CMA-ES.
 
     They would not see a pruned or diverged trial and go back to its learning rate for ever. Here a pruned trial counts
@@ -25,6 +41,12 @@ class LearningStudy(optuna.Study):
         worst = _worst_value(self.direction.name.lower(), known)
         shown = [_as_complete(trial, worst) if trial.state is TrialState.PRUNED else trial for trial in trials]
         return [trial for trial in shown if states is None or trial.state in states]
+
+
+def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
+    shown = copy.copy(trial)
+    shown.state = TrialState.PRUNED
+    return shown
 
 
 def _as_complete(trial: FrozenTrial, worst: float) -> FrozenTrial:

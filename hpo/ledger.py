@@ -24,7 +24,6 @@ from sqlalchemy.engine import Connection
 from hpo import liveness, search
 from hpo.database import DraftStorage, now, open_storage, parse_url
 from hpo.errors import UserError
-from hpo.learning import LearningStudy
 from hpo.outage import STORE_ERRORS, StoreFailed, patiently, plain
 from hpo.records import Claim, Study
 from hpo.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
@@ -163,7 +162,7 @@ class Ledger:
         sampler = search.SAMPLERS[spec.search.sampler]
         draft = DraftStorage(self._cached)
         study = self._optuna_study(
-            spec, cast(optuna.storages.BaseStorage, draft), number=claim.number, learning=sampler.needs_values
+            spec, cast(optuna.storages.BaseStorage, draft), number=claim.number, kind=sampler.study()
         )
         study.get_trials(deepcopy=False)  # the cache refuses parameters of a trial that it has not seen
         trial = None if sampler.counts else optuna.Trial(study, claim.trial_id)
@@ -440,10 +439,14 @@ class Ledger:
             )
 
     def _optuna_study(
-        self, spec: StudySpec, storage: optuna.storages.BaseStorage, *, number: int, learning: bool = False
+        self,
+        spec: StudySpec,
+        storage: optuna.storages.BaseStorage,
+        *,
+        number: int,
+        kind: type[optuna.Study] = optuna.Study,
     ) -> optuna.Study:
         # A new Study for each use: it caches the list of trials until `Study.ask`, which we never call.
-        kind = LearningStudy if learning else optuna.Study
         sampler = search.build_sampler(spec, number=number)
         return kind(spec.name, storage, sampler=sampler, pruner=search.build_pruner(spec))
 

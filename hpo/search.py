@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hpo.space import Cases, Choice, Parameter, Range, Scalar
+from hpo.space import Cases, Choice, Parameter, Range, Scalar, point
 from hpo.train.config import derive_seed
 
 if TYPE_CHECKING:
@@ -19,6 +19,24 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from hpo.spec import StudySpec
+
+
+def _as_it_is() -> type[optuna.Study]:
+    import optuna
+
+    return optuna.Study
+
+
+def _by_reports() -> type[optuna.Study]:
+    from hpo.learning import ReportsStudy
+
+    return ReportsStudy
+
+
+def _by_values() -> type[optuna.Study]:
+    from hpo.learning import ValuesStudy
+
+    return ValuesStudy
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,8 @@ class Sampler:
     conditional: bool = False  # can it search a parameter that depends on another one?
     min_ranges: int = 0
     counts: bool = False  # keeps a counter in the study, which one trial at a time may read and write
-    needs_values: bool = False  # learns from complete trials only, so that dropped ones must be shown as complete
+    begins_spread: bool = False  # needs some trials to learn from, which are spread over the space
+    study: Callable[[], type[optuna.Study]] = _as_it_is  # how it is shown the trials before
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,7 @@ class Pruner:
 
     defaults: Mapping[str, Any]
     build: Callable[[dict[str, Any], int], BasePruner]
+    compares_early: bool = False  # with trials in training, so that it does better with several of them side by side
 
 
 def _random(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
@@ -53,9 +73,9 @@ def _tpe(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
     from optuna.samplers import TPESampler
 
     conditional = any(isinstance(parameter, Cases) for parameter in spec.search.parameters.values())
-    # Optuna's ten random trials in front would be half of a usual learning-rate study.
-    startup = max(4, min(10, spec.num_trials // 3))
-    return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=conditional, constant_liar=True)
+    return TPESampler(
+        seed=seed, n_startup_trials=num_startup(spec), multivariate=True, group=conditional, constant_liar=True
+    )
 
 
 def _qmc(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
@@ -71,7 +91,7 @@ def _qmc(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
 def _gp(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
     from optuna.samplers import GPSampler
 
-    return GPSampler(seed=seed, n_startup_trials=max(4, min(10, spec.num_trials // 3)))
+    return GPSampler(seed=seed, n_startup_trials=num_startup(spec))
 
 
 def _cmaes(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
@@ -87,10 +107,10 @@ def _cmaes(seed: int, study_seed: int, spec: StudySpec) -> BaseSampler:
 SAMPLERS: dict[str, Sampler] = {
     "grid": Sampler(_random, conditional=True),  # a grid's points are given with its slots; nothing is left to sample
     "random": Sampler(_random, conditional=True),
-    "tpe": Sampler(_tpe, conditional=True),
+    "tpe": Sampler(_tpe, conditional=True, begins_spread=True, study=_by_reports),
     "qmc": Sampler(_qmc, counts=True),
-    "gp": Sampler(_gp, needs_values=True),
-    "cmaes": Sampler(_cmaes, min_ranges=2, needs_values=True),
+    "gp": Sampler(_gp, begins_spread=True, study=_by_values),
+    "cmaes": Sampler(_cmaes, min_ranges=2, study=_by_values),
 }
 
 
@@ -146,8 +166,8 @@ PRUNERS: dict[str, Pruner] = {
     "none": Pruner({}, _none),
     "median": Pruner({"startup_trials": 5, "warmup_epochs": 1}, _percentile),
     "percentile": Pruner({"percentile": 50.0, "startup_trials": 5, "warmup_epochs": 1}, _percentile),
-    "asha": Pruner({"min_epochs": 1, "reduction_factor": 3}, _asha),
-    "hyperband": Pruner({"min_epochs": 1, "reduction_factor": 3}, _hyperband),
+    "asha": Pruner({"min_epochs": 1, "reduction_factor": 3}, _asha, compares_early=True),
+    "hyperband": Pruner({"min_epochs": 1, "reduction_factor": 3}, _hyperband, compares_early=True),
     "patient": Pruner({"patience": 3, "min_delta": 0.0}, _patient),
     "threshold": Pruner({"lower": None, "upper": None, "warmup_epochs": 1}, _threshold),
 }
@@ -170,7 +190,25 @@ def slots(spec: StudySpec) -> list[dict[str, Scalar]]:
     """What is given of each trial's parameters before it is claimed: all of a grid point, nothing of a sampled one."""
     if spec.search.sampler == "grid":
         return spec.search.grid
-    return spec.search.try_first + [{} for _ in range(spec.num_trials - len(spec.search.try_first))]
+    first = spec.search.try_first
+    if SAMPLERS[spec.search.sampler].begins_spread:
+        first = first + _spread(spec, max(0, num_startup(spec) - len(first)))
+    return first + [{} for _ in range(spec.num_trials - len(first))]
+
+
+def num_startup(spec: StudySpec) -> int:
+    """How many trials a sampler that learns begins with; Optuna's ten would be half of a usual study."""
+    return min(spec.num_trials, max(4, min(10, spec.num_trials // 3)))
+
+
+def _spread(spec: StudySpec, count: int) -> list[dict[str, Scalar]]:
+    """The first points of a scrambled Sobol sequence: random ones leave gaps, and in a gap may lie the best rate."""
+    from scipy.stats import qmc
+
+    sequence = qmc.Sobol(len(spec.search.parameters), rng=derive_seed(spec.search.seed, "spread"))
+    # Drawn by powers of two, as many as are balanced; the first of them are as good for any count.
+    shares = sequence.random_base2(max(0, count - 1).bit_length())[:count]
+    return [point(spec.search.parameters, row.tolist()) for row in shares]
 
 
 def optuna_params(spec: StudySpec, values: Mapping[str, Scalar]) -> dict[str, Scalar]:

@@ -29,9 +29,7 @@ class Range:
     @property
     def num_points(self) -> int:
         """How many values a grid has, before integers that fall together are counted once."""
-        if self.step is None:
-            return self.points or 0
-        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return self.points or 0 if self.step is None else self._num_steps(self.step)
 
     @property
     def integer(self) -> bool:
@@ -50,14 +48,26 @@ class Range:
             values = [self.low + index * self.step for index in range(self.num_points)]
         else:
             assert self.points is not None
-            shares = [index / (self.points - 1) for index in range(self.points)]
-            if self.log:
-                values = [self.low * (self.high / self.low) ** share for share in shares]
-            else:
-                values = [self.low + (self.high - self.low) * share for share in shares]
-        if self.integer:
-            return list(dict.fromkeys(round(value) for value in values))
-        return [min(max(float(f"{value:.6g}"), self.low), self.high) for value in values]
+            values = [self._between(index / (self.points - 1)) for index in range(self.points)]
+        return list(dict.fromkeys(self._rounded(value) for value in values))
+
+    def at(self, share: float) -> Scalar:
+        """The value at a share in [0, 1) of the range, or of its logarithm."""
+        step = self.step or (1 if self.integer and not self.log else None)
+        if step is not None:
+            return min(self.low + int(share * self._num_steps(step)) * step, self.high)
+        return self._rounded(self._between(share))
+
+    def _num_steps(self, step: float) -> int:
+        return math.floor((self.high - self.low) / step + 1e-9) + 1
+
+    def _between(self, share: float) -> float:
+        if self.log:
+            return float(self.low * (self.high / self.low) ** share)
+        return self.low + (self.high - self.low) * share
+
+    def _rounded(self, value: float) -> int | float:
+        return round(value) if self.integer else min(max(float(f"{value:.6g}"), self.low), self.high)
 
     def __str__(self) -> str:
         return f"{'an integer' if self.integer else 'a number'} from {self.low} to {self.high}"
@@ -77,6 +87,10 @@ class Choice:
 
     def grid(self) -> list[Scalar]:
         return list(self.values)
+
+    def at(self, share: float) -> Scalar:
+        """The value at a share in [0, 1) of the list."""
+        return self.values[int(share * len(self.values))]
 
     def __str__(self) -> str:
         return f"one of {', '.join(map(repr, self.values))}"
@@ -115,6 +129,16 @@ def combinations(
 def grid_points(parameters: Mapping[str, Parameter]) -> list[dict[str, Scalar]]:
     """Every point of a grid."""
     return list(combinations(parameters, lambda parameter: parameter.grid()))
+
+
+def point(parameters: Mapping[str, Parameter], shares: Sequence[float]) -> dict[str, Scalar]:
+    """The point of the space at these shares in [0, 1), one for each parameter in turn."""
+    at = dict(zip(parameters, shares, strict=True))
+    values = {key: free.at(at[key]) for key, free in parameters.items() if not isinstance(free, Cases)}
+    for key, dependent in parameters.items():
+        if isinstance(dependent, Cases) and (case := dependent.cases.get(str(values[dependent.by]))):
+            values[key] = case.at(at[key])
+    return values
 
 
 def parse_space(space: Mapping[str, Any], *, grid: bool) -> dict[str, Parameter]:

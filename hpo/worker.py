@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import sys
 import threading
 import time
 import traceback
@@ -21,14 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo import provenance
-from hpo.assignment import ASSIGNMENT, read_assignment
-from hpo.database import Unreachable
 from hpo.errors import UserError
 from hpo.failures import failure_key, is_out_of_memory, message
 from hpo.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost
 from hpo.objective import Trial
-from hpo.outage import LONGEST_PAUSE_S, OUTAGE_S, StoreFailed
+from hpo.outage import StoreFailed
 from hpo.records import Claim, Study
+from hpo.search import PRUNERS
 from hpo.store import Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
 
@@ -41,8 +38,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
 REAP_S = 5.0  # between looks for workers that died
 EPOCH_S = 20.0  # how long an epoch may go on once the worker was told to leave, to be saved at its end
-DRAIN_S = 30.0  # how long a loop of the user's may take to come to its next report before it is left in its epoch
-LEAVE_S = 5.0  # how long giving trials back and signing off may take then
+TURNS = 8  # trials that take turns of an epoch where the pruner compares them early: it knows more sooner
 EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
 
 
@@ -85,6 +81,7 @@ class Worker:
                     self._draining = self._store.is_stopping(self._study.study_id)
                     time.sleep(POLL_S)
                 if self._checkpoints is not None:
+                    self._save_rest()
                     self._checkpoints.tidy()
         finally:
             self.leave()
@@ -112,11 +109,12 @@ class Worker:
         from hpo.train.engine import Stopped
         from hpo.train.lanes import MOST_LANES, LaneEngine
 
-        wanted = self._spec.engine.lanes
+        wanted, compares_early = self._spec.engine.lanes, PRUNERS[self._spec.pruner.name].compares_early
         engine = self._engine = LaneEngine(
             device=self._torch_device,
             lanes=None if wanted == "auto" else wanted,
             most=1 if self._has_many_kinds() else min(MOST_LANES, self._spec.num_trials),
+            turns=min(TURNS, self._spec.num_trials) if compares_early else 1,
             should_stop=self._must_abort,
             agree=self._agree,
         )
@@ -143,17 +141,19 @@ class Worker:
             if not self._lanes:
                 return False
             results: list[EpochResult] = []
-            num_lanes = len(self._lanes)
-            held = [claim for claim, _ in self._lanes.values()]
-            with self._failures_end(held), self._memory_limits(held, to=num_lanes // 2), suppress(Stopped):
+            turn = [self._lanes[lane][0] for lane in engine.turn]
+            with self._failures_end(turn), self._memory_limits(turn, to=len(self._lanes) // 2), suppress(Stopped):
                 results = engine.run_epoch()
             for result in results:
                 self._settle(*self._lanes[result.lane], result)
+            if not results:  # it was stopped in the middle of an epoch, where it did not fail
+                for claim in self._held.intersection(turn):
+                    self._let_go(claim)
             for lane, (claim, _) in list(self._lanes.items()):
                 if claim not in self._held:
                     engine.evict(lane)
                     del self._lanes[lane]
-            if len(results) < num_lanes:
+            if len(results) < len(turn):
                 _free_memory()  # what failed may have filled the device, which other processes share
             return True
 
@@ -186,6 +186,8 @@ class Worker:
             return False
         counts = self._store.counts(self._study.study_id)
         num_open = counts.get("waiting", 0) + counts.get("running", 0)
+        if self._engine is not None and self._engine.takes_turns:
+            num_open = min(num_open, TURNS)  # trials of all workers are compared
         num_workers = sum(worker.alive for worker in self._store.workers(self._study))
         return len(self._lanes) < math.ceil(num_open / max(1, num_workers))
 
@@ -206,7 +208,7 @@ class Worker:
                 last=result.epoch >= config.training.epochs,
             )
             if end is None:
-                must_save = result.epoch % config.training.checkpoint_epochs == 0 or self._should_stop()
+                must_save = result.epoch % config.training.checkpoint_epochs == 0
             else:
                 must_save = end[0] == "complete" and self._checkpoints.may_be_kept(claim.number, result.val_accuracy)
             if must_save:
@@ -214,6 +216,16 @@ class Worker:
                     self._checkpoints.save(claim, self._engine.checkpoint(result.lane))
             if end is not None and claim in self._held:
                 self._finish(claim, *end)
+
+    def _save_rest(self) -> None:
+        """Saves the trials that it still holds, as far as they have come since they were last saved."""
+        assert self._engine is not None
+        assert self._checkpoints is not None
+        for lane, (claim, config) in self._lanes.items():
+            with self._losing_ends(claim), self._failures_end([claim]):
+                checkpoint = self._engine.checkpoint(lane)
+                if checkpoint.epoch % config.training.checkpoint_epochs:
+                    self._checkpoints.save(claim, checkpoint)
 
     # Trials of the user's own function
 
@@ -424,69 +436,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _open_patiently(url: str, *, give_up: Callable[[], bool]) -> Store:
-    """The store, once its database answers; a worker may be started while that is down."""
-    began = time.monotonic()
-    while True:
-        try:
-            return Store(url, patience_s=OUTAGE_S, give_up=give_up)
-        except Unreachable as error:
-            if time.monotonic() - began > OUTAGE_S or give_up():
-                raise
-            logger.warning("%s; trying again", error)
-            time.sleep(LONGEST_PAUSE_S / 5)
-
-
-def main() -> None:
-    """The process that `hpo.launch` starts: one worker, ended by SIGTERM or by the end of its standard input."""
-    assignment = read_assignment(os.environ.pop(ASSIGNMENT))
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
-    # Processes that the user's code forks must die of SIGTERM: multiprocessing ends its own by it, and waits for them.
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    store = _open_patiently(assignment.storage, give_up=stop.is_set)
-    study = store.study(assignment.study)
-    assignment.allowed.check(study.spec)
-    worker = Worker(
-        store, study, device=assignment.device, torch_device=assignment.torch_device, should_stop=stop.is_set
-    )  # fmt: skip
-
-    def outlive_nobody() -> None:
-        os.read(0, 1)  # returns when the supervisor closes its end, or is no more
-        stop.set()
-        time.sleep(DRAIN_S)
-        # In a thread of its own: a database that is frozen must not keep this process for ever.
-        leaving = threading.Thread(target=worker.leave, daemon=True)
-        leaving.start()
-        leaving.join(LEAVE_S)
-        os._exit(0)
-
-    threading.Thread(target=outlive_nobody, daemon=True, name="supervisor").start()
-    if study.spec.objective is None:
-        import torch
-
-        torch.set_num_threads(assignment.threads)
-    exit_code = 0
-    try:
-        worker.run()
-    except SystemExit:
-        exit_code = EXIT_RESTART
-    except Exception:
-        logger.exception("the worker failed")
-        exit_code = 1
-    if stop.is_set():
-        # Told to leave, perhaps not by its supervisor: the work may not be done. Where the store did not answer at
-        # that moment, leaving failed, and that is no crash that its trial could be blamed for.
-        exit_code = EXIT_RESTART
-    # Threads that the user's code has left behind must not hold up the end.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from hpo.analysis import Best, best, standard_error
+from hpo.analysis import Best, best, peak, standard_error
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 
@@ -101,3 +102,61 @@ def test_neither_do_other_values_of_a_listed_number_and_replicates_count_with_th
 def test_the_standard_error_is_the_binomial_one_and_not_zero_at_100_percent() -> None:
     assert standard_error(0.9, 10_000) == pytest.approx(math.sqrt(0.9 * 0.1 / 10_000), rel=1e-2)
     assert 0.005 < standard_error(1.0, 144) < 0.02
+
+
+def reporting(*rows: tuple[float, list[float | None]], state: str = "running", **params: Any) -> list[Trial]:
+    """Trials in training, from (learning rate, accuracy after each epoch)."""
+    return [
+        replace(trial, curves={"val_accuracy": curve}, epochs=range(1, len(curve) + 1))
+        for trial, (_, curve) in zip(make_trials(*((lr, state) for lr, _ in rows), **params), rows, strict=True)
+    ]
+
+
+def parabola(lr: float, top: float) -> float:
+    return 0.9 - 0.1 * math.log10(lr / top) ** 2
+
+
+def test_the_peak_is_the_top_of_a_parabola_through_the_trials_around_the_best() -> None:
+    rates = (1e-5, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 9e-2)
+    rows = [(lr, [parabola(lr, 8e-4)]) for lr in rates[1:-1]]
+    far = [(rates[0], [0.1]), (rates[-1], [0.1])]  # more than a decade away: no part of it
+    assert peak(make_study(), reporting(*rows, *far)) == pytest.approx(8e-4)
+    downward = [(lr, [-accuracy]) for lr, (accuracy,) in rows]
+    objective = {"function": "m:f", "direction": "minimize", "metric": "val_accuracy"}
+    assert peak(make_study(objective=objective), reporting(*downward)) == pytest.approx(8e-4)
+
+
+def test_a_peak_outside_what_was_tried_is_at_its_edge() -> None:
+    rows = [(lr, [parabola(lr, 1e-1)]) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]
+    assert peak(make_study(), reporting(*rows)) == pytest.approx(8e-3)
+
+
+@pytest.mark.parametrize("rates", [(1e-3,), (1e-3, 2e-3, 4e-3), (1e-3, 1e-3, 1e-3, 2e-3, 4e-3)])
+def test_too_few_rates_for_a_parabola_leave_the_best(rates: tuple[float, ...]) -> None:
+    assert peak(make_study(), reporting(*((lr, [parabola(lr, 1.5e-3)]) for lr in rates))) in (1e-3, 2e-3)
+
+
+def test_a_response_that_bends_upward_leaves_the_best() -> None:
+    rows = [(lr, [0.9 + 0.1 * math.log10(lr / 1e-3) ** 2]) for lr in (5e-4, 1e-3, 2e-3, 5e-3)]
+    assert peak(make_study(), reporting(*rows)) == 5e-3
+
+
+def test_trials_are_compared_after_as_many_epochs_as_five_of_them_have_come_to() -> None:
+    long = [(lr, [0.1, parabola(lr, 3e-3), 0.0]) for lr in (1e-3, 2e-3, 3e-3, 4e-3)]
+    last = (6e-3, [0.1, parabola(6e-3, 3e-3)])
+    short = [(lr, [0.95]) for lr in (3e-4, 4e-4)]  # their first epoch was good, and nobody's second is known
+    assert peak(make_study(), reporting(*long, last, *short)) == pytest.approx(3e-3)
+
+
+def test_only_trials_like_the_best_count_and_none_that_failed_or_has_no_number() -> None:
+    rows = [(lr, [parabola(lr, 1e-3)]) for lr in (3e-4, 6e-4, 1.5e-3, 3e-3)]
+    space = {"lr": {"low": 1e-5, "high": 1e-1, "log": True}, "optimizer": ["adam", "sgd"]}
+    study = make_study(search={"space": space, "trials": 9})
+    others = reporting((5e-3, [0.8]), (6e-3, [0.8]), optimizer="sgd")
+    failed = reporting((2e-3, [0.99]), state="failed", optimizer="adam")
+    unknown = reporting((2.5e-3, [None]), optimizer="adam")
+    every = [*reporting(*rows, optimizer="adam"), *others, *failed, *unknown]
+    numbered = [replace(trial, number=number) for number, trial in enumerate(every)]
+    assert peak(study, numbered) == pytest.approx(1e-3)
+    assert peak(study, numbered[-2:]) is None
+    assert peak(study, make_trials((0.1, "waiting"))) is None

@@ -248,6 +248,59 @@ def test_what_is_to_be_tried_first_is_tried_first_and_the_rest_of_it_sampled(tmp
     assert 1e-6 <= drawn[1]["weight_decay"] <= 1e-2
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_a_sampler_that_learns_begins_with_points_that_leave_no_gap(sampler: str) -> None:
+    space = {
+        "lr": {"low": 1e-5, "high": 1e-1, "log": True},
+        "batch_size": {"low": 16, "high": 23},
+        "data.flip": [True, False],
+    }
+    settings = {"name": "s", "search": {"sampler": sampler, "trials": 24, "space": {**space}}}
+    for seed in range(5):
+        settings["search"]["seed"] = seed
+        first = search.slots(StudySpec.from_dict(settings))[:8]
+        assert search.slots(StudySpec.from_dict(settings))[8:] == [{}] * 16
+        assert sorted(math.floor(2 * (math.log10(point["lr"]) + 5)) for point in first) == list(range(8))
+        assert sorted(point["batch_size"] for point in first) == list(range(16, 24))
+        assert [point["data.flip"] for point in first].count(True) == 4
+
+
+def test_a_spread_begins_after_what_is_to_be_tried_first_and_fits_every_kind_of_parameter(tmp_path: Path) -> None:
+    lr = {"by": {"optimizer": {"adam": {"low": 1e-5, "high": 1e-1, "log": True}, "sgd": [0.1, 1]}}}
+    space = {"lr": lr, "optimizer": ["adam", "sgd", "adagrad"], "weight_decay": {"low": 0.0, "high": 0.3, "step": 0.1}}
+    first = {"lr": 1e-3, "optimizer": "adam"}
+    store, study = make_study(
+        tmp_path,
+        search={"sampler": "tpe", "trials": 30, "space": space, "try_first": [first]},
+        training={"lr": 1e-2},
+    )
+    given = search.slots(study.spec)
+    assert given[0] == first
+    assert [len(point) for point in given].count(0) == 20
+    drawn = run_trials(store, study, 30, lambda values, epoch: 0.5)
+    for point, values in zip(given, drawn, strict=True):
+        assert values.items() >= point.items()
+        assert values["weight_decay"] in (0.0, 0.1, 0.2, pytest.approx(0.3))
+        assert ("lr" in values) == (values["optimizer"] != "adagrad")
+
+
+def test_tpe_learns_from_what_trials_in_training_report(tmp_path: Path) -> None:
+    """None of eight has ended; where they report most is where it goes next, in most of eight studies."""
+    space = {"lr": {"low": 1e-5, "high": 1e-1, "log": True}}
+    proposed = []
+    for seed in range(8):
+        spec = {"sampler": "tpe", "trials": 24, "space": space, "seed": seed}
+        store, study = make_study(tmp_path, f"s{seed}", search=spec, training={"epochs": 9})
+        worker = store.add_worker(study.study_id, device="cpu")
+        for _ in range(9):
+            claim = store.claim(study, worker)
+            assert claim is not None
+            lr = store.suggest(claim, study.spec, attributes=lambda values: {})["lr"]
+            store.report(claim, study.spec, epoch=1, metrics={}, value=0.9 if lr < 1e-4 else 0.1)
+        proposed.append(lr)
+    assert sum(lr < 1e-4 for lr in proposed) >= 6  # a quarter of the range
+
+
 def test_a_grid_is_claimed_point_by_point_under_true_axes(tmp_path: Path) -> None:
     space = {"optimizer": ["adam", "sgd"], "lr": [1e-1, 1e-3, 3e-4]}
     store, study = make_study(tmp_path, search={"sampler": "grid", "space": space})

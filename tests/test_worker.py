@@ -278,7 +278,7 @@ def engine_study(
     *lrs: float,
     name: str = "digits",
     keep_best: int = 1,
-    lanes: int = 1,
+    lanes: int | str = 1,
     pruner: dict[str, Any] | None = None,
     **training: Any,
 ) -> Study:
@@ -736,6 +736,62 @@ def test_workers_share_what_is_left(store: Store) -> None:
     trials = work(store, study, should_stop=watching)
     assert [trial.state for trial in trials] == ["complete"] * 4
     assert most == 2
+
+
+def rounds(store: Store, study: Study) -> list[list[int]]:
+    """The epochs that each trial, waiting ones left out, had reported when another one was reported."""
+    seen: list[list[int]] = []
+    report = Store.report
+
+    def noting(self: Store, *args: Any, **rest: Any) -> Any:
+        verdict = report(self, *args, **rest)
+        seen.append([max(trial.epochs, default=0) for trial in store.trials(study) if trial.state != "waiting"])
+        return verdict
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "report", noting)
+        work(store, study)
+    return seen
+
+
+def one_at_a_time_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpo.train.lanes._rate", lambda *_: 1.0)
+
+
+def test_trials_take_turns_where_the_pruner_compares_them_early(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_at_a_time_is_fastest(monkeypatch)
+    asha = {"name": "asha", "min_epochs": 2, "reduction_factor": 4}
+    study = engine_study(store, *SEVERAL[:3], epochs=3, lanes="auto", name="turns", pruner=asha)
+    assert rounds(store, study)[:4] == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [2, 1, 1]]
+    (agreed,) = store.agreements(study).values()
+    assert agreed["reason"].startswith("3 trials in turns on the CPU: times as fast as one after another: 2 at once")
+    median = engine_study(store, *SEVERAL[:3], epochs=2, lanes="auto", name="one-by-one", pruner={"name": "median"})
+    assert rounds(store, median)[:3] == [[1], [2], [2, 1]]
+
+
+def test_trials_that_take_turns_are_all_saved_when_the_worker_leaves(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what has trained an epoch since it was last saved: nothing is trained twice."""
+    one_at_a_time_is_fastest(monkeypatch)
+    settings = {"lanes": "auto", "pruner": {"name": "asha", "min_epochs": 3}, "checkpoint_epochs": 3}
+    expected = work(store, engine_study(store, *SEVERAL[:3], epochs=3, name="whole", **settings))
+    study = engine_study(store, *SEVERAL[:3], epochs=3, name="cut", **settings)
+    work(store, study, should_stop=lambda: sum(len(trial.epochs) for trial in store.trials(study)) >= 5)
+    assert [trial.epochs for trial in store.trials(study)] == [[1, 2], [1, 2], [1]]
+    found = work(store, study)
+    assert [trial.attempts[-1].went_on_from for trial in found] == [2, 2, 1]
+    assert curves_of(found) == curves_of(expected)
+
+
+def test_workers_whose_trials_take_turns_share_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight are compared, whoever trains them: two workers have four each."""
+    one_at_a_time_is_fastest(monkeypatch)
+    lrs = [1e-4 * (number + 1) for number in range(12)]
+    study = engine_study(store, *lrs, epochs=1, lanes="auto", pruner={"name": "asha"})
+    store.add_worker(study.study_id, device="cpu")
+    seen = rounds(store, study)
+    assert len(seen[0]) == 4
 
 
 def test_what_the_first_worker_chose_holds_for_all(store: Store) -> None:

@@ -65,10 +65,11 @@ class Engine(Protocol):
         """
 
     def run_epoch(self) -> list[EpochResult]:
-        """Train every admitted trial for one epoch, validate it, and return one result for each.
+        """Train the trials whose turn it is for one epoch, validate them, and return one result for each.
 
-        Raises Stopped where the engine was told to stop; the trials that were in their lanes are then in the middle of
-        an epoch and good only for `evict`. Call it neither for a trial that diverged nor past its last epoch.
+        No trial has its second turn before every other admitted one has had its first. Raises Stopped where the engine
+        was told to stop; the trials whose turn it was are then in the middle of an epoch and good only for `evict`.
+        Call it neither for a trial that diverged nor past its last epoch.
         """
 
     def checkpoint(self, lane: int) -> Checkpoint:

@@ -1,13 +1,14 @@
 """An engine of many lanes on one device; how many, and whether that pays, is measured there.
 
-Trials of one kind are trained as one (`hpo.train.group`); they join and leave between epochs. What cannot be stacked is
-trained by plain engines, one after another.
+Trials of one kind are trained as one (`hpo.train.group`); they join and leave between epochs. What cannot be stacked,
+or gains nothing by it, is trained by plain engines, which take turns of an epoch.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -37,7 +38,7 @@ class Choice:
 
     device: str  # the kind of device, by its name
     lanes: int
-    convolution: str | None  # of the stacked network, one of CONVOLUTIONS; None: each trial is trained alone
+    convolution: str | None  # of the stacked network, one of CONVOLUTIONS; None: trials are trained alone, in turns
     reason: str
     is_passing: bool = False  # it follows from what the study is now, and need not hold for others
 
@@ -51,6 +52,7 @@ class LaneEngine:
         device: str,
         lanes: int | None = None,
         most: int = MOST_LANES,
+        turns: int = 1,
         should_stop: Callable[[], bool] = lambda: False,
         agree: Callable[[str, Callable[[], Choice]], Choice] = lambda device, measure: measure(),
     ) -> None:
@@ -61,16 +63,21 @@ class LaneEngine:
         """
         self.device = torch.device(device)
         self.choice: Choice | None = None
-        self._wanted, self._most = lanes, most
+        self._wanted, self._most, self._turns = lanes, most, turns
         self._should_stop, self._agree = should_stop, agree
         self._data_sets = DataSets(device=self.device)
         self._places: dict[int, tuple[Engine, int]] = {}  # by lane: the engine that trains it, and its lane there
         self._groups: dict[str, Group] = {}  # by kind
         self._unstackable: set[str] = set()
+        self._queue: deque[Engine] = deque()  # those that have trials, the next to train first
 
     @property
     def free_lanes(self) -> int:
         return max(0, (self.choice.lanes if self.choice else 1) - len(self._places))
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.choice is not None and self.choice.convolution is None and self.choice.lanes > 1
 
     def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None, *, alone: bool = False) -> int:
         """As every engine does; `alone`: the trial shares its device but is not stacked with others."""
@@ -79,27 +86,35 @@ class LaneEngine:
             data = self._data_sets.get(config.data)
             self.choice = self._agree(
                 name_of(self.device),
-                lambda: choose(config, data=data, device=self.device, lanes=self._wanted, most=self._most),
+                lambda: choose(
+                    config, data=data, device=self.device, lanes=self._wanted, most=self._most, turns=self._turns
+                ),
             )
         engine = self._plain_engine() if alone else self._engine_for(config)
         lane = next(number for number in range(self.choice.lanes) if number not in self._places)
         self._places[lane] = (engine, engine.admit(config, checkpoint))
+        if engine not in self._queue:
+            self._queue.append(engine)
         return lane
+
+    @property
+    def turn(self) -> list[int]:
+        """The lanes that the next `run_epoch` trains: those of one stack, or the one of a trial that trains alone."""
+        return [lane for lane, (engine, _) in self._places.items() if engine is self._queue[0]]
 
     def run_epoch(self) -> list[EpochResult]:
         assert self._places, "there is no trial to train"
-        lanes = {(id(engine), lane): number for number, (engine, lane) in self._places.items()}
-        engines = {id(engine): engine for engine, _ in self._places.values()}
-        results = []
-        for key, engine in engines.items():
-            try:
-                results += [replace(result, lane=lanes[key, result.lane]) for result in engine.run_epoch()]
-            except (Stopped, torch.OutOfMemoryError):
-                raise
-            except Exception:
-                # It may be that of the stack, of which the probe saw only one batch.
-                self._unstackable |= {kind for kind, group in self._groups.items() if group is engine}
-                raise
+        engine = self._queue[0]
+        lanes = {self._places[lane][1]: lane for lane in self.turn}
+        try:
+            results = [replace(result, lane=lanes[result.lane]) for result in engine.run_epoch()]
+        except (Stopped, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            # It may be that of the stack, of which the probe saw only one batch.
+            self._unstackable |= {kind for kind, group in self._groups.items() if group is engine}
+            raise
+        self._queue.rotate(-1)
         return results
 
     def checkpoint(self, lane: int) -> Checkpoint:
@@ -109,6 +124,8 @@ class LaneEngine:
     def evict(self, lane: int) -> None:
         engine, there = self._places.pop(lane)
         engine.evict(there)
+        if all(other is not engine for other, _ in self._places.values()):
+            self._queue.remove(engine)
 
     def limit(self, lanes: int) -> None:
         """Have at most so many lanes from now on, because the device's memory ran out with more."""
@@ -146,13 +163,25 @@ class LaneEngine:
 
 
 def choose(
-    config: TrialConfig, *, data: Data, device: torch.device, lanes: int | None = None, most: int = MOST_LANES
+    config: TrialConfig,
+    *,
+    data: Data,
+    device: torch.device,
+    lanes: int | None = None,
+    most: int = MOST_LANES,
+    turns: int = 1,
 ) -> Choice:
-    """How trials like this one are trained fastest on this device: in `lanes` lanes, or in as many as that takes."""
+    """How trials like this one are trained fastest on this device: in `lanes` lanes, or in as many as that takes.
+
+    Where they are trained alone all the same, `turns` of them take turns.
+    """
     name = name_of(device)
 
-    def choice(reason: str, *, lanes: int = 1, convolution: str | None = None, is_passing: bool = False) -> Choice:
-        subject = "one trial at a time" if lanes == 1 else f"{lanes} trials at once"
+    def choice(
+        reason: str, *, lanes: int = turns, convolution: str | None = None, is_passing: bool = False
+    ) -> Choice:  # fmt: skip
+        how = "at once" if convolution else "in turns"
+        subject = "one trial at a time" if lanes == 1 else f"{lanes} trials {how}"
         return Choice(
             device=name,
             lanes=lanes,
@@ -162,7 +191,7 @@ def choose(
         )
 
     if lanes == 1:
-        return choice("engine.lanes = 1")
+        return choice("engine.lanes = 1", lanes=1)
     if lanes is None and most == 1:
         return choice("they have nothing to share, or there is but one", is_passing=True)
     try:
@@ -177,7 +206,7 @@ def choose(
         return choice(f"engine.lanes = {lanes}", lanes=lanes, convolution=best)
     alone = _rate_alone(config, data=data, device=device)
     measured = [(rate, count, group.convolution) for group in groups for rate, count in _rates(group, config, most)]
-    _, count, convolution = max([(WORTH_IT * alone, 1, None), *measured], key=lambda one: one[0])
+    _, count, convolution = max([(WORTH_IT * alone, turns, None), *measured], key=lambda one: one[0])
     figures = ", ".join(f"{count} at once {rate / alone:.1f}" for rate, count, _ in measured)
     return choice(f"times as fast as one after another: {figures}", lanes=count, convolution=convolution)
 

@@ -286,7 +286,7 @@ def test_trials_of_several_kinds_share_an_engine() -> None:
     engine = LaneEngine(device="cpu", lanes=4)
     lanes = [engine.admit(config) for config in configs]
     for _ in range(EPOCHS):
-        assert sorted(result.lane for result in engine.run_epoch()) == sorted(lanes)
+        assert [result.lane for _ in lanes for result in engine.run_epoch()] == lanes  # one kind after the other
     for lane, config in zip(lanes, configs, strict=True):
         result, expected = engine.checkpoint(lane).results[-1], train(PlainEngine(device="cpu"), config).results[-1]
         assert result.val_loss == pytest.approx(expected.val_loss, rel=1e-4)
@@ -472,8 +472,11 @@ def test_memory_that_runs_out_at_the_door_leaves_those_inside_whole(monkeypatch:
 def test_one_that_cannot_be_stacked_trains_beside_those_that_are(caplog: pytest.LogCaptureFixture) -> None:
     alone = trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "branch"}))
     engine = LaneEngine(device="cpu", lanes=3)
-    lanes = [engine.admit(trial()), engine.admit(alone)]
-    assert {result.lane for result in engine.run_epoch()} == set(lanes)
+    lanes = [engine.admit(trial()), engine.admit(alone), engine.admit(trial(seed=5))]
+    assert engine.turn == [lanes[0], lanes[2]]
+    assert [result.lane for result in engine.run_epoch()] == [lanes[0], lanes[2]]
+    assert engine.turn == [lanes[1]]
+    assert [result.lane for result in engine.run_epoch()] == [lanes[1]]
     assert "cannot share a stack" in caplog.text
     plain = PlainEngine(device="cpu")
     plain.admit(alone)
@@ -503,6 +506,33 @@ def test_one_after_another_where_lanes_do_not_pay(monkeypatch: pytest.MonkeyPatc
         found = chosen(monkeypatch, rates)
         assert (found.lanes, found.convolution) == (1, None)
         assert found.reason.startswith("one trial at a time on the CPU: ")
+
+
+def test_trials_that_are_trained_alone_take_turns_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    slower = {1: 100.0, 2: 40, 4: 20}
+    assert (found := chosen(monkeypatch, slower, turns=8)).lanes == 8
+    assert found.convolution is None
+    assert (
+        found.reason == "8 trials in turns on the CPU: times as fast as one after another: 2 at once 0.4, 4 at once 0.2"
+    )
+    assert chosen(monkeypatch, slower, turns=8, lanes=1).lanes == 1
+    assert chosen(monkeypatch, {1: 100, 2: 200, 4: 210, 8: 0}, turns=8).convolution == "grouped"  # a stack is faster
+
+
+def test_no_trial_has_two_turns_before_every_other_has_one() -> None:
+    configs = [trial(seed=seed) for seed in range(3)]
+    turns = Choice(device="the CPU", lanes=3, convolution=None, reason="agreed")
+    engine = LaneEngine(device="cpu", agree=lambda device, measure: turns)
+    first, second = engine.admit(configs[0]), engine.admit(configs[1])
+    order = [engine.run_epoch()[0].lane]
+    third = engine.admit(configs[2])  # joins at the end
+    order += [engine.run_epoch()[0].lane for _ in range(3)]
+    engine.evict(second)
+    order += [engine.run_epoch()[0].lane for _ in range(2)]
+    assert order == [first, second, first, third, first, third]
+    plain = PlainEngine(device="cpu")
+    plain.admit(configs[2])
+    assert timeless([*plain.run_epoch(), *plain.run_epoch()]) == timeless(list(engine.checkpoint(third).results))
 
 
 def test_no_more_lanes_than_trials_or_memory(monkeypatch: pytest.MonkeyPatch) -> None:
