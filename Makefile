@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: setup demo test lint bench bench-gpu chaos clean
+.PHONY: setup demo test lint bench bench-gpu bench-search chaos clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -28,6 +28,10 @@ bench: setup
 
 bench-gpu: setup
 	$(BIN)/python scripts/bench_lanes.py --json bench-gpu.json
+
+bench-search: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray[tune]>=2.40'
+	$(BIN)/python scripts/bench_search.py
 
 chaos: setup
 	$(BIN)/python -m scripts.chaos $(CHAOS)
