@@ -3,9 +3,11 @@
     make bench-search                                      # on recorded learning curves (record_curves.py)
     python scripts/bench_search.py --live mnist-adam       # the same, training for real; HPO_DATA names the data
 
-Each tuner has 30 trials of 9 epochs, one range of learning rates and the same curves. After every epoch its learning
-rate of choice is looked up: is the mean over five seeds that it has not seen within one standard error of the best of a
-dense grid? Counted are the epochs (live: and seconds, start-up included) until it is, and until it is for good.
+Each tuner has 30 trials of 9 epochs, one range of learning rates and the same curves, each trial's of one of ten seeds. After
+every epoch its learning rate of choice is judged: is it within one standard error, of a mean over five seeds, of
+the best of a dense grid? Counted are the epochs (live: and seconds, start-up included) until it is, and until it is for
+good. Judged are the means over all ten seeds. Five fresh ones for each repetition would judge their own luck: the best
+of the whole grid over the five others passes in 44 % (MNIST) and 42 % (CIFAR-10, Adam) of 200 such splits.
 
 Ours chooses what `hpo status` says that all trials together point to. The others, which have no such thing, choose the
 trial with the highest accuracy that was last reported, in training or not. Ray Tune is measured where it is installed.
@@ -53,7 +55,7 @@ from hpo.worker import Worker
 from scripts.record_curves import CURVES, tasks
 
 TRIALS = 30
-FRESH = 5  # seeds that judge what was chosen; the tuners train with the others
+RETRAINED = 5  # seeds, of whose mean a standard error is what a choice may fall short of the best
 PROCESSES = 2  # trials at once of Ray Tune, on two cores
 LOOK_S = 0.25  # between looks at our study in training
 
@@ -68,25 +70,22 @@ class Step:
 
 
 class Landscape:
-    """A recorded task. The repetition decides which of its seeds a tuner trains with and which judge its choice."""
+    """A recorded task. The repetition decides which seed a trial has."""
 
     def __init__(self, name: str, recorded: dict[str, Any], repetition: int) -> None:
         self.name, self.repetition, self.epochs = name, repetition, recorded["epochs"]
         self.low, self.high = recorded["range"]
         self.recorded = recorded
-        seeds = list(range(len(recorded["val_accuracy"][0])))
-        random.Random(repetition).shuffle(seeds)
-        fresh, self._seeds = seeds[:FRESH], seeds[FRESH:]
-        finals = [[curves[seed][-1] for seed in fresh] for curves in recorded["val_accuracy"]]
+        finals = [[curve[-1] for curve in curves] for curves in recorded["val_accuracy"]]
         means = [statistics.fmean(values) for values in finals]
         best = max(range(len(means)), key=means.__getitem__)
-        least = means[best] - statistics.stdev(finals[best]) / math.sqrt(FRESH)
-        self._is_good = [mean >= least for mean in means]
+        least = means[best] - statistics.stdev(finals[best]) / math.sqrt(RETRAINED)
+        self.good = [lr for lr, mean in zip(recorded["lrs"], means, strict=True) if mean >= least]
 
     def curve(self, lr: float) -> tuple[list[float], bool]:
         """The accuracies of a trial, of a seed that follows from its learning rate, and whether it diverged at last."""
-        seed = random.Random(f"{self.repetition} {lr}").choice(self._seeds)
-        curve = self.recorded["val_accuracy"][self._nearest(lr)][seed]
+        curves = self.recorded["val_accuracy"][self.recorded["lrs"].index(self._nearest(lr))]
+        curve: list[float] = random.Random(f"{self.repetition} {lr}").choice(curves)
         return curve, len(curve) < self.epochs
 
     def whole_curve(self, lr: float) -> list[float]:
@@ -95,11 +94,11 @@ class Landscape:
         return curve + curve[-1:] * (self.epochs - len(curve))
 
     def is_good(self, lr: float | None) -> bool:
-        return lr is not None and self._is_good[self._nearest(lr)]
+        return lr is not None and self._nearest(lr) in self.good
 
-    def _nearest(self, lr: float) -> int:
-        rates = self.recorded["lrs"]
-        return min(range(len(rates)), key=lambda index: abs(math.log(rates[index] / lr)))
+    def _nearest(self, lr: float) -> float:
+        """The learning rate of the grid that stands for this one."""
+        return float(min(self.recorded["lrs"], key=lambda known: abs(math.log(known / lr))))
 
 
 Accuracies = Callable[[float], Iterable[float]]  # of a trial of this learning rate, epoch by epoch
@@ -362,7 +361,9 @@ def main() -> None:
             landscape = Landscape(task, recorded[task], repetition)
             for name in names:  # taking turns
                 found[name].append(settled(landscape, measure(name, landscape, live=bool(arguments.live))))
-        print(f"\n{task:30}{'epochs until good':>24}{'until good for good':>24}{'never':>8}"
+        good = ", ".join(f"{lr:.2g}" for lr in Landscape(task, recorded[task], 0).good)
+        print(f"\n{task}: good are {good}, of {len(recorded[task]['lrs'])}")
+        print(f"{'':30}{'epochs until good':>24}{'until good for good':>24}{'never':>8}"
               + (f"{'seconds until good for good':>32}" if arguments.live else ""))  # fmt: skip
         for name, pairs in found.items():
             first, good = ([step.epochs if step else math.inf for step in steps] for steps in zip(*pairs, strict=True))
