@@ -1,4 +1,4 @@
-"""The study as it is shown to samplers, so that they learn from all that is known of its trials."""
+"""The study as it is shown to samplers, so that they learn from all that is known, and to pruners, read once."""
 
 from __future__ import annotations
 
@@ -41,6 +41,27 @@ class ValuesStudy(optuna.Study):
         worst = _worst_value(self.direction.name.lower(), known)
         shown = [_as_complete(trial, worst) if trial.state is TrialState.PRUNED else trial for trial in trials]
         return [trial for trial in shown if states is None or trial.state in states]
+
+
+class RoundStudy(optuna.Study):
+    """An Optuna study that is read once to judge several trials, one after the other.
+
+    Every look at a study reads all its trials in training again, so that judging so many of them grew as their square.
+    """
+
+    _round: dict[int, FrozenTrial] | None = None  # by number
+
+    def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
+        if self._round is None:
+            self._round = {trial.number: trial for trial in super()._get_trials(deepcopy=False, use_cache=use_cache)}
+        return [trial for trial in self._round.values() if states is None or trial.state in states]
+
+    def should_prune(self, trial_id: int) -> bool:
+        pruned = self.pruner.prune(self, self._storage.get_trial(trial_id))
+        if self._round is not None:  # what the pruner has noted of this trial, the next one is judged by
+            judged = self._storage.get_trial(trial_id)
+            self._round[judged.number] = judged
+        return pruned
 
 
 def _as_pruned(trial: FrozenTrial) -> FrozenTrial:

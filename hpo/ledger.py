@@ -24,8 +24,10 @@ from sqlalchemy.engine import Connection
 from hpo import liveness, search
 from hpo.database import DraftStorage, now, open_storage, parse_url
 from hpo.errors import UserError
+from hpo.learning import RoundStudy
 from hpo.outage import STORE_ERRORS, StoreFailed, patiently, plain
-from hpo.records import Claim, Study
+from hpo.records import Claim, Report, Study
+from hpo.rows import is_attempt, is_held, is_slot, on_same_device
 from hpo.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
 from hpo.spec import StudySpec
 
@@ -97,7 +99,7 @@ class Ledger:
             if connection.execute(stop).scalar_one() is not None:
                 return None
             at = now(connection)
-            neighbours = [row for row in connection.execute(_on_same_device(worker_id)) if not _is_lost(row, at)]
+            neighbours = [row for row in connection.execute(on_same_device(worker_id)) if not _is_lost(row, at)]
             if any(row.alone for row in neighbours):
                 return None
             fits = slots.c.alone == 0
@@ -120,7 +122,7 @@ class Ledger:
             )  # fmt: skip
             connection.execute(
                 slots.update()
-                .where(_is_slot(claim))
+                .where(is_slot(claim))
                 .values(
                     state="running",
                     attempt=claim.attempt,
@@ -142,7 +144,7 @@ class Ledger:
     def begin(self, claim: Claim, *, went_on_from: int, notes: Sequence[str] = ()) -> None:
         """Records from which epoch's checkpoint an attempt goes on, 0 for none, and what was wrong with others."""
         with self._held(claim) as connection:
-            connection.execute(attempts.update().where(_is_attempt(claim)).values(went_on_from=went_on_from))
+            connection.execute(attempts.update().where(is_attempt(claim)).values(went_on_from=went_on_from))
             self._note(connection, claim, notes)
 
     @patiently
@@ -178,7 +180,6 @@ class Ledger:
                 self._cached.set_trial_user_attr(claim.trial_id, key, value)
         return values
 
-    @patiently
     def report(
         self,
         claim: Claim,
@@ -189,30 +190,41 @@ class Ledger:
         value: float,
         may_prune: bool = True,
     ) -> Verdict:
-        """Records an epoch and says how the trial goes on.
+        """Records an epoch and says how the trial goes on, as `report_all` does of several."""
+        (verdict,) = self.report_all([Report(claim, epoch, metrics, value, may_prune)], spec)
+        if verdict is None:
+            raise ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
+        return verdict
 
-        It replaces what an earlier attempt said of this epoch and of later ones. The pruner is asked once for each
-        epoch, and its word is kept: a kill between a report and what follows from it changes nothing.
+    @patiently
+    def report_all(self, reports: Sequence[Report], spec: StudySpec) -> list[Verdict | None]:
+        """Records epochs of trials that were trained together, and says how each goes on; None: it was lost.
+
+        A report replaces what an earlier attempt said of this epoch and of later ones. The pruner is asked once for
+        each epoch, when all are recorded, and its word is kept: a kill between a report and what follows from it
+        changes nothing.
         """
-        with self._held(claim) as connection:
-            mine = _is_slot(claim)
-            slot = connection.execute(sa.select(slots.c.furthest, slots.c.pruned_at).where(mine)).one()
-            self._replace_epoch(connection, claim, epoch, metrics)
-            theirs = intermediate_values.c
-            later = (theirs.trial_id == claim.trial_id) & (theirs.step > epoch)
-            connection.execute(intermediate_values.delete().where(later))
-            self._cached.set_trial_intermediate_value(claim.trial_id, epoch, value)
-            pruned = slot.pruned_at == epoch
-            if epoch > slot.furthest:
-                if may_prune:
-                    study = self._optuna_study(spec, self._cached, number=claim.number)
-                    pruned = optuna.Trial(study, claim.trial_id).should_prune()
-                reached = {"furthest": epoch, "losses": 0, "pruned_at": epoch if pruned else None}
-                connection.execute(slots.update().where(mine).values(**reached))
-            if pruned and may_prune:
-                return "prune"
-            stop = sa.select(studies.c.stop).where(studies.c.study_id == claim.study_id)
-            return "go on" if connection.execute(stop).scalar_one() is None else "stop"
+        verdicts: dict[Claim, Verdict] = {}
+        with self._transaction() as connection:
+            known = {}
+            for report in sorted(reports, key=lambda report: report.claim.number):  # as `renew`, lest both wait
+                if self._extend(connection, report.claim):
+                    known[report.claim] = self._record(connection, report)
+            stop = sa.select(studies.c.stop).where(studies.c.study_id == reports[0].claim.study_id)
+            otherwise: Verdict = "go on" if connection.execute(stop).scalar_one() is None else "stop"
+            study = RoundStudy(spec.name, self._cached, pruner=search.build_pruner(spec))
+            for report in reports:
+                claim = report.claim
+                if claim not in known:
+                    continue
+                furthest, pruned_at = known[claim]
+                pruned = pruned_at == report.epoch
+                if report.epoch > furthest:
+                    pruned = report.may_prune and study.should_prune(claim.trial_id)
+                    reached = {"furthest": report.epoch, "losses": 0, "pruned_at": report.epoch if pruned else None}
+                    connection.execute(slots.update().where(is_slot(claim)).values(**reached))
+                verdicts[claim] = "prune" if pruned and report.may_prune else otherwise
+        return [verdicts.get(report.claim) for report in reports]
 
     @patiently
     def last_report(self, claim: Claim) -> tuple[int, float] | None:
@@ -243,7 +255,7 @@ class Ledger:
         A trial is tried again `search.retries` times, and one that ran out of memory once, alone on its device.
         """
         with self._held(claim) as connection:
-            mine = _is_slot(claim)
+            mine = is_slot(claim)
             ended = {"error": _storable(error)[-ERROR_CHARACTERS:]}
             if beside:
                 connection.execute(slots.update().where(mine, slots.c.losses == 0).values(losses=1))
@@ -270,8 +282,8 @@ class Ledger:
         with self._transaction() as connection:
             at = now(connection)
             connection.execute(workers.update().where(workers.c.worker_id == worker_id).values(seen_at=at))
-            for claim in claims:
-                connection.execute(slots.update().where(_is_held(claim)).values(lease_until=at + LEASE_S))
+            for claim in sorted(claims, key=lambda claim: claim.number):
+                connection.execute(slots.update().where(is_held(claim)).values(lease_until=at + LEASE_S))
 
     @patiently
     def reap(
@@ -304,7 +316,7 @@ class Ledger:
                     row.machine == liveness.machine() and row.pid in pids for pids in (crashed_pids, killed_pids)
                 )
                 losses = row.losses + (crashed or killed)
-                connection.execute(slots.update().where(_is_held(claim)).values(losses=losses))
+                connection.execute(slots.update().where(is_held(claim)).values(losses=losses))
                 if (crashed and losses >= MAX_LOSSES) or (killed and losses >= MAX_KILLS):
                     reason = f"its worker died {losses} times"
                     self._end(connection, claim, "failed", reason, failure_key="its worker died")
@@ -360,10 +372,26 @@ class Ledger:
     def _held(self, claim: Claim) -> Iterator[Connection]:
         """A transaction that the slot's holder alone can enter; extends the lease."""
         with self._transaction() as connection:
-            held = slots.update().where(_is_held(claim)).values(lease_until=now(connection) + LEASE_S)
-            if connection.execute(held).rowcount != 1:
+            if not self._extend(connection, claim):
                 raise ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
             yield connection
+
+    def _extend(self, connection: Connection, claim: Claim) -> bool:
+        """Extends the lease, where it is still the claim's, and locks the slot."""
+        held = slots.update().where(is_held(claim)).values(lease_until=now(connection) + LEASE_S)
+        return bool(connection.execute(held).rowcount == 1)
+
+    def _record(self, connection: Connection, report: Report) -> tuple[int, int | None]:
+        """Writes an epoch to our tables and Optuna's; returns how far the slot had come, and where it was pruned."""
+        claim, epoch = report.claim, report.epoch
+        of_slot = sa.select(slots.c.furthest, slots.c.pruned_at).where(is_slot(claim))
+        furthest, pruned_at = connection.execute(of_slot).one()
+        self._replace_epoch(connection, claim, epoch, report.metrics)
+        theirs = intermediate_values.c
+        later = (theirs.trial_id == claim.trial_id) & (theirs.step > epoch)
+        connection.execute(intermediate_values.delete().where(later))
+        self._cached.set_trial_intermediate_value(claim.trial_id, epoch, report.value)
+        return furthest, pruned_at
 
     def _replace_epoch(
         self, connection: Connection, claim: Claim, epoch: int, metrics: Mapping[str, float]
@@ -384,20 +412,20 @@ class Ledger:
         )
 
     def _free(self, connection: Connection, claim: Claim, outcome: str, *, error: str | None = None) -> None:
-        free = slots.update().where(_is_held(claim)).values(state="waiting", worker_id=None, lease_until=None)
+        free = slots.update().where(is_held(claim)).values(state="waiting", worker_id=None, lease_until=None)
         connection.execute(free)
         self._end_attempt(connection, claim, outcome, error)
 
     def _end_attempt(self, connection: Connection, claim: Claim, outcome: str, error: str | None) -> None:
         end = {"ended_at": now(connection), "outcome": outcome, "error": error}
-        connection.execute(attempts.update().where(_is_attempt(claim)).values(**end))
+        connection.execute(attempts.update().where(is_attempt(claim)).values(**end))
 
     def _note(self, connection: Connection, claim: Claim, texts: Sequence[str]) -> None:
-        before = connection.execute(sa.select(attempts.c.note).where(_is_attempt(claim))).scalar()
+        before = connection.execute(sa.select(attempts.c.note).where(is_attempt(claim))).scalar()
         new = [text for text in map(_storable, texts) if text not in (before or "")]  # a full disk is full every epoch
         if new:
             note = "\n".join([*([before] if before else []), *new])
-            connection.execute(attempts.update().where(_is_attempt(claim)).values(note=note))
+            connection.execute(attempts.update().where(is_attempt(claim)).values(note=note))
 
     def _end(
         self,
@@ -412,7 +440,7 @@ class Ledger:
         assert state in ENDED
         reason, error = _storable(reason), error and _storable(error)[-ERROR_CHARACTERS:]
         end = {"state": state, "lease_until": None, "ended_at": now(connection), "reason": reason, "error": error}
-        connection.execute(slots.update().where(_is_held(claim)).values(**end, failure_key=failure_key))
+        connection.execute(slots.update().where(is_held(claim)).values(**end, failure_key=failure_key))
         self._end_attempt(connection, claim, state, error)
         trial = self._cached.get_trial(claim.trial_id)
         last = math.nan if trial.last_step is None else trial.intermediate_values[trial.last_step]
@@ -459,39 +487,6 @@ def is_gone(worker: Any) -> bool:
 
 def _is_lost(row: Any, at: float) -> bool:
     return row.lease_until < at or row.left is not None or is_gone(row)
-
-
-def _on_same_device(worker_id: str) -> sa.Select[Any]:
-    """The trials, of whatever study, that are in training on this worker's device, with what tells if that is true."""
-    mine, other = workers.alias("mine"), workers.alias("other")
-    columns = (other.c.machine, other.c.pid, other.c.pid_started, other.c.ended_at.label("left"))
-    return (
-        sa.select(slots.c.alone, slots.c.lease_until, *columns)
-        .join(other, sa.and_(other.c.worker_id == slots.c.worker_id, other.c.study_id == slots.c.study_id))
-        .join(mine, sa.and_(mine.c.machine == other.c.machine, mine.c.device == other.c.device))
-        .where(mine.c.worker_id == worker_id, slots.c.state == "running")
-    )
-
-
-def _is_attempt(claim: Claim) -> sa.ColumnElement[bool]:
-    return sa.and_(
-        attempts.c.study_id == claim.study_id,
-        attempts.c.number == claim.number,
-        attempts.c.attempt == claim.attempt,
-    )
-
-
-def _is_slot(claim: Claim) -> sa.ColumnElement[bool]:
-    return sa.and_(slots.c.study_id == claim.study_id, slots.c.number == claim.number)
-
-
-def _is_held(claim: Claim) -> sa.ColumnElement[bool]:
-    return sa.and_(
-        _is_slot(claim),
-        slots.c.attempt == claim.attempt,
-        slots.c.worker_id == claim.worker_id,
-        slots.c.state == "running",
-    )
 
 
 def _storable(text: str) -> str:

@@ -50,6 +50,17 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Report:
+    """What a trial reports of an epoch; `value` is what is searched for."""
+
+    claim: Claim
+    epoch: int  # counted from 1
+    metrics: Mapping[str, float]
+    value: float
+    may_prune: bool = True
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One try at training a trial, from its claim to its end, whatever ended it. Times as in `Trial`."""
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from hpo import provenance
 from hpo.errors import UserError
 from hpo.failures import failure_key, is_out_of_memory, message
-from hpo.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost
+from hpo.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost, Verdict
 from hpo.objective import Trial
 from hpo.outage import StoreFailed
-from hpo.records import Claim, Study
+from hpo.records import Claim, Report, Study
 from hpo.search import PRUNERS
 from hpo.store import Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
@@ -144,8 +144,10 @@ class Worker:
             turn = [self._lanes[lane][0] for lane in engine.turn]
             with self._failures_end(turn), self._memory_limits(turn, to=len(self._lanes) // 2), suppress(Stopped):
                 results = engine.run_epoch()
-            for result in results:
-                self._settle(*self._lanes[result.lane], result)
+            reports = [_report(*self._lanes[result.lane], result) for result in results]
+            verdicts = self._store.report_all(reports, self._spec) if reports else []
+            for result, verdict in zip(results, verdicts, strict=True):
+                self._settle(*self._lanes[result.lane], result, verdict)
             if not results:  # it was stopped in the middle of an epoch, where it did not fail
                 for claim in self._held.intersection(turn):
                     self._let_go(claim)
@@ -191,22 +193,18 @@ class Worker:
         num_workers = sum(worker.alive for worker in self._store.workers(self._study))
         return len(self._lanes) < math.ceil(num_open / max(1, num_workers))
 
-    def _settle(self, claim: Claim, config: TrialConfig, result: EpochResult) -> None:
-        """Reports an epoch; then ends the trial where it is done, dropped or diverged, or saves it.
+    def _settle(self, claim: Claim, config: TrialConfig, result: EpochResult, verdict: Verdict | None) -> None:
+        """Ends the trial after an epoch's report, where it is done, dropped or diverged, or saves it.
 
         It is saved after it is reported, so that a worker that has lost the trial does not come to write.
         """
         assert self._engine is not None
         assert self._checkpoints is not None
         with self._losing_ends(claim):
-            end = self._report(
-                claim,
-                epoch=result.epoch,
-                metrics=result.metrics(),
-                value=result.val_accuracy,
-                diverged=result.diverged,
-                last=result.epoch >= config.training.epochs,
-            )
+            if verdict is None:
+                raise ClaimLost
+            last = _is_last(config, result)
+            end = self._end(claim, verdict, epoch=result.epoch, diverged=result.diverged, last=last)
             if end is None:
                 must_save = result.epoch % config.training.checkpoint_epochs == 0
             else:
@@ -267,7 +265,10 @@ class Worker:
             value = metrics[self._spec.metric]
             diverged = None if math.isfinite(value) else f"{self._spec.metric} = {value}"
             last = epoch >= self._spec.max_epochs
-            end = self._report(claim, epoch=epoch, metrics=metrics, value=value, diverged=diverged, last=last)
+            verdict = self._store.report(
+                claim, self._spec, epoch=epoch, metrics=metrics, value=value, may_prune=not (diverged or last)
+            )
+            end = self._end(claim, verdict, epoch=epoch, diverged=diverged, last=last)
             if end is not None and not (last and end[0] == "complete"):
                 told.append(end)
             return bool(told) or (self._should_stop() and not last)
@@ -309,13 +310,8 @@ class Worker:
         )
         return values, seed(values)
 
-    def _report(
-        self, claim: Claim, *, epoch: int, metrics: Mapping[str, float], value: float, diverged: str | None, last: bool
-    ) -> _End | None:
-        """Reports an epoch; returns how the trial ends with it, if it does."""
-        verdict = self._store.report(
-            claim, self._spec, epoch=epoch, metrics=metrics, value=value, may_prune=not (diverged or last)
-        )
+    def _end(self, claim: Claim, verdict: Verdict, *, epoch: int, diverged: str | None, last: bool) -> _End | None:
+        """How the trial ends with the epoch that it has reported, if it does."""
         self._draining = self._draining or verdict == "stop"
         self._suspects.discard(claim)
         if diverged:
@@ -418,6 +414,15 @@ class Worker:
 
 
 _End = tuple[str, str]  # the state in which a trial ends, and the reason
+
+
+def _report(claim: Claim, config: TrialConfig, result: EpochResult) -> Report:
+    may_prune = not (result.diverged or _is_last(config, result))
+    return Report(claim, result.epoch, result.metrics(), result.val_accuracy, may_prune)
+
+
+def _is_last(config: TrialConfig, result: EpochResult) -> bool:
+    return result.epoch >= config.training.epochs
 
 
 def _diverged(what: str, epoch: int) -> _End:

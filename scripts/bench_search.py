@@ -3,11 +3,12 @@
     make bench-search                                      # on recorded learning curves (record_curves.py)
     python scripts/bench_search.py --live mnist-adam       # the same, training for real; HPO_DATA names the data
 
-Each tuner has 30 trials of 9 epochs, one range of learning rates and the same curves, each trial's of one of ten seeds. After
-every epoch its learning rate of choice is judged: is it within one standard error, of a mean over five seeds, of
-the best of a dense grid? Counted are the epochs (live: and seconds, start-up included) until it is, and until it is for
-good. Judged are the means over all ten seeds. Five fresh ones for each repetition would judge their own luck: the best
-of the whole grid over the five others passes in 44 % (MNIST) and 42 % (CIFAR-10, Adam) of 200 such splits.
+Each tuner has 30 trials of 9 epochs, one range of learning rates and the same curves, of one of ten seeds a trial.
+After every epoch its learning rate of choice is judged: is it within one standard error, of a mean over five seeds, of
+the best of a dense grid? Counted are the epochs (live: and seconds, start-up included) until it is, until it is for
+good, and the share of repetitions in which it is after so many epochs, luck and all. Judged are the means over all ten
+seeds. Five fresh ones for each repetition would judge their own luck: the best of the whole grid over the five others
+passes in 44 % (MNIST) and 42 % (CIFAR-10, Adam) of 200 such splits.
 
 Ours chooses what `hpo status` says that all trials together point to. The others, which have no such thing, choose the
 trial with the highest accuracy that was last reported, in training or not. Ray Tune is measured where it is installed.
@@ -57,6 +58,7 @@ from scripts.record_curves import CURVES, tasks
 TRIALS = 30
 RETRAINED = 5  # seeds, of whose mean a standard error is what a choice may fall short of the best
 PROCESSES = 2  # trials at once of Ray Tune, on two cores
+BUDGETS = (8, 16, 32, 64)  # epochs after which it is looked how many have chosen well
 LOOK_S = 0.25  # between looks at our study in training
 
 
@@ -314,6 +316,15 @@ def settled(landscape: Landscape, steps: Sequence[Step]) -> tuple[Step | None, S
     return first, since
 
 
+def shares(landscapes: Sequence[Landscape], logs: Sequence[Sequence[Step]]) -> list[float]:
+    """In how many of the repetitions the choice is good after each of BUDGETS."""
+    found = []
+    for budget in BUDGETS:
+        last = [max((step for step in log if step.epochs <= budget), key=lambda step: step.epochs) for log in logs]
+        found.append(statistics.fmean(land.is_good(step.lr) for land, step in zip(landscapes, last, strict=True)))
+    return found
+
+
 def measure(name: str, landscape: Landscape, *, live: bool) -> list[Step]:
     if name == "ours":
         return ours_live(landscape) if live else ours_replayed(landscape)
@@ -356,21 +367,24 @@ def main() -> None:
           f"n = {arguments.repetitions}; medians and quartiles")  # fmt: skip
     figures = []
     for task in [arguments.live] if arguments.live else recorded:
-        found: dict[str, list[tuple[Step | None, Step | None]]] = {name: [] for name in names}
-        for repetition in range(arguments.repetitions):
-            landscape = Landscape(task, recorded[task], repetition)
+        landscapes = [Landscape(task, recorded[task], repetition) for repetition in range(arguments.repetitions)]
+        logs: dict[str, list[list[Step]]] = {name: [] for name in names}
+        for landscape in landscapes:
             for name in names:  # taking turns
-                found[name].append(settled(landscape, measure(name, landscape, live=bool(arguments.live))))
-        good = ", ".join(f"{lr:.2g}" for lr in Landscape(task, recorded[task], 0).good)
-        print(f"\n{task}: good are {good}, of {len(recorded[task]['lrs'])}")
-        print(f"{'':30}{'epochs until good':>24}{'until good for good':>24}{'never':>8}"
-              + (f"{'seconds until good for good':>32}" if arguments.live else ""))  # fmt: skip
-        for name, pairs in found.items():
-            first, good = ([step.epochs if step else math.inf for step in steps] for steps in zip(*pairs, strict=True))
-            seconds = [since.seconds if since else math.inf for _, since in pairs]
-            line = f"{LABELS[name]:30}{in_words(first):>24}{in_words(good):>24}{good.count(math.inf):>8}"
-            print(line + (f"{in_words(seconds):>32}" if arguments.live else ""), flush=True)
-            figures.append({"task": task, "tuner": name, "first": first, "for_good": good, "seconds": seconds})
+                logs[name].append(measure(name, landscape, live=bool(arguments.live)))
+        good = ", ".join(f"{lr:.2g}" for lr in landscapes[0].good)
+        print(f"\n{task}: good are {good}, of {len(recorded[task]['lrs'])} learning rates")
+        print(f"{'':29}{'until good':>18}{'until for good':>18}{'never':>6}  good after {BUDGETS} epochs"
+              + "   seconds until good, for good" * bool(arguments.live))  # fmt: skip
+        for name in names:
+            pairs = [settled(landscape, log) for landscape, log in zip(landscapes, logs[name], strict=True)]
+            epochs = [[step.epochs if step else math.inf for step in steps] for steps in zip(*pairs, strict=True)]
+            seconds = [[step.seconds if step else math.inf for step in steps] for steps in zip(*pairs, strict=True)]
+            share = shares(landscapes, logs[name])
+            print(f"{LABELS[name]:29}{in_words(epochs[0]):>18}{in_words(epochs[1]):>18}{epochs[1].count(math.inf):>6}"
+                  + "".join(f"{part:>7.0%}" for part in share)
+                  + f"{in_words(seconds[0]):>24}, {in_words(seconds[1])}" * bool(arguments.live), flush=True)  # fmt: skip
+            figures.append({"task": task, "tuner": name, "epochs": epochs, "seconds": seconds, "good_after": share})
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

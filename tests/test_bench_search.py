@@ -69,6 +69,15 @@ def test_good_for_good_is_good_to_the_end() -> None:
     assert bench.settled(found, lost := steps(good, 1e-1)) == (lost[0], None)
 
 
+def test_the_share_that_is_good_is_counted_at_the_last_step_within_a_budget() -> None:
+    found = landscape()
+    good = [bench.Step(0, None), bench.Step(7, found.good[0]), bench.Step(40, 1e-5)]
+    bad = [bench.Step(1, 1e-5), bench.Step(33, found.good[-1])]
+    assert bench.BUDGETS == (8, 16, 32, 64)
+    assert bench.shares([found, found], [good, bad]) == [0.5, 0.5, 0.5, 0.5]
+    assert bench.shares([found], [good]) == [1, 1, 1, 0]
+
+
 def test_every_tuner_reports_each_epoch_of_all_its_trials() -> None:
     found = landscape()
     ours = bench.measure("ours", found, live=False)

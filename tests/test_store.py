@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -27,7 +28,7 @@ from hpo import database, liveness, schema
 from hpo.errors import UserError
 from hpo.ledger import LEASE_S, MAX_LOSSES, OUT_OF_MEMORY, ClaimLost
 from hpo.outage import StoreFailed, is_outage
-from hpo.records import Claim, Study, Trial
+from hpo.records import Claim, Report, Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
 
@@ -533,6 +534,90 @@ def test_a_kill_changes_nothing_in_what_the_pruner_has_said(
     assert [c.number for c in again] == [passed.number, dropped.number]
     assert store.report(again[0], spec, epoch=1, metrics={}, value=0.1) == "go on"
     assert store.report(again[1], spec, epoch=at, metrics={}, value=0.1) == "prune"
+
+
+@pytest.mark.parametrize("pruner", ["none", "asha", "median", "patient"])  # Hyperband's brackets hang on the name
+def test_trials_that_report_together_are_told_what_they_are_told_one_by_one(
+    store: Store, make_spec: MakeSpec, pruner: str
+) -> None:
+    draw = random.Random(0)
+    values = {(number, epoch): draw.random() for number in range(12) for epoch in range(1, 10)}
+
+    def verdicts(name: str, *, together: bool) -> dict[tuple[int, int], str | None]:
+        spec = make_spec(search={"trials": 12}, epochs=9, name=name, pruner={"name": pruner})
+        study, worker = begin(store, spec)
+        told: dict[tuple[int, int], str | None] = {}
+        for _ in range(2):  # two rounds of six, so that the second has complete trials to be compared with
+            held = [claim(store, study, worker) for _ in range(6)]
+            for epoch in range(1, 10):
+                reports = [Report(c, epoch, {}, values[c.number, epoch], may_prune=epoch < 9) for c in held]
+                parts = [reports] if together else [[report] for report in reports]
+                found = [verdict for part in parts if part for verdict in store.report_all(part, spec)]
+                told |= {(c.number, epoch): verdict for c, verdict in zip(held, found, strict=True)}
+                for c in [c for c in held if told[c.number, epoch] == "prune" or epoch == 9]:
+                    store.finish(c, "pruned" if told[c.number, epoch] == "prune" else "complete", reason="")
+                    held.remove(c)
+        return told
+
+    expected = verdicts("one-by-one", together=False)
+    assert verdicts("together", together=True) == expected
+    assert (set(expected.values()) == {"go on"}) == (pruner == "none")
+
+
+def test_a_lost_trial_does_not_keep_those_that_report_with_it_from_theirs(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    spec = make_spec(0.1, 0.2, 0.3)
+    study, worker = begin(store, spec)
+    held = [claim(store, study, worker) for _ in range(3)]
+    expire(store, held[1], change)
+    store.reap(study)
+    reports = [Report(c, 1, {"val_accuracy": 0.5}, 0.5) for c in reversed(held)]
+    assert store.report_all(reports, spec) == ["go on", None, "go on"]
+    assert [list(trial.epochs) for trial in store.trials(study)] == [[1], [], [1]]
+
+
+def test_a_round_of_reports_reads_the_study_once(
+    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(
+        *(0.1 * number for number in range(1, 9)), epochs=9, pruner={"name": "median", "startup_trials": 0}
+    )
+    study, worker = begin(store, spec)
+    held = [claim(store, study, worker) for _ in range(8)]
+    reads: list[int] = []
+    get_all_trials = type(store._cached).get_all_trials
+    monkeypatch.setattr(
+        type(store._cached), "get_all_trials", lambda *args, **rest: reads.append(0) or get_all_trials(*args, **rest)
+    )
+    for epoch in (1, 2, 3):
+        store.report_all([Report(c, epoch, {}, 0.5) for c in held], spec)
+    assert len(reads) == 3
+
+
+def test_reports_and_the_heartbeat_do_not_wait_for_each_other(store: Store, make_spec: MakeSpec) -> None:
+    spec = make_spec(*(0.1 * number for number in range(1, 9)), epochs=60)
+    study, worker = begin(store, spec)
+    held = [claim(store, study, worker) for _ in range(8)]
+    ended = threading.Event()
+    failed: list[Exception] = []
+
+    def beat() -> None:
+        try:
+            while not ended.is_set():
+                store.renew(random.sample(held, len(held)), worker)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        for epoch in range(1, 41):
+            assert store.report_all([Report(c, epoch, {}, 0.5) for c in random.sample(held, 8)], spec) == ["go on"] * 8
+    finally:
+        ended.set()
+        thread.join()
+    assert failed == []
 
 
 def test_a_stop_does_not_keep_the_pruner_from_its_word(store: Store, make_spec: MakeSpec) -> None:

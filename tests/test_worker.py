@@ -708,14 +708,15 @@ def test_a_suspect_trains_alone(store: Store) -> None:
         store.release(claim)
     store.remove_worker(worker_id)
     beside: dict[tuple[int, int], list[int]] = {}  # which trials ran at the report of a trial's epoch
-    report = Store.report
+    report_all = Store.report_all
 
-    def noting(self: Store, claim: Any, *args: Any, epoch: int, **rest: Any) -> Any:
-        beside[claim.number, epoch] = [trial.number for trial in store.trials(study) if trial.state == "running"]
-        return report(self, claim, *args, epoch=epoch, **rest)
+    def noting(self: Store, reports: Any, spec: StudySpec) -> Any:
+        running = [trial.number for trial in store.trials(study) if trial.state == "running"]
+        beside.update({(report.claim.number, report.epoch): running for report in reports})
+        return report_all(self, reports, spec)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "report", noting)
+        patch.setattr(Store, "report_all", noting)
         trials = work(store, study)
     assert [trial.state for trial in trials] == ["complete"] * 3
     assert (beside[0, 1], beside[1, 1]) == ([0], [1])
@@ -741,15 +742,15 @@ def test_workers_share_what_is_left(store: Store) -> None:
 def rounds(store: Store, study: Study) -> list[list[int]]:
     """The epochs that each trial, waiting ones left out, had reported when another one was reported."""
     seen: list[list[int]] = []
-    report = Store.report
+    report_all = Store.report_all
 
-    def noting(self: Store, *args: Any, **rest: Any) -> Any:
-        verdict = report(self, *args, **rest)
+    def noting(self: Store, *args: Any) -> Any:
+        verdict = report_all(self, *args)
         seen.append([max(trial.epochs, default=0) for trial in store.trials(study) if trial.state != "waiting"])
         return verdict
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "report", noting)
+        patch.setattr(Store, "report_all", noting)
         work(store, study)
     return seen
 
