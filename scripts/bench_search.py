@@ -352,6 +352,29 @@ def in_words(values: Sequence[float]) -> str:
     return f"{middle} ({low} to {high})"
 
 
+def table(
+    task: str, landscapes: Sequence[Landscape], logs: dict[str, list[list[Step]]], *, live: bool
+) -> list[dict[str, Any]]:
+    """Prints a task's rows, one a tuner; returns their figures."""
+    rates = ", ".join(f"{lr:.2g}" for lr in landscapes[0].good)
+    print(f"\n{task}: good are {rates}, of {len(landscapes[0].recorded['lrs'])} learning rates")
+    heads = ["until good", "until for good"] + ["seconds until good", "for good"] * live
+    after = "".join(f"{f'after {budget}':>10}" for budget in BUDGETS)
+    print(f"{'':29}" + "".join(f"{head:>20}" for head in heads) + f"{'never':>7}{after}")
+    figures = []
+    for name, of_tuner in logs.items():
+        pairs = [settled(landscape, log) for landscape, log in zip(landscapes, of_tuner, strict=True)]
+        firsts, lasts = zip(*pairs, strict=True)
+        epochs = [[step.epochs if step else math.inf for step in steps] for steps in (firsts, lasts)]
+        seconds = [[step.seconds if step else math.inf for step in steps] for steps in (firsts, lasts)]
+        good = shares(landscapes, of_tuner)
+        cells = [in_words(values) for values in (epochs + seconds if live else epochs)]
+        print(f"{LABELS[name]:29}" + "".join(f"{cell:>20}" for cell in cells), end="")
+        print(f"{lasts.count(None):>7}" + "".join(f"{share:>10.0%}" for share in good), flush=True)
+        figures.append({"task": task, "tuner": name, "epochs": epochs, "seconds": seconds, "good_after": good})
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how soon tuners know a good learning rate.")
     parser.add_argument("--repetitions", type=int, default=20)
@@ -372,19 +395,7 @@ def main() -> None:
         for landscape in landscapes:
             for name in names:  # taking turns
                 logs[name].append(measure(name, landscape, live=bool(arguments.live)))
-        good = ", ".join(f"{lr:.2g}" for lr in landscapes[0].good)
-        print(f"\n{task}: good are {good}, of {len(recorded[task]['lrs'])} learning rates")
-        print(f"{'':29}{'until good':>18}{'until for good':>18}{'never':>6}  good after {BUDGETS} epochs"
-              + "   seconds until good, for good" * bool(arguments.live))  # fmt: skip
-        for name in names:
-            pairs = [settled(landscape, log) for landscape, log in zip(landscapes, logs[name], strict=True)]
-            epochs = [[step.epochs if step else math.inf for step in steps] for steps in zip(*pairs, strict=True)]
-            seconds = [[step.seconds if step else math.inf for step in steps] for steps in zip(*pairs, strict=True)]
-            share = shares(landscapes, logs[name])
-            print(f"{LABELS[name]:29}{in_words(epochs[0]):>18}{in_words(epochs[1]):>18}{epochs[1].count(math.inf):>6}"
-                  + "".join(f"{part:>7.0%}" for part in share)
-                  + f"{in_words(seconds[0]):>24}, {in_words(seconds[1])}" * bool(arguments.live), flush=True)  # fmt: skip
-            figures.append({"task": task, "tuner": name, "epochs": epochs, "seconds": seconds, "good_after": share})
+        figures += table(task, landscapes, logs, live=bool(arguments.live))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
