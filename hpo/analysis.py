@@ -18,17 +18,26 @@ LEAST_RATES = 4  # that a parabola is fitted to; three always fit
 
 
 @dataclass(frozen=True)
+class Peak:
+    """The learning rate that the trials point to, compared after so many epochs; not `fitted`: the best one's."""
+
+    lr: float
+    epochs: int
+    fitted: bool
+
+
+@dataclass(frozen=True)
 class Best:
     """The best complete trial. `interval` is None where the study has no learning rate or no picture count.
 
-    `peak` is the learning rate that all trials together point to (see `peak`), None where none is searched.
+    `peak` is where all trials together point, None where no learning rate is searched.
     """
 
     trial: int
     params: Mapping[str, Any]
     value: float
     interval: tuple[float, float] | None
-    peak: float | None = None
+    peak: Peak | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,14 +81,15 @@ def learning_rate_interval(study: Study, trials: Sequence[Trial], winner: Trial)
     return rates[low], rates[high]
 
 
-def peak(study: Study, trials: Sequence[Trial]) -> float | None:
-    """The learning rate that the trials so far point to, ended or not; None where none is searched or reported on.
+def peak(study: Study, trials: Sequence[Trial]) -> Peak | None:
+    """Where the trials so far point, ended or not; None where no learning rate above 0 is searched or reported on.
 
     The best trial alone is the luckiest; the others say where the top of the response is. A parabola in log lr is
     fitted by least squares (a response surface: Box and Wilson, J. Royal Statistical Society B 13, 1951) to the trials
     within DECADES of the best one and with its listed parameters, after as many epochs as COMPARED trials have come to,
     each counting with its mean over the last WINDOW of those. The peak is its top, within the rates that were tried;
-    where it has none, or too few rates, the best one. `make bench-search` measures how soon it is right.
+    where it has none, or too few rates, the best one. After few epochs it says where to look, and not what will win.
+    `make bench-search` measures how soon it is right.
     """
     import numpy as np
 
@@ -87,18 +97,19 @@ def peak(study: Study, trials: Sequence[Trial]) -> float | None:
     curves = {
         trial.number: [math.nan if value is None else sign * value for value in trial.curves[study.spec.metric]]
         for trial in trials
-        if "lr" in trial.params and trial.state != "failed" and trial.curves.get(study.spec.metric)
+        if _has_rate(trial) and trial.state != "failed" and trial.curves.get(study.spec.metric)
     }
     if not curves:
         return None
     lengths = sorted(map(len, curves.values()), reverse=True)
     epoch = lengths[min(COMPARED, len(lengths)) - 1]
-    values = {
-        number: statistics.fmean(curve[max(0, epoch - WINDOW) : epoch])
-        for number, curve in curves.items()
-        if len(curve) >= epoch
-    }
-    known = [trial for trial in trials if not math.isnan(values.get(trial.number, math.nan))]
+    with np.errstate(over="ignore"):
+        values = {
+            number: float(np.mean(curve[max(0, epoch - WINDOW) : epoch]))
+            for number, curve in curves.items()
+            if len(curve) >= epoch
+        }
+    known = [trial for trial in trials if math.isfinite(values.get(trial.number, math.nan))]
     if not known:
         return None
     leader = max(known, key=lambda trial: values[trial.number])
@@ -110,11 +121,17 @@ def peak(study: Study, trials: Sequence[Trial]) -> float | None:
     ]
     x = np.log10([trial.params["lr"] for trial in fitted])
     if len(set(x)) < LEAST_RATES:
-        return top
+        return Peak(top, epoch, fitted=False)
     parabola = np.polynomial.Polynomial.fit(x, [values[trial.number] for trial in fitted], 2)
     if parabola.deriv(2)(0) >= 0:
-        return top
-    return float(10 ** np.clip(parabola.deriv().roots()[0], x.min(), x.max()))
+        return Peak(top, epoch, fitted=False)
+    return Peak(float(10 ** np.clip(parabola.deriv().roots()[0], x.min(), x.max())), epoch, fitted=True)
+
+
+def _has_rate(trial: Trial) -> bool:
+    """A loop of the user's may call anything `lr`."""
+    lr = trial.params.get("lr")
+    return isinstance(lr, int | float) and not isinstance(lr, bool) and lr > 0
 
 
 def _is_comparable(study: Study, trial: Trial, winner: Trial) -> bool:

@@ -269,7 +269,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         if trial.state == "running":
             doing = {"trial": trial.number, "epoch": max(trial.epochs, default=0)}
             running.setdefault(trial.worker_id, []).append(doing)
-    found = analysis.best(study, all_trials)
+    found, peak = analysis.best(study, all_trials), analysis.peak(study, all_trials)
     return {
         "study": name,
         "storage": str(store.url),
@@ -277,7 +277,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         "stop": study.stop,
         "stop_reason": study.stop_reason,
         "best": found.as_dict() if found else None,
-        "peak": analysis.peak(study, all_trials),
+        "peak": asdict(peak) if peak else None,
         "workers": [
             {
                 "worker": worker.worker_id,

@@ -235,7 +235,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo status quickstart
     """
     from hpo import api
-    from hpo.display import as_text, in_words, print_table
+    from hpo.display import as_text, in_words, peak_in_words, print_table
 
     found = api.status(study, storage=storage)
     if as_json:
@@ -248,8 +248,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     if found["best"]:
         best = found["best"]
         click.echo(f"best so far: {in_words(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
-    if found["peak"] is not None:
-        click.echo(f"all trials together point to: lr={found['peak']:.3g}")
+    if found["peak"] and found["peak"]["fitted"]:
+        click.echo(peak_in_words(found["peak"]["lr"], found["peak"]["epochs"]))
     if found["workers"]:
         columns = ["host", "pid", "device", "trial", "epoch", "seen_s"]
         print_table(

@@ -151,9 +151,13 @@ def answer_lines(study: Study, found: Best) -> list[str]:
             )
         else:
             lines.append("no other learning rate that was tried came within one standard error")
-    if found.peak is not None:
-        lines.append(f"all trials together point to {_number(float(f'{found.peak:.3g}'))}")
+    if found.peak is not None and found.peak.fitted:
+        lines.append(peak_in_words(found.peak.lr, found.peak.epochs))
     return lines
+
+
+def peak_in_words(lr: float, epochs: int) -> str:
+    return f"all trials together, compared after {epochs} epoch{'s' * (epochs > 1)}, point to lr={lr:.3g}"
 
 
 def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) -> Table:
@@ -229,8 +233,8 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
     if (found := best(study, trials)) is not None:
         value = f"{study.spec.metric} {_value(found.value, study)}"
         parts.append(Text(f"best so far: {_params(found.params)}, {value}, trial {found.trial}"))
-    if (rate := peak(study, trials)) is not None:
-        parts.append(Text(f"all trials together point to: lr={rate:.3g}"))
+    if (found_peak := peak(study, trials)) is not None and found_peak.fitted:
+        parts.append(Text(peak_in_words(found_peak.lr, found_peak.epochs)))
     return Group(*parts)
 
 

@@ -46,7 +46,8 @@ class ValuesStudy(optuna.Study):
 class RoundStudy(optuna.Study):
     """An Optuna study that is read once to judge several trials, one after the other.
 
-    Every look at a study reads all its trials in training again, so that judging so many of them grew as their square.
+    Every look at a study reads all its trials in training again, so that judging so many of them grew as their square;
+    with Hyperband it still does, which looks at a study of its own making.
     """
 
     _round: dict[int, FrozenTrial] | None = None  # by number

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import optuna
 import sqlalchemy as sa
 from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import NopPruner
 from optuna.storages import get_storage
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.engine import Connection
@@ -163,9 +164,10 @@ class Ledger:
         """
         sampler = search.SAMPLERS[spec.search.sampler]
         draft = DraftStorage(self._cached)
-        study = self._optuna_study(
-            spec, cast(optuna.storages.BaseStorage, draft), number=claim.number, kind=sampler.study()
-        )
+        study = sampler.study()(
+            spec.name, cast(optuna.storages.BaseStorage, draft), search.build_sampler(spec, number=claim.number),
+            NopPruner(),  # Optuna's Hyperband would show the sampler a study of its own, of one bracket's trials
+        )  # fmt: skip
         study.get_trials(deepcopy=False)  # the cache refuses parameters of a trial that it has not seen
         trial = None if sampler.counts else optuna.Trial(study, claim.trial_id)
         with self._held(claim) as connection:
@@ -465,18 +467,6 @@ class Ledger:
             connection.execute(
                 studies.update().where(studies.c.study_id == study_id).values(stop="failure", stop_reason=reason)
             )
-
-    def _optuna_study(
-        self,
-        spec: StudySpec,
-        storage: optuna.storages.BaseStorage,
-        *,
-        number: int,
-        kind: type[optuna.Study] = optuna.Study,
-    ) -> optuna.Study:
-        # A new Study for each use: it caches the list of trials until `Study.ask`, which we never call.
-        sampler = search.build_sampler(spec, number=number)
-        return kind(spec.name, storage, sampler=sampler, pruner=search.build_pruner(spec))
 
 
 def is_gone(worker: Any) -> bool:

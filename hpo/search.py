@@ -54,6 +54,9 @@ class Sampler:
     study: Callable[[], type[optuna.Study]] = _as_it_is  # how it is shown the trials before
 
 
+TURNS = 8  # trials that take turns of an epoch where the pruner compares them early: it knows more sooner
+
+
 @dataclass(frozen=True)
 class Pruner:
     """A pruner: its options with their defaults (None: see `build`), and how it is built from them and max_epochs."""
@@ -198,7 +201,8 @@ def slots(spec: StudySpec) -> list[dict[str, Scalar]]:
 
 def num_startup(spec: StudySpec) -> int:
     """How many trials a sampler that learns begins with; Optuna's ten would be half of a usual study."""
-    return min(spec.num_trials, max(4, min(10, spec.num_trials // 3)))
+    least = TURNS if PRUNERS[spec.pruner.name].compares_early else 4  # who take turns are proposed before any reports
+    return min(spec.num_trials, max(least, min(10, spec.num_trials // 3)))
 
 
 def _spread(spec: StudySpec, count: int) -> list[dict[str, Scalar]]:

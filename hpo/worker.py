@@ -25,7 +25,7 @@ from hpo.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost, Verdict
 from hpo.objective import Trial
 from hpo.outage import StoreFailed
 from hpo.records import Claim, Report, Study
-from hpo.search import PRUNERS
+from hpo.search import PRUNERS, TURNS
 from hpo.store import Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
 
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
 REAP_S = 5.0  # between looks for workers that died
 EPOCH_S = 20.0  # how long an epoch may go on once the worker was told to leave, to be saved at its end
-TURNS = 8  # trials that take turns of an epoch where the pruner compares them early: it knows more sooner
 EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
 
 

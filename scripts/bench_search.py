@@ -230,8 +230,8 @@ class Replay(PlainEngine):
 
 def look(store: Store, study: Study, *, began: float) -> Step:
     trials = store.trials(study)
-    epochs = sum(len(trial.epochs) for trial in trials)
-    return Step(epochs, analysis.peak(study, trials), time.perf_counter() - began)
+    epochs, peak = sum(len(trial.epochs) for trial in trials), analysis.peak(study, trials)
+    return Step(epochs, peak.lr if peak else None, time.perf_counter() - began)
 
 
 def ours_replayed(landscape: Landscape) -> list[Step]:

@@ -15,7 +15,7 @@ from typing import Any
 import cmaes
 import numpy as np
 import pytest
-from optuna.samplers import CmaEsSampler
+from optuna.samplers import CmaEsSampler, GPSampler, TPESampler
 
 from hpo import search
 from hpo.records import Study
@@ -299,6 +299,48 @@ def test_tpe_learns_from_what_trials_in_training_report(tmp_path: Path) -> None:
             store.report(claim, study.spec, epoch=1, metrics={}, value=0.9 if lr < 1e-4 else 0.1)
         proposed.append(lr)
     assert sum(lr < 1e-4 for lr in proposed) >= 6  # a quarter of the range
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
+@pytest.mark.parametrize("pruner", ["asha", "hyperband"])
+def test_a_sampler_is_shown_what_is_known_whatever_the_pruner(
+    sampler: str, pruner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = {"tpe": TPESampler, "gp": GPSampler, "cmaes": CmaEsSampler}[sampler]
+    shown: list[list[str]] = []
+    infer = kind.infer_relative_search_space
+
+    def noting(self: Any, study: Any, trial: Any) -> Any:
+        shown.append([known.state.name for known in study.get_trials(deepcopy=False)])
+        return infer(self, study, trial)
+
+    monkeypatch.setattr(kind, "infer_relative_search_space", noting)
+    monkeypatch.setattr(search, "_spread", lambda *_: [])  # where a trial is given, no sampler is asked
+    store, study = make_study(
+        tmp_path, search={"sampler": sampler, "trials": 24, "space": RANGES}, pruner={"name": pruner}
+    )
+    run_trials(store, study, 2, lambda values, epoch: None)
+    worker = store.add_worker(study.study_id, device="cpu")
+    for _ in range(2):
+        claim = store.claim(study, worker)
+        assert claim is not None
+        store.suggest(claim, study.spec, attributes=lambda values: {})
+        store.report(claim, study.spec, epoch=1, metrics={}, value=0.5)
+    known, training = {"tpe": ("PRUNED", "PRUNED")}.get(sampler, ("COMPLETE", "RUNNING"))
+    assert shown[-1] == [known, known, training, "RUNNING"]
+
+
+def test_who_take_turns_begin_spread() -> None:
+    search_ = {"sampler": "tpe", "trials": 10, "space": RANGES}
+    num_given = {
+        pruner: [len(point) for point in search.slots(make_spec(search_, pruner))].count(2)
+        for pruner in ("none", "asha", "hyperband")
+    }
+    assert num_given == {"none": 4, "asha": 8, "hyperband": 8}
+
+
+def make_spec(settings: dict[str, Any], pruner: str) -> StudySpec:
+    return StudySpec.from_dict({"name": "s", "search": settings, "pruner": {"name": pruner}})
 
 
 def test_a_grid_is_claimed_point_by_point_under_true_axes(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Choice:
 
 
 class LaneEngine:
-    """An engine of many lanes; trials that cannot be stacked are trained one after another, with the reason logged."""
+    """An engine of many lanes; trials that cannot be stacked take turns in theirs, with the reason logged."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ def choose(
         methods = CONVOLUTIONS if device.type == "cuda" else CONVOLUTIONS[:1]  # products lose on every CPU tried
         groups = [Group(config, data=data, device=device, convolution=method) for method in methods]
     except NotStackable as error:
-        return choice(f"its network trains alone, {error}")
+        return choice(f"its network trains alone, {error}", lanes=min(lanes or turns, turns))
     if lanes is not None:
         best = groups[0].convolution
         if len(groups) > 1:

@@ -516,6 +516,9 @@ def test_trials_that_are_trained_alone_take_turns_where_that_is_wanted(monkeypat
         found.reason == "8 trials in turns on the CPU: times as fast as one after another: 2 at once 0.4, 4 at once 0.2"
     )
     assert chosen(monkeypatch, slower, turns=8, lanes=1).lanes == 1
+    alone = trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "branch"}))
+    data = DataSets(device=CPU).get(alone.data)
+    assert [choose(alone, data=data, device=CPU, lanes=lanes, turns=8).lanes for lanes in (None, 2, 16)] == [8, 2, 8]
     assert chosen(monkeypatch, {1: 100, 2: 200, 4: 210, 8: 0}, turns=8).convolution == "grouped"  # a stack is faster
 
 
