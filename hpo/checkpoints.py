@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from hpo.records import Claim, Study
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 class StudyCheckpoints:
     """The checkpoints of a study's trials, a folder for each, wherever the study file says or else on this machine.
 
-    What goes wrong with a checkpoint never ends a trial: it is noted in the store, and training goes on.
+    What goes wrong with a checkpoint never ends a trial: it is noted in the store, and training goes on. They are
+    written by a thread, while the trials train their next epoch.
     """
 
     def __init__(self, store: Store, study: Study) -> None:
@@ -26,6 +28,8 @@ class StudyCheckpoints:
         self._study = study
         self._url = store.checkpoints_url(study)
         self._keep = study.spec.checkpoints.keep_best
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._writing: dict[int, Future[None]] = {}  # by trial
 
     def begin(self, claim: Claim, config: TrialConfig) -> Checkpoint | None:
         """The trial's newest whole checkpoint, or None where it starts from its first epoch; the store is told which.
@@ -56,7 +60,23 @@ class StudyCheckpoints:
         return checkpoint
 
     def save(self, claim: Claim, checkpoint: Checkpoint) -> None:
-        """Saves a trial in training. Where that is impossible, the checkpoint before it is still there."""
+        """Begins to save a trial in training. Where that is impossible, the checkpoint before it is still there."""
+        self.wait(claim.number)
+        self._writing[claim.number] = self._writer.submit(self._write, claim, checkpoint)
+
+    def wait(self, number: int) -> None:
+        """Returns when what `save` has begun for the trial is written; raises what that raised.
+
+        Called before the trial's next epoch is reported, so that a kill never costs more than the epochs since its last
+        checkpoint and one that was reported.
+        """
+        if (writing := self._writing.pop(number, None)) is not None:
+            writing.result()
+
+    def close(self) -> None:
+        self._writer.shutdown()
+
+    def _write(self, claim: Claim, checkpoint: Checkpoint) -> None:
         try:
             self._folder(claim.number).save(checkpoint)
         except OSError as error:
@@ -74,6 +94,8 @@ class StudyCheckpoints:
 
     def forget(self, number: int) -> None:
         """Removes what a trial that has ended needs no more, and what it has driven out of the best."""
+        with suppress(Exception):  # what is still being written of it must not appear after this
+            self.wait(number)
         best = [other for other, _ in self._store.best_trials(self._study, self._keep + 1)]
         for unneeded in {number, *best} - {*best[: self._keep]}:
             self._remove(unneeded)

@@ -83,6 +83,8 @@ class Worker:
                     self._save_rest()
                     self._checkpoints.tidy()
         finally:
+            if self._checkpoints is not None:
+                self._checkpoints.close()
             self.leave()
 
     def leave(self) -> None:
@@ -143,6 +145,9 @@ class Worker:
             turn = [self._lanes[lane][0] for lane in engine.turn]
             with self._failures_end(turn), self._memory_limits(turn, to=len(self._lanes) // 2), suppress(Stopped):
                 results = engine.run_epoch()
+            for claim in turn if results else ():
+                self._wait_until_saved(claim)
+            results = [result for result in results if self._lanes[result.lane][0] in self._held]
             reports = [_report(*self._lanes[result.lane], result) for result in results]
             verdicts = self._store.report_all(reports, self._spec) if reports else []
             for result, verdict in zip(results, verdicts, strict=True):
@@ -211,6 +216,8 @@ class Worker:
             if must_save:
                 with self._failures_end([claim]):  # a network's state may be such that it cannot be saved
                     self._checkpoints.save(claim, self._engine.checkpoint(result.lane))
+            if end is not None:
+                self._wait_until_saved(claim)
             if end is not None and claim in self._held:
                 self._finish(claim, *end)
 
@@ -223,6 +230,13 @@ class Worker:
                 checkpoint = self._engine.checkpoint(lane)
                 if checkpoint.epoch % config.training.checkpoint_epochs:
                     self._checkpoints.save(claim, checkpoint)
+            self._wait_until_saved(claim)
+
+    def _wait_until_saved(self, claim: Claim) -> None:
+        """What a trial's checkpoint was begun with is on disk from here on, or the trial has failed."""
+        assert self._checkpoints is not None
+        with self._losing_ends(claim), self._failures_end([claim]):  # its state may be such that it cannot be written
+            self._checkpoints.wait(claim.number)
 
     # Trials of the user's own function
 
@@ -329,6 +343,9 @@ class Worker:
 
     def _let_go(self, claim: Claim) -> None:
         self._held.discard(claim)
+        if self._checkpoints is not None:
+            with suppress(Exception):  # it goes on from the checkpoint before, then
+                self._checkpoints.wait(claim.number)
         with suppress(ClaimLost):
             self._store.release(claim)
 

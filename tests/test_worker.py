@@ -537,6 +537,37 @@ class Unsavable(torch.nn.Sequential):
         pass
 
 
+def test_a_checkpoint_is_written_while_the_next_epoch_trains_and_before_that_is_reported(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpo.train.engine import PlainEngine
+
+    events: list[str] = []
+    training_second = threading.Event()
+    save, run_epoch, report_all = CheckpointFolder.save, PlainEngine.run_epoch, Store.report_all
+
+    def slow_save(self: CheckpointFolder, checkpoint: Any) -> None:
+        assert checkpoint.epoch > 1 or training_second.wait(timeout=30)
+        save(self, checkpoint)
+        events.append(f"saved {checkpoint.epoch}")
+
+    def noting_training(self: Any) -> Any:
+        if self._lane.epoch == 1:
+            training_second.set()
+        return run_epoch(self)
+
+    def noting_reports(self: Store, reports: Any, spec: StudySpec) -> Any:
+        events.append(f"reported {reports[0].epoch}")
+        return report_all(self, reports, spec)
+
+    monkeypatch.setattr(CheckpointFolder, "save", slow_save)
+    monkeypatch.setattr(PlainEngine, "run_epoch", noting_training)
+    monkeypatch.setattr(Store, "report_all", noting_reports)
+    (trial,) = work(store, engine_study(store, 1e-3, epochs=3))
+    assert trial.state == "complete"
+    assert events == ["reported 1", "saved 1", "reported 2", "saved 2", "reported 3", "saved 3"]
+
+
 def test_a_network_that_cannot_be_saved_fails_its_trial_and_not_the_worker(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

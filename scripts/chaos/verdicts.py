@@ -215,6 +215,8 @@ def check_stale(seen: Evidence, reference: Evidence, problem: Problem) -> Iterat
             )
         latest[row["number"]] = max(latest[row["number"]], row["attempt"])
     accepted = {(row["number"], row["attempt"], row["epoch"]) for row in seen.reports}
+    if not _lines(seen, "reported"):
+        yield "no report was seen by the worker's side, so that no fault struck after one"
     for line in _lines(seen, "reported"):
         if (line["number"], line["attempt"], line["epoch"]) not in accepted:
             yield f"a report of trial {line['number']}, epoch {line['epoch']}, was accepted and is not in the store"

@@ -96,7 +96,7 @@ def install() -> None:  # noqa: PLR0915
     import sqlalchemy as sa
 
     from hpo.database import JoinedStorage
-    from hpo.ledger import ClaimLost, Ledger
+    from hpo.ledger import Ledger
     from hpo.train import checkpoint
     from hpo.train.checkpoint import CheckpointFolder
     from hpo.train.engine import PlainEngine
@@ -126,18 +126,16 @@ def install() -> None:  # noqa: PLR0915
         begin(self, claimed, went_on_from=went_on_from, **rest)
         record("began", **current, epoch=went_on_from)
 
-    report = Ledger.report
+    report_all = Ledger.report_all
 
-    def report_with_faults(self: Any, claimed: Any, spec: Any, *, epoch: int, **rest: Any) -> Any:
-        whose = {"number": claimed.number, "attempt": claimed.attempt, "epoch": epoch}
-        try:
-            verdict = report(self, claimed, spec, epoch=epoch, **rest)
-        except ClaimLost:
-            record("refused", **whose)
-            raise
-        record("reported", **whose)
-        moment("reported, not saved")
-        return verdict
+    def report_all_with_faults(self: Any, reports: Any, spec: Any) -> Any:
+        verdicts = report_all(self, reports, spec)
+        for report, verdict in zip(reports, verdicts, strict=True):
+            event = "refused" if verdict is None else "reported"
+            record(event, number=report.claim.number, attempt=report.claim.attempt, epoch=report.epoch)
+        if verdicts != [None]:
+            moment("reported, not saved")
+        return verdicts
 
     finish = Ledger.finish
 
@@ -177,7 +175,7 @@ def install() -> None:  # noqa: PLR0915
         return results
 
     JoinedStorage.transaction = transaction_with_faults
-    Ledger.claim, Ledger.begin, Ledger.report = claim_with_faults, begin_recorded, report_with_faults
+    Ledger.claim, Ledger.begin, Ledger.report_all = claim_with_faults, begin_recorded, report_all_with_faults
     Ledger.finish, CheckpointFolder.save = finish_with_faults, save_recorded
     PlainEngine.step, PlainEngine.run_epoch = step_with_faults, run_epoch_recorded
     checkpoint.open = HalfWay
