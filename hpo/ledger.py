@@ -214,7 +214,7 @@ class Ledger:
                     known[report.claim] = self._record(connection, report)
             stop = sa.select(studies.c.stop).where(studies.c.study_id == reports[0].claim.study_id)
             otherwise: Verdict = "go on" if connection.execute(stop).scalar_one() is None else "stop"
-            study = RoundStudy(spec.name, self._cached, pruner=search.build_pruner(spec))
+            judge: RoundStudy | None = None  # made where it is needed
             for report in reports:
                 claim = report.claim
                 if claim not in known:
@@ -222,7 +222,9 @@ class Ledger:
                 furthest, pruned_at = known[claim]
                 pruned = pruned_at == report.epoch
                 if report.epoch > furthest:
-                    pruned = report.may_prune and study.should_prune(claim.trial_id)
+                    if report.may_prune:
+                        judge = judge or RoundStudy(spec.name, self._cached, pruner=search.build_pruner(spec))
+                        pruned = judge.should_prune(claim.trial_id)
                     reached = {"furthest": report.epoch, "losses": 0, "pruned_at": report.epoch if pruned else None}
                     connection.execute(slots.update().where(is_slot(claim)).values(**reached))
                 verdicts[claim] = "prune" if pruned and report.may_prune else otherwise
