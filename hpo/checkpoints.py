@@ -67,8 +67,8 @@ class StudyCheckpoints:
     def wait(self, number: int) -> None:
         """Returns when what `save` has begun for the trial is written; raises what that raised.
 
-        Called before the trial's next epoch is reported, so that a kill never costs more than the epochs since its last
-        checkpoint and one that was reported.
+        Called before the trial's next epoch is reported: of what the store knows, a kill then costs one checkpoint
+        interval at most.
         """
         if (writing := self._writing.pop(number, None)) is not None:
             writing.result()
