@@ -269,7 +269,8 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         if trial.state == "running":
             doing = {"trial": trial.number, "epoch": max(trial.epochs, default=0)}
             running.setdefault(trial.worker_id, []).append(doing)
-    found, peak = analysis.best(study, all_trials), analysis.peak(study, all_trials)
+    found = analysis.best(study, all_trials)
+    peak = found.peak if found else analysis.peak(study, all_trials)
     return {
         "study": name,
         "storage": str(store.url),

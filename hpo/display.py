@@ -233,8 +233,9 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
     if (found := best(study, trials)) is not None:
         value = f"{study.spec.metric} {_value(found.value, study)}"
         parts.append(Text(f"best so far: {_params(found.params)}, {value}, trial {found.trial}"))
-    if (found_peak := peak(study, trials)) is not None and found_peak.fitted:
-        parts.append(Text(peak_in_words(found_peak.lr, found_peak.epochs)))
+    where = found.peak if found else peak(study, trials)
+    if where is not None and where.fitted:
+        parts.append(Text(peak_in_words(where.lr, where.epochs)))
     return Group(*parts)
 
 

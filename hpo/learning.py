@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import optuna
@@ -25,7 +26,7 @@ class ReportsStudy(optuna.Study):
             _as_pruned(trial) if trial.state is TrialState.RUNNING and trial.intermediate_values else trial
             for trial in trials
         ]
-        return [trial for trial in shown if states is None or trial.state in states]
+        return _of_states(shown, states)
 
 
 class ValuesStudy(optuna.Study):
@@ -39,8 +40,9 @@ class ValuesStudy(optuna.Study):
         trials = super()._get_trials(deepcopy=False, use_cache=use_cache)
         known = [trial.value for trial in trials if trial.value is not None]
         worst = _worst_value(self.direction.name.lower(), known)
-        shown = [_as_complete(trial, worst) if trial.state is TrialState.PRUNED else trial for trial in trials]
-        return [trial for trial in shown if states is None or trial.state in states]
+        return _of_states(
+            [_as_complete(trial, worst) if trial.state is TrialState.PRUNED else trial for trial in trials], states
+        )
 
 
 class RoundStudy(optuna.Study):
@@ -55,7 +57,7 @@ class RoundStudy(optuna.Study):
     def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
         if self._round is None:
             self._round = {trial.number: trial for trial in super()._get_trials(deepcopy=False, use_cache=use_cache)}
-        return [trial for trial in self._round.values() if states is None or trial.state in states]
+        return _of_states(self._round.values(), states)
 
     def should_prune(self, trial_id: int) -> bool:
         pruned = self.pruner.prune(self, self._storage.get_trial(trial_id))
@@ -63,6 +65,10 @@ class RoundStudy(optuna.Study):
             judged = self._storage.get_trial(trial_id)
             self._round[judged.number] = judged
         return pruned
+
+
+def _of_states(trials: Iterable[FrozenTrial], states: Any) -> list[FrozenTrial]:
+    return [trial for trial in trials if states is None or trial.state in states]
 
 
 def _as_pruned(trial: FrozenTrial) -> FrozenTrial:

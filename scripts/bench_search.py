@@ -1,7 +1,8 @@
 """How soon a tuner knows a good learning rate: ours, a plain Optuna script, Ray Tune.
 
     make bench-search                                      # on recorded learning curves (record_curves.py)
-    python scripts/bench_search.py --live mnist-adam       # the same, training for real; HPO_DATA names the data
+    python scripts/bench_search.py --live mnist-adam       # the same, training for real; HPO_DATA names the data,
+                                                           # and for CIFAR-10 CIFAR10 the folder of its pictures
 
 Each tuner has 30 trials of 9 epochs, one range of learning rates and the same curves, of one of ten seeds a trial.
 After every epoch its learning rate of choice is judged: is it within one standard error, of a mean over five seeds, of
@@ -270,8 +271,7 @@ def train(landscape: Landscape, lr: float, *, threads: int | None = None) -> Ite
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    task = tasks(os.environ.get("CIFAR10"))[landscape.name]
-    spec = our_spec(landscape, task_settings(task))
+    spec = our_spec(landscape, task_settings(landscape))
     engine = PlainEngine(device="cpu")
     engine.admit(spec.trial_config({"lr": lr}, seed=random.Random(f"{landscape.repetition} {lr}").randrange(2**31)))
     diverged = None
@@ -282,13 +282,14 @@ def train(landscape: Landscape, lr: float, *, threads: int | None = None) -> Ite
         yield result.val_accuracy
 
 
-def task_settings(task: dict[str, Any]) -> dict[str, Any]:
+def task_settings(landscape: Landscape) -> dict[str, Any]:
+    task = tasks(os.environ.get("CIFAR10"))[landscape.name]
     return {key: task[key] for key in ("model", "data", "training")}
 
 
 def ours_live(landscape: Landscape) -> list[Step]:
     """`hpo.run` in a process of its own, looked at as `hpo status` does."""
-    spec = our_spec(landscape, task_settings(tasks(os.environ.get("CIFAR10"))[landscape.name]))
+    spec = our_spec(landscape, task_settings(landscape))
     steps: list[Step] = []
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/ours.db"

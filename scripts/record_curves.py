@@ -2,8 +2,8 @@
 
     python scripts/record_curves.py --cifar10 FOLDER       # HPO_DATA names the folder that holds MNIST
 
-Each task is a grid study of its own in --storage: interrupted, it goes on where it was. All of it takes about an hour
-on two cores. What is written is small, and kept beside this file.
+Each task is a grid study of its own in --storage: interrupted, it goes on where it was. All of it took about half
+an hour on two cores. What is written is small, and kept beside this file.
 """
 
 from __future__ import annotations
