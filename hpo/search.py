@@ -59,10 +59,14 @@ TURNS = 8  # trials that take turns of an epoch where the pruner compares them e
 
 @dataclass(frozen=True)
 class Pruner:
-    """A pruner: its options with their defaults (None: see `build`), and how it is built from them and max_epochs."""
+    """A pruner: its options with their defaults (None: see `build`), and how it is built from them and max_epochs.
+
+    `judges` says whether it may drop a trial after an epoch; after the others nobody need wait for its word.
+    """
 
     defaults: Mapping[str, Any]
     build: Callable[[dict[str, Any], int], BasePruner]
+    judges: Callable[[dict[str, Any], int], bool] = lambda options, epoch: True
     compares_early: bool = False  # with trials in training, so that it does better with several of them side by side
 
 
@@ -165,12 +169,20 @@ def _threshold(options: dict[str, Any], max_epochs: int) -> BasePruner:
     return ThresholdPruner(lower=options["lower"], upper=options["upper"], n_warmup_steps=options["warmup_epochs"])
 
 
+def _at_rungs(options: dict[str, Any], epoch: int) -> bool:
+    """Whether epoch is min_epochs x reduction_factor^k, for k = 0, 1, ..."""
+    rung = options["min_epochs"]
+    while rung < epoch:
+        rung *= options["reduction_factor"]
+    return bool(rung == epoch)
+
+
 PRUNERS: dict[str, Pruner] = {
-    "none": Pruner({}, _none),
+    "none": Pruner({}, _none, judges=lambda options, epoch: False),
     "median": Pruner({"startup_trials": 5, "warmup_epochs": 1}, _percentile),
     "percentile": Pruner({"percentile": 50.0, "startup_trials": 5, "warmup_epochs": 1}, _percentile),
-    "asha": Pruner({"min_epochs": 1, "reduction_factor": 3}, _asha, compares_early=True),
-    "hyperband": Pruner({"min_epochs": 1, "reduction_factor": 3}, _hyperband, compares_early=True),
+    "asha": Pruner({"min_epochs": 1, "reduction_factor": 3}, _asha, _at_rungs, compares_early=True),
+    "hyperband": Pruner({"min_epochs": 1, "reduction_factor": 3}, _hyperband, _at_rungs, compares_early=True),
     "patient": Pruner({"patience": 3, "min_delta": 0.0}, _patient),
     "threshold": Pruner({"lower": None, "upper": None, "warmup_epochs": 1}, _threshold),
 }
@@ -184,9 +196,16 @@ def build_sampler(spec: StudySpec, *, number: int) -> BaseSampler:
 
 def build_pruner(spec: StudySpec) -> BasePruner:
     """The study's pruner, with our defaults where the study file is silent."""
-    pruner = PRUNERS[spec.pruner.name]
-    given = spec.pruner.model_dump(exclude={"name"}, exclude_none=True)
-    return pruner.build({**pruner.defaults, **given}, spec.max_epochs)
+    return PRUNERS[spec.pruner.name].build(_pruner_options(spec), spec.max_epochs)
+
+
+def may_prune_after(epoch: int, spec: StudySpec) -> bool:
+    """Whether the study's pruner may drop a trial that has come to this epoch."""
+    return PRUNERS[spec.pruner.name].judges(_pruner_options(spec), epoch)
+
+
+def _pruner_options(spec: StudySpec) -> dict[str, Any]:
+    return {**PRUNERS[spec.pruner.name].defaults, **spec.pruner.model_dump(exclude={"name"}, exclude_none=True)}
 
 
 def slots(spec: StudySpec) -> list[dict[str, Scalar]]:

@@ -12,9 +12,10 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from hpo.failures import failure_key, is_out_of_memory, message
 from hpo.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost, Verdict
 from hpo.objective import Trial
 from hpo.outage import StoreFailed
-from hpo.records import Claim, Report, Study
-from hpo.search import PRUNERS, TURNS
+from hpo.records import Claim, Study
+from hpo.rounds import Reporter, Trained
+from hpo.search import PRUNERS, TURNS, may_prune_after
 from hpo.store import Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
 
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
 REAP_S = 5.0  # between looks for workers that died
 EPOCH_S = 20.0  # how long an epoch may go on once the worker was told to leave, to be saved at its end
+STALL = 0.05  # of an epoch's time: how long its reports may keep the next one waiting
 EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
 
 
@@ -58,6 +61,7 @@ class Worker:
         self._lanes: dict[int, tuple[Claim, TrialConfig]] = {}
         self._engine: LaneEngine | None = None
         self._checkpoints: StudyCheckpoints | None = None
+        self._reporter = Reporter()
         self._held: set[Claim] = set()  # what the heartbeat renews
         self._suspects: set[Claim] = set()  # of those, the ones that have the device to themselves for an epoch
         self._worker_id = ""
@@ -79,10 +83,12 @@ class Worker:
                         next_reap = time.monotonic() + REAP_S
                     self._draining = self._store.is_stopping(self._study.study_id)
                     time.sleep(POLL_S)
+                self._reporter.check()
                 if self._checkpoints is not None:
                     self._save_rest()
                     self._checkpoints.tidy()
         finally:
+            self._reporter.close()
             if self._checkpoints is not None:
                 self._checkpoints.close()
             self.leave()
@@ -143,15 +149,22 @@ class Worker:
                 return False
             results: list[EpochResult] = []
             turn = [self._lanes[lane][0] for lane in engine.turn]
+            began = time.monotonic()
             with self._failures_end(turn), self._memory_limits(turn, to=len(self._lanes) // 2), suppress(Stopped):
-                results = engine.run_epoch()
-            for claim in turn if results else ():
-                self._wait_until_saved(claim)
-            results = [result for result in results if self._lanes[result.lane][0] in self._held]
-            reports = [_report(*self._lanes[result.lane], result) for result in results]
-            verdicts = self._store.report_all(reports, self._spec) if reports else []
-            for result, verdict in zip(results, verdicts, strict=True):
-                self._settle(*self._lanes[result.lane], result, verdict)
+                try:
+                    results = engine.run_epoch()
+                finally:
+                    self._reporter.wait()  # before this epoch is reported, or the trials in it are given up
+            self._reporter.check()
+            trained = [self._taken(result) for result in results if self._lanes[result.lane][0] in self._held]
+            if trained:
+                self._reporter.begin(partial(self._report, trained))
+                decides = any(
+                    one.ends or one.claim in self._suspects or may_prune_after(one.result.epoch, self._spec)
+                    for one in trained
+                )
+                if self._reporter.wait(None if decides else STALL * (time.monotonic() - began)):
+                    self._reporter.check()
             if not results:  # it was stopped in the middle of an epoch, where it did not fail
                 for claim in self._held.intersection(turn):
                     self._let_go(claim)
@@ -197,29 +210,50 @@ class Worker:
         num_workers = sum(worker.alive for worker in self._store.workers(self._study))
         return len(self._lanes) < math.ceil(num_open / max(1, num_workers))
 
-    def _settle(self, claim: Claim, config: TrialConfig, result: EpochResult, verdict: Verdict | None) -> None:
-        """Ends the trial after an epoch's report, where it is done, dropped or diverged, or saves it.
-
-        It is saved after it is reported, so that a worker that has lost the trial does not come to write.
-        """
+    def _taken(self, result: EpochResult) -> Trained:
+        """A trial's epoch and, where it has to be saved or may have to be, the trial as it is after it."""
         assert self._engine is not None
+        claim, config = self._lanes[result.lane]
+        checkpoint = None
+        is_last = result.epoch >= config.training.epochs
+        if not result.diverged and (is_last or result.epoch % config.training.checkpoint_epochs == 0):
+            with self._failures_end([claim]):  # a network's state may be such that it cannot be saved
+                checkpoint = self._engine.checkpoint(result.lane)
+        return Trained(claim, result, is_last, checkpoint)
+
+    def _report(self, trained: Sequence[Trained]) -> None:
+        """Reports what was trained together, in a thread: a slow store keeps training waiting only for a verdict.
+
+        A trial is saved after it is reported, so that a worker that has lost it does not come to write, and its
+        checkpoint is on disk before its next epoch is reported.
+        """
+        for one in trained:
+            self._wait_until_saved(one.claim)
+        trained = [one for one in trained if one.claim in self._held]
+        if not trained:
+            return
+        verdicts = self._store.report_all([one.report() for one in trained], self._spec)
+        for one, verdict in zip(trained, verdicts, strict=True):
+            with self._losing_ends(one.claim):
+                self._settle(one, verdict)
+
+    def _settle(self, one: Trained, verdict: Verdict | None) -> None:
+        """Ends the trial after an epoch's report, where it is done, dropped or diverged, or saves it."""
         assert self._checkpoints is not None
-        with self._losing_ends(claim):
-            if verdict is None:
-                raise ClaimLost
-            last = _is_last(config, result)
-            end = self._end(claim, verdict, epoch=result.epoch, diverged=result.diverged, last=last)
-            if end is None:
-                must_save = result.epoch % config.training.checkpoint_epochs == 0
-            else:
-                must_save = end[0] == "complete" and self._checkpoints.may_be_kept(claim.number, result.val_accuracy)
-            if must_save:
-                with self._failures_end([claim]):  # a network's state may be such that it cannot be saved
-                    self._checkpoints.save(claim, self._engine.checkpoint(result.lane))
-            if end is not None:
-                self._wait_until_saved(claim)
-            if end is not None and claim in self._held:
-                self._finish(claim, *end)
+        if verdict is None:
+            raise ClaimLost
+        end = self._end(
+            one.claim, verdict, epoch=one.result.epoch, diverged=one.result.diverged, last=one.is_last
+        )  # fmt: skip
+        kept = end is None or (
+            end[0] == "complete" and self._checkpoints.may_be_kept(one.claim.number, one.result.val_accuracy)
+        )
+        if kept and one.checkpoint is not None:
+            self._checkpoints.save(one.claim, one.checkpoint)
+        if end is not None:
+            self._wait_until_saved(one.claim)
+            if one.claim in self._held:
+                self._finish(one.claim, *end)
 
     def _save_rest(self) -> None:
         """Saves the trials that it still holds, as far as they have come since they were last saved."""
@@ -303,6 +337,7 @@ class Worker:
     def _claim(self) -> Claim | None:
         if self._should_stop():
             return None
+        self._reporter.check()  # the sampler is to know it
         claim = self._store.claim(self._study, self._worker_id, beside=len(self._lanes))
         if claim is not None:
             self._held.add(claim)
@@ -430,15 +465,6 @@ class Worker:
 
 
 _End = tuple[str, str]  # the state in which a trial ends, and the reason
-
-
-def _report(claim: Claim, config: TrialConfig, result: EpochResult) -> Report:
-    may_prune = not (result.diverged or _is_last(config, result))
-    return Report(claim, result.epoch, result.metrics(), result.val_accuracy, may_prune)
-
-
-def _is_last(config: TrialConfig, result: EpochResult) -> bool:
-    return result.epoch >= config.training.epochs
 
 
 def _diverged(what: str, epoch: int) -> _End:

@@ -9,6 +9,7 @@ import pickle
 import sqlite3
 import tomllib
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -411,3 +412,13 @@ def test_no_pruner_drops_a_trial_that_leads(pruner: str, tmp_path: Path) -> None
     leading = itertools.count()
     ended = run_trials(store, study, 10, lambda values, epoch: 0.3 + 0.001 * next(leading), epochs=8)
     assert [trial["state"] for trial in ended] == ["complete"] * 10
+
+
+@pytest.mark.parametrize("pruner", sorted(search.PRUNERS))
+def test_a_pruner_drops_trials_only_after_epochs_at_which_it_is_said_to_judge(pruner: str, tmp_path: Path) -> None:
+    store, study = make_pruned_study(tmp_path, pruner)
+    random = Random(0)
+    ended = run_trials(store, study, 30, lambda values, epoch: random.random(), epochs=8)
+    dropped = {trial["epochs"] for trial in ended if trial["state"] == "pruned"}
+    assert (not dropped) == (pruner == "none")
+    assert all(search.may_prune_after(epoch, study.spec) for epoch in dropped)
