@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """An epoch of a trial that is to be reported, and the trial after it where it may have to be saved."""
+    """An epoch of a trial that is to be reported, and the trial after it where it is to be saved."""
 
     claim: Claim
     result: EpochResult

@@ -211,12 +211,18 @@ class Worker:
         return len(self._lanes) < math.ceil(num_open / max(1, num_workers))
 
     def _taken(self, result: EpochResult) -> Trained:
-        """A trial's epoch and, where it has to be saved or may have to be, the trial as it is after it."""
+        """A trial's epoch and, where it is to be saved, the trial as it is after it."""
         assert self._engine is not None
+        assert self._checkpoints is not None
         claim, config = self._lanes[result.lane]
-        checkpoint = None
         is_last = result.epoch >= config.training.epochs
-        if not result.diverged and (is_last or result.epoch % config.training.checkpoint_epochs == 0):
+        is_due = (
+            self._checkpoints.may_be_kept(claim.number, result.val_accuracy)
+            if is_last
+            else result.epoch % config.training.checkpoint_epochs == 0
+        )
+        checkpoint = None
+        if is_due and not result.diverged:
             with self._failures_end([claim]):  # a network's state may be such that it cannot be saved
                 checkpoint = self._engine.checkpoint(result.lane)
         return Trained(claim, result, is_last, checkpoint)
@@ -245,10 +251,7 @@ class Worker:
         end = self._end(
             one.claim, verdict, epoch=one.result.epoch, diverged=one.result.diverged, last=one.is_last
         )  # fmt: skip
-        kept = end is None or (
-            end[0] == "complete" and self._checkpoints.may_be_kept(one.claim.number, one.result.val_accuracy)
-        )
-        if kept and one.checkpoint is not None:
+        if one.checkpoint is not None and (end is None or end[0] == "complete"):
             self._checkpoints.save(one.claim, one.checkpoint)
         if end is not None:
             self._wait_until_saved(one.claim)

@@ -44,7 +44,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hpo
-from hpo import analysis
+from hpo import analysis, worker
 from hpo.records import Study
 from hpo.spec import StudySpec
 from hpo.store import Store
@@ -53,7 +53,6 @@ from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
 from hpo.train.engine import PlainEngine
 from hpo.train.lanes import Choice, LaneEngine
-from hpo.worker import Worker
 from scripts.record_curves import CURVES, tasks
 
 TRIALS = 30
@@ -254,10 +253,14 @@ def ours_replayed(landscape: Landscape) -> list[Step]:
             return super().run_epoch()
 
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(lanes, "LaneEngine", ReplayLanes):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(lanes, "LaneEngine", ReplayLanes),
+        mock.patch.object(worker, "STALL", 1e9),  # an epoch takes no time here, of which reports would take a share
+    ):
         store = Store(f"sqlite:///{folder}/ours.db", create=True)
         study = store.create_study(spec, facts={})
-        Worker(store, study, device="cpu", torch_device="cpu", should_stop=lambda: False).run()
+        worker.Worker(store, study, device="cpu", torch_device="cpu", should_stop=lambda: False).run()
         return [*steps, look(store, study, began=began)]
 
 
