@@ -37,6 +37,8 @@ class StudyCheckpoints:
         An epoch of the checkpoint's that the store has not heard of, because its machine lost its last moments in a
         power cut, is reported now.
         """
+        with suppress(Exception):  # of an earlier attempt at it, by this worker
+            self.wait(claim.number)
         checkpoint: Checkpoint | None = None
         notes: list[str] = []
         try:

@@ -341,7 +341,7 @@ def stop_command(study: str, storage: str | None) -> None:
     from hpo import api
 
     if api.stop(study, storage=storage):
-        click.echo(f"study {study} will stop within an epoch; go on with: hpo resume {study}")
+        click.echo(f"study {study} will stop after this epoch; go on with: hpo resume {study}")
     else:
         click.echo(f"study {study} is finished; there is nothing to stop")
 

@@ -26,8 +26,8 @@ POSTGRES = "postgresql+psycopg"
 PASSWORD_FILE = "HPO_STORAGE_PASSWORD_FILE"  # environment variable: a file with the password of a Postgres URL
 BUSY_TIMEOUT_S = 60.0  # how long a writer waits for SQLite's one write lock; `?timeout=` in the URL says otherwise
 OPEN_TIMEOUT_S = 10.0  # the same while opening, where a lock held that long is somebody's mistake
-# One connection for the thread that trains and one for the heartbeat, which must not wait for the other.
-CONNECTIONS_PER_WORKER = 2
+# For the threads that train, report, write checkpoints and renew leases, none of which must wait for another.
+CONNECTIONS_PER_WORKER = 4
 MAX_THREADS = 10  # that one process may use a store from, the dashboard's 8 among them; each needs a connection
 ABANDONED_S = 60  # Postgres ends a transaction that its client, stopped or cut off, has left open this long
 # What Postgres says to who asks for something wrong; whatever else keeps a connection from being made may pass.

@@ -61,7 +61,8 @@ TURNS = 8  # trials that take turns of an epoch where the pruner compares them e
 class Pruner:
     """A pruner: its options with their defaults (None: see `build`), and how it is built from them and max_epochs.
 
-    `judges` says whether it may drop a trial after an epoch; after the others nobody need wait for its word.
+    `judges` says whether it drops trials after an epoch; after the others nobody waits for its word, which counts all
+    the same: a rung that was passed unjudged, in an epoch reported late, is judged with the next one.
     """
 
     defaults: Mapping[str, Any]

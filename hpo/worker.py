@@ -103,8 +103,8 @@ class Worker:
         return self._draining or self._told_to_stop()
 
     def _must_abort(self) -> bool:
-        """Whether an epoch is to be left in its middle: the worker was told to leave, and the epoch does not end."""
-        if not self._should_stop():
+        """Whether an epoch is to be left in its middle: the process is to end, and the epoch does not."""
+        if not self._told_to_stop():
             return False
         self._told_at = self._told_at or time.monotonic()
         return time.monotonic() - self._told_at > EPOCH_S
@@ -130,40 +130,28 @@ class Worker:
 
         def work() -> bool:
             """Fills the free lanes and trains an epoch; False where there was nothing to train."""
-            while engine.free_lanes and self._may_take_more() and (claim := self._claim()):
-                num_lanes = len(self._lanes)
-                with (
-                    self._losing_ends(claim),
-                    self._failures_end([claim]),
-                    self._memory_limits([claim], to=num_lanes),
-                ):
-                    values, seed = self._suggest(claim)
-                    config = self._spec.trial_config(values, seed=seed)
-                    checkpoint = checkpoints.begin(claim, config)
-                    if checkpoint is not None and checkpoint.epoch >= config.training.epochs:
-                        self._finish(claim, *_complete(checkpoint.epoch))  # killed between its last epoch and its end
-                    else:
-                        lane = engine.admit(config, checkpoint, alone=claim.is_suspect)
-                        self._lanes[lane] = (claim, config)
+            self._fill_lanes(engine, checkpoints)
             if not self._lanes:
                 return False
             results: list[EpochResult] = []
             turn = [self._lanes[lane][0] for lane in engine.turn]
-            began = time.monotonic()
             with self._failures_end(turn), self._memory_limits(turn, to=len(self._lanes) // 2), suppress(Stopped):
                 try:
                     results = engine.run_epoch()
                 finally:
-                    self._reporter.wait()  # before this epoch is reported, or the trials in it are given up
+                    if os.getpid() == self._pid:  # in a process that the user's code forked nobody reports
+                        self._reporter.wait()  # before the trials are given up
             self._reporter.check()
+            for claim in turn if results else ():
+                self._wait_until_saved(claim)
             trained = [self._taken(result) for result in results if self._lanes[result.lane][0] in self._held]
+            decides = any(
+                one.ends or one.claim in self._suspects or may_prune_after(one.result.epoch, self._spec)
+                for one in trained
+            )
             if trained:
                 self._reporter.begin(partial(self._report, trained))
-                decides = any(
-                    one.ends or one.claim in self._suspects or may_prune_after(one.result.epoch, self._spec)
-                    for one in trained
-                )
-                if self._reporter.wait(None if decides else STALL * (time.monotonic() - began)):
+                if self._reporter.wait(None if decides else STALL * max(one.result.seconds for one in trained)):
                     self._reporter.check()
             if not results:  # it was stopped in the middle of an epoch, where it did not fail
                 for claim in self._held.intersection(turn):
@@ -177,6 +165,23 @@ class Worker:
             return True
 
         return work
+
+    def _fill_lanes(self, engine: LaneEngine, checkpoints: StudyCheckpoints) -> None:
+        while engine.free_lanes and self._may_take_more() and (claim := self._claim()):
+            num_lanes = len(self._lanes)
+            with (
+                self._losing_ends(claim),
+                self._failures_end([claim]),
+                self._memory_limits([claim], to=num_lanes),
+            ):
+                values, seed = self._suggest(claim)
+                config = self._spec.trial_config(values, seed=seed)
+                checkpoint = checkpoints.begin(claim, config)
+                if checkpoint is not None and checkpoint.epoch >= config.training.epochs:
+                    self._finish(claim, *_complete(checkpoint.epoch))  # killed between its last epoch and its end
+                else:
+                    lane = engine.admit(config, checkpoint, alone=claim.is_suspect)
+                    self._lanes[lane] = (claim, config)
 
     def _agree(self, device: str, measure: Callable[[], Choice]) -> Choice:
         """What the study's workers do on devices of this name: as the first of them chose."""
@@ -204,6 +209,8 @@ class Worker:
         if self._suspects & self._held:
             return False
         counts = self._store.counts(self._study.study_id)
+        if not counts.get("waiting"):
+            return False
         num_open = counts.get("waiting", 0) + counts.get("running", 0)
         if self._engine is not None and self._engine.takes_turns:
             num_open = min(num_open, TURNS)  # trials of all workers are compared
@@ -230,13 +237,11 @@ class Worker:
     def _report(self, trained: Sequence[Trained]) -> None:
         """Reports what was trained together, in a thread: a slow store keeps training waiting only for a verdict.
 
-        A trial is saved after it is reported, so that a worker that has lost it does not come to write, and its
-        checkpoint is on disk before its next epoch is reported.
+        A trial is saved after it is reported, so that a worker that has lost it does not come to write, and what was
+        saved of it is on disk before its next epoch is reported.
         """
-        for one in trained:
-            self._wait_until_saved(one.claim)
         trained = [one for one in trained if one.claim in self._held]
-        if not trained:
+        if not trained:  # none of them could be saved
             return
         verdicts = self._store.report_all([one.report() for one in trained], self._spec)
         for one, verdict in zip(trained, verdicts, strict=True):
@@ -263,6 +268,8 @@ class Worker:
         assert self._engine is not None
         assert self._checkpoints is not None
         for lane, (claim, config) in self._lanes.items():
+            if claim not in self._held:
+                continue
             with self._losing_ends(claim), self._failures_end([claim]):
                 checkpoint = self._engine.checkpoint(lane)
                 if checkpoint.epoch % config.training.checkpoint_epochs:
@@ -380,12 +387,16 @@ class Worker:
             self._checkpoints.forget(claim.number)
 
     def _let_go(self, claim: Claim) -> None:
+        self._end_writing(claim)
         self._held.discard(claim)
-        if self._checkpoints is not None:
-            with suppress(Exception):  # it goes on from the checkpoint before, then
-                self._checkpoints.wait(claim.number)
         with suppress(ClaimLost):
             self._store.release(claim)
+
+    def _end_writing(self, claim: Claim) -> None:
+        """Whoever goes on with the trial finds what is being written of it."""
+        if self._checkpoints is not None:
+            with suppress(Exception):  # or else it goes on from the checkpoint before
+                self._checkpoints.wait(claim.number)
 
     @contextmanager
     def _losing_ends(self, claim: Claim) -> Iterator[None]:
@@ -417,6 +428,7 @@ class Worker:
             )
             text = "".join(traceback.format_exception(error))
             for claim in claims:
+                self._end_writing(claim)
                 with self._losing_ends(claim):
                     ended = self._store.fail(
                         claim,

@@ -22,7 +22,6 @@ from hpo import ledger as ledger_module
 from hpo import worker as worker_module
 from hpo.checkpoints import StudyCheckpoints
 from hpo.errors import UserError
-from hpo.outage import StoreFailed
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
@@ -576,95 +575,6 @@ def test_a_checkpoint_is_written_while_the_next_epoch_trains_and_before_that_is_
     (trial,) = work(store, engine_study(store, 1e-3, epochs=3))
     assert trial.state == "complete"
     assert events == ["reported 1", "saved 1", "reported 2", "saved 2", "reported 3", "saved 3"]
-
-
-@pytest.fixture
-def slow_reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happened, in order, where a store takes as long to answer as training takes to begin its next epoch."""
-    from hpo.train.engine import PlainEngine
-
-    events: list[str] = []
-    run_epoch, report_all = PlainEngine.run_epoch, Store.report_all
-    trained = threading.Condition()
-
-    def noting_training(self: Any) -> Any:
-        with trained:
-            events.append(f"training {self._lane.epoch + 1}")
-            trained.notify()
-        return run_epoch(self)
-
-    def slow_report(self: Store, reports: Any, spec: StudySpec) -> Any:
-        verdicts = report_all(self, reports, spec)
-        with trained:
-            trained.wait_for(lambda: f"training {reports[0].epoch + 1}" in events, timeout=1)
-            events.append(f"reported {reports[0].epoch}")
-        return verdicts
-
-    monkeypatch.setattr(PlainEngine, "run_epoch", noting_training)
-    monkeypatch.setattr(Store, "report_all", slow_report)
-    return events
-
-
-def test_a_slow_store_keeps_training_waiting_only_for_what_may_end_a_trial(
-    store: Store, slow_reports: list[str]
-) -> None:
-    study = engine_study(store, 1e-3, epochs=4, pruner={"name": "asha", "min_epochs": 2, "reduction_factor": 8})
-    (trial,) = work(store, study)
-    assert (trial.state, trial.epochs) == ("complete", [1, 2, 3, 4])
-    assert slow_reports == [
-        "training 1", "training 2", "reported 1",
-        "reported 2", "training 3",  # epoch 2 is a rung
-        "training 4", "reported 3", "reported 4",
-    ]  # fmt: skip
-
-
-def test_a_worker_that_is_told_to_leave_while_an_epoch_is_reported_keeps_it(
-    store: Store, slow_reports: list[str]
-) -> None:
-    study = engine_study(store, 1e-3, epochs=4)
-    (left,) = work(store, study, should_stop=lambda: "reported 1" in slow_reports)
-    assert slow_reports == ["training 1", "training 2", "reported 1", "reported 2"]
-    assert (left.state, left.epochs) == ("waiting", [1, 2])
-    (trial,) = work(store, study)
-    assert [attempt.went_on_from for attempt in trial.attempts] == [0, 2]
-    assert (trial.state, trial.epochs) == ("complete", [1, 2, 3, 4])
-
-
-def test_an_epoch_that_fails_while_the_one_before_is_reported_takes_nothing_from_it(
-    store: Store, slow_reports: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hpo.train.engine import PlainEngine
-
-    run_epoch = PlainEngine.run_epoch
-
-    def failing_second(self: Any) -> Any:
-        results = run_epoch(self)
-        if results[0].epoch == 2:
-            raise ValueError("in the second epoch")
-        return results
-
-    monkeypatch.setattr(PlainEngine, "run_epoch", failing_second)
-    (trial,) = work(store, engine_study(store, 1e-3, epochs=3))
-    assert slow_reports[:3] == ["training 1", "training 2", "reported 1"]
-    assert (trial.state, trial.epochs) == ("failed", [1])
-    assert [attempt.went_on_from for attempt in trial.attempts] == [0, 1]
-
-
-def test_what_goes_wrong_with_a_report_ends_the_worker_and_not_the_trial(
-    store: Store, slow_reports: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = Store.report_all
-
-    def failing(self: Store, reports: Any, spec: StudySpec) -> Any:
-        slow(self, reports, spec)
-        raise StoreFailed("no answer")
-
-    monkeypatch.setattr(Store, "report_all", failing)
-    study = engine_study(store, 1e-3, epochs=3)
-    with pytest.raises(StoreFailed, match="no answer"):
-        work(store, study)
-    assert slow_reports == ["training 1", "training 2", "reported 1"]
-    assert [(trial.state, trial.epochs) for trial in store.trials(study)] == [("waiting", [1])]
 
 
 def test_a_network_that_cannot_be_saved_fails_its_trial_and_not_the_worker(
