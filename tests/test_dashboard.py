@@ -232,7 +232,7 @@ def test_a_file_of_bcrypt_hashes_is_read_whatever_wrote_it(tmp_path: Path) -> No
         "eve:$2y$05$abcdefghijklmnopqrstuOZ3bTk4l2T8P5kFRMrbC4P2L9V7dC0",
         "eve:",
         "a secret alone",
-        f":{hashed('x')}",
+        pytest.param(f":{hashed('x')}", id="no name"),
     ],
 )
 def test_any_other_line_is_refused_by_its_number_and_not_shown(tmp_path: Path, line: str) -> None:

@@ -140,7 +140,9 @@ COUNTERPARTS: list[tuple[dict[str, Any], Any, bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "make", "each_epoch"), COUNTERPARTS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("keys", "make", "each_epoch"), COUNTERPARTS, ids=lambda value: str(value)[:40] if isinstance(value, dict) else ""
+)
 def test_schedule_is_torchs(keys: dict[str, Any], make: Any, each_epoch: bool) -> None:
     assert factors(TrainingConfig(epochs=EPOCHS, **keys)) == pytest.approx(torch_factors(make, each_epoch=each_epoch))
 
