@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: setup demo test lint bench bench-gpu bench-search chaos clean
+.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis chaos clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -32,6 +32,9 @@ bench-gpu: setup
 bench-search: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray[tune]>=2.40'
 	$(BIN)/python scripts/bench_search.py
+
+bench-analysis: setup
+	$(BIN)/python scripts/bench_analysis.py
 
 chaos: setup
 	$(BIN)/python -m scripts.chaos $(CHAOS)

@@ -1,20 +1,26 @@
-"""Trials -> the answer: the best learning rate, the interval of those that did as well, and where all of them point."""
+"""Trials -> the answer: the best learning rate, how sure that is, where training breaks, and what to beware of."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hpo.records import Study, Trial
-from hpo.space import Choice
+from hpo.response import LEAST_RATES, Response, Trials, respond
+from hpo.space import Cases, Choice
 
 COMPARED = 5  # trials are compared after as many epochs as so many of them have come to
 WINDOW = 3  # epochs whose mean counts: one epoch's accuracy is noisy
 DECADES = 1.0  # to either side of the best one: over more, the response is no parabola
-LEAST_RATES = 4  # that a parabola is fitted to; three always fit
+PARABOLA_RATES = 4  # that a parabola is fitted to; three always fit
+GAIN_DOUBT = 0.25  # of what trials still gain after an epoch: how far off a trial's gain is, before any was seen
+GAIN_WEIGHT = 3  # trials that this counts as
+EDGE_FACTOR = 1.1  # as near as that to the end of the range is at the end
+LEAST_EPOCHS = 4  # of a curve, to say whether it still rises
+TRAINED = ("complete", "pruned", "diverged")
 
 
 @dataclass(frozen=True)
@@ -27,34 +33,237 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Best:
-    """The best complete trial. `interval` is None where the study has no learning rate or no picture count.
+class StudyWarning:
+    """What there is to beware of, in a sentence; `kind` is one of the keys of `WARNINGS`."""
 
-    `peak` is where all trials together point, None where no learning rate is searched.
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Best:
+    """The answer of a study. `trial`, `params` and `value` are those of the best complete trial.
+
+    `responses` has the response for each combination of listed parameters (optimizer, batch size...) of which enough is
+    known, and `response` is that of the best trial's. `interval` is that response's for the best learning rate; where
+    there is none, the tried rates that did as well, or None where the study has no learning rate or no picture count.
     """
 
     trial: int
     params: Mapping[str, Any]
     value: float
     interval: tuple[float, float] | None
-    peak: Peak | None = None
+    responses: Sequence[tuple[Mapping[str, Any], Response]] = ()
+    response: Response | None = None
+    warnings: Sequence[StudyWarning] = field(default=())
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate to train with: the response's best, or else the best trial's."""
+        return self.response.best if self.response else self.params.get("lr")
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As plain data, without the curves of the responses."""
+        return {
+            "trial": self.trial,
+            "params": dict(self.params),
+            "value": self.value,
+            "lr": self.lr,
+            "interval": self.interval,
+            "response": None if self.response is None else self.response.in_figures(),
+            "responses": [{"params": dict(params), **response.in_figures()} for params, response in self.responses],
+            "warnings": [asdict(warning) for warning in self.warnings],
+        }
 
 
-def best(study: Study, trials: Sequence[Trial]) -> Best | None:
+def best_trial(study: Study, trials: Sequence[Trial]) -> Trial | None:
     """The complete trial with the best value, or None where no trial completed.
 
     Equal values are common with few validation pictures: then the lower validation loss wins, then the earlier trial.
     """
     complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
-    if not complete:
+    sign = _sign(study)
+    return min(complete, key=lambda trial: (-sign * _value(trial), _last_loss(trial), trial.number), default=None)
+
+
+def best(study: Study, trials: Sequence[Trial]) -> Best | None:
+    """The answer, or None where no trial completed."""
+    winner = best_trial(study, trials)
+    if winner is None:
         return None
-    sign = -1 if study.spec.direction == "maximize" else 1
-    winner = min(complete, key=lambda trial: (sign * _value(trial), _last_loss(trial), trial.number))
-    interval = learning_rate_interval(study, trials, winner)
-    return Best(winner.number, winner.params, _value(winner), interval, peak(study, trials))
+    responses = [
+        (group, found) for group, alike in _groups(study, trials) if (found := response(study, alike)) is not None
+    ]
+    mine = next((found for group, found in responses if group == _listed(study, winner)), None)
+    interval = mine.interval if mine else learning_rate_interval(study, trials, winner)
+    beware = warnings(study, trials, winner, mine)
+    return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware)
+
+
+def response(study: Study, trials: Sequence[Trial]) -> Response | None:
+    """The response of trials that differ in their learning rate; None where too few rates have a value.
+
+    A pruned trial counts with what complete trials with its epochs have still gained, on average, and the more doubtful
+    the more they differ in that. Trials that differ in another range count all the same: it is part of the noise.
+    """
+    import numpy as np
+
+    sign, metric = _sign(study), study.spec.metric
+    rated = [trial for trial in trials if _has_rate(trial)]
+    complete = [trial for trial in rated if trial.state == "complete" and trial.value is not None]
+    curves = {trial.number: dict(zip(trial.epochs, trial.curves.get(metric, ()), strict=False)) for trial in rated}
+    seen = [(float(trial.params["lr"]), sign * _value(trial), 0.0) for trial in complete]
+    for trial in rated:
+        if trial.state != "pruned" or trial.value is None:
+            continue
+        epoch = trial.epochs[-1] if trial.epochs else 0
+        at_epoch = [(_value(other), curves[other.number].get(epoch)) for other in complete]
+        gains = [sign * (last - then) for last, then in at_epoch if then is not None]
+        if gains:
+            gain = statistics.fmean(gains)
+            spread = sum((one - gain) ** 2 for one in gains) + GAIN_WEIGHT * (GAIN_DOUBT * gain) ** 2
+            doubt = math.sqrt(spread / (len(gains) - 1 + GAIN_WEIGHT) * (1 + 1 / len(gains)))
+            seen.append((float(trial.params["lr"]), sign * _value(trial) + gain, doubt))
+    if not seen:
+        return None
+    lrs, values, doubts = np.array(seen).T
+    diverged = [float(trial.params["lr"]) for trial in rated if trial.state == "diverged"]
+    classes = None if study.spec.objective else study.facts.get("num_classes")
+    low, high = _searched(study, trials)
+    found = respond(
+        Trials(np.log10(lrs), values, doubts, np.log10(diverged), floor=1 / classes if classes else math.inf),
+        low=low,
+        high=high,
+    )
+    return found if found is None or sign == 1 else found.mirrored()
+
+
+def warnings(study: Study, trials: Sequence[Trial], winner: Trial, found: Response | None) -> list[StudyWarning]:
+    """What there is to beware of in an answer; `found` is the response of the winner's like, where there is one."""
+    alike = [trial for trial in trials if _has_rate(trial) and _is_alike(study, trial, winner)]
+    evidence = Evidence(study, alike, winner, found)
+    return [StudyWarning(kind, text) for kind, check in WARNINGS.items() if (text := check(evidence))]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a warning is given for: the trials with a learning rate that are like the winner, and their response."""
+
+    study: Study
+    trials: Sequence[Trial]
+    winner: Trial
+    response: Response | None
+
+    @property
+    def complete(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.state == "complete" and trial.value is not None]
+
+    @property
+    def noise(self) -> float | None:
+        """The standard deviation of one trial's value: the response's, or else what the pictures alone give."""
+        num_val = self.study.facts.get("num_val")
+        if self.response is not None:
+            return self.response.noise
+        return standard_error(_value(self.winner), num_val) if num_val else None
+
+    @property
+    def plateau(self) -> tuple[float, float]:
+        """The best learning rates; the winner's alone where there is no response."""
+        rate = float(self.winner.params["lr"]) if _has_rate(self.winner) else math.nan
+        return self.response.plateau if self.response else (rate, rate)
+
+
+def _guessing(evidence: Evidence) -> str | None:
+    classes, value = evidence.study.facts.get("num_classes"), _value(evidence.winner)
+    if not classes or value > 1 / classes + standard_error(1 / classes, evidence.study.facts["num_val"]):
+        return None
+    return f"the best trial is no better than guessing among {classes} classes: give it more epochs, or other rates"
+
+
+def _not_enough(evidence: Evidence) -> str | None:
+    known = len({trial.params["lr"] for trial in evidence.complete})
+    if evidence.response is not None or not known:
+        return None
+    return f"{known} learning rates have a value, which is not enough for a curve; {LEAST_RATES} are"
+
+
+def _edge_of_range(evidence: Evidence) -> str | None:
+    if len({trial.params["lr"] for trial in evidence.trials if trial.state in TRAINED}) < 2:
+        return None
+    low, high = _searched(evidence.study, evidence.trials)
+    first, last = evidence.plateau
+    at = "low" if first <= low * EDGE_FACTOR else "high" if last >= high / EDGE_FACTOR else None
+    if at is None:
+        return None
+    end, wider = (low, low / 10) if at == "low" else (high, high * 10)
+    return (
+        f"the best learning rate may lie beyond {end:.3g}, the {at} end of what was searched: "
+        f"widen search.space.lr to {wider:.3g}"
+    )
+
+
+def _most_diverged(evidence: Evidence) -> str | None:
+    ended = [trial for trial in evidence.trials if trial.state in TRAINED]
+    diverged = [trial for trial in ended if trial.state == "diverged"]
+    if len(diverged) <= len(ended) / 2:
+        return None
+    lowest = min(float(trial.params["lr"]) for trial in diverged)
+    return f"{len(diverged)} of {len(ended)} trials diverged, from {lowest:.3g} on: search lower learning rates"
+
+
+def _tied(evidence: Evidence) -> str | None:
+    complete, (first, last) = evidence.complete, evidence.plateau
+    if evidence.response is not None:
+        tied = [trial for trial in complete if first <= trial.params["lr"] <= last]
+    else:
+        least = _value(evidence.winner) - math.sqrt(2) * (evidence.noise or 0.0)  # of a difference of two
+        tied = [trial for trial in complete if _value(trial) >= least]
+    rates, tied_rates = ({float(trial.params["lr"]) for trial in some} for some in (complete, tied))
+    if len(tied_rates) <= len(rates) / 2 or len(rates) < 2:
+        return None
+    return (
+        f"the ranking is within the noise: {len(tied)} of {len(complete)} complete trials, "
+        f"with learning rates from {min(tied_rates):.3g} to {max(tied_rates):.3g}, are tied"
+    )
+
+
+def _still_rising(evidence: Evidence) -> str | None:
+    first, last = evidence.plateau
+    near = [trial for trial in evidence.complete if first <= trial.params["lr"] <= last] or [evidence.winner]
+    sign, gains, rises = _sign(evidence.study), [], []
+    for trial in near:
+        curve = [value for value in trial.curves.get(evidence.study.spec.metric, ()) if value is not None]
+        if len(curve) >= LEAST_EPOCHS:
+            gains.append(sign * (curve[-1] - curve[-1 - len(curve) // 4]))
+            rises.append(sign * (curve[-1] - curve[0]))
+    noise = (evidence.noise or 0.0) * math.sqrt(2 / max(1, len(gains)))  # of a mean difference
+    if not gains or statistics.fmean(gains) <= max(2 * noise, statistics.fmean(rises) / 10):
+        return None
+    return "the curves are still rising at the end: with more epochs the best learning rate may move up or down"
+
+
+def _pruned_away(evidence: Evidence) -> str | None:
+    first, last = evidence.plateau
+    near = [trial for trial in evidence.trials if first <= trial.params["lr"] <= last]
+    pruned = sum(trial.state == "pruned" for trial in near)
+    complete = sum(trial.state == "complete" for trial in near)
+    if pruned < 2 or pruned <= complete:
+        return None
+    return (
+        f"pruning dropped {pruned} of the {len(near)} trials between {first:.3g} and {last:.3g}, where the best rates "
+        "are: compare them later, with a larger pruner.min_epochs or pruner.warmup_epochs"
+    )
+
+
+WARNINGS: dict[str, Callable[[Evidence], str | None]] = {
+    "guessing": _guessing,
+    "not-enough": _not_enough,
+    "edge-of-range": _edge_of_range,
+    "most-diverged": _most_diverged,
+    "tied": _tied,
+    "still-rising": _still_rising,
+    "pruned-away": _pruned_away,
+}
 
 
 def learning_rate_interval(study: Study, trials: Sequence[Trial], winner: Trial) -> tuple[float, float] | None:
@@ -93,7 +302,7 @@ def peak(study: Study, trials: Sequence[Trial]) -> Peak | None:
     """
     import numpy as np
 
-    sign = -1 if study.spec.direction == "minimize" else 1
+    sign = _sign(study)
     curves = {
         trial.number: [math.nan if value is None else sign * value for value in trial.curves[study.spec.metric]]
         for trial in trials
@@ -120,7 +329,7 @@ def peak(study: Study, trials: Sequence[Trial]) -> Peak | None:
         if _is_alike(study, trial, leader) and abs(math.log10(trial.params["lr"] / top)) <= DECADES
     ]
     x = np.log10([trial.params["lr"] for trial in fitted])
-    if len(set(x)) < LEAST_RATES:
+    if len(set(x)) < PARABOLA_RATES:
         return Peak(top, epoch, fitted=False)
     parabola = np.polynomial.Polynomial.fit(x, [values[trial.number] for trial in fitted], 2)
     if parabola.deriv(2)(0) >= 0:
@@ -128,10 +337,40 @@ def peak(study: Study, trials: Sequence[Trial]) -> Peak | None:
     return Peak(float(10 ** np.clip(parabola.deriv().roots()[0], x.min(), x.max())), epoch, fitted=True)
 
 
+def _groups(study: Study, trials: Sequence[Trial]) -> list[tuple[dict[str, Any], list[Trial]]]:
+    """The trials of each combination of listed parameters, in the order in which they first come."""
+    groups: list[tuple[dict[str, Any], list[Trial]]] = []
+    for trial in trials:
+        key = _listed(study, trial)
+        known = next((alike for other, alike in groups if other == key), None)
+        if known is None:
+            groups.append((key, known := []))
+        known.append(trial)
+    return groups
+
+
+def _searched(study: Study, trials: Sequence[Trial]) -> tuple[float, float]:
+    """The lowest and the highest learning rate that these trials, which are alike, could have or had."""
+    rates = [float(trial.params["lr"]) for trial in trials if _has_rate(trial)]
+    parameter = study.spec.search.parameters.get("lr")
+    if isinstance(parameter, Cases):
+        case = trials[0].params.get(parameter.by)
+        parameter = next((values for name, values in parameter.cases.items() if name == str(case)), None)
+    bounds = [float(value) for value in parameter.extremes() if _is_rate(value)] if parameter else []
+    return min(rates + bounds), max(rates + bounds)
+
+
+def _sign(study: Study) -> int:
+    return -1 if study.spec.direction == "minimize" else 1
+
+
 def _has_rate(trial: Trial) -> bool:
     """A loop of the user's may call anything `lr`."""
-    lr = trial.params.get("lr")
-    return isinstance(lr, int | float) and not isinstance(lr, bool) and lr > 0
+    return _is_rate(trial.params.get("lr"))
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _is_comparable(study: Study, trial: Trial, winner: Trial) -> bool:
@@ -140,8 +379,13 @@ def _is_comparable(study: Study, trial: Trial, winner: Trial) -> bool:
 
 
 def _is_alike(study: Study, trial: Trial, winner: Trial) -> bool:
-    listed = {key for key, p in study.spec.search.parameters.items() if isinstance(p, Choice)} - {"lr", "seed"}
-    return all(trial.params.get(key) == winner.params.get(key) for key in listed)
+    return _listed(study, trial) == _listed(study, winner)
+
+
+def _listed(study: Study, trial: Trial) -> dict[str, Any]:
+    """The trial's values of the parameters that are lists, its learning rate and its seed aside."""
+    listed = [key for key, parameter in study.spec.search.parameters.items() if isinstance(parameter, Choice)]
+    return {key: trial.params.get(key) for key in listed if key not in ("lr", "seed")}
 
 
 def _mean(replicates: Sequence[Trial]) -> float:

@@ -269,8 +269,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         if trial.state == "running":
             doing = {"trial": trial.number, "epoch": max(trial.epochs, default=0)}
             running.setdefault(trial.worker_id, []).append(doing)
-    found = analysis.best(study, all_trials)
-    peak = found.peak if found else analysis.peak(study, all_trials)
+    found, peak = analysis.best(study, all_trials), analysis.peak(study, all_trials)
     return {
         "study": name,
         "storage": str(store.url),
@@ -302,7 +301,7 @@ def trials(name: str, *, storage: str | None = None) -> list[dict[str, Any]]:
 
 
 def best(name: str, *, storage: str | None = None) -> Best:
-    """The best complete trial so far and the interval of learning rates that did as well.
+    """The answer so far: the best trial, the response to the learning rate, and what there is to beware of.
 
     Raises StudyStopped where no trial has completed.
     """

@@ -14,9 +14,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.analysis import Best, best, peak, standard_error
+from hpo.analysis import Best, best_trial, peak
 from hpo.ledger import ENDED
 from hpo.records import Study, Trial
+from hpo.response import CONFIDENCE, Response
 from hpo.store import Store
 
 REFRESH_S = 0.5  # at least; longer where reading the study takes long
@@ -135,25 +136,50 @@ def print_answer(
 
 
 def answer_lines(study: Study, found: Best) -> list[str]:
-    """The answer in words."""
+    """The answer in words, the warnings last."""
     values = ", ".join(f"{key} {_number(value)}" for key, value in found.params.items() if key != "lr")
-    subject = f"best learning rate: {_number(found.params['lr'])}" if "lr" in found.params else "best"
-    subject += f" ({values})" if values else ""
-    lines = [f"{subject}, {study.spec.metric} {_value(found.value, study)}, trial {found.trial}"]
-    classes = study.facts.get("num_classes")
-    if classes and found.value <= 1 / classes + standard_error(1 / classes, study.facts["num_val"]):
-        lines.append(f"that is no better than guessing among {classes} classes: give it more epochs, or other rates")
-    if found.interval is not None:
-        low, high = found.interval
-        if low < high:
+    trial = f"{study.spec.metric} {_value(found.value, study)}, trial {found.trial}"
+    if found.response is not None:
+        lines = [f"best learning rate: {_rate(found.response.best)}" + (f" ({values})" if values else "")]
+        lines += response_lines(study, found.response)
+        lines.append(f"the best trial: learning rate {_number(found.params['lr'])}, {trial}; the luckiest, too")
+    else:
+        subject = f"best learning rate: {_number(found.params['lr'])}" if "lr" in found.params else "best"
+        lines = [f"{subject}{f' ({values})' if values else ''}, {trial}"]
+        if found.interval is not None:
+            low, high = found.interval
             lines.append(
                 f"as good within one standard error: the tried learning rates from {_number(low)} to {_number(high)}"
+                if low < high
+                else "no other learning rate that was tried came within one standard error"
             )
-        else:
-            lines.append("no other learning rate that was tried came within one standard error")
-    if found.peak is not None and found.peak.fitted:
-        lines.append(peak_in_words(found.peak.lr, found.peak.epochs))
+    for params, other in found.responses:
+        if other is not found.response:
+            low, high = other.interval
+            lines.append(
+                f"with {_params(params)}: {_rate(other.best)} ({_rate(low)} to {_rate(high)}), "
+                f"{study.spec.metric} {_value(other.value, study)}"
+            )
+    return lines + [f"beware: {warning.text}" for warning in found.warnings]
+
+
+def response_lines(study: Study, found: Response) -> list[str]:
+    """What a response says beside its best learning rate."""
+    (low, high), (first, last) = found.interval, found.plateau
+    lines = [
+        f"with {CONFIDENCE:.0%} confidence the best one is between {_rate(low)} and {_rate(high)}; "
+        f"as good within one standard error: {_rate(first)} to {_rate(last)}",
+        f"a trial there is expected to have {study.spec.metric} {_value(found.value, study)}, give or take "
+        f"{_value(found.noise, study)}",
+    ]
+    if found.edge is not None:
+        low, high = found.edge.interval
+        lines.append(f"half of the trials diverge at {_rate(found.edge.lr)} ({_rate(low)} to {_rate(high)})")
     return lines
+
+
+def _rate(lr: float) -> str:
+    return f"{lr:.2g}"
 
 
 def peak_in_words(lr: float, epochs: int) -> str:
@@ -230,10 +256,10 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
                 _time_left(study, trial),
             )
     parts: list[RenderableType] = [bar, running if running.row_count else Text("starting workers ...", style="dim")]
-    if (found := best(study, trials)) is not None:
+    if (found := best_trial(study, trials)) is not None and found.value is not None:
         value = f"{study.spec.metric} {_value(found.value, study)}"
-        parts.append(Text(f"best so far: {_params(found.params)}, {value}, trial {found.trial}"))
-    where = found.peak if found else peak(study, trials)
+        parts.append(Text(f"best so far: {_params(found.params)}, {value}, trial {found.number}"))
+    where = peak(study, trials)
     if where is not None and where.fitted:
         parts.append(Text(peak_in_words(where.lr, where.epochs)))
     return Group(*parts)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 
-from hpo.analysis import Best, Peak, best, peak, standard_error
+from hpo.analysis import WARNINGS, Peak, best, best_trial, peak, response, standard_error
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 
@@ -44,25 +46,28 @@ def test_no_complete_trial_no_answer() -> None:
 
 def test_the_best_is_the_highest_value_or_the_lowest_where_that_is_asked_for() -> None:
     trials = make_trials((0.1, 0.5), (0.2, 0.7), (0.3, 0.6))
-    assert best(make_study(), trials) == Best(1, {"lr": 0.2}, 0.7, (0.2, 0.2))
+    found = best(make_study(), trials)
+    assert found is not None
+    assert (found.trial, found.params, found.value, found.interval) == (1, {"lr": 0.2}, 0.7, (0.2, 0.2))
     found = best(make_study(num_val=None, objective={"function": "m:f", "direction": "minimize"}), trials)
-    assert found == Best(0, {"lr": 0.1}, 0.5, None)
+    assert found is not None
+    assert (found.trial, found.params, found.value, found.interval) == (0, {"lr": 0.1}, 0.5, None)
 
 
 def test_among_equal_values_the_lower_validation_loss_wins() -> None:
     trials = make_trials((0.1, 0.9), (0.2, 0.9), (0.3, 0.9))
     for trial, loss in zip(trials, (0.5, 0.3, None), strict=True):
         trial.curves["val_loss"] = [1.0, loss]  # type: ignore[index]
-    found = best(make_study(), trials)
+    found = best_trial(make_study(), trials)
     assert found is not None
-    assert found.trial == 1
+    assert found.number == 1
 
 
 @pytest.mark.parametrize(
     ("rows", "interval"),
     [
         # 0.90 on 400 pictures has a standard error of 0.015
-        ([(1e-4, 0.80), (1e-3, 0.89), (3e-3, 0.90), (1e-2, 0.886), (1e-1, 0.5)], (1e-3, 1e-2)),
+        ([(1e-4, 0.80), (1e-3, 0.89), (3e-3, 0.90), (1e-2, 0.886)], (1e-3, 1e-2)),
         ([(1e-4, 0.895), (1e-3, 0.80), (3e-3, 0.90)], (3e-3, 3e-3)),  # a worse one in between ends it
         ([(1e-3, 0.89), (3e-3, 0.90), (1e-2, "diverged"), (2e-2, 0.90)], (1e-3, 3e-3)),
         ([(1e-3, "pruned"), (3e-3, 0.90), (1e-2, 0.89)], (3e-3, 1e-2)),
@@ -176,3 +181,163 @@ def test_where_a_loop_calls_something_else_lr_there_is_no_peak(lrs: tuple[Any, .
 def test_a_metric_as_large_as_a_float_holds_is_no_crash() -> None:
     rows = [(lr, [1e308 * (1 - lr)] * 3) for lr in (1e-4, 2e-4, 4e-4, 8e-4)]
     assert peak_lr(make_study(), reporting(*rows)) in (None, 1e-4)
+
+
+# The response of a study's trials
+
+LOG_LR = {"low": 1e-5, "high": 1e-1, "log": True}
+RATES = tuple(10 ** (-5 + 4 * index / 15) for index in range(16))
+SEARCHED = {"search": {"trials": 16, "space": {"lr": LOG_LR}}, "training": {"epochs": 8}}
+
+
+def hill(lr: float, top: float = 1e-3) -> float:
+    return 0.9 - 0.05 * math.log10(lr / top) ** 2
+
+
+def curve(value: float, epochs: int = 8, *, speed: float = 1.0) -> list[float]:
+    """An accuracy that comes to `value` in eight epochs, and is there early where `speed` is high."""
+    return [value * (1 - math.exp(-speed * epoch)) / (1 - math.exp(-speed * 8)) for epoch in range(1, epochs + 1)]
+
+
+def trained(lr: float, value: float, *, state: str = "complete", epochs: int = 8, **params: Any) -> Trial:
+    values = curve(value, epochs)
+    trial = reporting((lr, values), state=state, **params)[0]  # type: ignore[list-item]
+    return replace(trial, value=values[-1] if state in ("complete", "pruned") else None)
+
+
+def numbered(*trials: Trial) -> list[Trial]:
+    return [replace(trial, number=number) for number, trial in enumerate(trials)]
+
+
+NOISE = [random.gauss(0, 1) for random in [Random(0)] for _ in RATES]
+
+
+def noise(index: int, size: float = 0.004) -> float:
+    return size * NOISE[index]
+
+
+def complete(value: Any = hill, **params: Any) -> list[Trial]:
+    return [trained(lr, value(lr) + noise(index), **params) for index, lr in enumerate(RATES)]
+
+
+def test_with_enough_learning_rates_the_answer_is_the_responses() -> None:
+    found = best(make_study(**SEARCHED), numbered(*complete()))
+    assert found is not None
+    assert found.response is not None
+    assert found.lr == found.response.best == pytest.approx(1e-3, rel=0.4)
+    assert found.interval == found.response.interval
+    assert found.responses == [({}, found.response)]
+    assert json.loads(json.dumps(found.as_dict()))["response"]["interval"] == list(found.response.interval)
+
+
+def test_a_lower_value_is_better_where_that_is_asked_for() -> None:
+    objective = {"function": "m:f", "direction": "minimize", "metric": "val_accuracy"}
+    found = best(
+        make_study(num_val=None, objective=objective, search=SEARCHED["search"]),
+        numbered(*complete(lambda lr: 1 - hill(lr))),
+    )
+    assert found is not None
+    assert found.response is not None
+    assert found.response.best == pytest.approx(1e-3, rel=0.4)
+    assert found.response.value == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_pruned_trial_counts_with_what_the_others_have_gained_since() -> None:
+    study = make_study(**SEARCHED)
+    pruned = [trained(lr, hill(lr), state="pruned", epochs=2) for lr in RATES if lr < 1e-4]
+    whole = [trained(lr, hill(lr)) for lr in RATES if lr > 1e-4]
+    found = response(study, numbered(*pruned, *whole))
+    assert found is not None
+    at = [index for index, lr in enumerate(found.lrs) if lr < 5e-5]
+    seen = [found.mean[index] - hill(found.lrs[index]) for index in at]
+    assert max(map(abs, seen)) < 0.1  # after two epochs they had come to 0.87 of it
+    alone = response(study, numbered(*whole))
+    assert alone is not None
+    width, width_alone = (sum(f.high[i] - f.low[i] for i in at) for f in (found, alone))
+    assert width < width_alone
+
+
+def test_each_optimizer_has_its_own_response() -> None:
+    space = {"lr": LOG_LR, "optimizer": ["adam", "sgd"]}
+    study = make_study(search={"trials": 32, "space": space}, training={"epochs": 8})
+    trials = complete(optimizer="adam") + complete(lambda lr: hill(lr, 1e-2) - 0.1, optimizer="sgd")
+    found = best(study, numbered(*trials))
+    assert found is not None
+    tops = {params["optimizer"]: response.best for params, response in found.responses}
+    assert tops == {"adam": pytest.approx(1e-3, rel=0.5), "sgd": pytest.approx(1e-2, rel=0.5)}
+    assert found.lr == tops["adam"]
+
+
+def test_a_range_of_its_own_for_each_optimizer_is_the_responses_range() -> None:
+    cases = {"by": {"optimizer": {"adam": {**LOG_LR, "high": 1e-2}, "sgd": LOG_LR}}}
+    study = make_study(search={"trials": 32, "space": {"optimizer": ["adam", "sgd"], "lr": cases}})
+    trials = [trial for trial in complete(optimizer="adam") if trial.params["lr"] < 1e-2]
+    found = response(study, numbered(*trials))
+    assert found is not None
+    assert (found.lrs[0], found.lrs[-1]) == (pytest.approx(1e-5), pytest.approx(1e-2))
+
+
+# Warnings: for each a study that asks for it, and no other
+
+DIVERGED = [trained(lr, 0.1, state="diverged", epochs=1) for lr in RATES]
+SOUND = [
+    trained(lr, 0.9 - 0.15 * math.log10(lr / 1e-3) ** 2 + noise(index, 0.002)) if lr < 1e-2 else DIVERGED[index]
+    for index, lr in enumerate(RATES)
+]
+RISING = [
+    replace(trial, curves={"val_accuracy": [trial.value * epoch / 8 for epoch in range(1, 9)]})
+    if trial.value is not None else trial
+    for trial in SOUND
+]  # fmt: skip
+
+
+def tilted(slope: float) -> list[Trial]:
+    return [trained(lr, 0.5 + slope * (math.log10(lr) + 3) + noise(i, 0.002)) for i, lr in enumerate(RATES)]
+
+
+@pytest.mark.parametrize(
+    ("trials", "expected"),
+    [
+        pytest.param(SOUND, set(), id="a sound one"),
+        pytest.param(SOUND[3:11:2], {"not-enough"}, id="few rates"),
+        pytest.param(tilted(0.1), {"edge-of-range"}, id="the best is at the upper end"),
+        pytest.param(tilted(-0.1), {"edge-of-range"}, id="the best is at the lower end"),
+        pytest.param(SOUND[:11] + DIVERGED[11:] * 3, {"most-diverged"}, id="too high"),
+        pytest.param(complete(lambda lr: 0.6), {"tied", "edge-of-range"}, id="all are equal"),
+        pytest.param(RISING, {"still-rising"}, id="stopped early"),
+        pytest.param(
+            SOUND + [trained(lr, 0.9, state="pruned", epochs=2) for lr in (8e-4, 9e-4, 1e-3, 1.1e-3, 1.2e-3, 1.3e-3)],
+            {"pruned-away"},
+            id="the best were pruned",
+        ),
+        pytest.param(complete(lambda lr: 0.1), {"guessing", "tied", "edge-of-range"}, id="nothing was learnt"),
+    ],
+)
+def test_warnings_come_where_they_should_and_nowhere_else(trials: list[Trial], expected: set[str]) -> None:
+    study = make_study(**SEARCHED)
+    study = replace(study, facts={**study.facts, "num_classes": 10})
+    found = best(study, numbered(*trials))
+    assert found is not None
+    assert {warning.kind for warning in found.warnings} == expected
+    assert all(warning.text[-1] != "." and "\n" not in warning.text for warning in found.warnings)
+
+
+def test_every_warning_has_a_study_that_asks_for_it() -> None:
+    table = test_warnings_come_where_they_should_and_nowhere_else.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    assert set().union(*(case.values[1] for case in table)) == set(WARNINGS)
+
+
+def test_a_warning_names_what_to_change() -> None:
+    study = make_study(**SEARCHED)
+    for slope, bound in ((0.1, "high end of what was searched: widen search.space.lr to 1"), (-0.1, "to 1e-06")):
+        found = best(study, numbered(*tilted(slope)))
+        assert found is not None
+        assert bound in found.warnings[0].text
+
+
+def test_a_study_without_a_learning_rate_has_no_response_and_no_warning_about_it() -> None:
+    study = make_study(search={"space": {"batch_size": [16, 32, 64]}}, training={"lr": 1e-3})
+    trials = [replace(trial, params={"batch_size": 16 * 2**i}) for i, trial in enumerate(complete()[:3])]
+    found = best(study, numbered(*trials))
+    assert found is not None
+    assert (found.lr, found.interval, found.response, found.warnings) == (None, None, None, [])

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from hpo.analysis import best
+from hpo.display import answer_lines
+from tests.test_analysis import LOG_LR, complete, hill, make_study, numbered, trained
+
 LOOP = """
 import time
 def train(trial):
@@ -69,3 +73,28 @@ def test_a_terminal_shows_the_study_each_running_trial_the_best_and_then_the_ans
         assert text.count("trial 0 complete") == text.count("trial 1 complete") == 1
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)
+
+
+def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_to_beware_of() -> None:
+    study = make_study(search={"trials": 32, "space": {"lr": LOG_LR, "optimizer": ["adam", "sgd"]}})
+    diverging = [trained(lr, 0.1, state="diverged", optimizer="adam") for lr in (3e-2, 5e-2, 9e-2)]
+    adam = [trial for trial in complete(optimizer="adam") if trial.params["lr"] < 2e-2]
+    sgd = complete(lambda lr: hill(lr, 1e-2) - 0.1, optimizer="sgd")
+    found = best(study, numbered(*adam, *diverging, *sgd))
+    assert found is not None
+    assert found.response is not None
+    assert found.response.edge is not None
+    answer, confidence, expected, edge, trial, other = answer_lines(study, found)
+    low, high = found.interval or (0, 0)
+    assert answer == f"best learning rate: {found.response.best:.2g} (optimizer adam)"
+    assert confidence.startswith(f"with 90% confidence the best one is between {low:.2g} and {high:.2g}; as good")
+    assert f"val_accuracy {found.response.value:.2%}, give or take {found.response.noise:.2%}" in expected
+    assert edge.startswith(f"half of the trials diverge at {found.response.edge.lr:.2g} (")
+    assert trial.startswith(f"the best trial: learning rate {found.params['lr']:.4g}, val_accuracy {found.value:.2%}")
+    assert other.startswith("with optimizer=sgd: 0.01")
+
+
+def test_the_warnings_of_an_answer_come_last() -> None:
+    found = best(make_study(), numbered(*complete()[5:8]))
+    assert found is not None
+    assert answer_lines(make_study(), found)[-1].startswith("beware: ")

@@ -1,0 +1,204 @@
+"""The response: how good a learning rate is, with how much doubt, from the trials of a study; numbers in, numbers out.
+
+The value over log10 of the learning rate is a Gaussian process (Rasmussen and Williams, 2006) with a Matérn 5/2 kernel
+and one noise for all trials; where trials diverge is a logistic curve over the same. Neither is fitted once: both are
+averaged over a grid of their hyperparameters, each weighed by how well it explains the trials, because with 20 to 40
+trials several explain them well. From both together whole responses are drawn, in which a learning rate that diverges
+is worth what a diverged trial is; where each of those draws has its top says where the best learning rate may be.
+`make bench-analysis` measures how often that is right.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[np.float64]]
+
+LEAST_RATES = 5  # different ones, with a value, without which no curve is drawn
+MOST_POINTS = 100  # of more trials, neighbours count with their mean
+NUM_RATES = 161  # of the grid that the response is known on
+NUM_DRAWS = 400
+CONFIDENCE = 0.9
+LENGTHS = (0.2, 0.35, 0.6, 1.0, 1.7)  # decades over which the response bends
+AMPLITUDES = (0.1, 0.3, 1.0, 3.0)  # of the response, in standard deviations of the values
+NOISES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)  # of a trial, in the same
+WIDTHS = (0.01, 0.03, 0.1)  # decades over which trials come to diverge
+LAPSE = 0.02  # share of trials that diverge, or do not, whatever their learning rate
+BEYOND = 0.3  # decades past the range in which the edge may lie
+WORST = 3.0  # a value counts as no worse than this many times as far below the median as the best is above it
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What is known of trials, each at log10 of its learning rate; of two values the higher one is better."""
+
+    x: Array  # (N,) of the trials that have a value
+    value: Array  # (N,)
+    doubt: Array  # (N,) standard deviation of a value that was not seen but inferred, else 0
+    diverged: Array  # (M,) log10 of the learning rates of those that diverged
+    floor: float  # what a diverged trial is worth
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Where half of the trials diverge: a learning rate, and the interval that holds it with CONFIDENCE."""
+
+    lr: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Response:
+    """The value of a trial over its learning rate. `mean`, `low` and `high` hold one entry for each of `lrs`."""
+
+    lrs: Sequence[float]
+    mean: Sequence[float]  # of trials that do not diverge
+    low: Sequence[float]  # between these two lies the mean with CONFIDENCE
+    high: Sequence[float]
+    diverging: Sequence[float]  # the share of trials that diverge
+    best: float  # the learning rate with the highest expected value, diverging included
+    value: float  # which is this
+    interval: tuple[float, float]  # holds the best learning rate with CONFIDENCE
+    plateau: tuple[float, float]  # around `best`: within one standard error of the difference to it
+    edge: Edge | None  # None where no trial diverged
+    sensitivity: float  # what a learning rate of the range, any, falls short of the best by, on average
+    noise: float  # the standard deviation of a trial's value about the mean
+
+    def mirrored(self) -> Response:
+        """The same where the lower value is the better one."""
+        mean, low, high = ([-value for value in curve] for curve in (self.mean, self.high, self.low))
+        return replace(self, mean=mean, low=low, high=high, value=-self.value)
+
+    def in_figures(self) -> dict[str, Any]:
+        """All of it but the curves, as plain data."""
+        return {key: value for key, value in asdict(self).items() if key not in CURVES}
+
+
+CURVES = frozenset({"lrs", "mean", "low", "high", "diverging"})  # of a Response
+
+
+def respond(trials: Trials, *, low: float, high: float) -> Response | None:
+    """The response between two learning rates; None where fewer than LEAST_RATES have a value.
+
+    The sensitivity is that of Wortsman et al. (arXiv 2309.14322) with the value in the place of the loss: the mean over
+    the range, even in log lr, of how far the expected value is below the highest, where diverging counts as the floor.
+    Equal trials give equal numbers.
+    """
+    import numpy as np
+    from scipy.special import expit
+
+    if len(set(trials.x)) < LEAST_RATES:
+        return None
+    random = np.random.default_rng(0)
+    x = np.linspace(np.log10(low), np.log10(high), NUM_RATES)
+    curves, noise = _draw_curves(trials, x, random)
+    edges, widths = _draw_edges(trials, x, random)
+    diverging = expit((x - edges[:, None]) / widths[:, None])
+    worth = curves * (1 - diverging) + min(trials.floor, float(trials.value.min())) * diverging
+    expected = worth.mean(axis=0)
+    top = int(expected.argmax())
+    tail = (1 - CONFIDENCE) / 2
+
+    def interval(logarithms: Array) -> tuple[float, float]:
+        first, last = np.quantile(logarithms, [tail, 1 - tail])
+        half_step = (x[1] - x[0]) / 2  # a rate of the grid stands for those around it
+        return float(10 ** (first - half_step)), float(10 ** (last + half_step))
+
+    behind = expected[top] - expected
+    as_good = behind <= (worth[:, [top]] - worth).std(axis=0)
+    first = last = top
+    while first > 0 and as_good[first - 1]:
+        first -= 1
+    while last < NUM_RATES - 1 and as_good[last + 1]:
+        last += 1
+    lrs = 10**x
+    return Response(
+        lrs=lrs.tolist(),
+        mean=curves.mean(axis=0).tolist(),
+        low=np.quantile(curves, tail, axis=0).tolist(),
+        high=np.quantile(curves, 1 - tail, axis=0).tolist(),
+        diverging=diverging.mean(axis=0).tolist(),
+        best=float(lrs[top]),
+        value=float(expected[top]),
+        interval=interval(x[worth.argmax(axis=1)]),
+        plateau=(float(lrs[first]), float(lrs[last])),
+        edge=Edge(float(10 ** np.median(edges)), interval(edges)) if len(trials.diverged) else None,
+        sensitivity=float(behind.mean()),
+        noise=noise,
+    )
+
+
+def _draw_curves(trials: Trials, x: Array, random: np.random.Generator) -> tuple[Array, float]:
+    """Curves that the response of trials that do not diverge may have, (NUM_DRAWS, len(x)), and the trials' noise."""
+    import warnings
+
+    import numpy as np
+    from scipy.special import softmax
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern
+
+    at, value, doubt, count = _grouped(trials)
+    middle = np.median(value)
+    value = np.maximum(value, middle - WORST * (value.max() - middle))
+    mean = value.mean()
+    scale = value.std() or 1e-9 * (abs(mean) or 1.0)
+    fits, evidence, noises = [], [], []
+    for length, amplitude, noise in itertools.product(LENGTHS, AMPLITUDES, NOISES):
+        process = GaussianProcessRegressor(
+            ConstantKernel(amplitude**2) * Matern(length, nu=2.5),
+            alpha=noise**2 / count + (doubt / scale) ** 2,
+            optimizer=None,
+        ).fit(at[:, None], (value - mean) / scale)
+        fits.append(process)
+        noises.append(noise)
+        # Log-normal priors: lengths of half a decade to one and amplitudes of about one are the most common.
+        prior = -0.5 * (np.log(length / 0.6) / 0.8) ** 2 - 0.5 * np.log(amplitude) ** 2
+        evidence.append(process.log_marginal_likelihood_value_ + prior)
+    weights = softmax(evidence)
+    drawn = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a covariance that rounding has made a little indefinite
+        for process, times in zip(fits, random.multinomial(NUM_DRAWS, weights), strict=True):
+            if times:
+                drawn.append(process.sample_y(x[:, None], times, random_state=int(random.integers(2**31))).T)
+    return np.concatenate(drawn) * scale + mean, float(np.sqrt(weights @ np.square(noises)) * scale)
+
+
+def _grouped(trials: Trials) -> tuple[Array, Array, Array, Array]:
+    """The trials with values, or of too many the means of neighbours: x, value, doubt, and how many each stands for."""
+    import numpy as np
+
+    order = np.argsort(trials.x, kind="stable")
+    groups = np.array_split(order, min(MOST_POINTS, len(order)))
+    means = [[column[group].mean() for group in groups] for column in (trials.x, trials.value)]
+    doubt = [float(np.sqrt((trials.doubt[group] ** 2).mean() / len(group))) for group in groups]
+    return np.array(means[0]), np.array(means[1]), np.array(doubt), np.array([len(group) for group in groups])
+
+
+def _draw_edges(trials: Trials, x: Array, random: np.random.Generator) -> tuple[Array, Array]:
+    """Logistic curves that the share of diverging trials may follow: log10 of their middle, and width, (NUM_DRAWS,).
+
+    By their posterior on a grid, with every middle in the range or a little past it as likely as any other before.
+    """
+    import numpy as np
+    from scipy.special import expit, softmax
+
+    if not len(trials.diverged):
+        return np.full(NUM_DRAWS, np.inf), np.ones(NUM_DRAWS)
+    step = x[1] - x[0]
+    middles = np.append(x, np.arange(x[-1] + step, x[-1] + BEYOND, step))
+    middles, widths = (grid.ravel() for grid in np.meshgrid(middles, WIDTHS, indexing="ij"))
+
+    def share(at: Array) -> Array:
+        diverging: Array = expit((at - middles[:, None]) / widths[:, None])
+        return LAPSE / 2 + (1 - LAPSE) * diverging
+
+    evidence = np.log(share(trials.diverged)).sum(axis=1) + np.log(1 - share(trials.x)).sum(axis=1)
+    drawn = random.choice(len(middles), NUM_DRAWS, p=softmax(evidence))
+    return middles[drawn], widths[drawn]
