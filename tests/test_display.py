@@ -91,7 +91,8 @@ def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_
     assert f"val_accuracy {found.response.value:.2%}, give or take {found.response.noise:.2%}" in expected
     assert edge.startswith(f"half of the trials diverge at {found.response.edge.lr:.2g} (")
     assert trial.startswith(f"the best trial: learning rate {found.params['lr']:.4g}, val_accuracy {found.value:.2%}")
-    assert other.startswith("with optimizer=sgd: 0.01")
+    (_, sgd_response) = found.responses[1]
+    assert other.startswith(f"with optimizer=sgd: {sgd_response.best:.2g} (")
 
 
 def test_the_warnings_of_an_answer_come_last() -> None:
