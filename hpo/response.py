@@ -62,10 +62,10 @@ class Response:
     low: Sequence[float]  # between these two lies the mean with CONFIDENCE
     high: Sequence[float]
     diverging: Sequence[float]  # the share of trials that diverge
-    best: float  # the learning rate with the highest expected value, diverging included
-    value: float  # which is this
+    best: float  # the learning rate to train with: the middle of the plateau, which a wiggle of the mean moves little
+    value: float  # expected of a trial there, diverging included
     interval: tuple[float, float]  # holds the best learning rate with CONFIDENCE
-    plateau: tuple[float, float]  # around `best`: within one standard error of the difference to it
+    plateau: tuple[float, float]  # around the highest expected value: within one standard error of the difference
     edge: Edge | None  # None where no trial diverged
     sensitivity: float  # what a learning rate of the range, any, falls short of the best by, on average
     noise: float  # the standard deviation of a trial's value about the mean
@@ -117,15 +117,15 @@ def respond(trials: Trials, *, low: float, high: float) -> Response | None:
         first -= 1
     while last < NUM_RATES - 1 and as_good[last + 1]:
         last += 1
-    lrs = 10**x
+    lrs, middle = 10**x, (first + last) // 2
     return Response(
         lrs=lrs.tolist(),
         mean=curves.mean(axis=0).tolist(),
         low=np.quantile(curves, tail, axis=0).tolist(),
         high=np.quantile(curves, 1 - tail, axis=0).tolist(),
         diverging=diverging.mean(axis=0).tolist(),
-        best=float(lrs[top]),
-        value=float(expected[top]),
+        best=float(lrs[middle]),
+        value=float(expected[middle]),
         interval=interval(x[worth.argmax(axis=1)]),
         plateau=(float(lrs[first]), float(lrs[last])),
         edge=Edge(float(10 ** np.median(edges)), interval(edges)) if len(trials.diverged) else None,
