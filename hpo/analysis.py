@@ -94,7 +94,8 @@ def best(study: Study, trials: Sequence[Trial]) -> Best | None:
     responses = [
         (group, found) for group, alike in _groups(study, trials) if (found := response(study, alike)) is not None
     ]
-    mine = next((found for group, found in responses if group == _listed(study, winner)), None)
+    group = _listed(study, winner)
+    mine = next((found for other, found in responses if other == group and _has_rate(winner)), None)
     interval = mine.interval if mine else learning_rate_interval(study, trials, winner)
     beware = warnings(study, trials, winner, mine)
     return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware)
@@ -216,13 +217,14 @@ def _tied(evidence: Evidence) -> str | None:
     if evidence.response is not None:
         tied = [trial for trial in complete if first <= trial.params["lr"] <= last]
     else:
-        least = _value(evidence.winner) - math.sqrt(2) * (evidence.noise or 0.0)  # of a difference of two
-        tied = [trial for trial in complete if _value(trial) >= least]
-    rates, tied_rates = ({float(trial.params["lr"]) for trial in some} for some in (complete, tied))
+        margin = math.sqrt(2) * (evidence.noise or 0.0)  # of a difference of two
+        tied = [trial for trial in complete if abs(_value(trial) - _value(evidence.winner)) <= margin]
+    ended = [trial for trial in evidence.trials if trial.state in TRAINED]
+    rates, tied_rates = ({float(trial.params["lr"]) for trial in some} for some in (ended, tied))
     if len(tied_rates) <= len(rates) / 2 or len(rates) < 2:
         return None
     return (
-        f"the ranking is within the noise: {len(tied)} of {len(complete)} complete trials, "
+        f"the ranking is within the noise: {len(tied)} of {len(ended)} trials, "
         f"with learning rates from {min(tied_rates):.3g} to {max(tied_rates):.3g}, are tied"
     )
 
@@ -276,7 +278,7 @@ def learning_rate_interval(study: Study, trials: Sequence[Trial], winner: Trial)
     do not count; those that differ in a range count all the same.
     """
     num_val = study.facts.get("num_val")
-    if "lr" not in winner.params or not num_val:
+    if not _has_rate(winner) or not num_val:
         return None
     least = _value(winner) - standard_error(_value(winner), num_val)
     alike = [trial for trial in trials if _is_comparable(study, trial, winner)]
@@ -374,8 +376,7 @@ def _is_rate(value: Any) -> bool:
 
 
 def _is_comparable(study: Study, trial: Trial, winner: Trial) -> bool:
-    same = "lr" in trial.params and trial.state in ("complete", "pruned", "diverged")
-    return same and _is_alike(study, trial, winner)
+    return _has_rate(trial) and trial.state in TRAINED and _is_alike(study, trial, winner)
 
 
 def _is_alike(study: Study, trial: Trial, winner: Trial) -> bool:
@@ -384,8 +385,12 @@ def _is_alike(study: Study, trial: Trial, winner: Trial) -> bool:
 
 def _listed(study: Study, trial: Trial) -> dict[str, Any]:
     """The trial's values of the parameters that are lists, its learning rate and its seed aside."""
-    listed = [key for key, parameter in study.spec.search.parameters.items() if isinstance(parameter, Choice)]
-    return {key: trial.params.get(key) for key in listed if key not in ("lr", "seed")}
+    listed = {}
+    for key, parameter in study.spec.search.parameters.items():
+        found = parameter.cases.get(str(trial.params.get(parameter.by))) if isinstance(parameter, Cases) else parameter
+        if isinstance(found, Choice) and key not in ("lr", "seed"):
+            listed[key] = trial.params.get(key)
+    return listed
 
 
 def _mean(replicates: Sequence[Trial]) -> float:

@@ -197,7 +197,7 @@ def _train(train: Callable[[Any], Result], study: str, storage: str | None, *, a
     store = Store(api.storage_url(storage))
     steps = [
         f"every trial in the browser:  hpo dashboard{suffix}",
-        f"train with it, and only it:  hpo export {study} --output best.toml{suffix}",
+        f"train the best trial again:  hpo export {study} --output best.toml{suffix}",
     ]
     print_answer(console, store.study(study), result.trials, result.best, next_steps=steps)
 
@@ -248,7 +248,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     if found["best"]:
         best = found["best"]
         click.echo(f"best so far: {in_words(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
-    if found["peak"] and found["peak"]["fitted"]:
+    if found["peak"] and found["peak"]["fitted"] and found["trials"].keys() & {"waiting", "running"}:
         click.echo(peak_in_words(found["peak"]["lr"], found["peak"]["epochs"]))
     if found["workers"]:
         columns = ["host", "pid", "device", "trial", "epoch", "seen_s"]
@@ -296,7 +296,7 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
 @json_option
 @storage_option
 def best_command(study: str, as_json: bool, storage: str | None) -> None:
-    """Print the best trial of STUDY and the learning rates that did as well.
+    """Print the answer of STUDY: the best learning rate, how sure that is, and what to beware of.
 
     \b
     hpo best quickstart --json

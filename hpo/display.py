@@ -168,7 +168,7 @@ def response_lines(study: Study, found: Response) -> list[str]:
     (low, high), (first, last) = found.interval, found.plateau
     lines = [
         f"with {CONFIDENCE:.0%} confidence the best one is between {_rate(low)} and {_rate(high)}; "
-        f"as good within one standard error: {_rate(first)} to {_rate(last)}",
+        f"not told apart from it: {_rate(first)} to {_rate(last)}",
         f"a trial there is expected to have {study.spec.metric} {_value(found.value, study)}, give or take "
         f"{_value(found.noise, study)}",
     ]
@@ -190,9 +190,9 @@ def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) ->
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     rows = sorted(trials, key=lambda trial: tuple(_sort_key(trial.params.get(key)) for key in keys))
     if len(rows) > MAX_ROWS:
-        rows = sorted(trials, key=lambda trial: -math.inf if trial.value is None else trial.value, reverse=True)[
-            :MAX_ROWS
-        ]
+        sign = -1 if study.spec.direction == "minimize" else 1
+        rows = sorted(rows, key=lambda trial: -math.inf if trial.value is None else sign * trial.value, reverse=True)
+        rows = rows[:MAX_ROWS]
     has_bars = width >= 60 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen the figures come first
     values = [trial.value for trial in rows if trial.value is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)

@@ -62,11 +62,11 @@ class Response:
     low: Sequence[float]  # between these two lies the mean with CONFIDENCE
     high: Sequence[float]
     diverging: Sequence[float]  # the share of trials that diverge
-    best: float  # the learning rate to train with: the middle of the plateau, which a wiggle of the mean moves little
+    best: float  # the learning rate to train with: the plateau's middle, which a wiggle of the mean moves little
     value: float  # expected of a trial there, diverging included
     interval: tuple[float, float]  # holds the best learning rate with CONFIDENCE
     plateau: tuple[float, float]  # around the highest expected value: within one standard error of the difference
-    edge: Edge | None  # None where no trial diverged
+    edge: Edge | None  # None where no trial diverged, or only where others train
     sensitivity: float  # what a learning rate of the range, any, falls short of the best by, on average
     noise: float  # the standard deviation of a trial's value about the mean
 
@@ -97,10 +97,15 @@ def respond(trials: Trials, *, low: float, high: float) -> Response | None:
         return None
     random = np.random.default_rng(0)
     x = np.linspace(np.log10(low), np.log10(high), NUM_RATES)
+    size = float(np.abs(trials.value).max()) or 1.0  # squares of very large values would be infinite
+    value = trials.value / size
+    # A loss may be of any size, and would leave nothing to see of the others.
+    value = np.maximum(value, (1 + WORST) * np.median(value) - WORST * value.max())
+    trials = replace(trials, value=value, doubt=trials.doubt / size, floor=min(trials.floor / size, value.min()))
     curves, noise = _draw_curves(trials, x, random)
     edges, widths = _draw_edges(trials, x, random)
     diverging = expit((x - edges[:, None]) / widths[:, None])
-    worth = curves * (1 - diverging) + min(trials.floor, float(trials.value.min())) * diverging
+    worth = curves * (1 - diverging) + trials.floor * diverging
     expected = worth.mean(axis=0)
     top = int(expected.argmax())
     tail = (1 - CONFIDENCE) / 2
@@ -108,29 +113,35 @@ def respond(trials: Trials, *, low: float, high: float) -> Response | None:
     def interval(logarithms: Array) -> tuple[float, float]:
         first, last = np.quantile(logarithms, [tail, 1 - tail])
         half_step = (x[1] - x[0]) / 2  # a rate of the grid stands for those around it
-        return float(10 ** (first - half_step)), float(10 ** (last + half_step))
+        return float(10 ** max(first - half_step, x[0])), float(10 ** (last + half_step))
 
     behind = expected[top] - expected
-    as_good = behind <= (worth[:, [top]] - worth).std(axis=0)
+    as_good = behind <= (curves[:, [top]] - curves).std(axis=0)  # that it may diverge excuses no shortfall
     first = last = top
     while first > 0 and as_good[first - 1]:
         first -= 1
     while last < NUM_RATES - 1 and as_good[last + 1]:
         last += 1
-    lrs, middle = 10**x, (first + last) // 2
+    lrs = 10**x
+    tops = interval(x[worth.argmax(axis=1)])
+    tops = tops[0], min(tops[1], float(lrs[-1]))
+    best = min(max(float(lrs[(first + last) // 2]), tops[0]), tops[1])
+    at_best = int(np.abs(x - np.log10(best)).argmin())
+    tried = max(trials.x.max(), *trials.diverged) if len(trials.diverged) else trials.x.max()
+    has_edge = len(trials.diverged) > 0 and np.median(edges) <= tried
     return Response(
         lrs=lrs.tolist(),
-        mean=curves.mean(axis=0).tolist(),
-        low=np.quantile(curves, tail, axis=0).tolist(),
-        high=np.quantile(curves, 1 - tail, axis=0).tolist(),
+        mean=(size * curves.mean(axis=0)).tolist(),
+        low=(size * np.quantile(curves, tail, axis=0)).tolist(),
+        high=(size * np.quantile(curves, 1 - tail, axis=0)).tolist(),
         diverging=diverging.mean(axis=0).tolist(),
-        best=float(lrs[middle]),
-        value=float(expected[middle]),
-        interval=interval(x[worth.argmax(axis=1)]),
+        best=best,
+        value=size * float(expected[at_best]),
+        interval=tops,
         plateau=(float(lrs[first]), float(lrs[last])),
-        edge=Edge(float(10 ** np.median(edges)), interval(edges)) if len(trials.diverged) else None,
-        sensitivity=float(behind.mean()),
-        noise=noise,
+        edge=Edge(float(10 ** np.median(edges)), interval(edges)) if has_edge else None,
+        sensitivity=size * float(behind.mean()),
+        noise=size * noise,
     )
 
 
@@ -144,8 +155,6 @@ def _draw_curves(trials: Trials, x: Array, random: np.random.Generator) -> tuple
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
     at, value, doubt, count = _grouped(trials)
-    middle = np.median(value)
-    value = np.maximum(value, middle - WORST * (value.max() - middle))
     mean = value.mean()
     scale = value.std() or 1e-9 * (abs(mean) or 1.0)
     fits, evidence, noises = [], [], []

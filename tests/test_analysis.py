@@ -341,3 +341,30 @@ def test_a_study_without_a_learning_rate_has_no_response_and_no_warning_about_it
     found = best(study, numbered(*trials))
     assert found is not None
     assert (found.lr, found.interval, found.response, found.warnings) == (None, None, None, [])
+
+
+def test_losses_far_from_each_other_are_not_tied() -> None:
+    objective = {"function": "m:f", "direction": "minimize"}
+    trials = make_trials((1e-4, 5.0), (1e-3, 0.1), (1e-2, 50.0), (1e-1, 900.0))
+    found = best(make_study(objective=objective), trials)
+    assert found is not None
+    assert "tied" not in {warning.kind for warning in found.warnings}
+
+
+def test_a_list_of_values_under_cases_makes_groups_of_its_own() -> None:
+    momenta = {"by": {"optimizer": {"sgd": [0.0, 0.9]}}}
+    space = {"lr": LOG_LR, "optimizer": ["sgd", "adam"], "momentum": momenta}
+    study = make_study(search={"trials": 32, "space": space, "sampler": "random"}, training={"epochs": 8})
+    trials = complete(optimizer="sgd", momentum=0.0) + complete(
+        lambda lr: hill(lr, 1e-4), optimizer="sgd", momentum=0.9
+    )
+    found = best(study, numbered(*trials))
+    assert found is not None
+    assert [params["momentum"] for params, _ in found.responses] == [0.0, 0.9]
+
+
+def test_a_best_trial_without_a_number_for_a_rate_is_answered_by_itself() -> None:
+    trials = [*complete()[:6], replace(trained(1e-3, 0.99), params={"lr": "warm"})]
+    found = best(make_study(), numbered(*trials))
+    assert found is not None
+    assert (found.lr, found.response) == ("warm", None)

@@ -87,7 +87,7 @@ def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_
     answer, confidence, expected, edge, trial, other = answer_lines(study, found)
     low, high = found.interval or (0, 0)
     assert answer == f"best learning rate: {found.response.best:.2g} (optimizer adam)"
-    assert confidence.startswith(f"with 90% confidence the best one is between {low:.2g} and {high:.2g}; as good")
+    assert confidence.startswith(f"with 90% confidence the best one is between {low:.2g} and {high:.2g}; not told")
     assert f"val_accuracy {found.response.value:.2%}, give or take {found.response.noise:.2%}" in expected
     assert edge.startswith(f"half of the trials diverge at {found.response.edge.lr:.2g} (")
     assert trial.startswith(f"the best trial: learning rate {found.params['lr']:.4g}, val_accuracy {found.value:.2%}")

@@ -154,3 +154,30 @@ def test_in_figures_is_plain_data_without_the_curves() -> None:
     figures = response(make_trials(EVENLY, hill, diverged=[0.5])).in_figures()
     assert figures.keys() == {"best", "value", "interval", "plateau", "edge", "sensitivity", "noise"}
     assert figures["edge"].keys() == {"lr", "interval"}
+
+
+def test_the_plateau_is_no_excuse_for_diverging_and_the_best_lies_in_the_interval() -> None:
+    for seed in range(5):
+        trained = np.geomspace(LOW, 1e-3, 12)
+        found = response(
+            make_trials(trained, lambda x: 0.9 + 0.15 * x, diverged=np.geomspace(2e-3, HIGH, 8), noise=0.01, seed=seed)
+        )
+        assert found.diverging[at(found, found.plateau[1])] < 0.15
+        assert found.interval[0] <= found.best <= found.interval[1]
+        assert found.lrs[0] <= found.interval[0] < found.interval[1] <= found.lrs[-1]
+
+
+@pytest.mark.parametrize("huge", [1e4, 1e30, 1e155, 1e300])
+def test_one_huge_loss_moves_nothing(huge: float) -> None:
+    trials = make_trials(EVENLY, lambda x: -0.05 - 0.1 * (x + 3) ** 2, diverged=[0.2, 0.4], floor=math.inf)
+    value = trials.value.copy()
+    value[0] = -huge
+    usual, found = response(trials), response(replace(trials, value=value))
+    assert found.best == pytest.approx(usual.best, rel=0.5)
+    assert found.value == pytest.approx(usual.value, abs=0.05)
+    assert found.sensitivity < 2
+
+
+@pytest.mark.parametrize("diverged", [[1e-3], [1e-5, 2e-5, 4e-5]])
+def test_where_only_rates_below_others_diverge_there_is_no_edge(diverged: list[float]) -> None:
+    assert response(make_trials(np.geomspace(6e-5, HIGH, 14), hill, diverged=diverged)).edge is None
