@@ -16,8 +16,6 @@ COMPARED = 5  # trials are compared after as many epochs as so many of them have
 WINDOW = 3  # epochs whose mean counts: one epoch's accuracy is noisy
 DECADES = 1.0  # to either side of the best one: over more, the response is no parabola
 PARABOLA_RATES = 4  # that a parabola is fitted to; three always fit
-GAIN_DOUBT = 0.25  # of what trials still gain after an epoch: how far off a trial's gain is, before any was seen
-GAIN_WEIGHT = 3  # trials that this counts as
 EDGE_FACTOR = 1.1  # as near as that to the end of the range is at the end
 LEAST_EPOCHS = 4  # of a curve, to say whether it still rises
 TRAINED = ("complete", "pruned", "diverged")
@@ -104,8 +102,9 @@ def best(study: Study, trials: Sequence[Trial]) -> Best | None:
 def response(study: Study, trials: Sequence[Trial]) -> Response | None:
     """The response of trials that differ in their learning rate; None where too few rates have a value.
 
-    A pruned trial counts with what complete trials with its epochs have still gained, on average, and the more doubtful
-    the more they differ in that. Trials that differ in another range count all the same: it is part of the noise.
+    A pruned trial counts with what complete trials have still gained from its last epoch on, on average; it is the more
+    doubtful the more they gained, the more they differ in that, and the further they were from it at that epoch. Trials
+    that differ in another range count all the same: it is part of the noise.
     """
     import numpy as np
 
@@ -119,11 +118,13 @@ def response(study: Study, trials: Sequence[Trial]) -> Response | None:
             continue
         epoch = trial.epochs[-1] if trial.epochs else 0
         at_epoch = [(_value(other), curves[other.number].get(epoch)) for other in complete]
-        gains = [sign * (last - then) for last, then in at_epoch if then is not None]
-        if gains:
+        known = [(last, then) for last, then in at_epoch if then is not None]
+        if known:
+            gains = [sign * (last - then) for last, then in known]
             gain = statistics.fmean(gains)
-            spread = sum((one - gain) ** 2 for one in gains) + GAIN_WEIGHT * (GAIN_DOUBT * gain) ** 2
-            doubt = math.sqrt(spread / (len(gains) - 1 + GAIN_WEIGHT) * (1 + 1 / len(gains)))
+            # They are the survivors: a trial that was worse, and far from them, may have gained anything.
+            apart = abs(_value(trial) - statistics.fmean(then for _, then in known))
+            doubt = max(statistics.pstdev(gains), abs(gain) / 2, apart)
             seen.append((float(trial.params["lr"]), sign * _value(trial) + gain, doubt))
     if not seen:
         return None
