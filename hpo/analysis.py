@@ -161,6 +161,10 @@ class Evidence:
         return [trial for trial in self.trials if trial.state == "complete" and trial.value is not None]
 
     @property
+    def ended(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.state in TRAINED]
+
+    @property
     def noise(self) -> float | None:
         """The standard deviation of one trial's value: the response's, or else what the pictures alone give."""
         num_val = self.study.facts.get("num_val")
@@ -190,7 +194,7 @@ def _not_enough(evidence: Evidence) -> str | None:
 
 
 def _edge_of_range(evidence: Evidence) -> str | None:
-    if len({trial.params["lr"] for trial in evidence.trials if trial.state in TRAINED}) < 2:
+    if len({trial.params["lr"] for trial in evidence.ended}) < 2:
         return None
     low, high = _searched(evidence.study, evidence.trials)
     first, last = evidence.plateau
@@ -205,7 +209,7 @@ def _edge_of_range(evidence: Evidence) -> str | None:
 
 
 def _most_diverged(evidence: Evidence) -> str | None:
-    ended = [trial for trial in evidence.trials if trial.state in TRAINED]
+    ended = evidence.ended
     diverged = [trial for trial in ended if trial.state == "diverged"]
     if len(diverged) <= len(ended) / 2:
         return None
@@ -214,13 +218,12 @@ def _most_diverged(evidence: Evidence) -> str | None:
 
 
 def _tied(evidence: Evidence) -> str | None:
-    complete, (first, last) = evidence.complete, evidence.plateau
+    complete, ended, (first, last) = evidence.complete, evidence.ended, evidence.plateau
     if evidence.response is not None:
         tied = [trial for trial in complete if first <= trial.params["lr"] <= last]
     else:
         margin = math.sqrt(2) * (evidence.noise or 0.0)  # of a difference of two
         tied = [trial for trial in complete if abs(_value(trial) - _value(evidence.winner)) <= margin]
-    ended = [trial for trial in evidence.trials if trial.state in TRAINED]
     rates, tied_rates = ({float(trial.params["lr"]) for trial in some} for some in (ended, tied))
     if len(tied_rates) <= len(rates) / 2 or len(rates) < 2:
         return None

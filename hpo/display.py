@@ -157,7 +157,7 @@ def answer_lines(study: Study, found: Best) -> list[str]:
         if other is not found.response:
             low, high = other.interval
             lines.append(
-                f"with {_params(params)}: {_rate(other.best)} ({_rate(low)} to {_rate(high)}), "
+                f"with {in_words(params)}: {_rate(other.best)} ({_rate(low)} to {_rate(high)}), "
                 f"{study.spec.metric} {_value(other.value, study)}"
             )
     return lines + [f"beware: {warning.text}" for warning in found.warnings]
@@ -248,7 +248,7 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
         if trial.state == "running":
             running.add_row(
                 str(trial.number),
-                _params(trial.params),
+                in_words(trial.params),
                 str(trial.attributes.get("device", "")),
                 f"{max(trial.epochs, default=0)}/{_epochs(study, trial)}",
                 _last(trial, "train_loss", "{:.4f}"),
@@ -258,7 +258,7 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
     parts: list[RenderableType] = [bar, running if running.row_count else Text("starting workers ...", style="dim")]
     if (found := best_trial(study, trials)) is not None and found.value is not None:
         value = f"{study.spec.metric} {_value(found.value, study)}"
-        parts.append(Text(f"best so far: {_params(found.params)}, {value}, trial {found.number}"))
+        parts.append(Text(f"best so far: {in_words(found.params)}, {value}, trial {found.number}"))
     where = peak(study, trials)
     if where is not None and where.fitted:
         parts.append(Text(peak_in_words(where.lr, where.epochs)))
@@ -270,7 +270,7 @@ def _ended_line(study: Study, trial: Trial) -> Text:
     value = "" if trial.value is None else f", {study.spec.metric} {_value(trial.value, study)}"
     text = Text(f"trial {trial.number} ")
     text.append(trial.state, style=STYLES[trial.state])
-    text.append(f": {_params(trial.params)}{value}, {trial.reason}, {seconds}")
+    text.append(f": {in_words(trial.params)}{value}, {trial.reason}, {seconds}")
     return text
 
 
@@ -306,10 +306,6 @@ def _epochs(study: Study, trial: Trial) -> int:
 def _last(trial: Trial, name: str, form: str) -> str:
     values = trial.curves.get(name, ())
     return "" if not values else "not finite" if values[-1] is None else form.format(values[-1])
-
-
-def _params(params: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={_number(value)}" for key, value in params.items())
 
 
 def _number(value: Any) -> str:
