@@ -1,7 +1,8 @@
-"""The options that several commands share, and a command with its options as a line for the shell."""
+"""What several commands share: their options, JSON as they print it, and a command as a line for the shell."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -77,3 +78,7 @@ def command_line(*arguments: str | tuple[str, str]) -> str:
     """A command line that can be pasted into a shell as it is."""
     words = [word for argument in arguments for word in ([argument] if isinstance(argument, str) else argument)]
     return shlex.join(["hpo", *words])
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
