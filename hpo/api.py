@@ -22,9 +22,8 @@ from hpo.analysis import Best
 from hpo.database import Unreachable, parse_url
 from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
-from hpo.ledger import ENDED
 from hpo.outage import OUTAGE_S, STORE_ERRORS
-from hpo.records import Study, Trial
+from hpo.records import ENDED, Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
 from hpo.trust import Allowed
@@ -99,7 +98,7 @@ def join(
     """
     store = Store(storage_url(storage))
     study = store.study(name)
-    if not _num_left(store, study):
+    if not store.num_left(study):
         return _result(store, study)
 
     def join_it(facts: Mapping[str, Any]) -> tuple[Store, Study]:
@@ -135,7 +134,7 @@ def serve(
     while True:
         found, now_said = [], "waiting for a study"
         try:
-            found = [study for study in store.studies() if study.stop is None and _num_waiting(store, study)]
+            found = [study for study in store.studies() if study.stop is None and _waits(store, study)]
         except STORE_ERRORS as error:
             now_said = f"the store does not answer, waiting for it: {error}"
         found.sort(key=lambda study: (study.name != first, study.started))
@@ -179,7 +178,7 @@ def resume(
     """
     store = Store(storage_url(storage))
     study = store.study(name)
-    if trials is None and not _num_left(store, study):
+    if trials is None and not store.num_left(study):
         return _result(store, study)
 
     def go_on(facts: Mapping[str, Any]) -> tuple[Store, Study]:
@@ -200,7 +199,7 @@ def stop(name: str, *, storage: str | None = None) -> bool:
     """
     store = Store(storage_url(storage))
     study = store.study(name)
-    if not _num_left(store, study):
+    if not store.num_left(study):
         return False
     store.request_stop(study)
     return True
@@ -347,7 +346,9 @@ def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
     except UserError:
         return None  # no store or no such study; what else may be wrong is said when it is opened for writing
     counts = store.counts(study.study_id)
-    if set(counts) - set(ENDED) or sum(counts.values()) < spec.num_trials or study.spec.differences(spec):
+    if set(counts) - set(ENDED) or study.spec.differences(spec) or study.spec.num_trials < spec.num_trials:
+        return None
+    if store.num_left(replace(study, spec=spec)):  # a confirmation, which the study may not have had before
         return None
     return store, study
 
@@ -376,7 +377,7 @@ def _train(
         store.patience_s = OUTAGE_S
         launcher.run(store, study, watch=watcher(store, study) if watcher else lambda: None)
     study = store.study(study.name)
-    left = _num_left(store, study)
+    left = store.num_left(study)
     if study.stop == "failure":
         raise StudyStopped(f"study {study.name!r} was stopped: {study.stop_reason}", can_go_on=left > 0)
     if left:
@@ -389,12 +390,10 @@ def _check_workers(workers: int | None) -> None:
         raise UserError(f"--workers must be at least 1, got {workers}")
 
 
-def _num_left(store: Store, study: Study) -> int:
-    return sum(count for state, count in store.counts(study.study_id).items() if state not in ENDED)
-
-
-def _num_waiting(store: Store, study: Study) -> int:
-    return store.counts(study.study_id).get("waiting", 0)
+def _waits(store: Store, study: Study) -> bool:
+    """Whether a worker that came would find a trial to take."""
+    counts = store.counts(study.study_id)
+    return "waiting" in counts or ("running" not in counts and store.num_left(study) > 0)
 
 
 def _result(store: Store, study: Study) -> Result:
@@ -417,9 +416,10 @@ def _exported(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
     study = store.study(name)
     all_trials = store.trials(study)
     found = _best(study, all_trials)
-    seed = next(trial.attributes["seed"] for trial in all_trials if trial.number == found.trial)
+    numbers = [found.trial] if found.confirmation is None else found.confirmation.winner.trials
+    best = next(trial for trial in all_trials if trial.number in numbers and trial.state == "complete")
     stacked = any(agreed["convolution"] for agreed in store.agreements(study).values())
-    again = study.spec.of_trial(found.params, name=f"{name[:95]}-best", seed=seed, stacked=stacked)
+    again = study.spec.of_trial(best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked)
     return found, again.frozen()
 
 
@@ -428,6 +428,7 @@ def _trial_dict(trial: Trial) -> dict[str, Any]:
     return {
         **{name: list(values) for name, values in curves.items()},
         "number": trial.number,
+        "kind": trial.kind,
         "state": trial.state,
         "params": dict(trial.params),
         "value": trial.value,
@@ -435,7 +436,7 @@ def _trial_dict(trial: Trial) -> dict[str, Any]:
         "epochs": list(trial.epochs),
         "reason": trial.reason,
         "error": trial.error,
-        **{key: value for key, value in trial.attributes.items() if key != "ended"},
+        **{key: value for key, value in trial.attributes.items() if key not in ("ended", "kind")},
         "attempts": [asdict(attempt) for attempt in trial.attempts],
         "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
     }

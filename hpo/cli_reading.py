@@ -89,10 +89,10 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
         print_json(found)
         return
     print_table(
-        ["trial", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
+        ["trial", "kind", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
         (
-            [row["number"], row["state"], in_words(row["params"]), as_text(row["value"]), len(row["epochs"]),
-             row["attempt"], as_text(row["duration_s"]), as_text(row["reason"])]
+            [row["number"], row["kind"], row["state"], in_words(row["params"]), as_text(row["value"]),
+             len(row["epochs"]), row["attempt"], as_text(row["duration_s"]), as_text(row["reason"])]
             for row in found
         ),
     )  # fmt: skip

@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.analysis import Best, best_trial, peak
-from hpo.ledger import ENDED
-from hpo.records import Study, Trial
+from hpo.analysis import Best, best_trial, peak, searched
+from hpo.confirm import Confirmation
+from hpo.records import ENDED, Study, Trial
 from hpo.response import CONFIDENCE, Response
 from hpo.store import Store
 
@@ -88,6 +88,10 @@ class Progress:
                 self._said.add(key)
                 self._console.print(agreed["reason"], highlight=False, soft_wrap=True)
         trials = self._store.trials(self._study)
+        for kind in dict.fromkeys(trial.kind for trial in trials):
+            if kind not in self._said and (text := _stage(self._study, trials, kind)):
+                self._said.add(kind)
+                self._console.print(text, highlight=False, soft_wrap=True)
         for trial in trials:
             if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
                 self._console.print(_ended_line(self._study, trial), highlight=False)
@@ -114,6 +118,8 @@ def heading(study: Study) -> Text:
     text.append(
         f": {spec.num_trials} trials, {spec.search.sampler} over {', '.join(spec.search.parameters)}", style="not bold"
     )
+    if spec.confirm:
+        text.append(f", then the best {spec.confirm.top} on {spec.confirm.seeds} seeds each", style="not bold")
     if "num_parameters" in facts:
         text.append(
             f"; {spec.model.name} ({facts['num_parameters']:,} parameters) on {spec.data.name} "
@@ -128,7 +134,7 @@ def print_answer(
     console: Console, study: Study, trials: Sequence[Trial], found: Best, *, next_steps: Sequence[str]
 ) -> None:
     """The table of learning rates against accuracy, the winner, and what to type next."""
-    console.print(_table(study, trials, found, width=console.width))
+    console.print(_table(study, searched(trials), found, width=console.width))
     for line in answer_lines(study, found):
         console.print(line, style="bold", highlight=False, soft_wrap=True)
     for step in next_steps:
@@ -139,7 +145,13 @@ def answer_lines(study: Study, found: Best) -> list[str]:
     """The answer in words, the warnings last."""
     values = ", ".join(f"{key} {_number(value)}" for key, value in found.params.items() if key != "lr")
     trial = f"{study.spec.metric} {_value(found.value, study)}, trial {found.trial}"
-    if found.response is not None:
+    if found.confirmation is not None:
+        lines = confirmation_lines(study, found.confirmation)
+        if found.response is not None:
+            lines.append(f"the response to the learning rate in the search is best at {_rate(found.response.best)}")
+            lines += response_lines(study, found.response)
+        lines.append(f"the best trial of the search: {in_words(found.params)}, {trial}; the luckiest, too")
+    elif found.response is not None:
         lines = [f"best learning rate: {_rate(found.response.best)}" + (f" ({values})" if values else "")]
         lines += response_lines(study, found.response)
         lines.append(f"the best trial: learning rate {_number(found.params['lr'])}, {trial}; the luckiest, too")
@@ -161,6 +173,39 @@ def answer_lines(study: Study, found: Best) -> list[str]:
                 f"{study.spec.metric} {_value(other.value, study)}"
             )
     return lines + [f"beware: {warning.text}" for warning in found.warnings]
+
+
+def confirmation_lines(study: Study, found: Confirmation) -> list[str]:
+    """What came of training the best learning rates again."""
+    winner = found.winner
+    count = sum(value is not None for value in winner.values)
+    values = ", ".join(f"{key} {_number(value)}" for key, value in winner.params.items() if key != "lr")
+    subject = f"best learning rate: {_number(winner.params['lr'])}" if "lr" in winner.params else "best"
+    lines = [
+        f"{subject}{f' ({values})' if values else ''}, confirmed on {count} fresh seed{'s' * (count != 1)}: "
+        f"{study.spec.metric} {_with_error(found.value, found.standard_error, study)}"
+    ]
+    if found.test_value is not None:
+        error = found.test_standard_error
+        lines.append(f"on the test set, which nothing was chosen by: {_with_error(found.test_value, error, study)}")
+    lines.append(
+        f"the value of the search's best trial was {_value(abs(found.inflation), study)} "
+        f"{'better' if found.inflation >= 0 else 'worse'} than that"
+    )
+    if found.runner_up is not None:
+        other, (low, high) = found.runner_up, found.runner_up.interval
+        verdict = "really is worse" if other.is_worse else "is not told apart from it"
+        lines.append(
+            f"the runner-up, {in_words(other.params)}, {verdict}: seed by seed it is {_value(other.difference, study)} "
+            f"behind ({_value(low, study)} to {_value(high, study)})"
+        )
+    if winner.num_diverged:
+        lines.append(f"beware: {winner.num_diverged} of its {len(winner.values)} seeds diverged")
+    return lines
+
+
+def _with_error(value: float, error: float | None, study: Study) -> str:
+    return _value(value, study) + (f" ± {_value(error, study)}" if error is not None else "")
 
 
 def response_lines(study: Study, found: Response) -> list[str]:
@@ -265,6 +310,17 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
     return Group(*parts)
 
 
+def _stage(study: Study, trials: Sequence[Trial], kind: str) -> str | None:
+    """What is begun with the first trial that is not of the search."""
+    if kind == "search":
+        return None
+    mine = [trial for trial in trials if trial.kind == kind]
+    if kind == "test":
+        return f"measuring the test set with the {len(mine)} networks of the best one"
+    rates = list(dict.fromkeys(in_words(trial.params) for trial in mine))
+    return f"the search is done; trained again on fresh seeds: {'; '.join(rates)}"
+
+
 def _ended_line(study: Study, trial: Trial) -> Text:
     seconds = f"{trial.ended - trial.started:.1f} s" if trial.ended and trial.started else ""
     value = "" if trial.value is None else f", {study.spec.metric} {_value(trial.value, study)}"
@@ -313,7 +369,7 @@ def _number(value: Any) -> str:
 
 
 def _value(value: float, study: Study) -> str:
-    return f"{value:.2%}" if study.spec.metric.endswith("accuracy") and 0 <= value <= 1 else f"{value:.4g}"
+    return f"{value:.2%}" if study.spec.metric.endswith("accuracy") and -1 <= value <= 1 else f"{value:.4g}"
 
 
 def _sort_key(value: Any) -> tuple[int, Any]:

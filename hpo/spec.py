@@ -23,7 +23,7 @@ from hpo.errors import UserError, check_keys, unknown_name
 from hpo.objective import RESERVED
 from hpo.rules import check_reference, check_rule, explain
 from hpo.search import PRUNERS, SAMPLERS
-from hpo.sections import CheckpointsSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
+from hpo.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
 from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points
 from hpo.train.config import NEUTRAL, TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
@@ -50,6 +50,7 @@ class StudySpec(Section):
     objective: ObjectiveSpec | None = None
     engine: EngineSpec = EngineSpec()
     checkpoints: CheckpointsSpec = CheckpointsSpec()
+    confirm: ConfirmSpec | None = None  # None: the search has the last word
 
     @classmethod
     def from_toml(cls, path: str | Path, *, overrides: Iterable[str] = ()) -> StudySpec:
@@ -136,6 +137,7 @@ class StudySpec(Section):
             points = {"lr": settings["training"].pop("lr")}
             settings["engine"] = {"lanes": 2 if stacked else 1}
         settings["training"].pop("seed")
+        settings.pop("confirm", None)
         space = {key: [value] for key, value in points.items()} | {"seed": [seed]}
         settings["search"] = {"sampler": "grid", "seed": self.search.seed, "space": space}
         return StudySpec.from_dict(settings)
@@ -166,13 +168,18 @@ class StudySpec(Section):
         return settings
 
     def differences(self, other: StudySpec) -> list[str]:
-        """The settings, as `section.key: theirs here, mine there`, that would change a result of `self`."""
+        """The settings, as `section.key: theirs here, mine there`, that would change a result of `self`.
+
+        A confirmation can be added to what was searched without one.
+        """
         mine, theirs = dict(_flatten(self.frozen())), dict(_flatten(other.frozen()))
         neutral = RESULT_NEUTRAL if "grid" in (self.search.sampler, other.search.sampler) else RESULT_NEUTRAL | BUDGET
         return [
             f"{key}: {mine.get(key)!r} in the study, {theirs.get(key)!r} here"
             for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key) and key not in neutral
+            if mine.get(key) != theirs.get(key)
+            and key not in neutral
+            and not (self.confirm is None and key.startswith("confirm."))
         ]
 
     @model_validator(mode="before")
@@ -203,8 +210,8 @@ class StudySpec(Section):
     def _check(self) -> StudySpec:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise UserError(f"name must be letters, digits, '.', '_' and '-', at most 100; got {self.name!r}")
-        for section in ("search", "pruner", "data", "training", "engine", "checkpoints"):
-            for key, value in vars(getattr(self, section)).items():
+        for section in ("search", "pruner", "data", "training", "engine", "checkpoints", "confirm"):
+            for key, value in (vars(getattr(self, section)) if getattr(self, section) else {}).items():
                 check_rule(f"{section}.{key}", value)
         self._check_search()
         self._check_pruner()
@@ -363,7 +370,7 @@ class StudySpec(Section):
 
 SECTIONS: dict[str, type[Section]] = {
     "search": SearchSpec, "pruner": PrunerSpec, "objective": ObjectiveSpec, "engine": EngineSpec,
-    "checkpoints": CheckpointsSpec,
+    "checkpoints": CheckpointsSpec, "confirm": ConfirmSpec,
 }  # fmt: skip
 DEFAULT_TRIALS = 20
 OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # what of [training] a user's own loop is given

@@ -8,8 +8,9 @@ import re
 import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import sqlalchemy as sa
@@ -17,18 +18,41 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
-from hpo import liveness, search
+from hpo import analysis, confirm, liveness, search
 from hpo.database import CONNECTIONS_PER_WORKER, database_path, exclude_others, now
 from hpo.errors import UserError
 from hpo.ledger import LEASE_S, Ledger, is_gone
 from hpo.outage import patiently
-from hpo.records import Attempt, Study, Trial, WorkerRow, read_attempt, read_trial
+from hpo.records import ENDED, Attempt, Study, Trial, WorkerRow, read_attempt, read_trial
 from hpo.schema import attempts, epochs, schema_version, slots, studies, workers
 from hpo.spec import StudySpec
 
 AGREEMENT = "hpo: "  # begins the names of Optuna's study attributes that are ours
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
-_UNCLAIMED = {"state": "waiting", "attempt": 0, "furthest": 0, "losses": 0, "failures": 0, "alone": 0}
+_UNCLAIMED = {
+    "kind": "search",
+    "replicate": None,
+    "tested": None,
+    "state": "waiting",
+    "attempt": 0,
+    "furthest": 0,
+    "losses": 0,
+    "failures": 0,
+    "alone": 0,
+}
+
+
+class _Place(NamedTuple):
+    """How far a slot has come."""
+
+    number: int
+    kind: str
+    state: str
+
+
+def _slot(spec: StudySpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a slot that nobody has claimed, with these values given."""
+    return {"given": json.dumps(search.optuna_params(spec, values)), **_UNCLAIMED}
 
 
 class Store(Ledger):
@@ -73,6 +97,7 @@ class Store(Ledger):
             else:
                 study = self._load(connection, study_id, spec.name)
                 self.check_joins(study, spec, facts=facts)
+                study = replace(study, facts={**facts, **study.facts})  # an older hpo may have found fewer
                 self._save(connection, study, spec, trials=spec.num_trials)
             return self._load(connection, study_id, spec.name)
 
@@ -110,17 +135,62 @@ class Store(Ledger):
                 started_at=created,
             )
         )
-        given = [json.dumps(search.optuna_params(spec, values)) for values in search.slots(spec)]
-        self._insert_slots(connection, study_id, range(len(given)), given)
+        self._add_slots(connection, study_id, [_slot(spec, values) for values in search.slots(spec)])
         return study_id
 
-    def _insert_slots(self, connection: Connection, study_id: int, numbers: range, given: Sequence[str]) -> None:
-        rows = [
-            {"study_id": study_id, "number": number, "given": values, **_UNCLAIMED}
-            for number, values in zip(numbers, given, strict=True)
-        ]
+    def _add_slots(self, connection: Connection, study_id: int, new: Sequence[Mapping[str, Any]]) -> None:
+        """Adds slots after the last one that the study has."""
+        last = connection.execute(sa.select(sa.func.max(slots.c.number)).where(slots.c.study_id == study_id)).scalar()
+        first = 0 if last is None else last + 1
+        rows = [{"study_id": study_id, "number": first + index, **slot} for index, slot in enumerate(new)]
         if rows:
             connection.execute(slots.insert(), rows)
+
+    @patiently
+    def go_on(self, study: Study) -> bool:
+        """Adds the slots of what follows, once every trial has ended: of the confirmation, then of its test.
+
+        Returns whether there is anything more to train. Whoever asks first adds them, and nobody a second time.
+        """
+        if study.spec.confirm is None or confirm.due(study, self._places(study)) is None:
+            return self.num_left(study) > 0
+        trials = self.trials(study)
+        found = analysis.best(study, trials)
+        planned = confirm.plan(study, trials, found) if found is not None else []
+        with self._transaction() as connection:
+            lock = sa.select(studies.c.study_id).where(studies.c.study_id == study.study_id).with_for_update()
+            connection.execute(lock)
+            if self._num_slots(connection, study) == len(trials):
+                new = [
+                    _slot(study.spec, one.params) | {"kind": one.kind, "replicate": one.replicate, "tested": one.tested}
+                    for one in planned
+                ]
+                self._add_slots(connection, study.study_id, new)
+        return bool(planned)
+
+    @patiently
+    def num_left(self, study: Study) -> int:
+        """How many trials are to end yet, as far as that is known."""
+        num_open = sum(count for state, count in self.counts(study.study_id).items() if state not in ENDED)
+        return num_open or (confirm.num_due(study, self._places(study)) if study.spec.confirm else 0)
+
+    @patiently
+    def most_at_once(self, study: Study) -> int:
+        """How many trials may come to wait at the same time, now or later."""
+        confirm_ = study.spec.confirm
+        waiting = self.counts(study.study_id).get("waiting", 0)
+        return max(waiting, confirm_.top * confirm_.seeds) if confirm_ and self.num_left(study) else waiting
+
+    @patiently
+    def untested(self, study: Study) -> set[int]:
+        """The numbers of the trials whose networks the test set may yet be measured with."""
+        return confirm.untested(study, self._places(study)) if study.spec.confirm else set()
+
+    def _places(self, study: Study) -> list[_Place]:
+        columns = (slots.c.number, slots.c.kind, slots.c.state)
+        query = sa.select(*columns).where(slots.c.study_id == study.study_id).order_by(slots.c.number)
+        with self._storage.engine.connect() as connection:
+            return [_Place(*row) for row in connection.execute(query)]
 
     @patiently
     def study(self, name: str) -> Study:
@@ -157,22 +227,23 @@ class Store(Ledger):
         with self._transaction() as connection:
             exclude_others(connection)
             study = self._load(connection, study.study_id, study.name)
-            if trials < (count := self._num_slots(connection, study)):
+            if trials < (count := self._num_slots(connection, study, kind="search")):
                 raise UserError(f"--trials must be at least {count}, which study {study.name!r} has, got {trials}")
             self._save(connection, study, study.spec, trials=trials)
 
     def _save(self, connection: Connection, study: Study, spec: StudySpec, *, trials: int) -> None:
         """Makes `spec` the study's, with a budget of `trials` or what it has already."""
-        count = self._num_slots(connection, study)
-        self._insert_slots(connection, study.study_id, range(count, trials), ["{}"] * (trials - count))
+        count = self._num_slots(connection, study, kind="search")
+        self._add_slots(connection, study.study_id, [_slot(spec, {})] * (trials - count))
         frozen = spec.frozen()
         if spec.search.sampler != "grid":
             frozen["search"]["trials"] = max(trials, count)
-        connection.execute(studies.update().where(studies.c.study_id == study.study_id).values(spec=json.dumps(frozen)))
+        saved = {"spec": json.dumps(frozen), "facts": json.dumps(dict(study.facts))}
+        connection.execute(studies.update().where(studies.c.study_id == study.study_id).values(**saved))
 
-    def _num_slots(self, connection: Connection, study: Study) -> int:
+    def _num_slots(self, connection: Connection, study: Study, *, kind: str | None = None) -> int:
         query = sa.select(sa.func.count()).select_from(slots).where(slots.c.study_id == study.study_id)
-        return connection.execute(query).scalar_one()
+        return connection.execute(query if kind is None else query.where(slots.c.kind == kind)).scalar_one()
 
     def check_absent(self, name: str) -> None:
         """Raises UserError where this store has a study of that name."""
