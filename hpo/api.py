@@ -18,7 +18,9 @@ import fsspec.generic
 import tomli_w
 
 from hpo import analysis, database, launch, preflight
+from hpo import compare as comparison
 from hpo.analysis import Best
+from hpo.compare import Comparison
 from hpo.database import Unreachable, parse_url
 from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
@@ -307,6 +309,17 @@ def best(name: str, *, storage: str | None = None) -> Best:
     store = Store(storage_url(storage))
     study = store.study(name)
     return _best(study, store.trials(study))
+
+
+def compare(names: Sequence[str], *, storage: str | None = None) -> Comparison:
+    """Studies side by side: the best learning rate of each, in what they differ, and what follows from that.
+
+    Raises StudyStopped where a study has no complete trial.
+    """
+    store = Store(storage_url(storage))
+    studies = [store.study(name) for name in names]
+    answers = [(study, store.trials(study)) for study in studies]
+    return comparison.compare([(study, all_trials, _best(study, all_trials)) for study, all_trials in answers])
 
 
 def export(name: str, *, storage: str | None = None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError, model_validator
 
+from hpo import study_file
 from hpo.errors import UserError, check_keys, unknown_name
 from hpo.objective import RESERVED
 from hpo.rules import check_reference, check_rule, explain
@@ -55,15 +55,17 @@ class StudySpec(Section):
     @classmethod
     def from_toml(cls, path: str | Path, *, overrides: Iterable[str] = ()) -> StudySpec:
         """Reads a study file; `overrides` are `section.key=value` with the value written as in TOML."""
-        try:
-            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"the study file {path} cannot be read: {error.strerror or error}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"the study file {path} is not valid TOML: {error}") from None
-        for override in overrides:
-            _override(settings, override)
-        return cls.from_dict(settings, source=str(path))
+        first, *others = cls.all_from_toml(path, overrides=overrides)
+        if others:
+            raise UserError(f"{path} holds {1 + len(others)} studies, by its [[compare]]: `hpo run` runs them all")
+        return first
+
+    @classmethod
+    def all_from_toml(cls, path: str | Path, *, overrides: Iterable[str] = ()) -> list[StudySpec]:
+        """The study of a file and, for each table of its `[[compare]]`, that study with the settings of the table."""
+        settings = study_file.variants(study_file.read(path, overrides=overrides), source=str(path))
+        sources = [str(path), *(f"{path}, [[compare]] for {one['name']}" for one in settings[1:])]
+        return [cls.from_dict(one, source=source) for one, source in zip(settings, sources, strict=True)]
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], *, source: str | None = None) -> StudySpec:
@@ -172,7 +174,7 @@ class StudySpec(Section):
 
         A confirmation can be added to what was searched without one.
         """
-        mine, theirs = dict(_flatten(self.frozen())), dict(_flatten(other.frozen()))
+        mine, theirs = dict(study_file.flatten(self.frozen())), dict(study_file.flatten(other.frozen()))
         neutral = RESULT_NEUTRAL if "grid" in (self.search.sampler, other.search.sampler) else RESULT_NEUTRAL | BUDGET
         return [
             f"{key}: {mine.get(key)!r} in the study, {theirs.get(key)!r} here"
@@ -429,30 +431,6 @@ def _searchable_keys() -> list[str]:
 def _section_and_name(key: str) -> tuple[str, str]:
     section, dot, name = key.partition(".")
     return (section, name) if dot and section in ("model", "data") else ("training", key)
-
-
-def _override(settings: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"--set must be written section.key=value, got {override!r}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a text: --set training.optimizer=sgd
-    for key in keys[:-1]:
-        settings = settings.setdefault(key, {})
-        if not isinstance(settings, dict):
-            raise UserError(f"--set {override}: {key} is not a section")
-    settings[keys[-1]] = value
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _is_default(config: Any, field: dataclasses.Field[Any]) -> bool:
