@@ -28,6 +28,7 @@ from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 from hpo.store import Store
 from hpo.trust import Allowed
+from hpo.words import no_answer
 
 HEADER = "The best trial of study"  # begins every export, which alone may be written over
 DEFAULT_STORAGE = "sqlite:///hpo.db"
@@ -405,9 +406,7 @@ def _result(store: Store, study: Study) -> Result:
 def _best(study: Study, all_trials: list[Trial]) -> Best:
     found = analysis.best(study, all_trials)
     if found is None:
-        states = [trial.state for trial in all_trials]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        raise StudyStopped(f"study {study.name!r} has no complete trial to choose from: {counts}")
+        raise StudyStopped(f"study {study.name!r} has {no_answer(all_trials)}")
     return found
 
 

@@ -42,7 +42,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo status quickstart
     """
     from hpo import api
-    from hpo.display import as_text, in_words, peak_in_words, print_table
+    from hpo.display import print_table
+    from hpo.words import as_text, in_words, peak_in_words
 
     found = api.status(study, storage=storage)
     if as_json:
@@ -82,7 +83,8 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo trials quickstart --json
     """
     from hpo import api
-    from hpo.display import as_text, in_words, print_table
+    from hpo.display import print_table
+    from hpo.words import as_text, in_words
 
     found = api.trials(study, storage=storage)
     if as_json:
@@ -109,8 +111,8 @@ def best_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo best quickstart --json
     """
     from hpo import api
-    from hpo.display import answer_lines
     from hpo.store import Store
+    from hpo.words import answer_lines
 
     found = api.best(study, storage=storage)
     if as_json:
