@@ -24,7 +24,8 @@ from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
 from hpo.ledger import ENDED
 from hpo.outage import OUTAGE_S, STORE_ERRORS
-from hpo.records import Study, Trial
+from hpo.publish import Publisher, publish
+from hpo.records import Study, Trial, trial_as_dict
 from hpo.spec import StudySpec
 from hpo.store import Store
 from hpo.trust import Allowed
@@ -298,7 +299,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
 def trials(name: str, *, storage: str | None = None) -> list[dict[str, Any]]:
     """Every trial of a study, waiting ones included, with one entry for each epoch in each of its curves."""
     store = Store(storage_url(storage))
-    return [_trial_dict(trial) for trial in store.trials(store.study(name))]
+    return [trial_as_dict(trial) for trial in store.trials(store.study(name))]
 
 
 def best(name: str, *, storage: str | None = None) -> Best:
@@ -333,6 +334,36 @@ def write_export(name: str, output: str | Path, *, storage: str | None = None) -
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from None
+
+
+def write_report(
+    name: str,
+    output: str | Path | None = None,
+    *,
+    form: str | None = None,
+    figure: str = "response",
+    storage: str | None = None,
+) -> Path:
+    """Writes the report of a study, and has optuna-dashboard show the same; returns the file's path.
+
+    `form` is html, png, svg, md or json, by default what `output` ends in, or else html; `output` is by default the
+    study's name. Images show one `figure`. Raises UserError for what there is not, and where `output` is another file.
+    """
+    from hpo import report
+
+    path = Path(output or f"{name}.{form or 'html'}")
+    if path.suffix[1:] not in report.FORMATS and form is None:
+        raise UserError(f"--output must end in {', '.join(f'.{form}' for form in report.FORMATS)}, got {str(output)!r}")
+    form = form or path.suffix[1:]
+    report.check_request(form, figure)
+    store = Store(storage_url(storage))
+    study = store.study(name)
+    all_trials = store.trials(study)
+    made = report.make(study, all_trials, analysis.best(study, all_trials), storage=str(store.url))
+    report.write(path, report.render(made, form, figure=figure))
+    with suppress(*STORE_ERRORS):  # a store that can only be read can be reported on all the same
+        publish(store, made)
+    return path
 
 
 def storage_url(storage: str | None) -> str:
@@ -375,7 +406,14 @@ def _train(
     with allowed.importable():
         store, study = open_study(preflight.check(spec, chosen))
         store.patience_s = OUTAGE_S
-        launcher.run(store, study, watch=watcher(store, study) if watcher else lambda: None)
+        with Publisher(store, study) as publisher:
+            watch = watcher(store, study) if watcher else lambda: None
+
+            def look() -> None:
+                publisher.look()
+                watch()
+
+            launcher.run(store, study, watch=look)
     study = store.study(study.name)
     left = _num_left(store, study)
     if study.stop == "failure":
@@ -420,21 +458,3 @@ def _exported(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
     stacked = any(agreed["convolution"] for agreed in store.agreements(study).values())
     again = study.spec.of_trial(found.params, name=f"{name[:95]}-best", seed=seed, stacked=stacked)
     return found, again.frozen()
-
-
-def _trial_dict(trial: Trial) -> dict[str, Any]:
-    curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
-    return {
-        **{name: list(values) for name, values in curves.items()},
-        "number": trial.number,
-        "state": trial.state,
-        "params": dict(trial.params),
-        "value": trial.value,
-        "attempt": trial.attempt,
-        "epochs": list(trial.epochs),
-        "reason": trial.reason,
-        "error": trial.error,
-        **{key: value for key, value in trial.attributes.items() if key != "ended"},
-        "attempts": [asdict(attempt) for attempt in trial.attempts],
-        "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
-    }

@@ -63,6 +63,7 @@ def response(findings: Findings) -> go.Figure | None:
             _draw_response(figure, findings, found, row)
         _draw_trials(figure, findings, trials, row, (low, high, below), named)
     rates = [rate for trial in shown if (rate := rate_of(trial))]
+    rates += [lr for _, found, _ in groups if found for lr in (found.lrs[0], found.lrs[-1])]
     ends = math.log10(min(rates)), math.log10(max(rates))
     margin = 0.04 * (ends[1] - ends[0]) or 0.5
     figure.update_xaxes(**rate_axis(title=None, range=[ends[0] - margin, ends[1] + margin]))
@@ -83,7 +84,7 @@ def tell_response(findings: Findings) -> str:
             told.append(f"{name}{len(trials)} trials, too few learning rates for a curve")
         else:
             lines = "; ".join(response_lines(findings.study, found))
-            told.append(f"{name}the best learning rate is {rate_in_words(found.best)}; {lines}")
+            told.append(f"{name or 'All trials: '}the best learning rate is {rate_in_words(found.best)}; {lines}")
     hidden = len(told) - MOST_PANELS
     drawn = f"; {hidden} more combinations are not drawn" if hidden > 0 else ""
     return ". ".join(told) + drawn + ". Trials without a value, such as diverged ones, are at the axis's end."
@@ -112,10 +113,6 @@ def _draw_response(figure: go.Figure, findings: Findings, found: Response, row: 
     first = row == 1
     lrs = [short(lr) for lr in found.lrs]
     place = {"row": row, "col": 1}
-    figure.add_vrect(*found.plateau, fillcolor=rgba(GREEN, 0.12), line_width=0, layer="below", **place)
-    if found.edge is not None:
-        figure.add_vrect(*found.edge.interval, fillcolor=rgba(VERMILLION, 0.08), line_width=0, layer="below", **place)
-        figure.add_vline(found.edge.lr, line={"color": VERMILLION, "dash": "dash", "width": 1.5}, **place)
     figure.add_scatter(
         x=lrs + lrs[::-1], y=[short(y) for y in [*found.high, *found.low[::-1]]], fill="toself",
         fillcolor=rgba(BLUE, 0.16), line={"width": 0}, hoverinfo="skip", name=f"{CONFIDENCE:.0%} band",
@@ -135,6 +132,11 @@ def _draw_response(figure: go.Figure, findings: Findings, found: Response, row: 
         f"<br>expected {value_in_words(found.value, findings.study)}<extra></extra>",
         legendgroup="best", showlegend=first, **place,
     )  # fmt: skip
+    # After the traces: Plotly shades no panel that is empty.
+    figure.add_vrect(*found.plateau, fillcolor=rgba(GREEN, 0.12), line_width=0, layer="below", **place)
+    if found.edge is not None:
+        figure.add_vrect(*found.edge.interval, fillcolor=rgba(VERMILLION, 0.08), line_width=0, layer="below", **place)
+        figure.add_vline(found.edge.lr, line={"color": VERMILLION, "dash": "dash", "width": 1.5}, **place)
     # What is shaded has no trace of its own, and so no place in the legend without these.
     for name, colour, symbol in (("plateau", GREEN, "square"), ("half diverge", VERMILLION, "line-ns-open")):
         if first and (name == "plateau" or found.edge is not None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hpo.search import values_from_optuna
@@ -141,3 +141,22 @@ def read_trial(
         curves={name: [metrics.get(name) for _, metrics in reports] for name in names},
         attempts=attempts,
     )
+
+
+def trial_as_dict(trial: Trial) -> dict[str, Any]:
+    """As plain data: what `hpo trials --json` prints."""
+    curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
+    return {
+        **{name: list(values) for name, values in curves.items()},
+        "number": trial.number,
+        "state": trial.state,
+        "params": dict(trial.params),
+        "value": trial.value,
+        "attempt": trial.attempt,
+        "epochs": list(trial.epochs),
+        "reason": trial.reason,
+        "error": trial.error,
+        **{key: value for key, value in trial.attributes.items() if key != "ended"},
+        "attempts": [asdict(attempt) for attempt in trial.attempts],
+        "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
+    }

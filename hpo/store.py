@@ -27,6 +27,7 @@ from hpo.schema import attempts, epochs, schema_version, slots, studies, workers
 from hpo.spec import StudySpec
 
 AGREEMENT = "hpo: "  # begins the names of Optuna's study attributes that are ours
+FIGURE, NOTE = "dashboard:plot_data:", "dashboard:note_"  # begin the names of optuna-dashboard's
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
 _UNCLAIMED = {"state": "waiting", "attempt": 0, "furthest": 0, "losses": 0, "failures": 0, "alone": 0}
 
@@ -290,6 +291,28 @@ class Store(Ledger):
         """All that was agreed on, by name."""
         attributes = self._storage.get_study_user_attrs(study.study_id)
         return {key.removeprefix(AGREEMENT): attributes[key] for key in attributes if key.startswith(AGREEMENT)}
+
+    def show(self, study: Study, figures: Mapping[str, str], *, note: str) -> None:
+        """Has optuna-dashboard show these figures (title -> JSON of a Plotly figure) and this note with the study.
+
+        In the place of those that were shown before, all of them or, where it raises, none; of two callers at once the
+        later one's stay. They are kept as optuna-dashboard keeps them, but whole: its own functions cut them into
+        pieces of 2,045 characters for MySQL, a transaction each, which another writer's pieces could come between.
+        """
+        with self._transaction() as connection:
+            connection.execute(
+                sa.select(studies.c.study_id).where(studies.c.study_id == study.study_id).with_for_update()
+            )
+            known = self._storage.get_study_system_attrs(study.study_id)
+            wanted: dict[str, Any] = {f"{FIGURE}{title}:0": figure for title, figure in figures.items()}
+            wanted[f"{NOTE}str:0"] = note
+            pieces = {key for key in known if key.startswith((FIGURE, f"{NOTE}str:"))} - wanted.keys()
+            stale = dict.fromkeys((key for key in pieces if known[key] != ""), "")
+            changed = {key: value for key, value in (wanted | stale).items() if known.get(key) != value}
+            if changed:
+                changed[f"{NOTE}ver"] = known.get(f"{NOTE}ver", 0) + 1
+            for key, value in changed.items():
+                self._storage.set_study_system_attr(study.study_id, key, value)
 
     # Workers
 
