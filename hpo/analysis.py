@@ -374,7 +374,7 @@ def _searched(study: Study, trials: Sequence[Trial]) -> tuple[float, float]:
     if isinstance(parameter, Cases):
         case = trials[0].params.get(parameter.by)
         parameter = next((values for name, values in parameter.cases.items() if name == str(case)), None)
-    bounds = [float(value) for value in parameter.extremes() if _is_rate(value)] if parameter else []
+    bounds = [float(value) for value in parameter.extremes() if is_rate(value)] if parameter else []
     return min(rates + bounds), max(rates + bounds)
 
 
@@ -384,10 +384,10 @@ def _sign(study: Study) -> int:
 
 def _has_rate(trial: Trial) -> bool:
     """A loop of the user's may call anything `lr`."""
-    return _is_rate(trial.params.get("lr"))
+    return is_rate(trial.params.get("lr"))
 
 
-def _is_rate(value: Any) -> bool:
+def is_rate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 

@@ -25,10 +25,12 @@ from hpo.database import Unreachable, parse_url
 from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
 from hpo.outage import OUTAGE_S, STORE_ERRORS
-from hpo.records import ENDED, Study, Trial
+from hpo.publish import Publisher, publish
+from hpo.records import ENDED, Study, Trial, trial_as_dict
 from hpo.spec import StudySpec
 from hpo.store import Store
 from hpo.trust import Allowed
+from hpo.words import no_answer
 
 HEADER = "The best trial of study"  # begins every export, which alone may be written over
 DEFAULT_STORAGE = "sqlite:///hpo.db"
@@ -298,7 +300,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
 def trials(name: str, *, storage: str | None = None) -> list[dict[str, Any]]:
     """Every trial of a study, waiting ones included, with one entry for each epoch in each of its curves."""
     store = Store(storage_url(storage))
-    return [_trial_dict(trial) for trial in store.trials(store.study(name))]
+    return [trial_as_dict(trial) for trial in store.trials(store.study(name))]
 
 
 def best(name: str, *, storage: str | None = None) -> Best:
@@ -346,6 +348,36 @@ def write_export(name: str, output: str | Path, *, storage: str | None = None) -
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from None
 
 
+def write_report(
+    name: str,
+    output: str | Path | None = None,
+    *,
+    form: str | None = None,
+    figure: str = "response",
+    storage: str | None = None,
+) -> Path:
+    """Writes the report of a study, and has optuna-dashboard show the same; returns the file's path.
+
+    `form` is html, png, svg, md or json, by default what `output` ends in, or else html; `output` is by default the
+    study's name. Images show one `figure`. Raises UserError for what there is not, and where `output` is another file.
+    """
+    from hpo import report
+
+    path = Path(output or f"{name}.{form or 'html'}")
+    if path.suffix[1:] not in report.FORMATS and form is None:
+        raise UserError(f"--output must end in {', '.join(f'.{form}' for form in report.FORMATS)}, got {str(output)!r}")
+    form = form or path.suffix[1:]
+    report.check_request(form, figure)
+    store = Store(storage_url(storage))
+    study = store.study(name)
+    all_trials = store.trials(study)
+    made = report.make(study, all_trials, analysis.best(study, all_trials), storage=str(store.url))
+    report.write(path, report.render(made, form, figure=figure))
+    with suppress(*STORE_ERRORS):  # a store that can only be read can be reported on all the same
+        publish(store, made)
+    return path
+
+
 def storage_url(storage: str | None) -> str:
     """The URL of the store: as given, else HPO_STORAGE, else hpo.db in the working directory."""
     return storage or os.environ.get("HPO_STORAGE") or DEFAULT_STORAGE
@@ -388,7 +420,14 @@ def _train(
     with allowed.importable():
         store, study = open_study(preflight.check(spec, chosen))
         store.patience_s = OUTAGE_S
-        launcher.run(store, study, watch=watcher(store, study) if watcher else lambda: None)
+        with Publisher(store, study) as publisher:
+            watch = watcher(store, study) if watcher else lambda: None
+
+            def look() -> None:
+                publisher.look()
+                watch()
+
+            launcher.run(store, study, watch=look)
     study = store.study(study.name)
     left = store.num_left(study)
     if study.stop == "failure":
@@ -417,9 +456,7 @@ def _result(store: Store, study: Study) -> Result:
 def _best(study: Study, all_trials: list[Trial]) -> Best:
     found = analysis.best(study, all_trials)
     if found is None:
-        states = [trial.state for trial in all_trials]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        raise StudyStopped(f"study {study.name!r} has no complete trial to choose from: {counts}")
+        raise StudyStopped(f"study {study.name!r} has {no_answer(all_trials)}")
     return found
 
 
@@ -434,22 +471,3 @@ def _exported(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
     stacked = any(agreed["convolution"] for agreed in store.agreements(study).values())
     again = study.spec.of_trial(best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked)
     return found, again.frozen()
-
-
-def _trial_dict(trial: Trial) -> dict[str, Any]:
-    curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
-    return {
-        **{name: list(values) for name, values in curves.items()},
-        "number": trial.number,
-        "kind": trial.kind,
-        "state": trial.state,
-        "params": dict(trial.params),
-        "value": trial.value,
-        "attempt": trial.attempt,
-        "epochs": list(trial.epochs),
-        "reason": trial.reason,
-        "error": trial.error,
-        **{key: value for key, value in trial.attributes.items() if key not in ("ended", "kind")},
-        "attempts": [asdict(attempt) for attempt in trial.attempts],
-        "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
-    }

@@ -23,7 +23,7 @@ UNBOUNDED = "edge-of-range"  # the warning of an interval that may reach further
 
 @dataclass(frozen=True)
 class Side:
-    """A study, or of one that searched lists a combination of them. Learning rates are None where too little is known."""
+    """A study, or one combination of the lists that it searched. Learning rates are None where too little is known."""
 
     study: str
     params: Mapping[str, Any]  # of the combination
@@ -110,9 +110,8 @@ def _side(
 
 def _against(first: Side, side: Side) -> list[str]:
     changed = {key: value for key, value in side.factors.items() if value != first.factors.get(key)}
-    what = " and ".join(
-        f"{key} {_shown(value)} instead of {_shown(first.factors[key])}" for key, value in changed.items()
-    )
+    instead = {key: f"{_shown(value)} instead of {_shown(first.factors.get(key))}" for key, value in changed.items()}
+    what = " and ".join(f"{key} {values}" for key, values in instead.items())
     subject = f"{name(side)}{f', with {what},' if what else ''}"
     if first.interval is None or side.interval is None or first.lr is None or side.lr is None:
         return [f"{subject} cannot be compared: too few of its learning rates or of {name(first)}'s have a value"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hpo.search import values_from_optuna
@@ -152,3 +152,23 @@ def read_trial(
         replicate=row.replicate,
         tested=row.tested,
     )
+
+
+def trial_as_dict(trial: Trial) -> dict[str, Any]:
+    """As plain data: what `hpo trials --json` prints."""
+    curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
+    return {
+        **{name: list(values) for name, values in curves.items()},
+        "number": trial.number,
+        "kind": trial.kind,
+        "state": trial.state,
+        "params": dict(trial.params),
+        "value": trial.value,
+        "attempt": trial.attempt,
+        "epochs": list(trial.epochs),
+        "reason": trial.reason,
+        "error": trial.error,
+        **{key: value for key, value in trial.attributes.items() if key not in ("ended", "kind")},
+        "attempts": [asdict(attempt) for attempt in trial.attempts],
+        "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
+    }

@@ -22,13 +22,13 @@ import pytest
 import hpo as api
 from hpo.analysis import best
 from hpo.confirm import Confirmation, candidates, confirmation, plan
-from hpo.display import answer_lines
 from hpo.errors import StudyStopped, UserError
 from hpo.learning import RoundStudy
 from hpo.records import Claim, Study, Trial
 from hpo.search import SAMPLERS
 from hpo.spec import StudySpec
 from hpo.store import Store
+from hpo.words import answer_lines
 
 if TYPE_CHECKING:
     from conftest import Hpo
