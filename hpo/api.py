@@ -71,7 +71,6 @@ def run(
         spec = StudySpec.from_toml(spec)
     if workers is not None and in_process:
         raise UserError(f"--workers has no meaning with --in-process, got {workers}")
-    folder = str(Path(code_folder or sys.path[0] or os.getcwd()).resolve())
     url = storage_url(storage)
     if (done := _finished(spec, url)) is not None:
         return _result(*done)
@@ -82,8 +81,19 @@ def run(
         store.start(study)
         return store, study
 
-    allowed = Allowed.by_author(spec, folder=folder)
+    allowed = Allowed.by_author(spec, folder=_folder(code_folder))
     return _train(spec, allowed, create, devices=devices, workers=workers, in_process=in_process, watcher=watcher)
+
+
+def check(
+    spec: StudySpec, *, storage: str | None = None, devices: str = "auto", code_folder: str | Path | None = None
+) -> None:
+    """Raises UserError for whatever would keep `run` from training the study; a finished one is not looked at."""
+    if _finished(spec, storage_url(storage)) is None:
+        allowed = Allowed.by_author(spec, folder=_folder(code_folder))
+        allowed.check(spec)
+        with allowed.importable():
+            preflight.check(spec, choose_devices(devices))
 
 
 def join(
@@ -435,6 +445,10 @@ def _train(
     if left:
         raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_go_on=True)
     return _result(store, study)
+
+
+def _folder(code_folder: str | Path | None) -> str:
+    return str(Path(code_folder or sys.path[0] or os.getcwd()).resolve())
 
 
 def _check_workers(workers: int | None) -> None:
