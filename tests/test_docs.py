@@ -13,6 +13,7 @@ from hpo.search import PRUNERS, SAMPLERS
 from hpo.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec
 from hpo.space import Range
 from hpo.spec import StudySpec
+from hpo.study_file import variants
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
 from hpo.train.datasets import DATA_SETS
 from hpo.train.models import MODELS
@@ -94,5 +95,6 @@ def test_the_study_in_the_readme_is_valid() -> None:
     import tomllib
 
     for block in re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL):
-        settings = tomllib.loads(block)
-        StudySpec.from_dict({"name": "fragment", **settings})
+        settings = {"name": "fragment", "search": {"space": {"lr": [0.1]}}, **tomllib.loads(block)}
+        for one in variants(settings, source="README"):
+            StudySpec.from_dict(one)
