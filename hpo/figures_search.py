@@ -16,8 +16,8 @@ from hpo.figure_style import (
     VERMILLION,
     Findings,
     escaped,
-    label,
     lay_out,
+    pointed_at,
     rate_axis,
     shares,
     short,
@@ -49,9 +49,8 @@ def history(findings: Findings) -> go.Figure | None:
             figure.add_scatter(
                 x=[trial.number for trial in some],
                 y=[short(min(max(trial.value or 0.0, low), high)) for trial in some],
-                mode="markers", name=state, text=[label(findings, trial) for trial in some],
+                mode="markers", name=state, **pointed_at(findings, some),
                 marker={"symbol": look.symbol, "size": 8, "color": look.colour, "opacity": 0.85},
-                hovertemplate="%{text}<extra></extra>",
             )  # fmt: skip
     without = [trial for trial in findings.trials if trial.state == "diverged"]
     if without:
@@ -59,7 +58,7 @@ def history(findings: Findings) -> go.Figure | None:
         figure.add_scatter(
             x=[trial.number for trial in without], y=[end] * len(without), mode="markers", name="diverged, no value",
             marker={"symbol": "x", "size": 8, "color": VERMILLION},
-            text=[label(findings, trial) for trial in without], hovertemplate="%{text}<extra></extra>",
+            **pointed_at(findings, without),
         )  # fmt: skip
     best = _best_so_far(findings)
     if best:
@@ -144,12 +143,16 @@ def interactions(findings: Findings) -> go.Figure | None:
                 colour = {"color": shown, "coloraxis": "coloraxis"}
             figure.add_scatter(
                 x=[_shown(trial.params[first]) for trial in some], y=[_shown(trial.params[name]) for trial in some],
-                mode="markers", name=state, legendgroup=state, showlegend=row == 1,
+                mode="markers", name=state, legendgroup=state, showlegend=False,
                 marker={"symbol": LOOKS[state].symbol, "size": 9, **colour},
-                text=[label(findings, trial) for trial in some], hovertemplate="%{text}<extra></extra>",
+                **pointed_at(findings, some),
                 row=row, col=1,
             )  # fmt: skip
         figure.update_yaxes(**_parameter_axis(findings, name), row=row)
+    for state in ("complete", "pruned", "diverged"):  # a mark whose colour is its value has none for the legend
+        colour = {"color": VERMILLION if state == "diverged" else LOOKS["failed"].colour}
+        marker = {"symbol": LOOKS[state].symbol, "size": 9, **colour}
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=state, legendgroup=state, marker=marker)
     figure.update_xaxes(**_parameter_axis(findings, first) | {"title": None})
     figure.update_xaxes(title={"text": _axis_name(first)}, row=len(others))
     form = {"tickformat": ".0%"} if findings.is_accuracy else {}
