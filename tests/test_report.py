@@ -134,7 +134,7 @@ def check_words(page: Page, small: Report) -> None:
         assert line.removeprefix("beware: ") in text
     for what in ("seeds", "git revision", "versions", "machines"):
         assert what in page.inner_text("#made")
-    assert "learning rate" in page.inner_text("thead")
+    assert "learning rate" in (page.locator("thead").text_content() or "")
 
 
 def check_that_a_press_on_a_columns_name_sorts_by_it_and_empty_cells_stay_last(page: Page, small: Report) -> None:
@@ -207,7 +207,7 @@ def test_what_comes_from_users_is_shown_and_never_run(browser: Browser, tmp_path
         assert page.locator("script").count() == 3
         assert page.title() != "owned"
         assert EVIL in (page.locator("#trials details pre").first.text_content() or "")
-        assert EVIL in page.inner_text("#trials tbody")
+        assert EVIL in (page.locator("#trials tbody").text_content() or "")
 
 
 def test_the_policy_of_the_page_lets_no_script_but_its_own_run_and_nothing_be_fetched(
