@@ -29,6 +29,7 @@ from hpo.space import Cases, Range
 from hpo.words import counts_in_words, in_words, number_in_words, value_in_words
 
 MOST_INTERACTIONS = 4  # parameters beside the first
+MOST_MARKS = 500  # in each panel of interactions; of more trials, the latest
 MOST_BARS = 3000  # attempts in the timeline; of more, the latest
 UNITS = ((3 * 86400, 86400, "days"), (3 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
 
@@ -130,10 +131,11 @@ def interactions(findings: Findings) -> go.Figure | None:
     others = others[:MOST_INTERACTIONS]
     low, high = worst_shown(findings, [trial.value for trial in valued if trial.value is not None])
     figure = make_subplots(rows=len(others), shared_xaxes=True, vertical_spacing=0.2 / len(others) ** 1.5)
+    latest = findings.trials[-MOST_MARKS:]
     for row, name in enumerate(others, start=1):
         for state in ("diverged", "pruned", "complete"):
             some = [
-                trial for trial in findings.trials
+                trial for trial in latest
                 if trial.state == state and first in trial.params and name in trial.params
             ]  # fmt: skip
             if not some:
@@ -169,6 +171,8 @@ def tell_interactions(findings: Findings) -> str:
         told += f"; the best trial has {in_words(found.params)}"
     if len(others) > MOST_INTERACTIONS:
         told += f"; {len(others) - MOST_INTERACTIONS} more parameters are not drawn"
+    if len(findings.trials) > MOST_MARKS:
+        told += f"; the latest {MOST_MARKS} trials are drawn"
     return f"{told}."
 
 
