@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis chaos clean
+.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis bench-report chaos clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -35,6 +35,9 @@ bench-search: setup
 
 bench-analysis: setup
 	$(BIN)/python scripts/bench_analysis.py
+
+bench-report: setup
+	$(BIN)/python scripts/bench_report.py
 
 chaos: setup
 	$(BIN)/python -m scripts.chaos $(CHAOS)

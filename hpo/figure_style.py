@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, GREEN, ORANGE, VERMILLION, PURPLE, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#808080"
-NUM_COLOURS = 32  # that learning rates are told apart by in lines
+NUM_COLOURS = 16  # that learning rates are told apart by in lines
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,19 @@ def value_axis(findings: Findings, **settings: Any) -> dict[str, Any]:
 def escaped(text: object) -> str:
     """As Plotly shows it as it is: it reads a few tags, links among them, in any text."""
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def pointed_at(findings: Findings, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Of a trace with a mark for each trial: what is shown where a pointer rests on it.
+
+    The same text stands in several figures: a page may keep one of each trial, and `meta` says that it can.
+    """
+    return {
+        "text": [label(findings, trial) for trial in trials],
+        "customdata": [trial.number for trial in trials],
+        "meta": {"labelled": True},
+        "hovertemplate": "%{text}<extra></extra>",
+    }
 
 
 def label(findings: Findings, trial: Trial) -> str:

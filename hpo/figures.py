@@ -15,6 +15,9 @@ from hpo.records import Study, Trial
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+LEAST_RANKED = 50  # trials with a value, below which importance is noise
+MOST_CATEGORIES = 8  # of a parameter with so few values each is a category
+TARGET = 0.25  # "good" are so many of the trials; of Optuna's tenth of 40 trials nothing can be told
 MOST_RANKED = 2000  # trials that importance is worked out from; of more, the latest
 
 
@@ -80,9 +83,6 @@ def importances(study: Study, trials: Sequence[Trial]) -> dict[str, float]:
     return _ped_anova(study, ranked, names, worst=(max if study.spec.direction == "minimize" else min)(values))
 
 
-LEAST_RANKED = 10  # trials with a value, below which importance is noise
-
-
 def _ped_anova(study: Study, trials: Sequence[Trial], names: Sequence[str], *, worst: float) -> dict[str, float]:
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -96,7 +96,9 @@ def _ped_anova(study: Study, trials: Sequence[Trial], names: Sequence[str], *, w
             told = {name: _told(trial.params[name], distributions[name]) for name in names}
             value = worst if trial.value is None else trial.value
             ranking.add_trial(optuna.create_trial(params=told, distributions=distributions, value=value))
-        found = get_param_importances(ranking, evaluator=PedAnovaImportanceEvaluator(), params=list(names))
+        found = get_param_importances(
+            ranking, evaluator=PedAnovaImportanceEvaluator(target_quantile=TARGET), params=list(names)
+        )
     except (ValueError, RuntimeError):  # such as a parameter of one value
         return {}
     finally:
@@ -108,7 +110,8 @@ def _ped_anova(study: Study, trials: Sequence[Trial], names: Sequence[str], *, w
 def _distribution(values: Sequence[Any]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    if any(isinstance(value, bool | str) for value in values):
+    # Of a few values a density is all peaks, between which PED-ANOVA divides nothing by nothing.
+    if any(isinstance(value, bool | str) for value in values) or len(set(values)) <= MOST_CATEGORIES:
         return CategoricalDistribution(sorted({str(value) for value in values}))
     low, high = float(min(values)), float(max(values))
     return FloatDistribution(low, high, log=low > 0 and high / low >= 100)

@@ -17,9 +17,9 @@ from hpo.figure_style import (
     VERMILLION,
     Findings,
     escaped,
-    label,
     lay_out,
     line_colours,
+    pointed_at,
     rate_axis,
     rate_of,
     rgba,
@@ -33,7 +33,8 @@ from hpo.response import CONFIDENCE, Response
 from hpo.words import in_words, interval_in_words, rate_in_words, response_lines, value_in_words
 
 MOST_PANELS = 8  # of combinations of listed parameters
-MOST_LINES = 300  # in the figure of learning curves; of more trials, as many are drawn, even in their learning rates
+MOST_LINES = 200  # in the figure of learning curves; of more trials, as many are drawn, even in their learning rates
+MOST_MARKS = 600  # of more points, the lines alone are drawn
 PANEL = 340  # pixels
 Group = tuple[Mapping[str, Any], Response | None, list[Trial]]
 
@@ -159,7 +160,7 @@ def _draw_trials(
             mode="markers", name=state, legendgroup=state, showlegend=state not in named,
             marker={"symbol": look.symbol, "size": 9, "color": look.colour, "opacity": 0.85,
                     "line": {"width": 1, "color": "white"}},
-            text=[label(findings, trial) for trial in some], hovertemplate="%{text}<extra></extra>", row=row, col=1,
+            **pointed_at(findings, some), row=row, col=1,
         )  # fmt: skip
         named.add(state)
 
@@ -177,7 +178,8 @@ def curves(findings: Findings) -> go.Figure | None:
     rates = [math.log10(rate_of(trial) or 1) for trial in drawn]
     low, high = min(rates), max(rates)
     colours = line_colours("light")
-    has_rates = low < high
+    num_points = sum(len(trial.epochs) for trial in drawn)
+    mode = "lines+markers" if num_points <= MOST_MARKS else "lines"
     for row, metric in enumerate(metrics, start=1):
         for step in range(NUM_COLOURS):
             x: list[float | None] = []
@@ -190,8 +192,8 @@ def curves(findings: Findings) -> go.Figure | None:
                     numbers += [trial.number] * (len(trial.epochs) + 1)
             if x:
                 figure.add_scatter(
-                    x=x, y=y, mode="lines+markers" if len(x) <= 2 * len(drawn) else "lines",
-                    line={"color": colours[step], "width": 1.6}, opacity=0.85, connectgaps=False,
+                    x=x, y=y, mode=mode,
+                    line={"color": colours[step], "width": 1.6}, marker={"size": 4}, opacity=0.85, connectgaps=False,
                     customdata=numbers, meta={"colour": step}, showlegend=False,
                     hovertemplate=f"trial %{{customdata}}, epoch %{{x}}<br>{escaped(metric)} %{{y}}<extra></extra>",
                     row=row, col=1,
@@ -199,7 +201,7 @@ def curves(findings: Findings) -> go.Figure | None:
         figure.update_yaxes(**_curve_axis(findings, metric, drawn), row=row)
     figure.update_xaxes(rangemode="tozero")
     figure.update_xaxes(title={"text": "epoch"}, row=len(metrics))
-    if has_rates:
+    if low < high:
         _add_rate_bar(figure, low, high)
     return lay_out(figure, height=60 + 250 * len(metrics), margin={"l": 8, "r": 8, "t": 12, "b": 8})
 

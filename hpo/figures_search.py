@@ -16,8 +16,8 @@ from hpo.figure_style import (
     VERMILLION,
     Findings,
     escaped,
-    label,
     lay_out,
+    pointed_at,
     rate_axis,
     shares,
     short,
@@ -29,6 +29,7 @@ from hpo.space import Cases, Range
 from hpo.words import counts_in_words, in_words, number_in_words, value_in_words
 
 MOST_INTERACTIONS = 4  # parameters beside the first
+MOST_MARKS = 500  # in each panel of interactions; of more trials, the latest
 MOST_BARS = 3000  # attempts in the timeline; of more, the latest
 UNITS = ((3 * 86400, 86400, "days"), (3 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
 
@@ -49,9 +50,8 @@ def history(findings: Findings) -> go.Figure | None:
             figure.add_scatter(
                 x=[trial.number for trial in some],
                 y=[short(min(max(trial.value or 0.0, low), high)) for trial in some],
-                mode="markers", name=state, text=[label(findings, trial) for trial in some],
+                mode="markers", name=state, **pointed_at(findings, some),
                 marker={"symbol": look.symbol, "size": 8, "color": look.colour, "opacity": 0.85},
-                hovertemplate="%{text}<extra></extra>",
             )  # fmt: skip
     without = [trial for trial in findings.trials if trial.state == "diverged"]
     if without:
@@ -59,7 +59,7 @@ def history(findings: Findings) -> go.Figure | None:
         figure.add_scatter(
             x=[trial.number for trial in without], y=[end] * len(without), mode="markers", name="diverged, no value",
             marker={"symbol": "x", "size": 8, "color": VERMILLION},
-            text=[label(findings, trial) for trial in without], hovertemplate="%{text}<extra></extra>",
+            **pointed_at(findings, without),
         )  # fmt: skip
     best = _best_so_far(findings)
     if best:
@@ -116,8 +116,9 @@ def importance(findings: Findings) -> go.Figure | None:
 
 def tell_importance(findings: Findings) -> str:
     return (
-        f"Importance (PED-ANOVA): {shares(findings.importances)}. Pruned trials count with their last report, "
-        "diverged ones with the worst value."
+        f"Importance for being among the best quarter of trials (PED-ANOVA): {shares(findings.importances)}. Pruned "
+        "trials count with their last report, diverged ones with the worst value. It is rough: of a hundred trials, a "
+        "parameter that does nothing may get a fifth."
     )
 
 
@@ -130,10 +131,11 @@ def interactions(findings: Findings) -> go.Figure | None:
     others = others[:MOST_INTERACTIONS]
     low, high = worst_shown(findings, [trial.value for trial in valued if trial.value is not None])
     figure = make_subplots(rows=len(others), shared_xaxes=True, vertical_spacing=0.2 / len(others) ** 1.5)
+    latest = findings.trials[-MOST_MARKS:]
     for row, name in enumerate(others, start=1):
         for state in ("diverged", "pruned", "complete"):
             some = [
-                trial for trial in findings.trials
+                trial for trial in latest
                 if trial.state == state and first in trial.params and name in trial.params
             ]  # fmt: skip
             if not some:
@@ -144,12 +146,16 @@ def interactions(findings: Findings) -> go.Figure | None:
                 colour = {"color": shown, "coloraxis": "coloraxis"}
             figure.add_scatter(
                 x=[_shown(trial.params[first]) for trial in some], y=[_shown(trial.params[name]) for trial in some],
-                mode="markers", name=state, legendgroup=state, showlegend=row == 1,
+                mode="markers", name=state, legendgroup=state, showlegend=False,
                 marker={"symbol": LOOKS[state].symbol, "size": 9, **colour},
-                text=[label(findings, trial) for trial in some], hovertemplate="%{text}<extra></extra>",
+                **pointed_at(findings, some),
                 row=row, col=1,
             )  # fmt: skip
         figure.update_yaxes(**_parameter_axis(findings, name), row=row)
+    for state in ("complete", "pruned", "diverged"):  # a mark whose colour is its value has none for the legend
+        colour = {"color": VERMILLION if state == "diverged" else LOOKS["failed"].colour}
+        marker = {"symbol": LOOKS[state].symbol, "size": 9, **colour}
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=state, legendgroup=state, marker=marker)
     figure.update_xaxes(**_parameter_axis(findings, first) | {"title": None})
     figure.update_xaxes(title={"text": _axis_name(first)}, row=len(others))
     form = {"tickformat": ".0%"} if findings.is_accuracy else {}
@@ -165,6 +171,8 @@ def tell_interactions(findings: Findings) -> str:
         told += f"; the best trial has {in_words(found.params)}"
     if len(others) > MOST_INTERACTIONS:
         told += f"; {len(others) - MOST_INTERACTIONS} more parameters are not drawn"
+    if len(findings.trials) > MOST_MARKS:
+        told += f"; the latest {MOST_MARKS} trials are drawn"
     return f"{told}."
 
 

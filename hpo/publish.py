@@ -27,9 +27,10 @@ def publish(store: Store, report: Report) -> None:
 
     Takes the figures as they are: they have titles and the light theme from then on. Too large ones are left out.
     """
+    from hpo.figures import FIGURES
     from hpo.report import markdown_answer
 
-    figures = {}
+    figures: dict[str, str | None] = dict.fromkeys(FIGURES)
     for drawn in report.drawn:
         drawn.figure.update_layout(title={"text": drawn.title}, margin={"t": 90})
         text = drawn.figure.to_json()

@@ -27,7 +27,7 @@ import tomli_w
 from hpo import figures, provenance
 from hpo.analysis import Best
 from hpo.errors import UserError, unknown_name
-from hpo.figure_style import THEMES, line_colours
+from hpo.figure_style import THEMES, line_colours, short
 from hpo.figures import FIGURES, Drawn
 from hpo.records import ENDED, Study, Trial, trial_as_dict
 from hpo.response import CONFIDENCE
@@ -162,18 +162,24 @@ def _html(report: Report, _figure: str) -> bytes:
         scripts=scripts,
         hashes=hashes,
         style=_resource("report.css"),
-        data=_embedded(_figures_data(report.drawn)),
+        data=_embedded(_figures_data(report)),
     )
     return page.encode()
 
 
-def _figures_data(drawn: Sequence[Drawn]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for entry in drawn:
+def _figures_data(report: Report) -> dict[str, Any]:
+    """What the page's script draws; the labels of trials, which several figures show, are there once."""
+    figures: dict[str, Any] = {}
+    labels: dict[int, str] = {}
+    for entry in report.drawn:
         figure = json.loads(entry.figure.to_json())
         figure["layout"].pop("template")  # the page has one for each theme
-        found[entry.name] = figure
-    return {"figures": found, "themes": THEMES, "lines": {theme: line_colours(theme) for theme in THEMES}}
+        for trace in figure["data"]:
+            if trace.get("meta", {}).get("labelled"):
+                labels.update(zip(trace["customdata"], trace.pop("text"), strict=True))
+        figures[entry.name] = figure
+    lines = {theme: line_colours(theme) for theme in THEMES}
+    return {"figures": figures, "labels": labels, "themes": THEMES, "lines": lines}
 
 
 def _embedded(value: Any) -> str:
@@ -229,7 +235,7 @@ def _table(report: Report) -> tuple[list[str], list[tuple[Trial, list[tuple[str,
             *[(place, place) for place in [_place(trial.attributes)]],
             (trial.reason or "", trial.reason or ""),
         ]
-        rows.append((trial, cells))
+        rows.append((trial, [(shown, short(key, 6) if isinstance(key, float) else key) for shown, key in cells]))
     return [*columns, "why it ended"], rows
 
 

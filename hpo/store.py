@@ -30,6 +30,7 @@ from hpo.spec import StudySpec
 
 AGREEMENT = "hpo: "  # begins the names of Optuna's study attributes that are ours
 FIGURE, NOTE = "dashboard:plot_data:", "dashboard:note_"  # begin the names of optuna-dashboard's
+NO_FIGURE = '{"data":[],"layout":{}}'
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
 
 
@@ -282,23 +283,26 @@ class Store(Slots):
         attributes = self._storage.get_study_user_attrs(study.study_id)
         return {key.removeprefix(AGREEMENT): attributes[key] for key in attributes if key.startswith(AGREEMENT)}
 
-    def show(self, study: Study, figures: Mapping[str, str], *, note: str) -> None:
+    def show(self, study: Study, figures: Mapping[str, str | None], *, note: str) -> None:
         """Has optuna-dashboard show these figures (title -> JSON of a Plotly figure) and this note with the study.
 
-        In the place of those that were shown before, all of them or, where it raises, none; of two callers at once the
-        later one's stay. They are kept as optuna-dashboard keeps them, but whole: its own functions cut them into
-        pieces of 2,045 characters for MySQL, a transaction each, which another writer's pieces could come between.
+        In the place of those of the same titles, all of them or, where it raises, none; of two callers at once the
+        later one's stay. None is nothing to show. They are kept as optuna-dashboard keeps them, but whole: its own
+        functions cut them into pieces of 2,045 characters for MySQL, a transaction each, which another writer's pieces
+        could come between.
         """
         with self._transaction() as connection:
             connection.execute(
                 sa.select(studies.c.study_id).where(studies.c.study_id == study.study_id).with_for_update()
             )
             known = self._storage.get_study_system_attrs(study.study_id)
-            wanted: dict[str, Any] = {f"{FIGURE}{title}:0": figure for title, figure in figures.items()}
-            wanted[f"{NOTE}str:0"] = note
-            pieces = {key for key in known if key.startswith((FIGURE, f"{NOTE}str:"))} - wanted.keys()
-            stale = dict.fromkeys((key for key in pieces if known[key] != ""), "")
-            changed = {key: value for key, value in (wanted | stale).items() if known.get(key) != value}
+            wanted: dict[str, Any] = {f"{NOTE}str:0": note}
+            for title, figure in figures.items():
+                if figure is not None or f"{FIGURE}{title}:0" in known:
+                    wanted[f"{FIGURE}{title}:0"] = figure or NO_FIGURE  # an attribute can be changed but not removed
+            prefixes = (f"{NOTE}str:", *(f"{FIGURE}{title}:" for title in figures))
+            wanted |= dict.fromkeys((key for key in known if key.startswith(prefixes) and key not in wanted), "")
+            changed = {key: value for key, value in wanted.items() if known.get(key) != value}
             if changed:
                 changed[f"{NOTE}ver"] = known.get(f"{NOTE}ver", 0) + 1
             for key, value in changed.items():

@@ -27,13 +27,17 @@
       }
     }
     const lines = report.lines[theme];
-    const traces = data.map((trace) =>
-      trace.meta && "colour" in trace.meta ? {...trace, line: {...trace.line, color: lines[trace.meta.colour]}} : trace);
+    const traces = data.map((trace) => {
+      const meta = trace.meta ?? {};
+      if ("colour" in meta) return {...trace, line: {...trace.line, color: lines[meta.colour]}};
+      return meta.labelled ? {...trace, text: trace.customdata.map((number) => report.labels[number])} : trace;
+    });
     return [traces, now];
   }
 
+  // Anew each time: of a colour bar that stood the other way, an update leaves parts behind.
   function draw(plot) {
-    return Plotly.react(plot, ...shown(plot), config);
+    return Plotly.newPlot(plot, ...shown(plot), config);
   }
 
   // One after the other, so that the page can be scrolled meanwhile.
