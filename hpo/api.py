@@ -17,7 +17,7 @@ import fsspec
 import fsspec.generic
 import tomli_w
 
-from hpo import analysis, database, launch, preflight
+from hpo import analysis, database, launch, preflight, ranges
 from hpo.analysis import Best
 from hpo.database import Unreachable, parse_url
 from hpo.devices import choose_devices
@@ -70,12 +70,20 @@ def run(
         raise UserError(f"--workers has no meaning with --in-process, got {workers}")
     folder = str(Path(code_folder or sys.path[0] or os.getcwd()).resolve())
     url = storage_url(storage)
+    spec = ranges.adopt(spec, _stored(spec.name, url))
     if (done := _finished(spec, url)) is not None:
         return _result(*done)
 
     def create(facts: Mapping[str, Any]) -> tuple[Store, Study]:
+        closed = spec
+        if ranges.asks(spec):
+            tested = ranges.measure(spec, choose_devices(devices)[0])
+            closed = ranges.adopt(spec, _stored(spec.name, url))  # another command may have been faster
+            if ranges.asks(closed):
+                closed, found = ranges.close(spec, tested)
+                facts = {**facts, **found}
         store = Store(url, create=True)
-        study = store.create_study(spec, facts=facts)
+        study = store.create_study(closed, facts=facts)
         store.start(study)
         return store, study
 
@@ -337,6 +345,13 @@ def write_export(name: str, output: str | Path, *, storage: str | None = None) -
 def storage_url(storage: str | None) -> str:
     """The URL of the store: as given, else HPO_STORAGE, else hpo.db in the working directory."""
     return storage or os.environ.get("HPO_STORAGE") or DEFAULT_STORAGE
+
+
+def _stored(name: str, url: str) -> Study | None:
+    try:
+        return Store(url).study(name)
+    except UserError:
+        return None  # no store or no such study; what else may be wrong is said when it is opened for writing
 
 
 def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
