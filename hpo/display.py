@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hpo.analysis import Best, best_trial, peak
 from hpo.ledger import ENDED
+from hpo.ranges import in_words as ranges_in_words
 from hpo.records import Study, Trial
 from hpo.response import CONFIDENCE, Response
 from hpo.store import Store
@@ -73,6 +74,8 @@ class Progress:
         """Begins to show this study; what it returns is to be called while workers run."""
         self._store, self._study = store, study
         self._console.print(heading(study))
+        for line in ranges_in_words(study):
+            self._console.print(line, highlight=False, soft_wrap=True)
         trials = store.trials(study)
         if done := sum(trial.state in ENDED for trial in trials):
             self._console.print(f"going on: {done} of {len(trials)} trials are done already")
@@ -160,6 +163,7 @@ def answer_lines(study: Study, found: Best) -> list[str]:
                 f"with {in_words(params)}: {_rate(other.best)} ({_rate(low)} to {_rate(high)}), "
                 f"{study.spec.metric} {_value(other.value, study)}"
             )
+    lines += ranges_in_words(study, best=found.lr, params=found.params)
     return lines + [f"beware: {warning.text}" for warning in found.warnings]
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo import ramp_plot
 from hpo.devices import choose_devices
 from hpo.errors import UserError
 from hpo.space import AUTO, Cases, Choice, Parameter, Scalar, combinations, is_auto
@@ -57,9 +58,9 @@ def range_test(
     """Ramps the learning rate of a study's network over less than an epoch (Smith, arXiv 1506.01186), on one device.
 
     One test for each combination of listed values that changes how the network is trained (optimizer, batch size...),
-    MOST_TESTS at most: `params` has those values, and `test` the learning rates and losses (nats) of the ramp, where the
-    loss `falls`, is `lowest` and `breaks`, and the range to search, `low` to `high`. `progress(params, done, of)` is
-    called after each step. Nothing is written. Raises UserError for a wrong request.
+    MOST_TESTS at most: `params` has those values, and `test` the learning rates and losses (nats) of the ramp, where
+    the loss `falls`, is `lowest` and `breaks`, and the range to search, `low` to `high`. `progress(params, done, of)`
+    is called after each step. Nothing is written. Raises UserError for a wrong request.
     """
     if not isinstance(spec, StudySpec):
         code_folder = code_folder or Path(spec).parent
@@ -148,6 +149,32 @@ def in_words(study: Study, *, best: float | None = None, params: Mapping[str, An
         if best is not None and params is not None and found["params"].items() <= dict(params).items():
             line += f"; {place(best, low, high)}"
         lines.append(line)
+    return lines
+
+
+def report(found: Mapping[str, Any]) -> list[str]:
+    """A range test for a terminal; `found` as `Tested.as_dict` gives it."""
+    from hpo.train.range_test import ABOVE_EDGE, BELOW_EDGE, BELOW_FALL, LEAP
+
+    listed = ", ".join(f"{key} {value}" for key, value in found["params"].items())
+    lines = [f"with {listed}:"] if listed else []
+    lines += ramp_plot.chart(found)
+    not_seen = "not seen in this ramp"
+    rows = [
+        ("the loss starts to fall at", found["falls"]),
+        ("it is lowest at", found["lowest"]),
+        ("it explodes, or loses half of its fall, at", found["breaks"]),
+        (f"steps change {LEAP:.0%} of the weights from", found["leaps"]),
+    ]
+    lines += [f"{what} {not_seen if lr is None else f'{lr:.2g}'}" for what, lr in rows]
+    cost = f"{found['epochs']:.2g} epochs in batches of {found['batch_size']}, {found['seconds']:.1f} s"
+    if found["low"] is None:
+        return [*lines, f"no learning rate was seen at which the loss stays finite ({cost})"]
+    lines.append(
+        f"search from {found['low']:.2g} to {found['high']:.2g}: {BELOW_EDGE:g} times below the lower of the last two "
+        f"or {BELOW_FALL:g} below the fall, to {ABOVE_EDGE:g} times above ({cost})"
+    )
+    lines.append(f"lr = {{ low = {found['low']:.2g}, high = {found['high']:.2g}, log = true }}")
     return lines
 
 
