@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis chaos clean
+.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis bench-range-test chaos clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -35,6 +35,9 @@ bench-search: setup
 
 bench-analysis: setup
 	$(BIN)/python scripts/bench_analysis.py
+
+bench-range-test: setup
+	$(BIN)/python scripts/bench_range_test.py $(if $(CIFAR10),--cifar10 $(CIFAR10)) $(RANGE_TEST)
 
 chaos: setup
 	$(BIN)/python -m scripts.chaos $(CHAOS)
