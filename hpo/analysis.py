@@ -54,6 +54,7 @@ class Best:
     responses: Sequence[tuple[Mapping[str, Any], Response]] = ()
     response: Response | None = None
     warnings: Sequence[StudyWarning] = field(default=())
+    range_test: Sequence[Mapping[str, Any]] | None = None  # where the range of learning rates came from one
 
     @property
     def lr(self) -> float | None:
@@ -71,6 +72,7 @@ class Best:
             "response": None if self.response is None else self.response.in_figures(),
             "responses": [{"params": dict(params), **response.in_figures()} for params, response in self.responses],
             "warnings": [asdict(warning) for warning in self.warnings],
+            "range_test": self.range_test,
         }
 
 
@@ -96,7 +98,8 @@ def best(study: Study, trials: Sequence[Trial]) -> Best | None:
     mine = next((found for other, found in responses if other == group and _has_rate(winner)), None)
     interval = mine.interval if mine else learning_rate_interval(study, trials, winner)
     beware = warnings(study, trials, winner, mine)
-    return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware)
+    tested = study.facts.get("range_test")
+    return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware, tested)
 
 
 def response(study: Study, trials: Sequence[Trial]) -> Response | None:

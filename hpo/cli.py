@@ -242,8 +242,8 @@ def range_test_command(
     from hpo.display import in_words, make_console
     from hpo.spec import StudySpec
 
-    if output is not None and not output.endswith(".html"):
-        raise UserError(f"--output must end in .html, got {output!r}")
+    if output is not None:
+        ramp_plot.check_output(output)
     parsed = StudySpec.from_toml(spec, overrides=overrides)
     with Progress(transient=True, disable=as_json or not make_console().is_terminal) as progress:
         task = progress.add_task("checking data and network", total=None)

@@ -49,6 +49,15 @@ def chart(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def check_output(output: str | Path) -> None:
+    """Raises UserError where no plot can be written there."""
+    path = Path(output)
+    if path.suffix != ".html":
+        raise UserError(f"--output must end in .html, got {str(output)!r}")
+    if not path.parent.is_dir():
+        raise UserError(f"--output must be in a folder that exists, got {str(output)!r}")
+
+
 def write_html(tested: Sequence[Mapping[str, Any]], output: str | Path, *, title: str) -> None:
     """Writes the ramps as one HTML file that needs no network. Raises UserError where it cannot be written."""
     import plotly.graph_objects as go  # type: ignore[import-untyped, unused-ignore]

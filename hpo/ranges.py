@@ -36,7 +36,7 @@ Progress = Callable[[Mapping[str, Any], int, int], None]
 
 
 @dataclass(frozen=True)
-class Tested:
+class Ramp:
     """The range test of the network with these values of listed parameters (optimizer, batch size...)."""
 
     params: Mapping[str, Any]
@@ -54,7 +54,7 @@ def range_test(
     devices: str = "auto",
     code_folder: str | Path | None = None,
     progress: Progress = lambda params, done, of: None,
-) -> list[Tested]:
+) -> list[Ramp]:
     """Ramps the learning rate of a study's network over less than an epoch (Smith, arXiv 1506.01186), on one device.
 
     One test for each combination of listed values that changes how the network is trained (optimizer, batch size...),
@@ -70,7 +70,7 @@ def range_test(
         return measure(spec, choose_devices(devices)[0], progress=progress)
 
 
-def measure(spec: StudySpec, device: Device, *, progress: Progress = lambda params, done, of: None) -> list[Tested]:
+def measure(spec: StudySpec, device: Device, *, progress: Progress = lambda params, done, of: None) -> list[Ramp]:
     """Tests the network on this device, once for each combination of listed values that changes how it is trained.
 
     Other ranges count with their middle, and learning rates and schedules do not count. Raises UserError for a loop of
@@ -80,7 +80,7 @@ def measure(spec: StudySpec, device: Device, *, progress: Progress = lambda para
     for values in _points(spec):
         config = spec.trial_config(values, seed=derive_seed(spec.training.seed, "range test"))
         params = {key: value for key, value in values.items() if isinstance(_case(spec, key, values), Choice)}
-        tested.append(Tested(params, _test(config, device, partial(progress, params))))
+        tested.append(Ramp(params, _test(config, device, partial(progress, params))))
     return tested
 
 
@@ -95,7 +95,7 @@ def _test(config: TrialConfig, device: Device, progress: Callable[[int, int], No
     return range_test(config, device=device.kind, progress=progress)
 
 
-def close(spec: StudySpec, tested: Sequence[Tested]) -> tuple[StudySpec, dict[str, Any]]:
+def close(spec: StudySpec, tested: Sequence[Ramp]) -> tuple[StudySpec, dict[str, Any]]:
     """The spec with the range that was found in place of each `lr = "auto"`, and the facts that say so.
 
     A range holds what each test proposes for it, and the learning rates of `search.try_first`. Raises UserError where a
@@ -153,7 +153,7 @@ def in_words(study: Study, *, best: float | None = None, params: Mapping[str, An
 
 
 def report(found: Mapping[str, Any]) -> list[str]:
-    """A range test for a terminal; `found` as `Tested.as_dict` gives it."""
+    """A range test for a terminal; `found` as `Ramp.as_dict` gives it."""
     from hpo.train.range_test import ABOVE_EDGE, BELOW_EDGE, BELOW_FALL, LEAP
 
     listed = ", ".join(f"{key} {value}" for key, value in found["params"].items())
@@ -170,16 +170,17 @@ def report(found: Mapping[str, Any]) -> list[str]:
     cost = f"{found['epochs']:.2g} epochs in batches of {found['batch_size']}, {found['seconds']:.1f} s"
     if found["low"] is None:
         return [*lines, f"no learning rate was seen at which the loss stays finite ({cost})"]
+    sign = "the first of these signs" if found["breaks"] or found["leaps"] else "where steps are longest"
     lines.append(
-        f"search from {found['low']:.2g} to {found['high']:.2g}: {BELOW_EDGE:g} times below the lower of the last two "
-        f"or {BELOW_FALL:g} below the fall, to {ABOVE_EDGE:g} times above ({cost})"
+        f"search from {found['low']:.2g} to {found['high']:.2g}: from {BELOW_EDGE:g} times below {found['edge']:.2g}, "
+        f"{sign}, or {BELOW_FALL:g} times below the fall, to {ABOVE_EDGE:g} times above ({cost})"
     )
     lines.append(f"lr = {{ low = {found['low']:.2g}, high = {found['high']:.2g}, log = true }}")
     return lines
 
 
 def signs(found: Mapping[str, Any]) -> str:
-    """What a ramp showed, in words; `found` as `Tested.as_dict` gives it."""
+    """What a ramp showed, in words; `found` as `Ramp.as_dict` gives it."""
     seen = [("the loss falls from", found["falls"]), ("breaks at", found["breaks"]), ("leaps from", found["leaps"])]
     return ", ".join(f"{what} {lr:.2g}" for what, lr in seen if lr is not None) or "nothing broke"
 
@@ -230,7 +231,7 @@ def _case(spec: StudySpec, key: str, values: Mapping[str, Scalar]) -> Parameter 
     return parameter.cases.get(str(values[parameter.by])) if isinstance(parameter, Cases) else parameter
 
 
-def _range(setting: str, tested: Sequence[Tested], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _range(setting: str, tested: Sequence[Ramp], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The range that holds those of these tests, and the learning rates that are to be tried first."""
     lows, highs = [], []
     for one in tested:

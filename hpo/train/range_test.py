@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from hpo.train.config import TrialConfig
 from hpo.train.data import Part
@@ -38,8 +39,8 @@ LOST = 0.5  # the share of its whole fall that a loss has lost again where train
 LEAP = 0.03  # the share of the weights' norm that steps change where they are leaps, whatever the loss does
 HOPELESS = 10.0  # times the loss at the start, on average over a window: the ramp ends
 # The range to search, from what was read; docs/results.md has how often it holds the best rate.
-ABOVE_EDGE = 5.0  # times above the first sign of trouble, a break or leaps, the range ends
-BELOW_EDGE = 20.0  # times below that it begins at the latest
+ABOVE_EDGE = 5.0  # times above the edge the range ends
+BELOW_EDGE = 20.0  # times below the edge it begins at the latest
 BELOW_FALL = 3.0  # times below where the loss begins to fall it begins at the latest
 
 
@@ -52,8 +53,9 @@ class RangeTest:
     `lowest` is where it is lowest. `breaks` is the first rate at which it has lost half of what it had gained, or,
     where it had gained nothing, is above the start by RISEN, or is not finite; None where the ramp ended before.
     `leaps` is the first rate at which steps change more than LEAP of the weights: a network may be killed there
-    without a sign of it in the loss. `low` and `high` are the range to search, both None where the loss was not finite
-    from the start.
+    without a sign of it in the loss. `edge` is the lower of the two or, where neither came, the rate at which steps
+    were longest: those of a dead network no longer grow. `low` and `high` are the range to search around that; all
+    three are None where the loss was not finite from the start.
     """
 
     lrs: Sequence[float]
@@ -62,6 +64,7 @@ class RangeTest:
     lowest: float | None
     breaks: float | None
     leaps: float | None
+    edge: float | None
     low: float | None
     high: float | None
     batch_size: int = 0  # of the ramp
@@ -132,7 +135,9 @@ def read_ramp(
     window = _window(num_steps or len(lrs))
     if len(losses) <= window or not all(map(math.isfinite, losses[:window])):  # broken from its first rate on
         smooth = _means(losses, window, highest=math.inf)
-        return RangeTest(lrs=lrs, losses=smooth, falls=None, lowest=None, breaks=None, leaps=None, low=None, high=None)
+        return RangeTest(
+            lrs=lrs, losses=smooth, falls=None, lowest=None, breaks=None, leaps=None, edge=None, low=None, high=None
+        )
     start = statistics.fmean(losses[:window])
     smooth = _means(losses, window, highest=HIGHEST_LOSS * start)
     bottom = min(range(len(smooth)), key=smooth.__getitem__)
@@ -143,9 +148,10 @@ def read_ramp(
     breaks = next(
         (lr for lr, loss in itertools.islice(zip(lrs, smooth, strict=True), after, None) if loss > too_high), None
     )
-    medians = (statistics.median(changes[max(0, index - 2) : index + 3]) for index in range(len(lrs)))
+    medians = [statistics.median(changes[max(0, index - 2) : index + 3]) for index in range(len(lrs))]
     leaps = next((lr for lr, change in zip(lrs, medians, strict=True) if change > LEAP), None)
-    edge = min(breaks or lrs[-1], leaps or lrs[-1])
+    longest = lrs[max(range(len(lrs)), key=medians.__getitem__)]
+    edge = min(lr for lr in (breaks, leaps or longest) if lr is not None)
     return RangeTest(
         lrs=lrs,
         losses=smooth,
@@ -153,6 +159,7 @@ def read_ramp(
         lowest=None if falls is None else lrs[bottom],
         breaks=breaks,
         leaps=leaps,
+        edge=edge,
         low=min(edge / BELOW_EDGE, falls / BELOW_FALL if falls else math.inf),
         high=min(edge * ABOVE_EDGE, HIGHEST),
     )
@@ -186,7 +193,7 @@ def _step(engine: PlainEngine, lane: PlainLane, batch: tuple[Tensor, Tensor], *,
     before = [parameter.detach().clone() for parameter in parameters]
     loss, _ = engine.step(lane, *batch)
     with torch.no_grad():
-        moved = torch.stack([(now - then).norm() for now, then in zip(parameters, before, strict=True)]).norm()
-        norm = torch.stack([then.norm() for then in before]).norm()
+        moved = get_total_norm([now - then for now, then in zip(parameters, before, strict=True)])
+        norm = get_total_norm(before)
     change = float(moved) / max(float(norm), torch.finfo(torch.float32).tiny)
     return float(loss), change if math.isfinite(change) else math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from hpo.train import range_test as module
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
-from hpo.train.range_test import RangeTest, plan, range_test, read_ramp
+from hpo.train.engine import DataSets
+from hpo.train.range_test import RangeTest, plan, read_ramp
 
 LRS = [1e-5 * 10 ** (step / 50) for step in range(201)]  # to 1e-1
 DIGITS = DataConfig(name="digits", validation_fraction=0.2, train_samples=300)
@@ -26,6 +28,13 @@ def make_config(
     momentum = 0.9 if optimizer == "sgd" else 0.0
     training = TrainingConfig(optimizer=optimizer, momentum=momentum, batch_size=32)
     return TrialConfig(model=ModelConfig(options={"width": width}), data=data, training=training, seed=seed)
+
+
+DATA_SETS = DataSets(device=torch.device("cpu"))
+
+
+def range_test(config: TrialConfig, **settings: Any) -> RangeTest:
+    return module.range_test(config, device="cpu", data_sets=DATA_SETS, **settings)
 
 
 def made(*knots: tuple[float, float]) -> list[float]:
@@ -69,6 +78,13 @@ def test_a_network_that_dies_in_silence_is_given_away_by_its_leaps() -> None:
     assert found.breaks is None
     assert found.leaps == near(2e-3)
     assert found.high == pytest.approx(found.leaps * module.ABOVE_EDGE)  # type: ignore[operator]
+
+
+def test_steps_that_no_longer_grow_give_away_a_network_that_died_of_shorter_ones() -> None:
+    changes = [module.LEAP / 2 * min(lr / 2e-3, 2e-3 / lr) for lr in LRS]
+    found = read_ramp(LRS, made((1e-5, 2.3), (1e-1, 2.3)), changes)
+    assert (found.breaks, found.leaps) == (None, None)
+    assert found.edge == near(2e-3)
 
 
 def test_a_ramp_on_which_nothing_breaks_is_searched_to_its_end_and_beyond() -> None:
@@ -116,7 +132,7 @@ def test_where_an_epoch_has_steps_enough_the_ramp_has_the_study_s_batches() -> N
 
 
 def test_it_is_the_same_again_and_another_seed_s_is_another() -> None:
-    one, same, other = (range_test(make_config(seed=seed), device="cpu") for seed in (3, 3, 4))
+    one, same, other = (range_test(make_config(seed=seed)) for seed in (3, 3, 4))
     assert replace(one, seconds=0) == replace(same, seconds=0)
     assert one.losses != other.losses
 
@@ -124,13 +140,13 @@ def test_it_is_the_same_again_and_another_seed_s_is_another() -> None:
 def test_it_depends_neither_on_the_learning_rate_of_the_trial_nor_on_its_schedule() -> None:
     config = make_config()
     other = replace(config, training=replace(config.training, lr=0.5, schedule="cosine", epochs=3, warmup_epochs=1.0))
-    one, two = (range_test(each, device="cpu") for each in (config, other))
+    one, two = (range_test(each) for each in (config, other))
     assert replace(one, seconds=0) == replace(two, seconds=0)
 
 
 def test_progress_is_told_after_each_step() -> None:
     told: list[tuple[int, int]] = []
-    found = range_test(make_config(), device="cpu", progress=lambda done, of: told.append((done, of)))
+    found = range_test(make_config(), progress=lambda done, of: told.append((done, of)))
     assert [done for done, _ in told] == list(range(1, len(found.lrs) + 1))
     assert {of for _, of in told} == {plan(300, batch_size=32)[0]}
 
@@ -155,7 +171,7 @@ def test_it_outlives_a_network_that_gives_nan(after: int, monkeypatch: pytest.Mo
 
     monkeypatch.setitem(models.MODELS, "broken", Broken)
     config = replace(make_config(), model=ModelConfig(name="broken", options={"after": after}))
-    found = range_test(config, device="cpu")
+    found = range_test(config)
     assert len(found.lrs) == after + 1, "the ramp ends there"
     assert found.epochs <= 1
     assert (found.low is None) == (after < 60)
@@ -163,20 +179,20 @@ def test_it_outlives_a_network_that_gives_nan(after: int, monkeypatch: pytest.Mo
 
 def test_a_rate_at_which_weights_explode_ends_the_ramp() -> None:
     config = replace(make_config("sgd"), training=replace(make_config("sgd").training, momentum=0.99))
-    found = range_test(config, device="cpu")
+    found = range_test(config)
     assert found.breaks is not None
     assert len(found.lrs) < plan(300, batch_size=32)[0]
 
 
 @pytest.mark.parametrize("optimizer", BEST)
 def test_it_brackets_the_best_of_a_dense_grid_on_digits(optimizer: str) -> None:
-    found = range_test(make_config(optimizer, data=replace(DIGITS, train_samples=None), width=0.25), device="cpu")
+    found = range_test(make_config(optimizer, data=replace(DIGITS, train_samples=None), width=0.25))
     check(found, *BEST[optimizer])
 
 
 def test_it_brackets_the_best_of_a_dense_grid_on_mnist(mnist_root: Path) -> None:
     data = DataConfig(name="mnist", root=str(mnist_root), train_samples=2000, validation_fraction=0.02)
-    check(range_test(make_config(data=data, width=0.25), device="cpu"), MNIST_BEST, MNIST_BEST)
+    check(range_test(make_config(data=data, width=0.25)), MNIST_BEST, MNIST_BEST)
 
 
 def check(found: RangeTest, low: float, high: float) -> None:
@@ -189,6 +205,6 @@ def check(found: RangeTest, low: float, high: float) -> None:
 
 def test_a_network_of_batch_norm_is_tested_too() -> None:
     config = replace(make_config(), model=ModelConfig(name="torchvision:mobilenet_v3_small"))
-    found = range_test(replace(config, data=replace(DIGITS, train_samples=100)), device="cpu")
+    found = range_test(replace(config, data=replace(DIGITS, train_samples=100)))
     assert found.high is not None
     assert torch.isfinite(torch.tensor(found.losses[:5])).all()
