@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hpo.confirm import Confirmation, confirmation
 from hpo.records import Study, Trial
 from hpo.response import LEAST_RATES, Response, Trials, respond
-from hpo.space import Cases, Choice
+from hpo.space import Cases
 
 COMPARED = 5  # trials are compared after as many epochs as so many of them have come to
 WINDOW = 3  # epochs whose mean counts: one epoch's accuracy is noisy
@@ -54,11 +55,14 @@ class Best:
     responses: Sequence[tuple[Mapping[str, Any], Response]] = ()
     response: Response | None = None
     warnings: Sequence[StudyWarning] = field(default=())
+    confirmation: Confirmation | None = None  # of trials trained again on fresh seeds, where there was one
     range_test: Sequence[Mapping[str, Any]] | None = None  # where the range of learning rates came from one
 
     @property
     def lr(self) -> float | None:
-        """The learning rate to train with: the response's best, or else the best trial's."""
+        """The learning rate to train with: the one that was confirmed, else the response's, else the best trial's."""
+        if self.confirmation is not None:
+            return self.confirmation.winner.params.get("lr")
         return self.response.best if self.response else self.params.get("lr")
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,8 +76,14 @@ class Best:
             "response": None if self.response is None else self.response.in_figures(),
             "responses": [{"params": dict(params), **response.in_figures()} for params, response in self.responses],
             "warnings": [asdict(warning) for warning in self.warnings],
+            "confirmation": None if self.confirmation is None else self.confirmation.as_dict(),
             "range_test": self.range_test,
         }
+
+
+def searched(trials: Sequence[Trial]) -> list[Trial]:
+    """Without those that confirm what was found."""
+    return [trial for trial in trials if trial.kind == "search"]
 
 
 def best_trial(study: Study, trials: Sequence[Trial]) -> Trial | None:
@@ -81,7 +91,7 @@ def best_trial(study: Study, trials: Sequence[Trial]) -> Trial | None:
 
     Equal values are common with few validation pictures: then the lower validation loss wins, then the earlier trial.
     """
-    complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
+    complete = [trial for trial in searched(trials) if trial.state == "complete" and trial.value is not None]
     sign = _sign(study)
     return min(complete, key=lambda trial: (-sign * _value(trial), _last_loss(trial), trial.number), default=None)
 
@@ -91,15 +101,17 @@ def best(study: Study, trials: Sequence[Trial]) -> Best | None:
     winner = best_trial(study, trials)
     if winner is None:
         return None
+    confirmed = confirmation(study, trials, first=_value(winner))
+    trials = searched(trials)
     responses = [
         (group, found) for group, alike in _groups(study, trials) if (found := response(study, alike)) is not None
     ]
-    group = _listed(study, winner)
+    group = study.spec.search.listed(winner.params)
     mine = next((found for other, found in responses if other == group and _has_rate(winner)), None)
     interval = mine.interval if mine else learning_rate_interval(study, trials, winner)
     beware = warnings(study, trials, winner, mine)
     tested = study.facts.get("range_test")
-    return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware, tested)
+    return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware, confirmed, tested)
 
 
 def response(study: Study, trials: Sequence[Trial]) -> Response | None:
@@ -314,7 +326,7 @@ def peak(study: Study, trials: Sequence[Trial]) -> Peak | None:
     sign = _sign(study)
     curves = {
         trial.number: [math.nan if value is None else sign * value for value in trial.curves[study.spec.metric]]
-        for trial in trials
+        for trial in searched(trials)
         if _has_rate(trial) and trial.state != "failed" and trial.curves.get(study.spec.metric)
     }
     if not curves:
@@ -350,7 +362,7 @@ def _groups(study: Study, trials: Sequence[Trial]) -> list[tuple[dict[str, Any],
     """The trials of each combination of listed parameters, in the order in which they first come."""
     groups: list[tuple[dict[str, Any], list[Trial]]] = []
     for trial in trials:
-        key = _listed(study, trial)
+        key = study.spec.search.listed(trial.params)
         known = next((alike for other, alike in groups if other == key), None)
         if known is None:
             groups.append((key, known := []))
@@ -365,7 +377,7 @@ def _searched(study: Study, trials: Sequence[Trial]) -> tuple[float, float]:
     if isinstance(parameter, Cases):
         case = trials[0].params.get(parameter.by)
         parameter = next((values for name, values in parameter.cases.items() if name == str(case)), None)
-    bounds = [float(value) for value in parameter.extremes() if _is_rate(value)] if parameter else []
+    bounds = [float(value) for value in parameter.extremes() if is_rate(value)] if parameter else []
     return min(rates + bounds), max(rates + bounds)
 
 
@@ -375,10 +387,10 @@ def _sign(study: Study) -> int:
 
 def _has_rate(trial: Trial) -> bool:
     """A loop of the user's may call anything `lr`."""
-    return _is_rate(trial.params.get("lr"))
+    return is_rate(trial.params.get("lr"))
 
 
-def _is_rate(value: Any) -> bool:
+def is_rate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
@@ -387,17 +399,8 @@ def _is_comparable(study: Study, trial: Trial, winner: Trial) -> bool:
 
 
 def _is_alike(study: Study, trial: Trial, winner: Trial) -> bool:
-    return _listed(study, trial) == _listed(study, winner)
-
-
-def _listed(study: Study, trial: Trial) -> dict[str, Any]:
-    """The trial's values of the parameters that are lists, its learning rate and its seed aside."""
-    listed = {}
-    for key, parameter in study.spec.search.parameters.items():
-        found = parameter.cases.get(str(trial.params.get(parameter.by))) if isinstance(parameter, Cases) else parameter
-        if isinstance(found, Choice) and key not in ("lr", "seed"):
-            listed[key] = trial.params.get(key)
-    return listed
+    listed = study.spec.search.listed
+    return listed(trial.params) == listed(winner.params)
 
 
 def _mean(replicates: Sequence[Trial]) -> float:

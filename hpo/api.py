@@ -18,16 +18,19 @@ import fsspec.generic
 import tomli_w
 
 from hpo import analysis, database, launch, preflight, ranges
+from hpo import compare as comparison
 from hpo.analysis import Best
+from hpo.compare import Comparison
 from hpo.database import Unreachable, parse_url
 from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
-from hpo.ledger import ENDED
 from hpo.outage import OUTAGE_S, STORE_ERRORS
-from hpo.records import Study, Trial
+from hpo.publish import Publisher, publish
+from hpo.records import ENDED, Study, Trial, trial_as_dict
 from hpo.spec import StudySpec
 from hpo.store import Store
 from hpo.trust import Allowed
+from hpo.words import no_answer
 
 HEADER = "The best trial of study"  # begins every export, which alone may be written over
 DEFAULT_STORAGE = "sqlite:///hpo.db"
@@ -107,7 +110,7 @@ def join(
     """
     store = Store(storage_url(storage))
     study = store.study(name)
-    if not _num_left(store, study):
+    if not store.num_left(study):
         return _result(store, study)
 
     def join_it(facts: Mapping[str, Any]) -> tuple[Store, Study]:
@@ -143,7 +146,7 @@ def serve(
     while True:
         found, now_said = [], "waiting for a study"
         try:
-            found = [study for study in store.studies() if study.stop is None and _num_waiting(store, study)]
+            found = [study for study in store.studies() if study.stop is None and _waits(store, study)]
         except STORE_ERRORS as error:
             now_said = f"the store does not answer, waiting for it: {error}"
         found.sort(key=lambda study: (study.name != first, study.started))
@@ -187,7 +190,7 @@ def resume(
     """
     store = Store(storage_url(storage))
     study = store.study(name)
-    if trials is None and not _num_left(store, study):
+    if trials is None and not store.num_left(study):
         return _result(store, study)
 
     def go_on(facts: Mapping[str, Any]) -> tuple[Store, Study]:
@@ -208,7 +211,7 @@ def stop(name: str, *, storage: str | None = None) -> bool:
     """
     store = Store(storage_url(storage))
     study = store.study(name)
-    if not _num_left(store, study):
+    if not store.num_left(study):
         return False
     store.request_stop(study)
     return True
@@ -305,7 +308,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
 def trials(name: str, *, storage: str | None = None) -> list[dict[str, Any]]:
     """Every trial of a study, waiting ones included, with one entry for each epoch in each of its curves."""
     store = Store(storage_url(storage))
-    return [_trial_dict(trial) for trial in store.trials(store.study(name))]
+    return [trial_as_dict(trial) for trial in store.trials(store.study(name))]
 
 
 def best(name: str, *, storage: str | None = None) -> Best:
@@ -316,6 +319,17 @@ def best(name: str, *, storage: str | None = None) -> Best:
     store = Store(storage_url(storage))
     study = store.study(name)
     return _best(study, store.trials(study))
+
+
+def compare(names: Sequence[str], *, storage: str | None = None) -> Comparison:
+    """Studies side by side: the best learning rate of each, in what they differ, and what follows from that.
+
+    Raises StudyStopped where a study has no complete trial.
+    """
+    store = Store(storage_url(storage))
+    studies = [store.study(name) for name in names]
+    answers = [(study, store.trials(study)) for study in studies]
+    return comparison.compare([(study, all_trials, _best(study, all_trials)) for study, all_trials in answers])
 
 
 def export(name: str, *, storage: str | None = None) -> dict[str, Any]:
@@ -342,6 +356,36 @@ def write_export(name: str, output: str | Path, *, storage: str | None = None) -
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from None
 
 
+def write_report(
+    name: str,
+    output: str | Path | None = None,
+    *,
+    form: str | None = None,
+    figure: str = "response",
+    storage: str | None = None,
+) -> Path:
+    """Writes the report of a study, and has optuna-dashboard show the same; returns the file's path.
+
+    `form` is html, png, svg, md or json, by default what `output` ends in, or else html; `output` is by default the
+    study's name. Images show one `figure`. Raises UserError for what there is not, and where `output` is another file.
+    """
+    from hpo import report
+
+    path = Path(output or f"{name}.{form or 'html'}")
+    if path.suffix[1:] not in report.FORMATS and form is None:
+        raise UserError(f"--output must end in {', '.join(f'.{form}' for form in report.FORMATS)}, got {str(output)!r}")
+    form = form or path.suffix[1:]
+    report.check_request(form, figure)
+    store = Store(storage_url(storage))
+    study = store.study(name)
+    all_trials = store.trials(study)
+    made = report.make(study, all_trials, analysis.best(study, all_trials), storage=str(store.url))
+    report.write(path, report.render(made, form, figure=figure))
+    with suppress(*STORE_ERRORS):  # a store that can only be read can be reported on all the same
+        publish(store, made)
+    return path
+
+
 def storage_url(storage: str | None) -> str:
     """The URL of the store: as given, else HPO_STORAGE, else hpo.db in the working directory."""
     return storage or os.environ.get("HPO_STORAGE") or DEFAULT_STORAGE
@@ -362,7 +406,9 @@ def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
     except UserError:
         return None  # no store or no such study; what else may be wrong is said when it is opened for writing
     counts = store.counts(study.study_id)
-    if set(counts) - set(ENDED) or sum(counts.values()) < spec.num_trials or study.spec.differences(spec):
+    if set(counts) - set(ENDED) or study.spec.differences(spec) or study.spec.num_trials < spec.num_trials:
+        return None
+    if store.num_left(replace(study, spec=spec)):  # a confirmation, which the study may not have had before
         return None
     return store, study
 
@@ -389,9 +435,16 @@ def _train(
     with allowed.importable():
         store, study = open_study(preflight.check(spec, chosen))
         store.patience_s = OUTAGE_S
-        launcher.run(store, study, watch=watcher(store, study) if watcher else lambda: None)
+        with Publisher(store, study) as publisher:
+            watch = watcher(store, study) if watcher else lambda: None
+
+            def look() -> None:
+                publisher.look()
+                watch()
+
+            launcher.run(store, study, watch=look)
     study = store.study(study.name)
-    left = _num_left(store, study)
+    left = store.num_left(study)
     if study.stop == "failure":
         raise StudyStopped(f"study {study.name!r} was stopped: {study.stop_reason}", can_go_on=left > 0)
     if left:
@@ -404,12 +457,10 @@ def _check_workers(workers: int | None) -> None:
         raise UserError(f"--workers must be at least 1, got {workers}")
 
 
-def _num_left(store: Store, study: Study) -> int:
-    return sum(count for state, count in store.counts(study.study_id).items() if state not in ENDED)
-
-
-def _num_waiting(store: Store, study: Study) -> int:
-    return store.counts(study.study_id).get("waiting", 0)
+def _waits(store: Store, study: Study) -> bool:
+    """Whether a worker that came would find a trial to take."""
+    counts = store.counts(study.study_id)
+    return "waiting" in counts or ("running" not in counts and store.num_left(study) > 0)
 
 
 def _result(store: Store, study: Study) -> Result:
@@ -420,9 +471,7 @@ def _result(store: Store, study: Study) -> Result:
 def _best(study: Study, all_trials: list[Trial]) -> Best:
     found = analysis.best(study, all_trials)
     if found is None:
-        states = [trial.state for trial in all_trials]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        raise StudyStopped(f"study {study.name!r} has no complete trial to choose from: {counts}")
+        raise StudyStopped(f"study {study.name!r} has {no_answer(all_trials)}")
     return found
 
 
@@ -432,25 +481,8 @@ def _exported(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
     study = store.study(name)
     all_trials = store.trials(study)
     found = _best(study, all_trials)
-    seed = next(trial.attributes["seed"] for trial in all_trials if trial.number == found.trial)
+    numbers = [found.trial] if found.confirmation is None else found.confirmation.winner.trials
+    best = next(trial for trial in all_trials if trial.number in numbers and trial.state == "complete")
     stacked = any(agreed["convolution"] for agreed in store.agreements(study).values())
-    again = study.spec.of_trial(found.params, name=f"{name[:95]}-best", seed=seed, stacked=stacked)
+    again = study.spec.of_trial(best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked)
     return found, again.frozen()
-
-
-def _trial_dict(trial: Trial) -> dict[str, Any]:
-    curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
-    return {
-        **{name: list(values) for name, values in curves.items()},
-        "number": trial.number,
-        "state": trial.state,
-        "params": dict(trial.params),
-        "value": trial.value,
-        "attempt": trial.attempt,
-        "epochs": list(trial.epochs),
-        "reason": trial.reason,
-        "error": trial.error,
-        **{key: value for key, value in trial.attributes.items() if key != "ended"},
-        "attempts": [asdict(attempt) for attempt in trial.attempts],
-        "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
-    }

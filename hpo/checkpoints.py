@@ -43,10 +43,15 @@ class StudyCheckpoints:
         notes: list[str] = []
         try:
             checkpoint, notes = self._folder(claim.number).load(config)
+            if checkpoint is None and claim.tested is not None:
+                checkpoint, more = self._folder(claim.tested).load(config)
+                notes += more
         except OSError as error:
             notes = [f"its checkpoints in {self._url} could not be read: {error}"]
         last_epoch, _ = self._store.last_report(claim) or (0, math.nan)
-        if checkpoint is None and last_epoch:
+        if checkpoint is None and claim.tested is not None:
+            notes.append(f"trained again: {socket.gethostname()} finds no checkpoint of trial {claim.tested}")
+        elif checkpoint is None and last_epoch:
             notes.append(
                 f"started again after {last_epoch} epochs: {socket.gethostname()} finds no checkpoint in {self._url}"
             )
@@ -99,13 +104,14 @@ class StudyCheckpoints:
         with suppress(Exception):  # what is still being written of it must not appear after this
             self.wait(number)
         best = [other for other, _ in self._store.best_trials(self._study, self._keep + 1)]
-        for unneeded in {number, *best} - {*best[: self._keep]}:
+        for unneeded in {number, *best} - {*best[: self._keep]} - self._store.untested(self._study):
             self._remove(unneeded)
 
     def tidy(self) -> None:
         """Removes what workers that were killed, or had lost their trial, have left of trials that have ended."""
         ended = self._store.ended_numbers(self._study)  # first: a trial may end while this looks, as the best
         unneeded = ended - {number for number, _ in self._store.best_trials(self._study, self._keep)}
+        unneeded -= self._store.untested(self._study)
         with suppress(OSError):
             for name in list_folders(self._url):
                 if name.isdecimal() and int(name) in unneeded:

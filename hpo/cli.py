@@ -239,8 +239,9 @@ def range_test_command(
     from rich.progress import Progress
 
     from hpo import ramp_plot, ranges
-    from hpo.display import in_words, make_console
+    from hpo.display import make_console
     from hpo.spec import StudySpec
+    from hpo.words import in_words
 
     if output is not None:
         ramp_plot.check_output(output)

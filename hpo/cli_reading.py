@@ -1,4 +1,4 @@
-"""The commands that read a study: list, status, trials, best, export."""
+"""The commands that read a study: list, status, trials, best, report, export."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo status quickstart
     """
     from hpo import api
-    from hpo.display import as_text, in_words, peak_in_words, print_table
+    from hpo.display import print_table
+    from hpo.words import as_text, in_words, peak_in_words
 
     found = api.status(study, storage=storage)
     if as_json:
@@ -82,17 +83,18 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo trials quickstart --json
     """
     from hpo import api
-    from hpo.display import as_text, in_words, print_table
+    from hpo.display import print_table
+    from hpo.words import as_text, in_words
 
     found = api.trials(study, storage=storage)
     if as_json:
         print_json(found)
         return
     print_table(
-        ["trial", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
+        ["trial", "kind", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
         (
-            [row["number"], row["state"], in_words(row["params"]), as_text(row["value"]), len(row["epochs"]),
-             row["attempt"], as_text(row["duration_s"]), as_text(row["reason"])]
+            [row["number"], row["kind"], row["state"], in_words(row["params"]), as_text(row["value"]),
+             len(row["epochs"]), row["attempt"], as_text(row["duration_s"]), as_text(row["reason"])]
             for row in found
         ),
     )  # fmt: skip
@@ -109,8 +111,8 @@ def best_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo best quickstart --json
     """
     from hpo import api
-    from hpo.display import answer_lines
     from hpo.store import Store
+    from hpo.words import answer_lines
 
     found = api.best(study, storage=storage)
     if as_json:
@@ -118,6 +120,26 @@ def best_command(study: str, as_json: bool, storage: str | None) -> None:
         return
     for line in answer_lines(Store(api.storage_url(storage)).study(study), found):
         click.echo(line)
+
+
+@click.command("report")
+@click.argument("study", metavar="STUDY")
+@click.option("--output", metavar="FILE", help="Default: STUDY.html, or STUDY with the format's ending.")
+@click.option("--format", "form", metavar="FORMAT", help="html, png, svg, md or json. Default: what FILE ends in.")
+@click.option(
+    "--figure", default="response", show_default=True, metavar="NAME", help="Which figure a png or svg shows."
+)
+@storage_option
+def report_command(study: str, output: str | None, form: str | None, figure: str, storage: str | None) -> None:
+    """Write what STUDY has found as one page that needs no network, or a figure of it for a paper.
+
+    \b
+    hpo report quickstart --output quickstart.html
+    hpo report quickstart --output response.svg --figure response
+    """
+    from hpo import api
+
+    click.echo(f"wrote {api.write_report(study, output, form=form, figure=figure, storage=storage)}")
 
 
 @click.command("export")
@@ -136,4 +158,4 @@ def export_command(study: str, output: str, storage: str | None) -> None:
     click.echo(f"wrote {output}")
 
 
-COMMANDS = (list_command, status_command, trials_command, best_command, export_command)
+COMMANDS = (list_command, status_command, trials_command, best_command, report_command, export_command)

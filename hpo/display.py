@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
@@ -14,12 +14,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.analysis import Best, best_trial, peak
-from hpo.ledger import ENDED
+from hpo.analysis import Best, best_trial, peak, searched
 from hpo.ranges import in_words as ranges_in_words
-from hpo.records import Study, Trial
-from hpo.response import CONFIDENCE, Response
+from hpo.records import ENDED, Study, Trial
 from hpo.store import Store
+from hpo.words import answer_lines, in_words, number_in_words, peak_in_words, study_in_words, value_in_words
 
 REFRESH_S = 0.5  # at least; longer where reading the study takes long
 MAX_ROWS = 60  # of the final table
@@ -91,6 +90,10 @@ class Progress:
                 self._said.add(key)
                 self._console.print(agreed["reason"], highlight=False, soft_wrap=True)
         trials = self._store.trials(self._study)
+        for kind in dict.fromkeys(trial.kind for trial in trials):
+            if kind not in self._said and (text := _stage(self._study, trials, kind)):
+                self._said.add(kind)
+                self._console.print(text, highlight=False, soft_wrap=True)
         for trial in trials:
             if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
                 self._console.print(_ended_line(self._study, trial), highlight=False)
@@ -112,18 +115,8 @@ class Progress:
 
 def heading(study: Study) -> Text:
     """One line: what is searched, on what."""
-    spec, facts = study.spec, study.facts
     text = Text(f"study {study.name}", style="bold")
-    text.append(
-        f": {spec.num_trials} trials, {spec.search.sampler} over {', '.join(spec.search.parameters)}", style="not bold"
-    )
-    if "num_parameters" in facts:
-        text.append(
-            f"; {spec.model.name} ({facts['num_parameters']:,} parameters) on {spec.data.name} "
-            f"({facts['num_train']:,} training, {facts['num_val']:,} validation pictures, "
-            f"{facts['num_classes']} classes)",
-            style="not bold",
-        )
+    text.append(f": {study_in_words(study)}", style="not bold")
     return text
 
 
@@ -131,63 +124,11 @@ def print_answer(
     console: Console, study: Study, trials: Sequence[Trial], found: Best, *, next_steps: Sequence[str]
 ) -> None:
     """The table of learning rates against accuracy, the winner, and what to type next."""
-    console.print(_table(study, trials, found, width=console.width))
+    console.print(_table(study, searched(trials), found, width=console.width))
     for line in answer_lines(study, found):
         console.print(line, style="bold", highlight=False, soft_wrap=True)
     for step in next_steps:
         console.print(step, style="dim", highlight=False, soft_wrap=True)
-
-
-def answer_lines(study: Study, found: Best) -> list[str]:
-    """The answer in words, the warnings last."""
-    values = ", ".join(f"{key} {_number(value)}" for key, value in found.params.items() if key != "lr")
-    trial = f"{study.spec.metric} {_value(found.value, study)}, trial {found.trial}"
-    if found.response is not None:
-        lines = [f"best learning rate: {_rate(found.response.best)}" + (f" ({values})" if values else "")]
-        lines += response_lines(study, found.response)
-        lines.append(f"the best trial: learning rate {_number(found.params['lr'])}, {trial}; the luckiest, too")
-    else:
-        subject = f"best learning rate: {_number(found.params['lr'])}" if "lr" in found.params else "best"
-        lines = [f"{subject}{f' ({values})' if values else ''}, {trial}"]
-        if found.interval is not None:
-            low, high = found.interval
-            lines.append(
-                f"as good within one standard error: the tried learning rates from {_number(low)} to {_number(high)}"
-                if low < high
-                else "no other learning rate that was tried came within one standard error"
-            )
-    for params, other in found.responses:
-        if other is not found.response:
-            low, high = other.interval
-            lines.append(
-                f"with {in_words(params)}: {_rate(other.best)} ({_rate(low)} to {_rate(high)}), "
-                f"{study.spec.metric} {_value(other.value, study)}"
-            )
-    lines += ranges_in_words(study, best=found.lr, params=found.params)
-    return lines + [f"beware: {warning.text}" for warning in found.warnings]
-
-
-def response_lines(study: Study, found: Response) -> list[str]:
-    """What a response says beside its best learning rate."""
-    (low, high), (first, last) = found.interval, found.plateau
-    lines = [
-        f"with {CONFIDENCE:.0%} confidence the best one is between {_rate(low)} and {_rate(high)}; "
-        f"not told apart from it: {_rate(first)} to {_rate(last)}",
-        f"a trial there is expected to have {study.spec.metric} {_value(found.value, study)}, give or take "
-        f"{_value(found.noise, study)}",
-    ]
-    if found.edge is not None:
-        low, high = found.edge.interval
-        lines.append(f"half of the trials diverge at {_rate(found.edge.lr)} ({_rate(low)} to {_rate(high)})")
-    return lines
-
-
-def _rate(lr: float) -> str:
-    return f"{lr:.2g}"
-
-
-def peak_in_words(lr: float, epochs: int) -> str:
-    return f"all trials together, compared after {epochs} epoch{'s' * (epochs > 1)}, point to lr={lr:.3g}"
 
 
 def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) -> Table:
@@ -205,7 +146,7 @@ def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) ->
     )
     table.add_column("", no_wrap=True)
     for key in keys:
-        width = max(len(_number(trial.params.get(key, ""))) for trial in rows)
+        width = max(len(number_in_words(trial.params.get(key, ""))) for trial in rows)
         table.add_column("learning rate" if key == "lr" else key, justify="right", min_width=width)
     table.add_column(study.spec.metric, justify="right", min_width=6)
     if has_bars:
@@ -225,8 +166,8 @@ def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) ->
         )
         table.add_row(
             "►" if trial.number == found.trial else "",
-            *(_number(trial.params[key]) if key in trial.params else "" for key in keys),
-            "" if trial.value is None else _value(trial.value, study),
+            *(number_in_words(trial.params[key]) if key in trial.params else "" for key in keys),
+            "" if trial.value is None else value_in_words(trial.value, study),
             *([bar] if has_bars else []),
             Text(
                 trial.state if trial.state in ("complete", "waiting") else f"{trial.state}: {trial.reason}", style=style
@@ -261,7 +202,7 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
             )
     parts: list[RenderableType] = [bar, running if running.row_count else Text("starting workers ...", style="dim")]
     if (found := best_trial(study, trials)) is not None and found.value is not None:
-        value = f"{study.spec.metric} {_value(found.value, study)}"
+        value = f"{study.spec.metric} {value_in_words(found.value, study)}"
         parts.append(Text(f"best so far: {in_words(found.params)}, {value}, trial {found.number}"))
     where = peak(study, trials)
     if where is not None and where.fitted:
@@ -269,9 +210,20 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
     return Group(*parts)
 
 
+def _stage(study: Study, trials: Sequence[Trial], kind: str) -> str | None:
+    """What is begun with the first trial that is not of the search."""
+    if kind == "search":
+        return None
+    mine = [trial for trial in trials if trial.kind == kind]
+    if kind == "test":
+        return f"measuring the test set with the {len(mine)} networks of the best one"
+    rates = list(dict.fromkeys(in_words(trial.params) for trial in mine))
+    return f"the search is done; trained again on fresh seeds: {'; '.join(rates)}"
+
+
 def _ended_line(study: Study, trial: Trial) -> Text:
     seconds = f"{trial.ended - trial.started:.1f} s" if trial.ended and trial.started else ""
-    value = "" if trial.value is None else f", {study.spec.metric} {_value(trial.value, study)}"
+    value = "" if trial.value is None else f", {study.spec.metric} {value_in_words(trial.value, study)}"
     text = Text(f"trial {trial.number} ")
     text.append(trial.state, style=STYLES[trial.state])
     text.append(f": {in_words(trial.params)}{value}, {trial.reason}, {seconds}")
@@ -312,14 +264,6 @@ def _last(trial: Trial, name: str, form: str) -> str:
     return "" if not values else "not finite" if values[-1] is None else form.format(values[-1])
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _value(value: float, study: Study) -> str:
-    return f"{value:.2%}" if study.spec.metric.endswith("accuracy") and 0 <= value <= 1 else f"{value:.4g}"
-
-
 def _sort_key(value: Any) -> tuple[int, Any]:
     return (2, "") if value is None else (1, value) if isinstance(value, str) else (0, value)
 
@@ -330,15 +274,3 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for row in rows:
         table.add_row(*map(str, row))
     make_console().print(table)
-
-
-def in_words(params: Mapping[str, Any]) -> str:
-    """A trial's values in a line."""
-    return " ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()
-    )
-
-
-def as_text(value: Any) -> str:
-    """A cell of a table."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -19,9 +19,8 @@ from typing import Protocol
 from hpo.database import PASSWORD_FILE
 from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
 from hpo.errors import StudyStopped, UserError
-from hpo.ledger import ENDED
 from hpo.outage import STORE_ERRORS
-from hpo.records import Study
+from hpo.records import ENDED, Study
 from hpo.store import Store
 from hpo.trust import Allowed
 from hpo.worker import EXIT_RESTART, Worker
@@ -95,8 +94,8 @@ class LocalProcesses:
 
     def run(self, store: Store, study: Study, *, watch: Watch) -> None:
         store.reap(study)
-        waiting = store.counts(study.study_id).get("waiting", 0)
-        devices = self._devices[: max(1, waiting)]
+        store.go_on(study)  # what ended last may have ended without it
+        devices = self._devices[: max(1, store.most_at_once(study))]
         threads = threads_per_worker(len(self._devices))  # not fewer workers' more: their digits would differ
         logs = store.folder(study) / "logs"
         try:
@@ -252,7 +251,7 @@ def _is_over(store: Store, study: Study) -> bool:
 
 
 def _is_finished(store: Store, study: Study) -> bool:
-    return not store.counts(study.study_id).keys() - set(ENDED)
+    return store.num_left(study) == 0
 
 
 def _progress(store: Store, study: Study) -> int:

@@ -1,4 +1,4 @@
-"""The study as it is shown to samplers, so that they learn from all that is known, and to pruners, read once."""
+"""The study as it is shown to samplers, so that they learn from all of the search, and to pruners, read once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 DIVERGED = "diverged"  # how the user attribute "ended" of such a trial begins
+KIND = "kind"  # the user attribute that a trial has which is not of the search
 
 
-class ReportsStudy(optuna.Study):
+class SearchStudy(optuna.Study):
+    """An Optuna study without the trials that confirm what was found: they teach nobody."""
+
+    def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy=False, use_cache=use_cache)
+        return _of_states([trial for trial in trials if KIND not in trial.user_attrs], states)
+
+
+class ReportsStudy(SearchStudy):
     """An Optuna study in which a trial in training counts by its last report, as a pruned one does, for TPE.
 
     TPE counts what is in training among the worst, whatever it has reported: with many trials at once it would keep
@@ -29,7 +38,7 @@ class ReportsStudy(optuna.Study):
         return _of_states(shown, states)
 
 
-class ValuesStudy(optuna.Study):
+class ValuesStudy(SearchStudy):
     """An Optuna study in which every trial that was dropped counts as complete, for GP and CMA-ES.
 
     They would not see a pruned or diverged trial and go back to its learning rate for ever. Here a pruned trial counts
@@ -45,7 +54,7 @@ class ValuesStudy(optuna.Study):
         )
 
 
-class RoundStudy(optuna.Study):
+class RoundStudy(SearchStudy):
     """An Optuna study that is read once to judge several trials, one after the other.
 
     Every look at a study reads all its trials in training again, so that judging so many of them grew as their square;

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import NopPruner
 from optuna.storages import get_storage
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from hpo import liveness, search
@@ -27,7 +27,7 @@ from hpo.database import DraftStorage, now, open_storage, parse_url
 from hpo.errors import UserError
 from hpo.learning import RoundStudy
 from hpo.outage import STORE_ERRORS, StoreFailed, patiently, plain
-from hpo.records import Claim, Report, Study
+from hpo.records import ENDED, Claim, Report, Study
 from hpo.rows import is_attempt, is_held, is_slot, on_same_device
 from hpo.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
 from hpo.spec import StudySpec
@@ -50,8 +50,6 @@ MAX_KILLS = 10  # the same for a worker that was killed from outside, which need
 OUT_OF_MEMORY = "out of memory"  # the failure key of what ran out of it, wherever it did
 SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
-
-ENDED = ("complete", "pruned", "diverged", "failed")
 
 Verdict = Literal["go on", "prune", "stop"]
 
@@ -114,12 +112,10 @@ class Ledger:
                 return None
             trial_id = row.trial_id
             if trial_id is None:
-                trial_id = self._cached.create_new_trial(
-                    study.study_id,
-                    create_trial(state=TrialState.RUNNING, system_attrs={"fixed_params": json.loads(row.given)}),
-                )
+                trial_id = self._cached.create_new_trial(study.study_id, search.new_trial(study.spec, row))
             claim = Claim(
-                study.study_id, row.number, row.attempt + 1, trial_id, worker_id, is_suspect=row.losses > 0
+                study.study_id, row.number, row.attempt + 1, trial_id, worker_id, is_suspect=row.losses > 0,
+                kind=row.kind, replicate=row.replicate, tested=row.tested,
             )  # fmt: skip
             connection.execute(
                 slots.update()
@@ -160,8 +156,14 @@ class Ledger:
     ) -> dict[str, Any]:
         """The trial's values, sampled now unless an earlier attempt did; records `attributes(values)` with them.
 
-        The sampler thinks before the transaction, which others wait for, and writes in it.
+        The sampler thinks before the transaction, which others wait for, and writes in it. It does not hear of a trial
+        that confirms what was found.
         """
+        if claim.kind != "search":
+            values = search.values_from_optuna(self._cached.get_trial(claim.trial_id).params)
+            with self._held(claim):
+                self._describe(claim, attributes(values))
+            return values
         sampler = search.SAMPLERS[spec.search.sampler]
         draft = DraftStorage(self._cached)
         study = sampler.study()(
@@ -178,8 +180,7 @@ class Ledger:
                 trial = optuna.Trial(study, claim.trial_id)
             values = search.suggest(trial, spec)
             draft.write()
-            for key, value in attributes(values).items():
-                self._cached.set_trial_user_attr(claim.trial_id, key, value)
+            self._describe(claim, attributes(values))
         return values
 
     def report(
@@ -333,13 +334,13 @@ class Ledger:
 
     @patiently
     def best_trials(self, study: Study, count: int) -> list[tuple[int, float]]:
-        """The complete trials with the best values, at most `count`, best first: their numbers and values."""
+        """The complete trials of the search with the best values, at most `count`, in order: numbers and values."""
         value = trial_values.c.value
         order = value.desc() if study.spec.direction == "maximize" else value.asc()
         query = (
             sa.select(slots.c.number, value)
             .join(trial_values, trial_values.c.trial_id == slots.c.trial_id)
-            .where(slots.c.study_id == study.study_id, slots.c.state == "complete")
+            .where(slots.c.study_id == study.study_id, slots.c.state == "complete", slots.c.kind == "search")
             .order_by(order, slots.c.number)
             .limit(count)
         )
@@ -379,6 +380,10 @@ class Ledger:
             if not self._extend(connection, claim):
                 raise ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
             yield connection
+
+    def _describe(self, claim: Claim, attributes: Mapping[str, Any]) -> None:
+        for key, value in attributes.items():
+            self._cached.set_trial_user_attr(claim.trial_id, key, value)
 
     def _extend(self, connection: Connection, claim: Claim) -> bool:
         """Extends the lease, where it is still the claim's, and locks the slot."""

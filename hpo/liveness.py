@@ -1,12 +1,18 @@
-"""Whether the process behind a worker still runs, told from its machine, its pid and when that pid was started."""
+"""Whether the process behind a worker still runs, told from its machine, its pid and its start; signs of life."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 
 def machine() -> str:
@@ -36,3 +42,24 @@ def _started(process: psutil.Process) -> float:
     """Seconds from the boot of the machine: a time of day would move when its clock is set."""
     boot_time = psutil.boot_time()
     return process.create_time() - boot_time
+
+
+@contextmanager
+def heartbeat(beat: Callable[[], None], *, every_s: float) -> Iterator[None]:
+    """Calls `beat` every so many seconds from a thread, whatever it raises: a dead thread would lose the leases."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(every_s):
+            try:
+                beat()
+            except Exception:  # the database may be back at the next beat
+                logger.exception("the leases could not be renewed")
+
+    thread = threading.Thread(target=run, daemon=True, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -57,6 +57,7 @@ def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
             "num_classes": data.num_classes,
             "channels": data.channels,
             "image_size": data.image_size,
+            "has_test": data.open_test is not None,
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
     return facts

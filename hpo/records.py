@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hpo.search import values_from_optuna
@@ -12,6 +12,8 @@ from hpo.spec import StudySpec
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+ENDED = ("complete", "pruned", "diverged", "failed")  # the states that a trial does not leave
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Claim:
     trial_id: int
     worker_id: str
     is_suspect: bool = field(default=False, compare=False)  # workers died of it or beside it: it trains alone
+    kind: str = field(default="search", compare=False)  # as in `Trial`, with the two below
+    replicate: int | None = field(default=None, compare=False)
+    tested: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,9 @@ class Trial:
     epochs: Sequence[int] = ()
     curves: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     attempts: Sequence[Attempt] = ()
+    kind: str = "search"  # | "confirm": trained again on a fresh seed | "test": of one of those, with the test set
+    replicate: int | None = None  # which seed of a confirmation, from 0
+    tested: int | None = None  # of a test: the number of the trial whose network it measures
 
 
 @dataclass(frozen=True)
@@ -140,4 +148,27 @@ def read_trial(
         epochs=[epoch for epoch, _ in reports],
         curves={name: [metrics.get(name) for _, metrics in reports] for name in names},
         attempts=attempts,
+        kind=row.kind,
+        replicate=row.replicate,
+        tested=row.tested,
     )
+
+
+def trial_as_dict(trial: Trial) -> dict[str, Any]:
+    """As plain data: what `hpo trials --json` prints."""
+    curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
+    return {
+        **{name: list(values) for name, values in curves.items()},
+        "number": trial.number,
+        "kind": trial.kind,
+        "state": trial.state,
+        "params": dict(trial.params),
+        "value": trial.value,
+        "attempt": trial.attempt,
+        "epochs": list(trial.epochs),
+        "reason": trial.reason,
+        "error": trial.error,
+        **{key: value for key, value in trial.attributes.items() if key not in ("ended", "kind")},
+        "attempts": [asdict(attempt) for attempt in trial.attempts],
+        "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
+    }

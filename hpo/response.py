@@ -90,11 +90,19 @@ def respond(trials: Trials, *, low: float, high: float) -> Response | None:
     the range, even in log lr, of how far the expected value is below the highest, where diverging counts as the floor.
     Equal trials give equal numbers.
     """
-    import numpy as np
-    from scipy.special import expit
+    from threadpoolctl import threadpool_limits
 
     if len(set(trials.x)) < LEAST_RATES:
         return None
+    # Its matrices are small: several threads take ten times as long, and sum up in an order of their own.
+    with threadpool_limits(1, user_api="blas"):
+        return _respond(trials, low=low, high=high)
+
+
+def _respond(trials: Trials, *, low: float, high: float) -> Response:
+    import numpy as np
+    from scipy.special import expit
+
     random = np.random.default_rng(0)
     x = np.linspace(np.log10(low), np.log10(high), NUM_RATES)
     size = float(np.abs(trials.value).max()) or 1.0  # squares of very large values would be infinite

@@ -1,4 +1,4 @@
-"""A round, the epochs of trials trained together, and the thread that reports it while the next one trains."""
+"""A round, the epochs of trials trained together, how one ends, and the thread that reports it meanwhile."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpo.records import Claim, Report
-from hpo.train.config import EpochResult
+from hpo.train.config import EpochResult, TrialConfig
 
 if TYPE_CHECKING:
     from hpo.train.checkpoint import Checkpoint
+
+End = tuple[str, str]  # the state in which a trial ends, and the reason
+
+
+def diverged_end(what: str, epoch: int) -> End:
+    return "diverged", f"{what} in epoch {epoch}"
+
+
+def complete_end(epoch: int) -> End:
+    return "complete", f"trained for {epoch} epochs"
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,7 @@ class Trained:
     """An epoch of a trial that is to be reported, and the trial after it where it is to be saved."""
 
     claim: Claim
+    config: TrialConfig
     result: EpochResult
     is_last: bool
     checkpoint: Checkpoint | None
@@ -30,7 +41,8 @@ class Trained:
 
     def report(self) -> Report:
         result = self.result
-        return Report(self.claim, result.epoch, result.metrics(), result.val_accuracy, may_prune=not self.ends)
+        may_prune = self.claim.kind == "search" and not self.ends
+        return Report(self.claim, result.epoch, result.metrics(), result.val_accuracy, may_prune)
 
 
 class Reporter:

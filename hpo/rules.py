@@ -75,6 +75,8 @@ RULES: dict[str, Rule] = {
         lambda value: "://" in value or value.startswith(("/", "~")),
     ),
     "checkpoints.keep_best": AT_LEAST_0,
+    "confirm.top": AT_LEAST_1,
+    "confirm.seeds": ("between 2 and 1,000", lambda value: 2 <= value <= 1000),
 }
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 
 from hpo.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = sa.MetaData()
 
@@ -42,6 +42,9 @@ slots = sa.Table(
     metadata,
     sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),  # also the Optuna trial's number
+    sa.Column("kind", sa.String(16), nullable=False, server_default="search"),  # search | confirm | test
+    sa.Column("replicate", sa.Integer),  # of those that are trained alike to confirm, counted from 0: gives the seed
+    sa.Column("tested", sa.Integer),  # of a test: the number of the trial whose network it measures
     sa.Column("state", sa.String(16), nullable=False),  # waiting | running | complete | pruned | diverged | failed
     sa.Column("given", sa.Text, nullable=False),  # parameters fixed beforehand, under Optuna's names, as JSON
     sa.Column("trial_id", sa.Integer),  # Optuna's, from the first claim on
@@ -161,7 +164,14 @@ def _to_2(operations: Operations) -> None:
     attempts.create(operations.get_bind())
 
 
-UPGRADES: dict[int, Callable[[Operations], None]] = {1: _to_2}  # from this version to the next
+def _to_3(operations: Operations) -> None:
+    """Trials that confirm what the search has found, and those that measure the test set."""
+    operations.add_column("hpo_slots", sa.Column("kind", sa.String(16), nullable=False, server_default="search"))
+    for name in ("replicate", "tested"):
+        operations.add_column("hpo_slots", sa.Column(name, sa.Integer))
+
+
+UPGRADES: dict[int, Callable[[Operations], None]] = {1: _to_2, 2: _to_3}  # from this version to the next
 
 
 def upgrade_tables(connection: Connection) -> tuple[int, int]:

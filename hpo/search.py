@@ -6,7 +6,8 @@ draw the same numbers, and a study that is interrupted draws the same ones when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
     import optuna
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
 
     from hpo.spec import StudySpec
 
 
 def _as_it_is() -> type[optuna.Study]:
-    import optuna
+    from hpo.learning import SearchStudy
 
-    return optuna.Study
+    return SearchStudy
 
 
 def _by_reports() -> type[optuna.Study]:
@@ -245,11 +247,35 @@ def values_from_optuna(params: Mapping[str, Any]) -> dict[str, Scalar]:
     return {name.partition("[")[0]: value for name, value in params.items()}
 
 
-def suggest(trial: optuna.Trial, spec: StudySpec) -> dict[str, Scalar]:
+def new_trial(spec: StudySpec, slot: Any) -> FrozenTrial:
+    """Optuna's trial for a row of hpo_slots that is claimed for the first time.
+
+    What is given of a trial of the search, its sampler will not draw; of one that confirms, everything is given but a
+    searched seed.
+    """
+    from optuna.trial import FixedTrial, TrialState, create_trial
+
+    from hpo.learning import KIND
+
+    given = json.loads(slot.given)
+    if slot.kind == "search":
+        return create_trial(state=TrialState.RUNNING, system_attrs={"fixed_params": given})
+    known = FixedTrial(given)
+    suggest(known, spec, without={"seed"})
+    return create_trial(
+        state=TrialState.RUNNING,
+        params=known.params,
+        distributions=known.distributions,
+        user_attrs={KIND: slot.kind, "replicate": slot.replicate},
+    )
+
+
+def suggest(trial: optuna.trial.BaseTrial, spec: StudySpec, *, without: Collection[str] = ()) -> dict[str, Scalar]:
     """Asks Optuna for every parameter of the space; those on which others depend come first."""
     values: dict[str, Scalar] = {}
     parameters = spec.search.parameters
-    for key in sorted(parameters, key=lambda key: isinstance(parameters[key], Cases)):
+    wanted = [key for key in parameters if key not in without]
+    for key in sorted(wanted, key=lambda key: isinstance(parameters[key], Cases)):
         parameter = parameters[key]
         name = _optuna_name(key, parameter, values)
         if isinstance(parameter, Cases):
@@ -260,7 +286,7 @@ def suggest(trial: optuna.Trial, spec: StudySpec) -> dict[str, Scalar]:
     return values
 
 
-def _suggest(trial: optuna.Trial, name: str, parameter: Range | Choice, *, grid: bool) -> Scalar:
+def _suggest(trial: optuna.trial.BaseTrial, name: str, parameter: Range | Choice, *, grid: bool) -> Scalar:
     if isinstance(parameter, Choice):
         numbers = [
             value for value in parameter.values if isinstance(value, int | float) and not isinstance(value, bool)

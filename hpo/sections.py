@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hpo.space import Parameter, Scalar, grid_points, parse_space
+from hpo.space import Cases, Choice, Parameter, Scalar, grid_points, parse_space
 
 
 class Section(BaseModel):
@@ -41,6 +42,15 @@ class SearchSpec(Section):
 
         return sorted(grid_points(self.parameters), key=place)
 
+    def listed(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a trial's values that come from a list, its learning rate and its seed aside."""
+        listed = {}
+        for key, parameter in self.parameters.items():
+            found = parameter.cases.get(str(params.get(parameter.by))) if isinstance(parameter, Cases) else parameter
+            if isinstance(found, Choice) and key not in ("lr", "seed"):
+                listed[key] = params.get(key)
+        return listed
+
 
 class PrunerSpec(Section):
     """Which trials are dropped early. None means the pruner's own default, listed in `hpo.search.PRUNERS`."""
@@ -69,6 +79,13 @@ class EngineSpec(Section):
     """How a device is shared among trials."""
 
     lanes: Any = "auto"  # trials that a worker trains at once; auto: as many as are fastest, measured
+
+
+class ConfirmSpec(Section):
+    """How many of the best learning rates are trained again after the search, each on how many fresh seeds."""
+
+    top: int = 3
+    seeds: int = 5
 
 
 class CheckpointsSpec(Section):

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError, model_validator
 
+from hpo import study_file
 from hpo.errors import UserError, check_keys, unknown_name
 from hpo.objective import RESERVED
 from hpo.rules import check_reference, check_rule, explain
 from hpo.search import PRUNERS, SAMPLERS
-from hpo.sections import CheckpointsSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
+from hpo.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
 from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points, is_auto
 from hpo.train.config import NEUTRAL, TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
@@ -50,19 +50,22 @@ class StudySpec(Section):
     objective: ObjectiveSpec | None = None
     engine: EngineSpec = EngineSpec()
     checkpoints: CheckpointsSpec = CheckpointsSpec()
+    confirm: ConfirmSpec | None = None  # None: the search has the last word
 
     @classmethod
     def from_toml(cls, path: str | Path, *, overrides: Iterable[str] = ()) -> StudySpec:
         """Reads a study file; `overrides` are `section.key=value` with the value written as in TOML."""
-        try:
-            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"the study file {path} cannot be read: {error.strerror or error}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"the study file {path} is not valid TOML: {error}") from None
-        for override in overrides:
-            _override(settings, override)
-        return cls.from_dict(settings, source=str(path))
+        first, *others = cls.all_from_toml(path, overrides=overrides)
+        if others:
+            raise UserError(f"{path} holds {1 + len(others)} studies, by its [[compare]]: `hpo run` runs them all")
+        return first
+
+    @classmethod
+    def all_from_toml(cls, path: str | Path, *, overrides: Iterable[str] = ()) -> list[StudySpec]:
+        """The study of a file and, for each table of its `[[compare]]`, that study with the settings of the table."""
+        settings = study_file.variants(study_file.read(path, overrides=overrides), source=str(path))
+        sources = [str(path), *(f"{path}, [[compare]] for {one['name']}" for one in settings[1:])]
+        return [cls.from_dict(one, source=source) for one, source in zip(settings, sources, strict=True)]
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], *, source: str | None = None) -> StudySpec:
@@ -136,6 +139,7 @@ class StudySpec(Section):
             points = {"lr": settings["training"].pop("lr")}
             settings["engine"] = {"lanes": 2 if stacked else 1}
         settings["training"].pop("seed")
+        settings.pop("confirm", None)
         space = {key: [value] for key, value in points.items()} | {"seed": [seed]}
         settings["search"] = {"sampler": "grid", "seed": self.search.seed, "space": space}
         return StudySpec.from_dict(settings)
@@ -166,13 +170,18 @@ class StudySpec(Section):
         return settings
 
     def differences(self, other: StudySpec) -> list[str]:
-        """The settings, as `section.key: theirs here, mine there`, that would change a result of `self`."""
-        mine, theirs = dict(_flatten(self.frozen())), dict(_flatten(other.frozen()))
+        """The settings, as `section.key: theirs here, mine there`, that would change a result of `self`.
+
+        A confirmation can be added to what was searched without one.
+        """
+        mine, theirs = dict(study_file.flatten(self.frozen())), dict(study_file.flatten(other.frozen()))
         neutral = RESULT_NEUTRAL if "grid" in (self.search.sampler, other.search.sampler) else RESULT_NEUTRAL | BUDGET
         return [
             f"{key}: {mine.get(key)!r} in the study, {theirs.get(key)!r} here"
             for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key) and key not in neutral
+            if mine.get(key) != theirs.get(key)
+            and key not in neutral
+            and not (self.confirm is None and key.startswith("confirm."))
         ]
 
     @model_validator(mode="before")
@@ -203,8 +212,8 @@ class StudySpec(Section):
     def _check(self) -> StudySpec:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise UserError(f"name must be letters, digits, '.', '_' and '-', at most 100; got {self.name!r}")
-        for section in ("search", "pruner", "data", "training", "engine", "checkpoints"):
-            for key, value in vars(getattr(self, section)).items():
+        for section in ("search", "pruner", "data", "training", "engine", "checkpoints", "confirm"):
+            for key, value in (vars(getattr(self, section)) if getattr(self, section) else {}).items():
                 check_rule(f"{section}.{key}", value)
         self._check_search()
         self._check_pruner()
@@ -368,7 +377,7 @@ class StudySpec(Section):
 
 SECTIONS: dict[str, type[Section]] = {
     "search": SearchSpec, "pruner": PrunerSpec, "objective": ObjectiveSpec, "engine": EngineSpec,
-    "checkpoints": CheckpointsSpec,
+    "checkpoints": CheckpointsSpec, "confirm": ConfirmSpec,
 }  # fmt: skip
 DEFAULT_TRIALS = 20
 OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # what of [training] a user's own loop is given
@@ -427,30 +436,6 @@ def _searchable_keys() -> list[str]:
 def _section_and_name(key: str) -> tuple[str, str]:
     section, dot, name = key.partition(".")
     return (section, name) if dot and section in ("model", "data") else ("training", key)
-
-
-def _override(settings: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"--set must be written section.key=value, got {override!r}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a text: --set training.optimizer=sgd
-    for key in keys[:-1]:
-        settings = settings.setdefault(key, {})
-        if not isinstance(settings, dict):
-            raise UserError(f"--set {override}: {key} is not a section")
-    settings[keys[-1]] = value
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _is_default(config: Any, field: dataclasses.Field[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Studies in their database: created, joined, enlarged, stopped, and read; the life of their slots is in the ledger."""
+"""Studies in their database: created, joined, enlarged, stopped, read; their slots are in slots.py and the ledger."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ from sqlalchemy.engine import Connection
 from hpo import liveness, search
 from hpo.database import CONNECTIONS_PER_WORKER, database_path, exclude_others, now
 from hpo.errors import UserError
-from hpo.ledger import LEASE_S, Ledger, is_gone
+from hpo.ledger import LEASE_S, is_gone
 from hpo.outage import patiently
-from hpo.records import Attempt, Study, Trial, WorkerRow, read_attempt, read_trial
+from hpo.records import Study, WorkerRow
 from hpo.schema import attempts, epochs, schema_version, slots, studies, workers
+from hpo.slots import Slots, new_slot
 from hpo.spec import StudySpec
 
 AGREEMENT = "hpo: "  # begins the names of Optuna's study attributes that are ours
+FIGURE, NOTE = "dashboard:plot_data:", "dashboard:note_"  # begin the names of optuna-dashboard's
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
-_UNCLAIMED = {"state": "waiting", "attempt": 0, "furthest": 0, "losses": 0, "failures": 0, "alone": 0}
 
 
-class Store(Ledger):
+class Store(Slots):
     """A database of studies: their creation, their workers, and what there is to read of them."""
 
     def folder(self, study: Study) -> Path:
@@ -73,6 +75,7 @@ class Store(Ledger):
             else:
                 study = self._load(connection, study_id, spec.name)
                 self.check_joins(study, spec, facts=facts)
+                study = replace(study, facts={**facts, **study.facts})  # an older hpo may have found fewer
                 self._save(connection, study, spec, trials=spec.num_trials)
             return self._load(connection, study_id, spec.name)
 
@@ -110,17 +113,8 @@ class Store(Ledger):
                 started_at=created,
             )
         )
-        given = [json.dumps(search.optuna_params(spec, values)) for values in search.slots(spec)]
-        self._insert_slots(connection, study_id, range(len(given)), given)
+        self._add_slots(connection, study_id, [new_slot(spec, values) for values in search.slots(spec)])
         return study_id
-
-    def _insert_slots(self, connection: Connection, study_id: int, numbers: range, given: Sequence[str]) -> None:
-        rows = [
-            {"study_id": study_id, "number": number, "given": values, **_UNCLAIMED}
-            for number, values in zip(numbers, given, strict=True)
-        ]
-        if rows:
-            connection.execute(slots.insert(), rows)
 
     @patiently
     def study(self, name: str) -> Study:
@@ -157,22 +151,19 @@ class Store(Ledger):
         with self._transaction() as connection:
             exclude_others(connection)
             study = self._load(connection, study.study_id, study.name)
-            if trials < (count := self._num_slots(connection, study)):
+            if trials < (count := self._num_slots(connection, study, kind="search")):
                 raise UserError(f"--trials must be at least {count}, which study {study.name!r} has, got {trials}")
             self._save(connection, study, study.spec, trials=trials)
 
     def _save(self, connection: Connection, study: Study, spec: StudySpec, *, trials: int) -> None:
         """Makes `spec` the study's, with a budget of `trials` or what it has already."""
-        count = self._num_slots(connection, study)
-        self._insert_slots(connection, study.study_id, range(count, trials), ["{}"] * (trials - count))
+        count = self._num_slots(connection, study, kind="search")
+        self._add_slots(connection, study.study_id, [new_slot(spec, {})] * (trials - count))
         frozen = spec.frozen()
         if spec.search.sampler != "grid":
             frozen["search"]["trials"] = max(trials, count)
-        connection.execute(studies.update().where(studies.c.study_id == study.study_id).values(spec=json.dumps(frozen)))
-
-    def _num_slots(self, connection: Connection, study: Study) -> int:
-        query = sa.select(sa.func.count()).select_from(slots).where(slots.c.study_id == study.study_id)
-        return connection.execute(query).scalar_one()
+        saved = {"spec": json.dumps(frozen), "facts": json.dumps(dict(study.facts))}
+        connection.execute(studies.update().where(studies.c.study_id == study.study_id).values(**saved))
 
     def check_absent(self, name: str) -> None:
         """Raises UserError where this store has a study of that name."""
@@ -291,6 +282,28 @@ class Store(Ledger):
         attributes = self._storage.get_study_user_attrs(study.study_id)
         return {key.removeprefix(AGREEMENT): attributes[key] for key in attributes if key.startswith(AGREEMENT)}
 
+    def show(self, study: Study, figures: Mapping[str, str], *, note: str) -> None:
+        """Has optuna-dashboard show these figures (title -> JSON of a Plotly figure) and this note with the study.
+
+        In the place of those that were shown before, all of them or, where it raises, none; of two callers at once the
+        later one's stay. They are kept as optuna-dashboard keeps them, but whole: its own functions cut them into
+        pieces of 2,045 characters for MySQL, a transaction each, which another writer's pieces could come between.
+        """
+        with self._transaction() as connection:
+            connection.execute(
+                sa.select(studies.c.study_id).where(studies.c.study_id == study.study_id).with_for_update()
+            )
+            known = self._storage.get_study_system_attrs(study.study_id)
+            wanted: dict[str, Any] = {f"{FIGURE}{title}:0": figure for title, figure in figures.items()}
+            wanted[f"{NOTE}str:0"] = note
+            pieces = {key for key in known if key.startswith((FIGURE, f"{NOTE}str:"))} - wanted.keys()
+            stale = dict.fromkeys((key for key in pieces if known[key] != ""), "")
+            changed = {key: value for key, value in (wanted | stale).items() if known.get(key) != value}
+            if changed:
+                changed[f"{NOTE}ver"] = known.get(f"{NOTE}ver", 0) + 1
+            for key, value in changed.items():
+                self._storage.set_study_system_attr(study.study_id, key, value)
+
     # Workers
 
     @patiently
@@ -335,55 +348,6 @@ class Store(Ledger):
                 )
                 for row in rows.all()
             ]  # fmt: skip
-
-    @patiently
-    def counts(self, study_id: int) -> dict[str, int]:
-        """How many slots are in each state; states that no slot is in are left out."""
-        with self._storage.engine.connect() as connection:
-            query = (
-                sa.select(slots.c.state, sa.func.count().label("num"))
-                .where(slots.c.study_id == study_id)
-                .group_by(slots.c.state)
-            )
-            return {row.state: row.num for row in connection.execute(query)}
-
-    @patiently
-    def num_epochs(self, study: Study) -> int:
-        """How many epochs its trials have come to, all together."""
-        with self._storage.engine.connect() as connection:
-            query = sa.select(sa.func.sum(slots.c.furthest)).where(slots.c.study_id == study.study_id)
-            return connection.execute(query).scalar_one() or 0
-
-    @patiently
-    def trials(self, study: Study) -> list[Trial]:
-        """Every slot of the study with what is known of it, in order."""
-        with self._storage.engine.connect() as connection:
-            rows = connection.execute(
-                sa.select(slots).where(slots.c.study_id == study.study_id).order_by(slots.c.number)
-            ).all()
-            reports: dict[int, list[tuple[int, dict[str, float | None]]]] = {}
-            latest: dict[int, int] = {}  # the attempt that reported last
-            for row in connection.execute(
-                sa.select(epochs).where(epochs.c.study_id == study.study_id).order_by(epochs.c.number, epochs.c.epoch)
-            ):
-                reports.setdefault(row.number, []).append((row.epoch, json.loads(row.metrics)))
-                latest[row.number] = row.attempt
-            tries: dict[int, list[Attempt]] = {}
-            query = sa.select(attempts, workers.c.host, workers.c.device).outerjoin(
-                workers, workers.c.worker_id == attempts.c.worker_id
-            )
-            mine = attempts.c.study_id == study.study_id
-            for row in connection.execute(query.where(mine).order_by(attempts.c.number, attempts.c.attempt)):
-                tries.setdefault(row.number, []).append(read_attempt(row))
-        for row in rows:  # a trial that has just been begun again has the epochs that it goes on from
-            if row.state == "running" and latest.get(row.number) not in (None, row.attempt):
-                kept = next((a.went_on_from or 0 for a in tries.get(row.number, []) if a.attempt == row.attempt), 0)
-                reports[row.number] = [report for report in reports[row.number] if report[0] <= kept]
-        frozen = {trial._trial_id: trial for trial in self._cached.get_all_trials(study.study_id, deepcopy=False)}
-        return [
-            read_trial(row, frozen.get(row.trial_id), reports.get(row.number, []), tries.get(row.number, []))
-            for row in rows
-        ]
 
     # The store as a whole
 

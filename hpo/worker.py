@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,16 +22,18 @@ from hpo import provenance
 from hpo.errors import UserError
 from hpo.failures import failure_key, is_out_of_memory, message
 from hpo.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost, Verdict
+from hpo.liveness import heartbeat
 from hpo.objective import Trial
 from hpo.outage import StoreFailed
 from hpo.records import Claim, Study
-from hpo.rounds import Reporter, Trained
+from hpo.rounds import End, Reporter, Trained, complete_end, diverged_end
 from hpo.search import PRUNERS, TURNS, may_prune_after
 from hpo.store import Store
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
 
 if TYPE_CHECKING:
     from hpo.checkpoints import StudyCheckpoints
+    from hpo.train.checkpoint import Checkpoint
     from hpo.train.lanes import Choice, LaneEngine
 
 logger = logging.getLogger(__name__)
@@ -72,11 +73,11 @@ class Worker:
         work = self._call_function if self._spec.objective else self._engine_loop()
         next_reap = 0.0
         try:
-            with self._heartbeat():
+            with heartbeat(lambda: self._store.renew(list(self._held), self._worker_id), every_s=LEASE_S / 4):
                 while not self._should_stop():
                     if work():
                         continue
-                    if not self._store.counts(self._study.study_id).keys() & {"waiting", "running"}:
+                    if not self._store.go_on(self._study):
                         break
                     if time.monotonic() > next_reap:
                         self._store.reap(self._study)
@@ -178,7 +179,9 @@ class Worker:
                 config = self._spec.trial_config(values, seed=seed)
                 checkpoint = checkpoints.begin(claim, config)
                 if checkpoint is not None and checkpoint.epoch >= config.training.epochs:
-                    self._finish(claim, *_complete(checkpoint.epoch))  # killed between its last epoch and its end
+                    if claim.kind == "test":
+                        self._measure_test(claim, config, checkpoint)
+                    self._finish(claim, *complete_end(checkpoint.epoch))  # or killed between its last epoch and its end
                 else:
                     lane = engine.admit(config, checkpoint, alone=claim.is_suspect)
                     self._lanes[lane] = (claim, config)
@@ -224,7 +227,7 @@ class Worker:
         claim, config = self._lanes[result.lane]
         is_last = result.epoch >= config.training.epochs
         is_due = (
-            self._checkpoints.may_be_kept(claim.number, result.val_accuracy)
+            claim.kind != "search" or self._checkpoints.may_be_kept(claim.number, result.val_accuracy)
             if is_last
             else result.epoch % config.training.checkpoint_epochs == 0
         )
@@ -232,7 +235,7 @@ class Worker:
         if is_due and not result.diverged:
             with self._failures_end([claim]):  # a network's state may be such that it cannot be saved
                 checkpoint = self._engine.checkpoint(result.lane)
-        return Trained(claim, result, is_last, checkpoint)
+        return Trained(claim, config, result, is_last, checkpoint)
 
     def _report(self, trained: Sequence[Trained]) -> None:
         """Reports what was trained together, in a thread: a slow store keeps training waiting only for a verdict.
@@ -260,8 +263,20 @@ class Worker:
             self._checkpoints.save(one.claim, one.checkpoint)
         if end is not None:
             self._wait_until_saved(one.claim)
+            if one.claim in self._held and one.claim.kind == "test" and one.checkpoint is not None:
+                with self._failures_end([one.claim]):
+                    self._measure_test(one.claim, one.config, one.checkpoint)
             if one.claim in self._held:
                 self._finish(one.claim, *end)
+
+    def _measure_test(self, claim: Claim, config: TrialConfig, checkpoint: Checkpoint) -> None:
+        """Adds the test set's accuracy of a trial that has had its epochs to what is known of the last one."""
+        assert self._engine is not None
+        last = checkpoint.results[-1]
+        metrics = last.metrics() | {"test_accuracy": self._engine.test_accuracy(config, checkpoint)}
+        self._store.report(
+            claim, self._spec, epoch=last.epoch, metrics=metrics, value=last.val_accuracy, may_prune=False
+        )
 
     def _save_rest(self) -> None:
         """Saves the trials that it still holds, as far as they have come since they were last saved."""
@@ -292,7 +307,7 @@ class Worker:
         if claim is None:
             return False
         with self._losing_ends(claim), self._failures_end([claim]):
-            told: list[_End] = []  # how the trial ends, once it has been told
+            told: list[End] = []  # how the trial ends, once it has been told
             trial = self._user_trial(claim, told)
             import_object(self._spec.objective.function, setting="objective.function")(trial)
             # An earlier attempt may have been killed after its last report, and have left nothing to train.
@@ -304,12 +319,12 @@ class Worker:
             elif last is None:
                 raise UserError(f"{self._spec.objective.function} returned without a trial.report(...)")
             elif not math.isfinite(last[1]):
-                self._finish(claim, *_diverged(f"{self._spec.metric} = {last[1]}", last[0]))
+                self._finish(claim, *diverged_end(f"{self._spec.metric} = {last[1]}", last[0]))
             else:
-                self._finish(claim, *_complete(last[0]))
+                self._finish(claim, *complete_end(last[0]))
         return True
 
-    def _user_trial(self, claim: Claim, told: list[_End]) -> Trial:
+    def _user_trial(self, claim: Claim, told: list[End]) -> Trial:
         values, seed = self._suggest(claim)
         root = self._spec.checkpoints.url
         base = Path(root).expanduser() / self._study.key if root else self._store.folder(self._study) / "trials"
@@ -323,7 +338,12 @@ class Worker:
             diverged = None if math.isfinite(value) else f"{self._spec.metric} = {value}"
             last = epoch >= self._spec.max_epochs
             verdict = self._store.report(
-                claim, self._spec, epoch=epoch, metrics=metrics, value=value, may_prune=not (diverged or last)
+                claim,
+                self._spec,
+                epoch=epoch,
+                metrics=metrics,
+                value=value,
+                may_prune=claim.kind == "search" and not (diverged or last),
             )
             end = self._end(claim, verdict, epoch=epoch, diverged=diverged, last=last)
             if end is not None and not (last and end[0] == "complete"):
@@ -356,10 +376,14 @@ class Worker:
         return claim
 
     def _suggest(self, claim: Claim) -> tuple[dict[str, Any], int]:
-        """The trial's values and its seed: the searched one, else one of its own drawn from training.seed."""
+        """The trial's values and its seed: the searched one, else one drawn from training.seed.
+
+        That is its own, or to confirm learning rates the same for each of them.
+        """
 
         def seed(values: Mapping[str, Any]) -> int:
-            return int(values.get("seed", derive_seed(self._spec.training.seed, "trial", claim.number)))
+            which = ("trial", claim.number) if claim.replicate is None else ("confirm", claim.replicate)
+            return int(values.get("seed", derive_seed(self._spec.training.seed, *which)))
 
         values = self._store.suggest(
             claim,
@@ -368,14 +392,14 @@ class Worker:
         )
         return values, seed(values)
 
-    def _end(self, claim: Claim, verdict: Verdict, *, epoch: int, diverged: str | None, last: bool) -> _End | None:
+    def _end(self, claim: Claim, verdict: Verdict, *, epoch: int, diverged: str | None, last: bool) -> End | None:
         """How the trial ends with the epoch that it has reported, if it does."""
         self._draining = self._draining or verdict == "stop"
         self._suspects.discard(claim)
         if diverged:
-            return _diverged(diverged, epoch)
+            return diverged_end(diverged, epoch)
         if last:
-            return _complete(epoch)
+            return complete_end(epoch)
         if verdict == "prune":
             return "pruned", f"{self._spec.pruner.name} pruner after epoch {epoch}"
         return None
@@ -458,36 +482,6 @@ class Worker:
             self._engine.limit(to)
             for claim in claims:
                 self._let_go(claim)
-
-    @contextmanager
-    def _heartbeat(self) -> Iterator[None]:
-        ended = threading.Event()
-
-        def beat() -> None:
-            while not ended.wait(LEASE_S / 4):
-                try:
-                    self._store.renew(list(self._held), self._worker_id)
-                except Exception:  # the database may be back at the next beat; a dead thread would lose the lease
-                    logger.exception("the leases could not be renewed")
-
-        thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-
-_End = tuple[str, str]  # the state in which a trial ends, and the reason
-
-
-def _diverged(what: str, epoch: int) -> _End:
-    return "diverged", f"{what} in epoch {epoch}"
-
-
-def _complete(epoch: int) -> _End:
-    return "complete", f"trained for {epoch} epochs"
 
 
 def _free_memory() -> None:

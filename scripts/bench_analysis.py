@@ -15,8 +15,12 @@ its middle, by one factor for all, until it holds as often; how far the recommen
 truth, behind the best one. Which recorded rate is the best is itself not certain after ten seeds: each study is asked
 for the best one of another bootstrap sample of them.
 
+Then each study is confirmed, three rates on five seeds each: how often the confirmed value is within its stated
+standard error of the truth at that rate, how much higher than that truth the value of the search's best trial was, and
+how far the confirmed rate is behind the best one.
+
 Last, the correction: studies in which every learning rate is equally good, how often ours calls them tied, and how much
-higher the best trial's value is than the truth, against the response's.
+higher the best trial's value is than the truth, against the response's and the confirmed one.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from threadpoolctl import threadpool_limits
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hpo import analysis
+from hpo.confirm import confirmation, plan
 from hpo.records import Study, Trial
 from hpo.spec import StudySpec
 
@@ -60,6 +65,7 @@ class Task:
     worth: Curve  # the expected value, diverging included
     best: float
     step: float = 0.0  # between the learning rates that there are
+    mean: Curve | None = None  # the expected value of trials that do not diverge, where that is known
 
 
 def made(mean: Curve, edge: float, *, width: float, noise: float) -> Task:
@@ -79,7 +85,7 @@ def made(mean: Curve, edge: float, *, width: float, noise: float) -> Task:
         return mean(x) * (1 - diverging(x)) + CHANCE * diverging(x)
 
     everywhere = np.linspace(-5.0, -1.0, 4001)
-    return Task(-5.0, -1.0, curve, worth, float(everywhere[worth(everywhere).argmax()]))
+    return Task(-5.0, -1.0, curve, worth, float(everywhere[worth(everywhere).argmax()]), mean=mean)
 
 
 def hill(x: Any, top: float, width: float, power: float = 2.0) -> Any:
@@ -186,8 +192,39 @@ def run(task: Task, pruner: str, random: np.random.Generator, *, sampler: str) -
 
 def make_study(task: Task) -> Study:
     space = {"lr": {"low": 10**task.low, "high": 10**task.high, "log": True}}
-    spec = StudySpec.from_dict({"name": "s", "search": {"trials": 40, "space": space}, "training": {"epochs": EPOCHS}})
+    search, confirm = {"trials": 40, "space": space}, {"top": 3, "seeds": 5}
+    spec = StudySpec.from_dict({"name": "s", "search": search, "training": {"epochs": EPOCHS}, "confirm": confirm})
     return Study(1, "s", spec, {"num_classes": CLASSES, "num_val": 1000}, None, None, 0.0)
+
+
+def confirm(task: Task, trials: list[Trial], random: np.random.Generator) -> dict[str, float]:
+    """What a confirmation of these trials says, against the truth."""
+    study = make_study(task)
+    found = analysis.best(study, trials)
+    assert found is not None
+    again = []
+    for planned in plan(study, trials, found):
+        x = math.log10(float(planned.params["lr"]))
+        curve = task.curve(task.low + round((x - task.low) / task.step) * task.step if task.step else x, random)
+        again.append(
+            Trial(
+                len(trials) + len(again), "complete" if curve else "diverged", dict(planned.params),
+                curve[-1] if curve else None, 1, None, None, None, {}, None, None,
+                kind=planned.kind, replicate=planned.replicate,
+            )
+        )  # fmt: skip
+    confirmed = confirmation(study, trials + again, first=found.value)
+    if confirmed is None or confirmed.standard_error is None:
+        return {}
+    x = math.log10(confirmed.winner.params["lr"])
+    truth = float(task.worth(x)) if task.mean is None else float(task.mean(x))  # where no seed diverged
+    return {
+        "within": abs(confirmed.value - truth) <= confirmed.standard_error,
+        "error": confirmed.value - truth,
+        "inflation": found.value - truth,
+        "worse": confirmed.runner_up is not None and confirmed.runner_up.is_worse,
+        "regret": float(np.max(task.worth(np.linspace(task.low, task.high, 4001)))) - float(task.worth(x)),
+    }
 
 
 def repeat(arguments: tuple[str, int]) -> dict[str, Any]:
@@ -211,6 +248,7 @@ def repeat(arguments: tuple[str, int]) -> dict[str, Any]:
         "quarter": [min(quarter), max(quarter)],
         "regret": top - float(task.worth(math.log10(found.response.best))),
         "trial_regret": top - float(task.worth(math.log10(found.params["lr"]))),
+        "confirmed": confirm(task, trials, random),
     }
 
 
@@ -243,6 +281,7 @@ def flat(repetition: int) -> dict[str, Any]:
         "tied": "tied" in {warning.kind for warning in found.warnings},
         "trial_inflation": found.value - 0.8,
         "response_inflation": found.response.value - 0.8,
+        **{f"confirmed_{key}": value for key, value in confirm(task, trials, random).items()},
     }
 
 
@@ -254,7 +293,11 @@ def main() -> None:
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
     columns = ("held", "nearly", "width", "quarter held", "its width", "stretched", "regret", "best trial's")
-    print(f"{arguments.repetitions} studies each\n{'':20}" + "".join(f"{column:>14}" for column in columns))
+    columns += ("confirmed: within", "confirmed: inflation", "confirmed: regret")
+    print(
+        f"{arguments.repetitions} studies each\n{'':20}"
+        + "".join(f"{column:>{max(14, len(column) + 2)}}" for column in columns)
+    )
     with Pool(os.cpu_count(), initializer=threadpool_limits, initargs=(1,)) as pool:
         for scenario in arguments.only:
             every = pool.map(repeat, [(scenario, number) for number in range(arguments.repetitions)], chunksize=4)
@@ -270,9 +313,13 @@ def main() -> None:
                 "stretched": width(results, "quarter", stretched(results, held)),
                 "regret": float(np.mean([one["regret"] for one in results])),
                 "best trial's": float(np.mean([one["trial_regret"] for one in results])),
+                **{
+                    f"confirmed: {key}": float(np.mean([one["confirmed"][key] for one in results if one["confirmed"]]))
+                    for key in ("within", "inflation", "regret")
+                },
             }
             figures[scenario] = row
-            forms = ("14.0%", "14.0%", "14.2f", "14.0%", "14.2f", "14.2f", "14.4f", "14.4f")
+            forms = ("14.0%", "14.0%", "14.2f", "14.0%", "14.2f", "14.2f", "14.4f", "14.4f", "19.0%", "22.4f", "19.4f")
             cells = "".join(format(row[column], form) for column, form in zip(columns, forms, strict=True))
             unknown = f"  ({len(every) - len(results)} without a response)" if len(results) < len(every) else ""
             print(f"{scenario:20}{cells}{unknown}", flush=True)
@@ -282,7 +329,9 @@ def main() -> None:
             figures["all equally good"] = row
             print(
                 f"\nall learning rates equally good: tied in {row['tied']:.0%}; the best trial is "
-                f"{row['trial_inflation']:.4f} above the truth, the response {row['response_inflation']:.4f}"
+                f"{row['trial_inflation']:.4f} above the truth, the response {row['response_inflation']:.4f}\n"
+                f"confirmed: {row['confirmed_error']:+.4f} off the truth, within the standard error in "
+                f"{row['confirmed_within']:.0%}, the runner-up called worse in {row['confirmed_worse']:.0%}"
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -239,12 +239,12 @@ def test_the_dashboard_demands_the_login_that_is_made_as_documented(stack: Stack
 def test_the_documented_study_runs_to_its_answer_and_others_see_it(stack: Stack) -> None:
     service, command = QUICKSTART
     assert command == "hpo run studies/quickstart.toml"
-    quick = "--set search.trials=2 --set training.epochs=1 --set data.train_samples=100"
+    quick = "--set search.trials=2 --set training.epochs=1 --set data.train_samples=100 --set confirm.top=1"
     exit_code, output, errors = stack.run(service, f"{command} {quick}")
     assert exit_code == 0, output + errors
     assert "best learning rate" in output
     assert list(stack.folder.glob("files/quickstart*/logs/worker-0.log"))
-    assert stack.run("worker-cpu", "hpo status quickstart")[1].startswith("study quickstart: 2 complete\n")
+    assert stack.run("worker-cpu", "hpo status quickstart")[1].startswith("study quickstart: 8 complete\n")
 
 
 @pytest.mark.usefixtures("tables")

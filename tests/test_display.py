@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpo.analysis import best
-from hpo.display import answer_lines
+from hpo.words import answer_lines
 from tests.test_analysis import LOG_LR, complete, hill, make_study, numbered, trained
 
 LOOP = """

@@ -10,7 +10,7 @@ import pytest
 
 from hpo.cli import main
 from hpo.search import PRUNERS, SAMPLERS
-from hpo.sections import CheckpointsSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec
+from hpo.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec
 from hpo.space import Range
 from hpo.spec import StudySpec
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
@@ -45,6 +45,7 @@ DOCUMENTED = {
     "### `[objective]`": list(ObjectiveSpec.model_fields),
     "### `[engine]`": list(EngineSpec.model_fields),
     "### `[checkpoints]`": list(CheckpointsSpec.model_fields),
+    "### `[confirm]`": list(ConfirmSpec.model_fields),
 }
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from hpo import api, ranges
 from hpo.devices import choose_devices
-from hpo.display import answer_lines
 from hpo.errors import UserError
 from hpo.range_process import in_a_process
 from hpo.ranges import Ramp, adopt, asks, close, in_words, place
@@ -19,6 +18,7 @@ from hpo.records import Study
 from hpo.spec import StudySpec
 from hpo.store import Store
 from hpo.train.range_test import RangeTest, range_test
+from hpo.words import answer_lines
 
 CASES = {"by": {"optimizer": {"adam": "auto", "sgd": {"low": 0.01, "high": 1.0, "log": True}}}}
 

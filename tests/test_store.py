@@ -812,7 +812,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     [
         (b"not a database, but long enough to be looked at" * 10, "cannot be opened.* it is not a database"),
         (None, "is no store of ours nor of Optuna's; its tables: people"),
-        ("newer", "has schema version 99, and this hpo knows up to 2: upgrade hpo"),
+        ("newer", "has schema version 99, and this hpo knows up to 3: upgrade hpo"),
         ("directory", "cannot be opened"),
     ],
 )
@@ -1086,6 +1086,9 @@ def test_a_request_that_is_wrong_is_not_tried_again(url: str) -> None:
 def make_version_1(store: Store) -> None:
     with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
         for statement in (
+            "ALTER TABLE hpo_slots DROP COLUMN kind",
+            "ALTER TABLE hpo_slots DROP COLUMN replicate",
+            "ALTER TABLE hpo_slots DROP COLUMN tested",
             "ALTER TABLE hpo_slots DROP COLUMN failures",
             "ALTER TABLE hpo_slots DROP COLUMN alone",
             "ALTER TABLE hpo_slots DROP COLUMN pruned_at",
@@ -1102,13 +1105,13 @@ def test_a_store_of_an_older_version_is_refused_until_it_is_upgraded_and_then_go
     report(store, claim(store, study, worker), 0.5)
     make_version_1(store)
     for create in (False, True):
-        with pytest.raises(UserError, match=r"schema version 1, and this hpo needs 2: .*`hpo storage upgrade`"):
+        with pytest.raises(UserError, match=r"schema version 1, and this hpo needs 3: .*`hpo storage upgrade`"):
             Store(url, create=create)
     assert database.upgrade(database.parse_url(url)) == [
-        "our tables: from version 1 to 2",
+        "our tables: from version 1 to 3",
         f"Optuna's tables: version {store.storage.get_current_version()} already",  # type: ignore[attr-defined]
     ]
-    assert database.upgrade(database.parse_url(url))[0] == "our tables: version 2 already"
+    assert database.upgrade(database.parse_url(url))[0] == "our tables: version 3 already"
     upgraded = Store(url)
     assert trial(upgraded, study).epochs == [1]
     assert claim(upgraded, study, worker).number == 1
@@ -1277,7 +1280,7 @@ def test_several_may_enlarge_a_study_at_once(store: Store, make_spec: MakeSpec) 
 def test_a_store_of_a_newer_version_is_not_upgraded(store: Store) -> None:
     with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.exec_driver_sql("UPDATE hpo_meta SET value = '99' WHERE key = 'schema_version'")
-    with pytest.raises(UserError, match=r"schema version 99, and this hpo knows up to 2: upgrade hpo"):
+    with pytest.raises(UserError, match=r"schema version 99, and this hpo knows up to 3: upgrade hpo"):
         database.upgrade(store.url)
 
 

@@ -218,6 +218,14 @@ class PlainEngine:
         lane.is_whole = True
         return [result]
 
+    def test_accuracy(self, config: TrialConfig, checkpoint: Checkpoint) -> float:
+        """The accuracy on the test set of a trial as its checkpoint has it; see `LaneEngine`."""
+        lane = build_lane(config, data=self._data_sets.get(config.data), device=self.device)
+        restore(lane, checkpoint)
+        if lane.data.test is None:
+            raise UserError(f"data.name = {config.data.name!r} has no test set")
+        return self._evaluate(lane, lane.data.test)[1]
+
     def _train(self, lane: PlainLane) -> tuple[Tensor, int]:
         """One epoch: the loss of each step (S,), on the CPU, and how many pictures were classified correctly.
 

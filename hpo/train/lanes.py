@@ -121,6 +121,13 @@ class LaneEngine:
         engine, there = self._places[lane]
         return engine.checkpoint(there)
 
+    def test_accuracy(self, config: TrialConfig, checkpoint: Checkpoint) -> float:
+        """The share of the test pictures that a trial's network, as its checkpoint has it, names rightly.
+
+        Raises UserError where the data set has no test part, or it cannot be read.
+        """
+        return self._plain_engine().test_accuracy(config, checkpoint)
+
     def evict(self, lane: int) -> None:
         engine, there = self._places.pop(lane)
         engine.evict(there)

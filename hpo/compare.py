@@ -1,0 +1,171 @@
+"""Studies side by side: the best learning rate of each, in what they differ, and what can and cannot be concluded.
+
+Two best learning rates are told apart where their intervals do not overlap: each holds its own with CONFIDENCE, so both
+do in at least twice that less one of all cases, whatever the studies have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hpo.analysis import Best
+from hpo.records import Study, Trial
+from hpo.response import CONFIDENCE, Response
+from hpo.spec import RESULT_NEUTRAL
+from hpo.study_file import flatten
+
+# What is not what a study asks: how it was searched, and which of many equal draws it was.
+NOT_COMPARED = ("name", "search.", "pruner.", "confirm.", "engine.", "checkpoints.", "training.seed")
+UNBOUNDED = "edge-of-range"  # the warning of an interval that may reach further than what was searched
+
+
+@dataclass(frozen=True)
+class Side:
+    """A study, or one combination of the lists that it searched. Learning rates are None where too little is known."""
+
+    study: str
+    params: Mapping[str, Any]  # of the combination
+    factors: Mapping[str, Any]  # the settings in which the sides are not all alike
+    lr: float | None
+    interval: tuple[float, float] | None
+    plateau: tuple[float, float] | None
+    edge: float | None
+    value: float | None  # expected at the best learning rate
+    metric: str
+    num_trials: int
+    warnings: Sequence[str]  # their kinds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The sides, the first one being what the others are compared with, and sentences on what follows from them."""
+
+    sides: Sequence[Side]
+    conclusions: Sequence[str]
+    caveats: Sequence[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def name(side: Side) -> str:
+    """The study and, where it has several combinations of lists, this one's."""
+    listed = ", ".join(f"{key} {_shown(value)}" for key, value in side.params.items())
+    return f"{side.study} ({listed})" if listed else side.study
+
+
+def compare(answers: Sequence[tuple[Study, Sequence[Trial], Best]]) -> Comparison:
+    """The comparison of studies, each with its trials and its answer."""
+    sides, settings = [], []
+    for study, trials, found in answers:
+        known = {key: value for key, value in flatten(study.spec.frozen()) if _is_compared(key)}
+        known |= {f"data.{key}": study.facts[key] for key in ("num_train",) if key in study.facts}
+        for params, response in _responses(study, found):
+            listed = {_setting(key): value for key, value in params.items()}
+            settings.append(known | listed)
+            sides.append(_side(study, trials, found, params, response))
+    keys = dict.fromkeys(key for one in settings for key in one)
+    differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
+    if "data.num_train" in differing and {"data.name", "data.train_samples", "data.train_fraction"} & {*differing}:
+        differing.remove("data.num_train")  # follows from those
+    sides = [
+        Side(**{**vars(side), "factors": {key: one.get(key) for key in differing}})
+        for side, one in zip(sides, settings, strict=True)
+    ]
+    first, *others = sides
+    conclusions = [sentence for side in others for sentence in _against(first, side)]
+    known_sides = [side for side in sides if side.plateau is not None]
+    if len(known_sides) > 1:
+        conclusions.append(_shared(known_sides))
+    return Comparison(sides, conclusions, _caveats(sides))
+
+
+def _responses(study: Study, found: Best) -> list[tuple[Mapping[str, Any], Response | None]]:
+    if found.responses:
+        return list(found.responses)
+    return [(study.spec.search.listed(found.params), None)]
+
+
+def _side(
+    study: Study, trials: Sequence[Trial], found: Best, params: Mapping[str, Any], response: Response | None
+) -> Side:
+    alike = [t for t in trials if t.kind == "search" and study.spec.search.listed(t.params) == params]
+    is_answer = response is found.response
+    return Side(
+        study=study.name,
+        params=params,
+        factors={},
+        lr=response.best if response else None,
+        interval=response.interval if response else None,
+        plateau=response.plateau if response else None,
+        edge=response.edge.lr if response and response.edge else None,
+        value=response.value if response else found.value,
+        metric=study.spec.metric,
+        num_trials=len(alike),
+        warnings=[warning.kind for warning in found.warnings] if is_answer else [],
+    )
+
+
+def _against(first: Side, side: Side) -> list[str]:
+    changed = {key: value for key, value in side.factors.items() if value != first.factors.get(key)}
+    instead = {key: f"{_shown(value)} instead of {_shown(first.factors.get(key))}" for key, value in changed.items()}
+    what = " and ".join(f"{key} {values}" for key, values in instead.items())
+    subject = f"{name(side)}{f', with {what},' if what else ''}"
+    if first.interval is None or side.interval is None or first.lr is None or side.lr is None:
+        return [f"{subject} cannot be compared: too few of its learning rates or of {name(first)}'s have a value"]
+    ratio = side.lr / first.lr
+    times = f"{ratio:.2g} times that" if ratio >= 1 else f"{1 / ratio:.2g} times lower than that"
+    best = f"{subject} has its best learning rate at {side.lr:.2g}"
+    (low, high), (first_low, first_high) = side.interval, first.interval
+    if low > first_high or high < first_low:
+        sentence = f"{best}, {times} of {name(first)}: told apart, their intervals do not overlap"
+    else:
+        sentence = (
+            f"{best}, not told apart from {first.lr:.2g} of {name(first)}: "
+            f"anything from {low / first_high:.2g} to {high / first_low:.2g} times that is possible"
+        )
+    if len(changed) > 1:
+        sentence += f"; it differs in {len(changed)} settings, and which of them does it cannot be told"
+    return [sentence]
+
+
+def _shared(sides: Sequence[Side]) -> str:
+    """Whether one learning rate is as good as the best on every side."""
+    low = max(side.plateau[0] for side in sides if side.plateau)
+    high = min(side.plateau[1] for side in sides if side.plateau)
+    if low <= high:
+        return (
+            f"learning rates from {low:.2g} to {high:.2g} are not told apart from the best in any of these {len(sides)}"
+        )
+    return f"no learning rate is as good as the best in all of these {len(sides)}"
+
+
+def _caveats(sides: Sequence[Side]) -> list[str]:
+    caveats = []
+    for side in sides:
+        if UNBOUNDED in side.warnings:
+            caveats.append(f"{name(side)}: the best rate may lie beyond what was searched; its interval is a bound")
+        if "still-rising" in side.warnings:
+            caveats.append(f"{name(side)}: its curves are still rising; after more epochs its best rate may be another")
+    if len({side.metric for side in sides}) > 1:
+        caveats.append("the values are of different metrics; only learning rates can be compared")
+    caveats.append(
+        f"each best rate is in its interval with {CONFIDENCE:.0%} confidence, for the one split of the data that its "
+        "study has"
+    )
+    return caveats
+
+
+def _shown(value: Any) -> str:
+    return "the default" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _setting(key: str) -> str:
+    """A key of the search space as the setting that it stands for."""
+    return key if key.startswith(("model.", "data.")) else f"training.{key}"
+
+
+def _is_compared(key: str) -> bool:
+    return key not in RESULT_NEUTRAL and not key.startswith(NOT_COMPARED)

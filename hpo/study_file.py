@@ -1,0 +1,84 @@
+"""A study file as nested dictionaries: read, changed by `--set`, and with one of them for each table of [[compare]]."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hpo.errors import UserError
+
+
+def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings of a study file; `overrides` are `section.key=value` with the value written as in TOML."""
+    try:
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the study file {path} cannot be read: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"the study file {path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(settings, override)
+    return settings
+
+
+def variants(settings: Mapping[str, Any], *, source: str) -> list[dict[str, Any]]:
+    """The settings without [[compare]] and, for each table of that, the same with the table's in their place.
+
+    A variant is named NAME-VARIANT by the `name` in its table. A table within a table is merged with what it changes,
+    but one in [search.space], which is one parameter, takes its place.
+    """
+    base = {key: value for key, value in settings.items() if key != "compare"}
+    tables = settings.get("compare", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"compare must be a list of tables, [[compare]], got {tables!r} ({source})")
+    found, names = [base], set()
+    for table in tables:
+        name = table.get("name")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise UserError(f"compare.name must be letters, digits, '.', '_' and '-', got {name!r} ({source})")
+        if name in names or len(table) < 2:
+            raise UserError(f"compare.name = {name!r} must be a name of its own, with settings beside it ({source})")
+        names.add(name)
+        changes = {key: value for key, value in table.items() if key != "name"}
+        found.append(_merged(base, changes) | {"name": f"{base.get('name')}-{name}"})
+    return found
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting as `section.key` with its value."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
+    merged = copy.deepcopy(dict(settings))
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and where != "search.space.":
+            merged[key] = _merged(old, value, where=f"{where}{key}.")
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set must be written section.key=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a text: --set training.optimizer=sgd
+    for key in keys[:-1]:
+        settings = settings.setdefault(key, {})
+        if not isinstance(settings, dict):
+            raise UserError(f"--set {override}: {key} is not a section")
+    settings[keys[-1]] = value

@@ -1,0 +1,88 @@
+"use strict";
+(() => {
+  const report = JSON.parse(document.getElementById("data").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const coarse = window.matchMedia("(pointer: coarse)");
+  const plots = [...document.querySelectorAll(".plot")];
+  const config = {
+    displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    toImageButtonOptions: {format: "svg"},
+  };
+  let printing = false;
+
+  // A figure as this page shows it now: by its width, and in the theme of the page or, on paper, in the light one.
+  function shown(plot) {
+    const {data, layout} = report.figures[plot.dataset.figure];
+    const theme = dark.matches && !printing ? "dark" : "light";
+    const width = printing ? 660 : plot.clientWidth;
+    const template = {layout: structuredClone(report.themes[theme])};
+    const now = {...structuredClone(layout), template, width: printing ? width : undefined, autosize: !printing};
+    if (coarse.matches) now.dragmode = false; // a finger scrolls the page
+    if (width < 560) {
+      template.layout.font.size = 11;
+      if (now.coloraxis) {
+        Object.assign(now.coloraxis.colorbar, {orientation: "h", thickness: 10, yanchor: "bottom", y: 1.0, xpad: 0});
+        now.coloraxis.colorbar.title.side = "top";
+        now.margin = {...now.margin, r: 4};
+      }
+    }
+    const lines = report.lines[theme];
+    const traces = data.map((trace) =>
+      trace.meta && "colour" in trace.meta ? {...trace, line: {...trace.line, color: lines[trace.meta.colour]}} : trace);
+    return [traces, now];
+  }
+
+  function draw(plot) {
+    return Plotly.react(plot, ...shown(plot), config);
+  }
+
+  // One after the other, so that the page can be scrolled meanwhile.
+  async function drawAll() {
+    for (const plot of plots) {
+      await draw(plot);
+      await new Promise((next) => setTimeout(next, 0));
+    }
+    document.documentElement.dataset.readyMs = performance.now().toFixed(0);
+  }
+
+  const redraw = () => plots.forEach(draw);
+  let narrow = window.innerWidth < 640;
+  dark.addEventListener("change", redraw);
+  window.addEventListener("resize", () => {
+    if (narrow !== window.innerWidth < 640) {
+      narrow = !narrow;
+      redraw();
+    }
+  });
+  for (const [name, value] of [["beforeprint", true], ["afterprint", false]]) {
+    window.addEventListener(name, () => {
+      printing = value;
+      redraw();
+    });
+  }
+
+  // The table: a press on a column's name sorts by it, the next one the other way round; empty cells stay last.
+  const body = document.querySelector("#trials tbody");
+  const heads = [...document.querySelectorAll("#trials th")];
+  const keyOf = (row, column) => {
+    const cell = row.cells[column];
+    return "key" in cell.dataset ? Number(cell.dataset.key) : cell.textContent;
+  };
+  function compare(a, b) {
+    if (a === "" || b === "") return (a === "") - (b === "");
+    if (typeof a === "number" && typeof b === "number") return a - b;
+    return String(a).localeCompare(String(b), undefined, {numeric: true});
+  }
+  heads.forEach((head, column) => {
+    head.querySelector("button").addEventListener("click", () => {
+      const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+      const rows = [...body.rows].map((row) => [keyOf(row, column), row]);
+      rows.sort(([a], [b]) => (a === "" || b === "" ? compare(a, b) : sign * compare(a, b)));
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
+      body.append(...rows.map(([, row]) => row));
+    });
+  });
+
+  drawAll();
+})();
