@@ -39,8 +39,8 @@ LOST = 0.5  # the share of its whole fall that a loss has lost again where train
 LEAP = 0.03  # the share of the weights' norm that steps change where they are leaps, whatever the loss does
 HOPELESS = 10.0  # times the loss at the start, on average over a window: the ramp ends
 # The range to search, from what was read; docs/results.md has how often it holds the best rate.
-ABOVE_EDGE = 5.0  # times above the edge the range ends
-BELOW_EDGE = 20.0  # times below the edge it begins at the latest
+ABOVE_EDGE = 6.0  # times above the edge the range ends
+BELOW_EDGE = 30.0  # times below the edge it begins at the latest
 BELOW_FALL = 3.0  # times below where the loss begins to fall it begins at the latest
 
 
