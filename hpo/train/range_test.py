@@ -91,14 +91,15 @@ def range_test(
     config = replace(config, training=replace(config.training, batch_size=batch_size, lr=PROBED, compile=False))
     # Every update rule's first step is as long as its learning rate is high.
     lane = build_lane(config, data=data, device=engine.device)
-    _, change = _step(engine, lane, next(_batches(data.train, config)), lr=PROBED)
+    probe = next(_batches(data.train, config))
+    _, change = _step(engine, lane, probe, lr=PROBED)
     first = min(max(FIRST_STEP / change * PROBED, LOWEST), HIGHEST / 10) if change > 0 else LOWEST
     del lane
     lane = build_lane(config, data=data, device=engine.device)
     lrs: list[float] = []
     losses: list[float] = []
     changes: list[float] = []
-    num_pictures = 0
+    num_pictures = len(probe[1])
     window = _window(num_steps)
     seed_generators(config.seed, "range test")
     for step, batch in enumerate(itertools.islice(_batches(data.train, config), num_steps)):
