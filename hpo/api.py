@@ -71,27 +71,30 @@ def run(
         spec = StudySpec.from_toml(spec)
     if workers is not None and in_process:
         raise UserError(f"--workers has no meaning with --in-process, got {workers}")
-    folder = str(Path(code_folder or sys.path[0] or os.getcwd()).resolve())
     url = storage_url(storage)
-    spec = ranges.adopt(spec, _stored(spec.name, url))
     if (done := _finished(spec, url)) is not None:
         return _result(*done)
 
     def create(facts: Mapping[str, Any]) -> tuple[Store, Study]:
-        closed = spec
-        if ranges.asks(spec):
-            tested = ranges.measure(spec, choose_devices(devices)[0])
-            closed = ranges.adopt(spec, _stored(spec.name, url))  # another command may have been faster
-            if ranges.asks(closed):
-                closed, found = ranges.close(spec, tested)
-                facts = {**facts, **found}
+        closed, found = ranges.resolve(spec, devices=devices, stored=lambda: _stored(spec.name, url)[1])
         store = Store(url, create=True)
-        study = store.create_study(closed, facts=facts)
+        study = store.create_study(closed, facts={**facts, **found})
         store.start(study)
         return store, study
 
-    allowed = Allowed.by_author(spec, folder=folder)
+    allowed = Allowed.by_author(spec, folder=_folder(code_folder))
     return _train(spec, allowed, create, devices=devices, workers=workers, in_process=in_process, watcher=watcher)
+
+
+def check(
+    spec: StudySpec, *, storage: str | None = None, devices: str = "auto", code_folder: str | Path | None = None
+) -> None:
+    """Raises UserError for whatever would keep `run` from training the study; a finished one is not looked at."""
+    if _finished(spec, storage_url(storage)) is None:
+        allowed = Allowed.by_author(spec, folder=_folder(code_folder))
+        allowed.check(spec)
+        with allowed.importable():
+            preflight.check(spec, choose_devices(devices))
 
 
 def join(
@@ -391,20 +394,20 @@ def storage_url(storage: str | None) -> str:
     return storage or os.environ.get("HPO_STORAGE") or DEFAULT_STORAGE
 
 
-def _stored(name: str, url: str) -> Study | None:
+def _stored(name: str, url: str) -> tuple[Store, Study] | tuple[None, None]:
     try:
-        return Store(url).study(name)
+        store = Store(url)
+        return store, store.study(name)
     except UserError:
-        return None  # no store or no such study; what else may be wrong is said when it is opened for writing
+        return None, None  # no store or no such study; what else may be wrong is said when it is opened for writing
 
 
 def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
     """The spec's study where the store holds it with no slot left to train."""
-    try:
-        store = Store(url)
-        study = store.study(spec.name)
-    except UserError:
-        return None  # no store or no such study; what else may be wrong is said when it is opened for writing
+    store, study = _stored(spec.name, url)
+    if store is None or study is None:
+        return None
+    spec = ranges.adopt(spec, study)
     counts = store.counts(study.study_id)
     if set(counts) - set(ENDED) or study.spec.differences(spec) or study.spec.num_trials < spec.num_trials:
         return None
@@ -450,6 +453,10 @@ def _train(
     if left:
         raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_go_on=True)
     return _result(store, study)
+
+
+def _folder(code_folder: str | Path | None) -> str:
+    return str(Path(code_folder or sys.path[0] or os.getcwd()).resolve())
 
 
 def _check_workers(workers: int | None) -> None:

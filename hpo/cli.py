@@ -6,6 +6,8 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -82,29 +84,43 @@ def run_command(
 ) -> None:
     """Run the study file SPEC to its answer, or go on with it where it was interrupted.
 
-    A study that is finished is answered from the store, without training.
+    A study that is finished is answered from the store, without training. A study file with [[compare]] holds several
+    studies, which are run one after the other and then compared.
 
     \b
     hpo run studies/quickstart.toml
     hpo run studies/tpe.toml --set search.trials=40 --set training.optimizer=sgd
     """
     from hpo import api
+    from hpo.display import print_comparison
     from hpo.spec import StudySpec
 
-    parsed = StudySpec.from_toml(spec, overrides=overrides)
+    specs = StudySpec.all_from_toml(spec, overrides=overrides)
+    folder = str(Path(spec).resolve().parent)
     options = [("--set", override) for override in overrides]
     again = command_line(
         "run", spec, *options, *worker_arguments(devices, workers), *["--in-process"][: int(in_process)]
     )
-    _train(
-        lambda watcher: api.run(
-            parsed, storage=storage, devices=devices, workers=workers, in_process=in_process, watcher=watcher,
-            code_folder=_folder(spec),
-        ),
-        parsed.name,
-        storage,
-        again=again,
-    )  # fmt: skip
+    for parsed in specs[1:]:  # what is wrong with the last one is not to be found after hours
+        api.check(parsed, storage=storage, devices=devices, code_folder=folder)
+    unanswered: StudyStopped | None = None
+    for parsed in specs:
+        try:
+            _train(
+                partial(
+                    api.run, parsed, storage=storage, devices=devices, workers=workers, in_process=in_process,
+                    code_folder=folder,
+                ),
+                parsed.name, storage, again=again,
+            )  # fmt: skip
+        except StudyStopped as error:
+            if error.can_go_on or len(specs) == 1:
+                raise
+            unanswered = error  # it has ended without an answer; the others need not
+    if unanswered is not None:
+        raise unanswered
+    if len(specs) > 1:
+        print_comparison(api.compare([parsed.name for parsed in specs], storage=storage))
 
 
 @main.command("worker")
@@ -130,9 +146,7 @@ def worker_command(
         raise UserError("hpo worker needs the name of a study, or --stay for every study of the store")
     again = command_line("worker", study, *allow_arguments(allow), *worker_arguments(devices, workers))
     _train(
-        lambda watcher: api.join(
-            study, storage=storage, devices=devices, workers=workers, allow=allow, watcher=watcher
-        ),
+        partial(api.join, study, storage=storage, devices=devices, workers=workers, allow=allow),
         study, storage, again=again,
     )  # fmt: skip
 
@@ -172,15 +186,15 @@ def resume_command(
 
     again = command_line("resume", study, *allow_arguments(allow), *worker_arguments(devices, workers))
     _train(
-        lambda watcher: api.resume(
-            study, storage=storage, trials=trials, devices=devices, workers=workers, allow=allow, watcher=watcher
+        partial(
+            api.resume, study, storage=storage, trials=trials, devices=devices, workers=workers, allow=allow
         ),
         study, storage, again=again,
     )  # fmt: skip
 
 
-def _train(train: Callable[[Any], Result], study: str, storage: str | None, *, again: str) -> None:
-    """Trains with live progress, then prints the answer."""
+def _train(train: Callable[..., Result], study: str, storage: str | None, *, again: str) -> None:
+    """Trains with live progress (`train` takes the `watcher` that shows it), then prints the answer."""
     from hpo import api
     from hpo.display import Progress, make_console, print_answer
     from hpo.store import Store
@@ -189,7 +203,7 @@ def _train(train: Callable[[Any], Result], study: str, storage: str | None, *, a
     console = make_console()
     try:
         with Progress(console) as progress:
-            result = train(progress.watch)
+            result = train(watcher=progress.watch)
     except StudyStopped as error:
         raise StudyStopped(f"{error}\ngo on with: {again}{suffix}" if error.can_go_on else str(error)) from None
     store = Store(api.storage_url(storage))
@@ -251,7 +265,7 @@ def range_test_command(
         tested = ranges.range_test(
             parsed,
             devices=devices,
-            code_folder=_folder(spec),
+            code_folder=Path(spec).parent,
             progress=lambda params, done, of: progress.update(
                 task, description=f"ramp {in_words(params)}".rstrip(), completed=done, total=of
             ),
@@ -267,12 +281,6 @@ def range_test_command(
             click.echo(line)
     if output is not None:
         click.echo(f"wrote {output}")
-
-
-def _folder(path: str) -> str:
-    from pathlib import Path
-
-    return str(Path(path).resolve().parent)
 
 
 for _command in (*cli_reading.COMMANDS, *cli_store.COMMANDS):

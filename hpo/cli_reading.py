@@ -1,4 +1,4 @@
-"""The commands that read a study: list, status, trials, best, report, export."""
+"""The commands that read studies: list, status, trials, best, compare, report, export."""
 
 from __future__ import annotations
 
@@ -122,6 +122,29 @@ def best_command(study: str, as_json: bool, storage: str | None) -> None:
         click.echo(line)
 
 
+@click.command("compare")
+@click.argument("studies", metavar="STUDY...", nargs=-1, required=True)
+@json_option
+@storage_option
+def compare_command(studies: tuple[str, ...], as_json: bool, storage: str | None) -> None:
+    """Show the best learning rates of studies side by side, and what can and cannot be concluded.
+
+    The first one is what the others are compared with. A study that searched lists, such as the optimizer, is one side
+    for each combination of them.
+
+    \b
+    hpo compare mnist-adam mnist-sgd
+    """
+    from hpo import api
+    from hpo.display import print_comparison
+
+    found = api.compare(studies, storage=storage)
+    if as_json:
+        print_json(found.as_dict())
+        return
+    print_comparison(found)
+
+
 @click.command("report")
 @click.argument("study", metavar="STUDY")
 @click.option("--output", metavar="FILE", help="Default: STUDY.html, or STUDY with the format's ending.")
@@ -158,4 +181,6 @@ def export_command(study: str, output: str, storage: str | None) -> None:
     click.echo(f"wrote {output}")
 
 
-COMMANDS = (list_command, status_command, trials_command, best_command, report_command, export_command)
+COMMANDS = (
+    list_command, status_command, trials_command, best_command, compare_command, report_command, export_command,
+)  # fmt: skip

@@ -7,7 +7,7 @@ do in at least twice that less one of all cases, whatever the studies have in co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hpo.analysis import Best
@@ -15,9 +15,13 @@ from hpo.records import Study, Trial
 from hpo.response import CONFIDENCE, Response
 from hpo.spec import RESULT_NEUTRAL
 from hpo.study_file import flatten
+from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 # What is not what a study asks: how it was searched, and which of many equal draws it was.
-NOT_COMPARED = ("name", "search.", "pruner.", "confirm.", "engine.", "checkpoints.", "training.seed")
+NOT_COMPARED = (
+    "name", "search.", "pruner.", "confirm.", "engine.", "checkpoints.", "training.seed",
+    "training.report_test_accuracy", "data.validation_fraction", "data.split_seed", "data.train_fraction",
+)  # fmt: skip
 UNBOUNDED = "edge-of-range"  # the warning of an interval that may reach further than what was searched
 
 
@@ -27,7 +31,7 @@ class Side:
 
     study: str
     params: Mapping[str, Any]  # of the combination
-    factors: Mapping[str, Any]  # the settings in which the sides are not all alike
+    factors: Mapping[str, Any]  # its settings in which the sides are not all alike
     lr: float | None
     interval: tuple[float, float] | None
     plateau: tuple[float, float] | None
@@ -56,22 +60,32 @@ def name(side: Side) -> str:
     return f"{side.study} ({listed})" if listed else side.study
 
 
+def changes(first: Side, side: Side) -> dict[str, Any]:
+    """The settings in which a side differs from the first one; not those that follow from another one of their section.
+
+    Momentum is what an SGD has and an Adam has not, and a width what one network has and another has not.
+    """
+    changed = {key: value for key, value in side.factors.items() if value != first.factors.get(key)}
+    common = {key for key in changed if key in first.factors and key in side.factors}
+    sections = {key.partition(".")[0] for key in common}
+    return {key: value for key, value in changed.items() if key in common or key.partition(".")[0] not in sections}
+
+
 def compare(answers: Sequence[tuple[Study, Sequence[Trial], Best]]) -> Comparison:
     """The comparison of studies, each with its trials and its answer."""
     sides, settings = [], []
     for study, trials, found in answers:
         known = {key: value for key, value in flatten(study.spec.frozen()) if _is_compared(key)}
-        known |= {f"data.{key}": study.facts[key] for key in ("num_train",) if key in study.facts}
+        if "num_train" in study.facts:
+            known["data.train_samples"] = study.facts["num_train"]  # whichever of two settings said it, or neither
         for params, response in _responses(study, found):
             listed = {_setting(key): value for key, value in params.items()}
-            settings.append(known | listed)
+            settings.append(_used(known | listed))
             sides.append(_side(study, trials, found, params, response))
     keys = dict.fromkeys(key for one in settings for key in one)
     differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
-    if "data.num_train" in differing and {"data.name", "data.train_samples", "data.train_fraction"} & {*differing}:
-        differing.remove("data.num_train")  # follows from those
     sides = [
-        Side(**{**vars(side), "factors": {key: one.get(key) for key in differing}})
+        replace(side, factors={key: one[key] for key in differing if key in one})
         for side, one in zip(sides, settings, strict=True)
     ]
     first, *others = sides
@@ -109,7 +123,7 @@ def _side(
 
 
 def _against(first: Side, side: Side) -> list[str]:
-    changed = {key: value for key, value in side.factors.items() if value != first.factors.get(key)}
+    changed = changes(first, side)
     instead = {key: f"{_shown(value)} instead of {_shown(first.factors.get(key))}" for key, value in changed.items()}
     what = " and ".join(f"{key} {values}" for key, values in instead.items())
     subject = f"{name(side)}{f', with {what},' if what else ''}"
@@ -165,6 +179,16 @@ def _shown(value: Any) -> str:
 def _setting(key: str) -> str:
     """A key of the search space as the setting that it stands for."""
     return key if key.startswith(("model.", "data.")) else f"training.{key}"
+
+
+def _used(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the settings of other optimizers and schedules than the one that is used."""
+    mine = {"name"}
+    for table, kind in ((OPTIMIZERS, "training.optimizer"), (SCHEDULES, "training.schedule")):
+        entry = table.get(str(settings.get(kind)))
+        mine |= set(entry.keys) if entry else set()
+    others = {key for table in (OPTIMIZERS, SCHEDULES) for entry in table.values() for key in entry.keys} - mine
+    return {key: value for key, value in settings.items() if key.removeprefix("training.") not in others}
 
 
 def _is_compared(key: str) -> bool:

@@ -15,14 +15,26 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.analysis import Best, best_trial, peak, searched
+from hpo.compare import Comparison, Side, changes, name
 from hpo.ranges import in_words as ranges_in_words
 from hpo.records import ENDED, Study, Trial
 from hpo.store import Store
-from hpo.words import answer_lines, in_words, number_in_words, peak_in_words, study_in_words, value_in_words
+from hpo.words import (
+    answer_lines,
+    as_text,
+    in_words,
+    interval_in_words,
+    number_in_words,
+    peak_in_words,
+    rate_in_words,
+    study_in_words,
+    value_in_words,
+)  # fmt: skip
 
 REFRESH_S = 0.5  # at least; longer where reading the study takes long
 MAX_ROWS = 60  # of the final table
 BAR_WIDTH = 24
+STRIP_WIDTH = 31
 
 STYLES = {
     "complete": "green",
@@ -129,6 +141,42 @@ def print_answer(
         console.print(line, style="bold", highlight=False, soft_wrap=True)
     for step in next_steps:
         console.print(step, style="dim", highlight=False, soft_wrap=True)
+
+
+def print_comparison(found: Comparison) -> None:
+    """Studies side by side: a line each, its interval drawn over the range that all of them span, then in words."""
+    ends = [end for side in found.sides if side.interval for end in (*side.interval, side.lr or side.interval[0])]
+    low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
+    rows = [
+        [
+            name(side), "" if side is found.sides[0] else in_words(changes(found.sides[0], side)),
+            as_text(side.lr and rate_in_words(side.lr)), as_text(side.interval and interval_in_words(side.interval)),
+            _strip(side, low, high), as_text(side.plateau and interval_in_words(side.plateau)),
+            as_text(side.edge and rate_in_words(side.edge)), as_text(side.value),
+        ]
+        for side in found.sides
+    ]  # fmt: skip
+    columns = ["study", "with", "best rate", "90 % interval", "", "as good", "diverges at", found.sides[0].metric]
+    print_table(columns, rows)
+    console = make_console()
+    for line in found.conclusions:
+        console.print(line, style="bold", highlight=False, soft_wrap=True)
+    for line in found.caveats:
+        console.print(f"beware: {line}", highlight=False, soft_wrap=True)
+
+
+def _strip(side: Side, low: float, high: float) -> str:
+    """The interval of a best rate and its middle, between log10 of two learning rates."""
+    if side.interval is None or side.lr is None:
+        return ""
+
+    def place(rate: float) -> int:
+        return round((STRIP_WIDTH - 1) * (math.log10(rate) - low) / ((high - low) or 1.0))
+
+    first, best, last = place(side.interval[0]), place(side.lr), place(side.interval[1])
+    cells = ["━" if first <= index <= last else "·" for index in range(STRIP_WIDTH)]
+    cells[best] = "●"
+    return "".join(cells)
 
 
 def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) -> Table:

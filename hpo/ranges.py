@@ -95,6 +95,15 @@ def _test(config: TrialConfig, device: Device, progress: Callable[[int, int], No
     return range_test(config, device=device.kind, progress=progress)
 
 
+def resolve(spec: StudySpec, *, devices: str, stored: Callable[[], Study | None]) -> tuple[StudySpec, dict[str, Any]]:
+    """The spec without `"auto"` and the facts of the tests that were made, none where `stored()` has the study."""
+    if not asks(spec) or not asks(spec := adopt(spec, stored())):
+        return spec, {}
+    tested = measure(spec, choose_devices(devices)[0])
+    adopted = adopt(spec, stored())  # another command may have been faster
+    return close(spec, tested) if asks(adopted) else (adopted, {})
+
+
 def close(spec: StudySpec, tested: Sequence[Ramp]) -> tuple[StudySpec, dict[str, Any]]:
     """The spec with the range that was found in place of each `lr = "auto"`, and the facts that say so.
 

@@ -28,8 +28,9 @@ def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
 def variants(settings: Mapping[str, Any], *, source: str) -> list[dict[str, Any]]:
     """The settings without [[compare]] and, for each table of that, the same with the table's in their place.
 
-    A variant is named NAME-VARIANT by the `name` in its table. A table within a table is merged with what it changes,
-    but one in [search.space], which is one parameter, takes its place.
+    A variant is named NAME-VARIANT by the `name` in its table. A table within a table is merged with what it changes;
+    one in [search.space], which is one parameter, takes its place, and so does a [model] with a name: its options would
+    not fit.
     """
     base = {key: value for key, value in settings.items() if key != "compare"}
     tables = settings.get("compare", [])
@@ -61,7 +62,8 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any], *, where: s
     merged = copy.deepcopy(dict(settings))
     for key, value in changes.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and where != "search.space.":
+        is_other = where == "search.space." or (where + key == "model" and "name" in value)
+        if isinstance(old, dict) and isinstance(value, dict) and not is_other:
             merged[key] = _merged(old, value, where=f"{where}{key}.")
         else:
             merged[key] = copy.deepcopy(value)
