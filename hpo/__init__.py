@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hpo.errors import StudyStopped as StudyStopped
     from hpo.errors import UserError as UserError
     from hpo.objective import Trial as Trial
+    from hpo.ranges import range_test as range_test
     from hpo.spec import StudySpec as StudySpec
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _MODULES = {
     "best": "hpo.api",
     "export": "hpo.api",
     "join": "hpo.api",
+    "range_test": "hpo.ranges",
     "resume": "hpo.api",
     "run": "hpo.api",
     "status": "hpo.api",

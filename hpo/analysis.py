@@ -56,6 +56,7 @@ class Best:
     response: Response | None = None
     warnings: Sequence[StudyWarning] = field(default=())
     confirmation: Confirmation | None = None  # of trials trained again on fresh seeds, where there was one
+    range_test: Sequence[Mapping[str, Any]] | None = None  # where the range of learning rates came from one
 
     @property
     def lr(self) -> float | None:
@@ -76,6 +77,7 @@ class Best:
             "responses": [{"params": dict(params), **response.in_figures()} for params, response in self.responses],
             "warnings": [asdict(warning) for warning in self.warnings],
             "confirmation": None if self.confirmation is None else self.confirmation.as_dict(),
+            "range_test": self.range_test,
         }
 
 
@@ -108,7 +110,8 @@ def best(study: Study, trials: Sequence[Trial]) -> Best | None:
     mine = next((found for other, found in responses if other == group and _has_rate(winner)), None)
     interval = mine.interval if mine else learning_rate_interval(study, trials, winner)
     beware = warnings(study, trials, winner, mine)
-    return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware, confirmed)
+    tested = study.facts.get("range_test")
+    return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware, confirmed, tested)
 
 
 def response(study: Study, trials: Sequence[Trial]) -> Response | None:

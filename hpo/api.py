@@ -17,7 +17,7 @@ import fsspec
 import fsspec.generic
 import tomli_w
 
-from hpo import analysis, database, launch, preflight
+from hpo import analysis, database, launch, preflight, ranges
 from hpo import compare as comparison
 from hpo.analysis import Best
 from hpo.compare import Comparison
@@ -76,8 +76,9 @@ def run(
         return _result(*done)
 
     def create(facts: Mapping[str, Any]) -> tuple[Store, Study]:
+        closed, found = ranges.resolve(spec, devices=devices, stored=lambda: _stored(spec.name, url)[1])
         store = Store(url, create=True)
-        study = store.create_study(spec, facts=facts)
+        study = store.create_study(closed, facts={**facts, **found})
         store.start(study)
         return store, study
 
@@ -393,13 +394,20 @@ def storage_url(storage: str | None) -> str:
     return storage or os.environ.get("HPO_STORAGE") or DEFAULT_STORAGE
 
 
-def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
-    """The spec's study where the store holds it with no slot left to train."""
+def _stored(name: str, url: str) -> tuple[Store, Study] | tuple[None, None]:
     try:
         store = Store(url)
-        study = store.study(spec.name)
+        return store, store.study(name)
     except UserError:
-        return None  # no store or no such study; what else may be wrong is said when it is opened for writing
+        return None, None  # no store or no such study; what else may be wrong is said when it is opened for writing
+
+
+def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
+    """The spec's study where the store holds it with no slot left to train."""
+    store, study = _stored(spec.name, url)
+    if store is None or study is None:
+        return None
+    spec = ranges.adopt(spec, study)
     counts = store.counts(study.study_id)
     if set(counts) - set(ENDED) or study.spec.differences(spec) or study.spec.num_trials < spec.num_trials:
         return None

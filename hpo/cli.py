@@ -18,6 +18,9 @@ from hpo.options import (
     allow_arguments,
     allow_option,
     command_line,
+    devices_option,
+    json_option,
+    print_json,
     storage_option,
     worker_arguments,
     worker_options,
@@ -226,6 +229,58 @@ def stop_command(study: str, storage: str | None) -> None:
         click.echo(f"study {study} will stop after this epoch; go on with: hpo resume {study}")
     else:
         click.echo(f"study {study} is finished; there is nothing to stop")
+
+
+@main.command("range-test")
+@click.argument("spec", metavar="SPEC")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting of the study file."
+)
+@click.option("--output", metavar="FILE", help="Also plot it, in an HTML file.")
+@json_option
+@devices_option
+def range_test_command(
+    spec: str, overrides: tuple[str, ...], output: str | None, as_json: bool, devices: str
+) -> None:  # fmt: skip
+    """Ramp the learning rate of SPEC's network over less than an epoch: where does its loss fall, where does it break?
+
+    Nothing is stored. With lr = "auto" in search.space, hpo run does this by itself and searches the range found.
+
+    \b
+    hpo range-test studies/quickstart.toml
+    hpo range-test studies/optimizers.toml --output ramps.html
+    """
+    from rich.progress import Progress
+
+    from hpo import ramp_plot, ranges
+    from hpo.display import make_console
+    from hpo.spec import StudySpec
+    from hpo.words import in_words
+
+    if output is not None:
+        ramp_plot.check_output(output)
+    parsed = StudySpec.from_toml(spec, overrides=overrides)
+    with Progress(transient=True, disable=as_json or not make_console().is_terminal) as progress:
+        task = progress.add_task("checking data and network", total=None)
+        tested = ranges.range_test(
+            parsed,
+            devices=devices,
+            code_folder=Path(spec).parent,
+            progress=lambda params, done, of: progress.update(
+                task, description=f"ramp {in_words(params)}".rstrip(), completed=done, total=of
+            ),
+        )
+    found = [one.as_dict() for one in tested]
+    if output is not None:
+        ramp_plot.write_html(found, output, title=f"Range test of {parsed.name}")
+    if as_json:
+        print_json(found)
+        return
+    for one in found:
+        for line in ranges.report(one):
+            click.echo(line)
+    if output is not None:
+        click.echo(f"wrote {output}")
 
 
 for _command in (*cli_reading.COMMANDS, *cli_store.COMMANDS):

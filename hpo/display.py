@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hpo.analysis import Best, best_trial, peak, searched
 from hpo.compare import Comparison, Side, changes, name
+from hpo.ranges import in_words as ranges_in_words
 from hpo.records import ENDED, Study, Trial
 from hpo.store import Store
 from hpo.words import (
@@ -84,6 +85,8 @@ class Progress:
         """Begins to show this study; what it returns is to be called while workers run."""
         self._store, self._study = store, study
         self._console.print(heading(study))
+        for line in ranges_in_words(study):
+            self._console.print(line, highlight=False, soft_wrap=True)
         trials = store.trials(study)
         if done := sum(trial.state in ENDED for trial in trials):
             self._console.print(f"going on: {done} of {len(trials)} trials are done already")

@@ -60,6 +60,10 @@ def worker_options(command: Callable[..., Any]) -> Callable[..., Any]:
         metavar="N",
         help="Worker processes. Default: one a device. The CPU's threads are divided.",
     )(command)
+    return devices_option(command)
+
+
+def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--devices", default="auto", show_default=True, metavar="LIST",
         help="auto: every free GPU, else the CPU. Or a list: cpu, mps, cuda, cuda:0,cuda:1.",

@@ -14,6 +14,7 @@ from hpo.errors import UserError, check_keys
 Scalar = str | bool | int | float
 
 MAX_POINTS = 10_000  # of one range in a grid
+AUTO = "auto"  # in place of the learning rate's range: a range test finds it
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,15 @@ class Range:
 
 
 @dataclass(frozen=True)
+class AutoRange(Range):
+    """All learning rates that a range test tries, until one has been made: `hpo/ranges.py` puts its range here."""
+
+    low: float = 1e-7
+    high: float = 10.0
+    log: bool = True
+
+
+@dataclass(frozen=True)
 class Choice:
     """One of a list of values."""
 
@@ -108,6 +118,12 @@ class Cases:
 
 
 Parameter = Range | Choice | Cases
+
+
+def is_auto(parameter: Parameter | None) -> bool:
+    """Whether a range test is to find this range, or that of one of its cases."""
+    cases = parameter.cases.values() if isinstance(parameter, Cases) else [parameter]
+    return any(isinstance(case, AutoRange) for case in cases)
 
 
 def combinations(
@@ -154,6 +170,8 @@ def parse_space(space: Mapping[str, Any], *, grid: bool) -> dict[str, Parameter]
 def _parse_parameter(setting: str, value: Any, *, grid: bool) -> Parameter:
     if isinstance(value, list):
         return _parse_choice(setting, value)
+    if value == AUTO:
+        return _parse_auto(setting, grid=grid)
     if not isinstance(value, dict):
         raise UserError(f"{setting} must be a list of values or {{ low = ..., high = ... }}, got {value!r}")
     if "by" not in value:
@@ -168,6 +186,14 @@ def _parse_parameter(setting: str, value: Any, *, grid: bool) -> Parameter:
     if any(isinstance(case, Cases) for case in parsed.values()):
         raise UserError(f"{setting}.by cannot be nested")
     return Cases(by=other, cases=parsed)  # type: ignore[arg-type]
+
+
+def _parse_auto(setting: str, *, grid: bool) -> AutoRange:
+    if setting.split(".")[2] != "lr":
+        raise UserError(f"{setting} must be a list of values or {{ low = ..., high = ... }}; 'auto' is for lr alone")
+    if grid:
+        raise UserError(f"{setting} must be a list, or low, high and points, for sampler 'grid', got 'auto'")
+    return AutoRange()
 
 
 def _parse_choice(setting: str, values: list[Any]) -> Choice:

@@ -24,7 +24,7 @@ from hpo.objective import RESERVED
 from hpo.rules import check_reference, check_rule, explain
 from hpo.search import PRUNERS, SAMPLERS
 from hpo.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
-from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points
+from hpo.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points, is_auto
 from hpo.train.config import NEUTRAL, TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
@@ -307,6 +307,11 @@ class StudySpec(Section):
                 f"objective.metric cannot be one of {', '.join(sorted(RESERVED))}; got {self.objective.metric!r}"
             )
         check_reference("objective.function", self.objective.function)
+        if is_auto(self.search.parameters.get("lr")):
+            raise UserError(
+                "search.space.lr must be a range or a list with objective.function, whose loop is not ours to test; "
+                "got 'auto'"
+            )
         if self.checkpoints.url is not None and "://" in self.checkpoints.url:
             raise UserError(
                 "checkpoints.url must be a folder with objective.function, whose own code writes into it; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hpo import ranges
 from hpo.response import CONFIDENCE, Response
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def answer_lines(study: Study, found: Best) -> list[str]:
                 f"with {in_words(params)}: {rate_in_words(other.best)} ({interval_in_words(other.interval)}), "
                 f"{study.spec.metric} {value_in_words(other.value, study)}"
             )
+    lines += ranges.in_words(study, best=found.lr, params=found.params)
     return lines + [f"beware: {warning.text}" for warning in found.warnings]
 
 

@@ -301,8 +301,8 @@ def test_every_command_has_help_with_an_example(command: str, hpo: Hpo) -> None:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     assert sorted(main.commands) == [
-        "best", "copy", "dashboard", "doctor", "export", "list", "resume", "run", "status", "stop", "storage", "trials",
-        "worker",
+        "best", "copy", "dashboard", "doctor", "export", "list", "range-test", "resume", "run", "status", "stop",
+        "storage", "trials", "worker",
     ]  # fmt: skip
 
 
@@ -314,3 +314,38 @@ def test_a_lease_that_is_no_length_of_time_is_one_message(tmp_path: Path, value:
     )  # fmt: skip
     expected = f"hpo: HPO_LEASE_S must be a number of seconds between 1 and 86400, got '{value}'\n"
     assert (result.returncode, result.stderr) == (2, expected)
+
+
+def test_a_range_test_prints_and_plots_what_it_found_and_stores_nothing(hpo: Hpo, tmp_path: Path) -> None:
+    free = ["tiny.toml", "--devices", "cpu", "--set", "search.space.optimizer=['adam', 'sgd']"]
+    result = hpo.quick("range-test", *free, "--output", str(tmp_path / "ramp.html"))
+    assert result.returncode == 0
+    assert result.stdout.count("the loss starts to fall at") == 2
+    for said in ("with optimizer adam:", "with optimizer sgd:", "explodes", "times below", "epochs in batches of 4"):
+        assert said in result.stdout
+    assert "█" in result.stdout
+    assert "plotly" in (tmp_path / "ramp.html").read_text()[:10_000]
+    found = json.loads(hpo.quick("range-test", "tiny.toml", "--devices", "cpu", "--json").stdout)
+    assert [one["params"] for one in found] == [{}]
+    assert 0 < found[0]["low"] < found[0]["high"]
+    assert found[0]["epochs"] < 1
+    assert (
+        f"low = {found[0]['low']:.2g}, high = {found[0]['high']:.2g}, log = true"
+        in hpo.quick("range-test", "tiny.toml", "--devices", "cpu").stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--output", "ramp.png"], "--output must end in .html, got 'ramp.png'"),
+        (["--output", "nowhere/ramp.html"], "--output must be in a folder that exists, got 'nowhere/ramp.html'"),
+        (["--set", "model.name=nothing"], "model.name must be"),
+        (["--set", "search.space.weight_decay=[0, 1, 2, 3, 4, 5, 6, 7, 8]"], "at most 8 combinations"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_range_test_is_one_sentence(hpo: Hpo, arguments: list[str], says: str) -> None:
+    result = hpo.quick("range-test", "tiny.toml", "--devices", "cpu", *arguments)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -75,7 +75,7 @@ def test_the_public_surface_is_what_is_listed_and_all_of_it_exists() -> None:
     assert hpo.__all__ == sorted(hpo.__all__)
     assert hpo.__all__ == [
         "Best", "Result", "StudySpec", "StudyStopped", "Trial", "UserError",
-        "best", "export", "join", "resume", "run", "status", "stop", "studies", "trials",
+        "best", "export", "join", "range_test", "resume", "run", "status", "stop", "studies", "trials",
     ]  # fmt: skip
     for name in hpo.__all__:
         assert getattr(hpo, name).__doc__

@@ -103,6 +103,9 @@ def test_a_mistake_is_one_sentence_naming_setting_rule_and_value(added: str, tmp
 
 
 SPACES = {
+    "lr = 'automatic'": ["search.space.lr must be a list of values or { low", "'automatic'"],
+    "lr = [0.1]\nweight_decay = 'auto'": ["search.space.weight_decay must be", "'auto' is for lr alone"],
+    "lr = [0.1]\nmodel.lr = 'auto'": ["search.space.model.lr must be", "'auto' is for lr alone"],
     "lr = { low = 0.0, high = 0.1, log = true }": ["search.space.lr.low must be > 0 on a log scale, got 0.0"],
     "lr = { low = -1e-3, high = 0.1, log = true }": ["search.space.lr.low must be > 0 on a log scale, got -0.001"],
     "lr = { low = 0.0, high = 0.1 }": ["search.space.lr must be greater than 0, got 0.0"],
@@ -142,6 +145,16 @@ def test_a_mistake_in_the_space_is_one_sentence(space: str) -> None:
         read(f"name = 's'\n[search.space]\n{space}")
     for part in SPACES[space]:
         assert part in str(caught.value)
+
+
+def test_auto_is_no_grid() -> None:
+    with pytest.raises(UserError, match=r"search\.space\.lr must be a list, or low, high and points"):
+        read("name = 's'\n[search]\nsampler = 'grid'\n[search.space]\nlr = 'auto'")
+
+
+def test_auto_is_not_for_a_loop_of_one_s_own() -> None:
+    with pytest.raises(UserError, match=r"search\.space\.lr must be a range or a list with .*'auto'"):
+        read("name = 's'\n[search.space]\nlr = 'auto'\n[objective]\nfunction = 'loop:train'")
 
 
 @pytest.mark.parametrize("sampler", ["gp", "qmc", "cmaes"])
