@@ -103,7 +103,7 @@ def run_command(
     )
     for parsed in specs[1:]:  # what is wrong with the last one is not to be found after hours
         api.check(parsed, storage=storage, devices=devices, code_folder=folder)
-    unanswered: StudyStopped | None = None
+    answered, unanswered = [], None
     for parsed in specs:
         try:
             _train(
@@ -113,14 +113,15 @@ def run_command(
                 ),
                 parsed.name, storage, again=again,
             )  # fmt: skip
+            answered.append(parsed.name)
         except StudyStopped as error:
-            if error.can_go_on or len(specs) == 1:
+            if error.can_go_on:
                 raise
             unanswered = error  # it has ended without an answer; the others need not
+    if len(answered) > 1:
+        print_comparison(api.compare(answered, storage=storage))
     if unanswered is not None:
         raise unanswered
-    if len(specs) > 1:
-        print_comparison(api.compare([parsed.name for parsed in specs], storage=storage))
 
 
 @main.command("worker")

@@ -21,7 +21,7 @@ def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the study file {path} is not valid TOML: {error}") from None
     for override in overrides:
-        _override(settings, override)
+        change(settings, override)
     return settings
 
 
@@ -70,7 +70,8 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any], *, where: s
     return merged
 
 
-def _override(settings: dict[str, Any], override: str) -> None:
+def change(settings: dict[str, Any], override: str) -> None:
+    """Puts the value of a `section.key=value` where it belongs."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

@@ -301,8 +301,8 @@ def test_every_command_has_help_with_an_example(command: str, hpo: Hpo) -> None:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     assert sorted(main.commands) == [
-        "best", "copy", "dashboard", "doctor", "export", "list", "range-test", "resume", "run", "status", "stop",
-        "storage", "trials", "worker",
+        "best", "compare", "copy", "dashboard", "doctor", "export", "list", "range-test", "report", "resume", "run",
+        "status", "stop", "storage", "trials", "worker",
     ]  # fmt: skip
 
 

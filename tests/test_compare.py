@@ -220,4 +220,5 @@ def test_a_study_without_an_answer_does_not_keep_the_others_from_theirs(hpo: Hpo
     exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu")
     assert exit_code == 1
     assert "three is too many" in output
+    assert "l-last has its best learning rate at" in output
     assert hpo.run("best", "l-last")[0] == 0

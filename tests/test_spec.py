@@ -10,6 +10,7 @@ import pytest
 
 from hpo.errors import UserError
 from hpo.spec import StudySpec
+from hpo.study_file import change
 from hpo.train.config import TrainingConfig
 
 MINIMAL = """
@@ -25,10 +26,8 @@ def read(text: str, *overrides: str) -> StudySpec:
 
 
 def _overridden(settings: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
-    from hpo.spec import _override
-
     for override in overrides:
-        _override(settings, override)
+        change(settings, override)
     return settings
 
 
@@ -39,7 +38,7 @@ MISTAKES = {
     "[data]\nroots = 'x'": ["unknown key data.roots", "root"],
     "[pruner]\nname = 'median'\nwarmup = 1": ["unknown key pruner.warmup", "warmup_epochs"],
     "[trainings]\nlr = 1": ["unknown key trainings", "training"],
-    "[confirm]\ntop = 3": ["unknown key confirm"],
+    "[confirmation]\ntop = 3": ["unknown key confirmation", "confirm"],
     "[search]\nsampler = 'bayes'": ["search.sampler must be one of", "tpe", "'bayes'"],
     "[pruner]\nname = 'hyperbrand'": ["pruner.name must be one of", "did you mean 'hyperband'"],
     "[training]\noptimizer = 'adm'": ["training.optimizer must be one of", "adadelta", "did you mean"],
