@@ -14,9 +14,7 @@ import pytest
 import hpo
 
 PACKAGE = Path(hpo.__file__).parent
-LOADED = (
-    "; import sys; print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'optuna', 'sklearn'}))"
-)
+LOADED = "; import sys; print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'optuna', 'plotly', 'sklearn'}))"
 
 
 @pytest.mark.parametrize(
