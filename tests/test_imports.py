@@ -14,9 +14,8 @@ import pytest
 import hpo
 
 PACKAGE = Path(hpo.__file__).parent
-LOADED = (
-    "; import sys; print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'optuna', 'sklearn'}))"
-)
+HEAVY = {"torch", "optuna", "plotly", "sklearn"}
+LOADED = f"; import sys; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {HEAVY}))"
 
 
 @pytest.mark.parametrize(
