@@ -1,7 +1,8 @@
 """Studies side by side: the best learning rate of each, in what they differ, and what can and cannot be concluded.
 
-Two best learning rates are told apart where their intervals do not overlap: each holds its own with CONFIDENCE, so both
-do in at least twice that less one of all cases, whatever the studies have in common.
+Two best learning rates are told apart where the interval of their ratio does not hold 1: that of the ratios of all pairs
+of what their responses say that each may be. (That two intervals do not overlap is a much stricter rule: Schenker and
+Gentleman, The American Statistician 55, 2001.)
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Side:
     factors: Mapping[str, Any]  # its settings in which the sides are not all alike
     lr: float | None
     interval: tuple[float, float] | None
+    ratio: tuple[float, float] | None  # of its best learning rate and the first side's, with CONFIDENCE
     plateau: tuple[float, float] | None
     edge: float | None
     value: float | None  # expected at the best learning rate
@@ -73,7 +75,7 @@ def changes(first: Side, side: Side) -> dict[str, Any]:
 
 def compare(answers: Sequence[tuple[Study, Sequence[Trial], Best]]) -> Comparison:
     """The comparison of studies, each with its trials and its answer."""
-    sides, settings = [], []
+    sides, settings, responses = [], [], []
     for study, trials, found in answers:
         known = {key: value for key, value in flatten(study.spec.frozen()) if _is_compared(key)}
         if "num_train" in study.facts:
@@ -82,11 +84,12 @@ def compare(answers: Sequence[tuple[Study, Sequence[Trial], Best]]) -> Compariso
             listed = {_setting(key): value for key, value in params.items()}
             settings.append(_used(known | listed))
             sides.append(_side(study, trials, found, params, response))
+            responses.append(response)
     keys = dict.fromkeys(key for one in settings for key in one)
     differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
     sides = [
-        replace(side, factors={key: one[key] for key in differing if key in one})
-        for side, one in zip(sides, settings, strict=True)
+        replace(side, factors={key: one[key] for key in differing if key in one}, ratio=_ratio(responses[0], response))
+        for side, one, response in zip(sides, settings, responses, strict=True)
     ]
     first, *others = sides
     conclusions = [sentence for side in others for sentence in _against(first, side)]
@@ -102,6 +105,16 @@ def _responses(study: Study, found: Best) -> list[tuple[Mapping[str, Any], Respo
     return [(study.spec.search.listed(found.params), None)]
 
 
+def _ratio(first: Response | None, other: Response | None) -> tuple[float, float] | None:
+    import numpy as np
+
+    if first is None or other is None:
+        return None
+    ratios = np.divide.outer(np.array(other.tops), np.array(first.tops))
+    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
 def _side(
     study: Study, trials: Sequence[Trial], found: Best, params: Mapping[str, Any], response: Response | None
 ) -> Side:
@@ -113,6 +126,7 @@ def _side(
         factors={},
         lr=response.best if response else None,
         interval=response.interval if response else None,
+        ratio=None,
         plateau=response.plateau if response else None,
         edge=response.edge.lr if response and response.edge else None,
         value=response.value if response else found.value,
@@ -127,19 +141,16 @@ def _against(first: Side, side: Side) -> list[str]:
     instead = {key: f"{_shown(value)} instead of {_shown(first.factors.get(key))}" for key, value in changed.items()}
     what = " and ".join(f"{key} {values}" for key, values in instead.items())
     subject = f"{name(side)}{f', with {what},' if what else ''}"
-    if first.interval is None or side.interval is None or first.lr is None or side.lr is None:
+    if side.ratio is None or first.lr is None or side.lr is None:
         return [f"{subject} cannot be compared: too few of its learning rates or of {name(first)}'s have a value"]
-    ratio = side.lr / first.lr
-    times = f"{ratio:.2g} times that" if ratio >= 1 else f"{1 / ratio:.2g} times lower than that"
-    best = f"{subject} has its best learning rate at {side.lr:.2g}"
-    (low, high), (first_low, first_high) = side.interval, first.interval
-    if low > first_high or high < first_low:
-        sentence = f"{best}, {times} of {name(first)}: told apart, their intervals do not overlap"
-    else:
-        sentence = (
-            f"{best}, not told apart from {first.lr:.2g} of {name(first)}: "
-            f"anything from {low / first_high:.2g} to {high / first_low:.2g} times that is possible"
+    low, high = side.ratio
+    sentence = f"{subject} has its best learning rate at {side.lr:.2g}, "
+    if low <= 1 <= high:
+        sentence += (
+            f"not told apart from {first.lr:.2g} of {name(first)}: {low:.2g} to {high:.2g} times that is possible"
         )
+    else:
+        sentence += f"{low:.2g} to {high:.2g} times {first.lr:.2g} of {name(first)}"
     if len(changed) > 1:
         sentence += f"; it differs in {len(changed)} settings, and which of them does it cannot be told"
     return [sentence]

@@ -31,9 +31,14 @@ class Findings:
     """What a study has found, which figures are drawn of; `importances` of parameters are empty where unknown."""
 
     study: Study
-    trials: Sequence[Trial]
+    trials: Sequence[Trial]  # of the search
     best: Best | None
     importances: Mapping[str, float]
+    others: Sequence[Trial] = ()  # those that confirm
+
+    @property
+    def all_trials(self) -> list[Trial]:
+        return [*self.trials, *self.others]
 
     @property
     def is_accuracy(self) -> bool:

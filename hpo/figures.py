@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hpo import figures_rate, figures_search
-from hpo.analysis import Best
+from hpo import figures_answer, figures_rate, figures_search
+from hpo.analysis import Best, searched
 from hpo.figure_style import Findings
 from hpo.records import Study, Trial
 
@@ -42,18 +42,22 @@ class Drawn:
 
 FIGURES: dict[str, Figure] = {
     "response": Figure("The response to the learning rate", figures_rate.response, figures_rate.tell_response),
+    "confirmation": Figure("Confirmed on fresh seeds", figures_answer.confirmation, figures_answer.tell_confirmation),
     "curves": Figure("Learning curves", figures_rate.curves, figures_rate.tell_curves),
     "history": Figure("History", figures_search.history, figures_search.tell_history),
     "epochs": Figure("Where the epochs went", figures_rate.epochs, figures_rate.tell_epochs),
     "importance": Figure("What matters", figures_search.importance, figures_search.tell_importance),
     "interactions": Figure("How they act together", figures_search.interactions, figures_search.tell_interactions),
+    "range_test": Figure("The range test", figures_answer.range_test, figures_answer.tell_range_test),
     "timeline": Figure("Workers and devices", figures_search.timeline, figures_search.tell_timeline),
 }
 
 
 def findings(study: Study, trials: Sequence[Trial], best: Best | None) -> Findings:
     """What figures are drawn of; `best` is the trials' answer."""
-    return Findings(study, trials, best, importances(study, trials))
+    mine = searched(trials)
+    others = [trial for trial in trials if trial.kind != "search"]
+    return Findings(study, mine, best, importances(study, mine), others)
 
 
 def draw(found: Findings, names: Sequence[str] = tuple(FIGURES)) -> list[Drawn]:

@@ -275,7 +275,7 @@ def _add_rate_bar(figure: go.Figure, low: float, high: float) -> None:
 
 def epochs(findings: Findings) -> go.Figure | None:
     """Epochs of training by learning rate and by how the trial ended, and how many trials ended after which epoch."""
-    trained = [trial for trial in findings.trials if trial.epochs]
+    trained = [trial for trial in findings.all_trials if trial.epochs]
     if not trained:
         return None
     figure = make_subplots(rows=2, vertical_spacing=0.24, row_heights=[0.55, 0.45])
@@ -305,13 +305,15 @@ def epochs(findings: Findings) -> go.Figure | None:
 
 def tell_epochs(findings: Findings) -> str:
     spent: dict[str, float] = {}
-    for trial in findings.trials:
+    for trial in findings.all_trials:
         spent[trial.state] = spent.get(trial.state, 0) + len(trial.epochs)
     most = findings.study.spec.training.epochs
-    full = sum(int(trial.params.get("epochs", most)) for trial in findings.trials if trial.epochs)
+    full = sum(int(trial.params.get("epochs", most)) for trial in findings.all_trials if trial.epochs)
     total = int(sum(spent.values()))
     saved = f", where training all of these trials to their end would have taken {full:,}" if full > total else ""
-    return f"{total:,} epochs were trained{saved}. By how the trial ended: {shares(spent)}."
+    again = sum(len(trial.epochs) for trial in findings.others if trial.kind == "confirm")
+    confirmed = f" {again:,} of them confirmed what was found." if again else ""
+    return f"{total:,} epochs were trained{saved}.{confirmed} By how the trial ended: {shares(spent)}."
 
 
 def _bins(trials: Sequence[Trial]) -> list[tuple[str, list[Trial]]]:

@@ -248,13 +248,13 @@ def tell_timeline(findings: Findings) -> str:
     told = f"{len(attempts)} attempts in {took:.0f} s on {', '.join(names)}; {busy / (took or 1):.1f} trials at a time"
     if (again := len(attempts) - len({trial.number for trial, _ in attempts})) > 0:
         told += f"; {again} were further attempts at a trial"
-    if (left := sum(len(trial.attempts) for trial in findings.trials) - len(attempts)) > 0:
+    if (left := sum(len(trial.attempts) for trial in findings.all_trials) - len(attempts)) > 0:
         told += f"; {left} earlier ones are not drawn"
     return f"{told}."
 
 
 def _attempts(findings: Findings) -> list[tuple[Trial, Attempt]]:
-    found = [(trial, attempt) for trial in findings.trials for attempt in trial.attempts]
+    found = [(trial, attempt) for trial in findings.all_trials for attempt in trial.attempts]
     return sorted(found, key=lambda pair: pair[1].began)[-MOST_BARS:]
 
 
@@ -262,7 +262,7 @@ def _ended(attempt: Attempt, findings: Findings) -> float:
     """When it ended; one that goes on has come as far as the latest that is known of any."""
     if attempt.ended is not None:
         return max(attempt.ended, attempt.began)
-    times = [time for trial in findings.trials for one in trial.attempts for time in (one.began, one.ended or 0.0)]
+    times = [time for trial in findings.all_trials for one in trial.attempts for time in (one.began, one.ended or 0.0)]
     return max(times)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hpo.errors import UserError
 
 WIDTH, HEIGHT = 64, 10  # characters
 BLOCKS = " ▁▂▃▄▅▆▇█"
-SHOWN = 1.5  # times the loss at the start: what is above is drawn there
+TOP = 1.5  # times the loss at the start: what is above is drawn there, or a broken loss would hide the rest
 
 
 def chart(found: Mapping[str, Any]) -> list[str]:
@@ -19,7 +20,7 @@ def chart(found: Mapping[str, Any]) -> list[str]:
 
     `found` is a range test as plain data; columns where the loss was not finite reach to the top.
     """
-    lrs, losses = found["lrs"], _shown(found["losses"])
+    lrs, losses = found["lrs"], worth_showing(found["losses"])
     if not losses or lrs[0] >= lrs[-1]:
         return []
     left, right = math.log10(lrs[0]), math.log10(lrs[-1])
@@ -60,28 +61,19 @@ def check_output(output: str | Path) -> None:
 
 def write_html(tested: Sequence[Mapping[str, Any]], output: str | Path, *, title: str) -> None:
     """Writes the ramps as one HTML file that needs no network. Raises UserError where it cannot be written."""
-    import plotly.graph_objects as go  # type: ignore[import-untyped, unused-ignore]
+    from hpo.figures_answer import ramps
 
-    figure = go.Figure()
-    for found in tested:
-        name = ", ".join(f"{key} {value}" for key, value in found["params"].items()) or "loss"
-        figure.add_scatter(x=found["lrs"], y=_shown(found["losses"]), mode="lines", name=name)
-        for what in ("falls", "lowest", "breaks", "leaps"):
-            if found[what] is not None:
-                figure.add_vline(x=found[what], line_dash="dot", annotation_text=f"{what} {found[what]:.2g}")
-        if found["low"] is not None:
-            figure.add_vrect(x0=found["low"], x1=found["high"], opacity=0.1, line_width=0, fillcolor="green")
-    figure.update_layout(title=title, xaxis_title="learning rate", yaxis_title="loss, smoothed", xaxis_type="log")
+    figure = ramps(tested).update_layout(title={"text": escape(title)}, paper_bgcolor="white", plot_bgcolor="white")
     try:
         figure.write_html(str(output), include_plotlyjs=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
 
 
-def _shown(losses: Sequence[float | None]) -> list[float]:
-    """The losses as far as they are worth showing: a broken one would hide the rest."""
+def worth_showing(losses: Sequence[float | None]) -> list[float]:
+    """The losses of a ramp as far as they are."""
     finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
     if not finite:
         return []
-    top = SHOWN * max(finite[0], min(finite))
+    top = TOP * max(finite[0], min(finite))
     return [top if loss is None or not math.isfinite(loss) else min(loss, top) for loss in losses]

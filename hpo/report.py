@@ -26,6 +26,7 @@ import tomli_w
 
 from hpo import figures, provenance
 from hpo.analysis import Best
+from hpo.confirm import Confirmation
 from hpo.errors import UserError, unknown_name
 from hpo.figure_style import THEMES, line_colours, short
 from hpo.figures import FIGURES, Drawn
@@ -199,15 +200,27 @@ def _key_figures(report: Report) -> list[tuple[str, str, str]]:
         value = (f"best {study.spec.metric}", value_in_words(best.value, study), f"trial {best.trial}")
         rate = [("best learning rate", as_text(best.lr), "of those tried")] if best.lr is not None else []
         return [*rate, value]
+    value = (f"expected {study.spec.metric}", value_in_words(found.value, study),
+             f"give or take {value_in_words(found.noise, study)}")  # fmt: skip
     key = [
-        ("best learning rate", rate_in_words(found.best), f"plateau {interval_in_words(found.plateau)}"),
+        ("best learning rate", rate_in_words(best.lr or found.best), f"plateau {interval_in_words(found.plateau)}"),
         (f"{CONFIDENCE:.0%} interval", interval_in_words(found.interval), "holds the best learning rate"),
-        (f"expected {study.spec.metric}", value_in_words(found.value, study),
-         f"give or take {value_in_words(found.noise, study)}"),
-    ]  # fmt: skip
+        *([value] if best.confirmation is None else _confirmed_figures(study, best.confirmation)),
+    ]
     if found.edge is not None:
         key.append(("half diverge at", rate_in_words(found.edge.lr), interval_in_words(found.edge.interval)))
     return key
+
+
+def _confirmed_figures(study: Study, found: Confirmation) -> list[tuple[str, str, str]]:
+    error = found.standard_error
+    doubt = f"± {value_in_words(error, study)}, {len(found.winner.values)} fresh seeds" if error is not None else ""
+    figures = [(f"confirmed {study.spec.metric}", value_in_words(found.value, study), doubt)]
+    if found.test_value is not None:
+        error = found.test_standard_error
+        doubt = f"± {value_in_words(error, study)}" if error is not None else ""
+        figures.append(("on the test set", value_in_words(found.test_value, study), doubt))
+    return figures
 
 
 def _table(report: Report) -> tuple[list[str], list[tuple[Trial, list[tuple[str, Any]]]]]:
@@ -219,12 +232,14 @@ def _table(report: Report) -> tuple[list[str], list[tuple[Trial, list[tuple[str,
     if len(trials) > MOST_ROWS:
         sign = -1 if study.spec.direction == "maximize" else 1
         trials.sort(key=lambda trial: (trial.value is None, sign * (trial.value or 0)))
-    columns = ["trial", "state", *keys, study.spec.metric, "epochs", "train_loss", "attempt", "seconds", "device"]
+    columns = ["trial", "state", "kind", *keys, study.spec.metric]
+    columns += ["epochs", "train_loss", "attempt", "seconds", "device", "why it ended"]
     rows = []
     for trial in trials:
         losses = [loss for loss in trial.curves.get("train_loss", ()) if loss is not None]
         seconds = trial.ended - trial.started if trial.ended and trial.started else None
         cells: list[tuple[str, Any]] = [(str(trial.number), trial.number), (trial.state, trial.state)]
+        cells += [(trial.kind, trial.kind)]
         cells += [(as_text(trial.params.get(key)), trial.params.get(key, "")) for key in keys]
         cells += [
             ("" if trial.value is None else value_in_words(trial.value, study), trial.value),
@@ -236,7 +251,7 @@ def _table(report: Report) -> tuple[list[str], list[tuple[Trial, list[tuple[str,
             (trial.reason or "", trial.reason or ""),
         ]
         rows.append((trial, [(shown, short(key, 6) if isinstance(key, float) else key) for shown, key in cells]))
-    return [*columns, "why it ended"], rows
+    return columns, rows
 
 
 def _place(attributes: Mapping[str, Any]) -> str:

@@ -69,6 +69,7 @@ class Response:
     edge: Edge | None  # None where no trial diverged, or only where others train
     sensitivity: float  # what a learning rate of the range, any, falls short of the best by, on average
     noise: float  # the standard deviation of a trial's value about the mean
+    tops: Sequence[float]  # learning rates that may be the best one, each as likely as any other here
 
     def mirrored(self) -> Response:
         """The same where the lower value is the better one."""
@@ -80,7 +81,7 @@ class Response:
         return {key: value for key, value in asdict(self).items() if key not in CURVES}
 
 
-CURVES = frozenset({"lrs", "mean", "low", "high", "diverging"})  # of a Response
+CURVES = frozenset({"lrs", "mean", "low", "high", "diverging", "tops"})  # of a Response
 
 
 def respond(trials: Trials, *, low: float, high: float) -> Response | None:
@@ -150,6 +151,7 @@ def _respond(trials: Trials, *, low: float, high: float) -> Response:
         edge=Edge(float(10 ** np.median(edges)), interval(edges)) if has_edge else None,
         sensitivity=size * float(behind.mean()),
         noise=size * noise,
+        tops=lrs[worth.argmax(axis=1)].tolist(),
     )
 
 
