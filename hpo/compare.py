@@ -146,11 +146,9 @@ def _against(first: Side, side: Side) -> list[str]:
     low, high = side.ratio
     sentence = f"{subject} has its best learning rate at {side.lr:.2g}, "
     if low <= 1 <= high:
-        sentence += (
-            f"not told apart from {first.lr:.2g} of {name(first)}: {low:.2g} to {high:.2g} times that is possible"
-        )
+        sentence += f"not told apart from {first.lr:.2g} of {name(first)}: {_times(low)} to {_times(high)} times that is possible"
     else:
-        sentence += f"{low:.2g} to {high:.2g} times {first.lr:.2g} of {name(first)}"
+        sentence += f"{_times(low)} to {_times(high)} times {first.lr:.2g} of {name(first)}"
     if len(changed) > 1:
         sentence += f"; it differs in {len(changed)} settings, and which of them does it cannot be told"
     return [sentence]
@@ -185,6 +183,10 @@ def _caveats(sides: Sequence[Side]) -> list[str]:
 
 def _shown(value: Any) -> str:
     return "the default" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
 
 
 def _setting(key: str) -> str:

@@ -26,11 +26,11 @@ from scripts.chaos.verdicts import Evidence
 
 PROBLEMS = {
     "grid": Problem(sampler="grid", trials=16, epochs=10, checkpoint_epochs=1),
-    "random": Problem(sampler="random", trials=12, epochs=10, checkpoint_epochs=2),
+    "random": Problem(sampler="random", trials=8, epochs=10, checkpoint_epochs=2, confirm=True),
 }
 SHORT = {
     "grid": Problem(sampler="grid", trials=6, epochs=12, checkpoint_epochs=1),
-    "random": Problem(sampler="random", trials=6, epochs=12, checkpoint_epochs=2),
+    "random": Problem(sampler="random", trials=4, epochs=12, checkpoint_epochs=2, confirm=True),
 }
 SHORT_FAULTS = 12
 REFERENCE_S = 300.0  # within which a study without faults must end
@@ -119,7 +119,7 @@ def main() -> int:
                 kind = kinds[round_number % len(kinds)]
                 problem = problems[kind]
                 if kind not in references:
-                    say(f"{kind}: {problem.trials} trials of {problem.epochs} epochs without faults")
+                    say(f"{kind}: {problem.num_slots} trials of {problem.epochs} epochs without faults")
                     references[kind] = run_without_faults(problem)
                 left = num_faults - injected.total()
                 wanted = left if arguments.short or round_number else (num_faults + 1) // 2

@@ -29,13 +29,15 @@ LEASE_S = 3.0  # HPO_LEASE_S of every process: what a minute is in earnest
 BUSY_S = 2.0  # how long a writer waits for SQLite's lock: the URL's timeout
 DISK_BYTES = 48 * 2**20
 WORKERS = 4
+TOP, SEEDS = 2, 2  # of a confirmation
 # scikit-learn's digits without scikit-learn: of the four seconds of work that a worker needs to start, a third.
 PICTURES = """
 import pathlib, numpy
 
 def digits():
     with numpy.load(pathlib.Path(__file__).parent / "pictures.npz") as found:
-        return (found["images"], found["labels"]), None
+        images, labels = found["images"], found["labels"]
+    return (images[:-200], labels[:-200]), (images[-200:], labels[-200:])
 """
 _made: set[Path] = set()  # the only folders that are ever removed
 
@@ -200,6 +202,16 @@ class Problem:
     trials: int
     epochs: int
     checkpoint_epochs: int
+    confirm: bool = False
+
+    @property
+    def num_trained(self) -> int:
+        return self.trials + (TOP * SEEDS if self.confirm else 0)
+
+    @property
+    def num_slots(self) -> int:
+        """With those that measure the test set and train nothing."""
+        return self.num_trained + (SEEDS if self.confirm else 0)
 
     def settings(self, checkpoints: Path) -> dict[str, Any]:
         search: dict[str, Any] = {"sampler": self.sampler}
@@ -222,6 +234,7 @@ class Problem:
             },
             # Every trial's last checkpoint stays, to be compared.
             "checkpoints": {"url": str(checkpoints), "keep_best": self.trials},
+            **({"confirm": {"top": TOP, "seeds": SEEDS}} if self.confirm else {}),
         }  # fmt: skip
 
 

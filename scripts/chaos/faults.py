@@ -126,7 +126,7 @@ class Chaos:
                 return
 
     def _is_last_trial(self) -> bool:
-        return len(self._finished) == self.arena.problem.trials - 1
+        return len(self._finished) == self.arena.problem.num_slots - 1
 
     def count(self, fault: str) -> None:
         self.counts[fault] += 1
