@@ -1,8 +1,8 @@
 """Studies side by side: the best learning rate of each, in what they differ, and what can and cannot be concluded.
 
-Two best learning rates are told apart where the interval of their ratio does not hold 1: that of the ratios of all pairs
-of what their responses say that each may be. (That two intervals do not overlap is a much stricter rule: Schenker and
-Gentleman, The American Statistician 55, 2001.)
+Two best learning rates are told apart where the interval of their ratio does not hold 1: that of the ratios of all
+pairs of what their responses say that each may be. (That two intervals do not overlap is a much stricter rule: Schenker
+and Gentleman, The American Statistician 55, 2001.)
 """
 
 from __future__ import annotations
@@ -145,10 +145,11 @@ def _against(first: Side, side: Side) -> list[str]:
         return [f"{subject} cannot be compared: too few of its learning rates or of {name(first)}'s have a value"]
     low, high = side.ratio
     sentence = f"{subject} has its best learning rate at {side.lr:.2g}, "
+    times = f"{_times(low)} to {_times(high)} times"
     if low <= 1 <= high:
-        sentence += f"not told apart from {first.lr:.2g} of {name(first)}: {_times(low)} to {_times(high)} times that is possible"
+        sentence += f"not told apart from {first.lr:.2g} of {name(first)}: {times} that is possible"
     else:
-        sentence += f"{_times(low)} to {_times(high)} times {first.lr:.2g} of {name(first)}"
+        sentence += f"{times} {first.lr:.2g} of {name(first)}"
     if len(changed) > 1:
         sentence += f"; it differs in {len(changed)} settings, and which of them does it cannot be told"
     return [sentence]

@@ -21,6 +21,12 @@ from tests.test_analysis import LOG_LR, complete, make_study, make_trials, numbe
 
 MINIMIZED = {"function": "m:f", "metric": "loss", "direction": "minimize"}
 
+CONFIRMED = ([0.71, 0.69, 0.7], [0.58, 0.6, 0.62])  # the values of two learning rates on three seeds
+RAMP = {
+    "params": {}, "lrs": [1e-5, 1e-3, 1e-1], "losses": [2.3, 2.0, None], "falls": 1e-3, "lowest": 1e-3, "breaks": 1e-1,
+    "leaps": 1e-2, "edge": 1e-2, "low": 1e-4, "high": 1e-1, "epochs": 0.9, "batch_size": 4, "seconds": 1.0,
+}  # fmt: skip
+
 
 def found(study: Study, trials: Sequence[Trial]) -> Findings:
     return findings(study, trials, best(study, trials))
@@ -37,6 +43,18 @@ def traces(entry: Drawn, name: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def large() -> tuple[Study, list[Trial], dict[str, Drawn]]:
     study, trials = make_large(90, 20)
+    study = replace(study, facts={**study.facts, "range_test": [RAMP]})
+    best_two = sorted((t for t in trials if t.state == "complete"), key=lambda t: t.value or 0)[-2:]
+    trials += [
+        replace(trial, number=90 + 3 * index + seed, kind="confirm", replicate=seed, value=value)
+        for index, (trial, values) in enumerate(zip(best_two, CONFIRMED, strict=True))
+        for seed, value in enumerate(values)
+    ]
+    tested = [trial for trial in trials if trial.kind == "confirm" and trial.number < 93]
+    trials += [
+        replace(trial, number=trial.number + 6, kind="test", tested=trial.number, curves={"test_accuracy": [None, 0.5]})
+        for trial in tested
+    ]
     return study, trials, drawn(study, trials)
 
 
@@ -53,7 +71,7 @@ def test_the_response_shows_every_trial_once_by_its_state_and_what_the_answer_sa
     entry = entries["response"]
     for state in ("complete", "pruned", "diverged"):
         shown = sorted(number for trace in traces(entry, state) for number in trace.customdata)
-        assert shown == [trial.number for trial in trials if trial.state == state]
+        assert shown == [trial.number for trial in trials if trial.state == state and trial.kind == "search"]
     answer = best(study, trials)
     assert answer is not None
     assert len(answer.responses) == 3
@@ -68,6 +86,27 @@ def test_the_response_shows_every_trial_once_by_its_state_and_what_the_answer_sa
         assert response.plateau in shaded
         assert response.edge is not None
         assert response.edge.interval in shaded
+
+
+def test_the_confirmation_shows_every_seed_its_mean_and_the_test_set(large: Any) -> None:
+    entry = large[2]["confirmation"]
+    (seeds,), (means,) = traces(entry, "a seed"), traces(entry, "mean, with its standard error")
+    assert sorted(seeds.x) == sorted(value for values in CONFIRMED for value in values)
+    assert list(means.x) == [0.7, 0.6]  # the winner's first
+    assert means.error_x.value > 0
+    (tests,) = traces(entry, "on the test set")
+    assert list(tests.x) == [0.5] * 3
+    assert "Best learning rate: " in entry.text
+    assert "is not told apart from it" in entry.text or "really is worse" in entry.text
+
+
+def test_a_range_test_shows_its_ramp_its_signs_and_the_range(large: Any) -> None:
+    entry = large[2]["range_test"]
+    (ramp,) = traces(entry, "loss")
+    assert list(ramp.x) == RAMP["lrs"]
+    assert list(ramp.y) == [2.3, 2.0, 3.45]  # what is not finite reaches to the top
+    assert {(shape.x0, shape.x1) for shape in entry.figure.layout.shapes} >= {(1e-4, 1e-1), (1e-2, 1e-2)}
+    assert "comes from a range test of 0.9 epochs: 0.0001 to 0.1" in entry.text
 
 
 def test_every_state_has_a_symbol_and_a_pattern_of_its_own() -> None:

@@ -151,13 +151,15 @@ def check_that_a_press_on_a_columns_name_sorts_by_it_and_empty_cells_stay_last(p
         assert set(cells[len(expected) :]) == {""}
 
 
-def test_dark_is_dark_light_is_light_and_the_page_follows_a_change(browser: Browser, page_file: Path) -> None:
+def test_dark_is_dark_light_is_light_and_the_page_follows_a_change(
+    browser: Browser, page_file: Path, wait_for: Callable[..., Any]
+) -> None:
     ink = "document.querySelector('#plot-history .xtick text').style.fill"
     with opened(browser, page_file, color_scheme="dark") as page:
         assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(20, 23, 29)"
         dark = page.evaluate(ink)
         page.emulate_media(color_scheme="light")
-        page.wait_for_function(f"{ink} !== '{dark}'")
+        wait_for(lambda: page.evaluate(ink) != dark)  # not wait_for_function: the page's policy forbids it
         assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
         assert (dark, page.evaluate(ink)) == ("rgb(230, 233, 239)", "rgb(29, 35, 48)")
 
