@@ -91,6 +91,7 @@ def compare(answers: Sequence[tuple[Study, Sequence[Trial], Best]]) -> Compariso
         replace(side, factors={key: one[key] for key in differing if key in one}, ratio=_ratio(responses[0], response))
         for side, one, response in zip(sides, settings, responses, strict=True)
     ]
+    sides[0] = replace(sides[0], ratio=None)
     first, *others = sides
     conclusions = [sentence for side in others for sentence in _against(first, side)]
     known_sides = [side for side in sides if side.plateau is not None]

@@ -52,6 +52,7 @@ EPOCHS = 9
 CLASSES = 10
 CHANCE = 1 / CLASSES
 SAMPLERS = ("random", "grid", "tpe")
+CONFIRMATIONS = 2000
 Curve = Callable[[Any], Any]  # over log10 of the learning rate
 
 
@@ -285,6 +286,38 @@ def flat(repetition: int) -> dict[str, Any]:
     }
 
 
+def shrunk(apart: float) -> dict[str, float]:
+    """Confirmations of three rates, so many deviations of a trial apart, on five seeds each; no search before them."""
+    random = np.random.default_rng(0)
+    task = made(lambda x: 0.8, 9.0, width=0.05, noise=0.01)
+    study, told = make_study(task), []
+    for _ in range(CONFIRMATIONS):
+        trials, truths = [], {}
+        for index in range(3):
+            lr = 10.0 ** (-3 + index)
+            truths[lr] = 0.8 - 0.01 * apart * index
+            for seed, value in enumerate(truths[lr] + 0.01 * random.standard_normal(5)):
+                trials.append(
+                    Trial(
+                        len(trials), "complete", {"lr": lr}, float(value), 1, None, None, None, {}, None, None,
+                        kind="confirm", replicate=seed,
+                    )
+                )  # fmt: skip
+        found = confirmation(study, trials, first=0.8)
+        assert found is not None
+        assert found.standard_error is not None
+        assert found.winner.mean is not None
+        truth = truths[found.winner.params["lr"]]
+        told.append((found.value - truth, found.winner.mean - truth, found.standard_error))
+    errors, naive, stated = np.array(told).T / 0.01
+    return {
+        "within": float(np.mean(np.abs(errors) <= stated)),
+        "error": float(errors.mean()),
+        "mean within": float(np.mean(np.abs(naive) <= stated)),
+        "mean error": float(naive.mean()),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=200, help="studies of each kind")
@@ -332,6 +365,13 @@ def main() -> None:
                 f"{row['trial_inflation']:.4f} above the truth, the response {row['response_inflation']:.4f}\n"
                 f"confirmed: {row['confirmed_error']:+.4f} off the truth, within the standard error in "
                 f"{row['confirmed_within']:.0%}, the runner-up called worse in {row['confirmed_worse']:.0%}"
+            )
+        for apart in (0.0, 0.3, 0.5, 1.0, 3.0):
+            row = figures[f"confirmed, {apart:g} apart"] = shrunk(apart)
+            print(
+                f"{CONFIRMATIONS} confirmations of three rates {apart:g} deviations apart: within the standard error "
+                f"{row['within']:.0%}, {row['error']:+.2f} deviations off; the winner's plain mean "
+                f"{row['mean within']:.0%}, {row['mean error']:+.2f}"
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -30,7 +30,7 @@ PROBLEMS = {
 }
 SHORT = {
     "grid": Problem(sampler="grid", trials=6, epochs=12, checkpoint_epochs=1),
-    "random": Problem(sampler="random", trials=4, epochs=12, checkpoint_epochs=2, confirm=True),
+    "random": Problem(sampler="random", trials=4, epochs=8, checkpoint_epochs=2, confirm=True),
 }
 SHORT_FAULTS = 12
 REFERENCE_S = 300.0  # within which a study without faults must end
