@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hpo.confirm import Confirmation, confirmation
-from hpo.records import Study, Trial
+from hpo.confirm import Confirmation, confirmation, latest
+from hpo.records import ENDED, Study, Trial
 from hpo.response import LEAST_RATES, Response, Trials, respond
 from hpo.space import Cases
 
@@ -60,10 +60,15 @@ class Best:
 
     @property
     def lr(self) -> float | None:
-        """The learning rate to train with: the one that was confirmed, else the response's, else the best trial's."""
+        """The learning rate to train with, of `recommended`."""
+        return self.recommended.get("lr")
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """The values to train with: those that were confirmed, else the best trial's with the response's best rate."""
         if self.confirmation is not None:
-            return self.confirmation.winner.params.get("lr")
-        return self.response.best if self.response else self.params.get("lr")
+            return dict(self.confirmation.winner.params)
+        return {**self.params, "lr": self.response.best} if self.response else dict(self.params)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data, without the curves of the responses."""
@@ -72,6 +77,7 @@ class Best:
             "params": dict(self.params),
             "value": self.value,
             "lr": self.lr,
+            "recommended": self.recommended,
             "interval": self.interval,
             "response": None if self.response is None else self.response.in_figures(),
             "responses": [{"params": dict(params), **response.in_figures()} for params, response in self.responses],
@@ -101,15 +107,17 @@ def best(study: Study, trials: Sequence[Trial]) -> Best | None:
     winner = best_trial(study, trials)
     if winner is None:
         return None
-    confirmed = confirmation(study, trials, first=_value(winner))
+    confirmed, every = confirmation(study, trials, first=_value(winner)), trials
     trials = searched(trials)
     responses = [
         (group, found) for group, alike in _groups(study, trials) if (found := response(study, alike)) is not None
     ]
-    group = study.spec.search.listed(winner.params)
-    mine = next((found for other, found in responses if other == group and _has_rate(winner)), None)
-    interval = mine.interval if mine else learning_rate_interval(study, trials, winner)
-    beware = warnings(study, trials, winner, mine)
+    listed = study.spec.search.listed
+    group = listed(confirmed.winner.params if confirmed else winner.params)
+    lead = best_trial(study, [trial for trial in trials if listed(trial.params) == group]) or winner
+    mine = next((found for other, found in responses if other == group and _has_rate(lead)), None)
+    interval = mine.interval if mine else learning_rate_interval(study, trials, lead)
+    beware = warnings(study, every, lead, mine)
     tested = study.facts.get("range_test")
     return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware, confirmed, tested)
 
@@ -157,8 +165,8 @@ def response(study: Study, trials: Sequence[Trial]) -> Response | None:
 
 def warnings(study: Study, trials: Sequence[Trial], winner: Trial, found: Response | None) -> list[StudyWarning]:
     """What there is to beware of in an answer; `found` is the response of the winner's like, where there is one."""
-    alike = [trial for trial in trials if _has_rate(trial) and _is_alike(study, trial, winner)]
-    evidence = Evidence(study, alike, winner, found)
+    alike = [trial for trial in searched(trials) if _has_rate(trial) and _is_alike(study, trial, winner)]
+    evidence = Evidence(study, alike, winner, found, latest(trials))
     return [StudyWarning(kind, text) for kind, check in WARNINGS.items() if (text := check(evidence))]
 
 
@@ -170,6 +178,7 @@ class Evidence:
     trials: Sequence[Trial]
     winner: Trial
     response: Response | None
+    confirming: Sequence[Trial] = ()  # of whatever combination
 
     @property
     def complete(self) -> list[Trial]:
@@ -205,7 +214,8 @@ def _not_enough(evidence: Evidence) -> str | None:
     known = len({trial.params["lr"] for trial in evidence.complete})
     if evidence.response is not None or not known:
         return None
-    return f"{known} learning rates have a value, which is not enough for a curve; {LEAST_RATES} are"
+    have = "rate has" if known == 1 else "rates have"
+    return f"{known} learning {have} a value, which is not enough for a curve; {LEAST_RATES} are"
 
 
 def _edge_of_range(evidence: Evidence) -> str | None:
@@ -276,6 +286,22 @@ def _pruned_away(evidence: Evidence) -> str | None:
     )
 
 
+def _not_confirmed(evidence: Evidence) -> str | None:
+    return _all_failed(evidence.confirming, "confirm", "the trials that were to confirm it")
+
+
+def _not_tested(evidence: Evidence) -> str | None:
+    return _all_failed(evidence.confirming, "test", "the test set could not be measured; its trials")
+
+
+def _all_failed(trials: Sequence[Trial], kind: str, what: str) -> str | None:
+    mine = [trial for trial in trials if trial.kind == kind]
+    if not mine or any(trial.state not in ENDED or trial.state == "complete" for trial in mine):
+        return None
+    ends = sorted({f"{trial.state}: {trial.reason}" for trial in mine})
+    return f"{what} did not complete, none of {len(mine)} ({'; '.join(ends[:2])})"
+
+
 WARNINGS: dict[str, Callable[[Evidence], str | None]] = {
     "guessing": _guessing,
     "not-enough": _not_enough,
@@ -284,6 +310,8 @@ WARNINGS: dict[str, Callable[[Evidence], str | None]] = {
     "tied": _tied,
     "still-rising": _still_rising,
     "pruned-away": _pruned_away,
+    "not-confirmed": _not_confirmed,
+    "not-tested": _not_tested,
 }
 
 

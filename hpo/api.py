@@ -329,6 +329,8 @@ def compare(names: Sequence[str], *, storage: str | None = None) -> Comparison:
 
     Raises StudyStopped where a study has no complete trial.
     """
+    if len(set(names)) < len(names):
+        raise UserError(f"each study must be named once, got {' '.join(names)}")
     store = Store(storage_url(storage))
     studies = [store.study(name) for name in names]
     answers = [(study, store.trials(study)) for study in studies]

@@ -55,6 +55,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         click.echo(f"stopped ({found['stop_reason']}); go on with: hpo resume {study}")
     if found["best"]:
         best = found["best"]
+        if best["confirmation"]:
+            click.echo(f"confirmed: {in_words(best['recommended'])}, value {best['confirmation']['value']:.4f}")
         click.echo(f"best so far: {in_words(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
     if found["peak"] and found["peak"]["fitted"] and found["trials"].keys() & {"waiting", "running"}:
         click.echo(peak_in_words(found["peak"]["lr"], found["peak"]["epochs"]))

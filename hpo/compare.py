@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hpo.analysis import Best
+from hpo.analysis import Best, best_trial, warnings
 from hpo.records import Study, Trial
 from hpo.response import CONFIDENCE, Response
 from hpo.spec import RESULT_NEUTRAL
@@ -40,6 +40,7 @@ class Side:
     edge: float | None
     value: float | None  # expected at the best learning rate
     metric: str
+    confirmed: float | None  # the learning rate that won a confirmation, where that was of this combination
     num_trials: int
     warnings: Sequence[str]  # their kinds
 
@@ -120,7 +121,8 @@ def _side(
     study: Study, trials: Sequence[Trial], found: Best, params: Mapping[str, Any], response: Response | None
 ) -> Side:
     alike = [t for t in trials if t.kind == "search" and study.spec.search.listed(t.params) == params]
-    is_answer = response is found.response
+    lead = best_trial(study, alike)
+    beware = warnings(study, alike, lead, response) if lead is not None else []
     return Side(
         study=study.name,
         params=params,
@@ -133,7 +135,8 @@ def _side(
         value=response.value if response else found.value,
         metric=study.spec.metric,
         num_trials=len(alike),
-        warnings=[warning.kind for warning in found.warnings] if is_answer else [],
+        confirmed=found.lr if found.confirmation and study.spec.search.listed(found.recommended) == params else None,
+        warnings=[warning.kind for warning in beware],
     )
 
 
@@ -170,6 +173,8 @@ def _shared(sides: Sequence[Side]) -> str:
 def _caveats(sides: Sequence[Side]) -> list[str]:
     caveats = []
     for side in sides:
+        if side.confirmed is not None and side.interval and not side.interval[0] <= side.confirmed <= side.interval[1]:
+            caveats.append(f"{name(side)}: {side.confirmed:.2g} was confirmed, which its interval does not hold")
         if UNBOUNDED in side.warnings:
             caveats.append(f"{name(side)}: the best rate may lie beyond what was searched; its interval is a bound")
         if "still-rising" in side.warnings:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hpo.records import ENDED, Study, Trial
 from hpo.response import CONFIDENCE
-from hpo.space import Cases, Range, Scalar
+from hpo.space import Cases, Choice, Range, Scalar
 
 if TYPE_CHECKING:
     from hpo.analysis import Best
@@ -133,7 +133,8 @@ def plan(study: Study, trials: Sequence[Trial], found: Best) -> list[Planned]:
     assert study.spec.confirm is not None
     stage = due(study, trials)
     if stage == "confirm":
-        seeds = range(study.spec.confirm.seeds)
+        before = [trial.replicate for trial in trials if trial.replicate is not None]
+        seeds = range(max(before, default=-1) + 1, max(before, default=-1) + 1 + study.spec.confirm.seeds)
         return [Planned(stage, params, seed) for params in candidates(study, trials, found) for seed in seeds]
     if stage == "test":
         assert found.confirmation is not None
@@ -153,9 +154,10 @@ def candidates(study: Study, trials: Sequence[Trial], found: Best) -> list[dict[
     """
     assert study.spec.confirm is not None
     answer = _without_seed(found.params)
-    if found.response is not None and _takes_any_rate(study, answer):
-        low, high = found.response.lrs[0], found.response.lrs[-1]
-        answer["lr"] = min(max(float(f"{found.response.best:.6g}"), low), high)
+    rate = _free_rate(study, answer)
+    if found.response is not None and rate is not None:
+        ends = [float(end) for end in rate.extremes()]  # Optuna takes nothing beyond them, not by a last digit
+        answer["lr"] = min(max(float(f"{found.response.best:.6g}"), min(ends)), max(ends))
     values: dict[tuple[tuple[str, Any], ...], list[float]] = {}
     for trial in trials:
         if trial.kind == "search" and trial.state == "complete" and trial.value is not None:
@@ -185,7 +187,9 @@ def confirmation(study: Study, trials: Sequence[Trial], *, first: float) -> Conf
     measured = [one for one in map(_candidate, groups) if one.mean is not None]
     ranked = sorted(measured, key=lambda one: (one.num_diverged, -sign * _mean(one)))
     rivals = [one for one in ranked if one.num_diverged == ranked[0].num_diverged]
-    value, error = _expected(rivals)
+    num_val = study.facts.get("num_val")
+    grain = 1 / num_val if num_val and not study.spec.objective else 0.0  # of an accuracy: one picture
+    value, error = _expected(rivals, grain=grain)
     tests = [trial.curves["test_accuracy"][-1] for trial in found if trial.kind == "test" and trial.state == "complete"]
     tested = [accuracy for accuracy in tests if accuracy is not None]
     return Confirmation(
@@ -193,7 +197,7 @@ def confirmation(study: Study, trials: Sequence[Trial], *, first: float) -> Conf
         value=value,
         standard_error=error,
         inflation=sign * (first - value),
-        runner_up=_runner_up(rivals, sign=sign),
+        runner_up=_runner_up(rivals, sign=sign, grain=grain),
         test_value=statistics.fmean(tested) if tested else None,
         test_standard_error=_student_error(statistics.stdev(tested), len(tested)) if len(tested) > 1 else None,
     )
@@ -212,23 +216,26 @@ def _candidate(trials: Sequence[Trial]) -> Candidate:
     )
 
 
-def _expected(rivals: Sequence[Candidate]) -> tuple[float, float | None]:
-    """The value and the standard error of `Confirmation`, of candidates of which the first one has the best mean."""
+def _expected(rivals: Sequence[Candidate], *, grain: float) -> tuple[float, float | None]:
+    """The value and the standard error of `Confirmation`, of candidates of which the first one has the best mean.
+
+    `grain` is the least by which two values differ: values that are all alike are that uncertain still.
+    """
     known = [[value for value in one.values if value is not None] for one in rivals]
     freedom = sum(len(values) - 1 for values in known)
     if freedom < 1:
         return _mean(rivals[0]), None
-    squares = sum((value - statistics.fmean(values)) ** 2 for values in known for value in values)
-    deviation = math.sqrt(squares / freedom)
+    off = [value - statistics.fmean(values) for values in known for value in values]
+    deviation = max(math.hypot(*off) / math.sqrt(freedom), grain / math.sqrt(12))  # hypot: a loss may be of any size
     means = [_mean(one) for one in rivals]
-    noise = deviation**2 / len(known[0])  # the variance of the winner's mean
-    true = max(0.0, statistics.variance(means) - noise) if len(means) > 1 else math.inf  # that of the candidates' own
-    share = true / (true + noise) if 0 < true + noise < math.inf else 1.0
     middle = statistics.fmean(means)
+    noise = deviation / math.sqrt(len(known[0]))  # of the winner's mean
+    spread = math.hypot(*(mean - middle for mean in means)) / math.sqrt(max(1, len(means) - 1))
+    share = 1.0 if len(means) == 1 or noise == 0 else 1 - min(1.0, noise / spread) ** 2 if spread else 0.0
     return middle + share * (means[0] - middle), _student_error(deviation, len(known[0]), freedom=freedom)
 
 
-def _runner_up(rivals: Sequence[Candidate], *, sign: int) -> RunnerUp | None:
+def _runner_up(rivals: Sequence[Candidate], *, sign: int, grain: float) -> RunnerUp | None:
     if len(rivals) < 2:
         return None
     from scipy.stats import t
@@ -238,7 +245,9 @@ def _runner_up(rivals: Sequence[Candidate], *, sign: int) -> RunnerUp | None:
     if len(differences) < 2:
         return None
     mean, count = statistics.fmean(differences), len(differences)
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+    deviation = math.hypot(*(one - mean for one in differences)) / math.sqrt(count - 1)
+    deviation = max(deviation, grain / math.sqrt(6))
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
     return RunnerUp(rivals[1].params, mean, (mean - reach, mean + reach), is_worse=mean - reach > 0)
 
 
@@ -258,13 +267,19 @@ def _without_seed(params: Mapping[str, Any]) -> dict[str, Scalar]:
     return {key: value for key, value in params.items() if key != "seed"}
 
 
-def _takes_any_rate(study: Study, params: Mapping[str, Scalar]) -> bool:
-    """Whether a learning rate between those that were tried can be trained: not where it is a list or has steps."""
+def _free_rate(study: Study, params: Mapping[str, Scalar]) -> Range | Choice | None:
+    """What the learning rate is searched in, where one between those that were tried can be trained.
+
+    That is neither so for a list, but a grid's, which Optuna is told is a range, nor where it has steps.
+    """
     spec = study.spec.search
     parameter = spec.parameters.get("lr")
     if isinstance(parameter, Cases):
         parameter = parameter.cases.get(str(params.get(parameter.by)))
-    return spec.sampler == "grid" or (isinstance(parameter, Range) and parameter.step is None)
+    if parameter is None or isinstance(parameter, Cases):
+        return None
+    is_free = spec.sampler == "grid" or (isinstance(parameter, Range) and parameter.step is None)
+    return parameter if is_free else None
 
 
 def _are_apart(study: Study, one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hpo.analysis import Best, best_trial, peak, searched
 from hpo.compare import Comparison, Side, changes, name
+from hpo.confirm import latest
 from hpo.ranges import in_words as ranges_in_words
 from hpo.records import ENDED, Study, Trial
 from hpo.store import Store
@@ -102,10 +103,12 @@ class Progress:
                 self._said.add(key)
                 self._console.print(agreed["reason"], highlight=False, soft_wrap=True)
         trials = self._store.trials(self._study)
-        for kind in dict.fromkeys(trial.kind for trial in trials):
-            if kind not in self._said and (text := _stage(self._study, trials, kind)):
-                self._said.add(kind)
-                self._console.print(text, highlight=False, soft_wrap=True)
+        for kind in ("confirm", "test"):
+            mine = [trial for trial in latest(trials) if trial.kind == kind]
+            if mine and (key := f"{kind} from trial {mine[0].number}") not in self._said:
+                self._said.add(key)
+                if any(trial.state not in ENDED for trial in mine):
+                    self._console.print(_stage(mine), highlight=False, soft_wrap=True)
         for trial in trials:
             if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
                 self._console.print(_ended_line(self._study, trial), highlight=False)
@@ -120,6 +123,7 @@ class Progress:
     def _is_new(self, trial: Trial) -> bool:
         return bool(
             trial.state == "running"
+            and trial.kind != "test"  # it has the epochs of another one
             and trial.epochs
             and self._reported.get(trial.number) != ("running", len(trial.epochs))
         )
@@ -258,20 +262,19 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
     return Group(*parts)
 
 
-def _stage(study: Study, trials: Sequence[Trial], kind: str) -> str | None:
-    """What is begun with the first trial that is not of the search."""
-    if kind == "search":
-        return None
-    mine = [trial for trial in trials if trial.kind == kind]
-    if kind == "test":
-        return f"measuring the test set with the {len(mine)} networks of the best one"
-    rates = list(dict.fromkeys(in_words(trial.params) for trial in mine))
+def _stage(trials: Sequence[Trial]) -> str:
+    """What is begun with these trials, which confirm."""
+    if trials[0].kind == "test":
+        return f"measuring the test set with the {len(trials)} networks of the best one"
+    rates = list(dict.fromkeys(in_words(trial.params) for trial in trials))
     return f"the search is done; trained again on fresh seeds: {'; '.join(rates)}"
 
 
 def _ended_line(study: Study, trial: Trial) -> Text:
     seconds = f"{trial.ended - trial.started:.1f} s" if trial.ended and trial.started else ""
     value = "" if trial.value is None else f", {study.spec.metric} {value_in_words(trial.value, study)}"
+    if trial.kind == "test" and trial.state == "complete":
+        value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}')}"
     text = Text(f"trial {trial.number} ")
     text.append(trial.state, style=STYLES[trial.state])
     text.append(f": {in_words(trial.params)}{value}, {trial.reason}, {seconds}")

@@ -60,6 +60,11 @@ def confirmation(findings: Findings) -> go.Figure | None:
         error_x={"type": "constant", "value": found.standard_error or 0.0, "color": GREEN, "thickness": 3, "width": 7},
         hovertemplate="mean %{x}<extra></extra>",
     )  # fmt: skip
+    figure.add_scatter(
+        x=[short(found.value)], y=[escaped(names[0])], mode="markers", name="to be expected",
+        marker={"symbol": "line-ns-open", "size": 24, "color": GREEN, "line": {"width": 3}},
+        hovertemplate="to be expected %{x}<extra></extra>",
+    )  # fmt: skip
     tested = [
         accuracy for trial in findings.others if trial.kind == "test" and trial.tested in found.winner.trials
         if trial.state == "complete" and (accuracy := trial.curves["test_accuracy"][-1]) is not None
@@ -97,7 +102,7 @@ def range_test(findings: Findings) -> go.Figure | None:
 
 def tell_range_test(findings: Findings) -> str:
     best = findings.best
-    lines = ranges.in_words(findings.study, best=best.lr if best else None, params=best.params if best else None)
+    lines = ranges.in_words(findings.study, best=best.lr if best else None, params=best.recommended if best else None)
     return _sentences(lines)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hpo import ramp_plot
 from hpo.devices import choose_devices
 from hpo.errors import UserError
-from hpo.space import AUTO, Cases, Choice, Parameter, Scalar, combinations, is_auto
+from hpo.space import AUTO, Cases, Choice, Parameter, Range, Scalar, combinations, is_auto
 from hpo.spec import StudySpec
 from hpo.train.config import TrialConfig, derive_seed
 from hpo.train.optim import SCHEDULES
@@ -155,6 +155,13 @@ def in_words(study: Study, *, best: float | None = None, params: Mapping[str, An
         low, high = found["low"], found["high"]
         line = f"the range of learning rates{f' with {listed}' if listed else ''} comes from a range test of "
         line += f"{found['epochs']:.2g} epochs: {low:.2g} to {high:.2g} ({signs(found)})"
+        searched = _case(study.spec, "lr", found["params"])
+        if isinstance(searched, Range) and (f"{searched.low:.2g}", f"{searched.high:.2g}") != (
+            f"{low:.2g}",
+            f"{high:.2g}",
+        ):
+            low, high = float(searched.low), float(searched.high)
+            line += f", within the {low:.2g} to {high:.2g} that were searched"
         if best is not None and params is not None and found["params"].items() <= dict(params).items():
             line += f"; {place(best, low, high)}"
         lines.append(line)

@@ -102,6 +102,11 @@ class Slots(Ledger):
         if rows:
             connection.execute(slots.insert(), rows)
 
+    def _drop_unclaimed(self, connection: Connection, study_id: int) -> None:
+        """Takes back what was to confirm and nobody has claimed: the last slots, as they are claimed in order."""
+        mine = (slots.c.study_id == study_id) & (slots.c.kind != "search") & slots.c.trial_id.is_(None)
+        connection.execute(slots.delete().where(mine))
+
     @patiently
     def go_on(self, study: Study) -> bool:
         """Adds the slots of what follows, once every trial has ended: of the confirmation, then of its test.

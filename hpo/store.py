@@ -159,6 +159,8 @@ class Store(Slots):
     def _save(self, connection: Connection, study: Study, spec: StudySpec, *, trials: int) -> None:
         """Makes `spec` the study's, with a budget of `trials` or what it has already."""
         count = self._num_slots(connection, study, kind="search")
+        if trials > count:
+            self._drop_unclaimed(connection, study.study_id)
         self._add_slots(connection, study.study_id, [new_slot(spec, {})] * (trials - count))
         frozen = spec.frozen()
         if spec.search.sampler != "grid":

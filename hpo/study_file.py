@@ -62,7 +62,7 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any], *, where: s
     merged = copy.deepcopy(dict(settings))
     for key, value in changes.items():
         old = merged.get(key)
-        is_other = where == "search.space." or (where + key == "model" and "name" in value)
+        is_other = where == "search.space." or (where + key == "model" and isinstance(value, dict) and "name" in value)
         if isinstance(old, dict) and isinstance(value, dict) and not is_other:
             merged[key] = _merged(old, value, where=f"{where}{key}.")
         else:

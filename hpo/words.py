@@ -46,9 +46,13 @@ def answer_lines(study: Study, found: Best) -> list[str]:
     if found.confirmation is not None:
         lines = confirmation_lines(study, found.confirmation)
         if found.response is not None:
-            best = rate_in_words(found.response.best)
+            listed = in_words(study.spec.search.listed(found.recommended))
+            best = f"{rate_in_words(found.response.best)}{f' with {listed}' if listed else ''}"
             lines.append(f"the response to the learning rate in the search is best at {best}")
             lines += response_lines(study, found.response)
+            low, high = found.response.interval
+            if found.lr is not None and not low <= found.lr <= high:
+                lines.append(f"what was confirmed, {rate_in_words(found.lr)}, is outside of that interval")
         lines.append(f"the best trial of the search: {in_words(found.params)}, {trial}; the luckiest, too")
     elif found.response is not None:
         lines = [f"best learning rate: {rate_in_words(found.response.best)}" + (f" ({values})" if values else "")]
@@ -71,7 +75,7 @@ def answer_lines(study: Study, found: Best) -> list[str]:
                 f"with {in_words(params)}: {rate_in_words(other.best)} ({interval_in_words(other.interval)}), "
                 f"{study.spec.metric} {value_in_words(other.value, study)}"
             )
-    lines += ranges.in_words(study, best=found.lr, params=found.params)
+    lines += ranges.in_words(study, best=found.lr, params=found.recommended)
     return lines + [f"beware: {warning.text}" for warning in found.warnings]
 
 
@@ -85,13 +89,18 @@ def confirmation_lines(study: Study, found: Confirmation) -> list[str]:
         f"{subject}{f' ({values})' if values else ''}, confirmed on {count} fresh seed{'s' * (count != 1)}: "
         f"{study.spec.metric} {_with_error(found.value, found.standard_error, study)}"
     ]
+    if winner.mean is not None and value_in_words(winner.mean, study) != value_in_words(found.value, study):
+        lines.append(
+            f"the seeds' own mean is {value_in_words(winner.mean, study)}: chosen as the best of several, it is drawn "
+            "towards theirs"
+        )
+    lines.append(
+        f"the search's best trial was {value_in_words(abs(found.inflation), study)} "
+        f"{'better' if found.inflation >= 0 else 'worse'} than what was confirmed"
+    )
     if found.test_value is not None:
         error = found.test_standard_error
         lines.append(f"on the test set, which nothing was chosen by: {_with_error(found.test_value, error, study)}")
-    lines.append(
-        f"the value of the search's best trial was {value_in_words(abs(found.inflation), study)} "
-        f"{'better' if found.inflation >= 0 else 'worse'} than that"
-    )
     if found.runner_up is not None:
         other, (low, high) = found.runner_up, found.runner_up.interval
         verdict = "really is worse" if other.is_worse else "is not told apart from it"
@@ -100,8 +109,9 @@ def confirmation_lines(study: Study, found: Confirmation) -> list[str]:
             f"the runner-up, {in_words(other.params)}, {verdict}: seed by seed it is {behind} "
             f"behind ({value_in_words(low, study)} to {value_in_words(high, study)})"
         )
-    if winner.num_diverged:
-        lines.append(f"beware: {winner.num_diverged} of its {len(winner.values)} seeds diverged")
+    for one in found.candidates:
+        if one.num_diverged:
+            lines.append(f"{in_words(one.params)}: {one.num_diverged} of its {len(one.values)} seeds diverged")
     return lines
 
 

@@ -291,6 +291,10 @@ RISING = [
 ]  # fmt: skip
 
 
+def confirming(state: str, *, kind: str = "confirm") -> Trial:
+    return replace(trained(1e-3, 0.8, state=state), kind=kind, replicate=0, reason="because")
+
+
 def tilted(slope: float) -> list[Trial]:
     return [trained(lr, 0.5 + slope * (math.log10(lr) + 3) + noise(i, 0.002)) for i, lr in enumerate(RATES)]
 
@@ -310,6 +314,11 @@ def tilted(slope: float) -> list[Trial]:
             {"pruned-away"},
             id="the best were pruned",
         ),
+        pytest.param([*SOUND, confirming("diverged")], {"not-confirmed"}, id="what was best broke on another seed"),
+        pytest.param(
+            [*SOUND, confirming("complete"), confirming("failed", kind="test")], {"not-tested"}, id="no test set"
+        ),
+        pytest.param([*SOUND, confirming("complete"), confirming("failed")], set(), id="confirmed"),
         pytest.param(complete(lambda lr: 0.1), {"guessing", "tied", "edge-of-range"}, id="nothing was learnt"),
     ],
 )
