@@ -216,7 +216,7 @@ def test_the_answer_says_it() -> None:
     assert "best learning rate: 0.001, confirmed on 3 fresh seeds: val_accuracy 82." in text
     assert "the search's best trial was 7." in text
     assert "better than what was confirmed" in text
-    assert "the seeds' own mean is 83.00%" in text
+    assert "the mean of its seeds is 83.00%" in text
     assert "the runner-up, lr=0.01, really is worse" in text
     assert json.loads(json.dumps(found.as_dict()))["confirmation"]["runner_up"]["is_worse"] is True
 
