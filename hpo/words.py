@@ -91,8 +91,8 @@ def confirmation_lines(study: Study, found: Confirmation) -> list[str]:
     ]
     if winner.mean is not None and value_in_words(winner.mean, study) != value_in_words(found.value, study):
         lines.append(
-            f"the mean of its seeds is {value_in_words(winner.mean, study)}; that of the best of several is too high, and "
-            "is drawn towards the others'"
+            f"the mean of its seeds is {value_in_words(winner.mean, study)}; that of the best of several is too high, "
+            "and is drawn towards the others'"
         )
     lines.append(
         f"the search's best trial was {value_in_words(abs(found.inflation), study)} "
