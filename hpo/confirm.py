@@ -133,8 +133,8 @@ def plan(study: Study, trials: Sequence[Trial], found: Best) -> list[Planned]:
     assert study.spec.confirm is not None
     stage = due(study, trials)
     if stage == "confirm":
-        before = [trial.replicate for trial in trials if trial.replicate is not None]
-        seeds = range(max(before, default=-1) + 1, max(before, default=-1) + 1 + study.spec.confirm.seeds)
+        used = [trial.replicate + 1 for trial in trials if trial.replicate is not None]
+        seeds = range(max(used, default=0), max(used, default=0) + study.spec.confirm.seeds)
         return [Planned(stage, params, seed) for params in candidates(study, trials, found) for seed in seeds]
     if stage == "test":
         assert found.confirmation is not None

@@ -102,6 +102,10 @@ class Slots(Ledger):
         if rows:
             connection.execute(slots.insert(), rows)
 
+    def _lock(self, connection: Connection, study_id: int) -> None:
+        """Keeps others from claiming and from adding slots until the transaction ends."""
+        connection.execute(sa.select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
+
     def _drop_unclaimed(self, connection: Connection, study_id: int) -> None:
         """Takes back what was to confirm and nobody has claimed: the last slots, as they are claimed in order."""
         mine = (slots.c.study_id == study_id) & (slots.c.kind != "search") & slots.c.trial_id.is_(None)
@@ -119,8 +123,7 @@ class Slots(Ledger):
         found = analysis.best(study, trials)
         planned = confirm.plan(study, trials, found) if found is not None else []
         with self._transaction() as connection:
-            lock = sa.select(studies.c.study_id).where(studies.c.study_id == study.study_id).with_for_update()
-            connection.execute(lock)
+            self._lock(connection, study.study_id)
             if self._num_slots(connection, study) == len(trials):
                 new = [
                     new_slot(study.spec, one.params)

@@ -158,6 +158,7 @@ class Store(Slots):
 
     def _save(self, connection: Connection, study: Study, spec: StudySpec, *, trials: int) -> None:
         """Makes `spec` the study's, with a budget of `trials` or what it has already."""
+        self._lock(connection, study.study_id)
         count = self._num_slots(connection, study, kind="search")
         if trials > count:
             self._drop_unclaimed(connection, study.study_id)
@@ -271,9 +272,7 @@ class Store(Slots):
         """What holds for the study under this name from now on: `value`, or what an earlier caller gave."""
         name = f"{AGREEMENT}{key}"
         with self._transaction() as connection:
-            connection.execute(
-                sa.select(studies.c.study_id).where(studies.c.study_id == study.study_id).with_for_update()
-            )
+            self._lock(connection, study.study_id)
             known = self._storage.get_study_user_attrs(study.study_id)
             if name not in known:
                 self._storage.set_study_user_attr(study.study_id, name, dict(value))
@@ -294,9 +293,7 @@ class Store(Slots):
         could come between.
         """
         with self._transaction() as connection:
-            connection.execute(
-                sa.select(studies.c.study_id).where(studies.c.study_id == study.study_id).with_for_update()
-            )
+            self._lock(connection, study.study_id)
             known = self._storage.get_study_system_attrs(study.study_id)
             wanted: dict[str, Any] = {f"{NOTE}str:0": note}
             for title, figure in figures.items():
