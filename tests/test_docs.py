@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from hpo.cli import main
+from hpo.figures import FIGURES
+from hpo.report import FORMATS
 from hpo.search import PRUNERS, SAMPLERS
 from hpo.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec
 from hpo.space import Range
@@ -38,6 +40,7 @@ def fields(config: type) -> list[str]:
 DOCUMENTED = {
     "## Commands": [f"hpo {command}" for command in main.commands],
     "## The study file": [f"[{name}]" if name != "name" else name for name in StudySpec.model_fields],
+    "## The report": [*FIGURES, *FORMATS],
     "### `[search]`": [*SearchSpec.model_fields, *SAMPLERS, *fields(Range)],
     "### `[pruner]`": [*(key for key in PrunerSpec.model_fields if key != "name"), *PRUNERS],
     "### `[model]`": ["name", *MODELS, *fields(ModelConfig)],
