@@ -55,7 +55,7 @@ def evidence(verdicts: Any, *, with_faults: bool) -> Any:
             reached = end
         epochs += [{"number": number, "epoch": e, "attempt": 1, "metrics": {"loss": 1.0 / e}} for e in range(1, 5)]
     return verdicts.Evidence(
-        slots=[{"number": number, "state": "complete", "reason": ""} for number in range(NUM_TRIALS)],
+        slots=[{"number": number, "state": "complete", "reason": "", "tested": None} for number in range(NUM_TRIALS)],
         attempts=attempts,
         epochs=epochs,
         reports=reports,
