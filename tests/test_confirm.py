@@ -631,8 +631,9 @@ COUNTER = itertools.count(1)
 
 
 def test_a_study_none_of_whose_trials_completed_says_so(tmp_path: Path, make_spec: MakeSpec) -> None:
-    (tmp_path / "loop.py").write_text("def train(trial):\n    trial.report(1, val_accuracy=float('nan'))\n")
-    spec = make_spec(0.1, 0.2, confirm={"top": 1, "seeds": 2})
+    # Not loop.py: a module that was imported stays, for every later test of this process.
+    (tmp_path / "loop_of_nan.py").write_text("def train(trial):\n    trial.report(1, val_accuracy=float('nan'))\n")
+    spec = make_spec(0.1, 0.2, objective={"function": "loop_of_nan:train"}, confirm={"top": 1, "seeds": 2})
     with pytest.raises(StudyStopped, match="has no complete trial"):
         run_here(spec, tmp_path)
 
