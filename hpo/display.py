@@ -92,6 +92,7 @@ class Progress:
         if done := sum(trial.state in ENDED for trial in trials):
             self._console.print(f"going on: {done} of {len(trials)} trials are done already")
         self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
+        self._said |= {key for key, mine in _stages(trials).items() if all(trial.state in ENDED for trial in mine)}
         return self.update
 
     def update(self) -> None:
@@ -103,12 +104,10 @@ class Progress:
                 self._said.add(key)
                 self._console.print(agreed["reason"], highlight=False, soft_wrap=True)
         trials = self._store.trials(self._study)
-        for kind in ("confirm", "test"):
-            mine = [trial for trial in latest(trials) if trial.kind == kind]
-            if mine and (key := f"{kind} from trial {mine[0].number}") not in self._said:
+        for key, mine in _stages(trials).items():
+            if key not in self._said:
                 self._said.add(key)
-                if any(trial.state not in ENDED for trial in mine):
-                    self._console.print(_stage(mine), highlight=False, soft_wrap=True)
+                self._console.print(_stage(mine), highlight=False, soft_wrap=True)
         for trial in trials:
             if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
                 self._console.print(_ended_line(self._study, trial), highlight=False)
@@ -260,6 +259,12 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
     if where is not None and where.fitted:
         parts.append(Text(peak_in_words(where.lr, where.epochs)))
     return Group(*parts)
+
+
+def _stages(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """The trials that confirm what was found, and those that test it, each under a name of their own."""
+    found = [[trial for trial in latest(trials) if trial.kind == kind] for kind in ("confirm", "test")]
+    return {f"{mine[0].kind} from trial {mine[0].number}": mine for mine in found if mine}
 
 
 def _stage(trials: Sequence[Trial]) -> str:

@@ -86,7 +86,11 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logs and checkpoints of studies in Postgres go where those of SQLite's go, beside the database."""
+    """Logs and checkpoints of studies in Postgres go where those of SQLite's go, beside the database.
+
+    And no test finds the module of another one's loop.
+    """
+    sys.modules.pop("loop", None)
     monkeypatch.setenv("HPO_FILES", str(tmp_path / "hpo_files"))
 
 
