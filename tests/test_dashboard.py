@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import pty
-import shutil
 import signal
 import socket
 import subprocess
@@ -35,17 +34,6 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1:8080"
 SECRET = "corréct horse: battery"
-CHROMIUM_FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
 
 # --- the middleware ---
 
@@ -402,18 +390,6 @@ def serving(storage_url: str, *options: str) -> Iterator[str]:
 def url(study: Study) -> Iterator[str]:
     with serving(study.storage_url) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium here (apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

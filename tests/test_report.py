@@ -31,7 +31,6 @@ from hpo.store import Store
 from hpo.words import answer_lines
 from scripts.bench_report import make_study as make_large
 from tests.test_analysis import complete, make_study, make_trials, numbered
-from tests.test_dashboard import CHROMIUM_FLAGS
 from tests.test_figures import MINIMIZED, unusual
 
 if TYPE_CHECKING:
@@ -57,18 +56,6 @@ def small() -> Report:
 
 
 # --- in a browser ---
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium here (apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
 
 
 @contextmanager
