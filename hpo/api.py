@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +81,7 @@ def run(
         store.start(study)
         return store, study
 
-    allowed = Allowed.by_author(spec, folder=_folder(code_folder))
+    allowed = Allowed.by_author(spec, folder=code_folder)
     return _train(spec, allowed, create, devices=devices, workers=workers, in_process=in_process, watcher=watcher)
 
 
@@ -91,7 +90,7 @@ def check(
 ) -> None:
     """Raises UserError for whatever would keep `run` from training the study; a finished one is not looked at."""
     if _finished(spec, storage_url(storage)) is None:
-        allowed = Allowed.by_author(spec, folder=_folder(code_folder))
+        allowed = Allowed.by_author(spec, folder=code_folder)
         allowed.check(spec)
         with allowed.importable():
             preflight.check(spec, choose_devices(devices))
@@ -455,10 +454,6 @@ def _train(
     if left:
         raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_go_on=True)
     return _result(store, study)
-
-
-def _folder(code_folder: str | Path | None) -> str:
-    return str(Path(code_folder or sys.path[0] or os.getcwd()).resolve())
 
 
 def _check_workers(workers: int | None) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -65,7 +63,7 @@ def range_test(
     if not isinstance(spec, StudySpec):
         code_folder = code_folder or Path(spec).parent
         spec = StudySpec.from_toml(spec)
-    allowed = Allowed.by_author(spec, folder=str(Path(code_folder or sys.path[0] or os.getcwd()).resolve()))
+    allowed = Allowed.by_author(spec, folder=code_folder)
     with allowed.importable():
         return measure(spec, choose_devices(devices)[0], progress=progress)
 

@@ -40,9 +40,12 @@ class Allowed:
         return cls(tuple(modules), tuple(folders))
 
     @classmethod
-    def by_author(cls, spec: StudySpec, *, folder: str) -> Allowed:
-        """What somebody allows who gives the study's spec himself: the modules that it names, and its folder's."""
-        return cls(tuple(spec.modules()), (folder,))
+    def by_author(cls, spec: StudySpec, *, folder: str | Path | None) -> Allowed:
+        """What somebody allows who gives the study's spec himself: the modules that it names, and its folder's.
+
+        None stands for the folder of the script that runs.
+        """
+        return cls(tuple(spec.modules()), (str(Path(folder or sys.path[0] or os.getcwd()).resolve()),))
 
     def check(self, spec: StudySpec) -> None:
         """Raises UserError, naming the module, where the study names one that is not allowed; imports nothing."""
