@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from hpo.api import status as status
     from hpo.api import stop as stop
     from hpo.api import studies as studies
+    from hpo.api import submit as submit
     from hpo.api import trials as trials
     from hpo.errors import StudyStopped as StudyStopped
     from hpo.errors import UserError as UserError
     from hpo.objective import Trial as Trial
+    from hpo.on_ray import OnRay as OnRay
     from hpo.ranges import range_test as range_test
     from hpo.spec import StudySpec as StudySpec
 
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Best": "hpo.analysis",
+    "OnRay": "hpo.on_ray",
     "Result": "hpo.api",
     "StudySpec": "hpo.spec",
     "StudyStopped": "hpo.errors",
@@ -44,6 +47,7 @@ _MODULES = {
     "status": "hpo.api",
     "stop": "hpo.api",
     "studies": "hpo.api",
+    "submit": "hpo.api",
     "trials": "hpo.api",
 }
 

@@ -5,38 +5,43 @@ from __future__ import annotations
 import json
 import os
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import fsspec
-import fsspec.generic
 import tomli_w
 
-from hpo import analysis, database, launch, preflight, ranges
+from hpo import analysis, launch, preflight, ranges
 from hpo import compare as comparison
 from hpo.analysis import Best
 from hpo.compare import Comparison
-from hpo.database import Unreachable, parse_url
+from hpo.database import Unreachable
 from hpo.devices import choose_devices
 from hpo.errors import StudyStopped, UserError
+from hpo.launch import Launcher
 from hpo.outage import OUTAGE_S, STORE_ERRORS
 from hpo.publish import Publisher, publish
 from hpo.records import ENDED, Study, Trial, trial_as_dict
 from hpo.spec import StudySpec
 from hpo.store import Store
+from hpo.supervision import Watch
 from hpo.trust import Allowed
 from hpo.words import no_answer
+
+if TYPE_CHECKING:
+    from hpo.on_ray import OnRay
 
 HEADER = "The best trial of study"  # begins every export, which alone may be written over
 DEFAULT_STORAGE = "sqlite:///hpo.db"
 IDLE_S = 2.0  # between looks for a study with trials waiting
 
 # Called with the store and the study once before training; returns what to call while it goes on.
-Watcher = Callable[[Store, Study], launch.Watch]
+Watcher = Callable[[Store, Study], Watch]
+# Called with what runs the workers, and what the preflight found; opens or creates the study.
+Opener = Callable[[Launcher, Mapping[str, Any]], tuple[Store, Study]]
 
 
 @dataclass(frozen=True)
@@ -55,45 +60,84 @@ def run(
     devices: str = "auto",
     workers: int | None = None,
     in_process: bool = False,
+    on: OnRay | str | None = None,
     code_folder: str | Path | None = None,
     watcher: Watcher | None = None,
 ) -> Result:
     """Runs a study to its end, or goes on with it; a finished one is answered from the store.
 
     `spec` is a StudySpec or the path of a study file. `workers` is the number of processes, by default one a device;
-    `in_process` trains in the calling process instead. Modules of your own that the study names are looked for in
-    `code_folder`: by default the study file's folder, or the running script's for a StudySpec. Raises UserError for a
-    wrong request, before anything is written, and StudyStopped where the study cannot finish.
+    `in_process` trains in the calling process instead, and `on` has a Ray cluster place the workers: an `hpo.OnRay` or
+    its address. Modules of your own that the study names are looked for in `code_folder`: by default the study file's
+    folder, or the running script's for a StudySpec. Raises UserError for a wrong request, before anything is written,
+    and StudyStopped where the study cannot finish.
     """
     if not isinstance(spec, StudySpec):
         code_folder = code_folder or Path(spec).parent
         spec = StudySpec.from_toml(spec)
-    if workers is not None and in_process:
-        raise UserError(f"--workers has no meaning with --in-process, got {workers}")
     url = storage_url(storage)
     if (done := _finished(spec, url)) is not None:
         return _result(*done)
-
-    def create(facts: Mapping[str, Any]) -> tuple[Store, Study]:
-        closed, found = ranges.resolve(spec, devices=devices, stored=lambda: _stored(spec.name, url)[1])
-        store = Store(url, create=True)
-        study = store.create_study(closed, facts={**facts, **found})
-        store.start(study)
-        return store, study
-
     allowed = Allowed.by_author(spec, folder=code_folder)
-    return _train(spec, allowed, create, devices=devices, workers=workers, in_process=in_process, watcher=watcher)
+    launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=workers, in_process=in_process, on=on)
+    return _train(spec, allowed, partial(_create, spec, url), launcher, watcher=watcher)
+
+
+def submit(
+    spec: StudySpec | str | Path,
+    *,
+    on: OnRay | str | None,
+    storage: str | None = None,
+    devices: str = "auto",
+    workers: int | None = None,
+    code_folder: str | Path | None = None,
+) -> bool:
+    """Starts a study on a Ray cluster, or goes on with it there, and returns once it trains without this process.
+
+    Arguments and errors as in `run`. Returns False, and starts nothing, where the study is finished.
+    """
+    if not isinstance(spec, StudySpec):
+        code_folder = code_folder or Path(spec).parent
+        spec = StudySpec.from_toml(spec)
+    url = storage_url(storage)
+    if _finished(spec, url) is not None:
+        return False
+    allowed = Allowed.by_author(spec, folder=code_folder)
+    launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=workers, on=on)
+    if not launcher.can_be_left:
+        raise UserError("--detach needs a Ray that outlives this command: --on auto, or --on ray://HOST:PORT")
+    with _opened(spec, allowed, partial(_create, spec, url), launcher) as (store, study):
+        launcher.submit(store, study)
+    return True
+
+
+def _create(spec: StudySpec, url: str, launcher: Launcher, facts: Mapping[str, Any]) -> tuple[Store, Study]:
+    closed, found = ranges.resolve(
+        spec,
+        measure=lambda spec: launcher.ask(ranges.measure, spec, launcher.request),
+        stored=lambda: _stored(spec.name, url)[1],
+    )
+    store = Store(url, create=True)
+    study = store.create_study(closed, facts={**facts, **found})
+    store.start(study)
+    return store, study
 
 
 def check(
-    spec: StudySpec, *, storage: str | None = None, devices: str = "auto", code_folder: str | Path | None = None
+    spec: StudySpec,
+    *,
+    storage: str | None = None,
+    devices: str = "auto",
+    on: OnRay | str | None = None,
+    code_folder: str | Path | None = None,
 ) -> None:
     """Raises UserError for whatever would keep `run` from training the study; a finished one is not looked at."""
-    if _finished(spec, storage_url(storage)) is None:
+    url = storage_url(storage)
+    if _finished(spec, url) is None:
         allowed = Allowed.by_author(spec, folder=code_folder)
-        allowed.check(spec)
-        with allowed.importable():
-            preflight.check(spec, choose_devices(devices))
+        launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=None, on=on)
+        with _checked(spec, allowed, launcher):
+            pass
 
 
 def join(
@@ -102,25 +146,28 @@ def join(
     storage: str | None = None,
     devices: str = "auto",
     workers: int | None = None,
+    on: OnRay | str | None = None,
     allow: Sequence[str] = (),
     watcher: Watcher | None = None,
 ) -> Result:
-    """Adds workers of this machine to a study in the store, and returns when the study has ended.
+    """Adds workers of this machine, or `on` a Ray cluster, to a study in the store; returns when the study has ended.
 
     `allow` names what the study may import of code of one's own: modules, and folders of modules. Anything else that
     the study names is refused with a UserError, because whoever can write to the store chooses those names.
     """
-    store = Store(storage_url(storage))
+    url = storage_url(storage)
+    store = Store(url)
     study = store.study(name)
     if not store.num_left(study):
         return _result(store, study)
 
-    def join_it(facts: Mapping[str, Any]) -> tuple[Store, Study]:
+    def join_it(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, Study]:
         store.check_joins(study, study.spec, facts=facts)
         return store, study
 
     allowed = Allowed.parse(allow)
-    return _train(study.spec, allowed, join_it, devices=devices, workers=workers, watcher=watcher)
+    launcher = launch.launcher(study.spec, allowed, url=url, devices=devices, workers=workers, on=on)
+    return _train(study.spec, allowed, join_it, launcher, watcher=watcher)
 
 
 def serve(
@@ -139,7 +186,7 @@ def serve(
 
     A study that cannot be trained here is passed over, and `say` is told why, until it is started again.
     """
-    _check_workers(workers)
+    launch.check_workers(workers)
     choose_devices(devices)
     Allowed.parse(allow)
     store = Store(storage_url(storage))
@@ -183,19 +230,21 @@ def resume(
     trials: int | None = None,
     devices: str = "auto",
     workers: int | None = None,
+    on: OnRay | str | None = None,
     allow: Sequence[str] = (),
     watcher: Watcher | None = None,
 ) -> Result:
     """Goes on with a study that was stopped or interrupted; `trials` enlarges its budget, keeping what was trained.
 
-    `allow` as in `join`.
+    `on` and `allow` as in `join`.
     """
-    store = Store(storage_url(storage))
+    url = storage_url(storage)
+    store = Store(url)
     study = store.study(name)
     if trials is None and not store.num_left(study):
         return _result(store, study)
 
-    def go_on(facts: Mapping[str, Any]) -> tuple[Store, Study]:
+    def go_on(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, Study]:
         store.check_joins(study, study.spec, facts=facts)
         if trials is not None:
             store.enlarge(study, trials)
@@ -203,7 +252,8 @@ def resume(
         return store, store.study(name)
 
     allowed = Allowed.parse(allow)
-    return _train(study.spec, allowed, go_on, devices=devices, workers=workers, watcher=watcher)
+    launcher = launch.launcher(study.spec, allowed, url=url, devices=devices, workers=workers, on=on)
+    return _train(study.spec, allowed, go_on, launcher, watcher=watcher)
 
 
 def stop(name: str, *, storage: str | None = None) -> bool:
@@ -225,49 +275,6 @@ def studies(*, storage: str | None = None) -> list[dict[str, Any]]:
     return [
         {"study": study.name, "trials": store.counts(study.study_id), "stop": study.stop} for study in store.studies()
     ]
-
-
-def copy(
-    name: str, *, to: str, storage: str | None = None, progress: Callable[[int, int], None] = lambda done, of: None
-) -> str:
-    """Copies a study into another store, where it can go on; returns that store's URL, without its password.
-
-    Trials, curves, attempts and, where they can be read from here, checkpoints are copied; the study stays as it was.
-    Raises UserError where trials of it are in training, and where the other store has a study of that name.
-    """
-    source = Store(storage_url(storage))
-    study = source.study(name)
-    with suppress(*STORE_ERRORS):  # from a store that can only be read, too
-        source.reap(study)
-    if running := source.counts(study.study_id).get("running", 0):
-        raise UserError(f"study {name!r} has {running} trials in training; end them with: hpo stop {name}")
-    try:
-        target = Store(to, create=True)
-    except UserError as error:
-        raise type(error)(str(error).replace("--storage", "--to")) from None
-    target.check_absent(name)
-    # Files first: a study that is there has its files, whenever this is interrupted.
-    copied = replace(study, facts={**study.facts, "uid": uuid.uuid4().hex[:8], "origin": study.origin})
-    places = [(source.checkpoints_url(study), target.checkpoints_url(copied))]
-    places += [(str(source.folder(study) / "trials"), str(target.folder(copied) / "trials"))]
-    for old, new in places:
-        files, path = fsspec.core.url_to_fs(old)
-        if files.exists(path):
-            fsspec.generic.rsync(files.unstrip_protocol(path), fsspec.core.url_to_fs(new)[0].unstrip_protocol(new))
-    target.copy_from(source, study, facts=copied.facts, progress=progress)
-    return str(target.url)
-
-
-def upgrade_storage(*, storage: str | None = None) -> list[str]:
-    """Brings a store of an older version to this one, or makes the tables of an empty one; says what was done."""
-    return database.upgrade(parse_url(storage_url(storage)))
-
-
-def check_storage(*, storage: str | None = None) -> tuple[list[str], list[str]]:
-    """What there is to say of a store, and what is wrong with it: slots and Optuna's trials that do not agree."""
-    store = Store(storage_url(storage))
-    problems = [problem for study in store.studies() for problem in store.problems(study)]
-    return store.describe(), store.damages() + problems
 
 
 def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
@@ -417,36 +424,35 @@ def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
     return store, study
 
 
-def _train(
-    spec: StudySpec,
-    allowed: Allowed,
-    open_study: Callable[[Mapping[str, Any]], tuple[Store, Study]],
-    *,
-    devices: str,
-    workers: int | None,
-    in_process: bool = False,
-    watcher: Watcher | None,
-) -> Result:
-    """Checks everything, then opens the study with the facts that were found, and trains until none of it is left."""
-    _check_workers(workers)
+@contextmanager
+def _checked(spec: StudySpec, allowed: Allowed, launcher: Launcher) -> Iterator[dict[str, Any]]:
+    """The launcher is ready, modules of one's own can be imported, and all is checked; gives the facts found."""
     allowed.check(spec)
-    chosen = choose_devices(devices)
-    launcher: launch.Launcher
-    if in_process:
-        launcher = launch.InProcess(chosen[0])
-    else:
-        launcher = launch.LocalProcesses(chosen, workers=workers, allowed=allowed)
-    with allowed.importable():
-        store, study = open_study(preflight.check(spec, chosen))
+    with launcher, allowed.importable():
+        yield launcher.ask(preflight.check, spec, launcher.kinds)
+
+
+@contextmanager
+def _opened(spec: StudySpec, allowed: Allowed, open_study: Opener, launcher: Launcher) -> Iterator[tuple[Store, Study]]:
+    """Checks everything, then opens the study with the facts that were found."""
+    with _checked(spec, allowed, launcher) as facts:
+        store, study = open_study(launcher, facts)
         store.patience_s = OUTAGE_S
-        with Publisher(store, study) as publisher:
-            watch = watcher(store, study) if watcher else lambda: None
+        yield store, study
 
-            def look() -> None:
-                publisher.look()
-                watch()
 
-            launcher.run(store, study, watch=look)
+def _train(
+    spec: StudySpec, allowed: Allowed, open_study: Opener, launcher: Launcher, *, watcher: Watcher | None
+) -> Result:  # fmt: skip
+    """Opens the study and trains until none of it is left."""
+    with _opened(spec, allowed, open_study, launcher) as (store, study), Publisher(store, study) as publisher:
+        watch = watcher(store, study) if watcher else lambda: None
+
+        def look() -> None:
+            publisher.look()
+            watch()
+
+        launcher.run(store, study, watch=look)
     study = store.study(study.name)
     left = store.num_left(study)
     if study.stop == "failure":
@@ -454,11 +460,6 @@ def _train(
     if left:
         raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_go_on=True)
     return _result(store, study)
-
-
-def _check_workers(workers: int | None) -> None:
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers must be at least 1, got {workers}")
 
 
 def _waits(store: Store, study: Study) -> bool:

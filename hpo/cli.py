@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +21,7 @@ from hpo.options import (
     devices_option,
     json_option,
     print_json,
+    ray_options,
     storage_option,
     worker_arguments,
     worker_options,
@@ -28,6 +29,8 @@ from hpo.options import (
 
 if TYPE_CHECKING:
     from hpo.api import Result
+    from hpo.on_ray import OnRay
+    from hpo.spec import StudySpec
 
 
 class _Group(click.Group):
@@ -77,11 +80,14 @@ def main() -> None:
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting of the study file."
 )
 @click.option("--in-process", is_flag=True, help="Train in this process, without workers: for a debugger.")
+@click.option("--detach", is_flag=True, help="Leave the study to the Ray cluster, and return at once.")
 @worker_options
+@ray_options
 @storage_option
 def run_command(
-    spec: str, overrides: tuple[str, ...], in_process: bool, devices: str, workers: int | None, storage: str | None
-) -> None:
+    spec: str, overrides: tuple[str, ...], in_process: bool, detach: bool, devices: str, workers: int | None,
+    on: OnRay | None, storage: str | None,
+) -> None:  # fmt: skip
     """Run the study file SPEC to its answer, or go on with it where it was interrupted.
 
     A study that is finished is answered from the store, without training. A study file with [[compare]] holds several
@@ -90,6 +96,7 @@ def run_command(
     \b
     hpo run studies/quickstart.toml
     hpo run studies/tpe.toml --set search.trials=40 --set training.optimizer=sgd
+    hpo run studies/tpe.toml --on auto --resource num_cpus=4 --detach
     """
     from hpo import api
     from hpo.display import print_comparison
@@ -99,17 +106,20 @@ def run_command(
     folder = str(Path(spec).resolve().parent)
     options = [("--set", override) for override in overrides]
     again = command_line(
-        "run", spec, *options, *worker_arguments(devices, workers), *["--in-process"][: int(in_process)]
+        "run", spec, *options, *worker_arguments(devices, workers, on), *["--in-process"][: int(in_process)]
     )
+    if detach:
+        _leave(specs, devices=devices, workers=workers, on=on, storage=storage, code_folder=folder)
+        return
     for parsed in specs[1:]:  # what is wrong with the last one is not to be found after hours
-        api.check(parsed, storage=storage, devices=devices, code_folder=folder)
+        api.check(parsed, storage=storage, devices=devices, on=on, code_folder=folder)
     answered, unanswered = [], None
     for parsed in specs:
         try:
             _train(
                 partial(
                     api.run, parsed, storage=storage, devices=devices, workers=workers, in_process=in_process,
-                    code_folder=folder,
+                    on=on, code_folder=folder,
                 ),
                 parsed.name, storage, again=again,
             )  # fmt: skip
@@ -124,16 +134,33 @@ def run_command(
         raise unanswered
 
 
+def _leave(specs: Sequence[StudySpec], *, storage: str | None, **options: Any) -> None:
+    """Starts studies on the cluster and says how to find them again."""
+    from hpo import api
+
+    suffix = f" --storage {shlex.quote(storage)}" if storage else ""
+    for spec in specs:
+        if api.submit(spec, storage=storage, **options):
+            click.echo(f"study {spec.name} trains on the cluster without this command")
+            click.echo(f"see hpo status {spec.name}{suffix}, hpo stop {spec.name}{suffix}; hpo run attaches to it")
+        else:
+            click.echo(f"study {spec.name} is finished: hpo best {spec.name}{suffix}")
+
+
 @main.command("worker")
 @click.argument("study", metavar="[STUDY]", required=False)
 @click.option("--stay", is_flag=True, help="Stay when the study is done, for every study of the store.")
 @allow_option
 @worker_options
+@ray_options
 @storage_option
 def worker_command(
-    study: str | None, stay: bool, allow: tuple[str, ...], devices: str, workers: int | None, storage: str | None
-) -> None:
-    """Add workers of this machine to STUDY until it is done; with --stay, to any study of the store, for ever.
+    study: str | None, stay: bool, allow: tuple[str, ...], devices: str, workers: int | None, on: OnRay | None,
+    storage: str | None,
+) -> None:  # fmt: skip
+    """Add workers of this machine, or of a Ray cluster, to STUDY until it is done.
+
+    With --stay, workers of this machine join any study of the store, for ever.
 
     \b
     hpo worker quickstart --workers 2
@@ -141,13 +168,15 @@ def worker_command(
     """
     from hpo import api
 
+    if stay and on is not None:
+        raise UserError("--stay is for workers of this machine; give a Ray cluster the study by its name")
     if stay:
         _stay(study, allow=allow, devices=devices, workers=workers, storage=storage)
     if study is None:
         raise UserError("hpo worker needs the name of a study, or --stay for every study of the store")
-    again = command_line("worker", study, *allow_arguments(allow), *worker_arguments(devices, workers))
+    again = command_line("worker", study, *allow_arguments(allow), *worker_arguments(devices, workers, on))
     _train(
-        partial(api.join, study, storage=storage, devices=devices, workers=workers, allow=allow),
+        partial(api.join, study, storage=storage, devices=devices, workers=workers, on=on, allow=allow),
         study, storage, again=again,
     )  # fmt: skip
 
@@ -174,10 +203,12 @@ def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn
 @click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; what was trained stays.")
 @allow_option
 @worker_options
+@ray_options
 @storage_option
 def resume_command(
-    study: str, trials: int | None, allow: tuple[str, ...], devices: str, workers: int | None, storage: str | None
-) -> None:
+    study: str, trials: int | None, allow: tuple[str, ...], devices: str, workers: int | None, on: OnRay | None,
+    storage: str | None,
+) -> None:  # fmt: skip
     """Go on with STUDY after `hpo stop` or an interruption.
 
     \b
@@ -185,10 +216,10 @@ def resume_command(
     """
     from hpo import api
 
-    again = command_line("resume", study, *allow_arguments(allow), *worker_arguments(devices, workers))
+    again = command_line("resume", study, *allow_arguments(allow), *worker_arguments(devices, workers, on))
     _train(
         partial(
-            api.resume, study, storage=storage, trials=trials, devices=devices, workers=workers, allow=allow
+            api.resume, study, storage=storage, trials=trials, devices=devices, workers=workers, on=on, allow=allow
         ),
         study, storage, again=again,
     )  # fmt: skip

@@ -23,11 +23,11 @@ def copy_command(study: str, to: str, storage: str | None) -> None:
     """
     from rich.progress import Progress
 
-    from hpo import api
+    from hpo import api_store
 
     with Progress(transient=True) as progress:
         task = progress.add_task("copying trials", total=None)
-        url = api.copy(
+        url = api_store.copy(
             study, to=to, storage=storage, progress=lambda done, of: progress.update(task, completed=done, total=of)
         )
     click.echo(f"copied to {url}; go on there with: hpo resume {study} --storage {shlex.quote(to)}")
@@ -47,9 +47,9 @@ def storage_command() -> None:
 @storage_option
 def storage_upgrade_command(storage: str | None) -> None:
     """Bring a store of an older version to this one; make the tables of an empty one."""
-    from hpo import api
+    from hpo import api_store
 
-    for line in api.upgrade_storage(storage=storage):
+    for line in api_store.upgrade_storage(storage=storage):
         click.echo(line)
 
 
@@ -57,9 +57,9 @@ def storage_upgrade_command(storage: str | None) -> None:
 @storage_option
 def storage_check_command(storage: str | None) -> None:
     """Say what the store is, and whether everything in it agrees; exit code 1 where it does not."""
-    from hpo import api
+    from hpo import api_store
 
-    lines, problems = api.check_storage(storage=storage)
+    lines, problems = api_store.check_storage(storage=storage)
     for line in [*lines, *problems]:
         click.echo(line)
     if problems:

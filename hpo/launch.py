@@ -1,41 +1,54 @@
-"""Where workers run: in this process, or as supervised local processes, behind one protocol."""
+"""Where workers run: in this process, as local processes, or on a Ray cluster, behind one interface."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
-from hpo.database import PASSWORD_FILE
-from hpo.devices import Device, num_cores, threads_per_worker, torch_device, worker_environment
+from hpo import liveness
+from hpo.database import PASSWORD_FILE, parse_url
+from hpo.devices import Device, choose_devices, num_cores, threads_per_worker, torch_device
 from hpo.errors import StudyStopped, UserError
-from hpo.outage import STORE_ERRORS
-from hpo.records import ENDED, Study
+from hpo.ledger import Process
+from hpo.process import Assignment, WorkerProcess, ending
+from hpo.records import Study
+from hpo.spec import StudySpec
 from hpo.store import Store
+from hpo.supervision import TICK_S, Watch, supervise
 from hpo.trust import Allowed
-from hpo.worker import EXIT_RESTART, Worker
-from hpo.worker_process import ASSIGNMENT, DRAIN_S, Assignment
+from hpo.worker import Worker
 
-TICK_S = 0.2
-REAP_S = 5.0
-KILL_S = DRAIN_S + 10.0  # after being asked to leave, a worker that is still there is killed
-STRAGGLE_S = 10.0  # after a study's end, a worker that is still there hangs: idle ones look every POLL_S
-MAX_CRASHES = 5  # for each worker: processes that died one after the other without an epoch in between
+if TYPE_CHECKING:
+    from hpo.on_ray import OnRay
 
-Watch = Callable[[], None]  # called several times a second while workers run: the place to show progress
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
 
 
-class Launcher(Protocol):
+class Launcher(ABC):
+    """Runs workers somewhere. A context manager: what `run` and `ask` need is there inside."""
+
+    can_be_left = False  # whether a study can go on when this process has ended, by `submit`
+
+    def __init__(self, request: str, *, kinds: Collection[str]) -> None:
+        self.request = request  # the value of --devices where workers run
+        self.kinds = kinds  # of those devices
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    @abstractmethod
     def run(self, store: Store, study: Study, *, watch: Watch) -> None:
         """Runs workers until no slot of the study is left or the study is stopped.
 
@@ -43,15 +56,24 @@ class Launcher(Protocol):
         Ctrl-C or SIGTERM. No worker is left when it returns or raises.
         """
 
+    def submit(self, store: Store, study: Study) -> None:
+        """Has the workers run without this process, and returns once they are under way; where `can_be_left`."""
+        raise NotImplementedError
 
-class InProcess:
+    def ask(self, question: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        """What a function returns, or raises, on a machine where workers run, and with a device as they have."""
+        return question(*args, **kwargs)
+
+
+class InProcess(Launcher):
     """One worker in the calling process: for a debugger, and for tests."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, devices: str) -> None:
+        self._device = choose_devices(devices)[0]
+        super().__init__(devices, kinds={self._device.kind})
 
     def run(self, store: Store, study: Study, *, watch: Watch) -> None:
-        with _interrupts() as interrupted:
+        with interrupts() as interrupted:
             last_watch = 0.0
 
             def should_stop() -> bool:  # asked before every step of training
@@ -67,202 +89,135 @@ class InProcess:
                 import torch
 
                 torch.set_num_threads(num_cores())  # as a worker process would have: the same sums, digit for digit
-            device = self._device.name
             # As a worker process would be: by UUID, before CUDA is first used, so that torch sees this device alone.
             if self._device.uuid is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self._device.uuid
             try:
-                torch_name = torch_device(self._device)
-                Worker(store, study, device=device, torch_device=torch_name, should_stop=should_stop).run()
+                Worker(
+                    store,
+                    study,
+                    device=self._device.name,
+                    torch_device=torch_device(self._device),
+                    should_stop=should_stop,
+                ).run()
             except SystemExit:
-                raise StudyStopped(f"the device {device} is unusable in this process", can_go_on=True) from None
+                raise StudyStopped(
+                    f"the device {self._device.name} is unusable in this process", can_go_on=True
+                ) from None
             watch()
             if interrupted:
                 raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
 
 
-class LocalProcesses:
+class LocalProcesses(Launcher):
     """Worker processes on this machine, each pinned to a device, restarted when they die.
 
     They run in sessions of their own, so that Ctrl-C reaches this process alone, and end when it does, however it does.
     """
 
-    def __init__(self, devices: Sequence[Device], *, workers: int | None, allowed: Allowed) -> None:
-        count = workers or len(devices)
-        self._devices = [devices[index % len(devices)] for index in range(count)]
+    def __init__(self, devices: str, *, workers: int | None, allowed: Allowed) -> None:
+        self._devices = choose_devices(devices)
+        super().__init__(devices, kinds={device.kind for device in self._devices})
+        self._workers = workers or len(self._devices)
         self._allowed = allowed
 
     def run(self, store: Store, study: Study, *, watch: Watch) -> None:
-        store.reap(study)
-        store.go_on(study)  # what ended last may have ended without it
-        devices = self._devices[: max(1, store.most_at_once(study))]
-        threads = threads_per_worker(len(self._devices))  # not fewer workers' more: their digits would differ
+        with interrupts() as interrupted:
+            store.reap(study)
+            store.go_on(study)  # what ended last may have ended without it
+            supervise(store, study, self._crew(store, study), interrupted=interrupted, watch=watch)
+        if interrupted:
+            raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
+
+    def _crew(self, store: Store, study: Study) -> _Crew:
         logs = store.folder(study) / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the folder {logs} for the workers' logs cannot be made: {error.strerror}") from None
-        processes = [
-            _Process(self._assignment(store, study, device, threads), device, logs / f"worker-{index}.log")
-            for index, device in enumerate(devices)
+        places = [
+            _Place(self._assignment(store, study, device), device, logs / f"worker-{index}.log")
+            for index in range(min(self._workers, max(1, store.most_at_once(study))))
+            for device in [self._devices[index % len(self._devices)]]
         ]
-        with _interrupts() as interrupted:
-            store.give_up = lambda: bool(interrupted)  # an outage is waited out, unless somebody does not want to
-            try:
-                for process in processes:
-                    process.start()
-                self._supervise(store, study, processes, interrupted, watch)
-            finally:
-                store.give_up = lambda: True
-                _drain(processes, interrupted, watch)
-                with suppress(*STORE_ERRORS):  # who goes on with the study does it too
-                    store.reap(study)
-                store.give_up = lambda: False
-        watch()
-        if interrupted:
-            raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
+        return _Crew(places)
 
-    def _assignment(self, store: Store, study: Study, device: Device, threads: int) -> Assignment:
+    def _assignment(self, store: Store, study: Study, device: Device) -> Assignment:
         # A password that came from a file is read from there again: no environment need show it.
         known = store.url.set(password=None) if os.environ.get(PASSWORD_FILE) else store.url
         url = known.render_as_string(hide_password=False)
+        threads = threads_per_worker(self._workers)  # not fewer workers' more: their digits would differ
         return Assignment(url, study.name, device.name, torch_device(device), threads, self._allowed)
 
-    def _supervise(
-        self, store: Store, study: Study, processes: list[_Process], interrupted: list[int], watch: Watch
-    ) -> None:  # fmt: skip
-        crashes, before, next_reap = 0, _progress(store, study), time.monotonic() + REAP_S
-        finished_since: float | None = None
-        while not interrupted:
-            running = [process for process in processes if process.is_running()]
-            look = time.monotonic() > next_reap or len(running) < len(processes)
-            over = look and _is_over(store, study)
-            if over and not running:
-                return
-            if look:
-                is_finished = over and _is_finished(store, study)
-                finished_since = (finished_since or time.monotonic()) if is_finished else None
-                if finished_since is not None and time.monotonic() - finished_since > STRAGGLE_S:
-                    return  # who is still here hangs, and is ended like one that does not leave when asked
-            gone = [] if over else [process for process in processes if process.exit_code is not None]
-            if gone:  # while there is work left
-                killed = {process.pid for process in gone if process.exit_code == -signal.SIGKILL}
-                asked = {process.pid for process in gone if process.exit_code in (EXIT_RESTART, -signal.SIGTERM)}
-                crashed = {process.pid for process in gone} - killed - asked
-                store.reap(study, crashed_pids=crashed, killed_pids=killed)
-            for process in gone:
-                progress = _progress(store, study)
-                crashes = 0 if process.exit_code == EXIT_RESTART or progress > before else crashes + 1
-                before = progress
-                if crashes >= MAX_CRASHES * len(processes):
-                    raise StudyStopped(
-                        f"workers died {crashes} times without coming an epoch further, the last one "
-                        f"{process.ending()}; the end of its log, {process.log}:\n{process.log_tail()}",
-                        can_go_on=True,
-                    )
-                process.start()
-            if time.monotonic() > next_reap:
-                store.reap(study)
-                next_reap = time.monotonic() + REAP_S
-            watch()
-            time.sleep(TICK_S)
+
+class _Crew:
+    """The workers of this machine: as many as there were at the start."""
+
+    def __init__(self, places: Sequence[_Place]) -> None:
+        self.places = places
+
+    def adjust(self, store: Store, study: Study) -> None:
+        return None
 
 
-class _Process:
-    """One worker process, which can be started again."""
+class _Place:
+    """A device of this machine, or a share of one, where one worker process after the other runs."""
 
     def __init__(self, assignment: Assignment, device: Device, log: Path) -> None:
-        self.log = log
-        self.exit_code: int | None = None
-        self._popen: subprocess.Popen[bytes] | None = None
-        self._environment = {
-            **os.environ,
-            **worker_environment(device, threads=assignment.threads),
-            ASSIGNMENT: json.dumps(dataclasses.asdict(assignment)),
-            "PYTHONSAFEPATH": "1",  # or the working directory would come before the folders that are allowed
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, [*assignment.allowed.python_path(), os.environ.get("PYTHONPATH")])
-            ),
-        }
-
-    def start(self) -> None:
-        self.exit_code = None
-        with self.log.open("ab") as log:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-m", "hpo.worker_process"],
-                env=self._environment,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._worker = WorkerProcess(assignment, device)
+        self._log = log
+        self.is_running = self._worker.is_running
+        self.ask_to_leave = self._worker.ask_to_leave
+        self.kill = self._worker.kill
 
     @property
-    def pid(self) -> int:
-        assert self._popen is not None
-        return self._popen.pid
+    def exit_code(self) -> int | None:
+        return self._worker.exit_code
 
-    def is_running(self) -> bool:
-        if self._popen is None or self.exit_code is not None:
-            return False
-        self.exit_code = self._popen.poll()
-        if self.exit_code is not None:
-            with suppress(ProcessLookupError):  # what the user's code has started there must not outlive it
-                os.killpg(self._popen.pid, signal.SIGKILL)
-        return self.exit_code is None
+    @property
+    def process(self) -> Process | None:
+        return None if self._worker.pid is None else (liveness.machine(), self._worker.pid)
 
-    def ask_to_leave(self) -> None:
-        if self.is_running():
-            assert self._popen is not None
-            assert self._popen.stdin is not None
-            self._popen.stdin.close()
-            self._popen.terminate()
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._worker.start(output=log)
 
-    def kill(self) -> None:
-        if self.is_running():
-            assert self._popen is not None
-            self._popen.kill()
-            self._popen.wait()
-
-    def ending(self) -> str:
-        code = self.exit_code or 0
-        return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-
-    def log_tail(self) -> str:
-        return self.log.read_text(errors="replace")[-3000:]
+    def last_words(self) -> str:
+        tail = self._log.read_text(errors="replace")[-3000:]
+        return f"{ending(self._worker.exit_code or 0)}; the end of its log, {self._log}:\n{tail}"
 
 
-def _drain(processes: Sequence[_Process], interrupted: list[int], watch: Watch) -> None:
-    """Asks every worker to leave and waits; kills those that are still there after KILL_S or a second Ctrl-C."""
-    for process in processes:
-        process.ask_to_leave()
-    deadline = time.monotonic() + KILL_S
-    while running := [process for process in processes if process.is_running()]:
-        if time.monotonic() > deadline or len(interrupted) > 1:
-            for process in running:
-                process.kill()
-        with suppress(*STORE_ERRORS):  # showing progress must not keep the workers from being ended
-            watch()
-        time.sleep(TICK_S)
+def launcher(
+    spec: StudySpec,
+    allowed: Allowed,
+    *,
+    url: str,
+    devices: str,
+    workers: int | None,
+    in_process: bool = False,
+    on: OnRay | str | None = None,
+) -> Launcher:
+    """What runs the workers of a study of the store at `url`; raises UserError for what cannot be had."""
+    check_workers(workers)
+    if in_process and (workers is not None or on is not None):
+        name, value = ("--workers", workers) if workers is not None else ("--on", on)
+        raise UserError(f"{name} has no meaning with --in-process, got {value}")
+    if on is not None:
+        from hpo.on_ray import OnRay, RayLauncher
+
+        on = OnRay(on) if isinstance(on, str) else on
+        return RayLauncher(on, spec, devices=devices, workers=workers, allowed=allowed, url=parse_url(url))
+    return InProcess(devices) if in_process else LocalProcesses(devices, workers=workers, allowed=allowed)
 
 
-def _is_over(store: Store, study: Study) -> bool:
-    return store.is_stopping(study.study_id) or _is_finished(store, study)
-
-
-def _is_finished(store: Store, study: Study) -> bool:
-    return store.num_left(study) == 0
-
-
-def _progress(store: Store, study: Study) -> int:
-    """Grows with every epoch that a trial comes further, and with every trial that ends."""
-    return store.num_epochs(study) + sum(
-        count for state, count in store.counts(study.study_id).items() if state in ENDED
-    )
+def check_workers(workers: int | None) -> None:
+    """Raises UserError for a number of workers that there cannot be."""
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}")
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def interrupts() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying of them, up to the third. Does nothing outside the main thread."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

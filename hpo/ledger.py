@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -27,6 +27,7 @@ from hpo.database import DraftStorage, now, open_storage, parse_url
 from hpo.errors import UserError
 from hpo.learning import RoundStudy
 from hpo.outage import STORE_ERRORS, StoreFailed, patiently, plain
+from hpo.process import Cause
 from hpo.records import ENDED, Claim, Report, Study
 from hpo.rows import is_attempt, is_held, is_slot, on_same_device
 from hpo.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
@@ -52,6 +53,7 @@ SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
 Verdict = Literal["go on", "prune", "stop"]
+Process = tuple[str, int]  # the machine, as hpo.liveness names it, and the pid
 
 
 class ClaimLost(Exception):
@@ -292,44 +294,44 @@ class Ledger:
                 connection.execute(slots.update().where(is_held(claim)).values(lease_until=at + LEASE_S))
 
     @patiently
-    def reap(
-        self, study: Study, *, crashed_pids: Collection[int] = (), killed_pids: Collection[int] = ()
-    ) -> int:  # fmt: skip
+    def reap(self, study: Study, *, dead: Mapping[Process, Cause] = {}) -> int:
         """Frees the slots of workers that died or lost their lease; returns how many.
 
-        A worker of this machine is looked up by its process; one elsewhere is given up when its lease has run out.
-        `crashed_pids` and `killed_pids` are workers that their supervisor has seen die, by themselves or by SIGKILL,
-        as a kernel without memory does it: that counts against the trials they had, until these come an epoch further.
-        The end of a whole machine, or of everything at once, does not count.
+        A worker of this machine is looked up by its process; one elsewhere is given up when its lease has run out, or
+        when its supervisor has seen it die: `dead` has those, with the cause. Where they have died by themselves, or of
+        SIGKILL, as a kernel without memory sends it, that counts against the trials they had, until these come an epoch
+        further. The end of a whole machine, or of everything at once, does not count.
         """
+
+        def is_dead(row: Any) -> bool:
+            return (row.machine, row.pid) in dead or is_gone(row)
+
         ours = (slots.c.study_id == study.study_id) & (slots.c.state == "running")
         columns = (workers.c.machine, workers.c.pid, workers.c.pid_started, workers.c.ended_at.label("left"))
         running = sa.select(slots, *columns).join(workers, workers.c.worker_id == slots.c.worker_id).where(ours)
         living = sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
         with self._storage.engine.connect() as connection:  # asked often: no write lock where there is nothing to do
             at = now(connection)
-            any_lost = any(_is_lost(row, at) for row in connection.execute(running))
-            if not any_lost and not any(is_gone(row) for row in connection.execute(living)):
+            any_lost = any(is_dead(row) or _is_lost(row, at) for row in connection.execute(running))
+            if not any_lost and not any(is_dead(row) for row in connection.execute(living)):
                 return 0
         with self._transaction() as connection:
             at = now(connection)
             # A slot that is locked is being reported on at this moment: its worker lives.
             rows = connection.execute(running.with_for_update(of=slots, skip_locked=True)).all()
-            lost = [row for row in rows if _is_lost(row, at)]
+            lost = [row for row in rows if is_dead(row) or _is_lost(row, at)]
             for row in lost:
                 claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
-                crashed, killed = (
-                    row.machine == liveness.machine() and row.pid in pids for pids in (crashed_pids, killed_pids)
-                )
-                losses = row.losses + (crashed or killed)
+                cause = dead.get((row.machine, row.pid), "gone")
+                losses = row.losses + (cause != "gone")
                 connection.execute(slots.update().where(is_held(claim)).values(losses=losses))
-                if (crashed and losses >= MAX_LOSSES) or (killed and losses >= MAX_KILLS):
+                if losses >= {"crashed": MAX_LOSSES, "killed": MAX_KILLS, "gone": math.inf}[cause]:
                     reason = f"its worker died {losses} times"
                     self._end(connection, claim, "failed", reason, failure_key="its worker died")
                 else:
                     self._free(connection, claim, "lost")
             for row in connection.execute(living).all():
-                if is_gone(row):
+                if is_dead(row):
                     connection.execute(workers.update().where(workers.c.worker_id == row.worker_id).values(ended_at=at))
             return len(lost)
 

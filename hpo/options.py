@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hpo.errors import UserError
+
+if TYPE_CHECKING:
+    from hpo.on_ray import OnRay
 
 
 def no_password(_context: click.Context, parameter: click.Parameter, url: str | None) -> str | None:
@@ -58,9 +62,40 @@ def worker_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--workers",
         type=int,
         metavar="N",
-        help="Worker processes. Default: one a device. The CPU's threads are divided.",
+        help="Worker processes. Default: one a device, on Ray as many as there is room for.",
     )(command)
     return devices_option(command)
+
+
+def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --on, --resource and --placement, which the command is called with as one: `on`, an OnRay or None."""
+
+    @functools.wraps(command)
+    def with_on(
+        *args: Any, on_address: str | None, resources: tuple[str, ...], placement: str | None, **kwargs: Any
+    ) -> Any:  # fmt: skip
+        from hpo.on_ray import OnRay
+
+        if on_address is None and (resources or placement):
+            raise UserError(f"{'--resource' if resources else '--placement'} needs --on, a Ray cluster to ask")
+        on = on_address and OnRay.parse(on_address, resources=resources, placement=placement or "pack")
+        return command(*args, on=on, **kwargs)
+
+    for option in (
+        click.option(
+            "--placement", metavar="pack|spread", help="Fill one node after the other (default), or spread workers."
+        ),
+        click.option(
+            "--resource", "resources", multiple=True, metavar="NAME=AMOUNT",
+            help="What each worker needs: num_cpus, num_gpus, memory, or the cluster's own. Default: 1 CPU; 1 GPU.",
+        ),
+        click.option(
+            "--on", "on_address", metavar="ray|auto|ray://HOST:PORT",
+            help="Have Ray place the workers: a Ray of its own here, RAY_ADDRESS's, or one through Ray Client.",
+        ),
+    ):  # fmt: skip
+        with_on = option(with_on)
+    return with_on
 
 
 def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,8 +105,12 @@ def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
 
 
-def worker_arguments(devices: str, workers: int | None) -> list[tuple[str, str]]:
-    return [("--devices", devices)] * (devices != "auto") + [("--workers", str(workers))] * (workers is not None)
+def worker_arguments(devices: str, workers: int | None, on: OnRay | None = None) -> list[tuple[str, str]]:
+    where = [("--devices", devices)] * (devices != "auto") + [("--workers", str(workers))] * (workers is not None)
+    if on is None:
+        return where
+    resources = [("--resource", f"{name}={amount:g}") for name, amount in on.resources.items()]
+    return [*where, ("--on", on.address), *resources, *[("--placement", on.placement)] * (on.placement != "pack")]
 
 
 def allow_arguments(allow: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from hpo.devices import Device
 from hpo.errors import UserError
 from hpo.spec import StudySpec
 
@@ -13,8 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
+def check(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
     """Loads the data, builds every network that the space can ask for and shows it a batch; returns the facts found.
+
+    `kinds` are those of the devices that are to train ("cuda", "mps", "cpu").
 
     Raises UserError for anything that would fail in the trials. Runs on the CPU, so that the process that only
     supervises takes no memory of a GPU. Data sets that are absent are downloaded here, once, before workers start.
@@ -35,9 +36,9 @@ def check(spec: StudySpec, devices: Sequence[Device]) -> dict[str, Any]:
     from hpo.train.engine import check_test_set, mixed_precision
     from hpo.train.models import build_model, check_model
 
-    for device in devices:
-        if device.kind != "cuda":  # a GPU would have to be touched to be asked
-            mixed_precision(spec.training, device=torch.device(device.kind))
+    for kind in kinds:
+        if kind != "cuda":  # a GPU would have to be touched to be asked
+            mixed_precision(spec.training, device=torch.device(kind))
     facts: dict[str, Any] = {}
     for corner in spec.corners(sections=("data", "model")):
         config = spec.trial_config(corner, seed=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +26,12 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_revision() -> str | None:
-    """The commit of the working directory's tree, with `-dirty` where tracked files differ; None outside git."""
+    """The commit of the working directory's tree, with `-dirty` where tracked files differ; None outside git.
+
+    A worker that has a copy of that folder alone is told it in HPO_GIT_REVISION.
+    """
+    if told := os.environ.get("HPO_GIT_REVISION"):
+        return told
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -38,12 +42,12 @@ def git_revision() -> str | None:
     return described.stdout.strip() or None
 
 
-def describe(*, device: str, seed: int) -> dict[str, Any]:
+def describe(*, device: str, host: str, seed: int) -> dict[str, Any]:
     """What is recorded with every trial."""
     return {
         "seed": seed,
         "device": device,
-        "host": socket.gethostname(),
+        "host": host,
         "pid": os.getpid(),
         "git_revision": git_revision(),
         "versions": versions(),

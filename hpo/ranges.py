@@ -65,15 +65,16 @@ def range_test(
         spec = StudySpec.from_toml(spec)
     allowed = Allowed.by_author(spec, folder=code_folder)
     with allowed.importable():
-        return measure(spec, choose_devices(devices)[0], progress=progress)
+        return measure(spec, devices, progress=progress)
 
 
-def measure(spec: StudySpec, device: Device, *, progress: Progress = lambda params, done, of: None) -> list[Ramp]:
-    """Tests the network on this device, once for each combination of listed values that changes how it is trained.
+def measure(spec: StudySpec, devices: str, *, progress: Progress = lambda params, done, of: None) -> list[Ramp]:
+    """Tests the network on the first of these devices, for each combination of listed values that changes its training.
 
     Other ranges count with their middle, and learning rates and schedules do not count. Raises UserError for a loop of
     the user's own, for more than MOST_TESTS combinations, and for networks that cannot be trained.
     """
+    device = choose_devices(devices)[0]
     tested = []
     for values in _points(spec):
         config = spec.trial_config(values, seed=derive_seed(spec.training.seed, "range test"))
@@ -93,11 +94,13 @@ def _test(config: TrialConfig, device: Device, progress: Callable[[int, int], No
     return range_test(config, device=device.kind, progress=progress)
 
 
-def resolve(spec: StudySpec, *, devices: str, stored: Callable[[], Study | None]) -> tuple[StudySpec, dict[str, Any]]:
+def resolve(
+    spec: StudySpec, *, measure: Callable[[StudySpec], Sequence[Ramp]], stored: Callable[[], Study | None]
+) -> tuple[StudySpec, dict[str, Any]]:
     """The spec without `"auto"` and the facts of the tests that were made, none where `stored()` has the study."""
     if not asks(spec) or not asks(spec := adopt(spec, stored())):
         return spec, {}
-    tested = measure(spec, choose_devices(devices)[0])
+    tested = measure(spec)
     adopted = adopt(spec, stored())  # another command may have been faster
     return close(spec, tested) if asks(adopted) else (adopted, {})
 

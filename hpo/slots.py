@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hpo import analysis, confirm, search
-from hpo.ledger import Ledger
+from hpo.ledger import Ledger, Process
 from hpo.outage import patiently
 from hpo.records import ENDED, Attempt, Study, Trial, read_attempt, read_trial
 from hpo.schema import attempts, epochs, slots, studies, workers
@@ -93,6 +93,21 @@ class Slots(Ledger):
             read_trial(row, frozen.get(row.trial_id), reports.get(row.number, []), tries.get(row.number, []))
             for row in rows
         ]
+
+    @patiently
+    def in_training(self, study: Study) -> dict[Process, list[tuple[int, int]]]:
+        """Which trials each process has in training: their numbers and attempts."""
+        query = (
+            sa.select(slots.c.number, slots.c.attempt, workers.c.machine, workers.c.pid)
+            .join(workers, workers.c.worker_id == slots.c.worker_id)
+            .where(slots.c.study_id == study.study_id, slots.c.state == "running")
+            .order_by(slots.c.number)
+        )
+        found: dict[Process, list[tuple[int, int]]] = {}
+        with self._storage.engine.connect() as connection:
+            for row in connection.execute(query):
+                found.setdefault((row.machine, row.pid), []).append((row.number, row.attempt))
+        return found
 
     def _add_slots(self, connection: Connection, study_id: int, new: Sequence[Mapping[str, Any]]) -> None:
         """Adds slots after the last one that the study has."""

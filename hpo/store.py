@@ -310,8 +310,8 @@ class Store(Slots):
     # Workers
 
     @patiently
-    def add_worker(self, study_id: int, *, device: str) -> str:
-        """Registers the calling process as a worker and returns its id."""
+    def add_worker(self, study_id: int, *, device: str, host: str | None = None) -> str:
+        """Registers the calling process as a worker and returns its id; `host` is by default the machine's name."""
         worker_id = uuid.uuid4().hex[:12]
         with self._transaction() as connection:
             at = now(connection)
@@ -319,7 +319,7 @@ class Store(Slots):
                 workers.insert().values(
                     worker_id=worker_id,
                     study_id=study_id,
-                    host=socket.gethostname(),
+                    host=host or socket.gethostname(),
                     machine=liveness.machine(),
                     pid=os.getpid(),
                     pid_started=liveness.process_started(),

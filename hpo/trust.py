@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,17 +60,35 @@ class Allowed:
     def _is_allowed(self, module: str) -> bool:
         if any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.modules):
             return True
+        places = self._places(module)
+        return bool(places) and all(
+            any(Path(place).resolve().is_relative_to(folder) for folder in self.folders) for place in places
+        )
+
+    def _places(self, module: str) -> list[str]:
+        """The files or folders that a module's top-level package would be loaded from; imports nothing."""
         with self.importable():
             try:
                 found = importlib.util.find_spec(module.partition(".")[0])
             except (ImportError, ValueError):
-                return False
+                return []
         if found is None:
-            return False
-        places = [found.origin] if found.has_location and found.origin else list(found.submodule_search_locations or ())
-        return bool(places) and all(
-            any(Path(place).resolve().is_relative_to(folder) for folder in self.folders) for place in places
-        )
+            return []
+        return [found.origin] if found.has_location and found.origin else list(found.submodule_search_locations or ())
+
+    def folder_of(self, module: str) -> Path | None:
+        """The folder in which a module is looked for and found; None where it is installed, or nowhere."""
+        sys.path.append(os.getcwd())  # as hpo.train.imports does
+        try:
+            places = self._places(module)
+        finally:
+            sys.path.remove(os.getcwd())
+        if not places:
+            return None
+        place = Path(places[0]).resolve()
+        folder = (place.parent if place.name == "__init__.py" else place).parent
+        installed = {Path(path).resolve() for key, path in sysconfig.get_paths().items() if "lib" in key}
+        return None if any(folder.is_relative_to(path) for path in installed) else folder
 
     @contextmanager
     def importable(self) -> Iterator[None]:

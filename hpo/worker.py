@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from hpo.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost, Verdict
 from hpo.liveness import heartbeat
 from hpo.objective import Trial
 from hpo.outage import StoreFailed
+from hpo.process import EXIT_RESTART
 from hpo.records import Claim, Study
 from hpo.rounds import End, Reporter, Trained, complete_end, diverged_end
 from hpo.search import PRUNERS, TURNS, may_prune_after
@@ -42,19 +44,20 @@ POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
 REAP_S = 5.0  # between looks for workers that died
 EPOCH_S = 20.0  # how long an epoch may go on once the worker was told to leave, to be saved at its end
 STALL = 0.05  # of an epoch's time: how long its reports may keep the next one waiting
-EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
 
 
 class Worker:
     """Trains trials of one study on one device until there are none left or `should_stop()` is true."""
 
     def __init__(
-        self, store: Store, study: Study, *, device: str, torch_device: str, should_stop: Callable[[], bool]
-    ) -> None:
+        self, store: Store, study: Study, *, device: str, torch_device: str, should_stop: Callable[[], bool],
+        host: str | None = None,
+    ) -> None:  # fmt: skip
         self._store = store
         self._study = study
         self._spec = study.spec
         self._device = device
+        self._host = host or socket.gethostname()
         self._torch_device = torch_device
         self._told_to_stop = should_stop
         self._draining = False
@@ -69,7 +72,7 @@ class Worker:
         self._pid = os.getpid()
 
     def run(self) -> None:
-        self._worker_id = self._store.add_worker(self._study.study_id, device=self._device)
+        self._worker_id = self._store.add_worker(self._study.study_id, device=self._device, host=self._host)
         work = self._call_function if self._spec.objective else self._engine_loop()
         next_reap = 0.0
         try:
@@ -388,7 +391,7 @@ class Worker:
         values = self._store.suggest(
             claim,
             self._spec,
-            attributes=lambda values: provenance.describe(device=self._device, seed=seed(values)),
+            attributes=lambda values: provenance.describe(device=self._device, host=self._host, seed=seed(values)),
         )
         return values, seed(values)
 

@@ -1,8 +1,7 @@
-"""The process of a worker: what it is told by whoever starts it, through its environment, and how it ends."""
+"""What the process of a worker does (hpo.process is its supervisor's side of it), and how it ends."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -10,38 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from hpo.database import Unreachable
 from hpo.outage import LONGEST_PAUSE_S, OUTAGE_S
+from hpo.process import ASSIGNMENT, DRAIN_S, EXIT_RESTART, LEAVE, Assignment
 from hpo.store import Store
-from hpo.trust import Allowed
-from hpo.worker import EXIT_RESTART, Worker
+from hpo.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-ASSIGNMENT = "HPO_WORKER"  # environment variable with the Assignment; not on the command line, where anyone reads it
-DRAIN_S = 30.0  # how long a loop of the user's may take to come to its next report before it is left in its epoch
-LEAVE_S = 5.0  # how long giving trials back and signing off may take then
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a worker process is started with."""
-
-    storage: str
-    study: str
-    device: str  # as users name it, and as it is recorded
-    torch_device: str  # as torch names it in the worker's process
-    threads: int
-    allowed: Allowed  # whose code it may import
-
-
-def _read_assignment(text: str) -> Assignment:
-    """The inverse of `json.dumps(dataclasses.asdict(assignment))`."""
-    values = json.loads(text)
-    modules, folders = (tuple(values["allowed"][key]) for key in ("modules", "folders"))
-    return Assignment(**{**values, "allowed": Allowed(modules, folders)})
+LEAVE_S = 5.0  # how long giving trials back and signing off may take, where an epoch is left in its middle
 
 
 def _open_patiently(url: str, *, give_up: Callable[[], bool]) -> Store:
@@ -58,8 +35,8 @@ def _open_patiently(url: str, *, give_up: Callable[[], bool]) -> Store:
 
 
 def main() -> None:
-    """One worker, ended by SIGTERM or by the end of its standard input."""
-    assignment = _read_assignment(os.environ.pop(ASSIGNMENT))
+    """One worker, ended by SIGTERM or by what stands, or ends, at its standard input."""
+    assignment = Assignment.from_json(os.environ.pop(ASSIGNMENT))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -70,11 +47,14 @@ def main() -> None:
     study = store.study(assignment.study)
     assignment.allowed.check(study.spec)
     worker = Worker(
-        store, study, device=assignment.device, torch_device=assignment.torch_device, should_stop=stop.is_set
+        store, study, device=assignment.device, torch_device=assignment.torch_device, should_stop=stop.is_set,
+        host=assignment.host,
     )  # fmt: skip
 
     def outlive_nobody() -> None:
-        os.read(0, 1)  # returns when the supervisor closes its end, or is no more
+        told = os.read(0, 1)  # returns when the supervisor says so, or is no more
+        if told != LEAVE and not assignment.outlives:
+            os._exit(EXIT_RESTART)
         stop.set()
         time.sleep(DRAIN_S)
         # In a thread of its own: a database that is frozen must not keep this process for ever.

@@ -25,7 +25,7 @@ import yaml
 
 import hpo
 from hpo import api
-from hpo.launch import KILL_S
+from hpo.supervision import KILL_S
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

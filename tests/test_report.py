@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 import pytest
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-from hpo import api, report
+from hpo import api, api_store, report
 from hpo.analysis import best
 from hpo.errors import UserError
 from hpo.publish import Publisher, publish
@@ -368,7 +368,7 @@ def test_figures_are_replaced_by_later_ones_and_other_peoples_stay(trained: Stor
 
 
 def test_a_copy_of_a_study_keeps_what_is_shown_of_it(trained: Store, tmp_path: Path) -> None:
-    target = api.copy("s", to=f"sqlite:///{tmp_path}/other.db", storage=str(trained.url))
+    target = api_store.copy("s", to=f"sqlite:///{tmp_path}/other.db", storage=str(trained.url))
     assert shown(Store(target)) == shown(trained)
 
 

@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from hpo import api, database, schema
+from hpo import api, api_store, database, schema
 from hpo import ledger as ledger_module
 from hpo import worker as worker_module
 from hpo.checkpoints import StudyCheckpoints
@@ -595,11 +595,11 @@ def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Pat
     url = store.url.render_as_string(hide_password=False)
     (tmp_path / "elsewhere").mkdir()
     other = f"sqlite:///{tmp_path}/elsewhere/other.db"
-    assert api.copy("digits", to=other, storage=url) == other
+    assert api_store.copy("digits", to=other, storage=url) == other
     with pytest.raises(UserError, match=r"^--to must be an SQLite or Postgres URL"):
-        api.copy("digits", to="mysql://host/database", storage=url)
+        api_store.copy("digits", to="mysql://host/database", storage=url)
     with pytest.raises(UserError, match="holds a study 'digits' already"):
-        api.copy("digits", to=other, storage=url)
+        api_store.copy("digits", to=other, storage=url)
     target = Store(other)
     (trial,) = work(target, target.study("digits"))
     assert (trial.state, trial.epochs) == ("complete", [1, 2, 3])

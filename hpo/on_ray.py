@@ -1,0 +1,341 @@
+"""Workers on a Ray cluster, as seen by the process that asks for them: what they need, connecting, watching, leaving.
+
+Ray places workers and has others take the place of those whose nodes die; the store alone says which trials there are.
+What runs on the cluster is in ray_actors.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from sqlalchemy.engine import URL
+
+from hpo import __version__, provenance
+from hpo.database import database_path
+from hpo.devices import choose_devices, num_cores
+from hpo.errors import StudyStopped, UserError
+from hpo.launch import Answer, Arguments, Launcher, interrupts
+from hpo.records import Study
+from hpo.spec import StudySpec
+from hpo.store import Store
+from hpo.supervision import TICK_S, Watch
+from hpo.trust import Allowed
+
+if TYPE_CHECKING:
+    from hpo.ray_actors import Look, Luggage, Plan
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "hpo"  # in which a study's supervisor is found again
+OWN, NAMED, CLIENT = "ray", "auto", "ray://"
+PLACEMENTS = {"pack": "DEFAULT", "spread": "SPREAD"}  # as Ray calls them
+RESOURCES = ("num_cpus", "num_gpus", "memory")  # anything else is a custom resource of the cluster
+MAX_CODE_BYTES = 100 * 2**20
+NOT_CODE = ("hpo_files", "__pycache__", "node_modules", "*.db", "*.db-*", ".*")
+UNANSWERED_S = 60.0  # how long the supervisor may not answer, as it does while its node is replaced
+WAITING_S = 10.0  # until it is said that the cluster has no room for a worker
+FORWARDED = ("HPO_", "PG")  # begin the names of environment variables that workers are given, where a node has none
+NOT_FORWARDED = ("HPO_STORAGE", "HPO_FILES")  # begin those of which they are told otherwise
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """A Ray cluster, and what each worker needs of it.
+
+    `address` is "ray", a Ray of its own on this machine that ends with the study; "auto", the cluster that RAY_ADDRESS
+    names or else the Ray that runs on this machine; or "ray://host:port", through Ray Client. `resources` are
+    `num_cpus` (its threads; 1), `num_gpus` (1 where it trains on a GPU), `memory` (bytes), and custom ones. `placement`
+    is "pack" or "spread". Raises UserError for what is none of these.
+    """
+
+    address: str
+    resources: Mapping[str, float] = field(default_factory=dict)
+    placement: str = "pack"
+
+    def __post_init__(self) -> None:
+        if self.address not in (OWN, NAMED) and not self.address.startswith(CLIENT):
+            raise UserError(f"--on must be ray, auto or ray://HOST:PORT, got {self.address!r}")
+        if self.placement not in PLACEMENTS:
+            raise UserError(f"--placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
+        for name, amount in self.resources.items():
+            if not amount >= 0 or (amount == 0 and name not in ("num_cpus", "num_gpus")) or amount == float("inf"):
+                raise UserError(f"--resource {name} must be above 0, got {amount:g}")
+        if self.resources.get("num_gpus", 0) > 1:
+            raise UserError(
+                f"--resource num_gpus must be at most 1, as a worker trains on one GPU, "
+                f"got {self.resources['num_gpus']:g}"
+            )
+
+    @classmethod
+    def parse(cls, address: str, *, resources: tuple[str, ...] = (), placement: str = "pack") -> OnRay:
+        """From the values of --on, --resource NAME=AMOUNT and --placement."""
+        amounts = {}
+        for text in resources:
+            name, _, amount = text.partition("=")
+            try:
+                amounts[name] = float(amount)
+            except ValueError:
+                name = ""
+            if not name:
+                raise UserError(f"--resource must be NAME=AMOUNT, such as num_cpus=4, got {text!r}")
+        return cls(address, amounts, placement)
+
+
+class RayLauncher(Launcher):
+    """Workers on a Ray cluster, under a supervisor there, which can be left to itself."""
+
+    def __init__(
+        self, on: OnRay, spec: StudySpec, *, devices: str, workers: int | None, allowed: Allowed, url: URL
+    ) -> None:
+        if on.address != OWN and database_path(url) is not None:
+            raise UserError(
+                f"--on {on.address} needs a Postgres store, got {url}: SQLite is a file of one machine, whose locks do "
+                "not reach the others; name one with --storage, and take a study along with hpo copy"
+            )
+        if 0 < on.resources.get("num_gpus", 1) < 1 and spec.engine.lanes == "auto":
+            raise UserError(
+                f"--resource num_gpus={on.resources['num_gpus']:g} shares a GPU, for which the study must say how many "
+                'trials train in each share: engine.lanes = N (with "auto", a worker measures what a whole GPU can do)'
+            )
+        self._own = choose_devices(devices) if on.address == OWN else []
+        if self._own and self._own[0].kind == "mps":
+            raise UserError("--devices mps cannot be given to workers by Ray; leave out --on, or take --devices cpu")
+        if not self._own and devices not in ("auto", "cpu", "cuda"):
+            raise UserError(f"--devices must be auto, cpu or cuda with --on {on.address}, got {devices!r}")
+        super().__init__(devices, kinds={device.kind for device in self._own})
+        self._on, self._limit, self._allowed, self._study = on, workers, allowed, spec.name
+        self._code = _code_folders(spec, allowed)
+        self.can_be_left = on.address != OWN
+
+    def __enter__(self) -> Self:
+        ray = _import_ray()
+        self._is_ours = not ray.is_initialized()
+        if self._is_ours:
+            self._connect(ray)
+        if not self._own:
+            has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or self._on.resources.get("num_gpus", 0) > 0
+            self.request = "cuda" if self.request == "cuda" or (self.request == "auto" and has_gpus) else "cpu"
+            self.kinds = {self.request}
+        elif self.request != "cpu":
+            self.request = self._own[0].kind
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_ours:
+            _import_ray().shutdown()
+
+    def run(self, store: Store, study: Study, *, watch: Watch) -> None:
+        ray = _import_ray()
+        with interrupts() as interrupted:
+            controller = self._controller(store, study)
+            end = self._follow(ray, controller, interrupted, watch)
+            ray.kill(controller)
+        watch()
+        if end.problem is not None:
+            raise StudyStopped(end.problem, can_go_on=True)
+        if interrupted:
+            raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
+
+    def _follow(self, ray: Any, controller: Any, interrupted: list[int], watch: Watch) -> Look:
+        """Waits for the end of a study's supervisor, and passes interruptions on to it."""
+        told, answered, began, said = 0, time.monotonic(), time.monotonic(), False
+        asked = controller.look.remote()
+        while True:
+            for _ in interrupted[told:]:
+                controller.leave.remote()
+            told = len(interrupted)
+            watch()
+            if not ray.wait([asked], timeout=TICK_S)[0]:
+                if time.monotonic() - answered > UNANSWERED_S:
+                    raise StudyStopped("the study's supervisor on the cluster does not answer", can_go_on=True)
+                continue
+            try:
+                look: Look = ray.get(asked)
+            except (ray.exceptions.RayError, ConnectionError) as error:
+                if not isinstance(error, ray.exceptions.ActorUnavailableError):  # as it is while its node is replaced
+                    lost = f"the study's supervisor on the cluster is lost: {_first_line(error)}"
+                    raise StudyStopped(lost, can_go_on=True) from None
+            else:
+                answered = time.monotonic()
+                if look.has_ended:
+                    return look
+                if not (said or look.num_placed) and answered - began > WAITING_S:
+                    said = True
+                    logger.warning("waiting for room in the cluster: %s", self._shortage(ray))
+            asked = controller.look.remote()
+            time.sleep(TICK_S)
+
+    def submit(self, store: Store, study: Study) -> None:
+        ray = _import_ray()
+        look: Look = ray.get(self._controller(store, study, is_detached=True).look.remote())
+        if look.problem is not None:
+            raise StudyStopped(look.problem, can_go_on=True)
+
+    def ask(self, question: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        ray = _import_ray()
+        from hpo.ray_actors import answer
+
+        asked = ray.remote(max_calls=1)(answer).options(**self._options(), name=f"checks of study {self._study}")
+        reference = asked.remote(self._luggage(), question, args, kwargs)
+        began, said = time.monotonic(), False
+        while not ray.wait([reference], timeout=TICK_S)[0]:
+            if not said and time.monotonic() - began > WAITING_S and not ray.available_resources().get("CPU", 0):
+                said = True
+                logger.warning("waiting for room in the cluster: %s", self._shortage(ray))
+        try:
+            version, answered = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause or error from None
+        except ray.exceptions.RayError as error:
+            raise _explained(error) from None
+        if version != __version__:
+            raise UserError(f"the nodes of the cluster have hpo {version}, and this is {__version__}: install the same")
+        return answered  # type: ignore[no-any-return]
+
+    def _connect(self, ray: Any) -> None:
+        """Raises UserError where there is no such cluster, or it is of another version of Ray or Python."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that we start reports to nobody
+        where: dict[str, Any] = {"address": None if self._on.address == OWN else self._on.address}
+        if self._own:
+            gpus = [device for device in self._own if device.uuid is not None]
+            where = {"address": "local", "num_cpus": num_cores(), "num_gpus": len(gpus)}
+            if gpus:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in gpus)
+        try:
+            with _packed(self._code) as folder:
+                environment = {} if folder is None else {"working_dir": folder}
+                ray.init(
+                    **where, namespace=NAMESPACE, runtime_env=environment, log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )  # fmt: skip
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            hint = "; start one with: ray start --head" * (self._on.address == NAMED)
+            raise UserError(f"--on {self._on.address}: {_first_line(error)}{hint}") from None
+
+    def _controller(self, store: Store, study: Study, *, is_detached: bool = False) -> Any:
+        """The supervisor of this study that was left on the cluster, or a new one."""
+        ray = _import_ray()
+        from hpo.ray_actors import StudyController
+
+        name = f"study {study.name} ({study.key})"
+        if self._on.address != OWN:
+            with suppress(ValueError):  # there is none
+                return ray.get_actor(name, namespace=NAMESPACE)
+        stays = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": -1, **(stays if is_detached else {})}
+        return ray.remote(StudyController).options(**options).remote(self._plan(store, study, publishes=is_detached))
+
+    def _plan(self, store: Store, study: Study, *, publishes: bool) -> Plan:
+        from hpo.ray_actors import Plan
+
+        return Plan(
+            storage=store.url.render_as_string(hide_password=False),
+            study=study.name,
+            devices=self.request,
+            threads=max(1, int(self._on.resources.get("num_cpus", 1))),
+            files=str(store.folder(study).parent),
+            luggage=self._luggage(),
+            options=self._options(),
+            limit=self._limit,
+            publishes=publishes,
+        )
+
+    def _options(self) -> dict[str, Any]:
+        """What Ray is asked for a worker, as options of an actor or a task."""
+        given = dict(self._on.resources)
+        options: dict[str, Any] = {"num_cpus": given.pop("num_cpus", 1)}
+        options["num_gpus"] = given.pop("num_gpus", float("cuda" in self.kinds))
+        if memory := given.pop("memory", None):
+            options["memory"] = memory
+        return {**options, "resources": given, "scheduling_strategy": PLACEMENTS[self._on.placement]}
+
+    def _luggage(self) -> Luggage:
+        from hpo.ray_actors import Luggage
+
+        environment = {
+            key: value for key, value in os.environ.items()
+            if key.startswith(FORWARDED) and not key.startswith(NOT_FORWARDED)
+        }  # fmt: skip
+        if revision := provenance.git_revision():
+            environment["HPO_GIT_REVISION"] = revision
+        return Luggage(environment, self._allowed.modules, len(self._code))
+
+    def _shortage(self, ray: Any) -> str:
+        from hpo.ray_actors import needs
+
+        free = ray.available_resources()
+        wanted = needs(self._options())
+        return "a worker needs " + ", ".join(
+            f"{amount:g} {name} ({free.get(name, 0):g} free)" for name, amount in wanted.items()
+        )
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--on needs Ray: pip install 'hpo[ray]'") from None
+    return ray
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _explained(error: Exception) -> Exception:
+    if "No module named 'hpo" in str(error):
+        return UserError(f"the nodes of the cluster have no hpo {__version__}: pip install it there, too")
+    return StudyStopped(f"Ray could not start what was asked for: {error}", can_go_on=True)
+
+
+def _code_folders(spec: StudySpec, allowed: Allowed) -> list[Path]:
+    """The folders that the study's own modules are in, the study's own first; what is installed stays where it is."""
+    found = [folder for module in spec.modules() if (folder := allowed.folder_of(module)) is not None]
+    own = [Path(folder) for folder in allowed.folders]
+    return sorted(dict.fromkeys(found), key=lambda folder: folder not in own)
+
+
+@contextmanager
+def _packed(folders: list[Path]) -> Iterator[str | None]:
+    """A folder with copies of these folders, named 0, 1..., for Ray to take along; None where there are none.
+
+    Raises UserError where they are too large for code.
+    """
+    if not folders:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="hpo-code-") as packed:
+        left = MAX_CODE_BYTES
+        for index, folder in enumerate(folders):
+
+            def copy(source: str, target: str, folder: Path = folder) -> None:
+                nonlocal left
+                if not Path(source).is_file():
+                    return  # sockets, pipes, links to nowhere
+                left -= Path(source).stat().st_size
+                if left < 0:
+                    raise UserError(
+                        f"the folder {folder}, whose modules the study names, holds more than "
+                        f"{MAX_CODE_BYTES >> 20} MiB to take to the cluster; give the code a folder of its own"
+                    )
+                shutil.copyfile(source, target)
+
+            shutil.copytree(
+                folder, Path(packed) / str(index), copy_function=copy, symlinks=False,
+                ignore_dangling_symlinks=True, ignore=_not_code,
+            )  # fmt: skip
+        yield packed
+
+
+def _not_code(folder: str, names: list[str]) -> set[str]:
+    ignored = shutil.ignore_patterns(*NOT_CODE)(folder, names)
+    return {*ignored, *(name for name in names if (Path(folder) / name / "pyvenv.cfg").exists())}
