@@ -114,7 +114,7 @@ def submit(
 def _create(spec: StudySpec, url: str, launcher: Launcher, facts: Mapping[str, Any]) -> tuple[Store, Study]:
     closed, found = ranges.resolve(
         spec,
-        measure=lambda spec: launcher.ask(ranges.measure, spec, launcher.request),
+        measure=lambda spec: launcher.ask(ranges.measure, spec, launcher.request, on_device=True),
         stored=lambda: _stored(spec.name, url)[1],
     )
     store = Store(url, create=True)

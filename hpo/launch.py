@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from hpo import liveness
 from hpo.database import PASSWORD_FILE, parse_url
@@ -29,7 +29,6 @@ from hpo.worker import Worker
 if TYPE_CHECKING:
     from hpo.on_ray import OnRay
 
-Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 
 
@@ -60,9 +59,9 @@ class Launcher(ABC):
         """Has the workers run without this process, and returns once they are under way; where `can_be_left`."""
         raise NotImplementedError
 
-    def ask(self, question: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
-        """What a function returns, or raises, on a machine where workers run, and with a device as they have."""
-        return question(*args, **kwargs)
+    def ask(self, question: Callable[..., Answer], *args: Any, on_device: bool = False) -> Answer:
+        """What a function returns, or raises, where workers run; `on_device`, with a device as they have."""
+        return question(*args)
 
 
 class InProcess(Launcher):
@@ -200,8 +199,8 @@ def launcher(
     """What runs the workers of a study of the store at `url`; raises UserError for what cannot be had."""
     check_workers(workers)
     if in_process and (workers is not None or on is not None):
-        name, value = ("--workers", workers) if workers is not None else ("--on", on)
-        raise UserError(f"{name} has no meaning with --in-process, got {value}")
+        given = f"--workers has no meaning with --in-process, got {workers}"
+        raise UserError(given if workers is not None else "--on has no meaning with --in-process")
     if on is not None:
         from hpo.on_ray import OnRay, RayLauncher
 

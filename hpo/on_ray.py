@@ -7,6 +7,7 @@ What runs on the cluster is in ray_actors.py.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from hpo import __version__, provenance
 from hpo.database import database_path
 from hpo.devices import choose_devices, num_cores
 from hpo.errors import StudyStopped, UserError
-from hpo.launch import Answer, Arguments, Launcher, interrupts
+from hpo.launch import Answer, Launcher, interrupts
 from hpo.records import Study
 from hpo.spec import StudySpec
 from hpo.store import Store
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "hpo"  # in which a study's supervisor is found again
 OWN, NAMED, CLIENT = "ray", "auto", "ray://"
 PLACEMENTS = {"pack": "DEFAULT", "spread": "SPREAD"}  # as Ray calls them
-RESOURCES = ("num_cpus", "num_gpus", "memory")  # anything else is a custom resource of the cluster
 MAX_CODE_BYTES = 100 * 2**20
 NOT_CODE = ("hpo_files", "__pycache__", "node_modules", "*.db", "*.db-*", ".*")
 UNANSWERED_S = 60.0  # how long the supervisor may not answer, as it does while its node is replaced
@@ -67,8 +67,10 @@ class OnRay:
         if self.placement not in PLACEMENTS:
             raise UserError(f"--placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
         for name, amount in self.resources.items():
-            if not amount >= 0 or (amount == 0 and name not in ("num_cpus", "num_gpus")) or amount == float("inf"):
-                raise UserError(f"--resource {name} must be above 0, got {amount:g}")
+            may_be_none = name in ("num_cpus", "num_gpus")
+            if not (amount >= 0 if may_be_none else amount > 0) or amount == math.inf:
+                rule = "not be below 0" if may_be_none else "be above 0"
+                raise UserError(f"--resource {name} must {rule}, got {amount:g}")
         if self.resources.get("num_gpus", 0) > 1:
             raise UserError(
                 f"--resource num_gpus must be at most 1, as a worker trains on one GPU, "
@@ -180,17 +182,18 @@ class RayLauncher(Launcher):
         if look.problem is not None:
             raise StudyStopped(look.problem, can_go_on=True)
 
-    def ask(self, question: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+    def ask(self, question: Callable[..., Answer], *args: Any, on_device: bool = False) -> Answer:
         ray = _import_ray()
         from hpo.ray_actors import answer
 
-        asked = ray.remote(max_calls=1)(answer).options(**self._options(), name=f"checks of study {self._study}")
-        reference = asked.remote(self._luggage(), question, args, kwargs)
-        began, said = time.monotonic(), False
+        needed = self._options() if on_device else {"num_cpus": 0}  # what only looks need not wait for room
+        asked = ray.remote(max_calls=1)(answer).options(**needed, name=f"{question.__name__} for study {self._study}")
+        reference = asked.remote(self._luggage(), question, args)
+        began, said = time.monotonic(), not on_device
         while not ray.wait([reference], timeout=TICK_S)[0]:
-            if not said and time.monotonic() - began > WAITING_S and not ray.available_resources().get("CPU", 0):
+            if not said and time.monotonic() - began > WAITING_S:
                 said = True
-                logger.warning("waiting for room in the cluster: %s", self._shortage(ray))
+                logger.warning("a node is busy with it, or there is no room yet: %s", self._shortage(ray))
         try:
             version, answered = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -338,4 +341,8 @@ def _packed(folders: list[Path]) -> Iterator[str | None]:
 
 def _not_code(folder: str, names: list[str]) -> set[str]:
     ignored = shutil.ignore_patterns(*NOT_CODE)(folder, names)
-    return {*ignored, *(name for name in names if (Path(folder) / name / "pyvenv.cfg").exists())}
+    here = Path(folder).resolve()
+    others = [  # virtual environments, and links to what the folder is in
+        name for name in names if (here / name / "pyvenv.cfg").exists() or here.is_relative_to((here / name).resolve())
+    ]
+    return {*ignored, *others}

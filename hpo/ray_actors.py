@@ -93,10 +93,12 @@ class Look:
     problem: str | None  # why it has ended before the study
 
 
-def answer(luggage: Luggage, question: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, Any]:
-    """The version of hpo on a node, and what a function returns there."""
+def answer(luggage: Luggage, question: Callable[..., Any], args: Sequence[Any]) -> tuple[str, Any]:
+    """The version of hpo on a node, and what a function returns there, where the study's own code lies."""
     with luggage.unpacked():
-        return __version__, question(*args, **kwargs)
+        if luggage.num_folders:
+            os.chdir(luggage.folders()[0])
+        return __version__, question(*args)
 
 
 def needs(options: Mapping[str, Any]) -> dict[str, float]:
@@ -110,7 +112,11 @@ class StudyWorker:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._device: Device | None = None
+        self._problem: UserError | None = None
+        try:
+            self._device: Device | None = _device(plan.devices)
+        except UserError as error:  # for who has it run: an actor that cannot be made does not say why so well
+            self._device, self._problem = None, error
         self._worker: WorkerProcess | None = None
         self._tail: deque[bytes] = deque(maxlen=TAIL_LINES)
         self._starts: list[threading.Event] = []
@@ -154,8 +160,10 @@ class StudyWorker:
             self._worker.ask_to_leave()
 
     def _prepare(self) -> WorkerProcess:
-        plan = self._plan
-        self._device = device = _device(plan.devices)
+        if self._problem is not None:
+            raise self._problem
+        plan, device = self._plan, self._device
+        assert device is not None
         node = ray.get_runtime_context().get_node_id()
         assignment = Assignment(
             plan.storage, plan.study, device.name, torch_device(device), plan.threads, plan.luggage.allowed(),

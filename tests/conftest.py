@@ -163,7 +163,8 @@ class Hpo:
         return found
 
     def end(self) -> None:
-        for process in self._started:
+        while self._started:
+            process = self._started.pop()
             if process.poll() is None:
                 process.kill()
             process.communicate()
