@@ -24,6 +24,7 @@ import click
 import pytest
 import yaml
 
+from hpo import api
 from hpo.cli import main
 from hpo.errors import UserError
 from hpo.launch import KILL_S
@@ -420,18 +421,15 @@ class Scripts:
             SLURM_CPUS_PER_TASK="1", SLURM_RESTART_COUNT=str(restarts),
         )  # fmt: skip
 
-    def hpo(self, *arguments: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [BIN / "hpo", *arguments], env={**os.environ, "HPO_STORAGE": self.url}, text=True, capture_output=True,
-            check=False,
-        )  # fmt: skip
-        return json.loads(done.stdout) if done.returncode == 0 and "--json" in arguments else {}
-
     def num_workers(self) -> int:
-        return len([worker for worker in self.status().get("workers", []) if worker["trial"] is not None])
+        """How many train; 0 where there is no store or study yet."""
+        try:
+            return len([worker for worker in self.status()["workers"] if worker["trial"] is not None])
+        except UserError:
+            return 0
 
     def status(self) -> dict[str, Any]:
-        return self.hpo("status", "my-study", "--json")
+        return api.status("my-study", storage=self.url)
 
     def requeued(self) -> list[str]:
         heard = self.folder / "scontrol.txt"
@@ -466,37 +464,25 @@ def interrupt(process: subprocess.Popen[str], pattern: str) -> None:
         os.kill(int(pid), signal.SIGTERM)
 
 
-def test_pods_wait_for_the_study_that_index_0_begins_and_end_well_with_it(
+def test_pods_wait_for_the_study_leave_when_evicted_and_do_not_undo_a_stop(
     scripts: Scripts, wait_for: Callable[..., Any]
 ) -> None:
     other = scripts.pod(1)
-    assert "no study" in str(other.stdout and other.stdout.readline())
+    assert other.stdout is not None
+    assert "no study" in other.stdout.readline()
     first = scripts.pod(0)
     wait_for(lambda: scripts.num_workers() == 2)
-    (scripts.folder / "study/go").touch()
-    for pod in (first, other):
-        code, output = finish(pod)
-        assert code == 0, output
-    assert scripts.status()["trials"] == {"complete": 2}
-    assert {path.name for path in (scripts.folder / "logs").iterdir()} == {"0", "1"}
-
-
-def test_a_pod_that_is_evicted_leaves_its_trial_and_comes_back_but_does_not_undo_a_stop(
-    scripts: Scripts, wait_for: Callable[..., Any]
-) -> None:
-    pod = scripts.pod(0)
-    wait_for(lambda: scripts.num_workers() == 1)
-    pod.send_signal(signal.SIGTERM)  # `exec` has made the shell that Kubernetes signals into hpo
-    code, output = finish(pod)
+    other.send_signal(signal.SIGTERM)  # `exec` has made the shell that Kubernetes signals into hpo
+    code, output = finish(other)
     assert code == 1, output
     assert "interrupted" in output
-    again = scripts.pod(0)
-    wait_for(lambda: scripts.num_workers() == 1)
-    scripts.hpo("stop", "my-study")
-    assert finish(again)[0] == 1
+    assert api.stop("my-study", storage=scripts.url)
+    code, output = finish(first)
+    assert code == 1, output
     code, output = finish(scripts.pod(0))
     assert code == 1, output
     assert scripts.status()["stop"] == "requested"
+    assert {path.name for path in (scripts.folder / "logs").iterdir()} == {"0", "1"}
 
 
 def test_a_task_that_slurm_signals_is_put_back_into_the_queue_and_goes_on(
@@ -516,17 +502,22 @@ def test_a_task_that_slurm_signals_is_put_back_into_the_queue_and_goes_on(
     assert (scripts.status()["trials"], scripts.requeued()) == ({"complete": 2}, ["requeue 101"])
 
 
-def test_a_task_is_not_put_back_after_a_stop_or_a_wrong_request_or_for_ever(
-    scripts: Scripts, wait_for: Callable[..., Any]
+@pytest.mark.parametrize(
+    ("code", "stop", "restarts", "requeued"),
+    [
+        (1, None, 0, True),
+        (1, None, 49, True),
+        (1, None, 50, False),  # not for ever
+        (1, "requested", 0, False),  # `hpo stop`
+        (1, "failure", 0, False),  # three trials failed alike
+        (2, None, 0, False),  # a wrong request
+        (0, None, 0, False),
+    ],
+)
+def test_a_task_is_put_back_only_where_its_study_goes_on(
+    scripts: Scripts, code: int, stop: str | None, restarts: int, requeued: bool
 ) -> None:
-    task = scripts.task(0, restarts=50)
-    wait_for(lambda: scripts.num_workers() == 1)
-    interrupt(task, "hpo run")
-    assert finish(task)[0] == 1
-    task = scripts.task(0)
-    wait_for(lambda: scripts.num_workers() == 1)
-    scripts.hpo("stop", "my-study")
-    assert finish(task)[0] == 1
-    assert finish(scripts.task(0))[0] == 1
-    assert finish(scripts.task(0, "study/absent.toml", "absent"))[0] == 2
-    assert scripts.requeued() == []
+    status = json.dumps({"stop": stop}, indent=2)  # as `hpo status --json` prints it
+    scripts.tool("hpo", f"case $1 in status) echo '{status}' ;; *) exit {code} ;; esac")
+    assert finish(scripts.task(1, restarts=restarts)) == (code, f"{status}\n")
+    assert scripts.requeued() == ["requeue 101"] * requeued
