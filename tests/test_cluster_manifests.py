@@ -306,7 +306,7 @@ def test_the_ray_job_runs_on_the_cluster_of_its_file_and_asks_for_no_more_than_a
 def commands() -> Iterator[tuple[str, bool]]:
     """Each `hpo ...` of the page and the manifests, and whether it must be complete: in running text it need not."""
     for block in re.findall(r"^```\w*\n(.*?)^```", PAGE, re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in re.sub(r" +#.*", "", block.replace("\\\n", " "), flags=re.M).splitlines():
             yield from ((found, True) for found in re.findall(r"(?:^|-- |\$\()(hpo [a-z].*)", line))
     for found in re.findall(r"`(hpo [a-z][^`]*)`", re.sub(r"^```.*?^```", "", PAGE, flags=re.M | re.S)):
         yield found, False

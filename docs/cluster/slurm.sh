@@ -15,19 +15,20 @@
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=16G
 #SBATCH --time=04:00:00
-# A worker saves its trial and leaves within 45 s of SIGTERM. Without "B:" the signal goes to the step, not to this shell.
+# A worker saves its trial and leaves within 40 s of SIGTERM. Without "B:" the signal goes to the step, not to this shell.
 #SBATCH --signal=TERM@60
 #SBATCH --requeue
 
 set -u
 spec=${1:?the study file} study=${2:?the name of the study}
+folder=$(dirname "$spec")/ # of the modules that the study names
 
 export HPO_STORAGE=${HPO_STORAGE:-postgresql+psycopg://hpo@database.example/hpo}
 export HPO_STORAGE_PASSWORD_FILE=${HPO_STORAGE_PASSWORD_FILE:-$HOME/.hpo_password} # chmod 600
 export HPO_FILES=$PWD/hpo_files/task-$SLURM_ARRAY_TASK_ID                          # logs of this task's worker
 
 # Once the study is there every task joins it, so that a task that comes back never undoes an `hpo stop`.
-command=(hpo worker "$study" --allow "$(dirname "$spec")/")
+command=(hpo worker "$study" --allow "$folder")
 until hpo status "$study"; do
     if [ "$SLURM_ARRAY_TASK_ID" -eq "$SLURM_ARRAY_TASK_MIN" ]; then
         command=(hpo run "$spec")
