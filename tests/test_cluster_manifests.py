@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import pytest
 import yaml
 
@@ -383,9 +384,7 @@ class Scripts:
         (folder / "study/my_study.toml").write_text(HELD_STUDY.replace("FOLDER", str(folder)))
         (folder / "password").write_text("unused: this server trusts its users\n")
         (folder / "bin").mkdir()
-        # srun passes SIGTERM on to the step, as slurmd sends it there itself; scontrol is only heard.
-        self.tool("srun", 'shift; trap "kill -TERM \\$step" TERM; "$@" & step=$!; while :; do wait $step; code=$?; '
-                          'kill -0 $step 2>/dev/null || exit $code; done')  # fmt: skip
+        self.tool("srun", 'shift; exec "$@"')  # without its first argument, an option; scontrol is only heard
         self.tool("scontrol", f'echo "$@" >> {folder}/scontrol.txt')
 
     def tool(self, name: str, script: str) -> None:
@@ -408,13 +407,13 @@ class Scripts:
     def pod(self, index: int) -> subprocess.Popen[str]:
         (container,) = JOB["spec"]["template"]["spec"]["containers"]
         (script,) = container["args"]
-        inside = script.replace("/study/", f"{self.folder}/study/").replace("sleep 10", "sleep 0.2")
+        inside = script.replace("/study/", f"{self.folder}/study/").replace("sleep 10", "sleep 2")
         files = {"HPO_FILES": f"{self.folder}/logs/{index}"}
         return self.start([*container["command"], inside], JOB_COMPLETION_INDEX=str(index), **files)
 
     def task(self, index: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
         script = self.folder / "slurm.sh"
-        script.write_text(TEXTS["slurm.sh"].replace("sleep 10", "sleep 0.2"))
+        script.write_text(TEXTS["slurm.sh"].replace("sleep 10", "sleep 2"))
         return self.start(
             ["bash", str(script), *(arguments or ("study/my_study.toml", "my-study"))],
             SLURM_ARRAY_TASK_ID=str(index), SLURM_ARRAY_TASK_MIN="0", SLURM_JOB_ID=f"10{index}",
@@ -457,11 +456,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def interrupt(process: subprocess.Popen[str], pattern: str) -> None:
-    """SIGTERM to the command among a script's processes whose command line has the pattern."""
-    found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", pattern], text=True, capture_output=True, check=True)
-    for pid in found.stdout.split():
-        os.kill(int(pid), signal.SIGTERM)
+def interrupt(task: subprocess.Popen[str]) -> None:
+    """SIGTERM to the hpo of a task alone: Slurm's signal goes to the step, and not to the script."""
+    (step,) = [child for child in psutil.Process(task.pid).children() if f"{BIN}/hpo" in child.cmdline()]
+    step.terminate()
 
 
 def test_pods_wait_for_the_study_leave_when_evicted_and_do_not_undo_a_stop(
@@ -490,7 +488,7 @@ def test_a_task_that_slurm_signals_is_put_back_into_the_queue_and_goes_on(
 ) -> None:
     first, other = scripts.task(0), scripts.task(1)
     wait_for(lambda: scripts.num_workers() == 2)
-    interrupt(other, "hpo worker")
+    interrupt(other)
     code, output = finish(other)
     assert (code, scripts.requeued()) == (1, ["requeue 101"]), output
     again = scripts.task(1, restarts=1)
