@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -216,10 +217,16 @@ class RayLauncher(Launcher):
         try:
             with _packed(self._code) as folder:
                 environment = {} if folder is None else {"working_dir": folder}
-                ray.init(
-                    **where, namespace=NAMESPACE, runtime_env=environment, log_to_driver=False,
+                init = partial(
+                    ray.init, **where, namespace=NAMESPACE, runtime_env=environment, log_to_driver=False,
                     logging_level=logging.ERROR,
                 )  # fmt: skip
+                try:
+                    init()
+                except ConnectionError:  # Ray Client's server on a busy head may take longer than it waits for itself
+                    if not self._on.address.startswith(CLIENT):
+                        raise
+                    init()
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             hint = "; start one with: ray start --head" * (self._on.address == NAMED)
             raise UserError(f"--on {self._on.address}: {_first_line(error)}{hint}") from None

@@ -131,6 +131,7 @@ class Hpo:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.url = f"sqlite:///{folder}/hpo.db"
+        self.environment: dict[str, str] = {}
         self._started: list[subprocess.Popen[str]] = []
 
     def write(self, spec: StudySpec, loop: str) -> None:
@@ -140,7 +141,7 @@ class Hpo:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [Path(sys.executable).parent / "hpo", *arguments],
-            cwd=self.folder, env={**os.environ, "HPO_STORAGE": self.url}, text=True,
+            cwd=self.folder, env={**os.environ, "HPO_STORAGE": self.url, **self.environment}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         self._started.append(process)

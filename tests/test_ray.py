@@ -79,13 +79,10 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def on_cluster(
-    cluster: Cluster, hpo: Hpo, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Hpo]:  # fmt: skip
+def on_cluster(cluster: Cluster, hpo: Hpo, postgres: Postgres) -> Iterator[Hpo]:
     """`hpo` with an empty Postgres store, where RAY_ADDRESS names the cluster; no actor of its is left afterwards."""
     with postgres.database() as hpo.url:
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        monkeypatch.setenv("HPO_TEST_FOLDER", str(hpo.folder))
+        hpo.environment = {"RAY_ADDRESS": cluster.address, "HPO_TEST_FOLDER": str(hpo.folder)}
         yield hpo
         hpo.end()
         with connected(cluster):
@@ -151,6 +148,10 @@ def test_a_study_on_three_nodes_loses_a_node_gains_one_and_loses_its_command(
         redone = sum(repeated[trial.number, epoch] - 1 for epoch in range(1, 9))
         assert redone <= trial.attempt - 1, (trial.number, redone, trial.attempt)
     assert sum(trial.attempt - 1 for trial in found) >= 4
+    assert {attempt.outcome for trial in found for attempt in trial.attempts} == {
+        "complete",
+        "lost",
+    }  # no lock was taken
 
 
 def workers(hpo: Hpo) -> list[dict[str, Any]]:
@@ -250,10 +251,8 @@ def test_what_keeps_workers_from_starting_is_said_in_a_sentence(
     assert "Traceback" not in output
 
 
-def test_a_ray_of_its_own_trains_from_an_sqlite_store_and_ends_with_the_command(
-    hpo: Hpo, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HPO_TEST_FOLDER", str(hpo.folder))
+def test_a_ray_of_its_own_trains_from_an_sqlite_store_and_ends_with_the_command(hpo: Hpo, make_spec: MakeSpec) -> None:
+    hpo.environment = {"HPO_TEST_FOLDER": str(hpo.folder)}
     hpo.write(make_spec(0.1, 0.2, 0.3, epochs=2), LOOP.replace("fcntl.flock", "(lambda *_: None)"))
     exit_code, output = hpo.run("run", "study.toml", "--on", "ray", "--devices", "cpu")
     assert exit_code == 0, output
