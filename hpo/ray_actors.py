@@ -304,7 +304,7 @@ class _Crew:
 
 def _room(options: Mapping[str, Any]) -> int:
     """How many more such actors the cluster may have room for."""
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    free: dict[str, float] = ray.available_resources()
     return min(math.floor(free.get(name, 0) / amount) for name, amount in needs(options).items())
 
 

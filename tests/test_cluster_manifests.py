@@ -28,8 +28,8 @@ import yaml
 from hpo import api
 from hpo.cli import main
 from hpo.errors import UserError
-from hpo.launch import KILL_S
 from hpo.spec import StudySpec
+from hpo.supervision import KILL_S
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 import jsonschema  # noqa: E402  (both come with kubernetes-validate)
