@@ -237,9 +237,8 @@ class RayLauncher(Launcher):
         from hpo.ray_actors import StudyController
 
         name = f"study {study.name} ({study.key})"
-        if self._on.address != OWN:
-            with suppress(ValueError):  # there is none
-                return ray.get_actor(name, namespace=NAMESPACE)
+        if (left := _left_behind(ray, name)) is not None:
+            return left
         stays = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": -1, **(stays if is_detached else {})}
         return ray.remote(StudyController).options(**options).remote(self._plan(store, study, publishes=is_detached))
@@ -295,6 +294,17 @@ def _import_ray() -> Any:
     except ImportError:
         raise UserError("--on needs Ray: pip install 'hpo[ray]'") from None
     return ray
+
+
+def _left_behind(ray: Any, name: str) -> Any | None:
+    """The supervisor of that name that was detached; where it has ended, it is waited for to be gone."""
+    with suppress(ValueError, ray.exceptions.RayActorError):  # there is none
+        while True:
+            found = ray.get_actor(name, namespace=NAMESPACE)
+            if not ray.get(found.look.remote()).has_ended:
+                return found
+            time.sleep(TICK_S)
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -32,7 +33,8 @@ from hpo.process import Assignment, WorkerProcess, ending
 from hpo.trust import Allowed
 
 IDLE_S = 30.0  # after which a worker that finds nothing to train gives back what Ray gave it
-KEPT_S = 30.0  # that the supervisor stays after a study's end, for whoever asks how it ended
+MOST_SHOWN = 16  # trials of a worker that Ray shows at once: each takes a thread of the actor
+KEPT_S = 5.0  # that the supervisor stays after a study's end, for whoever asks how it ended
 TAIL_LINES = 50  # of a worker's output, for the message on its death
 
 Process = tuple[str, int]  # as in hpo.ledger, which is not loaded in the actor of a worker
@@ -119,7 +121,6 @@ class StudyWorker:
             self._device, self._problem = None, error
         self._worker: WorkerProcess | None = None
         self._tail: deque[bytes] = deque(maxlen=TAIL_LINES)
-        self._starts: list[threading.Event] = []
         self._ended: dict[str, threading.Event] = {}
 
     def __repr__(self) -> str:
@@ -131,7 +132,7 @@ class StudyWorker:
         if self._worker is None:
             self._worker = self._prepare()
         self._tail.clear()
-        self._worker.start(output=-1)
+        self._worker.start(output=subprocess.PIPE)
         reader = threading.Thread(target=self._read, args=[self._worker.output], daemon=True)
         reader.start()
         while self._worker.is_running():
@@ -333,11 +334,9 @@ class _Place:
         if self.leaves:
             return
         if self._actor is None:
-            worker = ray.remote(StudyWorker).options(
-                **{**self._plan.options, "name": f"study {self._plan.study} worker {self._index} ({os.getpid()})"},
-                max_concurrency=256,  # a thread is made when it is needed: one for each trial that it trains
-            )
-            self._actor = worker.remote(self._plan)
+            worker = ray.remote(max_concurrency=4, concurrency_groups={"shown": MOST_SHOWN})(StudyWorker)
+            name = f"study {self._plan.study} worker {self._index} ({os.getpid()})"
+            self._actor = worker.options(**self._plan.options, name=name).remote(self._plan)
         pid = None if self._seated is None else self._seated.process[1]
         self.exit_code, self._seated, self._trials = None, None, set()
         self._run, self._seat = self._actor.run.remote(), self._actor.seat.remote(pid)
@@ -368,7 +367,7 @@ class _Place:
         for name in self._trials - names:
             self._actor.end.remote(name)
         for name in names - self._trials:
-            self._actor.train.options(name=name).remote(name)
+            self._actor.train.options(name=name, concurrency_group="shown").remote(name)
         self._trials = names
 
     def ask_to_leave(self) -> None:

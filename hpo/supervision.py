@@ -88,8 +88,8 @@ def _look_after(store: Store, study: Study, crew: Crew, interrupted: Sequence[in
         running = [place for place in crew.places if place.is_running()]
         look = time.monotonic() > next_look or len(running) < len(crew.places)
         over = look and _is_over(store, study)
-        if over and not running:
-            return
+        if over and all(place.process is None for place in running):
+            return  # nobody trains, though somebody may wait for room
         if look:
             is_finished = over and _is_finished(store, study)
             finished_since = (finished_since or time.monotonic()) if is_finished else None

@@ -117,7 +117,7 @@ class Worker:
 
     def _engine_loop(self) -> Callable[[], bool]:
         from hpo.checkpoints import StudyCheckpoints
-        from hpo.train.engine import Stopped
+        from hpo.train.engine import Stopped, free_memory
         from hpo.train.lanes import MOST_LANES, LaneEngine
 
         wanted, compares_early = self._spec.engine.lanes, PRUNERS[self._spec.pruner.name].compares_early
@@ -165,7 +165,7 @@ class Worker:
                     engine.evict(lane)
                     del self._lanes[lane]
             if len(results) < len(turn):
-                _free_memory()  # what failed may have filled the device, which other processes share
+                free_memory()  # what failed may have filled the device, which other processes share
             return True
 
         return work
@@ -393,7 +393,11 @@ class Worker:
             self._spec,
             attributes=lambda values: provenance.describe(device=self._device, host=self._host, seed=seed(values)),
         )
+        logger.info("%s, on %s: %s", self._name(claim), self._device, dict(values))
         return values, seed(values)
+
+    def _name(self, claim: Claim) -> str:
+        return f"study {self._study.name}, trial {claim.number}, attempt {claim.attempt}"
 
     def _end(self, claim: Claim, verdict: Verdict, *, epoch: int, diverged: str | None, last: bool) -> End | None:
         """How the trial ends with the epoch that it has reported, if it does."""
@@ -409,6 +413,7 @@ class Worker:
 
     def _finish(self, claim: Claim, state: str, reason: str) -> None:
         self._store.finish(claim, state, reason=reason)
+        logger.info("%s: %s, %s", self._name(claim), state, reason)
         self._held.discard(claim)
         if self._checkpoints is not None:
             self._checkpoints.forget(claim.number)
@@ -485,13 +490,3 @@ class Worker:
             self._engine.limit(to)
             for claim in claims:
                 self._let_go(claim)
-
-
-def _free_memory() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -66,12 +66,14 @@ def train(trial):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Three nodes, each with a CPU and a logical GPU; Ray Client listens on the first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "ray_client_server_port": port})
-    cluster.client_port = port
+    """Three nodes, each with a CPU and a logical GPU; Ray Client and the dashboard listen on the first."""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        client, dashboard = one.getsockname()[1], other.getsockname()[1]
+    ports = {"ray_client_server_port": client, "dashboard_port": dashboard}
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, **ports})
+    cluster.client_port = client
     for _ in range(2):
         cluster.add_node(**NODE)
     yield cluster

@@ -5,6 +5,7 @@ Shapes: B batch, C H W picture, L classes, S steps of an epoch.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
@@ -417,3 +418,10 @@ def output_spread(model: nn.Module, data: Data) -> float:
     images_BCHW, _ = next(data.val.batches(SPREAD_PICTURES))
     logits_BL = model(images_BCHW).float()
     return float((logits_BL.amax(0) - logits_BL.amin(0)).max() / logits_BL.abs().max().clamp(min=1e-30))
+
+
+def free_memory() -> None:
+    """Gives back what a device's allocator keeps and no tensor uses, to the other processes on it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
