@@ -26,7 +26,7 @@ from hpo.database import database_path
 from hpo.devices import choose_devices, num_cores
 from hpo.errors import StudyStopped, UserError
 from hpo.launch import Answer, Launcher, interrupts
-from hpo.records import Study
+from hpo.records import ENDED, Study
 from hpo.spec import StudySpec
 from hpo.store import Store
 from hpo.supervision import TICK_S, Watch
@@ -165,8 +165,7 @@ class RayLauncher(Launcher):
                 look: Look = ray.get(asked)
             except (ray.exceptions.RayError, ConnectionError) as error:
                 if not isinstance(error, ray.exceptions.ActorUnavailableError):  # as it is while its node is replaced
-                    lost = f"the study's supervisor on the cluster is lost: {_first_line(error)}"
-                    raise StudyStopped(lost, can_go_on=True) from None
+                    raise _explained(error) from None
             else:
                 answered = time.monotonic()
                 if look.has_ended:
@@ -187,6 +186,8 @@ class RayLauncher(Launcher):
         ray = _import_ray()
         from hpo.ray_actors import answer
 
+        if not (on_device or self._on.address.startswith(CLIENT)):
+            return question(*args)  # this machine is one of the cluster's
         needed = self._options() if on_device else {"num_cpus": 0}  # what only looks need not wait for room
         asked = ray.remote(max_calls=1)(answer).options(**needed, name=f"{question.__name__} for study {self._study}")
         reference = asked.remote(self._luggage(), question, args)
@@ -196,14 +197,11 @@ class RayLauncher(Launcher):
                 said = True
                 logger.warning("a node is busy with it, or there is no room yet: %s", self._shortage(ray))
         try:
-            version, answered = ray.get(reference)
+            return ray.get(reference)  # type: ignore[no-any-return]
         except ray.exceptions.RayTaskError as error:
             raise error.cause or error from None
         except ray.exceptions.RayError as error:
             raise _explained(error) from None
-        if version != __version__:
-            raise UserError(f"the nodes of the cluster have hpo {version}, and this is {__version__}: install the same")
-        return answered  # type: ignore[no-any-return]
 
     def _connect(self, ray: Any) -> None:
         """Raises UserError where there is no such cluster, or it is of another version of Ray or Python."""
@@ -215,7 +213,7 @@ class RayLauncher(Launcher):
             if gpus:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in gpus)
         try:
-            with _packed(self._code) as folder:
+            with _packed([] if self._own else self._code) as folder:
                 environment = {} if folder is None else {"working_dir": folder}
                 init = partial(
                     ray.init, **where, namespace=NAMESPACE, runtime_env=environment, log_to_driver=False,
@@ -247,6 +245,7 @@ class RayLauncher(Launcher):
         from hpo.ray_actors import Plan
 
         return Plan(
+            version=__version__,
             storage=store.url.render_as_string(hide_password=False),
             study=study.name,
             devices=self.request,
@@ -255,6 +254,7 @@ class RayLauncher(Launcher):
             luggage=self._luggage(),
             options=self._options(),
             limit=self._limit,
+            num_open=sum(count for state, count in store.counts(study.study_id).items() if state not in ENDED),
             publishes=publishes,
         )
 
@@ -276,7 +276,8 @@ class RayLauncher(Launcher):
         }  # fmt: skip
         if revision := provenance.git_revision():
             environment["HPO_GIT_REVISION"] = revision
-        return Luggage(environment, self._allowed.modules, len(self._code))
+        folders = [str(folder) if self._own else str(index) for index, folder in enumerate(self._code)]
+        return Luggage(environment, self._allowed.modules, folders)
 
     def _shortage(self, ray: Any) -> str:
         from hpo.ray_actors import needs
@@ -314,7 +315,7 @@ def _first_line(error: BaseException) -> str:
 def _explained(error: Exception) -> Exception:
     if "No module named 'hpo" in str(error):
         return UserError(f"the nodes of the cluster have no hpo {__version__}: pip install it there, too")
-    return StudyStopped(f"Ray could not start what was asked for: {error}", can_go_on=True)
+    return StudyStopped(f"what runs the study on the cluster is lost: {error}", can_go_on=True)
 
 
 def _code_folders(spec: StudySpec, allowed: Allowed) -> list[Path]:

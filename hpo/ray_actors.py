@@ -46,13 +46,10 @@ class Luggage:
 
     environment: Mapping[str, str] = field(repr=False)  # for what a node does not have itself
     modules: Sequence[str]  # that the study may import
-    num_folders: int  # of code, which are in the working directory that Ray has made, named 0, 1...
+    folders: Sequence[str]  # of code; those that Ray has unpacked are relative to the working directory that it gives
 
     def allowed(self) -> Allowed:
-        return Allowed(tuple(self.modules), tuple(map(str, self.folders())))
-
-    def folders(self) -> list[Path]:
-        return [Path.cwd() / str(index) for index in range(self.num_folders)]
+        return Allowed(tuple(self.modules), tuple(os.path.abspath(folder) for folder in self.folders))
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
@@ -67,6 +64,7 @@ class Luggage:
 class Plan:
     """A study and what its workers on the cluster need; `storage` is a URL with its password."""
 
+    version: str  # of hpo, where the study was started
     storage: str = field(repr=False)
     study: str
     devices: str  # what a worker trains on: "cuda" or "cpu"
@@ -75,6 +73,7 @@ class Plan:
     luggage: Luggage
     options: Mapping[str, Any]  # of a worker's actor
     limit: int | None  # of workers; None: as many as there is room for
+    num_open: int  # trials, to begin with
     publishes: bool  # whether the supervisor shows the study in optuna-dashboard, as nobody else does
 
 
@@ -95,12 +94,12 @@ class Look:
     problem: str | None  # why it has ended before the study
 
 
-def answer(luggage: Luggage, question: Callable[..., Any], args: Sequence[Any]) -> tuple[str, Any]:
-    """The version of hpo on a node, and what a function returns there, where the study's own code lies."""
+def answer(luggage: Luggage, question: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """What a function returns on a node, where the study's own code lies."""
     with luggage.unpacked():
-        if luggage.num_folders:
-            os.chdir(luggage.folders()[0])
-        return __version__, question(*args)
+        if luggage.folders:
+            os.chdir(luggage.folders[0])
+        return question(*args)
 
 
 def needs(options: Mapping[str, Any]) -> dict[str, float]:
@@ -116,6 +115,10 @@ class StudyWorker:
         self._plan = plan
         self._problem: UserError | None = None
         try:
+            if plan.version != __version__:
+                raise UserError(
+                    f"a node has hpo {__version__}, and the study was started by {plan.version}: install it"
+                )
             self._device: Device | None = _device(plan.devices)
         except UserError as error:  # for who has it run: an actor that cannot be made does not say why so well
             self._device, self._problem = None, error
@@ -171,10 +174,9 @@ class StudyWorker:
             host=f"{socket.gethostname()}/{node[:8]}", outlives=False,
         )  # fmt: skip
         known = {key: value for key, value in plan.luggage.environment.items() if key not in os.environ}
-        folders = plan.luggage.folders()
         return WorkerProcess(
             assignment, device, environment={**known, "HPO_FILES": _files(plan.files)},
-            folder=folders[0] if folders else None,
+            folder=Path(plan.luggage.folders[0]) if plan.luggage.folders else None,
         )  # fmt: skip
 
     def _read(self, output: Any) -> None:
@@ -270,6 +272,7 @@ class _Crew:
         self._plan = plan
         self._idle_since: dict[Process, float] = {}
         self._num_made = 0
+        self._add(plan.num_open)  # they start while the supervisor still loads what it needs
 
     @property
     def num_placed(self) -> int:
@@ -281,14 +284,18 @@ class _Crew:
         training = store.in_training(study)
         for place in self.places:
             place.show(training.get(place.process, ()) if place.process is not None else ())
-        staying = [place for place in self.places if not place.leaves]
-        waiting, num_open = counts.get("waiting", 0), counts.get("waiting", 0) + counts.get("running", 0)
+        waiting = counts.get("waiting", 0)
         if waiting:
-            room = self._plan.limit or self.num_placed + max(1, self.num_placed, _room(self._plan.options))
-            for _ in range(min(num_open, room) - len(staying)):
-                self.places.append(_Place(self._plan, self._num_made))
-                self._num_made += 1
-        self._send_idle_home(staying, waiting, set(training))
+            self._add(waiting + counts.get("running", 0))
+        self._send_idle_home([place for place in self.places if not place.leaves], waiting, set(training))
+
+    def _add(self, num_open: int) -> None:
+        """Starts as many workers as so many trials have use for, and some more than there is room for."""
+        room = self._plan.limit or self.num_placed + max(1, self.num_placed, _room(self._plan.options))
+        for _ in range(min(num_open, room) - sum(not place.leaves for place in self.places)):
+            self.places.append(_Place(self._plan, self._num_made))
+            self.places[-1].start()
+            self._num_made += 1
 
     def _send_idle_home(self, staying: Sequence[_Place], waiting: int, busy: set[Process]) -> None:
         at = time.monotonic()

@@ -69,7 +69,8 @@ def supervise(store: Store, study: Study, crew: Crew, *, interrupted: Sequence[i
     try:
         crew.adjust(store, study)
         for place in crew.places:
-            place.start()
+            if not place.is_running():
+                place.start()
         _look_after(store, study, crew, interrupted, watch)
     finally:
         store.give_up = lambda: True

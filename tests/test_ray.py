@@ -296,6 +296,8 @@ class Seat:
             self.process = ("node", self.index)
         return not self.leaves
 
+    def start(self) -> None: ...
+
     def show(self, _trials: object) -> None: ...
 
     def ask_to_leave(self) -> None:
@@ -325,7 +327,7 @@ def crew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Counts, Ca
         monkeypatch.setattr(ray_actors, "_Place", Seat)
         monkeypatch.setattr(ray_actors, "_room", lambda _options: Seat.room)
         monkeypatch.setattr(ray_actors.time, "monotonic", lambda: at)
-        made = ray_actors._Crew(type("Plan", (), {"limit": limit, "options": {}})())
+        made = ray_actors._Crew(type("Plan", (), {"limit": limit, "options": {}, "num_open": 0})())
 
         def after(seconds: float) -> list[Seat]:
             nonlocal at
