@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis bench-report bench-range-test chaos clean
+.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis bench-report bench-range-test bench-scale chaos clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -41,6 +41,9 @@ bench-report: setup
 
 bench-range-test: setup
 	$(BIN)/python scripts/bench_range_test.py $(if $(CIFAR10),--cifar10 $(CIFAR10)) $(RANGE_TEST)
+
+bench-scale: setup
+	$(BIN)/python scripts/bench_scale.py $(SCALE)
 
 chaos: setup
 	$(BIN)/python -m scripts.chaos $(CHAOS)

@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -438,7 +438,8 @@ def print_costs(measured: Mapping[Size, Mapping[str, list[Cost]]]) -> None:
             cost = median(calls[name])
             print(
                 f"{size.ended:6} {size.running:7} {size.workers:7}  {name:14} {len(calls[name]):4} {middle:8.1f} "
-                f"({low:8.1f} {high:8.1f}) {1000 * cost.client_s:8.1f} {1000 * cost.server_s:7.1f} {cost.round_trips:6.0f}"
+                f"({low:8.1f} {high:8.1f}) {1000 * cost.client_s:8.1f} {1000 * cost.server_s:7.1f} "
+                f"{cost.round_trips:6.0f}"
             )
 
 
@@ -474,17 +475,57 @@ def print_predictions(costs: Costs, place: Place) -> list[dict[str, Any]]:
                 found = model.predict(costs, load, place)
                 rows.append({"pruner": pruner, "epoch_s": epoch_s, "workers": workers, **asdict(found)})
                 print(
-                    f"{pruner:7} {kind:>6} {workers:8}  {found.epochs_per_s:8.2f} {100 * found.store_share:11.1f} % "
-                    f"{100 * found.waiting_share:8.1f} % {100 * found.cores_busy:9.1f} % {100 * found.lock_busy:8.1f} % "
+                    f"{pruner:7} {kind:>6} {workers:8}  {found.epochs_per_s:8.2f} "
+                    f"{100 * found.store_share:11.1f} % "
+                    f"{100 * found.waiting_share:8.1f} % {100 * found.cores_busy:9.1f} % "
+                    f"{100 * found.lock_busy:8.1f} % "
                     f"{found.claim_s:8.2f}"
                 )
             load = Load(1, epoch_s, epochs=EPOCHS, looks=looks, ended=ENDED)
             number, what = model.saturation(costs, load, place)
             tenth = model.most_workers(costs, load, place, share=0.1)
             print(
-                f"{pruner:7} {kind:>6} saturates from {number} workers on, for the {what}; a tenth of a worker's time goes to the store from {tenth} on"
+                f"{pruner:7} {kind:>6} saturates from {number} workers on, for the {what}; "
+                f"up to {tenth} give the store a tenth of their time at most"
             )
             rows.append({"pruner": pruner, "epoch_s": epoch_s, "saturates": number, "by": what, "tenth": tenth})
+    return rows
+
+
+def without_looks(costs: Costs) -> Costs:
+    """As if no call read the trials that are in training."""
+    return replace(
+        costs, suggest=replace(costs.suggest, per_running=Cost()), judged=replace(costs.judged, per_running=Cost())
+    )
+
+
+def print_remedies(costs: Costs, place: Place) -> list[dict[str, Any]]:
+    """What each would gain, for epochs of 30 s and ASHA."""
+    load = Load(1, 30.0, epochs=EPOCHS, looks=LOOKS["asha"], ended=ENDED)
+    longer = replace(load, epoch_s=300.0, epochs=EPOCHS / 10, looks=1.0)
+    part = replace(place, cores=place.cores / 10)
+    remedies: dict[str, tuple[Costs, Load, Place, int]] = {
+        "as it is": (costs, load, place, 1),
+        "an epoch of 300 s, one a trial, in place of ten": (costs, longer, place, 1),
+        "no pruner": (costs, replace(load, looks=0.0), place, 1),
+        "twice the cores": (costs, load, replace(place, cores=2 * place.cores), 1),
+        "ten studies in one database": (costs, load, part, 10),
+        "ten studies in ten databases": (costs, load, place, 10),
+        "if no call read the trials in training": (without_looks(costs), load, place, 1),
+    }
+    rows = []
+    print("\nRemedies, epochs of 30 s, ASHA: training's share of a worker's time, lock and cores, and the most workers")
+    for name, (these, one, there, parts) in remedies.items():
+        for workers in (1000, 10_000):
+            crowd = replace(one, workers=workers // parts)
+            found = model.predict(these, crowd, there)
+            number, what = model.saturation(these, crowd, there)
+            rows.append({"remedy": name, "workers": workers, "saturates": parts * number, "by": what, **asdict(found)})
+            print(
+                f"{name:48} {workers:6} workers: {100 - 100 * found.store_share:5.1f} % training, lock "
+                f"{100 * found.lock_busy:4.0f} %, cores {100 * found.cores_busy:4.0f} %, claim {found.claim_s:6.1f} s; "
+                f"saturates from {parts * number} on, for the {what}"
+            )
     return rows
 
 
@@ -523,16 +564,21 @@ def check(make: Any, costs: Costs, *, workers: int, repeats: int, window_s: floa
             )  # fmt: skip
             measured = measure_load(url, load, pruner, warm_s=max(15.0, 3 * epoch_s), window_s=window_s)
             found_cpu = measured["client_s"] + measured["server_s"]
+            later = model.predict(costs, load, replace(place, other_cores=measured["other_cores"]))
             print(
                 f"    measured {measured['epochs_per_s']:.1f} epochs/s ({measured['reports']} reports), ratio "
-                f"{measured['epochs_per_s'] / predicted.epochs_per_s:.2f}; {100 * measured['store_share']:.0f} % in the "
-                f"store; {1000 * measured['client_s']:.1f} + {1000 * measured['server_s']:.1f} ms of CPU an epoch, ratio "
-                f"{found_cpu / cpu:.2f}; claim {measured['claim_s']:.2f} s ({measured['claims']}); others "
-                f"{measured['other_cores']:.2f} cores; {measured['connections']} connections of "
+                f"{measured['epochs_per_s'] / predicted.epochs_per_s:.2f}, and with what others took meanwhile, "
+                f"{measured['other_cores']:.2f} cores, {measured['epochs_per_s'] / later.epochs_per_s:.2f}; in the "
+                f"store {100 * measured['store_share']:.0f} %, said {100 * later.store_share:.0f} %; "
+                f"{1000 * measured['client_s']:.1f} + {1000 * measured['server_s']:.1f} ms of CPU an epoch, ratio "
+                f"{found_cpu / cpu:.2f}; claim {measured['claim_s']:.2f} s ({measured['claims']}), said "
+                f"{later.claim_s:.2f}; {measured['connections']} connections of "
                 f"{measured['backend_bytes'] / 1e6:.1f} MB", flush=True,
             )  # fmt: skip
-            rows.append({"repeat": repeat, "epoch_s": epoch_s, "pruner": pruner, "other_cores_before": place.other_cores,
-                         "predicted": asdict(predicted), "predicted_cpu_s": cpu, "measured": measured})  # fmt: skip
+            rows.append(
+                {"repeat": repeat, "epoch_s": epoch_s, "pruner": pruner, "other_cores_before": place.other_cores}
+                | {"predicted": asdict(predicted), "later": asdict(later), "predicted_cpu_s": cpu, "measured": measured}
+            )
     return rows
 
 
@@ -588,6 +634,7 @@ def main() -> None:
         figures["lines"] = asdict(costs)
         place = Place(cores=arguments.cores, round_trip_s=arguments.round_trip_ms / 1000)
         figures["predictions"] = print_predictions(costs, place)
+        figures["remedies"] = print_remedies(costs, place)
         figures["idle"] = print_idle(costs, place)
         if arguments.repeats:
             figures["check"] = check(

@@ -6,10 +6,11 @@ for the cores of the database and, to claim, for the lock on the study's row, wh
 The network is solved by mean value analysis (Reiser and Lavenberg, Mean-Value Analysis of Closed Multichain Queuing
 Networks, J. ACM 27, 1980). Several cores are one server as fast as all, and a delay (Seidmann, Schweitzer and
 Shalev-Oren, Computerized Closed Queueing Network Models of Flexible Manufacturing Systems, Large Scale Systems 12,
-1987). Who holds the lock uses a core meanwhile: to the others that is a shadow server's load (Sevcik, Priority Scheduling
-Disciplines in Queuing Network Models of Computer Systems, IFIP 1977), and busy cores make the lock be held for longer;
-both are iterated to a fixed point. Work at fixed intervals (leases, other programs) takes its share of the cores first, as
-an open class does. The bounds are those of Lazowska, Zahorjan, Graham and Sevcik, Quantitative System Performance, 1984.
+1987). Who holds the lock uses a core meanwhile: to the others that is a shadow server's load (Sevcik, Priority
+Scheduling Disciplines in Queuing Network Models of Computer Systems, IFIP 1977), and busy cores make the lock be held
+for longer; both are iterated to a fixed point. Work at fixed intervals (leases, other programs) takes its share of the
+cores first, as an open class does. The bounds are those of Lazowska, Zahorjan, Graham and Sevcik, Quantitative System
+Performance, 1984.
 
 Times are in seconds, rates per second. Everything is a pure function of its arguments.
 """

@@ -29,7 +29,7 @@ CROWDS = (1, 2, 10, 64, 200, 500, 2000)
 
 
 def repairman(machines: int, *, think_s: float, service_s: float, repairmen: int = 1) -> float:
-    """Throughput of machines that break down after think_s and are mended in service_s: the birth-death chain, solved."""
+    """Throughput of machines that break down after think_s and are mended in service_s: its birth-death chain."""
     weights = [1.0]
     for broken in range(machines):
         weights.append(weights[-1] * (machines - broken) / think_s * service_s / min(broken + 1, repairmen))
