@@ -141,10 +141,11 @@ class Server:
         assert parent is not None
         self._main = parent
 
-    def cpu_s(self) -> float:
-        """Of those that live and of those that have ended."""
+    def usage(self) -> tuple[float, float]:
+        """CPU of those that live and of those that have ended, and how long those that live waited for a core."""
         ended = self._main.cpu_times()
-        return ended.children_user + ended.children_system + sum(map(cpu_s, self._processes()))
+        used = [usage(f"{process.pid}") for process in self._processes()]
+        return ended.children_user + ended.children_system + sum(cpu for cpu, _ in used), sum(late for _, late in used)
 
     def backend_bytes(self) -> list[int]:
         """What each process of a connection has to itself."""
@@ -155,17 +156,18 @@ class Server:
         return [self._main, *self._main.children()]
 
 
-def cpu_s(process: psutil.Process) -> float:
-    """By the scheduler, in nanoseconds, where there is such a file; else to a hundredth of a second."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0]) / 1e9
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return sum(process.cpu_times()[:2])
-    return 0.0
+def usage(process: str) -> tuple[float, float]:
+    """Seconds that a process, or a thread, has used of a core and waited for one, by Linux' scheduler."""
+    with contextlib.suppress(OSError):  # it has ended
+        used, late, _ = Path(f"/proc/{process}/schedstat").read_text().split()
+        return int(used) / 1e9, int(late) / 1e9
+    return 0.0, 0.0
 
 
 class Meter:
-    """Measures calls one at a time: seconds, of these the client's and the server's CPU, or messages to and fro.
+    """Measures calls one at a time: CPU of the client and of the server, what else passes, or messages to and fro.
+
+    Waiting for a core that another program has is left out: how busy this machine is, is no property of a call.
 
     `counts` those messages: libpq then writes down all that it sends and hears, which takes time, so that nothing else
     is measured.
@@ -194,8 +196,10 @@ class Meter:
         return answer
 
     def _add(self, name: str, began: tuple[float, ...], ended: tuple[float, ...]) -> None:
-        server_s, seconds, client_s, trips = (after - before for before, after in zip(began, ended, strict=True))
-        other_s = max(0.0, seconds - client_s - server_s)
+        server_s, late_s, seconds, client_s, trips = (
+            after - before for before, after in zip(began, ended, strict=True)
+        )
+        other_s = max(0.0, seconds - client_s - server_s - late_s)
         self.samples.setdefault(name, []).append(Cost(client_s, server_s, other_s, trips))
 
     def _now(self) -> tuple[float, ...]:
@@ -203,7 +207,9 @@ class Meter:
             heard = os.pread(self._trace.fileno(), 1 << 28, self._read)  # libpq writes at the file's own position
             self._read += len(heard)
             self._trips += heard.count(b"ReadyForQuery")
-        return self._server.cpu_s(), time.perf_counter(), time.thread_time(), self._trips
+        server_s, server_late_s = self._server.usage()
+        late_s = server_late_s + usage("thread-self")[1]
+        return server_s, late_s, time.perf_counter(), time.thread_time(), self._trips
 
     def _after_execute(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if self._locked is None and "FOR UPDATE" in statement and "hpo_studies" in statement:
@@ -310,9 +316,9 @@ def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any
     draw = random.Random(seed)
     calls: list[tuple[str, float, float]] = []
 
-    def timed(name: str, *arguments: Any, **options: Any) -> Any:
+    def timed(name: str, call: Any, *arguments: Any, **options: Any) -> Any:
         began = time.time()
-        answer = getattr(store, name)(*arguments, **options)
+        answer = call(*arguments, **options)
         calls.append((name, began, time.time() - began))
         return answer
 
@@ -321,18 +327,29 @@ def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any
     beaten = time.monotonic() - draw.uniform(0, model.BEAT_S)
     first = draw.randint(1, EPOCHS)  # not all at the same epoch
     while not end.is_set():
-        claim = timed("claim", study, worker)
-        timed("suggest", claim, study.spec, attributes=lambda _: provenance.describe(device="cpu", seed=1))
-        keep(store, study, claim)
+        claim = timed("claim", store.claim, study, worker)
+        timed(
+            "suggest", store.suggest, claim, study.spec, attributes=lambda _: provenance.describe(device="cpu", seed=1)
+        )
+        timed("keep", keep, store, study, claim)
         for epoch in range(first, EPOCHS + 1):
             if end.wait(load.epoch_s * draw.uniform(0.5, 1.5)):
                 break
             if time.monotonic() - beaten > model.BEAT_S:
-                timed("renew", [claim], worker)
+                timed("renew", store.renew, [claim], worker)
                 beaten = time.monotonic()
-            timed("report", claim, judge, epoch=epoch, metrics=METRICS, value=VALUE, may_prune=epoch < EPOCHS)
+            timed(
+                "report",
+                store.report,
+                claim,
+                judge,
+                epoch=epoch,
+                metrics=METRICS,
+                value=VALUE,
+                may_prune=epoch < EPOCHS,
+            )
         else:
-            timed("finish", claim, "complete", reason="trained")
+            timed("finish", store.finish, claim, "complete", reason="trained")
         first = 1
     results.put(calls)
 
@@ -340,7 +357,8 @@ def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any
 def measure_load(url: str, load: Load, pruner: str, *, warm_s: float, window_s: float) -> dict[str, float]:
     """What so many workers come to, after a while, in this many seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpo.store", "hpo.learning", "optuna.samplers", "optuna.pruners", "scipy.stats"])
+    # All that a worker imports is imported once: 64 processes that did it would keep the machine busy for minutes.
+    context.set_forkserver_preload(["scripts.bench_scale", "hpo.learning", "optuna.samplers", "optuna.pruners"])
     gates, results = (context.Barrier(load.workers + 1), context.Event()), context.Queue()
     workers = [
         context.Process(target=train, args=(url, seed, load, pruner, gates, results)) for seed in range(load.workers)
@@ -348,12 +366,14 @@ def measure_load(url: str, load: Load, pruner: str, *, warm_s: float, window_s: 
     for worker in workers:
         worker.start()
     gates[0].wait()
+    print(f"{load.workers} workers began", file=sys.stderr, flush=True)
     time.sleep(warm_s)
     store = Store(url)
-    server, clients = Server(store), [psutil.Process(worker.pid) for worker in workers]
+    server = Server(store)
 
     def now() -> tuple[float, float, float, float]:
-        return time.time(), server.cpu_s(), sum(map(cpu_s, clients)), busy_s()
+        clients_s = sum(usage(str(worker.pid))[0] for worker in workers)
+        return time.time(), server.usage()[0], clients_s, busy_s()
 
     before = now()
     time.sleep(window_s)
@@ -632,14 +652,14 @@ def main() -> None:
                 f"{name} with {LARGE.running} in training: the line says {wall_s(line):.2f} s, measured {found:.2f} s"
             )
         figures["lines"] = asdict(costs)
-        place = Place(cores=arguments.cores, round_trip_s=arguments.round_trip_ms / 1000)
-        figures["predictions"] = print_predictions(costs, place)
-        figures["remedies"] = print_remedies(costs, place)
-        figures["idle"] = print_idle(costs, place)
         if arguments.repeats:
             figures["check"] = check(
                 make, costs, workers=arguments.workers, repeats=arguments.repeats, window_s=arguments.seconds
             )
+        place = Place(cores=arguments.cores, round_trip_s=arguments.round_trip_ms / 1000)
+        figures["predictions"] = print_predictions(costs, place)
+        figures["remedies"] = print_remedies(costs, place)
+        figures["idle"] = print_idle(costs, place)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")
 

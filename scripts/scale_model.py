@@ -137,10 +137,12 @@ class Demand:
         return self.delay_s + self.cores_s + self.locked_cores_s + self.locked_delay_s
 
 
-def demand(costs: Costs, load: Load, place: Place) -> Demand:
+def demand(costs: Costs, load: Load, place: Place, *, running: float | None = None) -> Demand:
+    """`running`: of the other workers, those with a trial in training; None: all."""
+    others = load.workers - 1 if running is None else running
+
     def at(line: Line) -> Cost:
-        # A look reads every trial in training, and those that have ended since the worker's last one.
-        return line.at(ended=load.ended, running=max(0, load.workers - 1), workers=load.workers)
+        return line.at(ended=load.ended, running=others, workers=load.workers - 1)
 
     judged = load.looks / load.epochs
     claim, locked = at(costs.claim), at(costs.locked)
@@ -218,7 +220,23 @@ def _delay(cost: Cost, place: Place) -> float:
 
 
 def predict(costs: Costs, load: Load, place: Place) -> Prediction:
-    return solve(demand(costs, load, place), workers=load.workers, epoch_s=load.epoch_s, cores=place.cores)
+    """The fixed point of how many trials are in training: a worker that waits to claim has none."""
+
+    def at(running: float) -> tuple[Prediction, float]:
+        needs = demand(costs, load, place, running=running)
+        found = solve(needs, workers=load.workers, epoch_s=load.epoch_s, cores=place.cores)
+        claiming = found.epochs_per_s * needs.claims * found.claim_s  # Little's law
+        return found, max(0.0, load.workers - 1 - claiming)
+
+    low, high = 0.0, load.workers - 1.0
+    found, running = at(high)
+    if running >= 0.99 * high:
+        return found
+    while high - low > 0.01 * load.workers:  # the more in training, the slower all is, and the more wait
+        middle = (low + high) / 2
+        found, running = at(middle)
+        low, high = (middle, high) if running > middle else (low, middle)
+    return found
 
 
 def solve(needs: Demand, *, workers: int, epoch_s: float, cores: float) -> Prediction:
