@@ -322,36 +322,30 @@ def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any
         calls.append((name, began, time.time() - began))
         return answer
 
+    def begin() -> Any:
+        claim = timed("claim", store.claim, study, worker)
+        described = provenance.describe(device="cpu", seed=1)
+        timed("suggest", store.suggest, claim, study.spec, attributes=lambda _: described)
+        timed("keep", keep, store, study, claim)
+        return claim
+
     ready, end = gates
+    claim = begin()  # not all at the same moment, from which on they would go together
+    first = draw.randint(1, EPOCHS)
     ready.wait()
     beaten = time.monotonic() - draw.uniform(0, model.BEAT_S)
-    first = draw.randint(1, EPOCHS)  # not all at the same epoch
-    while not end.is_set():
-        claim = timed("claim", store.claim, study, worker)
-        timed(
-            "suggest", store.suggest, claim, study.spec, attributes=lambda _: provenance.describe(device="cpu", seed=1)
-        )
-        timed("keep", keep, store, study, claim)
+    while True:
         for epoch in range(first, EPOCHS + 1):
             if end.wait(load.epoch_s * draw.uniform(0.5, 1.5)):
-                break
+                results.put(calls)
+                return
             if time.monotonic() - beaten > model.BEAT_S:
                 timed("renew", store.renew, [claim], worker)
                 beaten = time.monotonic()
-            timed(
-                "report",
-                store.report,
-                claim,
-                judge,
-                epoch=epoch,
-                metrics=METRICS,
-                value=VALUE,
-                may_prune=epoch < EPOCHS,
-            )
-        else:
-            timed("finish", store.finish, claim, "complete", reason="trained")
-        first = 1
-    results.put(calls)
+            told: dict[str, Any] = {"epoch": epoch, "metrics": METRICS, "value": VALUE}
+            timed("report", store.report, claim, judge, **told, may_prune=epoch < EPOCHS)
+        timed("finish", store.finish, claim, "complete", reason="trained")
+        claim, first = begin(), 1
 
 
 def measure_load(url: str, load: Load, pruner: str, *, warm_s: float, window_s: float) -> dict[str, float]:
@@ -406,15 +400,66 @@ def measure_load(url: str, load: Load, pruner: str, *, warm_s: float, window_s: 
     }
 
 
+def spin(go: Any) -> None:
+    """Keeps a core busy as Python programs do, in memory of its own."""
+    table = {number: [number] for number in range(200_000)}
+    draw = random.Random(0)
+    while go.wait():
+        for _ in range(10_000):
+            table[draw.randrange(200_000)][0] += 1
+
+
+def crowded(make: Any, *, blocks: int) -> tuple[Cost, list[float]]:
+    """By what a call's CPU grows where all cores are busy, as many workers keep them, and its spread.
+
+    Calls with every core kept busy by another program, against calls without, in turn: busy cores share caches, and
+    often units of one physical core.
+    """
+    store = Store(make(), create=True)
+    study = fill(store, Size(200, 1, 1), waiting=4)
+    worker = store.add_worker(study.study_id, device="cpu")
+    claim = store.claim(study, worker)
+    assert claim is not None
+    store.suggest(claim, study.spec, attributes=lambda _: {"seed": 1})
+    unjudged, meter, epochs = spec(study.spec.num_trials, pruner="none"), Meter(store), iter(range(1, 1_000_000))
+    context = multiprocessing.get_context("spawn")
+    go = context.Event()
+    spinners = [context.Process(target=spin, args=(go,), daemon=True) for _ in range(2 * (os.cpu_count() or 1))]
+    for spinner in spinners:
+        spinner.start()
+    time.sleep(10.0)
+    ratios = []
+    for _ in range(blocks):
+        for name in ("alone", "crowded"):
+            (go.set if name == "crowded" else go.clear)()
+            time.sleep(0.3)
+            for _ in range(10):
+                told: dict[str, Any] = {"epoch": next(epochs), "metrics": METRICS, "value": VALUE}
+                meter(name, lambda told=told: store.report(claim, unjudged, **told))
+        alone, beside = (median(meter.samples[name][-10:]) for name in ("alone", "crowded"))
+        ratios.append((beside.client_s + beside.server_s) / (alone.client_s + alone.server_s))
+    for spinner in spinners:
+        spinner.terminate()
+    store.storage.engine.dispose()  # type: ignore[attr-defined]
+    alone, beside = median(meter.samples["alone"]), median(meter.samples["crowded"])
+    return Cost(beside.client_s / alone.client_s, beside.server_s / alone.server_s), ratios
+
+
+def scaled(costs: Costs, by: Cost) -> Costs:
+    """With CPU of client and server times so much."""
+
+    def cost(one: Cost) -> Cost:
+        return replace(one, client_s=one.client_s * by.client_s, server_s=one.server_s * by.server_s)
+
+    def line(one: Line) -> Line:
+        return Line(cost(one.base), cost(one.per_ended), cost(one.per_running), cost(one.per_worker))
+
+    return Costs(**{name: line(getattr(costs, name)) for name in CALLS})
+
+
 def busy_s() -> float:
     times = psutil.cpu_times()
     return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
-
-
-def busy_cores(seconds: float) -> float:
-    before = busy_s()
-    time.sleep(seconds)
-    return (busy_s() - before) / seconds
 
 
 def checkpoint_s(parameters: int, *, times: int) -> tuple[list[float], int]:
@@ -564,42 +609,68 @@ def print_idle(costs: Costs, place: Place) -> list[dict[str, Any]]:
     return rows
 
 
+def compare(costs: Costs, load: Load, place: Place, measured: Mapping[str, float]) -> dict[str, Any]:
+    """The model's word beforehand, with the cores that others took, and also with the CPU that was used."""
+    needs = model.demand(costs, load, place)
+    said_cpu_s = needs.cores_s + needs.locked_cores_s
+    ratio = (measured["client_s"] + measured["server_s"]) / said_cpu_s
+    beside = replace(place, other_cores=measured["other_cores"])
+    dearer = scaled(costs, Cost(client_s=ratio, server_s=ratio))
+    return {
+        "before": asdict(model.predict(costs, load, place)),
+        "others": asdict(model.predict(costs, load, beside)),
+        "others_and_cpu": asdict(model.predict(dearer, load, beside)),
+        "said_cpu_s": said_cpu_s,
+        "cpu_ratio": ratio,
+    }
+
+
 def check(make: Any, costs: Costs, *, workers: int, repeats: int, window_s: float) -> list[dict[str, Any]]:
     """The model's word for this machine, and then what is measured, in turn."""
+    by, ratios = crowded(make, blocks=8)
+    print(
+        f"\nwith all cores busy a call takes {by.client_s:.2f} times the client's CPU, {by.server_s:.2f} times the "
+        f"server's ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)} blocks)"
+    )
+    costs = scaled(costs, by)
     rows = []
-    print(f"\n{workers} workers on this machine, which they share with the database: predicted, then measured")
+    print(f"{workers} workers on this machine, which they share with the database: predicted, then measured")
     for repeat in range(repeats):
         for epoch_s, pruner in LOADS:
             url = make()
             fill(Store(url, create=True), Size(200, 1, 1), waiting=20_000)
-            place = Place(cores=float(os.cpu_count() or 1), shared=True, other_cores=busy_cores(5.0))
+            place = Place(cores=float(os.cpu_count() or 1), shared=True)
             load = Load(workers, epoch_s, epochs=EPOCHS, looks=LOOKS[pruner], ended=200)
             predicted = model.predict(costs, load, place)
-            needs = model.demand(costs, load, place)
-            cpu = needs.cores_s + needs.locked_cores_s
             print(
-                f"epoch {epoch_s:g} s, {pruner}: others keep {place.other_cores:.2f} cores busy; predicted "
-                f"{predicted.epochs_per_s:.1f} epochs/s, {100 * predicted.store_share:.0f} % in the store, "
-                f"{1000 * cpu:.1f} ms of CPU an epoch, claim {predicted.claim_s:.2f} s", flush=True,
+                f"epoch {epoch_s:g} s, {pruner}: predicted, where nothing else runs, {predicted.epochs_per_s:.1f} "
+                f"epochs/s, {100 * predicted.store_share:.0f} % in the store, claim {predicted.claim_s:.2f} s",
+                flush=True,
             )  # fmt: skip
-            measured = measure_load(url, load, pruner, warm_s=max(15.0, 3 * epoch_s), window_s=window_s)
-            found_cpu = measured["client_s"] + measured["server_s"]
-            later = model.predict(costs, load, replace(place, other_cores=measured["other_cores"]))
-            print(
-                f"    measured {measured['epochs_per_s']:.1f} epochs/s ({measured['reports']} reports), ratio "
-                f"{measured['epochs_per_s'] / predicted.epochs_per_s:.2f}, and with what others took meanwhile, "
-                f"{measured['other_cores']:.2f} cores, {measured['epochs_per_s'] / later.epochs_per_s:.2f}; in the "
-                f"store {100 * measured['store_share']:.0f} %, said {100 * later.store_share:.0f} %; "
-                f"{1000 * measured['client_s']:.1f} + {1000 * measured['server_s']:.1f} ms of CPU an epoch, ratio "
-                f"{found_cpu / cpu:.2f}; claim {measured['claim_s']:.2f} s ({measured['claims']}), said "
-                f"{later.claim_s:.2f}; {measured['connections']} connections of "
-                f"{measured['backend_bytes'] / 1e6:.1f} MB", flush=True,
-            )  # fmt: skip
-            rows.append(
-                {"repeat": repeat, "epoch_s": epoch_s, "pruner": pruner, "other_cores_before": place.other_cores}
-                | {"predicted": asdict(predicted), "later": asdict(later), "predicted_cpu_s": cpu, "measured": measured}
-            )
+            measured = measure_load(url, load, pruner, warm_s=10.0, window_s=window_s)
+            rows.append({"repeat": repeat, "epoch_s": epoch_s, "pruner": pruner, "measured": measured})
+            rows[-1] |= compare(costs, load, place, measured)
+            print_check(rows[-1])
     return rows
+
+
+def print_check(row: Mapping[str, Any]) -> None:
+    measured = row["measured"]
+    found = measured["epochs_per_s"]
+    ratios = ", ".join(
+        f"{found / row[key]['epochs_per_s']:.2f} ({key})" for key in ("before", "others", "others_and_cpu")
+    )
+    print(
+        f"    measured {found:.1f} epochs/s (n = {measured['reports']}); of the prediction {ratios}; others "
+        f"{measured['other_cores']:.2f} cores; CPU of an epoch {1000 * measured['client_s']:.0f} + "
+        f"{1000 * measured['server_s']:.0f} ms, {row['cpu_ratio']:.2f} of what was said; in the store "
+        f"{100 * measured['store_share']:.0f} %, said {100 * row['before']['store_share']:.0f}, "
+        f"{100 * row['others']['store_share']:.0f}, {100 * row['others_and_cpu']['store_share']:.0f} %; claim "
+        f"{measured['claim_s']:.2f} s (n = {measured['claims']}), "
+        f"said {row['before']['claim_s']:.2f}, "
+        f"{row['others']['claim_s']:.2f}, {row['others_and_cpu']['claim_s']:.2f}; {measured['connections']} "
+        f"connections of {measured['backend_bytes'] / 1e6:.1f} MB", flush=True,
+    )  # fmt: skip
 
 
 def main() -> None:
