@@ -120,12 +120,12 @@ def test_looks_at_the_study_cost_as_the_trials_in_training() -> None:
 
 
 def test_saturation_is_where_the_asymptotes_meet() -> None:
-    load, place = Load(1, 30.0), Place(cores=8)
+    load, place = Load(1, 3.0), Place(cores=8)
     number, what = model.saturation(COSTS, load, place)
     assert what in ("cores", "lock")
     before, after = (model.predict(COSTS, replace(load, workers=int(number * part)), place) for part in (0.5, 1.5))
     assert before.waiting_share < 0.05 < after.waiting_share
-    assert model.saturation(COSTS, replace(load, epoch_s=600.0), place)[0] > number
+    assert model.saturation(COSTS, replace(load, epoch_s=60.0), place)[0] > number
     most = model.most_workers(COSTS, load, place, share=0.1)
     shares = [model.predict(COSTS, replace(load, workers=n), place).store_share for n in (most, most + 1)]
     assert shares[0] <= 0.1 < shares[1]
