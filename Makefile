@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis bench-report bench-range-test bench-ray chaos clean
+.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis bench-report bench-range-test bench-ray bench-scale chaos clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -45,6 +45,9 @@ bench-range-test: setup
 bench-ray: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray[client,default,tune]>=2.40'
 	$(BIN)/python scripts/bench_ray.py
+
+bench-scale: setup
+	$(BIN)/python scripts/bench_scale.py $(SCALE)
 
 chaos: setup
 	$(BIN)/python -m scripts.chaos $(CHAOS)

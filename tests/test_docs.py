@@ -82,7 +82,15 @@ def test_options_of_optimizers_and_schedules_are_those_documented() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "docs/cluster.md", "docs/decisions.md", "docs/distributed.md", "docs/results.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/cluster.md",
+        "docs/decisions.md",
+        "docs/distributed.md",
+        "docs/results.md",
+        "docs/scale.md",
+    ],
 )
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
