@@ -101,16 +101,20 @@ class WorkerProcess:
             return False
         self.exit_code = self._popen.poll()
         if self.exit_code is not None:
+            if self._popen.stdin is not None:
+                self._popen.stdin.close()
             with suppress(ProcessLookupError):  # what the user's code has started there must not outlive it
                 os.killpg(self._popen.pid, signal.SIGKILL)
         return self.exit_code is None
 
     def ask_to_leave(self) -> None:
         if self.is_running():
-            assert self._started.stdin is not None
-            with suppress(OSError):  # it has been asked before, or has just ended
-                self._started.stdin.write(LEAVE)
-                self._started.stdin.close()
+            stdin = self._started.stdin
+            assert stdin is not None
+            with suppress(OSError):  # it has just ended
+                if not stdin.closed:
+                    stdin.write(LEAVE)
+                    stdin.close()
             self._started.terminate()
 
     def kill(self) -> None:

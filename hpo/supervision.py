@@ -17,7 +17,6 @@ from hpo.store import Store
 TICK_S = 0.2
 REAP_S = 5.0  # between looks for workers that died elsewhere, and for room for more
 KILL_S = DRAIN_S + 10.0  # after being asked to leave, a worker that is still there is killed
-STRAGGLE_S = 10.0  # after a study's end, a worker that is still there hangs: idle ones look every POLL_S
 MAX_CRASHES = 5  # for each worker: processes that died one after the other without an epoch in between
 
 Watch = Callable[[], None]  # called several times a second while workers run: the place to show progress
@@ -84,18 +83,14 @@ def supervise(store: Store, study: Study, crew: Crew, *, interrupted: Sequence[i
 
 def _look_after(store: Store, study: Study, crew: Crew, interrupted: Sequence[int], watch: Watch) -> None:
     crashes, before, next_look = 0, _progress(store, study), time.monotonic() + REAP_S
-    finished_since: float | None = None
     while not interrupted:
         running = [place for place in crew.places if place.is_running()]
         look = time.monotonic() > next_look or len(running) < len(crew.places)
-        over = look and _is_over(store, study)
+        if look and store.num_left(study) == 0:
+            return  # who is still here is idle, or hangs
+        over = look and store.is_stopping(study.study_id)
         if over and all(place.process is None for place in running):
             return  # nobody trains, though somebody may wait for room
-        if look:
-            is_finished = over and _is_finished(store, study)
-            finished_since = (finished_since or time.monotonic()) if is_finished else None
-            if finished_since is not None and time.monotonic() - finished_since > STRAGGLE_S:
-                return  # who is still here hangs, and is ended like one that does not leave when asked
         empty = [] if over else [place for place in crew.places if place not in running]
         if empty:  # while there is work left
             dead = {place.process: cause_of_death(place.exit_code) for place in empty if place.process is not None}
@@ -132,14 +127,6 @@ def _drain(places: Sequence[Place], interrupted: Sequence[int], watch: Watch) ->
         with suppress(*STORE_ERRORS):  # showing progress must not keep the workers from being ended
             watch()
         time.sleep(TICK_S)
-
-
-def _is_over(store: Store, study: Study) -> bool:
-    return store.is_stopping(study.study_id) or _is_finished(store, study)
-
-
-def _is_finished(store: Store, study: Study) -> bool:
-    return store.num_left(study) == 0
 
 
 def _progress(store: Store, study: Study) -> int:

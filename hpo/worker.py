@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.3  # between looks for a slot while other workers hold the last ones
+POLL_S, LONGEST_POLL_S = 0.3, 5.0  # between looks for a slot while others hold the last ones: longer and longer
 REAP_S = 5.0  # between looks for workers that died
 EPOCH_S = 20.0  # how long an epoch may go on once the worker was told to leave, to be saved at its end
 STALL = 0.05  # of an epoch's time: how long its reports may keep the next one waiting
@@ -74,11 +74,12 @@ class Worker:
     def run(self) -> None:
         self._worker_id = self._store.add_worker(self._study.study_id, device=self._device, host=self._host)
         work = self._call_function if self._spec.objective else self._engine_loop()
-        next_reap = 0.0
+        next_reap, pause_s = 0.0, POLL_S
         try:
             with heartbeat(lambda: self._store.renew(list(self._held), self._worker_id), every_s=LEASE_S / 4):
                 while not self._should_stop():
                     if work():
+                        pause_s = POLL_S
                         continue
                     if not self._store.go_on(self._study):
                         break
@@ -86,7 +87,8 @@ class Worker:
                         self._store.reap(self._study)
                         next_reap = time.monotonic() + REAP_S
                     self._draining = self._store.is_stopping(self._study.study_id)
-                    time.sleep(POLL_S)
+                    self._pause(pause_s)
+                    pause_s = min(2 * pause_s, LONGEST_POLL_S)
                 self._reporter.check()
                 if self._checkpoints is not None:
                     self._save_rest()
@@ -102,6 +104,11 @@ class Worker:
         for claim in list(self._held):
             self._let_go(claim)
         self._store.remove_worker(self._worker_id)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._should_stop() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_S))
 
     def _should_stop(self) -> bool:
         return self._draining or self._told_to_stop()

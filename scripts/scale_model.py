@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 MOST = 20_000  # workers that are looked for
 BEAT_S = 15.0  # between two renewals of a worker's leases: a quarter of hpo.ledger.LEASE_S
-POLL_S, REAP_S = 0.3, 5.0  # of hpo.worker
+POLL_S, REAP_S = 5.0, 5.0  # of hpo.worker: the first is LONGEST_POLL_S, which idle workers come to
 
 
 @dataclass(frozen=True)
