@@ -27,6 +27,9 @@ from hpo.store import Store
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+# Threads that wait for each other let the others on: two that spin on two busy cores take fifty times as long. torch
+# and the processes that are started here read it when they start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 REPOSITORY = Path(__file__).parents[1]
 CHROMIUM_FLAGS = [
     "--headless",
