@@ -29,8 +29,10 @@ from hpo.store import Store
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-# Threads that wait for each other let the others on: two that spin on two busy cores take fifty times as long. torch
-# and the processes that are started here read it when they start.
+# torch reads these when it starts, here and in the processes that are started here. Networks as small as these need one
+# thread. Where a worker has more, those that wait for each other let others on: spinning, on busy cores, takes fifty
+# times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 REPOSITORY = Path(__file__).parents[1]
 CHROMIUM_FLAGS = [

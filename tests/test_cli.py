@@ -58,6 +58,8 @@ validation_fraction = 0.2
 [training]
 epochs = 2
 batch_size = 50
+[engine]
+lanes = 1
 """
 
 
