@@ -47,11 +47,12 @@ def choose_devices(request: str) -> list[Device]:
     names, where "cuda" stands for all CUDA devices; a device that is named is used, occupied or not. Raises UserError
     for a device that is not there, for one named twice, and for "auto" where every CUDA device is occupied.
     """
-    devices = list_devices()
-    if request.strip() == "auto":
+    names = [part.strip() for part in request.split(",")]
+    devices = [_cpu_device()] if set(names) == {"cpu"} else list_devices()  # without what may have to load torch
+    if names == ["auto"]:
         return _choose_free(devices)
     chosen: list[Device] = []
-    for name in (part.strip() for part in request.split(",")):
+    for name in names:
         found = [device for device in devices if name in (device.name, device.kind)]
         if not found:
             raise _absent(name, devices)

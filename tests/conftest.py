@@ -19,14 +19,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 import tomli_w
+from click.testing import CliRunner
 from sqlalchemy.engine import URL
 
+from hpo.cli import main
 from hpo.spec import StudySpec
 from hpo.store import Store
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+# torch reads these when it starts, here and in the processes that are started here. Networks as small as these need one
+# thread. Where a worker has more, those that wait for each other let others on: spinning, on busy cores, takes fifty
+# times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 REPOSITORY = Path(__file__).parents[1]
 CHROMIUM_FLAGS = [
     "--headless",
@@ -152,6 +159,14 @@ class Hpo:
         process = self.start(*arguments)
         output, _ = process.communicate(timeout=120)
         return process.returncode, output
+
+    def here(self, *arguments: str) -> tuple[int, str]:
+        """The same in this process, which has loaded already what the command needs; workers are still processes."""
+        with contextlib.chdir(self.folder), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HPO_STORAGE", self.url)
+            patch.setattr(sys, "path", list(sys.path))
+            result = CliRunner().invoke(main, arguments, prog_name="hpo", catch_exceptions=False)
+        return result.exit_code, result.output
 
     def worker_pids(self) -> list[int]:
         """Of worker processes that run, read from /proc: also of those that no longer appear in the store."""

@@ -58,6 +58,8 @@ validation_fraction = 0.2
 [training]
 epochs = 2
 batch_size = 50
+[engine]
+lanes = 1
 """
 
 
@@ -114,7 +116,7 @@ def test_run_ends_with_the_table_the_winner_and_what_to_type_next(ran: Result) -
 
 
 def test_a_finished_study_is_answered_without_training(hpo: Hpo, ran: Result) -> None:
-    again = hpo("run", "tiny.toml")
+    again = hpo.quick("run", "tiny.toml")
     assert again.returncode == 0
     assert "epoch 1:" not in again.stdout
     assert again.stdout.splitlines()[-5:] == ran.stdout.splitlines()[-5:]
@@ -161,7 +163,8 @@ def test_export_writes_a_study_that_trains_the_best_trial_alone(hpo: Hpo, ran: R
     exported = json.loads((hpo.folder / "best.json").read_text())
     assert exported["params"] == {"lr": 0.01}
     assert exported["spec"] == tomllib.loads((hpo.folder / "best.toml").read_text())
-    result = hpo("run", "best.toml", "--devices", "cpu", "--storage", "sqlite:///best.db")
+    best = ["run", "best.toml", "--devices", "cpu", "--in-process", "--storage", "sqlite:///best.db"]
+    result = hpo.quick(*best)
     assert result.returncode == 0, result.stderr
     assert "best learning rate: 0.01" in result.stdout
     (again,) = json.loads(hpo.quick("trials", "tiny-best", "--json", "--storage", "sqlite:///best.db").stdout)
@@ -195,7 +198,7 @@ def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: Resul
     trials = json.loads(hpo.quick("trials", "sampled", "--json").stdout)
     assert [trial["attempt"] for trial in trials] == [1, 1]
     assert hpo.quick("resume", "sampled", "--trials", "1").returncode == 2
-    assert hpo("worker", "sampled", "--devices", "cpu").returncode == 0
+    assert hpo.quick("worker", "sampled", "--devices", "cpu").returncode == 0
 
 
 def test_doctor_says_what_is_here(hpo: Hpo, ran: Result) -> None:

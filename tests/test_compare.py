@@ -198,17 +198,17 @@ def test_hpo_run_runs_them_all_and_compares_them(hpo: Hpo) -> None:
     exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu")
     assert exit_code == 0, output
     assert "l-seed has its best learning rate at" in output
-    exit_code, again = hpo.run("compare", "l", "l-seed")
+    exit_code, again = hpo.here("compare", "l", "l-seed")
     assert exit_code == 0
     assert again.splitlines()[-3:] == output.splitlines()[-3:]
-    assert len(json.loads(hpo.run("compare", "l", "l-seed", "--json")[1])["sides"]) == 2
-    assert hpo.run("compare", "l", "m") == (2, f"hpo: there is no study 'm' in {hpo.url}; there are: l, l-seed\n")
+    assert len(json.loads(hpo.here("compare", "l", "l-seed", "--json")[1])["sides"]) == 2
+    assert hpo.here("compare", "l", "m") == (2, f"hpo: there is no study 'm' in {hpo.url}; there are: l, l-seed\n")
 
 
 def test_what_is_wrong_with_a_later_study_is_said_before_the_first_is_trained(hpo: Hpo) -> None:
     (hpo.folder / "loop.py").write_text(LOOP)
     write(hpo.folder, LOOPS.replace("training.seed = 3", 'objective.function = "loop:trian"'))
-    exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu")
+    exit_code, output = hpo.here("run", "study.toml", "--devices", "cpu")
     assert exit_code == 2
     assert "trian" in output
     assert not (hpo.folder / "hpo.db").exists()
@@ -218,8 +218,8 @@ def test_a_study_without_an_answer_does_not_keep_the_others_from_theirs(hpo: Hpo
     (hpo.folder / "loop.py").write_text(LOOP)
     more = '[[compare]]\nname = "broken"\ntraining.epochs = 3\n[[compare]]\nname = "last"\ntraining.seed = 4\n'
     write(hpo.folder, LOOPS + more)
-    exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu")
+    exit_code, output = hpo.here("run", "study.toml", "--devices", "cpu", "--in-process")
     assert exit_code == 1
     assert "three is too many" in output
     assert "l-last has its best learning rate at" in output
-    assert hpo.run("best", "l-last")[0] == 0
+    assert hpo.here("best", "l-last")[0] == 0

@@ -480,11 +480,11 @@ def test_a_loop_of_ones_own_is_confirmed_on_fresh_seeds_that_the_rates_share(hpo
     seeds = [trial.attributes["seed"] for trial in trials]
     assert seeds[3:5] == seeds[5:7]
     assert len(set(seeds)) == 5
-    assert hpo.run("best", "s")[1].startswith("best learning rate: 0.2, confirmed on 2 fresh seeds")
-    exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu")
+    assert hpo.here("best", "s")[1].startswith("best learning rate: 0.2, confirmed on 2 fresh seeds")
+    exit_code, output = hpo.here("run", "study.toml", "--devices", "cpu")
     assert exit_code == 0
     assert len(Store(hpo.url).trials(Store(hpo.url).study("s"))) == 7
-    assert hpo.run("export", "s", "--output", "best.toml")[0] == 0
+    assert hpo.here("export", "s", "--output", "best.toml")[0] == 0
     assert StudySpec.from_toml(hpo.folder / "best.toml").search.space["seed"] == [seeds[3]]
 
 

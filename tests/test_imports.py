@@ -25,6 +25,7 @@ LOADED = f"; import sys; print(sorted({{name.partition('.')[0] for name in sys.m
         ("import hpo.cli", []),
         ("from hpo.cli import main; main(['--help'], standalone_mode=False)", []),
         ("import hpo; hpo.StudySpec", []),
+        ("from hpo.devices import choose_devices; choose_devices('cpu')", []),
         ("import hpo; hpo.best", ["optuna"]),
         ("import hpo.train.engine", ["torch"]),
     ],

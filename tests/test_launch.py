@@ -121,7 +121,7 @@ def test_a_finished_study_is_answered_without_training(hpo: Hpo, make_spec: Make
     assert hpo.run(*RUN)[0] == 0
     before = trials(hpo)
     (hpo.folder / "loop.py").unlink()
-    exit_code, output = hpo.run(*RUN)
+    exit_code, output = hpo.here(*RUN)
     assert (exit_code, trials(hpo)) == (0, before)
     assert "best learning rate: 0.2" in output
 
@@ -288,7 +288,7 @@ def test_hpo_stop_ends_the_command_and_resume_goes_on(hpo: Hpo, make_spec: MakeS
     hpo.write(make_spec(*TWELVE[:3]), HELD)
     run = hpo.start(*RUN)
     wait_for(lambda: num_held(hpo) == 1)
-    assert hpo.run("stop", "s")[0] == 0
+    assert hpo.here("stop", "s")[0] == 0
     output, _ = run.communicate(timeout=20)
     assert run.returncode == 1
     assert "study 's' was stopped with 3 trials left" in output
@@ -330,6 +330,7 @@ search = { sampler = "tpe", trials = 5, space = { lr = { low = 1e-4, high = 1e-2
 model = { name = "article_cnn", width = 0.05 }
 data = { name = "digits", train_samples = 200, validation_fraction = 0.2 }
 training = { epochs = 1, batch_size = 50 }
+engine = { lanes = 1 }  # how many are fastest is measured, never twice the same, and has its own last digits
 """)
     urls = [f"sqlite:///{hpo.folder}/{name}.db" for name in ("first", "second")]
     for url in urls:

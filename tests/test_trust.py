@@ -95,7 +95,7 @@ def test_a_command_that_reads_a_study_from_the_store_imports_only_what_it_is_tol
     hpo.write(make_spec(0.1), "open('imported', 'w')\ndef train(trial):\n    trial.report(1, val_accuracy=1)\n")
     Store(hpo.url, create=True).create_study(make_spec(0.1), facts={})
     for command in ("worker", "resume"):
-        exit_code, output = hpo.run(command, "s", "--devices", "cpu")
+        exit_code, output = hpo.here(command, "s", "--devices", "cpu")
         assert (exit_code, output.strip()) == (
             2,
             "hpo: objective.function of study 's' names the module 'loop', which this worker may not import; "

@@ -4,7 +4,7 @@
     python -m scripts.chaos --store sqlite --short     # what the tests run
     python -m scripts.chaos --short --store sqlite --sabotage stale     # shows that a verdict can fall
 
-Trains a small network with `hpo run` and four workers while processes are killed and stopped, databases and disks fail
+Trains a small network with `hpo run` and a few workers while processes are killed and stopped, databases and disks fail
 and checkpoints are torn. Exits with 1 where one of the four verdicts (verdicts.py) falls.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 from scripts.chaos import verdicts
 from scripts.chaos.arena import Arena, PostgresServer, Problem
-from scripts.chaos.faults import Chaos, Stuck, make_deck, summarize
+from scripts.chaos.faults import ESSENTIAL, Chaos, Stuck, make_deck, summarize
 from scripts.chaos.sabotage import SABOTAGE
 from scripts.chaos.verdicts import Evidence
 
@@ -29,10 +29,10 @@ PROBLEMS = {
     "random": Problem(sampler="random", trials=8, epochs=10, checkpoint_epochs=2, confirm=True),
 }
 SHORT = {
-    "grid": Problem(sampler="grid", trials=6, epochs=12, checkpoint_epochs=1),
-    "random": Problem(sampler="random", trials=4, epochs=8, checkpoint_epochs=2, confirm=True),
+    "grid": Problem(sampler="grid", trials=6, epochs=12, checkpoint_epochs=1, workers=2),
+    "random": Problem(sampler="random", trials=4, epochs=8, checkpoint_epochs=2, confirm=True, workers=2),
 }
-SHORT_FAULTS = 12
+SHORT_FAULTS = 7
 REFERENCE_S = 300.0  # within which a study without faults must end
 began = time.monotonic()
 
@@ -57,11 +57,11 @@ def run_without_faults(problem: Problem) -> Evidence:
 
 def run_with_faults(
     problem: Problem, reference: Evidence, *, name: str, server: PostgresServer | None, deck: list[str],
-    rng: random.Random, num_faults: int, interval_s: float, sabotage: str | None,
+    needed: frozenset[str], rng: random.Random, num_faults: int, interval_s: float, sabotage: str | None,
 ) -> tuple[Counter[str], Mapping[str, int], list[str]]:  # fmt: skip
     """Returns the faults that were injected, the figures, and what is wrong."""
     arena = Arena(problem, sabotage=sabotage)
-    chaos = Chaos(arena, deck, rng, interval_s, say=lambda text: say(f"{name}: {text}"))
+    chaos = Chaos(arena, deck, rng, interval_s, needed, say=lambda text: say(f"{name}: {text}"))
     wrong: list[str] = []
     try:
         arena.open(server)
@@ -122,15 +122,18 @@ def main() -> int:
                     say(f"{kind}: {problem.num_slots} trials of {problem.epochs} epochs without faults")
                     references[kind] = run_without_faults(problem)
                 left = num_faults - injected.total()
+                missing = [fault for fault in ESSENTIAL[store] if not injected[fault]]
+                deck = [*missing, *deck]
                 wanted = left if arguments.short or round_number else (num_faults + 1) // 2
                 found, figures, violations = run_with_faults(
-                    problem, references[kind], name=f"{store}, {kind}", server=server, deck=deck, rng=rng,
-                    num_faults=wanted, interval_s=arguments.interval, sabotage=arguments.sabotage,
+                    problem, references[kind], name=f"{store}, {kind}", server=server, deck=deck,
+                    needed=frozenset(missing), rng=rng, num_faults=wanted, interval_s=arguments.interval,
+                    sabotage=arguments.sabotage,
                 )  # fmt: skip
                 injected += found
                 all_figures.append(figures)
                 wrong += [f"{store}, {kind}: {text}" for text in violations]
-                if injected.total() >= num_faults:
+                if injected.total() >= num_faults and all(injected[fault] for fault in ESSENTIAL[store]):
                     break
         finally:
             if server is not None:

@@ -28,7 +28,6 @@ import torch
 LEASE_S = 3.0  # HPO_LEASE_S of every process: what a minute is in earnest
 BUSY_S = 2.0  # how long a writer waits for SQLite's lock: the URL's timeout
 DISK_BYTES = 48 * 2**20
-WORKERS = 4
 TOP, SEEDS = 2, 2  # of a confirmation
 # scikit-learn's digits without scikit-learn: of the four seconds of work that a worker needs to start, a third.
 PICTURES = """
@@ -203,6 +202,7 @@ class Problem:
     epochs: int
     checkpoint_epochs: int
     confirm: bool = False
+    workers: int = 4
 
     @property
     def num_trained(self) -> int:
@@ -305,7 +305,7 @@ class Arena:
         hpo = str(Path(sys.executable).parent / "hpo")
         with output.open("wb") as stream:
             process = subprocess.Popen(
-                [hpo, "run", "study.toml", "--devices", "cpu", "--workers", str(WORKERS)],
+                [hpo, "run", "study.toml", "--devices", "cpu", "--workers", str(self.problem.workers)],
                 cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Real pictures for the tests of hpo.train, and torch held to two threads."""
+"""Real pictures for the tests of hpo.train, and torch held to one thread."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
-def two_threads() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads wait for each other longer than such small networks take; a test of two sets two."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -128,16 +128,6 @@ WITH_SCHEDULE = [
 ]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Threads wait for each other longer than such small networks take, where other programs run too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("settings", [*WITH_OPTIMIZER, *WITH_SCHEDULE])
 def test_a_trial_interrupted_after_any_epoch_ends_as_if_it_had_not_been(settings: Any, tmp_path: Path) -> None:
     config = trial(**settings)
@@ -224,6 +214,7 @@ folder.save(engine.checkpoint(lane))
 
 
 def test_another_process_goes_on_exactly(noisy: TrialConfig, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
     whole = train_and_save(noisy, tmp_path)
     (tmp_path / "trial.pickle").write_bytes(pickle.dumps((noisy, IDENTITY)))
     command = [sys.executable, "-c", GO_ON, str(tmp_path / "2"), str(torch.get_num_threads())]

@@ -74,6 +74,12 @@ def oblong():
 """
 
 
+@pytest.fixture(autouse=True)
+def two_threads(one_thread: None) -> None:
+    """And so two processes that read pictures from files."""
+    torch.set_num_threads(2)
+
+
 @pytest.fixture
 def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "own_data_under_test.py").write_text(OWN_DATA)

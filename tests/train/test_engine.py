@@ -177,6 +177,7 @@ def test_the_data_set_is_loaded_once_for_trials_that_share_it(monkeypatch: pytes
 
 
 def test_the_same_trial_gives_the_same_digits_whatever_ran_before() -> None:
+    torch.set_num_threads(2)
     config = trial(data=replace(DIGITS, flip=True, crop=2), seed=5)
     engine = PlainEngine(device="cpu")
     first = train(config, engine=engine)

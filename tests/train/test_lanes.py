@@ -7,7 +7,6 @@ rounding, which training amplifies: products are added in another order. Between
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,15 +103,6 @@ class State(nn.Linear):
 def doubtful(*, channels, num_classes, kind):
     return nn.Sequential(nn.Flatten(), State(1024, 10)) if kind == "state" else Doubtful(kind)
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads wait for each other longer than such small networks take, where other programs run too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,6 @@ def make_config(
     momentum = 0.9 if optimizer == "sgd" else 0.0
     training = TrainingConfig(optimizer=optimizer, momentum=momentum, batch_size=32)
     return TrialConfig(model=ModelConfig(options={"width": width}), data=data, training=training, seed=seed)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Steps of few pictures: on a busy machine, two threads wait for each other far longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 DATA_SETS = DataSets(device=torch.device("cpu"))
