@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EVERY_S = 30.0
+FIRST_S, EVERY_S = 5.0, 30.0  # the first time loads what drawing needs, and the end need not
 SHARE = 0.05  # of the time, at most, goes into it
 END_S = 10.0  # how long a study's end waits for it
 MOST_CHARACTERS = 200_000  # of a figure: whoever looks for a study by its name reads all studies' figures
@@ -53,7 +53,7 @@ class Publisher:
         self._study = study
         self._store: Store | None = None
         self._thread: threading.Thread | None = None
-        self._next = time.monotonic() + EVERY_S
+        self._next = time.monotonic() + FIRST_S
         self._published: tuple[dict[str, int], int] | None = None
         self._failed = False
 
