@@ -122,6 +122,7 @@ class RayLauncher(Launcher):
     def __enter__(self) -> Self:
         ray = _import_ray()
         self._is_ours = not ray.is_initialized()
+        self._packs = self._is_ours and not self._own  # else the code is there, or whoever started Ray has seen to that
         if self._is_ours:
             self._connect(ray)
         if not self._own:
@@ -213,7 +214,7 @@ class RayLauncher(Launcher):
             if gpus:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in gpus)
         try:
-            with _packed([] if self._own else self._code) as folder:
+            with _packed(self._code if self._packs else []) as folder:
                 environment = {} if folder is None else {"working_dir": folder}
                 init = partial(
                     ray.init, **where, namespace=NAMESPACE, runtime_env=environment, log_to_driver=False,
@@ -276,7 +277,7 @@ class RayLauncher(Launcher):
         }  # fmt: skip
         if revision := provenance.git_revision():
             environment["HPO_GIT_REVISION"] = revision
-        folders = [str(folder) if self._own else str(index) for index, folder in enumerate(self._code)]
+        folders = [str(index) if self._packs else str(folder) for index, folder in enumerate(self._code)]
         return Luggage(environment, self._allowed.modules, folders)
 
     def _shortage(self, ray: Any) -> str:

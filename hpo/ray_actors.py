@@ -49,7 +49,7 @@ class Luggage:
     folders: Sequence[str]  # of code; those that Ray has unpacked are relative to the working directory that it gives
 
     def allowed(self) -> Allowed:
-        return Allowed(tuple(self.modules), tuple(os.path.abspath(folder) for folder in self.folders))
+        return Allowed(tuple(self.modules), tuple(os.path.realpath(folder) for folder in self.folders))
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:

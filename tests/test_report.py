@@ -419,7 +419,7 @@ def test_a_look_returns_at_once_and_publishes_rarely(trained: Store, monkeypatch
     monkeypatch.setattr(Store, "show", slow)
     publisher = Publisher(trained, trained.study("s"))
     publisher.look()
-    assert publisher._thread is None, "not before EVERY_S"
+    assert publisher._thread is None, "not before FIRST_S"
     publisher._next = 0.0
     for _ in range(100):
         publisher.look()
