@@ -227,8 +227,7 @@ class RayLauncher(Launcher):
                         raise
                     init()
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            hint = "; start one with: ray start --head" * (self._on.address == NAMED)
-            raise UserError(f"--on {self._on.address}: {_first_line(error)}{hint}") from None
+            raise UserError(f"--on {self._on.address}: {_first_line(error)}{_hint(error, self._on.address)}") from None
 
     def _controller(self, store: Store, study: Study, *, is_detached: bool = False) -> Any:
         """The supervisor of this study that was left on the cluster, or a new one."""
@@ -311,6 +310,15 @@ def _left_behind(ray: Any, name: str) -> Any | None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _hint(error: BaseException | None, address: str) -> str:
+    """What to do about a cluster that cannot be connected to."""
+    while error is not None:
+        if "InvalidAuthToken" in str(error):
+            return "; it wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless it is ~/.ray/auth_token"
+        error = error.__cause__ or error.__context__
+    return "; start one with: ray start --head" if address == NAMED else ""
 
 
 def _explained(error: Exception) -> Exception:

@@ -109,6 +109,14 @@ def test_without_ray_it_says_what_to_install(make_spec: MakeSpec, monkeypatch: p
         pass
 
 
+def test_what_to_do_about_a_cluster_that_is_not_reached() -> None:
+    error = ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379")
+    assert on_ray._hint(error, "auto") == "; start one with: ray start --head"
+    assert on_ray._hint(error, "ray://192.0.2.1:10001") == ""
+    error.__cause__ = RuntimeError("RPC error: InvalidAuthToken: Authentication token is missing or incorrect")
+    assert "RAY_AUTH_MODE=token" in on_ray._hint(error, "auto")
+
+
 # The study's own code
 
 

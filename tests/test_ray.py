@@ -46,7 +46,7 @@ LOOP = """
 import fcntl, json, os, pathlib, time
 
 HERE = pathlib.Path(os.environ["HPO_TEST_FOLDER"])  # passed on to every node
-lock = open(HERE / f"device of {os.environ['RAY_RAYLET_PID']}.lock", "w")
+lock = open(HERE / f"device of {os.environ.get('RAY_RAYLET_PID')}.lock", "w")
 
 def train(trial):
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
