@@ -10,14 +10,17 @@ import logging
 import math
 import os
 import shutil
+import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 from sqlalchemy.engine import URL
 
@@ -43,6 +46,8 @@ PLACEMENTS = {"pack": "DEFAULT", "spread": "SPREAD"}  # as Ray calls them
 MAX_CODE_BYTES = 100 * 2**20
 NOT_CODE = ("hpo_files", "__pycache__", "node_modules", "*.db", "*.db-*", ".*")
 UNANSWERED_S = 60.0  # how long the supervisor may not answer, as it does while its node is replaced
+ANSWER_S = 5.0  # within which a cluster takes a connection
+NOWHERE = "; no node has that much at once, though one may be added"
 WAITING_S = 10.0  # until it is said that the cluster has no room for a worker
 FORWARDED = ("HPO_", "PG")  # begin the names of environment variables that workers are given, where a node has none
 NOT_FORWARDED = ("HPO_STORAGE", "HPO_FILES")  # begin those of which they are told otherwise
@@ -121,6 +126,8 @@ class RayLauncher(Launcher):
 
     def __enter__(self) -> Self:
         ray = _import_ray()
+        self._address = _address(self._on.address)
+        self._is_client = self._address.startswith(CLIENT)
         self._is_ours = not ray.is_initialized()
         self._packs = self._is_ours and not self._own  # else the code is there, or whoever started Ray has seen to that
         if self._is_ours:
@@ -140,9 +147,13 @@ class RayLauncher(Launcher):
     def run(self, store: Store, study: Study, *, watch: Watch) -> None:
         ray = _import_ray()
         with interrupts() as interrupted:
-            controller = self._controller(store, study)
-            end = self._follow(ray, controller, interrupted, watch)
-            ray.kill(controller)
+            controller, is_new = self._controller(store, study)
+            try:
+                end = self._follow(ray, controller, interrupted, watch)
+            except (ray.exceptions.RayError, ConnectionError, *_grpc_errors()) as error:
+                raise _explained(error) from None
+            if is_new:  # one that was detached ends by itself, when whoever else watches it has seen its end
+                ray.kill(controller)
         watch()
         if end.problem is not None:
             raise StudyStopped(end.problem, can_go_on=True)
@@ -156,6 +167,10 @@ class RayLauncher(Launcher):
         while True:
             for _ in interrupted[told:]:
                 controller.leave.remote()
+            if interrupted and not told:
+                logger.warning(
+                    "workers save their trials and leave, which may take half a minute; again ends them at once"
+                )
             told = len(interrupted)
             watch()
             if not ray.wait([asked], timeout=TICK_S)[0]:
@@ -164,9 +179,8 @@ class RayLauncher(Launcher):
                 continue
             try:
                 look: Look = ray.get(asked)
-            except (ray.exceptions.RayError, ConnectionError) as error:
-                if not isinstance(error, ray.exceptions.ActorUnavailableError):  # as it is while its node is replaced
-                    raise _explained(error) from None
+            except ray.exceptions.ActorUnavailableError:  # as it is while its node is replaced
+                pass
             else:
                 answered = time.monotonic()
                 if look.has_ended:
@@ -179,7 +193,13 @@ class RayLauncher(Launcher):
 
     def submit(self, store: Store, study: Study) -> None:
         ray = _import_ray()
-        look: Look = ray.get(self._controller(store, study, is_detached=True).look.remote())
+        try:
+            controller, _ = self._controller(store, study, is_detached=True)
+            look: Look = ray.get(controller.look.remote())
+        except (ray.exceptions.RayError, ConnectionError, *_grpc_errors()) as error:
+            raise _explained(error) from None
+        if NOWHERE in (shortage := self._shortage(ray)):
+            logger.warning("it waits for room in the cluster: %s", shortage)
         if look.problem is not None:
             raise StudyStopped(look.problem, can_go_on=True)
 
@@ -187,7 +207,7 @@ class RayLauncher(Launcher):
         ray = _import_ray()
         from hpo.ray_actors import answer
 
-        if not (on_device or self._on.address.startswith(CLIENT)):
+        if not (on_device or self._is_client):
             return question(*args)  # this machine is one of the cluster's
         needed = self._options() if on_device else {"num_cpus": 0}  # what only looks need not wait for room
         asked = ray.remote(max_calls=1)(answer).options(**needed, name=f"{question.__name__} for study {self._study}")
@@ -196,7 +216,7 @@ class RayLauncher(Launcher):
         while not ray.wait([reference], timeout=TICK_S)[0]:
             if not said and time.monotonic() - began > WAITING_S:
                 said = True
-                logger.warning("a node is busy with it, or there is no room yet: %s", self._shortage(ray))
+                logger.warning("a node makes the range test, or has no room for it yet: %s", self._shortage(ray))
         try:
             return ray.get(reference)  # type: ignore[no-any-return]
         except ray.exceptions.RayTaskError as error:
@@ -207,10 +227,13 @@ class RayLauncher(Launcher):
     def _connect(self, ray: Any) -> None:
         """Raises UserError where there is no such cluster, or it is of another version of Ray or Python."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that we start reports to nobody
-        where: dict[str, Any] = {"address": None if self._on.address == OWN else self._on.address}
+        where: dict[str, Any] = {"address": self._address}
         if self._own:
+            os.environ.setdefault(
+                "RAY_AUTH_MODE", "disabled"
+            )  # or Ray puts a token into the home folder, for all later ones
             gpus = [device for device in self._own if device.uuid is not None]
-            where = {"address": "local", "num_cpus": num_cores(), "num_gpus": len(gpus)}
+            where |= {"num_cpus": num_cores(), "num_gpus": len(gpus)}
             if gpus:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in gpus)
         try:
@@ -223,23 +246,24 @@ class RayLauncher(Launcher):
                 try:
                     init()
                 except ConnectionError:  # Ray Client's server on a busy head may take longer than it waits for itself
-                    if not self._on.address.startswith(CLIENT):
+                    if not self._is_client:
                         raise
                     init()
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise UserError(f"--on {self._on.address}: {_first_line(error)}{_hint(error, self._on.address)}") from None
+            raise UserError(f"--on {self._on.address}: {_first_line(error)}{_hint(error)}") from None
 
-    def _controller(self, store: Store, study: Study, *, is_detached: bool = False) -> Any:
-        """The supervisor of this study that was left on the cluster, or a new one."""
+    def _controller(self, store: Store, study: Study, *, is_detached: bool = False) -> tuple[Any, bool]:
+        """The supervisor of this study that was left on the cluster, or a new one, and which of the two it is."""
         ray = _import_ray()
         from hpo.ray_actors import StudyController
 
         name = f"study {study.name} ({study.key})"
         if (left := _left_behind(ray, name)) is not None:
-            return left
+            return left, False
         stays = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": -1, **(stays if is_detached else {})}
-        return ray.remote(StudyController).options(**options).remote(self._plan(store, study, publishes=is_detached))
+        plan = self._plan(store, study, publishes=is_detached)
+        return ray.remote(StudyController).options(**options).remote(plan), True
 
     def _plan(self, store: Store, study: Study, *, publishes: bool) -> Plan:
         from hpo.ray_actors import Plan
@@ -282,11 +306,13 @@ class RayLauncher(Launcher):
     def _shortage(self, ray: Any) -> str:
         from hpo.ray_actors import needs
 
-        free = ray.available_resources()
-        wanted = needs(self._options())
-        return "a worker needs " + ", ".join(
-            f"{amount:g} {name} ({free.get(name, 0):g} free)" for name, amount in wanted.items()
-        )
+        free, wanted = ray.available_resources(), needs(self._options())
+        listed = ", ".join(f"{amount:g} {name} ({free.get(name, 0):g} free)" for name, amount in wanted.items())
+        fits = any(
+            all(node["Resources"].get(name, 0) >= amount for name, amount in wanted.items())
+            for node in ray.nodes() if node["Alive"]
+        )  # fmt: skip
+        return f"a worker needs {listed}{'' if fits else NOWHERE}"
 
 
 def _import_ray() -> Any:
@@ -297,34 +323,71 @@ def _import_ray() -> Any:
     return ray
 
 
+def _grpc_errors() -> tuple[type[BaseException], ...]:
+    """What Ray Client lets through where it has lost its server."""
+    return (sys.modules["grpc"].RpcError,) if "grpc" in sys.modules else ()
+
+
+def _address(asked: str) -> str:
+    """What to have Ray connect to, where something listens. Raises UserError where there is nothing.
+
+    "auto" is resolved here: Ray would, unlike for an address, take up any token that is found in the home folder.
+    """
+    if asked == OWN:
+        return "local"
+    address, name = asked, "--on"
+    if asked == NAMED:
+        address, name = os.environ.get("RAY_ADDRESS", ""), "--on auto: RAY_ADDRESS"
+        if address in ("", NAMED):
+            running = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"  # as Ray has it
+            address = running.read_text().strip() if running.exists() else ""
+            name = "--on auto: the Ray of this machine"
+    if not address:
+        raise UserError(
+            "--on auto: RAY_ADDRESS is not set and no Ray runs on this machine; start one: ray start --head"
+        )
+    try:
+        at = urlsplit(address if "://" in address else f"//{address}")
+        socket.create_connection((at.hostname or "", at.port or 10001), timeout=ANSWER_S).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} {address} does not answer: {error}") from None
+    return address
+
+
 def _left_behind(ray: Any, name: str) -> Any | None:
     """The supervisor of that name that was detached; where it has ended, it is waited for to be gone."""
-    with suppress(ValueError, ray.exceptions.RayActorError):  # there is none
-        while True:
+    while True:
+        try:
             found = ray.get_actor(name, namespace=NAMESPACE)
-            if not ray.get(found.look.remote()).has_ended:
+            if not ray.get(found.look.remote(), timeout=UNANSWERED_S).has_ended:
                 return found
-            time.sleep(TICK_S)
-    return None
+        except ray.exceptions.ActorUnavailableError:
+            pass  # it is being started again
+        except (ValueError, ray.exceptions.RayActorError):
+            return None  # there is none
+        time.sleep(TICK_S)
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _hint(error: BaseException | None, address: str) -> str:
+def _hint(error: BaseException | None) -> str:
     """What to do about a cluster that cannot be connected to."""
     while error is not None:
         if "InvalidAuthToken" in str(error):
             return "; it wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless it is ~/.ray/auth_token"
         error = error.__cause__ or error.__context__
-    return "; start one with: ray start --head" if address == NAMED else ""
+    return ""
 
 
 def _explained(error: Exception) -> Exception:
     if "No module named 'hpo" in str(error):
         return UserError(f"the nodes of the cluster have no hpo {__version__}: pip install it there, too")
-    return StudyStopped(f"what runs the study on the cluster is lost: {error}", can_go_on=True)
+    said = " ".join(line for line in str(error).splitlines() if line and not line[0].isspace())  # without Ray's ids
+    return StudyStopped(
+        f"what runs the study on the cluster is lost: {said[:500] or type(error).__name__}", can_go_on=True
+    )
 
 
 def _code_folders(spec: StudySpec, allowed: Allowed) -> list[Path]:

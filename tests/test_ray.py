@@ -202,7 +202,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
     assert (watching.returncode, "study 's' was stopped with 3 trials left" in output) == (1, True), output
     assert "go on with: hpo run study.toml --devices cpu --on auto --resource num_gpus=1" in output
     with connected(cluster):
-        assert not ray.util.list_named_actors(all_namespaces=True)
+        wait_for(lambda: not ray.util.list_named_actors(all_namespaces=True))
 
     (hpo.folder / "hold").touch()
     going_on = hpo.start("resume", "s", *ON_GPUS, "--allow", "loop", "--workers", "2")
