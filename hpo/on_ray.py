@@ -384,6 +384,8 @@ def _hint(error: BaseException | None) -> str:
 def _explained(error: Exception) -> Exception:
     if "No module named 'hpo" in str(error):
         return UserError(f"the nodes of the cluster have no hpo {__version__}: pip install it there, too")
+    if isinstance(error, _grpc_errors()):
+        return StudyStopped("the connection to the cluster broke", can_go_on=True)
     said = " ".join(line for line in str(error).splitlines() if line and not line[0].isspace())  # without Ray's ids
     return StudyStopped(
         f"what runs the study on the cluster is lost: {said[:500] or type(error).__name__}", can_go_on=True
