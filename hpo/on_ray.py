@@ -48,6 +48,7 @@ NOT_CODE = ("hpo_files", "__pycache__", "node_modules", "*.db", "*.db-*", ".*")
 UNANSWERED_S = 60.0  # how long the supervisor may not answer, as it does while its node is replaced
 ANSWER_S = 5.0  # within which a cluster takes a connection
 NOWHERE = "; no node has that much at once, though one may be added"
+RESTART_S = 20.0  # within which a supervisor that has died answers again, or it does not come back
 WAITING_S = 10.0  # until it is said that the cluster has no room for a worker
 FORWARDED = ("HPO_", "PG")  # begin the names of environment variables that workers are given, where a node has none
 NOT_FORWARDED = ("HPO_STORAGE", "HPO_FILES")  # begin those of which they are told otherwise
@@ -179,8 +180,9 @@ class RayLauncher(Launcher):
                 continue
             try:
                 look: Look = ray.get(asked)
-            except ray.exceptions.ActorUnavailableError:  # as it is while its node is replaced
-                pass
+            except ray.exceptions.RayActorError:  # Ray starts it again, elsewhere where its node has died
+                if time.monotonic() - answered > RESTART_S:
+                    raise
             else:
                 answered = time.monotonic()
                 if look.has_ended:
