@@ -17,8 +17,7 @@ from hpo import liveness
 from hpo.database import PASSWORD_FILE, parse_url
 from hpo.devices import Device, choose_devices, num_cores, threads_per_worker, torch_device
 from hpo.errors import StudyStopped, UserError
-from hpo.ledger import Process
-from hpo.process import Assignment, WorkerProcess, ending
+from hpo.process import Assignment, Process, WorkerProcess, ending
 from hpo.records import Study
 from hpo.spec import StudySpec
 from hpo.store import Store

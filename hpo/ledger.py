@@ -27,7 +27,7 @@ from hpo.database import DraftStorage, now, open_storage, parse_url
 from hpo.errors import UserError
 from hpo.learning import RoundStudy
 from hpo.outage import STORE_ERRORS, StoreFailed, patiently, plain
-from hpo.process import Cause
+from hpo.process import Cause, Process
 from hpo.records import ENDED, Claim, Report, Study
 from hpo.rows import is_attempt, is_held, is_slot, on_same_device
 from hpo.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
@@ -53,7 +53,6 @@ SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
 Verdict = Literal["go on", "prune", "stop"]
-Process = tuple[str, int]  # the machine, as hpo.liveness names it, and the pid
 
 
 class ClaimLost(Exception):

@@ -21,6 +21,7 @@ LEAVE = b"\n"  # on its standard input: leave; the end of that means that its su
 DRAIN_S = 30.0  # how long a loop of the user's may take to come to its next report before it is left in its epoch
 EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
 
+Process = tuple[str, int]  # the machine, as hpo.liveness names it, and the pid
 # What a death says of the trials: "crashed" and "killed" count against them, "gone" with a node or when asked does not.
 Cause = Literal["crashed", "killed", "gone"]
 

@@ -29,15 +29,13 @@ from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 from hpo import __version__, liveness
 from hpo.devices import Device, choose_devices, torch_device
 from hpo.errors import StudyStopped, UserError
-from hpo.process import Assignment, WorkerProcess, ending
+from hpo.process import Assignment, Process, WorkerProcess, ending
 from hpo.trust import Allowed
 
 IDLE_S = 30.0  # after which a worker that finds nothing to train gives back what Ray gave it
 MOST_SHOWN = 16  # trials of a worker that Ray shows at once: each takes a thread of the actor
 KEPT_S = 10.0  # that the supervisor stays after a study's end, for whoever asks how it ended
 TAIL_LINES = 50  # of a worker's output, for the message on its death
-
-Process = tuple[str, int]  # as in hpo.ledger, which is not loaded in the actor of a worker
 
 
 @dataclass(frozen=True)

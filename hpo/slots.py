@@ -10,8 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hpo import analysis, confirm, search
-from hpo.ledger import Ledger, Process
+from hpo.ledger import Ledger
 from hpo.outage import patiently
+from hpo.process import Process
 from hpo.records import ENDED, Attempt, Study, Trial, read_attempt, read_trial
 from hpo.schema import attempts, epochs, slots, studies, workers
 from hpo.spec import StudySpec

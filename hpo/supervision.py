@@ -8,9 +8,8 @@ from contextlib import suppress
 from typing import Protocol
 
 from hpo.errors import StudyStopped
-from hpo.ledger import Process
 from hpo.outage import STORE_ERRORS
-from hpo.process import DRAIN_S, EXIT_RESTART, cause_of_death
+from hpo.process import DRAIN_S, EXIT_RESTART, Process, cause_of_death
 from hpo.records import ENDED, Study
 from hpo.store import Store
 
