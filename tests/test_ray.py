@@ -124,13 +124,19 @@ def num_held(hpo: Hpo) -> int:
 def test_a_study_on_three_nodes_loses_a_node_gains_one_and_loses_its_command(
     cluster: Cluster, on_cluster: Hpo, make_spec: MakeSpec, wait_for: WaitFor
 ) -> None:
-    """One worker dies with its node, three with the command: each trial repeats an epoch at most for each death."""
+    """A trial repeats an epoch at most for each death: of its node, of the supervisor's, or of the command.
+
+    The node that goes is the supervisor's where that is not on the head, as Ray has it, which is mostly.
+    """
     hpo = on_cluster
     hpo.write(make_spec(search={"sampler": "random", "trials": 24}, epochs=8), LOOP)
     (hpo.folder / "hold").touch()
     first = hpo.start("run", "study.toml", *ON_GPUS)
     wait_for(lambda: num_held(hpo) == 3, timeout_s=120)
-    cluster.remove_node(cluster.list_all_nodes()[-1])
+    with connected(cluster):
+        supervisors = list_actors(filters=[("class_name", "=", "StudyController"), ("state", "=", "ALIVE")])
+    _head, *others = cluster.list_all_nodes()
+    cluster.remove_node(next((node for node in others if node.node_id == supervisors[0].node_id), others[-1]))
     wait_for(lambda: num_held(hpo) == 2)  # at once, not after the lease
     cluster.add_node(**NODE)
     wait_for(lambda: num_held(hpo) == 3, timeout_s=120)
