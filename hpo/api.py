@@ -28,7 +28,7 @@ from hpo.records import ENDED, Study, Trial, trial_as_dict
 from hpo.spec import StudySpec
 from hpo.store import Store
 from hpo.supervision import Watch
-from hpo.trust import Allowed
+from hpo.trust import Allowed, by_author
 from hpo.words import no_answer
 
 if TYPE_CHECKING:
@@ -72,13 +72,10 @@ def run(
     folder, or the running script's for a StudySpec. Raises UserError for a wrong request, before anything is written,
     and StudyStopped where the study cannot finish.
     """
-    if not isinstance(spec, StudySpec):
-        code_folder = code_folder or Path(spec).parent
-        spec = StudySpec.from_toml(spec)
+    spec, allowed = by_author(spec, folder=code_folder)
     url = storage_url(storage)
     if (done := _finished(spec, url)) is not None:
         return _result(*done)
-    allowed = Allowed.by_author(spec, folder=code_folder)
     launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=workers, in_process=in_process, on=on)
     return _train(spec, allowed, partial(_create, spec, url), launcher, watcher=watcher)
 
@@ -96,13 +93,10 @@ def submit(
 
     Arguments and errors as in `run`. Returns False, and starts nothing, where the study is finished.
     """
-    if not isinstance(spec, StudySpec):
-        code_folder = code_folder or Path(spec).parent
-        spec = StudySpec.from_toml(spec)
+    spec, allowed = by_author(spec, folder=code_folder)
     url = storage_url(storage)
     if _finished(spec, url) is not None:
         return False
-    allowed = Allowed.by_author(spec, folder=code_folder)
     launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=workers, on=on)
     if not launcher.can_be_left:
         raise UserError("--detach needs a Ray that outlives this command: --on auto, or --on ray://HOST:PORT")
@@ -134,7 +128,7 @@ def check(
     """Raises UserError for whatever would keep `run` from training the study; a finished one is not looked at."""
     url = storage_url(storage)
     if _finished(spec, url) is None:
-        allowed = Allowed.by_author(spec, folder=code_folder)
+        _, allowed = by_author(spec, folder=code_folder)
         launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=None, on=on)
         with _checked(spec, allowed, launcher):
             pass

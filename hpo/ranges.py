@@ -16,7 +16,7 @@ from hpo.space import AUTO, Cases, Choice, Parameter, Range, Scalar, combination
 from hpo.spec import StudySpec
 from hpo.train.config import TrialConfig, derive_seed
 from hpo.train.optim import SCHEDULES
-from hpo.trust import Allowed
+from hpo.trust import by_author
 
 if TYPE_CHECKING:
     from hpo.devices import Device
@@ -60,10 +60,7 @@ def range_test(
     the loss `falls`, is `lowest` and `breaks`, and the range to search, `low` to `high`. `progress(params, done, of)`
     is called after each step. Nothing is written. Raises UserError for a wrong request.
     """
-    if not isinstance(spec, StudySpec):
-        code_folder = code_folder or Path(spec).parent
-        spec = StudySpec.from_toml(spec)
-    allowed = Allowed.by_author(spec, folder=code_folder)
+    spec, allowed = by_author(spec, folder=code_folder)
     with allowed.importable():
         return measure(spec, devices, progress=progress)
 

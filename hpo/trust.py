@@ -40,14 +40,6 @@ class Allowed:
                 )
         return cls(tuple(modules), tuple(folders))
 
-    @classmethod
-    def by_author(cls, spec: StudySpec, *, folder: str | Path | None) -> Allowed:
-        """What somebody allows who gives the study's spec himself: the modules that it names, and its folder's.
-
-        None stands for the folder of the script that runs.
-        """
-        return cls(tuple(spec.modules()), (str(Path(folder or sys.path[0] or os.getcwd()).resolve()),))
-
     def check(self, spec: StudySpec) -> None:
         """Raises UserError, naming the module, where the study names one that is not allowed; imports nothing."""
         for module, setting in spec.modules().items():
@@ -104,3 +96,16 @@ class Allowed:
     def python_path(self) -> Sequence[str]:
         """What a worker process looks for the modules in, first: the folders, and where this command was given."""
         return [*self.folders, *([os.getcwd()] if self.modules else [])]
+
+
+def by_author(spec: StudySpec | str | Path, *, folder: str | Path | None) -> tuple[StudySpec, Allowed]:
+    """A study's spec, as given or read from a study file, and what its author allows: its modules, and a folder's.
+
+    By default the folder is that of the study file, or of the running script for a StudySpec. Raises UserError for a
+    study file that is none.
+    """
+    if not isinstance(spec, StudySpec):
+        folder = folder or Path(spec).parent
+        spec = StudySpec.from_toml(spec)
+    folder = Path(folder or sys.path[0] or os.getcwd()).resolve()
+    return spec, Allowed(tuple(spec.modules()), (str(folder),))

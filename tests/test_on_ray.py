@@ -17,7 +17,7 @@ from hpo.errors import UserError
 from hpo.launch import launcher
 from hpo.on_ray import OnRay
 from hpo.spec import StudySpec
-from hpo.trust import Allowed
+from hpo.trust import Allowed, by_author
 
 MakeSpec = Callable[..., StudySpec]
 
@@ -165,7 +165,7 @@ def test_the_folders_of_the_studys_modules_are_packed_and_what_is_installed_is_n
 
     def code(**settings: Any) -> list[Path]:
         spec = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": {"low": 0.1, "high": 1.0}}}, **settings})
-        return on_ray._code_folders(spec, Allowed.by_author(spec, folder=ours))
+        return on_ray._code_folders(spec, by_author(spec, folder=ours)[1])
 
     assert code(objective={"function": "my_loop:train"}) == [ours]
     assert code(model={"name": "my_models.net:build"}) == [ours]
