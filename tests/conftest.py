@@ -224,6 +224,21 @@ def wait_for() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def held_loop() -> str:
+    """A loop that stays in its first epoch, reporting it again and again, until there is a file "go" beside it."""
+    return """
+import pathlib, time
+
+def train(trial):
+    while not trial.report(1, val_accuracy=0.5):
+        if pathlib.Path(__file__).with_name("go").exists():
+            trial.report(2, val_accuracy=0.6)
+            return
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
 def change() -> Callable[..., None]:
     """Changes a store behind its back, as the passing of time or another machine would."""
 

@@ -354,17 +354,6 @@ def test_the_slurm_script_is_one() -> None:
     assert not any(line.startswith("#SBATCH") for line in TEXTS["slurm.sh"].splitlines()[first_command:])  # not read
 
 
-# Stays in its epoch, reporting it again and again, until there is a file "go" beside it.
-HELD = """
-import pathlib, time
-
-def train(trial):
-    while not trial.report(1, val_accuracy=0.5):
-        if pathlib.Path(__file__).with_name("go").exists():
-            trial.report(2, val_accuracy=0.6)
-            return
-        time.sleep(0.02)
-"""
 HELD_STUDY = """
 name = "my-study"
 search = {trials = 2, sampler = "random", space.lr = {low = 0.1, high = 1.0}}
@@ -377,11 +366,11 @@ checkpoints.url = "FOLDER/checkpoints"
 class Scripts:
     """Starts the scripts as Kubernetes and Slurm would: each with the variables that these give it, and no others."""
 
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path, url: str, held_loop: str) -> None:
         self.folder, self.url = folder, url
         self.started: list[subprocess.Popen[str]] = []
         (folder / "study").mkdir()
-        (folder / "study/held.py").write_text(HELD)
+        (folder / "study/held.py").write_text(held_loop)
         (folder / "study/my_study.toml").write_text(HELD_STUDY.replace("FOLDER", str(folder)))
         (folder / "password").write_text("unused: this server trusts its users\n")
         (folder / "bin").mkdir()
@@ -443,9 +432,9 @@ class Scripts:
 
 
 @pytest.fixture
-def scripts(tmp_path: Path, postgres: Any) -> Iterator[Scripts]:
+def scripts(tmp_path: Path, postgres: Any, held_loop: str) -> Iterator[Scripts]:
     with postgres.database() as url:
-        started = Scripts(tmp_path, url)
+        started = Scripts(tmp_path, url, held_loop)
         try:
             yield started
         finally:

@@ -40,17 +40,6 @@ IMAGE_ENVIRONMENT = dict(re.findall(r"(\w+)=(\S+)", " ".join(re.findall(r"^ENV (
 HEAD = COMPOSE_FILE.partition("\nname:")[0].replace(" \\\n#    ", "")
 ADD_USER, QUICKSTART = re.findall(r"docker compose run .*?(init|worker) (hpo .+)", HEAD)
 
-# Stays in its first epoch, reporting it again and again, until there is a file "go" beside it.
-HELD = """
-import pathlib, time
-
-def train(trial):
-    while not trial.report(1, val_accuracy=0.5):
-        if pathlib.Path(__file__).with_name("go").exists():
-            trial.report(2, val_accuracy=0.6)
-            return
-        time.sleep(0.02)
-"""
 HELD_STUDY = """
 name = "held"
 search = {trials = 2, space.lr = {low = 0.1, high = 1.0}}
@@ -249,9 +238,9 @@ def test_the_documented_study_runs_to_its_answer_and_others_see_it(stack: Stack)
 
 @pytest.mark.usefixtures("tables")
 def test_a_worker_that_stays_trains_allowed_code_and_when_stopped_leaves_its_trial_to_others(
-    stack: Stack, wait_for: Callable[..., Any]
+    stack: Stack, held_loop: str, wait_for: Callable[..., Any]
 ) -> None:
-    (stack.folder / "studies/held.py").write_text(HELD)
+    (stack.folder / "studies/held.py").write_text(held_loop)
     (stack.folder / "studies/held.toml").write_text(HELD_STUDY)
     worker = stack.start("worker-cpu")
     assert worker.stdout.readline() == "waiting for a study\n"
