@@ -109,6 +109,8 @@ def run_command(
         "run", spec, *options, *worker_arguments(devices, workers, on), *["--in-process"][: int(in_process)]
     )
     if detach:
+        if in_process:
+            raise UserError("--in-process has no meaning with --detach")
         _leave(specs, devices=devices, workers=workers, on=on, storage=storage, code_folder=folder)
         return
     for parsed in specs[1:]:  # what is wrong with the last one is not to be found after hours

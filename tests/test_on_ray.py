@@ -84,6 +84,7 @@ def test_a_cluster_and_this_process_exclude_each_other(make_spec: MakeSpec) -> N
     [
         (("run", "study.toml", "--detach"), "--detach needs a Ray that outlives this command"),
         (("run", "study.toml", "--detach", "--on", "ray"), "--detach needs a Ray that outlives this command"),
+        (("run", "study.toml", "--detach", "--in-process"), "--in-process has no meaning with --detach"),
         (("run", "study.toml", "--resource", "num_cpus=2"), "--resource needs --on, a Ray cluster to ask"),
         (("run", "study.toml", "--placement", "spread"), "--placement needs --on, a Ray cluster to ask"),
         (("worker", "--stay", "--on", "auto"), "--stay is for workers of this machine"),

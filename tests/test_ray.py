@@ -301,13 +301,21 @@ def test_what_keeps_workers_from_starting_is_said_in_a_sentence(
     assert "Traceback" not in output
 
 
-def test_a_ray_of_its_own_trains_from_an_sqlite_store_and_ends_with_the_command(hpo: Hpo, make_spec: MakeSpec) -> None:
+def raylets() -> set[int]:
+    return {process.pid for process in psutil.process_iter(["name"]) if "raylet" in process.info["name"]}
+
+
+def test_a_ray_of_its_own_trains_from_an_sqlite_store_and_ends_with_the_command(
+    cluster: Cluster, hpo: Hpo, make_spec: MakeSpec
+) -> None:
+    before = raylets()
     hpo.environment = {"HPO_TEST_FOLDER": str(hpo.folder)}
     hpo.write(make_spec(0.1, 0.2, 0.3, epochs=2), LOOP.replace("fcntl.flock", "(lambda *_: None)"))
     exit_code, output = hpo.run("run", "study.toml", "--on", "ray", "--devices", "cpu")
     assert exit_code == 0, output
     assert Counter(trial.state for trial in trials(hpo)) == {"complete": 3}
-    assert not [process for process in psutil.process_iter() if process.ppid() == 1 and "raylet" in process.name()]
+    assert before
+    assert raylets() == before
 
 
 # How many workers there are
