@@ -190,8 +190,8 @@ class RayLauncher(Launcher):
                 if not (said or look.num_placed) and answered - began > WAITING_S:
                     said = True
                     logger.warning("waiting for room in the cluster: %s", self._shortage(ray))
-            asked = controller.look.remote()
             time.sleep(TICK_S)
+            asked = controller.look.remote()
 
     def submit(self, store: Store, study: Study) -> None:
         ray = _import_ray()

@@ -93,6 +93,8 @@ class Publisher:
         self._next = ended + max(EVERY_S, (ended - began) / SHARE)
 
     def _publish_what_is_new(self) -> None:
+        import sklearn.gaussian_process  # noqa: F401 (at first there is too little to fit, at the end no time to load it)
+
         from hpo import report
 
         self._store = self._store or Store(self._url)

@@ -195,9 +195,10 @@ def is_pickle(field: object) -> bool:
     if isinstance(field, bytes):
         return True  # there is nothing binary in our tables, nor in Optuna's
     try:
-        return bytes.fromhex(str(field).strip('"')).startswith(pickle.PROTO)
+        start = bytes.fromhex(str(field).strip('"'))[:2]
     except ValueError:
         return False
+    return start in [pickle.PROTO + bytes([protocol]) for protocol in range(6)]  # ids are hexadecimal, too
 
 
 class Touch:
