@@ -64,6 +64,12 @@ def _fail(message: object, code: int) -> None:
     sys.exit(code)
 
 
+def _leave_memory_alone() -> None:
+    """Keeps Python's end from looking through all that was imported once more, which takes half a second."""
+    if "torch" not in sys.modules:  # whose libraries would say that they leak
+        gc.freeze()
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="hpo")
 def main() -> None:
@@ -74,7 +80,7 @@ def main() -> None:
     hpo best quickstart                 the answer again
     hpo dashboard                       every trial and its learning curve in the browser
     """
-    atexit.register(gc.freeze)  # or Python's end looks through all that was imported once more, for half a second
+    atexit.register(_leave_memory_alone)
 
 
 @main.command("run")

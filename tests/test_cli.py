@@ -352,3 +352,15 @@ def test_a_mistake_in_a_range_test_is_one_sentence(hpo: Hpo, arguments: list[str
     assert result.returncode == 2
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("loaded", "frozen"), [("json", True), ("torch", False)])
+def test_the_end_of_a_command_looks_through_memory_only_where_torch_wants_it(
+    loaded: str, frozen: bool, tmp_path: Path
+) -> None:
+    code = (
+        f"import atexit, gc, {loaded}; atexit.register(lambda: print('frozen:', gc.get_freeze_count() > 0))\n"
+        "from hpo.cli import main; main(['status', 'nothing'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, f"frozen: {frozen}\n"), ended.stderr
