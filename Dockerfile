@@ -19,7 +19,7 @@ ARG EXTRAS=postgres,s3
 WORKDIR /src
 COPY pyproject.toml ./
 RUN mkdir hpo \
-    && echo '__version__ = "0"' > hpo/__init__.py \
+    && echo '__version__ = "0"' > hpo/_version.py \
     && touch README.md LICENSE \
     && pip install --no-cache-dir "./[$EXTRAS]"
 

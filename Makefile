@@ -23,31 +23,31 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python scripts/bench_engine.py
-	$(BIN)/python scripts/bench_store.py
+	$(BIN)/python scripts/bench/engine.py
+	$(BIN)/python scripts/bench/store.py
 
 bench-gpu: setup
-	$(BIN)/python scripts/bench_lanes.py --json bench-gpu.json
+	$(BIN)/python scripts/bench/lanes.py --json bench-gpu.json
 
 bench-search: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray[tune]>=2.40'
-	$(BIN)/python scripts/bench_search.py
+	$(BIN)/python scripts/bench/search.py
 
 bench-analysis: setup
-	$(BIN)/python scripts/bench_analysis.py
+	$(BIN)/python scripts/bench/analysis.py
 
 bench-report: setup
-	$(BIN)/python scripts/bench_report.py
+	$(BIN)/python scripts/bench/report.py
 
 bench-range-test: setup
-	$(BIN)/python scripts/bench_range_test.py $(if $(CIFAR10),--cifar10 $(CIFAR10)) $(RANGE_TEST)
+	$(BIN)/python scripts/bench/range_test.py $(if $(CIFAR10),--cifar10 $(CIFAR10)) $(RANGE_TEST)
 
 bench-ray: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray[client,default,tune]>=2.40'
-	$(BIN)/python scripts/bench_ray.py
+	$(BIN)/python scripts/bench/ray_cost.py
 
 bench-scale: setup
-	$(BIN)/python scripts/bench_scale.py $(SCALE)
+	$(BIN)/python scripts/bench/scale.py $(SCALE)
 
 chaos: setup
 	$(BIN)/python -m scripts.chaos $(CHAOS)

@@ -8,47 +8,47 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hpo._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from hpo.analysis import Best as Best
-    from hpo.api import Result as Result
-    from hpo.api import best as best
-    from hpo.api import export as export
-    from hpo.api import join as join
-    from hpo.api import resume as resume
-    from hpo.api import run as run
-    from hpo.api import status as status
-    from hpo.api import stop as stop
-    from hpo.api import studies as studies
-    from hpo.api import submit as submit
-    from hpo.api import trials as trials
+    from hpo.analysis.answer import Best as Best
+    from hpo.api.running import Result as Result
+    from hpo.api.running import best as best
+    from hpo.api.running import export as export
+    from hpo.api.running import join as join
+    from hpo.api.running import resume as resume
+    from hpo.api.running import run as run
+    from hpo.api.running import status as status
+    from hpo.api.running import stop as stop
+    from hpo.api.running import studies as studies
+    from hpo.api.running import submit as submit
+    from hpo.api.running import trials as trials
+    from hpo.config.study_spec import StudySpec as StudySpec
     from hpo.errors import StudyStopped as StudyStopped
     from hpo.errors import UserError as UserError
+    from hpo.lr_range.resolve import range_test as range_test
     from hpo.objective import Trial as Trial
-    from hpo.on_ray import OnRay as OnRay
-    from hpo.ranges import range_test as range_test
-    from hpo.spec import StudySpec as StudySpec
-
-__version__ = "0.1.0"
+    from hpo.workers.ray_cluster import OnRay as OnRay
 
 _MODULES = {
-    "Best": "hpo.analysis",
-    "OnRay": "hpo.on_ray",
-    "Result": "hpo.api",
-    "StudySpec": "hpo.spec",
+    "Best": "hpo.analysis.answer",
+    "OnRay": "hpo.workers.ray_cluster",
+    "Result": "hpo.api.running",
+    "StudySpec": "hpo.config.study_spec",
     "StudyStopped": "hpo.errors",
     "Trial": "hpo.objective",
     "UserError": "hpo.errors",
-    "best": "hpo.api",
-    "export": "hpo.api",
-    "join": "hpo.api",
-    "range_test": "hpo.ranges",
-    "resume": "hpo.api",
-    "run": "hpo.api",
-    "status": "hpo.api",
-    "stop": "hpo.api",
-    "studies": "hpo.api",
-    "submit": "hpo.api",
-    "trials": "hpo.api",
+    "best": "hpo.api.running",
+    "export": "hpo.api.running",
+    "join": "hpo.api.running",
+    "range_test": "hpo.lr_range.resolve",
+    "resume": "hpo.api.running",
+    "run": "hpo.api.running",
+    "status": "hpo.api.running",
+    "stop": "hpo.api.running",
+    "studies": "hpo.api.running",
+    "submit": "hpo.api.running",
+    "trials": "hpo.api.running",
 }
 
 __all__ = sorted(_MODULES)  # noqa: PLE0605

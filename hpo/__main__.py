@@ -1,5 +1,5 @@
 """`python -m hpo` is the command `hpo`."""
 
-from hpo.cli import main
+from hpo.cli.app import main
 
 main(prog_name="hpo")

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo import provenance
-from hpo.api import storage_url
-from hpo.devices import list_devices, num_cores
+from hpo.api.running import storage_url
 from hpo.errors import UserError
-from hpo.store import Store
+from hpo.store.studies import Store
+from hpo.system import provenance
+from hpo.system.devices import list_devices, num_cores
 
 DATA_FOLDERS = {  # what torchvision unpacks its data sets into, below the root or below ROOT/<name>
     "cifar10": "cifar-10-batches-py",

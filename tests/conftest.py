@@ -22,9 +22,9 @@ import tomli_w
 from click.testing import CliRunner
 from sqlalchemy.engine import URL
 
-from hpo.cli import main
-from hpo.spec import StudySpec
-from hpo.store import Store
+from hpo.cli.app import main
+from hpo.config.study_spec import StudySpec
+from hpo.store.studies import Store
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -173,7 +173,7 @@ class Hpo:
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                is_worker = b"hpo.worker" in (entry / "cmdline").read_bytes()
+                is_worker = b"hpo.workers.worker" in (entry / "cmdline").read_bytes()
                 if is_worker and self.url.encode() in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
         return found

@@ -1,7 +1,7 @@
 """TrialConfig and EpochResult: the only types that cross between the search and the training.
 
 Plain frozen dataclasses without torch or pydantic, so that either side can be used alone. They hold types and defaults;
-the rules for the values (ranges, which key goes with which optimizer) live in `hpo/spec.py`.
+the rules for the values (ranges, which key goes with which optimizer) live in `hpo/config/study_spec.py`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UserError, unknown_name
-from hpo.train import updates
 from hpo.train.config import TrainingConfig
-from hpo.train.updates import Update
+from hpo.train.engines import stacked_optimizers as updates
+from hpo.train.engines.stacked_optimizers import Update
 
 if TYPE_CHECKING:
     import torch

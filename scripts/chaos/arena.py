@@ -277,7 +277,7 @@ class Arena:
         self._write_pictures()
         (self.folder / "study.toml").write_text(tomli_w.dumps(self.problem.settings(self.disk)))
         self.database = SQLite(self.folder) if server is None else Postgres(server)
-        from hpo.store import Store
+        from hpo.store.studies import Store
 
         engine = Store(self.database.url, create=True).storage.engine  # type: ignore[attr-defined]
         self.database.audit(engine)
@@ -285,7 +285,7 @@ class Arena:
 
     def _write_pictures(self) -> None:
         from hpo.train.config import DataConfig
-        from hpo.train.datasets import open_data_set
+        from hpo.train.data.datasets import open_data_set
 
         pictures = open_data_set(DataConfig(name="digits")).train
         images_NHWC = pictures.read(torch.arange(len(pictures.labels_N)))
@@ -328,7 +328,7 @@ class Arena:
         found = []
         for pid in self.processes():
             with contextlib.suppress(OSError):
-                if b"hpo.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"hpo.workers.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.append(pid)
         return found
 

@@ -7,7 +7,7 @@ SABOTAGE = {
     # 1: a trial that has ended is given out once more.
     "counts": """
 import os
-from hpo.ledger import Ledger, slots
+from hpo.store.ledger import Ledger, slots
 finish = Ledger.finish
 def again(self, claim, state, **rest):
     finish(self, claim, state, **rest)
@@ -45,7 +45,7 @@ ledger._is_held = lambda claim: (
     # 4: workers leave processes behind.
     "left": """
 import os, subprocess, sys
-from hpo.ledger import Ledger
+from hpo.store.ledger import Ledger
 finish = Ledger.finish
 def leave_one(self, claim, state, **rest):
     finish(self, claim, state, **rest)

@@ -35,8 +35,8 @@ class Evidence:
 
 
 def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
-    from hpo.schema import attempts, epochs, slots
-    from hpo.store import Store
+    from hpo.store.schema import attempts, epochs, slots
+    from hpo.store.studies import Store
 
     store = Store(arena.database.url)
     study = store.study("chaos")

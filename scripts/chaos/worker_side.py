@@ -95,11 +95,11 @@ class HalfWay:
 def install() -> None:  # noqa: PLR0915
     import sqlalchemy as sa
 
-    from hpo.database import JoinedStorage
-    from hpo.ledger import Ledger
+    from hpo.store.database import JoinedStorage
+    from hpo.store.ledger import Ledger
     from hpo.train import checkpoint
     from hpo.train.checkpoint import CheckpointFolder
-    from hpo.train.engine import PlainEngine
+    from hpo.train.engines.plain import PlainEngine
 
     transaction = JoinedStorage.transaction
 

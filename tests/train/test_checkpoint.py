@@ -23,8 +23,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpo.config.study_spec import RESULT_NEUTRAL
 from hpo.errors import UserError
-from hpo.spec import RESULT_NEUTRAL
 from hpo.train.checkpoint import (
     ABANDONED_S,
     MAGIC,
@@ -35,7 +35,7 @@ from hpo.train.checkpoint import (
     list_folders,
 )
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
-from hpo.train.engine import Engine, PlainEngine
+from hpo.train.engines.plain import Engine, PlainEngine
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 EPOCHS = 4
@@ -200,7 +200,7 @@ import pickle, sys
 from pathlib import Path
 import torch
 from hpo.train.checkpoint import CheckpointFolder
-from hpo.train.engine import PlainEngine
+from hpo.train.engines.plain import PlainEngine
 torch.set_num_threads(int(sys.argv[2]))
 config, identity = pickle.loads(Path("trial.pickle").read_bytes())
 folder = CheckpointFolder(sys.argv[1], identity=identity)

@@ -1,0 +1,167 @@
+"""The answer and what belongs to it in words: one writer for each sentence, whether a terminal or a page shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hpo.analysis.response import CONFIDENCE, Response
+from hpo.lr_range import resolve as ranges
+
+if TYPE_CHECKING:
+    from hpo.analysis.answer import Best
+    from hpo.analysis.confirmation import Confirmation
+    from hpo.study.records import Study, Trial
+
+
+def study_in_words(study: Study) -> str:
+    """What is searched, on what."""
+    spec, facts = study.spec, study.facts
+    text = f"{spec.num_trials} trials, {spec.search.sampler} over {', '.join(spec.search.parameters)}"
+    if spec.confirm:
+        text += f", then the best {spec.confirm.top} on {spec.confirm.seeds} seeds each"
+    if "num_parameters" in facts:
+        text += (
+            f"; {spec.model.name} ({facts['num_parameters']:,} parameters) on {spec.data.name} "
+            f"({facts['num_train']:,} training, {facts['num_val']:,} validation pictures, "
+            f"{facts['num_classes']} classes)"
+        )
+    return text
+
+
+def counts_in_words(trials: Sequence[Trial]) -> str:
+    """How many trials there are in each state."""
+    states = [trial.state for trial in trials]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def no_answer(trials: Sequence[Trial]) -> str:
+    return f"no complete trial to choose from: {counts_in_words(trials)}"
+
+
+def answer_lines(study: Study, found: Best) -> list[str]:
+    """The answer in words, the warnings last."""
+    values = ", ".join(f"{key} {number_in_words(value)}" for key, value in found.params.items() if key != "lr")
+    trial = f"{study.spec.metric} {value_in_words(found.value, study)}, trial {found.trial}"
+    if found.confirmation is not None:
+        lines = confirmation_lines(study, found.confirmation)
+        if found.response is not None:
+            listed = in_words(study.spec.search.listed(found.recommended))
+            best = f"{rate_in_words(found.response.best)}{f' with {listed}' if listed else ''}"
+            lines.append(f"the response to the learning rate in the search is best at {best}")
+            lines += response_lines(study, found.response)
+            low, high = found.response.interval
+            if found.lr is not None and not low <= found.lr <= high:
+                lines.append(f"what was confirmed, {rate_in_words(found.lr)}, is outside of that interval")
+        lines.append(f"the best trial of the search: {in_words(found.params)}, {trial}; the luckiest, too")
+    elif found.response is not None:
+        lines = [f"best learning rate: {rate_in_words(found.response.best)}" + (f" ({values})" if values else "")]
+        lines += response_lines(study, found.response)
+        lines.append(f"the best trial: learning rate {number_in_words(found.params['lr'])}, {trial}; the luckiest, too")
+    else:
+        subject = f"best learning rate: {number_in_words(found.params['lr'])}" if "lr" in found.params else "best"
+        lines = [f"{subject}{f' ({values})' if values else ''}, {trial}"]
+        if found.interval is not None:
+            low, high = found.interval
+            lines.append(
+                "as good within one standard error: the tried learning rates "
+                f"from {number_in_words(low)} to {number_in_words(high)}"
+                if low < high
+                else "no other learning rate that was tried came within one standard error"
+            )
+    for params, other in found.responses:
+        if other is not found.response:
+            lines.append(
+                f"with {in_words(params)}: {rate_in_words(other.best)} ({interval_in_words(other.interval)}), "
+                f"{study.spec.metric} {value_in_words(other.value, study)}"
+            )
+    lines += ranges.in_words(study, best=found.lr, params=found.recommended)
+    return lines + [f"beware: {warning.text}" for warning in found.warnings]
+
+
+def confirmation_lines(study: Study, found: Confirmation) -> list[str]:
+    """What came of training the best learning rates again."""
+    winner = found.winner
+    count = sum(value is not None for value in winner.values)
+    values = ", ".join(f"{key} {number_in_words(value)}" for key, value in winner.params.items() if key != "lr")
+    subject = f"best learning rate: {number_in_words(winner.params['lr'])}" if "lr" in winner.params else "best"
+    lines = [
+        f"{subject}{f' ({values})' if values else ''}, confirmed on {count} fresh seed{'s' * (count != 1)}: "
+        f"{study.spec.metric} {_with_error(found.value, found.standard_error, study)}"
+    ]
+    if winner.mean is not None and value_in_words(winner.mean, study) != value_in_words(found.value, study):
+        lines.append(
+            f"the mean of its seeds is {value_in_words(winner.mean, study)}; that of the best of several is too high, "
+            "and is drawn towards the others'"
+        )
+    lines.append(
+        f"the search's best trial was {value_in_words(abs(found.inflation), study)} "
+        f"{'better' if found.inflation >= 0 else 'worse'} than what was confirmed"
+    )
+    if found.test_value is not None:
+        error = found.test_standard_error
+        lines.append(f"on the test set, which nothing was chosen by: {_with_error(found.test_value, error, study)}")
+    if found.runner_up is not None:
+        other, (low, high) = found.runner_up, found.runner_up.interval
+        verdict = "really is worse" if other.is_worse else "is not told apart from it"
+        behind = value_in_words(other.difference, study)
+        lines.append(
+            f"the runner-up, {in_words(other.params)}, {verdict}: seed by seed it is {behind} "
+            f"behind ({value_in_words(low, study)} to {value_in_words(high, study)})"
+        )
+    for one in found.candidates:
+        if one.num_diverged:
+            lines.append(f"{in_words(one.params)}: {one.num_diverged} of its {len(one.values)} seeds diverged")
+    return lines
+
+
+def _with_error(value: float, error: float | None, study: Study) -> str:
+    return value_in_words(value, study) + (f" ± {value_in_words(error, study)}" if error is not None else "")
+
+
+def response_lines(study: Study, found: Response) -> list[str]:
+    """What a response says beside its best learning rate."""
+    low, high = map(rate_in_words, found.interval)
+    lines = [
+        f"with {CONFIDENCE:.0%} confidence the best one is between {low} and {high}; "
+        f"not told apart from it: {interval_in_words(found.plateau)}",
+        f"a trial there is expected to have {study.spec.metric} {value_in_words(found.value, study)}, give or take "
+        f"{value_in_words(found.noise, study)}",
+    ]
+    if found.edge is not None:
+        edge = found.edge
+        lines.append(f"half of the trials diverge at {rate_in_words(edge.lr)} ({interval_in_words(edge.interval)})")
+    return lines
+
+
+def rate_in_words(lr: float) -> str:
+    return f"{lr:.2g}"
+
+
+def interval_in_words(interval: tuple[float, float]) -> str:
+    """Two learning rates."""
+    return " to ".join(map(rate_in_words, interval))
+
+
+def peak_in_words(lr: float, epochs: int) -> str:
+    return f"all trials together, compared after {epochs} epoch{'s' * (epochs > 1)}, point to lr={lr:.3g}"
+
+
+def number_in_words(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def value_in_words(value: float, study: Study) -> str:
+    return f"{value:.2%}" if study.spec.metric.endswith("accuracy") and -1 <= value <= 1 else f"{value:.4g}"
+
+
+def in_words(params: Mapping[str, Any]) -> str:
+    """A trial's values in a line."""
+    return " ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()
+    )
+
+
+def as_text(value: Any) -> str:
+    """A cell of a table."""
+    return "" if value is None else number_in_words(value)

@@ -1,0 +1,1 @@
+"""The public functions: run a study, read it, export its best trial."""

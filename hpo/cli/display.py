@@ -1,0 +1,332 @@
+"""What a terminal shows: live progress of a study, plain log lines where there is no terminal, and the answer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hpo.analysis.answer import Best, best_trial, peak, searched
+from hpo.analysis.comparison import Comparison, Side, changes, name
+from hpo.analysis.confirmation import latest
+from hpo.analysis.text import (
+    answer_lines,
+    as_text,
+    in_words,
+    interval_in_words,
+    number_in_words,
+    peak_in_words,
+    rate_in_words,
+    study_in_words,
+    value_in_words,
+)  # fmt: skip
+from hpo.lr_range.resolve import in_words as ranges_in_words
+from hpo.store.studies import Store
+from hpo.study.records import ENDED, Study, Trial
+
+REFRESH_S = 0.5  # at least; longer where reading the study takes long
+MAX_ROWS = 60  # of the final table
+BAR_WIDTH = 24
+STRIP_WIDTH = 31
+
+STYLES = {
+    "complete": "green",
+    "pruned": "yellow",
+    "diverged": "magenta",
+    "failed": "red",
+    "running": "cyan",
+    "waiting": "dim",
+}
+
+
+def make_console() -> Console:
+    """The console for standard output; where that is no terminal, wide enough that no row is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+class Progress:
+    """Shows a study while it is trained; call it often, it reads the store as often as is reasonable.
+
+    A context manager: on a terminal it holds the lower lines of the screen until it is left.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._store: Store | None = None
+        self._study: Study | None = None
+        self._next_read = 0.0
+        self._reported: dict[int, tuple[str, int]] = {}
+        self._said: set[str] = set()  # of what the workers agreed on
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+            self._live.update(Text("checking devices, data and network ...", style="dim"), refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._next_read = 0.0  # what ended since the last look is shown in any case
+        try:
+            self.update()
+        finally:
+            if self._live is not None:
+                self._live.stop()
+
+    def watch(self, store: Store, study: Study) -> Any:
+        """Begins to show this study; what it returns is to be called while workers run."""
+        self._store, self._study = store, study
+        self._console.print(heading(study))
+        for line in ranges_in_words(study):
+            self._console.print(line, highlight=False, soft_wrap=True)
+        trials = store.trials(study)
+        if done := sum(trial.state in ENDED for trial in trials):
+            self._console.print(f"going on: {done} of {len(trials)} trials are done already")
+        self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
+        self._said |= {key for key, mine in _stages(trials).items() if all(trial.state in ENDED for trial in mine)}
+        return self.update
+
+    def update(self) -> None:
+        if time.monotonic() < self._next_read or self._store is None or self._study is None:
+            return
+        began = time.monotonic()
+        for key, agreed in self._store.agreements(self._study).items():
+            if key not in self._said:
+                self._said.add(key)
+                self._console.print(agreed["reason"], highlight=False, soft_wrap=True)
+        trials = self._store.trials(self._study)
+        for key, mine in _stages(trials).items():
+            if key not in self._said:
+                self._said.add(key)
+                self._console.print(_stage(mine), highlight=False, soft_wrap=True)
+        for trial in trials:
+            if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
+                self._console.print(_ended_line(self._study, trial), highlight=False)
+            elif self._live is None and self._is_new(trial):
+                self._console.print(_epoch_line(trial), highlight=False)
+            self._reported[trial.number] = (trial.state, len(trial.epochs))
+        if self._live is not None:
+            self._live.update(_dashboard(self._study, trials), refresh=True)
+        ended = time.monotonic()
+        self._next_read = ended + max(REFRESH_S, 10 * (ended - began))
+
+    def _is_new(self, trial: Trial) -> bool:
+        return bool(
+            trial.state == "running"
+            and trial.kind != "test"  # it has the epochs of another one
+            and trial.epochs
+            and self._reported.get(trial.number) != ("running", len(trial.epochs))
+        )
+
+
+def heading(study: Study) -> Text:
+    """One line: what is searched, on what."""
+    text = Text(f"study {study.name}", style="bold")
+    text.append(f": {study_in_words(study)}", style="not bold")
+    return text
+
+
+def print_answer(
+    console: Console, study: Study, trials: Sequence[Trial], found: Best, *, next_steps: Sequence[str]
+) -> None:
+    """The table of learning rates against accuracy, the winner, and what to type next."""
+    console.print(_table(study, searched(trials), found, width=console.width))
+    for line in answer_lines(study, found):
+        console.print(line, style="bold", highlight=False, soft_wrap=True)
+    for step in next_steps:
+        console.print(step, style="dim", highlight=False, soft_wrap=True)
+
+
+def print_comparison(found: Comparison) -> None:
+    """Studies side by side: a line each, its interval drawn over the range that all of them span, then in words."""
+    ends = [end for side in found.sides if side.interval for end in (*side.interval, side.lr or side.interval[0])]
+    low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
+    rows = [
+        [
+            name(side), "" if side is found.sides[0] else in_words(changes(found.sides[0], side)),
+            as_text(side.lr and rate_in_words(side.lr)), as_text(side.interval and interval_in_words(side.interval)),
+            _strip(side, low, high), as_text(side.plateau and interval_in_words(side.plateau)),
+            as_text(side.edge and rate_in_words(side.edge)), as_text(side.value),
+        ]
+        for side in found.sides
+    ]  # fmt: skip
+    columns = ["study", "with", "best rate", "90 % interval", "", "as good", "diverges at", found.sides[0].metric]
+    print_table(columns, rows)
+    console = make_console()
+    for line in found.conclusions:
+        console.print(line, style="bold", highlight=False, soft_wrap=True)
+    for line in found.caveats:
+        console.print(f"beware: {line}", highlight=False, soft_wrap=True)
+
+
+def _strip(side: Side, low: float, high: float) -> str:
+    """The interval of a best rate and its middle, between log10 of two learning rates."""
+    if side.interval is None or side.lr is None:
+        return ""
+
+    def place(rate: float) -> int:
+        return round((STRIP_WIDTH - 1) * (math.log10(rate) - low) / ((high - low) or 1.0))
+
+    first, best, last = place(side.interval[0]), place(side.lr), place(side.interval[1])
+    cells = ["━" if first <= index <= last else "·" for index in range(STRIP_WIDTH)]
+    cells[best] = "●"
+    return "".join(cells)
+
+
+def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) -> Table:
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    rows = sorted(trials, key=lambda trial: tuple(_sort_key(trial.params.get(key)) for key in keys))
+    if len(rows) > MAX_ROWS:
+        sign = -1 if study.spec.direction == "minimize" else 1
+        rows = sorted(rows, key=lambda trial: -math.inf if trial.value is None else sign * trial.value, reverse=True)
+        rows = rows[:MAX_ROWS]
+    has_bars = width >= 60 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen the figures come first
+    values = [trial.value for trial in rows if trial.value is not None]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{len(rows)} of {len(trials)} trials" if len(rows) < len(trials) else None
+    )
+    table.add_column("", no_wrap=True)
+    for key in keys:
+        width = max(len(number_in_words(trial.params.get(key, ""))) for trial in rows)
+        table.add_column("learning rate" if key == "lr" else key, justify="right", min_width=width)
+    table.add_column(study.spec.metric, justify="right", min_width=6)
+    if has_bars:
+        table.add_column("", width=BAR_WIDTH)
+    table.add_column("state", overflow="fold")
+    table.add_column("epochs", justify="right", no_wrap=True)
+    table.add_column("trial", justify="right", no_wrap=True)
+    for trial in rows:
+        style = STYLES[trial.state]
+        share = (trial.value - low) / (high - low or 1) if trial.value is not None else None
+        if share is not None and study.spec.direction == "minimize":
+            share = 1 - share
+        bar = (
+            ProgressBar(total=1, completed=max(0.02, share), width=BAR_WIDTH, complete_style=style)
+            if share is not None
+            else ""
+        )
+        table.add_row(
+            "►" if trial.number == found.trial else "",
+            *(number_in_words(trial.params[key]) if key in trial.params else "" for key in keys),
+            "" if trial.value is None else value_in_words(trial.value, study),
+            *([bar] if has_bars else []),
+            Text(
+                trial.state if trial.state in ("complete", "waiting") else f"{trial.state}: {trial.reason}", style=style
+            ),
+            str(len(trial.epochs)),
+            str(trial.number),
+            style="bold" if trial.number == found.trial else "",
+        )
+    return table
+
+
+def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
+    """The live part: a bar for the study, a line for each running trial, the best so far."""
+    done = sum(trial.state in ENDED for trial in trials)
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(
+        f"{done}/{len(trials)} trials", ProgressBar(total=len(trials), completed=done, width=40), _counts(trials)
+    )
+    running = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("trial", "values", "device", "epoch", "train loss", study.spec.metric, "time left"):
+        running.add_column(column, justify="left" if column in ("values", "device") else "right")
+    for trial in trials:
+        if trial.state == "running":
+            running.add_row(
+                str(trial.number),
+                in_words(trial.params),
+                str(trial.attributes.get("device", "")),
+                f"{max(trial.epochs, default=0)}/{_epochs(study, trial)}",
+                _last(trial, "train_loss", "{:.4f}"),
+                _last(trial, study.spec.metric, "{:.4f}"),
+                _time_left(study, trial),
+            )
+    parts: list[RenderableType] = [bar, running if running.row_count else Text("starting workers ...", style="dim")]
+    if (found := best_trial(study, trials)) is not None and found.value is not None:
+        value = f"{study.spec.metric} {value_in_words(found.value, study)}"
+        parts.append(Text(f"best so far: {in_words(found.params)}, {value}, trial {found.number}"))
+    where = peak(study, trials)
+    if where is not None and where.fitted:
+        parts.append(Text(peak_in_words(where.lr, where.epochs)))
+    return Group(*parts)
+
+
+def _stages(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """The trials that confirm what was found, and those that test it, each under a name of their own."""
+    found = [[trial for trial in latest(trials) if trial.kind == kind] for kind in ("confirm", "test")]
+    return {f"{mine[0].kind} from trial {mine[0].number}": mine for mine in found if mine}
+
+
+def _stage(trials: Sequence[Trial]) -> str:
+    """What is begun with these trials, which confirm."""
+    if trials[0].kind == "test":
+        return f"measuring the test set with the {len(trials)} networks of the best one"
+    rates = list(dict.fromkeys(in_words(trial.params) for trial in trials))
+    return f"the search is done; trained again on fresh seeds: {'; '.join(rates)}"
+
+
+def _ended_line(study: Study, trial: Trial) -> Text:
+    seconds = f"{trial.ended - trial.started:.1f} s" if trial.ended and trial.started else ""
+    value = "" if trial.value is None else f", {study.spec.metric} {value_in_words(trial.value, study)}"
+    if trial.kind == "test" and trial.state == "complete":
+        value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}')}"
+    text = Text(f"trial {trial.number} ")
+    text.append(trial.state, style=STYLES[trial.state])
+    text.append(f": {in_words(trial.params)}{value}, {trial.reason}, {seconds}")
+    return text
+
+
+def _epoch_line(trial: Trial) -> str:
+    metrics = "  ".join(
+        f"{name} {_last(trial, name, '{:.4g}')}"
+        for name in trial.curves
+        if name not in ("lr", "seconds", "train_accuracy")
+    )
+    return f"trial {trial.number} epoch {trial.epochs[-1]}: {metrics}"
+
+
+def _counts(trials: Sequence[Trial]) -> Text:
+    text = Text()
+    for state in ENDED:
+        if count := sum(trial.state == state for trial in trials):
+            text.append(f"{count} {state}  ", style=STYLES[state])
+    return text
+
+
+def _time_left(study: Study, trial: Trial) -> str:
+    seconds = [value for value in trial.curves.get("seconds", ()) if value is not None]
+    if not seconds:
+        return ""
+    left = (_epochs(study, trial) - len(trial.epochs)) * sum(seconds) / len(seconds)
+    return f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+
+
+def _epochs(study: Study, trial: Trial) -> int:
+    return int(trial.params.get("epochs", study.spec.training.epochs))
+
+
+def _last(trial: Trial, name: str, form: str) -> str:
+    values = trial.curves.get(name, ())
+    return "" if not values else "not finite" if values[-1] is None else form.format(values[-1])
+
+
+def _sort_key(value: Any) -> tuple[int, Any]:
+    return (2, "") if value is None else (1, value) if isinstance(value, str) else (0, value)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A plain table of the reading commands."""
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(str, row))
+    make_console().print(table)

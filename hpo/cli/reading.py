@@ -1,0 +1,188 @@
+"""The commands that read studies: list, status, trials, best, compare, report, export."""
+
+from __future__ import annotations
+
+import click
+
+from hpo.cli.options import json_option, print_json, storage_option
+
+STATES = ("waiting", "running", "complete", "pruned", "diverged", "failed")
+
+
+@click.command("list")
+@json_option
+@storage_option
+def list_command(as_json: bool, storage: str | None) -> None:
+    """List the studies in the store.
+
+    \b
+    hpo list --json
+    """
+    from hpo.api import running as api
+    from hpo.cli.display import print_table
+
+    found = api.studies(storage=storage)
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        ["study", *STATES, ""],
+        ([row["study"], *(row["trials"].get(state, 0) for state in STATES), row["stop"] or ""] for row in found),
+    )
+
+
+@click.command("status")
+@click.argument("study", metavar="STUDY")
+@json_option
+@storage_option
+def status_command(study: str, as_json: bool, storage: str | None) -> None:
+    """Show where STUDY stands: trials by state, the best so far, workers and what they train.
+
+    \b
+    hpo status quickstart
+    """
+    from hpo.analysis.text import as_text, in_words, peak_in_words
+    from hpo.api import running as api
+    from hpo.cli.display import print_table
+
+    found = api.status(study, storage=storage)
+    if as_json:
+        print_json(found)
+        return
+    counts = ", ".join(f"{found['trials'][state]} {state}" for state in STATES if state in found["trials"])
+    click.echo(f"study {study}: {counts}")
+    if found["stop"]:
+        click.echo(f"stopped ({found['stop_reason']}); go on with: hpo resume {study}")
+    if found["best"]:
+        best = found["best"]
+        if best["confirmation"]:
+            click.echo(f"confirmed: {in_words(best['recommended'])}, value {best['confirmation']['value']:.4f}")
+        click.echo(f"best so far: {in_words(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
+    if found["peak"] and found["peak"]["fitted"] and found["trials"].keys() & {"waiting", "running"}:
+        click.echo(peak_in_words(found["peak"]["lr"], found["peak"]["epochs"]))
+    if found["workers"]:
+        columns = ["host", "pid", "device", "trial", "epoch", "seen_s"]
+        print_table(
+            [*columns[:-1], "last sign of life"],
+            (
+                [*(as_text((worker | lane)[column]) for column in columns[:-1]), f"{worker['seen_s']} s ago"]
+                for worker in found["workers"]
+                for lane in worker["lanes"] or [{}]
+            ),
+        )
+    else:
+        click.echo("no workers")
+
+
+@click.command("trials")
+@click.argument("study", metavar="STUDY")
+@json_option
+@storage_option
+def trials_command(study: str, as_json: bool, storage: str | None) -> None:
+    """List the trials of STUDY; with --json also their curves.
+
+    \b
+    hpo trials quickstart --json
+    """
+    from hpo.analysis.text import as_text, in_words
+    from hpo.api import running as api
+    from hpo.cli.display import print_table
+
+    found = api.trials(study, storage=storage)
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        ["trial", "kind", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
+        (
+            [row["number"], row["kind"], row["state"], in_words(row["params"]), as_text(row["value"]),
+             len(row["epochs"]), row["attempt"], as_text(row["duration_s"]), as_text(row["reason"])]
+            for row in found
+        ),
+    )  # fmt: skip
+
+
+@click.command("best")
+@click.argument("study", metavar="STUDY")
+@json_option
+@storage_option
+def best_command(study: str, as_json: bool, storage: str | None) -> None:
+    """Print the answer of STUDY: the best learning rate, how sure that is, and what to beware of.
+
+    \b
+    hpo best quickstart --json
+    """
+    from hpo.analysis.text import answer_lines
+    from hpo.api import running as api
+    from hpo.store.studies import Store
+
+    found = api.best(study, storage=storage)
+    if as_json:
+        print_json(found.as_dict())
+        return
+    for line in answer_lines(Store(api.storage_url(storage)).study(study), found):
+        click.echo(line)
+
+
+@click.command("compare")
+@click.argument("studies", metavar="STUDY...", nargs=-1, required=True)
+@json_option
+@storage_option
+def compare_command(studies: tuple[str, ...], as_json: bool, storage: str | None) -> None:
+    """Show the best learning rates of studies side by side, and what can and cannot be concluded.
+
+    The first one is what the others are compared with. A study that searched lists, such as the optimizer, is one side
+    for each combination of them.
+
+    \b
+    hpo compare mnist-adam mnist-sgd
+    """
+    from hpo.api import running as api
+    from hpo.cli.display import print_comparison
+
+    found = api.compare(studies, storage=storage)
+    if as_json:
+        print_json(found.as_dict())
+        return
+    print_comparison(found)
+
+
+@click.command("report")
+@click.argument("study", metavar="STUDY")
+@click.option("--output", metavar="FILE", help="Default: STUDY.html, or STUDY with the format's ending.")
+@click.option("--format", "form", metavar="FORMAT", help="html, png, svg, md or json. Default: what FILE ends in.")
+@click.option(
+    "--figure", default="response", show_default=True, metavar="NAME", help="Which figure a png or svg shows."
+)
+@storage_option
+def report_command(study: str, output: str | None, form: str | None, figure: str, storage: str | None) -> None:
+    """Write what STUDY has found as one page that needs no network, or a figure of it for a paper.
+
+    \b
+    hpo report quickstart --output quickstart.html
+    hpo report quickstart --output response.svg --figure response
+    """
+    from hpo.api import running as api
+
+    click.echo(f"wrote {api.write_report(study, output, form=form, figure=figure, storage=storage)}")
+
+
+@click.command("export")
+@click.argument("study", metavar="STUDY")
+@click.option("--output", required=True, metavar="FILE", help="A study file (.toml), or that and the answer (.json).")
+@storage_option
+def export_command(study: str, output: str, storage: str | None) -> None:
+    """Write the best trial of STUDY as a study file that trains it alone.
+
+    \b
+    hpo export quickstart --output best.toml
+    """
+    from hpo.api import running as api
+
+    api.write_export(study, output, storage=storage)
+    click.echo(f"wrote {output}")
+
+
+COMMANDS = (
+    list_command, status_command, trials_command, best_command, compare_command, report_command, export_command,
+)  # fmt: skip

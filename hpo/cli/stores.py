@@ -1,0 +1,149 @@
+"""The commands that look after the store, show all of it, and examine the machine: copy, storage, dashboard, doctor."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import click
+
+from hpo.cli.options import json_option, no_password, print_json, storage_option
+from hpo.errors import UserError
+
+
+@click.command("copy")
+@click.argument("study", metavar="STUDY")
+@click.option("--to", required=True, metavar="URL", callback=no_password, help="The other store.")
+@storage_option
+def copy_command(study: str, to: str, storage: str | None) -> None:
+    """Copy STUDY with its trials, curves and checkpoints into another store, where it can go on.
+
+    \b
+    hpo copy quickstart --to postgresql+psycopg://hpo@database/hpo
+    """
+    from rich.progress import Progress
+
+    from hpo.api import stores as api_store
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("copying trials", total=None)
+        url = api_store.copy(
+            study, to=to, storage=storage, progress=lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    click.echo(f"copied to {url}; go on there with: hpo resume {study} --storage {shlex.quote(to)}")
+
+
+@click.group("storage")
+def storage_command() -> None:
+    """Look after the store itself.
+
+    \b
+    hpo storage check
+    hpo storage upgrade
+    """
+
+
+@storage_command.command("upgrade")
+@storage_option
+def storage_upgrade_command(storage: str | None) -> None:
+    """Bring a store of an older version to this one; make the tables of an empty one."""
+    from hpo.api import stores as api_store
+
+    for line in api_store.upgrade_storage(storage=storage):
+        click.echo(line)
+
+
+@storage_command.command("check")
+@storage_option
+def storage_check_command(storage: str | None) -> None:
+    """Say what the store is, and whether everything in it agrees; exit code 1 where it does not."""
+    from hpo.api import stores as api_store
+
+    lines, problems = api_store.check_storage(storage=storage)
+    for line in [*lines, *problems]:
+        click.echo(line)
+    if problems:
+        sys.exit(1)
+    click.echo("no problem found")
+
+
+@click.command("dashboard")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; beyond loopback with a login.")
+@click.option("--port", default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--auth-file", metavar="FILE", help="Who may log in: an htpasswd file with bcrypt hashes.")
+@click.option("--add-user", metavar="NAME", help="Ask for NAME's password, write it to --auth-file, and end.")
+@click.option(
+    "--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="A name that it is reached by from elsewhere."
+)
+@storage_option
+def dashboard_command(
+    host: str, port: int, auth_file: str | None, add_user: str | None, allow_hosts: tuple[str, ...], storage: str | None
+) -> None:
+    """Serve optuna-dashboard for the store, read-only; to other machines, only behind a login.
+
+    The password travels unencrypted: where the network is not trusted, put a proxy with TLS in front.
+
+    \b
+    hpo dashboard --port 8080
+    hpo dashboard --auth-file logins --add-user ada
+    hpo dashboard --auth-file logins --host 0.0.0.0
+    """
+    from pathlib import Path
+
+    from hpo.api import running as api
+    from hpo.dashboard import server as dashboard
+
+    if add_user is not None:
+        if auth_file is None:
+            raise UserError("--add-user needs --auth-file FILE, which the login is written to")
+        dashboard.check_login_name(add_user)
+        if sys.stdin.isatty():
+            password = click.prompt(f"password of {add_user}", hide_input=True, confirmation_prompt=True)
+        else:
+            password = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
+        dashboard.add_login(Path(auth_file), add_user, password)
+        click.echo(f"{auth_file}: {add_user} can log in; a dashboard that runs already must be started again")
+        return
+
+    from hpo.store.studies import Store
+
+    def ready(url: str) -> None:
+        click.echo(f"dashboard: {url} (Ctrl-C ends it)")
+        if auth_file is not None:
+            click.echo(f"log in as in {auth_file}; the password travels unencrypted, unless a TLS proxy is in front")
+
+    dashboard.serve(
+        Store(api.storage_url(storage)).storage,
+        host=host,
+        port=port,
+        auth_file=auth_file,
+        allow_hosts=allow_hosts,
+        ready=ready,
+    )
+
+
+@click.command("doctor")
+@json_option
+@storage_option
+def doctor_command(as_json: bool, storage: str | None) -> None:
+    """Say what is here of devices, versions, data and the store, and what to do about it.
+
+    \b
+    hpo doctor
+    """
+    from dataclasses import asdict
+
+    from hpo.doctor import examine
+
+    findings = examine(storage=storage)
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+        return
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        click.echo(f"{finding.subject:<{width}}  {finding.found}")
+        if finding.advice:
+            click.echo(f"{'':<{width}}  -> {finding.advice}")
+
+
+COMMANDS = (copy_command, storage_command, dashboard_command, doctor_command)

@@ -1,0 +1,1 @@
+"""The study file: what a user asked for, checked before anything is trained."""

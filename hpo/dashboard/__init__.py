@@ -1,0 +1,1 @@
+"""optuna-dashboard, read-only, behind a login."""

@@ -1,0 +1,1 @@
+"""Range tests of the learning rate, and what `lr = "auto"` becomes."""

@@ -1,0 +1,76 @@
+"""A range test in a process of its own, pinned to a GPU, whose memory it gives back when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from hpo.errors import StudyStopped, UserError
+from hpo.system.devices import Device, num_cores, torch_device, worker_environment
+from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
+
+if TYPE_CHECKING:
+    from hpo.train.lr_ramp import RangeTest
+
+MARK = "hpo range test: "  # begins a line that is ours: a user's module may print, too
+
+
+def in_a_process(config: TrialConfig, device: Device, *, progress: Callable[[int, int], None]) -> RangeTest:
+    """Raises UserError for what `range_test` does, and StudyStopped where the process dies of something else."""
+    from hpo.train.lr_ramp import RangeTest
+
+    task = {"config": asdict(config), "device": torch_device(device), "path": sys.path}
+    with subprocess.Popen(
+        [sys.executable, "-m", "hpo.lr_range.subprocess"],
+        env={**os.environ, **worker_environment(device, threads=num_cores())},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(task))
+            process.stdin.close()
+            for line in process.stdout:
+                said = json.loads(line.removeprefix(MARK)) if line.startswith(MARK) else {}
+                if "done" in said:
+                    progress(said["done"], said["of"])
+                elif "error" in said:
+                    raise UserError(said["error"])
+                elif "found" in said:
+                    return RangeTest(**said["found"])
+        finally:
+            process.kill()
+    raise StudyStopped(f"the range test's process on {device.name} died with exit code {process.returncode}")
+
+
+def main() -> None:
+    task = json.loads(sys.stdin.read())
+    sys.path[:] = task["path"]
+    from hpo.train.lr_ramp import range_test
+
+    sections = task["config"]
+    config = TrialConfig(
+        model=ModelConfig(**sections["model"]),
+        data=DataConfig(**sections["data"]),
+        training=TrainingConfig(**sections["training"]),
+        seed=sections["seed"],
+    )
+    try:
+        found = range_test(config, device=task["device"], progress=lambda done, of: _say({"done": done, "of": of}))
+    except UserError as error:
+        _say({"error": str(error)})
+    else:
+        _say({"found": asdict(found)})
+
+
+def _say(what: dict[str, object]) -> None:
+    print(f"\n{MARK}{json.dumps(what)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One module a figure, each with a text that says the same."""

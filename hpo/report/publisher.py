@@ -1,0 +1,108 @@
+"""The report's figures and answer in optuna-dashboard, renewed while a study trains; nothing waits for that."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from hpo.analysis import answer as analysis
+from hpo.store.studies import Store
+from hpo.study.records import Study
+
+if TYPE_CHECKING:
+    from hpo.report.render import Report
+
+logger = logging.getLogger(__name__)
+
+FIRST_S, EVERY_S = 5.0, 30.0  # the first time loads what drawing needs, and the end need not
+SHARE = 0.05  # of the time, at most, goes into it
+END_S = 10.0  # how long a study's end waits for it
+MOST_CHARACTERS = 200_000  # of a figure: whoever looks for a study by its name reads all studies' figures
+
+
+def publish(store: Store, report: Report) -> None:
+    """Has optuna-dashboard show the report's figures and, as the study's note, its answer. Raises STORE_ERRORS.
+
+    Takes the figures as they are: they have titles and the light theme from then on. Too large ones are left out.
+    """
+    from hpo.report.figures.table import FIGURES
+    from hpo.report.render import markdown_answer
+
+    figures: dict[str, str | None] = dict.fromkeys(FIGURES)
+    for drawn in report.drawn:
+        drawn.figure.update_layout(title={"text": drawn.title}, margin={"t": 90})
+        text = drawn.figure.to_json()
+        if len(text) <= MOST_CHARACTERS:
+            figures[drawn.name] = text
+    note = [*markdown_answer(report), "", *(f"**{drawn.title}.** {drawn.text}\n" for drawn in report.drawn)]
+    note += [f"All of it as one page: `hpo report {report.study.name}`"]
+    store.show(report.study, figures, note="\n".join(note))
+
+
+class Publisher:
+    """Publishes a study from a thread of its own, every EVERY_S and once more at the end of the block.
+
+    The thread has its own connections and never waits for an outage to pass; what goes wrong is logged, once. It is
+    started by `look`, which returns at once. Any number of processes may publish a study: the later one's is shown.
+    """
+
+    def __init__(self, store: Store, study: Study) -> None:
+        self._url = store.url.render_as_string(hide_password=False)
+        self._study = study
+        self._store: Store | None = None
+        self._thread: threading.Thread | None = None
+        self._next = time.monotonic() + FIRST_S
+        self._published: tuple[dict[str, int], int] | None = None
+        self._failed = False
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is None:  # who interrupts a study wants it to end
+            self._join()
+            self._start()
+            self._join()
+
+    def look(self) -> None:
+        """To be called while the study trains, as often as one likes."""
+        is_busy = self._thread is not None and self._thread.is_alive()
+        if not is_busy and time.monotonic() > self._next:
+            self._next = float("inf")  # until the thread knows how long it took
+            self._start()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._publish, name="publisher", daemon=True)
+        self._thread.start()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join(END_S)
+
+    def _publish(self) -> None:
+        began = time.monotonic()
+        try:
+            self._publish_what_is_new()
+        except Exception as error:  # of the store, or of a figure: neither is a reason to end a study
+            if not self._failed:
+                logger.warning("the dashboard's figures are not renewed: %s", error, exc_info=logger.isEnabledFor(10))
+            self._failed = True
+        ended = time.monotonic()
+        self._next = ended + max(EVERY_S, (ended - began) / SHARE)
+
+    def _publish_what_is_new(self) -> None:
+        import sklearn.gaussian_process  # noqa: F401 (at first there is too little to fit, at the end no time to load it)
+
+        from hpo.report import render as report
+
+        self._store = self._store or Store(self._url)
+        store, study = self._store, self._study
+        state = store.counts(study.study_id), store.num_epochs(study)
+        if state == self._published:
+            return
+        trials = store.trials(study)
+        found = analysis.best(study, trials)
+        publish(store, report.make(study, trials, found, storage=str(store.url)))
+        self._published = state

@@ -1,0 +1,1 @@
+"""The search space, samplers and pruners, and the study as they see it."""

@@ -1,0 +1,48 @@
+"""Which rows of our tables a claim or a worker means, as conditions and queries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from hpo.store.schema import attempts, slots, workers
+
+if TYPE_CHECKING:
+    from hpo.study.records import Claim
+
+
+def is_slot(claim: Claim) -> sa.ColumnElement[bool]:
+    """The slot of the claim, whoever has it."""
+    return sa.and_(slots.c.study_id == claim.study_id, slots.c.number == claim.number)
+
+
+def is_attempt(claim: Claim) -> sa.ColumnElement[bool]:
+    """The row of the claim's attempt."""
+    return sa.and_(
+        attempts.c.study_id == claim.study_id,
+        attempts.c.number == claim.number,
+        attempts.c.attempt == claim.attempt,
+    )
+
+
+def is_held(claim: Claim) -> sa.ColumnElement[bool]:
+    """The slot of the claim, where that still holds it."""
+    return sa.and_(
+        is_slot(claim),
+        slots.c.attempt == claim.attempt,
+        slots.c.worker_id == claim.worker_id,
+        slots.c.state == "running",
+    )
+
+
+def on_same_device(worker_id: str) -> sa.Select[Any]:
+    """The trials, of whatever study, that are in training on this worker's device, with what tells if that is true."""
+    mine, other = workers.alias("mine"), workers.alias("other")
+    columns = (other.c.machine, other.c.pid, other.c.pid_started, other.c.ended_at.label("left"))
+    return (
+        sa.select(slots.c.alone, slots.c.lease_until, *columns)
+        .join(other, sa.and_(other.c.worker_id == slots.c.worker_id, other.c.study_id == slots.c.study_id))
+        .join(mine, sa.and_(mine.c.machine == other.c.machine, mine.c.device == other.c.device))
+        .where(mine.c.worker_id == worker_id, slots.c.state == "running")
+    )

@@ -1,0 +1,295 @@
+"""The database: opening it with every check, and transactions that Optuna's calls join.
+
+Optuna's `RDBStorage` commits each call by itself. Here the session it works in belongs to the transaction that the
+calling thread has open (SQLAlchemy, "Joining a Session into an External Transaction"), so that a slot and its trial
+change together or not at all, whatever instruction the process is killed at.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.orm import Session, scoped_session
+
+from hpo.errors import UserError
+from hpo.store import schema
+
+POSTGRES = "postgresql+psycopg"
+PASSWORD_FILE = "HPO_STORAGE_PASSWORD_FILE"  # environment variable: a file with the password of a Postgres URL
+BUSY_TIMEOUT_S = 60.0  # how long a writer waits for SQLite's one write lock; `?timeout=` in the URL says otherwise
+OPEN_TIMEOUT_S = 10.0  # the same while opening, where a lock held that long is somebody's mistake
+# For the threads that train, report, write checkpoints and renew leases, none of which must wait for another.
+CONNECTIONS_PER_WORKER = 4
+MAX_THREADS = 10  # that one process may use a store from, the dashboard's 8 among them; each needs a connection
+ABANDONED_S = 60  # Postgres ends a transaction that its client, stopped or cut off, has left open this long
+# What Postgres says to who asks for something wrong; whatever else keeps a connection from being made may pass.
+REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no pg_hba.conf entry")
+ADVISORY_LOCK = 0x68706F  # "hpo": held in Postgres while tables or studies are made
+
+
+class Unreachable(UserError):
+    """The database does not answer; it may at another time."""
+
+    exit_code = 1
+
+
+class JoinedStorage(RDBStorage):
+    """Optuna's storage on an engine of ours; inside `transaction()` its calls become part of that transaction.
+
+    The connection belongs to the thread that opened the transaction; other threads are not affected. Do not nest.
+    """
+
+    def __init__(self, url: URL, *, skip_compatibility_check: bool = False) -> None:
+        super().__init__(
+            url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
+            engine_kwargs=_engine_options(url),
+            skip_compatibility_check=skip_compatibility_check,
+            skip_table_creation=True,
+        )
+        self._joined = threading.local()
+        self.scoped_session = scoped_session(self._session)  # type: ignore[arg-type]
+
+    def _session(self) -> Session:
+        connection: Connection | None = getattr(self._joined, "connection", None)
+        if connection is None:
+            return Session(bind=self.engine)
+        return Session(bind=connection, join_transaction_mode="create_savepoint")
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """One atomic write transaction: commits at the end of the block, rolls back if it raises."""
+        with self.engine.connect() as connection:
+            begin(connection)
+            self.scoped_session.remove()
+            self._joined.connection = connection
+            try:
+                yield connection
+                self.scoped_session.remove()
+                connection.commit()
+            finally:
+                self._joined.connection = None
+                self.scoped_session.remove()
+
+
+class DraftStorage:
+    """A storage as a sampler sees it while it thinks, outside any transaction: its notes on trials wait for `write`."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+        self._notes: list[tuple[int, str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._notes.append((trial_id, key, value))
+
+    def write(self) -> None:
+        for note in self._notes:
+            self._storage.set_trial_system_attr(*note)
+        self._notes.clear()
+
+
+def begin(connection: Connection) -> None:
+    """Starts a transaction that will write. SQLite must take its write lock now: a reader that turns into a writer
+    after another one has committed fails at once, whatever the timeout."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def exclude_others(connection: Connection) -> None:
+    """Lets no other transaction pass this point until the caller's has ended. SQLite's write lock does so already."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
+
+
+def now(connection: Connection) -> float:
+    """Seconds since 1970 by the database's clock, the only one that leases are measured by."""
+    sqlite = connection.dialect.name == "sqlite"
+    clock = "(julianday('now') - 2440587.5) * 86400.0" if sqlite else "extract(epoch from clock_timestamp())"
+    return float(connection.exec_driver_sql(f"SELECT {clock}").scalar_one())
+
+
+def parse_url(url: str) -> URL:
+    """The URL of a store: an SQLite path made absolute, a Postgres password read from its file.
+
+    Raises UserError for what is no such URL.
+    """
+    try:
+        parsed = make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        raise UserError(
+            "--storage must be a URL such as sqlite:///hpo.db or postgresql+psycopg://user@host/database"
+            + (f", got {url!r}" if "@" not in url else "")
+        ) from None
+    if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
+        return _parse_sqlite(parsed, url)
+    if parsed.drivername == POSTGRES:
+        return _parse_postgres(parsed)
+    if parsed.drivername.startswith("postgres"):
+        raise UserError(f"--storage must name the driver, as {POSTGRES}://..., got {parsed}")
+    raise UserError(f"--storage must be an SQLite or Postgres URL (sqlite:///..., {POSTGRES}://...), got {parsed}")
+
+
+def _parse_sqlite(parsed: URL, url: str) -> URL:
+    if not parsed.database or parsed.database == ":memory:":
+        raise UserError(f"--storage must name a file, which workers can share, got {url!r}")
+    if parsed.database.startswith("file:"):
+        return parsed
+    return parsed.set(database=str(Path(parsed.database).expanduser().absolute()))
+
+
+def _parse_postgres(parsed: URL) -> URL:
+    if {"password", "passfile", "sslpassword"} & parsed.query.keys():
+        raise UserError(
+            f"--storage must not hold a password in its query; {PASSWORD_FILE}, PGPASSFILE and PGPASSWORD are read"
+        )
+    if not parsed.database:
+        raise UserError(f"--storage must name a database, as {POSTGRES}://user@host/database, got {parsed}")
+    path = os.environ.get(PASSWORD_FILE)
+    if not path or parsed.password:
+        return parsed
+    try:
+        return parsed.set(password=Path(path).read_text(encoding="utf-8").strip("\r\n"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{PASSWORD_FILE} must name a file that can be read, got {path!r}: {error}") from None
+
+
+def database_path(url: URL) -> Path | None:
+    """The file of an SQLite database, whose URL may hold a URI: sqlite:///file:/x/hpo.db?mode=ro&uri=true."""
+    return None if url.drivername == POSTGRES else Path((url.database or "").removeprefix("file:"))
+
+
+def open_storage(url: URL, *, create: bool) -> JoinedStorage:
+    """Opens the store after checking that it is one of ours; `create` makes what is missing.
+
+    Raises UserError where it is absent (and not to be made), read-only, of another schema, or not ours; Unreachable
+    where it is locked, or its server does not answer.
+    """
+    path = database_path(url)
+    if path is not None and not path.exists():
+        if not create:
+            raise UserError(f"there is no store at {path}; `hpo run` makes one, --storage or HPO_STORAGE names another")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"--storage: the folder {path.parent} does not exist or cannot be written to")
+    with _explained(url, writing=create):
+        with _probing(url) as engine:
+            schema.check(engine, url, create=create)
+            if create:
+                _create_tables(engine)
+        return _joined_storage(url)
+
+
+def upgrade(url: URL) -> list[str]:
+    """Brings a store of an older version to ours, or makes an empty one; says what was done, in sentences."""
+    with _explained(url, writing=True):
+        path = database_path(url)
+        is_ours = False
+        if path is None or path.exists():
+            with _probing(url) as engine:
+                is_ours = schema.meta.name in sa.inspect(engine).get_table_names()
+        if not is_ours:
+            open_storage(url, create=True).engine.dispose()
+            return [f"made the tables of {url}, schema version {schema.SCHEMA_VERSION}"]
+        with _probing(url) as engine, engine.connect() as connection:
+            begin(connection)
+            exclude_others(connection)
+            ours = schema.upgrade_tables(connection)
+            connection.commit()
+        theirs = schema.upgrade_optuna(JoinedStorage(url, skip_compatibility_check=True))
+    return [
+        f"{whose} tables: {f'from version {before} to {after}' if before != after else f'version {after} already'}"
+        for whose, (before, after) in (("our", ours), ("Optuna's", theirs))
+    ]
+
+
+def _joined_storage(url: URL) -> JoinedStorage:
+    storage = JoinedStorage(url)
+    if url.drivername != POSTGRES:
+        sa.event.listen(storage.engine, "connect", _set_pragmas)
+    storage.engine.dispose()  # connections opened so far were made without the pragmas
+    return storage
+
+
+def _engine_options(url: URL) -> dict[str, Any]:
+    if url.drivername != POSTGRES:
+        timeout = float(str(url.query.get("timeout", BUSY_TIMEOUT_S)))
+        return {"connect_args": {"timeout": timeout}}
+    return {
+        "pool_pre_ping": True,  # a connection that a restarted server has closed is replaced before it is used
+        "pool_size": CONNECTIONS_PER_WORKER,
+        "max_overflow": MAX_THREADS - CONNECTIONS_PER_WORKER,
+        "connect_args": {
+            "connect_timeout": 10,
+            # A peer that vanished without closing is noticed within about a minute, not after TCP's quarter of an hour.
+            "keepalives_idle": 30,
+            "keepalives_interval": 5,
+            "keepalives_count": 4,
+            "tcp_user_timeout": 50_000,
+            "options": f"-c idle_in_transaction_session_timeout={ABANDONED_S}s -c lock_timeout={ABANDONED_S}s",
+        },
+    }
+
+
+@contextmanager
+def _explained(url: URL, *, writing: bool) -> Iterator[None]:
+    """What opening a database may raise, as a sentence."""
+    try:
+        yield
+    except sa.exc.DatabaseError as error:
+        said = _plain(error)
+        may_pass = isinstance(error, sa.exc.OperationalError) and not any(words in said for words in REFUSALS)
+        problem = f"the store {url} cannot be opened{' for writing' * writing}: {said}"
+        raise (Unreachable if may_pass else UserError)(problem) from None
+    except ImportError:
+        raise UserError(f"the store {url} needs the package psycopg: pip install 'hpo[postgres]'") from None
+    except ValueError as error:
+        raise UserError(f"--storage {url} cannot be read: {error}") from None
+    except RuntimeError as error:  # Optuna's own check of its schema
+        raise UserError(f"the store {url} was written by another version of Optuna: {error}") from None
+
+
+@contextmanager
+def _probing(url: URL) -> Iterator[Engine]:
+    options = {key: value for key, value in _engine_options(url).items() if key == "connect_args"}
+    if url.drivername != POSTGRES:
+        options["connect_args"]["timeout"] = OPEN_TIMEOUT_S
+    engine = sa.create_engine(url, **options, poolclass=sa.pool.NullPool)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _create_tables(engine: Engine) -> None:
+    with engine.connect() as connection:
+        if engine.dialect.name == "sqlite":
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        begin(connection)
+        exclude_others(connection)
+        schema.create_tables(connection)
+        connection.commit()
+
+
+def _set_pragmas(connection: Any, _record: Any) -> None:
+    # In WAL mode a commit without fsync survives the death of any process, and is many times faster.
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _plain(error: sa.exc.DatabaseError) -> str:
+    text = " ".join(str(error.orig).split())
+    if "locked" in text:
+        return "it is locked by another process"
+    if "readonly" in text or "read-only" in text:
+        return "it is read-only"
+    if "not a database" in text:
+        return "it is not a database"
+    return text

@@ -1,0 +1,386 @@
+"""Studies in their database: created, joined, enlarged, stopped, read; their slots are in slots.py and the ledger."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+from sqlalchemy.engine import Connection
+
+from hpo.config.study_spec import StudySpec
+from hpo.errors import UserError
+from hpo.search import samplers as search
+from hpo.store.database import CONNECTIONS_PER_WORKER, database_path, exclude_others, now
+from hpo.store.ledger import LEASE_S, is_gone
+from hpo.store.retry import patiently
+from hpo.store.schema import attempts, epochs, schema_version, slots, studies, workers
+from hpo.store.slots import Slots, new_slot
+from hpo.study.records import Study, WorkerRow
+from hpo.system import processes as liveness
+
+AGREEMENT = "hpo: "  # begins the names of Optuna's study attributes that are ours
+FIGURE, NOTE = "dashboard:plot_data:", "dashboard:note_"  # begin the names of optuna-dashboard's
+NO_FIGURE = '{"data":[],"layout":{}}'
+MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
+
+
+class Store(Slots):
+    """A database of studies: their creation, their workers, and what there is to read of them."""
+
+    def folder(self, study: Study) -> Path:
+        """Where on this machine a study's logs and its trials' own files go.
+
+        Beside an SQLite database; for a server, in HPO_FILES or else hpo_files in the working directory. No other study
+        has it, not even one of the same name in another database, or after this one was deleted: a user's loop must
+        never go on from a stranger's checkpoint.
+        """
+        path = database_path(self.url)
+        root = path.parent / "hpo_files" if path else Path(os.environ.get("HPO_FILES") or "hpo_files").absolute()
+        return root / study.key
+
+    def checkpoints_url(self, study: Study) -> str:
+        """The folder, or the URL of one, with a folder for each trial's checkpoints."""
+        root = study.spec.checkpoints.url
+        if root is None:
+            return str(self.folder(study) / "checkpoints")
+        return f"{root if '://' in root else Path(root).expanduser()}/{study.key}"
+
+    @property
+    def storage(self) -> optuna.storages.BaseStorage:
+        """The Optuna storage, for Optuna's own tools."""
+        return self._storage
+
+    # Studies
+
+    def create_study(self, spec: StudySpec, *, facts: Mapping[str, Any]) -> Study:
+        """Creates the study with its slots, or joins the one of that name; a larger `search.trials` enlarges it.
+
+        Raises UserError where the spec, or what the preflight found (`facts`), differs from the study's in anything
+        that would change a result.
+        """
+        with self._transaction() as connection:
+            exclude_others(connection)  # who might create it at the same time
+            study_id = self._find_id(connection, spec.name)
+            if study_id is None:
+                study_id = self._insert_study(connection, spec, json.dumps({**facts, "uid": uuid.uuid4().hex[:8]}))
+            else:
+                study = self._load(connection, study_id, spec.name)
+                self.check_joins(study, spec, facts=facts)
+                study = replace(study, facts={**facts, **study.facts})  # an older hpo may have found fewer
+                self._save(connection, study, spec, trials=spec.num_trials)
+            return self._load(connection, study_id, spec.name)
+
+    def check_joins(self, study: Study, spec: StudySpec, *, facts: Mapping[str, Any]) -> None:
+        """Raises UserError, with the differences, where trials of this spec do not belong into the study."""
+        differences = study.spec.differences(spec) + [
+            f"{name} is {study.facts[name]} in the study, {value} here"
+            for name, value in facts.items()
+            if name in study.facts and study.facts[name] != value
+        ]
+        if differences:
+            raise UserError(
+                f"study {spec.name!r} exists in {self.url} with other settings; give this one another name, "
+                "or undo: "
+                + "; ".join(differences[:MAX_DIFFERENCES])
+                + (f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else "")
+            )
+
+    def _insert_study(self, connection: Connection, spec: StudySpec, facts: str) -> int:
+        direction = StudyDirection.MAXIMIZE if spec.direction == "maximize" else StudyDirection.MINIMIZE
+        try:
+            study_id = self._storage.create_new_study([direction], spec.name)
+        except optuna.exceptions.DuplicatedStudyError:
+            raise UserError(
+                f"{self.url} holds a study {spec.name!r} that hpo did not make; choose another name"
+            ) from None
+        optuna.load_study(study_name=spec.name, storage=self._storage).set_metric_names([spec.metric])
+        created = now(connection)
+        connection.execute(
+            studies.insert().values(
+                study_id=study_id,
+                spec=json.dumps(spec.frozen()),
+                facts=facts,
+                created_at=created,
+                started_at=created,
+            )
+        )
+        self._add_slots(connection, study_id, [new_slot(spec, values) for values in search.slots(spec)])
+        return study_id
+
+    @patiently
+    def study(self, name: str) -> Study:
+        """The study of this name. Raises UserError, listing those that exist, where there is none."""
+        with self._storage.engine.connect() as connection:
+            study_id = self._find_id(connection, name)
+            if study_id is None:
+                names = ", ".join(sorted(self._names(connection).values())) or "none"
+                raise UserError(f"there is no study {name!r} in {self.url}; there are: {names}")
+            return self._load(connection, study_id, name)
+
+    def studies(self) -> list[Study]:
+        """The studies that can be read; what is wrong with others, `damages` tells."""
+        return self._load_all()[0]
+
+    def damages(self) -> list[str]:
+        """What is wrong with studies that cannot be read."""
+        return self._load_all()[1]
+
+    def _load_all(self) -> tuple[list[Study], list[str]]:
+        found, damages = [], []
+        with self._storage.engine.connect() as connection:
+            for study_id, name in self._names(connection).items():
+                try:
+                    found.append(self._load(connection, study_id, name))
+                except UserError as error:
+                    damages.append(str(error))
+        return found, damages
+
+    def enlarge(self, study: Study, trials: int) -> None:
+        """Gives the study a budget of `trials`; what was trained stays. Raises UserError for a grid or for fewer."""
+        if study.spec.search.sampler == "grid":
+            raise UserError(f"--trials cannot enlarge a grid; study {study.name!r} has {study.spec.num_trials} points")
+        with self._transaction() as connection:
+            exclude_others(connection)
+            study = self._load(connection, study.study_id, study.name)
+            if trials < (count := self._num_slots(connection, study, kind="search")):
+                raise UserError(f"--trials must be at least {count}, which study {study.name!r} has, got {trials}")
+            self._save(connection, study, study.spec, trials=trials)
+
+    def _save(self, connection: Connection, study: Study, spec: StudySpec, *, trials: int) -> None:
+        """Makes `spec` the study's, with a budget of `trials` or what it has already."""
+        self._lock(connection, study.study_id)
+        count = self._num_slots(connection, study, kind="search")
+        if trials > count:
+            self._drop_unclaimed(connection, study.study_id)
+        self._add_slots(connection, study.study_id, [new_slot(spec, {})] * (trials - count))
+        frozen = spec.frozen()
+        if spec.search.sampler != "grid":
+            frozen["search"]["trials"] = max(trials, count)
+        saved = {"spec": json.dumps(frozen), "facts": json.dumps(dict(study.facts))}
+        connection.execute(studies.update().where(studies.c.study_id == study.study_id).values(**saved))
+
+    def check_absent(self, name: str) -> None:
+        """Raises UserError where this store has a study of that name."""
+        if name in {study.study_name for study in self._storage.get_all_studies()}:
+            raise UserError(f"{self.url} holds a study {name!r} already")
+
+    def copy_from(
+        self,
+        source: Store,
+        study: Study,
+        *,
+        facts: Mapping[str, Any],
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> Study:
+        """Copies a study of another store into this one, all of it or nothing; trials keep numbers, values and curves.
+
+        `facts` are the copy's. `progress(done, of)` is called as trials are copied. Raises UserError where this store
+        has a study of that name, and where trials of it were in training meanwhile.
+        """
+        theirs = source.storage
+        rows = {table: source.rows(table, study) for table in (slots, studies, epochs, attempts, workers)}
+        trials = theirs.get_all_trials(study.study_id)
+        if rows[slots] != source.rows(slots, study) or any(row["state"] == "running" for row in rows[slots]):
+            raise UserError(f"study {study.name!r} is in training; end that with: hpo stop {study.name}")
+        with self._transaction() as connection:
+            exclude_others(connection)
+            at = now(connection)
+            try:
+                study_id = self._storage.create_new_study(theirs.get_study_directions(study.study_id), study.name)
+            except optuna.exceptions.DuplicatedStudyError:
+                raise UserError(f"{self.url} holds a study {study.name!r} already") from None
+            assert facts["uid"] != study.facts["uid"]
+            for key, value in theirs.get_study_system_attrs(study.study_id).items():
+                self._storage.set_study_system_attr(study_id, key, value)
+            for key, value in theirs.get_study_user_attrs(study.study_id).items():
+                self._storage.set_study_user_attr(study_id, key, value)
+            trial_ids: dict[int | None, int | None] = {None: None}
+            for trial in trials:
+                trial_ids[trial._trial_id] = self._storage.create_new_trial(study_id, template_trial=trial)
+                progress(trial.number + 1, len(trials))
+            known = set(connection.execute(sa.select(workers.c.worker_id)).scalars())
+            rows[workers] = [row for row in rows[workers] if row["worker_id"] not in known]
+            for row in rows[studies]:
+                row["facts"] = json.dumps(dict(facts))
+            for row in rows[slots]:
+                row["trial_id"] = trial_ids[row["trial_id"]]
+            for row in rows[attempts] + rows[workers]:
+                row["ended_at"] = row["ended_at"] or at
+            for table, copied in rows.items():
+                if copied:
+                    connection.execute(table.insert(), [{**row, "study_id": study_id} for row in copied])
+            return self._load(connection, study_id, study.name)
+
+    def rows(self, table: sa.Table, study: Study) -> list[dict[str, Any]]:
+        """Every row of one of our tables that belongs to a study."""
+        with self._storage.engine.connect() as connection:
+            query = sa.select(table).where(table.c.study_id == study.study_id)
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def request_stop(self, study: Study) -> None:
+        """Every worker lets go of its trial at its next report and leaves."""
+        with self._transaction() as connection:
+            connection.execute(
+                studies.update()
+                .where(studies.c.study_id == study.study_id, studies.c.stop.is_(None))
+                .values(stop="requested", stop_reason="hpo stop")
+            )
+
+    def start(self, study: Study) -> None:
+        """Takes back a stop, whatever its reason; failures are counted from now on."""
+        with self._transaction() as connection:
+            connection.execute(
+                studies.update()
+                .where(studies.c.study_id == study.study_id)
+                .values(stop=None, stop_reason=None, started_at=now(connection))
+            )
+
+    def _names(self, connection: Connection) -> dict[int, str]:
+        ours = set(connection.execute(sa.select(studies.c.study_id)).scalars())
+        return {s._study_id: s.study_name for s in self._storage.get_all_studies() if s._study_id in ours}
+
+    def _find_id(self, connection: Connection, name: str) -> int | None:
+        return next((study_id for study_id, other in self._names(connection).items() if other == name), None)
+
+    def _load(self, connection: Connection, study_id: int, name: str) -> Study:
+        row = connection.execute(sa.select(studies).where(studies.c.study_id == study_id)).one()
+        try:
+            settings, facts = json.loads(row.spec), dict(json.loads(row.facts))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"study {name!r} in {self.url} is damaged: {error}") from None
+        spec = StudySpec.from_dict(settings, source=f"study {name!r} in {self.url}")
+        # Name and uid become part of a path: a store must not be able to name any folder of this machine.
+        if spec.name != name or not re.fullmatch(r"[0-9a-f]{8}", str(facts.get("uid"))):
+            raise UserError(
+                f"study {name!r} in {self.url} is damaged: its spec names it {spec.name!r}, its uid is "
+                f"{facts.get('uid')!r}"
+            )
+        return Study(study_id, name, spec, facts, row.stop, row.stop_reason, row.started_at)
+
+    @patiently
+    def agree(self, study: Study, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
+        """What holds for the study under this name from now on: `value`, or what an earlier caller gave."""
+        name = f"{AGREEMENT}{key}"
+        with self._transaction() as connection:
+            self._lock(connection, study.study_id)
+            known = self._storage.get_study_user_attrs(study.study_id)
+            if name not in known:
+                self._storage.set_study_user_attr(study.study_id, name, dict(value))
+            return dict(known.get(name, value))
+
+    @patiently
+    def agreements(self, study: Study) -> dict[str, Any]:
+        """All that was agreed on, by name."""
+        attributes = self._storage.get_study_user_attrs(study.study_id)
+        return {key.removeprefix(AGREEMENT): attributes[key] for key in attributes if key.startswith(AGREEMENT)}
+
+    def show(self, study: Study, figures: Mapping[str, str | None], *, note: str) -> None:
+        """Has optuna-dashboard show these figures (title -> JSON of a Plotly figure) and this note with the study.
+
+        In the place of those of the same titles, all of them or, where it raises, none; of two callers at once the
+        later one's stay. None is nothing to show. They are kept as optuna-dashboard keeps them, but whole: its own
+        functions cut them into pieces of 2,045 characters for MySQL, a transaction each, which another writer's pieces
+        could come between.
+        """
+        with self._transaction() as connection:
+            self._lock(connection, study.study_id)
+            known = self._storage.get_study_system_attrs(study.study_id)
+            wanted: dict[str, Any] = {f"{NOTE}str:0": note}
+            for title, figure in figures.items():
+                if figure is not None or f"{FIGURE}{title}:0" in known:
+                    wanted[f"{FIGURE}{title}:0"] = figure or NO_FIGURE  # an attribute can be changed but not removed
+            prefixes = (f"{NOTE}str:", *(f"{FIGURE}{title}:" for title in figures))
+            wanted |= dict.fromkeys((key for key in known if key.startswith(prefixes) and key not in wanted), "")
+            changed = {key: value for key, value in wanted.items() if known.get(key) != value}
+            if changed:
+                changed[f"{NOTE}ver"] = known.get(f"{NOTE}ver", 0) + 1
+            for key, value in changed.items():
+                self._storage.set_study_system_attr(study.study_id, key, value)
+
+    # Workers
+
+    @patiently
+    def add_worker(self, study_id: int, *, device: str, host: str | None = None) -> str:
+        """Registers the calling process as a worker and returns its id; `host` is by default the machine's name."""
+        worker_id = uuid.uuid4().hex[:12]
+        with self._transaction() as connection:
+            at = now(connection)
+            connection.execute(
+                workers.insert().values(
+                    worker_id=worker_id,
+                    study_id=study_id,
+                    host=host or socket.gethostname(),
+                    machine=liveness.machine(),
+                    pid=os.getpid(),
+                    pid_started=liveness.process_started(),
+                    device=device,
+                    started_at=at,
+                    seen_at=at,
+                )
+            )
+        return worker_id
+
+    @patiently
+    def remove_worker(self, worker_id: str) -> None:
+        with self._transaction() as connection:
+            connection.execute(
+                workers.update().where(workers.c.worker_id == worker_id).values(ended_at=now(connection))
+            )
+
+    def workers(self, study: Study) -> list[WorkerRow]:
+        """The workers that have not left, with how long ago each gave a sign of life."""
+        with self._storage.engine.connect() as connection:
+            at = now(connection)
+            rows = connection.execute(
+                sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
+            )
+            return [
+                WorkerRow(
+                    row.worker_id, row.host, row.pid, row.device, at - row.seen_at,
+                    alive=not is_gone(row) and at - row.seen_at < LEASE_S,
+                )
+                for row in rows.all()
+            ]  # fmt: skip
+
+    # The store as a whole
+
+    def describe(self) -> list[str]:
+        """What the store is, in a few lines."""
+        with self._storage.engine.connect() as connection:
+            version = schema_version(connection)
+        lines = [
+            f"{self.url}: {self._storage.engine.dialect.name}, schema version {version}, "
+            f"Optuna's {self._storage.get_current_version()}",
+            f"{len(self.studies())} studies",
+        ]
+        if database_path(self.url) is None:
+            lines.append(f"a worker process has up to {CONNECTIONS_PER_WORKER} connections open")
+        return lines
+
+    def problems(self, study: Study) -> list[str]:
+        """Where the ledger and Optuna's tables do not agree about a study; there is no such place, unless of others'
+        making."""
+        states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "waiting": TrialState.RUNNING}
+        states |= {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
+        theirs = {trial._trial_id: trial for trial in self._storage.get_all_trials(study.study_id, deepcopy=False)}
+        claimed = [row for row in self.rows(slots, study) if row["trial_id"] is not None]
+        found = []
+        for row in claimed:
+            trial = theirs.pop(row["trial_id"], None)
+            name = f"trial {row['number']} of study {study.name!r}"
+            if trial is None:
+                found.append(f"{name} is not among Optuna's trials")
+            elif trial.number != row["number"] or trial.state is not states[row["state"]]:
+                found.append(f"{name} is {row['state']}, and to Optuna trial {trial.number}, {trial.state.name}")
+        return found + [f"Optuna's trial {t.number} of study {study.name!r} has no slot" for t in theirs.values()]

@@ -1,0 +1,174 @@
+"""What the store tells of studies, trials and workers, as plain frozen records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hpo.config.study_spec import StudySpec
+from hpo.search.samplers import values_from_optuna
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+ENDED = ("complete", "pruned", "diverged", "failed")  # the states that a trial does not leave
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as it stands in the store."""
+
+    study_id: int
+    name: str
+    spec: StudySpec
+    facts: Mapping[str, Any]  # what the preflight found: num_train, num_val, num_classes, num_parameters...
+    stop: str | None  # None | "requested" | "failure"
+    stop_reason: str | None
+    started: float  # by the latest `hpo run` or `hpo resume`, as times in `Trial`
+
+    @property
+    def origin(self) -> str:
+        """The uid of the study that it is a copy of, or else its own: names its checkpoints, which move with it."""
+        return str(self.facts.get("origin", self.facts["uid"]))
+
+    @property
+    def key(self) -> str:
+        """Its name and its uid, which no other study of the same name has: names its folders."""
+        return f"{self.name}-{self.facts['uid']}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One attempt at one slot, held under a lease by one worker."""
+
+    study_id: int
+    number: int
+    attempt: int
+    trial_id: int
+    worker_id: str
+    is_suspect: bool = field(default=False, compare=False)  # workers died of it or beside it: it trains alone
+    kind: str = field(default="search", compare=False)  # as in `Trial`, with the two below
+    replicate: int | None = field(default=None, compare=False)
+    tested: int | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a trial reports of an epoch; `value` is what is searched for."""
+
+    claim: Claim
+    epoch: int  # counted from 1
+    metrics: Mapping[str, float]
+    value: float
+    may_prune: bool = True
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at training a trial, from its claim to its end, whatever ended it. Times as in `Trial`."""
+
+    attempt: int
+    worker_id: str
+    host: str | None
+    device: str | None
+    began: float
+    ended: float | None
+    furthest: int  # the epochs that earlier attempts had come to
+    went_on_from: int | None  # the epoch of the checkpoint it went on from; 0: from the start; None: not known (yet)
+    outcome: str | None  # a final state, "released", "lost", or an exception in a line; None while it goes on
+    error: str | None
+    note: str | None  # what went wrong on the way, a line each
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One slot as people see it. `curves[metric]` has one entry for each of `epochs`; None is a number not finite."""
+
+    number: int
+    state: str
+    params: Mapping[str, Any]
+    value: float | None
+    attempt: int
+    reason: str | None
+    error: str | None
+    worker_id: str | None
+    attributes: Mapping[str, Any]  # seed, device, host, pid, versions...
+    started: float | None  # of the latest attempt, seconds since 1970 by the database's clock
+    ended: float | None
+    epochs: Sequence[int] = ()
+    curves: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    attempts: Sequence[Attempt] = ()
+    kind: str = "search"  # | "confirm": trained again on a fresh seed | "test": of one of those, with the test set
+    replicate: int | None = None  # which seed of a confirmation, from 0
+    tested: int | None = None  # of a test: the number of the trial whose network it measures
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    worker_id: str
+    host: str
+    pid: int
+    device: str
+    seen_s: float  # seconds since the last sign of life
+    alive: bool
+
+
+def read_attempt(row: Any) -> Attempt:
+    """An attempt from its row of hpo_attempts, with host and device of its worker."""
+    return Attempt(
+        row.attempt, row.worker_id, row.host, row.device, row.began_at, row.ended_at,
+        row.furthest, row.went_on_from, row.outcome, row.error, row.note,
+    )  # fmt: skip
+
+
+def read_trial(
+    row: Any,
+    frozen: FrozenTrial | None,
+    reports: list[tuple[int, dict[str, float | None]]],
+    attempts: Sequence[Attempt],
+) -> Trial:
+    """A trial from its row of hpo_slots, its Optuna trial once it has one, and its (epoch, metrics) in order."""
+    names = list(dict.fromkeys(name for _, metrics in reports for name in metrics))
+    given = json.loads(row.given)
+    value = frozen.value if frozen is not None and row.state in ("complete", "pruned") else None
+    return Trial(
+        number=row.number,
+        state=row.state,
+        params=values_from_optuna(frozen.params if frozen is not None else given),
+        value=value,
+        attempt=row.attempt,
+        reason=row.reason,
+        error=row.error,
+        worker_id=row.worker_id,
+        attributes=frozen.user_attrs if frozen is not None else {},
+        started=row.claimed_at,
+        ended=row.ended_at,
+        epochs=[epoch for epoch, _ in reports],
+        curves={name: [metrics.get(name) for _, metrics in reports] for name in names},
+        attempts=attempts,
+        kind=row.kind,
+        replicate=row.replicate,
+        tested=row.tested,
+    )
+
+
+def trial_as_dict(trial: Trial) -> dict[str, Any]:
+    """As plain data: what `hpo trials --json` prints."""
+    curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
+    return {
+        **{name: list(values) for name, values in curves.items()},
+        "number": trial.number,
+        "kind": trial.kind,
+        "state": trial.state,
+        "params": dict(trial.params),
+        "value": trial.value,
+        "attempt": trial.attempt,
+        "epochs": list(trial.epochs),
+        "reason": trial.reason,
+        "error": trial.error,
+        **{key: value for key, value in trial.attributes.items() if key not in ("ended", "kind")},
+        "attempts": [asdict(attempt) for attempt in trial.attempts],
+        "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
+    }

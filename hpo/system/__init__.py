@@ -1,0 +1,1 @@
+"""This machine: its devices, processes and files, and where a result came from."""

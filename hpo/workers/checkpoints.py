@@ -1,0 +1,128 @@
+"""A study's checkpoints: where a trial goes on from, and which are removed; hpo.train.checkpoint has their files."""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+from hpo.store.studies import Store
+from hpo.study.records import Claim, Study
+from hpo.train.checkpoint import Checkpoint, CheckpointFolder, list_folders
+from hpo.train.config import TrialConfig
+
+logger = logging.getLogger(__name__)
+
+
+class StudyCheckpoints:
+    """The checkpoints of a study's trials, a folder for each, wherever the study file says or else on this machine.
+
+    What goes wrong with a checkpoint never ends a trial: it is noted in the store, and training goes on. They are
+    written by a thread, while the trials train their next epoch.
+    """
+
+    def __init__(self, store: Store, study: Study) -> None:
+        self._store = store
+        self._study = study
+        self._url = store.checkpoints_url(study)
+        self._keep = study.spec.checkpoints.keep_best
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._writing: dict[int, Future[None]] = {}  # by trial
+
+    def begin(self, claim: Claim, config: TrialConfig) -> Checkpoint | None:
+        """The trial's newest whole checkpoint, or None where it starts from its first epoch; the store is told which.
+
+        An epoch of the checkpoint's that the store has not heard of, because its machine lost its last moments in a
+        power cut, is reported now.
+        """
+        with suppress(Exception):  # of an earlier attempt at it, by this worker
+            self.wait(claim.number)
+        checkpoint: Checkpoint | None = None
+        notes: list[str] = []
+        try:
+            checkpoint, notes = self._folder(claim.number).load(config)
+            if checkpoint is None and claim.tested is not None:
+                checkpoint, more = self._folder(claim.tested).load(config)
+                notes += more
+        except OSError as error:
+            notes = [f"its checkpoints in {self._url} could not be read: {error}"]
+        last_epoch, _ = self._store.last_report(claim) or (0, math.nan)
+        if checkpoint is None and claim.tested is not None:
+            notes.append(f"trained again: {socket.gethostname()} finds no checkpoint of trial {claim.tested}")
+        elif checkpoint is None and last_epoch:
+            notes.append(
+                f"started again after {last_epoch} epochs: {socket.gethostname()} finds no checkpoint in {self._url}"
+            )
+        for note in notes:
+            logger.warning("trial %d: %s", claim.number, note)
+        self._store.begin(claim, went_on_from=checkpoint.epoch if checkpoint else 0, notes=notes)
+        for result in checkpoint.results if checkpoint else ():
+            if result.epoch > last_epoch:
+                self._store.report(
+                    claim, self._study.spec, epoch=result.epoch, metrics=result.metrics(), value=result.val_accuracy,
+                    may_prune=False,
+                )  # fmt: skip
+        return checkpoint
+
+    def save(self, claim: Claim, checkpoint: Checkpoint) -> None:
+        """Begins to save a trial in training. Where that is impossible, the checkpoint before it is still there."""
+        self.wait(claim.number)
+        self._writing[claim.number] = self._writer.submit(self._write, claim, checkpoint)
+
+    def wait(self, number: int) -> None:
+        """Returns when what `save` has begun for the trial is written; raises what that raised.
+
+        Called before the trial's next epoch is reported: of what the store knows, a kill then costs one checkpoint
+        interval at most.
+        """
+        if (writing := self._writing.pop(number, None)) is not None:
+            writing.result()
+
+    def close(self) -> None:
+        self._writer.shutdown()
+
+    def _write(self, claim: Claim, checkpoint: Checkpoint) -> None:
+        try:
+            self._folder(claim.number).save(checkpoint)
+        except OSError as error:
+            logger.warning("trial %d: no checkpoint of epoch %d: %s", claim.number, checkpoint.epoch, error)
+            self._store.note(claim, f"a checkpoint could not be written: {error.strerror or error}")
+
+    def may_be_kept(self, number: int, value: float) -> bool:
+        """Whether a trial that completes with this value belongs to the best, whose last checkpoint stays.
+
+        Of equal ones the one with the lower number does, as in `best_trials`.
+        """
+        best = self._store.best_trials(self._study, self._keep)
+        sign = 1 if self._study.spec.direction == "maximize" else -1
+        return len(best) < self._keep or any((sign * value, -number) > (sign * v, -n) for n, v in best)
+
+    def forget(self, number: int) -> None:
+        """Removes what a trial that has ended needs no more, and what it has driven out of the best."""
+        with suppress(Exception):  # what is still being written of it must not appear after this
+            self.wait(number)
+        best = [other for other, _ in self._store.best_trials(self._study, self._keep + 1)]
+        for unneeded in {number, *best} - {*best[: self._keep]} - self._store.untested(self._study):
+            self._remove(unneeded)
+
+    def tidy(self) -> None:
+        """Removes what workers that were killed, or had lost their trial, have left of trials that have ended."""
+        ended = self._store.ended_numbers(self._study)  # first: a trial may end while this looks, as the best
+        unneeded = ended - {number for number, _ in self._store.best_trials(self._study, self._keep)}
+        unneeded -= self._store.untested(self._study)
+        with suppress(OSError):
+            for name in list_folders(self._url):
+                if name.isdecimal() and int(name) in unneeded:
+                    self._remove(int(name))
+
+    def _folder(self, number: int) -> CheckpointFolder:
+        identity: dict[str, str | int] = {"study": self._study.origin, "trial": number}
+        return CheckpointFolder(f"{self._url}/{number:06d}", identity=identity)
+
+    def _remove(self, number: int) -> None:
+        try:
+            self._folder(number).remove()
+        except OSError as error:
+            logger.warning("the checkpoints of trial %d could not be removed: %s", number, error)

@@ -1,0 +1,350 @@
+"""Pictures a second of many trials on one device: in lanes, one after another, and in several processes.
+
+    make bench-gpu                                   # the article's network on CIFAR-100-shaped noise, batch 128
+    python scripts/bench/lanes.py --network tiny     # 8x8 pictures, of which a CPU trains many at once
+
+Beside our lanes (both ways to stack convolutions) and our plain engine: a usual DataLoader script and several
+processes of the plain engine at once. On a GPU also one captured CUDA graph for each trial, replayed on streams: a
+candidate that is measured and not built in. Figures are medians of --repeats, which take turns. Needs torch alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_engine import flops_per_image, matmul_flops, spread, synchronise
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
+from hpo.train.data import datasets
+from hpo.train.engines.lanes import LaneEngine
+from hpo.train.engines.plain import DataSets, PlainEngine, build_lane, initial_model
+from hpo.train.engines.stack import Group
+from hpo.train.engines.vmap_ops import CONVOLUTIONS
+from hpo.train.models import MODELS
+
+ARTICLE_LRS = (1e-1, 1e-3, 3e-4, 6.25e-5)
+SPACE = (1e-5, 1e-1)  # of the study of many trials
+NETWORKS = ("article", "tiny", "resnet18")
+
+
+def tiny_cnn(*, channels: int, num_classes: int) -> nn.Module:
+    """A small CNN for 8x8 pictures."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(64, num_classes)),
+    )
+
+
+def prepare(network: str, num_pictures: int, batch_size: int) -> TrialConfig:
+    """A trial of the network on noise of its shape, as a data set of our own."""
+    side, channels, num_classes = (8, 1, 10) if network == "tiny" else (32, 3, 100)
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_pictures + num_classes, side, side, channels)  # one picture of each class is for the validation
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    def noise(config: DataConfig) -> datasets.DataSet:
+        pictures = datasets.ArrayPictures(images, torch.arange(len(images)) % num_classes)
+        return datasets.DataSet(train=pictures, open_test=None, num_classes=num_classes)
+
+    datasets.DATA_SETS["noise"] = noise
+    MODELS["tiny"] = tiny_cnn
+    names = {"article": "article_cnn", "tiny": "tiny", "resnet18": "torchvision:resnet18"}
+    return TrialConfig(
+        model=ModelConfig(name=names[network]),
+        data=DataConfig(name="noise", validation_fraction=num_classes / len(images), placement="device"),
+        training=TrainingConfig(lr=1e-4, batch_size=batch_size, optimizer="adam"),
+        seed=0,
+    )
+
+
+def of_seed(config: TrialConfig, seed: int, **training: Any) -> TrialConfig:
+    from dataclasses import replace
+
+    return replace(config, seed=seed, training=replace(config.training, **training))
+
+
+def lanes_epoch(config: TrialConfig, device: str, lanes: int, convolution: str) -> Callable[[], int]:
+    """A function that trains an epoch in every lane, batches included and validation not; returns its pictures."""
+    where = torch.device(device)
+    group = Group(config, data=DataSets(device=where).get(config.data), device=where, convolution=convolution)
+    for seed in range(lanes):
+        group.admit(of_seed(config, seed))
+    num_steps = group.num_steps
+
+    def epoch() -> int:
+        pictures = 0
+        factors = group.factors(num_steps)
+        for step, (images, labels) in enumerate(group.batches()):
+            group.step(images, labels, factors[step])
+            pictures += labels.numel()
+        return pictures
+
+    return epoch
+
+
+def plain_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
+    """The same for the plain engine and one trial."""
+    where = torch.device(device)
+    data = DataSets(device=where).get(config.data)
+    engine, lane = PlainEngine(device=device), build_lane(config, data=data, device=where)
+
+    def epoch() -> int:
+        pictures = 0
+        for images, labels in data.train.batches(config.training.batch_size, seed=0, epoch=0):
+            engine.step(lane, images, labels)
+            pictures += len(labels)
+        return pictures
+
+    return epoch
+
+
+def loader_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
+    """The same for a usual script: a DataLoader with workers, a loss read in every step, float32."""
+    data = DataSets(device=torch.device("cpu")).get(config.data)
+    images, labels = next(data.train.batches(len(data.train)))
+    loader = DataLoader(
+        TensorDataset(images, labels), batch_size=config.training.batch_size, shuffle=True, drop_last=True,
+        num_workers=2, pin_memory=device != "cpu", persistent_workers=True,
+    )  # fmt: skip
+    model = initial_model(config, data=data, device=torch.device(device)).to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    criterion = nn.CrossEntropyLoss()
+
+    def epoch() -> int:
+        pictures, total = 0, 0.0
+        for inputs, labels in loader:
+            targets = labels.to(device, non_blocking=True)
+            optimizer.zero_grad()
+            loss = criterion(model(inputs.to(device, non_blocking=True)), targets)
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            pictures += len(targets)
+        return pictures
+
+    return epoch
+
+
+def graphs_epoch(config: TrialConfig, lanes: int) -> Callable[[], int]:
+    """The same for the candidate of one captured CUDA graph a trial, replayed on a stream each."""
+    where = torch.device("cuda")
+    data = DataSets(device=where).get(config.data)
+    images, labels = next(data.train.batches(config.training.batch_size))
+    replays = []
+    for seed in range(lanes):
+        model = initial_model(of_seed(config, seed), data=data, device=where)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, capturable=True)
+        inputs, targets = images.clone(), labels.clone()
+
+        def step(
+            model: nn.Module = model,
+            optimizer: torch.optim.Optimizer = optimizer,
+            inputs: Tensor = inputs,
+            targets: Tensor = targets,
+        ) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                logits = model(inputs)
+            nn.functional.cross_entropy(logits.float(), targets).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        replays.append((graph, stream, inputs))
+
+    def epoch() -> int:
+        pictures = 0
+        batches = data.train.stacked_batches(config.training.batch_size, [(seed, 0) for seed in range(lanes)])
+        for images_KBCHW, _ in batches:
+            if images_KBCHW.shape[1] < config.training.batch_size:
+                break
+            for (graph, stream, inputs), images in zip(replays, images_KBCHW, strict=True):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    inputs.copy_(images)
+                    graph.replay()
+            for _, stream, _ in replays:
+                torch.cuda.current_stream().wait_stream(stream)
+            pictures += images_KBCHW.shape[0] * images_KBCHW.shape[1]
+        return pictures
+
+    return epoch
+
+
+def rate(epoch: Callable[[], int], device: str) -> float:
+    synchronise(device)
+    start_s = time.perf_counter()
+    pictures = epoch()
+    synchronise(device)
+    return pictures / (time.perf_counter() - start_s)
+
+
+def one_of_many(given: tuple[str, int, int], device: str, threads: int, barrier: Any, rates: Any) -> None:
+    torch.set_num_threads(threads)
+    config = prepare(*given)
+    epoch = plain_epoch(config, device)
+    epoch()
+    barrier.wait()
+    rates.put(rate(epoch, device))
+
+
+def processes_rate(given: tuple[str, int, int], device: str, count: int) -> float:
+    """Pictures a second of so many processes of the plain engine together."""
+    context = multiprocessing.get_context("spawn")
+    barrier, rates = context.Barrier(count), context.Queue()
+    threads = max(1, torch.get_num_threads() // count)
+    arguments = (given, device, threads, barrier, rates)
+    processes = [context.Process(target=one_of_many, args=arguments) for _ in range(count)]
+    for process in processes:
+        process.start()
+    total = sum(rates.get(timeout=600) for _ in processes)
+    for process in processes:
+        process.join()
+    return total
+
+
+def study(config: TrialConfig, device: str, lrs: list[float], epochs: int) -> int:
+    """Trains one trial for each learning rate, as many at once as the engine chooses; returns how many that is."""
+    engine = LaneEngine(device=device, most=max(2, len(lrs)))
+    waiting = [of_seed(config, seed, lr=lr, epochs=epochs) for seed, lr in enumerate(lrs)]
+    held: set[int] = set()
+    while waiting or held:
+        while waiting and engine.free_lanes:
+            held.add(engine.admit(waiting.pop(0)))
+        for result in engine.run_epoch():
+            if result.epoch == epochs or result.diverged:
+                engine.evict(result.lane)
+                held.discard(result.lane)
+    assert engine.choice is not None
+    return engine.choice.lanes
+
+
+def study_seconds(arguments: argparse.Namespace, trials: int, epochs: int) -> float:
+    """Seconds of a whole process that trains a study, its start and all measuring and compiling included."""
+    command = [sys.executable, __file__, "--network", arguments.network, "--device", arguments.device]
+    command += [
+        "--pictures",
+        str(arguments.pictures),
+        "--batch-size",
+        str(arguments.batch_size),
+        "--study",
+        str(trials),
+        str(epochs),
+    ]
+    start_s = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start_s
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--network", default="article", choices=NETWORKS)
+    parser.add_argument("--lanes", type=int, nargs="+", help="default: 1 to 64, on a CPU 1 to 16")
+    parser.add_argument("--processes", type=int, nargs="*", help="default: 2 4 8, on a CPU 2")
+    parser.add_argument("--pictures", type=int, help="an epoch (default: 50000; on a CPU 256, tiny 4096)")
+    parser.add_argument("--batch-size", type=int, help="of a lane (default: 128, tiny 32)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-studies", action="store_true", help="leave out the seconds from start to answer")
+    parser.add_argument(
+        "--study", type=int, nargs=2, metavar=("TRIALS", "EPOCHS"), help="train this study, print nothing"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    small = 4096 if arguments.network == "tiny" else 256
+    arguments.pictures = arguments.pictures or (50_000 if arguments.device.startswith("cuda") else small)
+    arguments.batch_size = arguments.batch_size or (32 if arguments.network == "tiny" else 128)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device, network = arguments.device, arguments.network
+    on_cuda = torch.device(device).type == "cuda"
+    given = (network, arguments.pictures, arguments.batch_size)
+    config = prepare(*given)
+    if arguments.study:
+        trials, epochs = arguments.study
+        low, high = map(math.log, SPACE)
+        spread_out = [math.exp(low + (high - low) * index / max(1, trials - 1)) for index in range(trials)]
+        study(config, device, list(ARTICLE_LRS) if trials == len(ARTICLE_LRS) else spread_out, epochs)
+        return
+
+    epochs: dict[str, Callable[[], int]] = {"one after another": plain_epoch(config, device)}
+    epochs["DataLoader script"] = loader_epoch(config, device)
+    counts = arguments.lanes or ([1, 2, 4, 8, 16, 32, 64] if on_cuda else [1, 2, 4, 8, 16])
+    for count in counts:
+        for convolution in CONVOLUTIONS:
+            epochs[f"{count} lanes, {convolution}"] = lanes_epoch(config, device, count, convolution)
+        if on_cuda:
+            epochs[f"{count} CUDA graphs"] = graphs_epoch(config, count)
+    precision = "bf16" if on_cuda else "fp32"
+    print(f"{network}, batch {arguments.batch_size}, {arguments.pictures} pictures an epoch, {precision}", flush=True)
+    rates: dict[str, list[float]] = {name: [] for name in epochs}
+    for epoch in epochs.values():
+        epoch()  # warms up
+    for _ in range(arguments.repeats):
+        for name, epoch in epochs.items():
+            rates[name].append(rate(epoch, device))
+    for count in arguments.processes if arguments.processes is not None else ([2, 4, 8] if on_cuda else [2]):
+        name = f"{count} processes"
+        rates[name] = [processes_rate(given, device, count) for _ in range(arguments.repeats)]
+
+    peaks = [matmul_flops(device) for _ in range(arguments.repeats)]
+    flops = flops_per_image() if network == "article" else None
+    figures: dict[str, Any] = {
+        "hardware": torch.cuda.get_device_name(device) if on_cuda else f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "network": network,
+        "batch_size": arguments.batch_size,
+        "pictures": arguments.pictures,
+        "matmul_flops_per_s": spread(peaks),
+        "images_per_s": {name: spread(values) for name, values in rates.items()},
+    }
+    print(f"{figures['hardware']}, {figures['threads']} threads, torch {torch.__version__}; n = {arguments.repeats}")
+    alone = rates["one after another"]
+    for name, values in rates.items():
+        ratios = [value / other for value, other in zip(values, alone, strict=True)]
+        share = f"{statistics.median(values) * flops / statistics.median(peaks):8.1%}" if flops else ""
+        print(
+            f"{name:<24}{statistics.median(values):12.0f} images/s ({min(values):.0f} to {max(values):.0f})"
+            f"{statistics.median(ratios):8.2f} times{share}",
+            flush=True,
+        )
+    if not arguments.no_studies:
+        for trials, length in ((len(ARTICLE_LRS), 20), (32, 5)):
+            seconds = study_seconds(arguments, trials, length)
+            figures[f"seconds_{trials}_trials_{length}_epochs"] = seconds
+            print(f"{trials} trials x {length} epochs, from the start of the process: {seconds:.1f} s", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Draw the answer of a study as the picture in the README: what the terminal shows at its end, as SVG.
+
+python scripts/bench/quickstart_svg.py quickstart --output docs/quickstart.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+
+from hpo.analysis.answer import best
+from hpo.api.running import storage_url
+from hpo.cli.display import heading, print_answer
+from hpo.store.studies import Store
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the answer of a study as SVG.")
+    parser.add_argument("study")
+    parser.add_argument("--output", required=True, metavar="FILE.svg")
+    parser.add_argument("--storage", help="URL of the store; default HPO_STORAGE, else sqlite:///hpo.db")
+    arguments = parser.parse_args()
+
+    store = Store(storage_url(arguments.storage))
+    study = store.study(arguments.study)
+    trials = store.trials(study)
+    found = best(study, trials)
+    assert found is not None, "the study has no complete trial"
+    console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
+    console.print(heading(study))
+    print_answer(console, study, trials, found, next_steps=[])
+    svg = console.export_svg(title=f"hpo run studies/{arguments.study}.toml", theme=MONOKAI)
+    # The picture asks no other host for its letters.
+    Path(arguments.output).write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The response: the best learning rate, its interval, the plateau and the edge, of made trials whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpo.analysis.response import LEAST_RATES, Response, Trials, respond
+
+LOW, HIGH = 1e-5, 1e-1
+
+
+def make_trials(
+    lrs: Any, value: Any, *, diverged: Any = (), noise: float = 0.0, floor: float = 0.1, seed: int = 0
+) -> Trials:
+    x = np.log10(np.array(lrs, dtype=float))
+    values = np.array([value(at) for at in x]) + noise * np.random.default_rng(seed).standard_normal(len(x))
+    return Trials(x, values, np.zeros(len(x)), np.log10(np.array(diverged, dtype=float)), floor)
+
+
+def hill(x: float) -> float:
+    return 0.9 - 0.1 * (x + 3) ** 2
+
+
+def response(trials: Trials) -> Response:
+    found = respond(trials, low=LOW, high=HIGH)
+    assert found is not None
+    return found
+
+
+def at(found: Response, lr: float) -> int:
+    return int(np.abs(np.log(np.array(found.lrs) / lr)).argmin())
+
+
+EVENLY = np.geomspace(LOW, HIGH, 15)
+
+
+def test_the_top_of_a_smooth_response_is_found_and_held() -> None:
+    found = response(make_trials(EVENLY, hill, noise=0.005))
+    assert found.best == pytest.approx(1e-3, rel=0.3)
+    assert found.value == pytest.approx(0.9, abs=0.01)
+    low, high = found.interval
+    assert low < 1e-3 < high < 5 * low
+    assert found.plateau[0] <= found.best <= found.plateau[1]
+    assert found.noise == pytest.approx(0.005, abs=0.004)
+    assert found.edge is None
+
+
+def test_the_band_holds_most_of_the_response() -> None:
+    inside = []  # over 40 studies: 0.81 (15 trials, this noise), 0.83 (30 trials), 0.93 (30, five times the noise)
+    for seed in range(10):
+        found = response(make_trials(EVENLY, hill, noise=0.02, seed=seed))
+        truth = [hill(math.log10(lr)) for lr in found.lrs]
+        inside += [a <= b <= c for a, b, c in zip(found.low, truth, found.high, strict=True)]
+    assert 0.7 < np.mean(inside) < 0.99
+
+
+def test_more_noise_is_more_doubt() -> None:
+    quiet, loud = (response(make_trials(EVENLY, hill, noise=noise)) for noise in (0.003, 0.1))
+    assert loud.noise > 5 * quiet.noise
+    assert math.log(loud.interval[1] / loud.interval[0]) > 2 * math.log(quiet.interval[1] / quiet.interval[0])
+
+
+def test_the_same_trials_in_any_order_give_the_same_numbers() -> None:
+    trials = make_trials(EVENLY, hill, noise=0.01, diverged=[0.5])
+    backwards = replace(trials, x=trials.x[::-1], value=trials.value[::-1], doubt=trials.doubt[::-1])
+    assert response(trials) == response(trials) == response(backwards)
+
+
+@pytest.mark.parametrize("lrs", [[], [1e-3], np.geomspace(1e-4, 1e-2, LEAST_RATES - 1), [1e-3] * 20])
+def test_too_few_learning_rates_give_no_response(lrs: Any) -> None:
+    assert respond(make_trials(lrs, hill), low=LOW, high=HIGH) is None
+
+
+def test_a_diverging_rate_is_not_recommended_and_the_edge_lies_between_what_trained_and_what_did_not() -> None:
+    rising = make_trials(np.geomspace(LOW, 1e-3, 12), lambda x: 0.9 + 0.1 * x, diverged=np.geomspace(3e-3, HIGH, 6))
+    found = response(rising)
+    assert found.edge is not None
+    assert 1e-3 < found.edge.lr < 3e-3
+    assert found.edge.interval[0] < found.edge.lr < found.edge.interval[1]
+    assert found.interval[1] < 3.5e-3
+    assert found.diverging[at(found, HIGH)] > 0.95
+    assert found.diverging[at(found, LOW)] < 0.05
+    assert found.diverging[at(found, found.best)] < 0.2
+
+
+def test_one_trial_that_diverges_where_others_train_moves_nothing_much() -> None:
+    lrs, edge = np.geomspace(LOW, 1e-2, 16), [2e-2, 4e-2, 8e-2]
+    without, with_one = (response(make_trials(lrs, hill, diverged=[*edge, *more])) for more in ([], [1e-5]))
+    assert with_one.best == pytest.approx(without.best, rel=0.15)
+
+
+def test_a_doubtful_value_counts_less() -> None:
+    trials = make_trials(EVENLY, hill)
+    number = int(np.abs(trials.x + 1.5).argmin())
+    value, doubt = trials.value.copy(), trials.doubt.copy()
+    value[number] = 1.0  # far above what it should be
+    certain = response(replace(trials, value=value))
+    doubt[number] = 0.5
+    doubtful = response(replace(trials, value=value, doubt=doubt))
+    assert doubtful.best == pytest.approx(1e-3, rel=0.3)
+    assert certain.high[at(certain, 10**-1.5)] > doubtful.mean[at(doubtful, 10**-1.5)] + 0.05
+
+
+def test_the_sensitivity_is_the_mean_shortfall_over_the_range() -> None:
+    shortfall = float(np.mean([0.9 - hill(x) for x in np.linspace(-5, -1, 161)]))
+    assert response(make_trials(EVENLY, hill)).sensitivity == pytest.approx(shortfall, abs=0.01)
+    halved = make_trials(np.geomspace(LOW, 1e-3, 20), lambda x: 0.9, diverged=np.geomspace(1.2e-3, HIGH, 20))
+    assert response(halved).sensitivity == pytest.approx((0.9 - 0.1) / 2, abs=0.03)
+
+
+def test_a_flat_response_is_all_plateau() -> None:
+    found = response(make_trials(EVENLY, lambda x: 0.8, noise=0.01))
+    low, high = found.plateau
+    assert math.log10(high / low) > 2
+    assert found.sensitivity < 0.01
+    assert found.value == pytest.approx(0.8, abs=0.01)  # and not the luckiest trial's
+
+
+def test_very_many_trials_are_no_trouble() -> None:
+    lrs = 10 ** np.random.default_rng(1).uniform(-5, -1, 1000)
+    found = response(make_trials(lrs, hill, noise=0.05))
+    assert found.best == pytest.approx(1e-3, rel=0.3)
+    assert found.noise == pytest.approx(0.05, rel=0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_values_of_any_size_will_do(scale: float) -> None:
+    found = response(make_trials(EVENLY, lambda x: scale * hill(x), floor=math.inf))
+    assert found.best == pytest.approx(1e-3, rel=0.3)
+    assert found.value == pytest.approx(0.9 * scale, rel=0.02)
+
+
+def test_equal_values_are_no_division_by_zero() -> None:
+    found = response(make_trials(EVENLY, lambda x: 0.5))
+    assert found.value == pytest.approx(0.5)
+    assert all(map(math.isfinite, [*found.mean, *found.low, *found.high, found.sensitivity, found.noise]))
+
+
+def test_mirrored_is_the_same_seen_from_below() -> None:
+    found = response(make_trials(EVENLY, hill))
+    mirrored = found.mirrored()
+    assert mirrored.mean == [-value for value in found.mean]
+    assert all(a <= b <= c for a, b, c in zip(mirrored.low, mirrored.mean, mirrored.high, strict=True))
+    assert (mirrored.best, mirrored.interval, mirrored.value) == (found.best, found.interval, -found.value)
+    assert mirrored.mirrored() == found
+
+
+def test_in_figures_is_plain_data_without_the_curves() -> None:
+    figures = response(make_trials(EVENLY, hill, diverged=[0.5])).in_figures()
+    assert figures.keys() == {"best", "value", "interval", "plateau", "edge", "sensitivity", "noise"}
+    assert figures["edge"].keys() == {"lr", "interval"}
+
+
+def test_the_plateau_is_no_excuse_for_diverging_and_the_best_lies_in_the_interval() -> None:
+    for seed in range(5):
+        trained = np.geomspace(LOW, 1e-3, 12)
+        found = response(
+            make_trials(trained, lambda x: 0.9 + 0.15 * x, diverged=np.geomspace(2e-3, HIGH, 8), noise=0.01, seed=seed)
+        )
+        assert found.diverging[at(found, found.plateau[1])] < 0.15
+        assert found.interval[0] <= found.best <= found.interval[1]
+        assert found.lrs[0] <= found.interval[0] < found.interval[1] <= found.lrs[-1]
+
+
+@pytest.mark.parametrize("huge", [1e4, 1e30, 1e155, 1e300])
+def test_one_huge_loss_moves_nothing(huge: float) -> None:
+    trials = make_trials(EVENLY, lambda x: -0.05 - 0.1 * (x + 3) ** 2, diverged=[0.2, 0.4], floor=math.inf)
+    value = trials.value.copy()
+    value[0] = -huge
+    usual, found = response(trials), response(replace(trials, value=value))
+    assert found.best == pytest.approx(usual.best, rel=0.5)
+    assert found.value == pytest.approx(usual.value, abs=0.05)
+    assert found.sensitivity < 2
+
+
+@pytest.mark.parametrize("diverged", [[1e-3], [1e-5, 2e-5, 4e-5]])
+def test_where_only_rates_below_others_diverge_there_is_no_edge(diverged: list[float]) -> None:
+    assert response(make_trials(np.geomspace(6e-5, HIGH, 14), hill, diverged=diverged)).edge is None

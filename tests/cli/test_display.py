@@ -1,0 +1,101 @@
+"""What a terminal shows while a study runs, on a real (pseudo-)terminal driven by tmux."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpo.analysis.answer import best
+from hpo.analysis.text import answer_lines
+from tests.analysis.test_answer import LOG_LR, complete, hill, make_study, numbered, trained
+
+LOOP = """
+import time
+def train(trial):
+    for epoch in range(1, trial.epochs + 1):
+        time.sleep(0.4)
+        if trial.report(epoch, val_accuracy=0.5 + 0.04 * epoch, train_loss=1 / epoch):
+            return
+"""
+STUDY = """
+name = "live"
+[search]
+sampler = "grid"
+[search.space]
+lr = [1e-3, 1e-2]
+[training]
+epochs = 8
+[objective]
+function = "loop:train"
+"""
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
+def test_a_terminal_shows_the_study_each_running_trial_the_best_and_then_the_answer(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").write_text(LOOP)
+    (tmp_path / "live.toml").write_text(STUDY)
+    tmux = ["tmux", "-L", f"hpo-test-{tmp_path.name}"]
+    command = f"{sys.executable} -m hpo run live.toml --devices cpu; echo exit code $?; sleep 60"
+    subprocess.run(
+        [*tmux, "-f", "/dev/null", "new-session", "-d", "-x", "120", "-y", "40", "-c", tmp_path, command], check=True
+    )
+
+    def screen() -> str:
+        return subprocess.run([*tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
+
+    def wait_for(seen: Callable[[str], bool]) -> str:
+        deadline = time.monotonic() + 60
+        while not seen(text := screen()):
+            assert time.monotonic() < deadline, text
+            time.sleep(0.1)
+        return text
+
+    try:
+        text = wait_for(lambda text: bool(re.search("1 +lr=0.01 .*[2-6]/8", text)))
+        assert "1/2 trials" in text
+        assert "time left" in text
+        row = next(line for line in text.splitlines() if "lr=0.01" in line).split()
+        assert row[:3] == ["1", "lr=0.01", "cpu"]
+        epoch = int(row[3].removesuffix("/8"))
+        assert row[4:6] == [f"{1 / epoch:.4f}", f"{0.5 + 0.04 * epoch:.4f}"]
+        assert "best so far: lr=0.001, val_accuracy 82.00%, trial 0" in text
+        text = wait_for(lambda text: "exit code" in text)
+        assert "exit code 0" in text
+        assert "best learning rate: 0.001, val_accuracy 82.00%, trial 0" in text
+        assert "best so far" not in text, "the live lines are gone when the answer is there"
+        assert text.count("trial 0 complete") == text.count("trial 1 complete") == 1
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=False)
+
+
+def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_to_beware_of() -> None:
+    study = make_study(search={"trials": 32, "space": {"lr": LOG_LR, "optimizer": ["adam", "sgd"]}})
+    diverging = [trained(lr, 0.1, state="diverged", optimizer="adam") for lr in (3e-2, 5e-2, 9e-2)]
+    adam = [trial for trial in complete(optimizer="adam") if trial.params["lr"] < 2e-2]
+    sgd = complete(lambda lr: hill(lr, 1e-2) - 0.1, optimizer="sgd")
+    found = best(study, numbered(*adam, *diverging, *sgd))
+    assert found is not None
+    assert found.response is not None
+    assert found.response.edge is not None
+    answer, confidence, expected, edge, trial, other = answer_lines(study, found)
+    low, high = found.interval or (0, 0)
+    assert answer == f"best learning rate: {found.response.best:.2g} (optimizer adam)"
+    assert confidence.startswith(f"with 90% confidence the best one is between {low:.2g} and {high:.2g}; not told")
+    assert f"val_accuracy {found.response.value:.2%}, give or take {found.response.noise:.2%}" in expected
+    assert edge.startswith(f"half of the trials diverge at {found.response.edge.lr:.2g} (")
+    assert trial.startswith(f"the best trial: learning rate {found.params['lr']:.4g}, val_accuracy {found.value:.2%}")
+    (_, sgd_response) = found.responses[1]
+    assert other.startswith(f"with optimizer=sgd: {sgd_response.best:.2g} (")
+
+
+def test_the_warnings_of_an_answer_come_last() -> None:
+    found = best(make_study(), numbered(*complete()[5:8]))
+    assert found is not None
+    assert answer_lines(make_study(), found)[-1].startswith("beware: ")

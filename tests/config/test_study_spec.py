@@ -1,0 +1,300 @@
+"""A study file is read into a frozen spec, and every mistake in it is one sentence with the setting, rule and value."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpo.config.study_file import change
+from hpo.config.study_spec import StudySpec
+from hpo.errors import UserError
+from hpo.train.config import TrainingConfig
+
+MINIMAL = """
+name = "lr"
+[search.space]
+lr = { low = 1e-5, high = 1e-1, log = true }
+"""
+
+
+def read(text: str, *overrides: str) -> StudySpec:
+    settings = tomllib.loads(text)
+    return StudySpec.from_dict(settings) if not overrides else StudySpec.from_dict(_overridden(settings, overrides))
+
+
+def _overridden(settings: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    for override in overrides:
+        change(settings, override)
+    return settings
+
+
+MISTAKES = {
+    # what is added to, or set in, the minimal file: what the message must say
+    "[search]\nsmapler = 'tpe'": ["unknown key search.smapler", "did you mean 'sampler'"],
+    "[training]\nepoch = 3": ["unknown key training.epoch", "epochs"],
+    "[data]\nroots = 'x'": ["unknown key data.roots", "root"],
+    "[pruner]\nname = 'median'\nwarmup = 1": ["unknown key pruner.warmup", "warmup_epochs"],
+    "[trainings]\nlr = 1": ["unknown key trainings", "training"],
+    "[confirmation]\ntop = 3": ["unknown key confirmation", "confirm"],
+    "[search]\nsampler = 'bayes'": ["search.sampler must be one of", "tpe", "'bayes'"],
+    "[pruner]\nname = 'hyperbrand'": ["pruner.name must be one of", "did you mean 'hyperband'"],
+    "[training]\noptimizer = 'adm'": ["training.optimizer must be one of", "adadelta", "did you mean"],
+    "[training]\nschedule = 'cosin'": ["training.schedule must be one of", "'cosin'", "did you mean 'cosine'"],
+    "[training]\nepochs = 0": ["training.epochs must be at least 1, got 0"],
+    "[training]\nepochs = 2.5": ["training.epochs must be an integer, got 2.5"],
+    "[training]\nepochs = true": ["training.epochs must be", "True"],
+    "[training]\nlr = '1e-3'": ["training.lr must be a number, got '1e-3'"],
+    "[training]\nlr = 0.0": ["training.lr must be greater than 0, got 0.0"],
+    "[training]\nlr = nan": ["training.lr must be greater than 0, got nan"],
+    "[training]\nbatch_size = -1": ["training.batch_size must be at least 1, got -1"],
+    "[training]\nprecision = 'fp8'": ["training.precision must be 'auto', 'fp32' or 'bf16'", "'fp8'"],
+    "[training]\nwarmup_epochs = 10": ["training.warmup_epochs must be less than training.epochs = 10, got 10"],
+    "[training]\nlabel_smoothing = 1.0": ["training.label_smoothing must be at least 0 and less than 1"],
+    "[training]\ngradient_clip = 0.0": ["training.gradient_clip must be greater than 0"],
+    "[training]\nmomentum = 0.9": ["training.momentum has no meaning for optimizer adam", "sgd"],
+    "[training]\noptimizer = 'sgd'\nbeta1 = 0.5": ["training.beta1 has no meaning for optimizer sgd"],
+    "[training]\noptimizer = 'sgd'\nnesterov = true": ["training.momentum must be greater than 0 with", "nesterov"],
+    "[training]\nstep_epochs = 3": ["training.step_epochs has no meaning for schedule constant", "step"],
+    "[training]\nschedule = 'multistep'\nmilestones = [5, 3]": ["training.milestones must be rising epochs"],
+    "[training]\nlr = 0.1": ["training.lr has no effect beside search.space.lr, got 0.1"],
+    "[training]\nschedule = 'multistep'": ["training.milestones must name at least one epoch"],
+    "[search]\ntry_first = [{ lr = 1e-3 }, { lr = 1e-3 }]": ["search.try_first[1] must name values that are not tried"],
+    "[search]\ntry_first = [{}]": ["search.try_first[0] must name values"],
+    "[search]\ntrials = 0": ["search.trials must be between 1 and 1,000,000, got 0"],
+    "[search]\ntrials = -3": ["search.trials must be between 1 and 1,000,000, got -3"],
+    "[search]\nsampler = 'grid'": ["search.space.lr.points must be at least 2 for sampler 'grid'"],
+    "[search]\nsampler = 'cmaes'": ["'cmaes' needs at least 2 ranges", "got 1 (lr)"],
+    "[search]\ntry_first = [{ lr = 1.0 }]": ["search.try_first[0].lr must be a number from 1e-05 to 0.1, got 1.0"],
+    "[search]\ntry_first = [{ wd = 1.0 }]": ["search.try_first[0]", "lr", "'wd'"],
+    "[search]\ntrials = 1\ntry_first = [{ lr = 1e-3 }, { lr = 1e-4 }]": ["search.try_first must hold at most", "got 2"],
+    "[data]\nvalidation_fraction = 0.0": ["data.validation_fraction must be greater than 0 and less than 1, got 0.0"],
+    "[data]\nvalidation_fraction = 1.0": ["data.validation_fraction must be greater than 0 and less than 1, got 1.0"],
+    "[data]\ntrain_samples = 10\ntrain_fraction = 0.5": ["data.train_samples and data.train_fraction cannot both"],
+    "[pruner]\nname = 'asha'\npercentile = 25.0": ["pruner.percentile has no meaning for pruner 'asha'", "min_epochs"],
+    "[pruner]\nname = 'threshold'": ["pruner.lower or pruner.upper must be set"],
+    "[pruner]\nname = 'asha'\nreduction_factor = 1": ["pruner.reduction_factor must be at least 2, got 1"],
+    "[objective]\nfunction = 'train'": ["objective.function must be written package.module:function, got 'train'"],
+    "[objective]\nfunction = 'm:f'\ndirection = 'up'": ["objective.direction must be maximize or minimize, got 'up'"],
+    "[objective]\nfunction = 'm:f'\n[model]\nname = 'x'": ["model.name has no effect with objective.function"],
+    "[objective]\nfunction = 'm:f'\n[training]\nbatch_size = 3": ["training.batch_size has no effect", "got 3"],
+}
+
+
+@pytest.mark.parametrize("added", MISTAKES)
+def test_a_mistake_is_one_sentence_naming_setting_rule_and_value(added: str, tmp_path: Path) -> None:
+    text = MINIMAL
+    if added.startswith("[search]\n"):  # the minimal file opens [search.space] itself
+        text = MINIMAL.replace("[search.space]", f"{added}\n[search.space]")
+    else:
+        text += added
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        StudySpec.from_toml(path)
+    message = str(caught.value)
+    for part in MISTAKES[added]:
+        assert part in message
+    assert "\n" not in message
+    assert str(path) in message
+
+
+SPACES = {
+    "lr = 'automatic'": ["search.space.lr must be a list of values or { low", "'automatic'"],
+    "lr = [0.1]\nweight_decay = 'auto'": ["search.space.weight_decay must be", "'auto' is for lr alone"],
+    "lr = [0.1]\nmodel.lr = 'auto'": ["search.space.model.lr must be", "'auto' is for lr alone"],
+    "lr = { low = 0.0, high = 0.1, log = true }": ["search.space.lr.low must be > 0 on a log scale, got 0.0"],
+    "lr = { low = -1e-3, high = 0.1, log = true }": ["search.space.lr.low must be > 0 on a log scale, got -0.001"],
+    "lr = { low = 0.0, high = 0.1 }": ["search.space.lr must be greater than 0, got 0.0"],
+    "lr = { low = 0.1, high = 0.1 }": ["search.space.lr.low must be less than search.space.lr.high", "0.1"],
+    "lr = { low = 0.1, high = 1e-3 }": ["search.space.lr.low must be less than search.space.lr.high", "low = 0.1"],
+    "lr = { low = 0.1 }": ["search.space.lr must have both low and high"],
+    "lr = { low = 1e-3, high = inf }": ["search.space.lr.high must be a finite number, got inf"],
+    "lr = { low = 1e-3, hihg = 1.0 }": ["unknown key search.space.lr.hihg", "did you mean 'high'"],
+    "lr = { low = 1e-3, high = 1.0, points = 5 }": ["search.space.lr.points has no meaning but for a grid"],
+    "lr = { low = 1e-3, high = 1.0, log = true, step = 0.1 }": ["search.space.lr.step must be", "log scale"],
+    "lr = []": ["search.space.lr must hold at least one value"],
+    "lr = [0.1, 0.1]": ["search.space.lr must hold each value once"],
+    "lr = [0.1, nan]": ["search.space.lr must hold finite numbers"],
+    "lr = [0.1, -0.1]": ["search.space.lr must be greater than 0, got -0.1"],
+    "lr = 0.1": ["search.space.lr must be a list of values or { low"],
+    "lr = ['high']": ["search.space.lr is wrong", "number", "'high'"],
+    "momentun = [0.9]": ["search.space: each key must be one of", "did you mean 'momentum'"],
+    "'data.flips' = [true]": ["search.space: each key", "data.flip", "did you mean 'data.flip'"],
+    "batch_size = { low = 16.5, high = 64 }": ["search.space.batch_size is wrong", "integer", "16.5"],
+    "lr = [0.1]\noptimizer = ['adam', 'sdg']": ["search.space.optimizer must be one of", "'sdg'", "did you mean 'sgd'"],
+    "momentum = [0.5]\nlr = [0.1]": ["search.space.momentum has no meaning for optimizer adam"],
+    "lr.by.optimizer.adam = { low = 1e-5, high = 1e-1 }": ["search.space.lr.by.optimizer must be a list"],
+    "optimizer = ['adam']\nlr.by.optimizer.sgd = { low = 1e-5, high = 1e-1 }": ["by.optimizer must be one of adam"],
+    "optimizer = ['adam', 'sgd']\nlr.by.optimizer.sgd = [0.1]": [
+        "training.lr must be set where search.space.lr has no"
+    ],
+    "optimizer = ['adam']\nlr.by = 3": ["search.space.lr.by must name one other parameter"],
+    "weight_decay = [0.1]": ["training.lr must be set, or searched as search.space.lr"],
+    "epochs = [5, 0]\nlr = [0.1]": ["search.space.epochs must be at least 1, got 0"],
+    "": ["search.space must name at least one parameter"],
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_mistake_in_the_space_is_one_sentence(space: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(f"name = 's'\n[search.space]\n{space}")
+    for part in SPACES[space]:
+        assert part in str(caught.value)
+
+
+def test_auto_is_no_grid() -> None:
+    with pytest.raises(UserError, match=r"search\.space\.lr must be a list, or low, high and points"):
+        read("name = 's'\n[search]\nsampler = 'grid'\n[search.space]\nlr = 'auto'")
+
+
+def test_auto_is_not_for_a_loop_of_one_s_own() -> None:
+    with pytest.raises(UserError, match=r"search\.space\.lr must be a range or a list with .*'auto'"):
+        read("name = 's'\n[search.space]\nlr = 'auto'\n[objective]\nfunction = 'loop:train'")
+
+
+@pytest.mark.parametrize("sampler", ["gp", "qmc", "cmaes"])
+def test_samplers_that_cannot_search_cases_refuse_them(sampler: str) -> None:
+    text = f"""
+    name = "s"
+    [search]
+    sampler = "{sampler}"
+    [search.space]
+    optimizer = ["adam", "sgd"]
+    weight_decay = {{ low = 0.0, high = 0.1 }}
+    label_smoothing = {{ low = 0.0, high = 0.1 }}
+    lr.by.optimizer = {{ adam = [0.1], sgd = [0.2] }}
+    """
+    with pytest.raises(UserError, match=r"search\.space\.lr\.by cannot be used with sampler"):
+        read(text)
+
+
+def test_a_file_that_is_absent_or_no_toml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.toml cannot be read: No such file"):
+        StudySpec.from_toml(tmp_path / "nowhere.toml")
+    (tmp_path / "torn.toml").write_text("name = ")
+    with pytest.raises(UserError, match=r"torn\.toml is not valid TOML"):
+        StudySpec.from_toml(tmp_path / "torn.toml")
+
+
+def test_a_name_is_required_and_fit_for_a_folder() -> None:
+    with pytest.raises(UserError, match="name must be set"):
+        read(MINIMAL.replace('name = "lr"', ""))
+    with pytest.raises(UserError, match=r"name must be letters.*'\.\./x'"):
+        read(MINIMAL.replace('"lr"', '"../x"'))
+
+
+def test_a_spec_is_frozen_and_survives_the_store() -> None:
+    spec = read(
+        """
+        name = "all"
+        [search]
+        sampler = "tpe"
+        trials = 7
+        try_first = [{ lr = 1e-3 }]
+        [search.space]
+        lr = { low = 1e-5, high = 1e-1, log = true }
+        model.width = [0.5, 1.0]
+        "data.train_samples" = { low = 100, high = 200 }
+        [pruner]
+        name = "percentile"
+        percentile = 30.0
+        [model]
+        name = "article_cnn"
+        width = 0.25
+        [data]
+        name = "own:data"
+        color = "red"
+        [training]
+        schedule = "multistep"
+        milestones = [2, 4]
+        """
+    )
+    again = StudySpec.from_dict(spec.frozen())
+    assert again.frozen() == spec.frozen()
+    assert again.differences(spec) == []
+    assert again.model.options == {"width": 0.25}
+    assert again.data.options == {"color": "red"}
+    with pytest.raises(Exception, match="frozen"):
+        spec.name = "other"  # type: ignore[misc]
+
+
+def test_differences_name_what_would_change_a_result_and_nothing_else() -> None:
+    spec = read(MINIMAL)
+    assert spec.differences(read(MINIMAL, "training.batch_size=64")) == [
+        "training.batch_size: 128 in the study, 64 here"
+    ]
+    assert spec.differences(read(MINIMAL, "data.root=/elsewhere", "data.placement=stream")) == []
+
+
+def test_overrides_are_toml_values_and_bare_words(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(MINIMAL)
+    overrides = ["training.optimizer=sgd", "training.epochs=3", "search.space.lr=[0.1, 0.2]", "data.flip=true"]
+    spec = StudySpec.from_toml(path, overrides=overrides)
+    assert (spec.training.optimizer, spec.training.epochs, spec.data.flip) == ("sgd", 3, True)
+    assert spec.search.space == {"lr": [0.1, 0.2]}
+    with pytest.raises(UserError, match="--set must be written section"):
+        StudySpec.from_toml(path, overrides=["training.epochs"])
+
+
+def test_a_trial_gets_the_values_of_the_space_over_the_files() -> None:
+    spec = read(MINIMAL + "model.width = [0.5]\ndata.crop = [2]\n[model]\nname = 'article_cnn'\nwidth = 1.0")
+    config = spec.trial_config({"lr": 0.01, "model.width": 0.5, "data.crop": 2}, seed=5)
+    assert config.training == TrainingConfig(lr=0.01)
+    assert config.model.options == {"width": 0.5}
+    assert (config.data.crop, config.seed) == (2, 5)
+
+
+def test_a_grid_is_every_combination_with_those_to_try_first_in_front() -> None:
+    spec = read(
+        """
+        name = "g"
+        [search]
+        sampler = "grid"
+        try_first = [{ lr = 0.1, optimizer = "sgd" }]
+        [search.space]
+        optimizer = ["adam", "sgd"]
+        lr = { low = 1e-3, high = 1e-1, log = true, points = 3 }
+        """
+    )
+    assert spec.search.grid[0] == {"optimizer": "sgd", "lr": 0.1}
+    assert sorted((p["optimizer"], p["lr"]) for p in spec.search.grid) == [
+        (o, lr) for o in ("adam", "sgd") for lr in (0.001, 0.01, 0.1)
+    ]
+    assert spec.num_trials == 6
+    with pytest.raises(UserError, match=r"search\.trials must be left out or be the grid's size, 6; got 5"):
+        StudySpec.from_dict({**spec.frozen(), "search": {**spec.frozen()["search"], "trials": 5}})
+
+
+def test_a_grid_with_cases_has_each_case_for_its_own_value_only() -> None:
+    spec = read(
+        """
+        name = "g"
+        [search]
+        sampler = "grid"
+        [search.space]
+        optimizer = ["adam", "sgd"]
+        lr.by.optimizer = { adam = [1e-3, 1e-4], sgd = { low = 0.1, high = 1.0, log = true, points = 3 } }
+        """
+    )
+    assert [(p["optimizer"], p["lr"]) for p in spec.search.grid] == [
+        ("adam", 1e-3), ("adam", 1e-4), ("sgd", 0.1), ("sgd", 0.316228), ("sgd", 1.0),
+    ]  # fmt: skip
+
+
+def test_integer_ranges_make_integers() -> None:
+    text = "name='g'\n[search]\nsampler='grid'\n[search.space]\nlr=[0.1]\nbatch_size={low=16, high=64, step=16}"
+    assert [point["batch_size"] for point in read(text).search.grid] == [16, 32, 48, 64]
+
+
+def test_a_spec_can_be_built_in_python() -> None:
+    from hpo.config.study_spec import SearchSpec
+
+    spec = StudySpec(name="p", search=SearchSpec(space={"lr": [0.1, 0.2]}), training=TrainingConfig(epochs=3))
+    assert (spec.num_trials, spec.max_epochs) == (20, 3)
+    with pytest.raises(UserError, match=r"training\.epochs must be at least 1"):
+        StudySpec(name="p", search=SearchSpec(space={"lr": [0.1]}), training=TrainingConfig(epochs=0))

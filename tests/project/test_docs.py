@@ -1,0 +1,112 @@
+"""Every command, key and plug-in is in the README, and what the README shows exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from hpo.cli.app import main
+from hpo.config.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec
+from hpo.config.study_file import variants
+from hpo.config.study_spec import StudySpec
+from hpo.report.figures.table import FIGURES
+from hpo.report.render import FORMATS
+from hpo.search.samplers import PRUNERS, SAMPLERS
+from hpo.search.space import Range
+from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
+from hpo.train.data.datasets import DATA_SETS
+from hpo.train.models import MODELS
+from hpo.train.optim import OPTIMIZERS, SCHEDULES
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    """The README from a heading to the next of its level or above."""
+    level = title.partition(" ")[0]
+    start = README.index(f"\n{title}\n")
+    end = re.compile(rf"\n#{{2,{len(level)}}} ").search(README, start + len(title) + 1)
+    return README[start : end.start() if end else None]
+
+
+def fields(config: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(config) if field.name not in ("options", "name")]  # type: ignore[arg-type]
+
+
+DOCUMENTED = {
+    "## Commands": [f"hpo {command}" for command in main.commands],
+    "## The study file": [f"[{name}]" if name != "name" else name for name in StudySpec.model_fields],
+    "## The report": [*FIGURES, *FORMATS],
+    "### `[search]`": [*SearchSpec.model_fields, *SAMPLERS, *fields(Range)],
+    "### `[pruner]`": [*(key for key in PrunerSpec.model_fields if key != "name"), *PRUNERS],
+    "### `[model]`": ["name", *MODELS, *fields(ModelConfig)],
+    "### `[data]`": ["name", *DATA_SETS, *fields(DataConfig)],
+    "### `[training]`": [*fields(TrainingConfig), *OPTIMIZERS, *SCHEDULES],
+    "### `[objective]`": list(ObjectiveSpec.model_fields),
+    "### `[engine]`": list(EngineSpec.model_fields),
+    "### `[checkpoints]`": list(CheckpointsSpec.model_fields),
+    "### `[confirm]`": list(ConfirmSpec.model_fields),
+}
+
+
+@pytest.mark.parametrize(("title", "name"), [(title, name) for title, names in DOCUMENTED.items() for name in names])
+def test_it_is_documented_in_its_section(title: str, name: str) -> None:
+    assert re.search(rf"(?<![\w.]){re.escape(name)}(?![\w])", section(title)), f"{name} is not in {title}"
+
+
+@pytest.mark.parametrize(
+    "option", sorted({o for c in main.commands.values() for p in c.params for o in p.opts if "--" in o})
+)
+def test_every_option_is_documented_or_speaks_for_itself(option: str) -> None:
+    assert option in README or option in ("--host", "--port")
+
+
+def test_defaults_of_pruners_are_those_documented() -> None:
+    text = section("### `[pruner]`")
+    for name, pruner in PRUNERS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
+        for option, default in pruner.defaults.items():
+            assert f"`{option}`" in row if default is None else f"`{option}` {default}" in row
+
+
+def test_options_of_optimizers_and_schedules_are_those_documented() -> None:
+    text = section("### `[training]`")
+    for name, entry in {**OPTIMIZERS, **SCHEDULES}.items():
+        row = next(line for line in text.splitlines() if line.startswith("| `") and f"`{name}`" in line.split("|")[1])
+        assert set(re.findall(r"`(\w+)`", row.split("|", 2)[2])) == set(entry.keys)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/cluster.md",
+        "docs/decisions.md",
+        "docs/distributed.md",
+        "docs/results.md",
+        "docs/scale.md",
+    ],
+)
+def test_links_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", path.read_text()):
+        assert (path.parent / link).exists(), link
+
+
+def test_every_study_is_in_the_readme() -> None:
+    for path in sorted((ROOT / "studies").glob("*.toml")):
+        assert f"studies/{path.name}" in README
+
+
+def test_the_study_in_the_readme_is_valid() -> None:
+    import tomllib
+
+    for block in re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL):
+        settings = {"name": "fragment", "search": {"space": {"lr": [0.1]}}, **tomllib.loads(block)}
+        for one in variants(settings, source="README"):
+            StudySpec.from_dict(one)

@@ -1,0 +1,344 @@
+"""`hpo run` as users run it, with the faults that they meet: killed, interrupted, started twice, crashing workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+from hpo.config.study_spec import StudySpec
+from hpo.store.ledger import MAX_KILLS, MAX_LOSSES
+from hpo.store.studies import Store
+from hpo.study.records import Trial
+
+if TYPE_CHECKING:
+    from conftest import Hpo
+
+MakeSpec = Callable[..., StudySpec]
+WaitFor = Callable[..., Any]
+
+TWELVE = tuple(index / 100 for index in range(1, 13))
+
+QUICK = """
+def train(trial):
+    for epoch in range(1, trial.epochs + 1):
+        if trial.report(epoch, val_accuracy=trial.params["lr"]):
+            return
+"""
+
+# Stays in its second epoch, reporting it again and again, until there is a file "go".
+HELD = """
+import pathlib, time
+
+def train(trial):
+    for epoch in range(1, trial.epochs + 1):
+        while True:
+            if trial.report(epoch, val_accuracy=trial.params["lr"]):
+                return
+            if epoch != 2 or pathlib.Path("go").exists():
+                break
+            time.sleep(0.02)
+"""
+
+RUN = ("run", "study.toml", "--devices", "cpu")
+
+
+def trials(hpo: Hpo) -> list[Trial]:
+    store = Store(hpo.url)
+    return store.trials(store.study("s"))
+
+
+def states(hpo: Hpo) -> Counter[str]:
+    return Counter(trial.state for trial in trials(hpo))
+
+
+def optuna_states(hpo: Hpo) -> Counter[TrialState]:
+    return Counter(trial.state for trial in optuna.load_study(study_name="s", storage=hpo.url).trials)
+
+
+def num_held(hpo: Hpo) -> int:
+    """How many trials have come to the epoch in which HELD keeps them."""
+    if not (hpo.folder / "hpo.db").exists():
+        return 0
+    store = Store(hpo.url, create=True)
+    if not store.studies():
+        return 0
+    return sum(trial.state == "running" and 2 in trial.epochs for trial in store.trials(store.study("s")))
+
+
+def go(hpo: Hpo) -> None:
+    (hpo.folder / "go").touch()
+
+
+def is_finished(hpo: Hpo, num_trials: int) -> bool:
+    """Every trial complete, in the ledger and for Optuna, and no process left."""
+    complete = states(hpo) == {"complete": num_trials}
+    return complete and optuna_states(hpo) == {TrialState.COMPLETE: num_trials} and not hpo.worker_pids()
+
+
+# Counts
+
+
+def test_a_grid_of_12_points_and_4_workers_is_12_trials_each_point_once(hpo: Hpo, make_spec: MakeSpec) -> None:
+    hpo.write(make_spec(*TWELVE), QUICK)
+    exit_code, output = hpo.run(*RUN, "--workers", "4")
+    assert exit_code == 0, output
+    assert is_finished(hpo, 12)
+    assert sorted(trial.params["lr"] for trial in trials(hpo)) == list(TWELVE)
+    assert "best learning rate: 0.12" in output
+
+
+def test_tpe_with_4_workers_and_20_trials_is_20_trials(hpo: Hpo, make_spec: MakeSpec) -> None:
+    hpo.write(make_spec(search={"sampler": "tpe", "trials": 20}), QUICK)
+    exit_code, output = hpo.run(*RUN, "--workers", "4")
+    assert exit_code == 0, output
+    assert is_finished(hpo, 20)
+    assert len({trial.params["lr"] for trial in trials(hpo)}) == 20
+
+
+def test_two_runs_of_one_study_at_the_same_time_share_its_trials(
+    hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor
+) -> None:
+    hpo.write(make_spec(*TWELVE), HELD)
+    runs = [hpo.start(*RUN, "--workers", "2") for _ in range(2)]
+    wait_for(lambda: num_held(hpo) == 4)
+    go(hpo)
+    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert is_finished(hpo, 12)
+    assert {trial.attempt for trial in trials(hpo)} == {1}
+
+
+def test_a_finished_study_is_answered_without_training(hpo: Hpo, make_spec: MakeSpec) -> None:
+    hpo.write(make_spec(0.1, 0.2), QUICK)
+    assert hpo.run(*RUN)[0] == 0
+    before = trials(hpo)
+    (hpo.folder / "loop.py").unlink()
+    exit_code, output = hpo.here(*RUN)
+    assert (exit_code, trials(hpo)) == (0, before)
+    assert "best learning rate: 0.2" in output
+
+
+# The whole command is killed
+
+
+@pytest.mark.parametrize(
+    ("sampler", "workers_too"),
+    [("tpe", False), ("grid", True)],
+    ids=["the command alone", "the command and its workers"],
+)
+def test_a_study_whose_command_was_killed_goes_on_to_the_same_counts(
+    hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor, sampler: str, workers_too: bool
+) -> None:
+    spec = make_spec(*TWELVE[:6]) if sampler == "grid" else make_spec(search={"sampler": "tpe", "trials": 6})
+    hpo.write(spec, HELD)
+    run = hpo.start(*RUN, "--workers", "2")
+    wait_for(lambda: num_held(hpo) == 2)
+    pids = hpo.worker_pids()
+    assert len(pids) == 2
+    if workers_too:
+        run.send_signal(signal.SIGSTOP)  # it would replace them
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    run.kill()
+    run.wait()
+    wait_for(lambda: not hpo.worker_pids())
+    assert states(hpo) == ({"running": 2, "waiting": 4} if workers_too else {"waiting": 6})
+    chosen = [trial.params for trial in trials(hpo)[:2]]
+    go(hpo)
+    exit_code, output = hpo.run(*RUN, "--workers", "2")
+    assert exit_code == 0, output
+    assert is_finished(hpo, 6)
+    assert [(trial.params, trial.attempt) for trial in trials(hpo)[:2]] == [(params, 2) for params in chosen]
+
+
+# Workers that die
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_trial_trained_again(
+    hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor
+) -> None:
+    hpo.write(make_spec(0.1, 0.2), HELD)
+    run = hpo.start(*RUN)
+    wait_for(lambda: num_held(hpo) == 1)
+    (pid,) = hpo.worker_pids()
+    os.kill(pid, signal.SIGKILL)
+    go(hpo)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    assert is_finished(hpo, 2)
+    assert [trial.attempt for trial in trials(hpo)] == [2, 1]
+
+
+def test_trials_that_crash_their_process_fail_and_the_others_finish(hpo: Hpo, make_spec: MakeSpec) -> None:
+    """Both workers die of both trials in turn: more often without a trial ending than one worker may."""
+    hpo.write(
+        make_spec(0.1, 0.2, 0.3, 0.4),
+        "import os, signal\n"
+        "def train(trial):\n"
+        "    if trial.params['lr'] < 0.25:\n"
+        "        os.abort()\n"
+        "    trial.report(1, val_accuracy=1)\n",
+    )
+    exit_code, output = hpo.run(*RUN, "--workers", "2")
+    assert exit_code == 0, output
+    assert [trial.state for trial in trials(hpo)] == ["failed"] * 2 + ["complete"] * 2
+    # At least: a slot that somebody else than the supervisor frees first is not counted.
+    assert all(MAX_LOSSES <= trial.attempt <= 3 * MAX_LOSSES for trial in trials(hpo)[:2])
+    assert hpo.worker_pids() == []
+
+
+def test_a_trial_that_gets_its_worker_killed_keeps_the_study_neither_from_the_others_nor_for_ever(
+    hpo: Hpo, make_spec: MakeSpec
+) -> None:
+    """As the kernel does it where a trial needs more memory than there is; a kill may also be nobody's fault."""
+    hpo.write(
+        make_spec(0.1, 0.2),
+        "import os, signal\n"
+        "def train(trial):\n"
+        "    if trial.params['lr'] < 0.15:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    trial.report(1, val_accuracy=1)\n",
+    )
+    exit_code, output = hpo.run(*RUN)
+    assert exit_code == 1
+    assert "workers died 5 times without coming an epoch further, the last one by SIGKILL" in output
+    assert "go on with: hpo run study.toml" in output
+    assert [trial.state for trial in trials(hpo)] == ["waiting", "complete"]
+    exit_code, output = hpo.run(*RUN)
+    assert exit_code == 0, output
+    assert [(trial.state, trial.reason) for trial in trials(hpo)] == [
+        ("failed", f"its worker died {MAX_KILLS} times"),
+        ("complete", "trained for 1 epochs"),
+    ]
+
+
+def test_a_loop_may_have_processes_of_its_own_and_leaves_none_behind(
+    hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor
+) -> None:
+    hpo.write(
+        make_spec(0.1),
+        "import multiprocessing, subprocess\n"
+        "context = multiprocessing.get_context('fork')\n"
+        "def train(trial):\n"
+        "    forgotten = subprocess.Popen(['sleep', '1000'])\n"
+        "    open('forgotten', 'w').write(str(forgotten.pid))\n"
+        "    with context.Pool(2) as pool:\n"
+        "        trial.report(1, val_accuracy=sum(pool.map(abs, [1, -1])))\n",
+    )
+    exit_code, output = hpo.run(*RUN)
+    assert exit_code == 0, output
+    assert is_finished(hpo, 1)
+    pid = int((hpo.folder / "forgotten").read_text())
+    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, timeout_s=5)
+
+
+def test_workers_that_die_at_their_start_stop_the_study_with_the_end_of_their_log(
+    hpo: Hpo, make_spec: MakeSpec
+) -> None:
+    hpo.write(make_spec(0.1), QUICK)
+    # Python runs this file in the workers alone, on whose path the study file's folder is from the start.
+    (hpo.folder / "sitecustomize.py").write_text("import os\nprint('no licence', flush=True)\nos._exit(3)\n")
+    exit_code, output = hpo.run(*RUN)
+    assert exit_code == 1
+    assert "workers died 5 times without coming an epoch further, the last one with exit code 3" in output
+    assert "worker-0.log:\nno licence" in output
+    assert states(hpo) == {"waiting": 1}
+
+
+def test_three_trials_that_fail_the_same_way_end_the_command_with_the_traceback(hpo: Hpo, make_spec: MakeSpec) -> None:
+    hpo.write(make_spec(*TWELVE), "def train(trial):\n    raise ZeroDivisionError('of mine')\n")
+    exit_code, output = hpo.run(*RUN)
+    assert exit_code == 1
+    assert "3 trials failed the same way" in output
+    assert output.count("ZeroDivisionError: of mine\n") >= 1
+    assert 'loop.py", line 2, in train' in output
+    assert states(hpo) == {"failed": 3, "waiting": 9}
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_ends_within_seconds_says_how_to_go_on_and_does(
+    hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor, number: signal.Signals
+) -> None:
+    hpo.write(make_spec(*TWELVE[:4]), HELD)
+    run = hpo.start(*RUN, "--workers", "2")
+    wait_for(lambda: num_held(hpo) == 2)
+    run.send_signal(number)
+    output, _ = run.communicate(timeout=10)
+    assert run.returncode == 1
+    assert "hpo: interrupted\ngo on with: hpo run study.toml" in output
+    assert hpo.worker_pids() == []
+    assert states(hpo) == {"waiting": 4}
+    go(hpo)
+    assert hpo.run(*RUN)[0] == 0
+    assert is_finished(hpo, 4)
+
+
+def test_hpo_stop_ends_the_command_and_resume_goes_on(hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor) -> None:
+    hpo.write(make_spec(*TWELVE[:3]), HELD)
+    run = hpo.start(*RUN)
+    wait_for(lambda: num_held(hpo) == 1)
+    assert hpo.here("stop", "s")[0] == 0
+    output, _ = run.communicate(timeout=20)
+    assert run.returncode == 1
+    assert "study 's' was stopped with 3 trials left" in output
+    assert hpo.worker_pids() == []
+    go(hpo)
+    exit_code, output = hpo.run("resume", "s", "--devices", "cpu", "--allow", "loop")
+    assert exit_code == 0, output
+    assert is_finished(hpo, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_trial_that_never_comes_to_its_next_report_is_left_and_given_back(
+    hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor, number: signal.Signals
+) -> None:
+    hpo.write(
+        make_spec(0.1),
+        "import sys, threading\n"
+        "def train(trial):\n"
+        "    sys.modules['__main__'].DRAIN_S = 0.5  # what would be half a minute\n"
+        "    trial.report(1, val_accuracy=1)\n"
+        "    trial.report(2, val_accuracy=1)\n"
+        "    threading.Event().wait()\n",
+    )
+    run = hpo.start(*RUN)
+    wait_for(lambda: num_held(hpo) == 1)
+    run.send_signal(number)
+    run.communicate(timeout=10)
+    wait_for(lambda: not hpo.worker_pids(), timeout_s=10)
+    assert states(hpo) == {"waiting": 1}
+
+
+# Reproducibility, with the engine
+
+
+def test_two_runs_with_one_seed_are_identical_digit_for_digit(hpo: Hpo) -> None:
+    (hpo.folder / "study.toml").write_text("""
+name = "s"
+search = { sampler = "tpe", trials = 5, space = { lr = { low = 1e-4, high = 1e-2, log = true } } }
+model = { name = "article_cnn", width = 0.05 }
+data = { name = "digits", train_samples = 200, validation_fraction = 0.2 }
+training = { epochs = 1, batch_size = 50 }
+engine = { lanes = 1 }  # how many are fastest is measured, never twice the same, and has its own last digits
+""")
+    urls = [f"sqlite:///{hpo.folder}/{name}.db" for name in ("first", "second")]
+    for url in urls:
+        exit_code, output = hpo.run(*RUN, "--storage", url)
+        assert exit_code == 0, output
+    found = [Store(url).trials(Store(url).study("s")) for url in urls]
+    first, second = ([(t.state, t.params, t.value, t.attributes["seed"], t.epochs) for t in ts] for ts in found)
+    assert first == second
+    assert len({str(trial.params) for trial in found[0]}) == 5
+    for one, other in zip(*found, strict=True):
+        assert {**one.curves, "seconds": None} == {**other.curves, "seconds": None}
