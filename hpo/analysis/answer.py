@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hpo.analysis.confirmation import Confirmation, confirmation, latest
+from hpo.analysis.confirmation import Confirmation, confirmation
 from hpo.analysis.response import LEAST_RATES, Response, Trials, respond
-from hpo.search.space import Cases
-from hpo.study.records import ENDED, Study, Trial
+from hpo.search.space import Conditional
+from hpo.study.records import ENDED, StudyRecord, TrialRecord
+from hpo.study.stages import latest
 
 COMPARED = 5  # trials are compared after as many epochs as so many of them have come to
 WINDOW = 3  # epochs whose mean counts: one epoch's accuracy is noisy
@@ -87,12 +88,12 @@ class Best:
         }
 
 
-def searched(trials: Sequence[Trial]) -> list[Trial]:
+def searched(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Without those that confirm what was found."""
     return [trial for trial in trials if trial.kind == "search"]
 
 
-def best_trial(study: Study, trials: Sequence[Trial]) -> Trial | None:
+def best_trial(study: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord | None:
     """The complete trial with the best value, or None where no trial completed.
 
     Equal values are common with few validation pictures: then the lower validation loss wins, then the earlier trial.
@@ -102,7 +103,7 @@ def best_trial(study: Study, trials: Sequence[Trial]) -> Trial | None:
     return min(complete, key=lambda trial: (-sign * _value(trial), _last_loss(trial), trial.number), default=None)
 
 
-def best(study: Study, trials: Sequence[Trial]) -> Best | None:
+def best(study: StudyRecord, trials: Sequence[TrialRecord]) -> Best | None:
     """The answer, or None where no trial completed."""
     winner = best_trial(study, trials)
     if winner is None:
@@ -122,7 +123,7 @@ def best(study: Study, trials: Sequence[Trial]) -> Best | None:
     return Best(winner.number, winner.params, _value(winner), interval, responses, mine, beware, confirmed, tested)
 
 
-def response(study: Study, trials: Sequence[Trial]) -> Response | None:
+def response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response | None:
     """The response of trials that differ in their learning rate; None where too few rates have a value.
 
     A pruned trial counts with what complete trials have still gained from its last epoch on, on average; it is the more
@@ -163,7 +164,9 @@ def response(study: Study, trials: Sequence[Trial]) -> Response | None:
     return found if found is None or sign == 1 else found.mirrored()
 
 
-def warnings(study: Study, trials: Sequence[Trial], winner: Trial, found: Response | None) -> list[StudyWarning]:
+def warnings(
+    study: StudyRecord, trials: Sequence[TrialRecord], winner: TrialRecord, found: Response | None
+) -> list[StudyWarning]:
     """What there is to beware of in an answer; `found` is the response of the winner's like, where there is one."""
     alike = [trial for trial in searched(trials) if _has_rate(trial) and _is_alike(study, trial, winner)]
     evidence = Evidence(study, alike, winner, found, latest(trials))
@@ -174,18 +177,18 @@ def warnings(study: Study, trials: Sequence[Trial], winner: Trial, found: Respon
 class Evidence:
     """What a warning is given for: the trials with a learning rate that are like the winner, and their response."""
 
-    study: Study
-    trials: Sequence[Trial]
-    winner: Trial
+    study: StudyRecord
+    trials: Sequence[TrialRecord]
+    winner: TrialRecord
     response: Response | None
-    confirming: Sequence[Trial] = ()  # of whatever combination
+    confirming: Sequence[TrialRecord] = ()  # of whatever combination
 
     @property
-    def complete(self) -> list[Trial]:
+    def complete(self) -> list[TrialRecord]:
         return [trial for trial in self.trials if trial.state == "complete" and trial.value is not None]
 
     @property
-    def ended(self) -> list[Trial]:
+    def ended(self) -> list[TrialRecord]:
         return [trial for trial in self.trials if trial.state in TRAINED]
 
     @property
@@ -294,7 +297,7 @@ def _not_tested(evidence: Evidence) -> str | None:
     return _all_failed(evidence.confirming, "test", "the test set could not be measured; its trials")
 
 
-def _all_failed(trials: Sequence[Trial], kind: str, what: str) -> str | None:
+def _all_failed(trials: Sequence[TrialRecord], kind: str, what: str) -> str | None:
     mine = [trial for trial in trials if trial.kind == kind]
     if not mine or any(trial.state not in ENDED or trial.state == "complete" for trial in mine):
         return None
@@ -315,7 +318,9 @@ WARNINGS: dict[str, Callable[[Evidence], str | None]] = {
 }
 
 
-def learning_rate_interval(study: Study, trials: Sequence[Trial], winner: Trial) -> tuple[float, float] | None:
+def learning_rate_interval(
+    study: StudyRecord, trials: Sequence[TrialRecord], winner: TrialRecord
+) -> tuple[float, float] | None:
     """The tried learning rates around the winner's that did as well, as (lowest, highest).
 
     "As well" is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984): a validation
@@ -339,7 +344,7 @@ def learning_rate_interval(study: Study, trials: Sequence[Trial], winner: Trial)
     return rates[low], rates[high]
 
 
-def peak(study: Study, trials: Sequence[Trial]) -> Peak | None:
+def peak(study: StudyRecord, trials: Sequence[TrialRecord]) -> Peak | None:
     """Where the trials so far point, ended or not; None where no learning rate above 0 is searched or reported on.
 
     The best trial alone is the luckiest; the others say where the top of the response is. A parabola in log lr is
@@ -386,9 +391,9 @@ def peak(study: Study, trials: Sequence[Trial]) -> Peak | None:
     return Peak(float(10 ** np.clip(parabola.deriv().roots()[0], x.min(), x.max())), epoch, fitted=True)
 
 
-def _groups(study: Study, trials: Sequence[Trial]) -> list[tuple[dict[str, Any], list[Trial]]]:
+def _groups(study: StudyRecord, trials: Sequence[TrialRecord]) -> list[tuple[dict[str, Any], list[TrialRecord]]]:
     """The trials of each combination of listed parameters, in the order in which they first come."""
-    groups: list[tuple[dict[str, Any], list[Trial]]] = []
+    groups: list[tuple[dict[str, Any], list[TrialRecord]]] = []
     for trial in trials:
         key = study.spec.search.listed(trial.params)
         known = next((alike for other, alike in groups if other == key), None)
@@ -398,22 +403,22 @@ def _groups(study: Study, trials: Sequence[Trial]) -> list[tuple[dict[str, Any],
     return groups
 
 
-def _searched(study: Study, trials: Sequence[Trial]) -> tuple[float, float]:
+def _searched(study: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[float, float]:
     """The lowest and the highest learning rate that these trials, which are alike, could have or had."""
     rates = [float(trial.params["lr"]) for trial in trials if _has_rate(trial)]
     parameter = study.spec.search.parameters.get("lr")
-    if isinstance(parameter, Cases):
+    if isinstance(parameter, Conditional):
         case = trials[0].params.get(parameter.by)
         parameter = next((values for name, values in parameter.cases.items() if name == str(case)), None)
     bounds = [float(value) for value in parameter.extremes() if is_rate(value)] if parameter else []
     return min(rates + bounds), max(rates + bounds)
 
 
-def _sign(study: Study) -> int:
+def _sign(study: StudyRecord) -> int:
     return -1 if study.spec.direction == "minimize" else 1
 
 
-def _has_rate(trial: Trial) -> bool:
+def _has_rate(trial: TrialRecord) -> bool:
     """A loop of the user's may call anything `lr`."""
     return is_rate(trial.params.get("lr"))
 
@@ -422,16 +427,16 @@ def is_rate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _is_comparable(study: Study, trial: Trial, winner: Trial) -> bool:
+def _is_comparable(study: StudyRecord, trial: TrialRecord, winner: TrialRecord) -> bool:
     return _has_rate(trial) and trial.state in TRAINED and _is_alike(study, trial, winner)
 
 
-def _is_alike(study: Study, trial: Trial, winner: Trial) -> bool:
+def _is_alike(study: StudyRecord, trial: TrialRecord, winner: TrialRecord) -> bool:
     listed = study.spec.search.listed
     return listed(trial.params) == listed(winner.params)
 
 
-def _mean(replicates: Sequence[Trial]) -> float:
+def _mean(replicates: Sequence[TrialRecord]) -> float:
     """The mean value of complete trials; where one did not complete, no value is as good."""
     values = [trial.value if trial.state == "complete" else None for trial in replicates]
     return -math.inf if None in values else statistics.fmean(value for value in values if value is not None)
@@ -444,11 +449,11 @@ def standard_error(accuracy: float, num_pictures: int) -> float:
     return math.sqrt(share * (1 - share) / count)
 
 
-def _value(trial: Trial) -> float:
+def _value(trial: TrialRecord) -> float:
     assert trial.value is not None
     return trial.value
 
 
-def _last_loss(trial: Trial) -> float:
+def _last_loss(trial: TrialRecord) -> float:
     losses = trial.curves.get("val_loss", ())
     return losses[-1] if losses and losses[-1] is not None else math.inf

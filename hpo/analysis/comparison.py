@@ -15,7 +15,7 @@ from hpo.analysis.answer import Best, best_trial, warnings
 from hpo.analysis.response import CONFIDENCE, Response
 from hpo.config.study_file import flatten
 from hpo.config.study_spec import RESULT_NEUTRAL
-from hpo.study.records import Study, Trial
+from hpo.study.records import StudyRecord, TrialRecord
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 # What is not what a study asks: how it was searched, and which of many equal draws it was.
@@ -74,7 +74,7 @@ def changes(first: Side, side: Side) -> dict[str, Any]:
     return {key: value for key, value in changed.items() if key in common or key.partition(".")[0] not in sections}
 
 
-def compare(answers: Sequence[tuple[Study, Sequence[Trial], Best]]) -> Comparison:
+def compare(answers: Sequence[tuple[StudyRecord, Sequence[TrialRecord], Best]]) -> Comparison:
     """The comparison of studies, each with its trials and its answer."""
     sides, settings, responses = [], [], []
     for study, trials, found in answers:
@@ -101,7 +101,7 @@ def compare(answers: Sequence[tuple[Study, Sequence[Trial], Best]]) -> Compariso
     return Comparison(sides, conclusions, _caveats(sides))
 
 
-def _responses(study: Study, found: Best) -> list[tuple[Mapping[str, Any], Response | None]]:
+def _responses(study: StudyRecord, found: Best) -> list[tuple[Mapping[str, Any], Response | None]]:
     if found.responses:
         return list(found.responses)
     return [(study.spec.search.listed(found.params), None)]
@@ -118,7 +118,7 @@ def _ratio(first: Response | None, other: Response | None) -> tuple[float, float
 
 
 def _side(
-    study: Study, trials: Sequence[Trial], found: Best, params: Mapping[str, Any], response: Response | None
+    study: StudyRecord, trials: Sequence[TrialRecord], found: Best, params: Mapping[str, Any], response: Response | None
 ) -> Side:
     alike = [t for t in trials if t.kind == "search" and study.spec.search.listed(t.params) == params]
     lead = best_trial(study, alike)

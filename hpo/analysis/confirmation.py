@@ -12,41 +12,18 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hpo.analysis.response import CONFIDENCE
-from hpo.search.space import Cases, Choice, Range, Scalar
-from hpo.study.records import ENDED, Study, Trial
+from hpo.search.space import Categorical, Conditional, Range, Scalar
+from hpo.study.records import ENDED, StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     from hpo.analysis.answer import Best
+from hpo.study.stages import Planned, due, latest
 
 APART = 0.1  # decades: learning rates closer than this are one and the same
 STANDARD = 0.6827  # of a normal distribution lies within one standard deviation
-
-
-class Slot(Protocol):
-    """What of a trial tells how far its study has come."""
-
-    @property
-    def number(self) -> int: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def state(self) -> str: ...
-
-
-AnySlot = TypeVar("AnySlot", bound=Slot)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A trial that confirms, or that measures the test set with the network of another one, `tested`."""
-
-    kind: str  # confirm | test
-    params: Mapping[str, Scalar]
-    replicate: int
-    tested: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,39 +73,7 @@ class Confirmation:
         return {"params": dict(self.winner.params), **asdict(self)}
 
 
-def due(study: Study, slots: Sequence[Slot]) -> str | None:
-    """What is to follow the trials that a study has, once they all have ended: "confirm", "test" or None, nothing."""
-    if study.spec.confirm is None or any(slot.state not in ENDED for slot in slots):
-        return None
-    found = latest(slots)
-    if not found:
-        return "confirm" if any(slot.state == "complete" for slot in slots) else None
-    complete = any(slot.state == "complete" for slot in found)
-    return "test" if complete and study.facts.get("has_test") and found[-1].kind == "confirm" else None
-
-
-def num_due(study: Study, slots: Sequence[Slot]) -> int:
-    """How many trials follow at most."""
-    stage, spec = due(study, slots), study.spec.confirm
-    return 0 if stage is None or spec is None else spec.seeds * (spec.top if stage == "confirm" else 1)
-
-
-def latest(slots: Sequence[AnySlot]) -> list[AnySlot]:
-    """The confirmation of all that was searched: those that follow the last trial of the search."""
-    last = max((slot.number for slot in slots if slot.kind == "search"), default=-1)
-    return sorted((slot for slot in slots if slot.number > last), key=lambda slot: slot.number)
-
-
-def untested(study: Study, slots: Sequence[Slot]) -> set[int]:
-    """The numbers of the trials whose networks the test set may yet be measured with."""
-    found = latest(slots)
-    tests = [slot for slot in found if slot.kind == "test"]
-    is_over = bool(tests) and all(slot.state in ENDED for slot in tests)
-    wanted = study.spec.confirm is not None and study.facts.get("has_test") and not is_over
-    return {slot.number for slot in found if slot.kind == "confirm"} if wanted else set()
-
-
-def plan(study: Study, trials: Sequence[Trial], found: Best) -> list[Planned]:
+def plan(study: StudyRecord, trials: Sequence[TrialRecord], found: Best) -> list[Planned]:
     """The trials that are due after these, whose answer so far is `found`."""
     assert study.spec.confirm is not None
     stage = due(study, trials)
@@ -147,7 +92,7 @@ def plan(study: Study, trials: Sequence[Trial], found: Best) -> list[Planned]:
     return []
 
 
-def candidates(study: Study, trials: Sequence[Trial], found: Best) -> list[dict[str, Scalar]]:
+def candidates(study: StudyRecord, trials: Sequence[TrialRecord], found: Best) -> list[dict[str, Scalar]]:
     """What is to be trained again, at most `confirm.top` of them: the answer's rate, then those of the best trials.
 
     A searched seed is left out; trials that differ in nothing else count with their mean.
@@ -170,7 +115,7 @@ def candidates(study: Study, trials: Sequence[Trial], found: Best) -> list[dict[
     return chosen[: study.spec.confirm.top]
 
 
-def confirmation(study: Study, trials: Sequence[Trial], *, first: float) -> Confirmation | None:
+def confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, first: float) -> Confirmation | None:
     """What came of the study's confirmation; None before its trials have ended, or where none of them completed.
 
     `first` is the value of the best trial of the search.
@@ -180,7 +125,7 @@ def confirmation(study: Study, trials: Sequence[Trial], *, first: float) -> Conf
     if any(trial.state not in ENDED for trial in again) or all(trial.state != "complete" for trial in again):
         return None
     sign = -1 if study.spec.direction == "minimize" else 1
-    groups: list[list[Trial]] = []
+    groups: list[list[TrialRecord]] = []
     for trial in again:
         group = next((group for group in groups if group[0].params == trial.params), None)
         groups.append([trial]) if group is None else group.append(trial)
@@ -203,7 +148,7 @@ def confirmation(study: Study, trials: Sequence[Trial], *, first: float) -> Conf
     )
 
 
-def _candidate(trials: Sequence[Trial]) -> Candidate:
+def _candidate(trials: Sequence[TrialRecord]) -> Candidate:
     trials = sorted(trials, key=lambda trial: trial.replicate or 0)
     values = [trial.value if trial.state == "complete" else None for trial in trials]
     known = [value for value in values if value is not None]
@@ -267,22 +212,22 @@ def _without_seed(params: Mapping[str, Any]) -> dict[str, Scalar]:
     return {key: value for key, value in params.items() if key != "seed"}
 
 
-def _free_rate(study: Study, params: Mapping[str, Scalar]) -> Range | Choice | None:
+def _free_rate(study: StudyRecord, params: Mapping[str, Scalar]) -> Range | Categorical | None:
     """What the learning rate is searched in, where one between those that were tried can be trained.
 
     That is neither so for a list, but a grid's, which Optuna is told is a range, nor where it has steps.
     """
     spec = study.spec.search
     parameter = spec.parameters.get("lr")
-    if isinstance(parameter, Cases):
+    if isinstance(parameter, Conditional):
         parameter = parameter.cases.get(str(params.get(parameter.by)))
-    if parameter is None or isinstance(parameter, Cases):
+    if parameter is None or isinstance(parameter, Conditional):
         return None
     is_free = spec.sampler == "grid" or (isinstance(parameter, Range) and parameter.step is None)
     return parameter if is_free else None
 
 
-def _are_apart(study: Study, one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
+def _are_apart(study: StudyRecord, one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
     """Whether two trials differ in a listed parameter or by APART in their learning rate, or have none and differ."""
     lists = study.spec.search.listed(one)
     if any(one.get(key) != other.get(key) for key in lists):

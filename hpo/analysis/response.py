@@ -29,7 +29,7 @@ LENGTHS = (0.2, 0.35, 0.6, 1.0, 1.7)  # decades over which the response bends
 AMPLITUDES = (0.1, 0.3, 1.0, 3.0)  # of the response, in standard deviations of the values
 NOISES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)  # of a trial, in the same
 WIDTHS = (0.01, 0.03, 0.1)  # decades over which trials come to diverge
-LAPSE = 0.02  # share of trials that diverge, or do not, whatever their learning rate
+OUTLIER_RATE = 0.02  # share of trials that diverge, or do not, whatever their learning rate
 BEYOND = 0.3  # decades past the range in which the edge may lie
 WORST = 3.0  # a value counts as no worse than this many times as far below the median as the best is above it
 
@@ -216,7 +216,7 @@ def _draw_edges(trials: Trials, x: Array, random: np.random.Generator) -> tuple[
 
     def share(at: Array) -> Array:
         diverging: Array = expit((at - middles[:, None]) / widths[:, None])
-        return LAPSE / 2 + (1 - LAPSE) * diverging
+        return OUTLIER_RATE / 2 + (1 - OUTLIER_RATE) * diverging
 
     evidence = np.log(share(trials.diverged)).sum(axis=1) + np.log(1 - share(trials.x)).sum(axis=1)
     drawn = random.choice(len(middles), NUM_DRAWS, p=softmax(evidence))

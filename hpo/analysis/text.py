@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hpo.analysis import range_text
 from hpo.analysis.response import CONFIDENCE, Response
-from hpo.lr_range import resolve as ranges
 
 if TYPE_CHECKING:
     from hpo.analysis.answer import Best
     from hpo.analysis.confirmation import Confirmation
-    from hpo.study.records import Study, Trial
+    from hpo.study.records import StudyRecord, TrialRecord
 
 
-def study_in_words(study: Study) -> str:
+def study_in_words(study: StudyRecord) -> str:
     """What is searched, on what."""
     spec, facts = study.spec, study.facts
     text = f"{spec.num_trials} trials, {spec.search.sampler} over {', '.join(spec.search.parameters)}"
@@ -29,31 +29,31 @@ def study_in_words(study: Study) -> str:
     return text
 
 
-def counts_in_words(trials: Sequence[Trial]) -> str:
+def counts_in_words(trials: Sequence[TrialRecord]) -> str:
     """How many trials there are in each state."""
     states = [trial.state for trial in trials]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
-def no_answer(trials: Sequence[Trial]) -> str:
+def no_answer(trials: Sequence[TrialRecord]) -> str:
     return f"no complete trial to choose from: {counts_in_words(trials)}"
 
 
-def answer_lines(study: Study, found: Best) -> list[str]:
+def answer_lines(study: StudyRecord, found: Best) -> list[str]:
     """The answer in words, the warnings last."""
     values = ", ".join(f"{key} {number_in_words(value)}" for key, value in found.params.items() if key != "lr")
     trial = f"{study.spec.metric} {value_in_words(found.value, study)}, trial {found.trial}"
     if found.confirmation is not None:
         lines = confirmation_lines(study, found.confirmation)
         if found.response is not None:
-            listed = in_words(study.spec.search.listed(found.recommended))
+            listed = params_text(study.spec.search.listed(found.recommended))
             best = f"{rate_in_words(found.response.best)}{f' with {listed}' if listed else ''}"
             lines.append(f"the response to the learning rate in the search is best at {best}")
             lines += response_lines(study, found.response)
             low, high = found.response.interval
             if found.lr is not None and not low <= found.lr <= high:
                 lines.append(f"what was confirmed, {rate_in_words(found.lr)}, is outside of that interval")
-        lines.append(f"the best trial of the search: {in_words(found.params)}, {trial}; the luckiest, too")
+        lines.append(f"the best trial of the search: {params_text(found.params)}, {trial}; the luckiest, too")
     elif found.response is not None:
         lines = [f"best learning rate: {rate_in_words(found.response.best)}" + (f" ({values})" if values else "")]
         lines += response_lines(study, found.response)
@@ -72,14 +72,14 @@ def answer_lines(study: Study, found: Best) -> list[str]:
     for params, other in found.responses:
         if other is not found.response:
             lines.append(
-                f"with {in_words(params)}: {rate_in_words(other.best)} ({interval_in_words(other.interval)}), "
+                f"with {params_text(params)}: {rate_in_words(other.best)} ({interval_in_words(other.interval)}), "
                 f"{study.spec.metric} {value_in_words(other.value, study)}"
             )
-    lines += ranges.in_words(study, best=found.lr, params=found.recommended)
+    lines += range_text.range_test_lines(study, best=found.lr, params=found.recommended)
     return lines + [f"beware: {warning.text}" for warning in found.warnings]
 
 
-def confirmation_lines(study: Study, found: Confirmation) -> list[str]:
+def confirmation_lines(study: StudyRecord, found: Confirmation) -> list[str]:
     """What came of training the best learning rates again."""
     winner = found.winner
     count = sum(value is not None for value in winner.values)
@@ -106,20 +106,20 @@ def confirmation_lines(study: Study, found: Confirmation) -> list[str]:
         verdict = "really is worse" if other.is_worse else "is not told apart from it"
         behind = value_in_words(other.difference, study)
         lines.append(
-            f"the runner-up, {in_words(other.params)}, {verdict}: seed by seed it is {behind} "
+            f"the runner-up, {params_text(other.params)}, {verdict}: seed by seed it is {behind} "
             f"behind ({value_in_words(low, study)} to {value_in_words(high, study)})"
         )
     for one in found.candidates:
         if one.num_diverged:
-            lines.append(f"{in_words(one.params)}: {one.num_diverged} of its {len(one.values)} seeds diverged")
+            lines.append(f"{params_text(one.params)}: {one.num_diverged} of its {len(one.values)} seeds diverged")
     return lines
 
 
-def _with_error(value: float, error: float | None, study: Study) -> str:
+def _with_error(value: float, error: float | None, study: StudyRecord) -> str:
     return value_in_words(value, study) + (f" ± {value_in_words(error, study)}" if error is not None else "")
 
 
-def response_lines(study: Study, found: Response) -> list[str]:
+def response_lines(study: StudyRecord, found: Response) -> list[str]:
     """What a response says beside its best learning rate."""
     low, high = map(rate_in_words, found.interval)
     lines = [
@@ -151,11 +151,11 @@ def number_in_words(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def value_in_words(value: float, study: Study) -> str:
+def value_in_words(value: float, study: StudyRecord) -> str:
     return f"{value:.2%}" if study.spec.metric.endswith("accuracy") and -1 <= value <= 1 else f"{value:.4g}"
 
 
-def in_words(params: Mapping[str, Any]) -> str:
+def params_text(params: Mapping[str, Any]) -> str:
     """A trial's values in a line."""
     return " ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()

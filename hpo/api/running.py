@@ -19,7 +19,7 @@ from hpo.analysis import comparison
 from hpo.analysis.answer import Best
 from hpo.analysis.comparison import Comparison
 from hpo.analysis.text import no_answer
-from hpo.config.import_policy import Allowed, by_author
+from hpo.config.import_policy import ImportAllowlist, load_own_spec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.lr_range import resolve as ranges
@@ -27,11 +27,11 @@ from hpo.report.publisher import Publisher, publish
 from hpo.store.database import Unreachable
 from hpo.store.retry import OUTAGE_S, STORE_ERRORS
 from hpo.store.studies import Store
-from hpo.study.records import ENDED, Study, Trial, trial_as_dict
+from hpo.study.records import ENDED, StudyRecord, TrialRecord, trial_as_dict
 from hpo.system.devices import choose_devices
 from hpo.workers import local as launch
 from hpo.workers import preflight
-from hpo.workers.local import Launcher
+from hpo.workers.launcher import Launcher
 from hpo.workers.supervisor import Watch
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ DEFAULT_STORAGE = "sqlite:///hpo.db"
 IDLE_S = 2.0  # between looks for a study with trials waiting
 
 # Called with the store and the study once before training; returns what to call while it goes on.
-Watcher = Callable[[Store, Study], Watch]
+Watcher = Callable[[Store, StudyRecord], Watch]
 # Called with what runs the workers, and what the preflight found; opens or creates the study.
-Opener = Callable[[Launcher, Mapping[str, Any]], tuple[Store, Study]]
+Opener = Callable[[Launcher, Mapping[str, Any]], tuple[Store, StudyRecord]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Result:
 
     study: str
     best: Best
-    trials: list[Trial]
+    trials: list[TrialRecord]
 
 
 def run(
@@ -75,7 +75,7 @@ def run(
     folder, or the running script's for a StudySpec. Raises UserError for a wrong request, before anything is written,
     and StudyStopped where the study cannot finish.
     """
-    spec, allowed = by_author(spec, folder=code_folder)
+    spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
     if (done := _finished(spec, url)) is not None:
         return _result(*done)
@@ -96,7 +96,7 @@ def submit(
 
     Arguments and errors as in `run`. Returns False, and starts nothing, where the study is finished.
     """
-    spec, allowed = by_author(spec, folder=code_folder)
+    spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
     if _finished(spec, url) is not None:
         return False
@@ -108,7 +108,7 @@ def submit(
     return True
 
 
-def _create(spec: StudySpec, url: str, launcher: Launcher, facts: Mapping[str, Any]) -> tuple[Store, Study]:
+def _create(spec: StudySpec, url: str, launcher: Launcher, facts: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
     closed, found = ranges.resolve(
         spec,
         measure=lambda spec: launcher.ask(ranges.measure, spec, launcher.request, on_device=True),
@@ -131,7 +131,7 @@ def check(
     """Raises UserError for whatever would keep `run` from training the study; a finished one is not looked at."""
     url = storage_url(storage)
     if _finished(spec, url) is None:
-        _, allowed = by_author(spec, folder=code_folder)
+        _, allowed = load_own_spec(spec, folder=code_folder)
         launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=None, on=on)
         with _checked(spec, allowed, launcher):
             pass
@@ -158,11 +158,11 @@ def join(
     if not store.num_left(study):
         return _result(store, study)
 
-    def join_it(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, Study]:
+    def join_it(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
         store.check_joins(study, study.spec, facts=facts)
         return store, study
 
-    allowed = Allowed.parse(allow)
+    allowed = ImportAllowlist.parse(allow)
     launcher = launch.launcher(study.spec, allowed, url=url, devices=devices, workers=workers, on=on)
     return _train(study.spec, allowed, join_it, launcher, watcher=watcher)
 
@@ -185,7 +185,7 @@ def serve(
     """
     launch.check_workers(workers)
     choose_devices(devices)
-    Allowed.parse(allow)
+    ImportAllowlist.parse(allow)
     store = Store(storage_url(storage))
     passed_over: set[tuple[int, float]] = set()
     said = ""
@@ -241,16 +241,16 @@ def resume(
     if trials is None and not store.num_left(study):
         return _result(store, study)
 
-    def go_on(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, Study]:
+    def open_again(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
         store.check_joins(study, study.spec, facts=facts)
         if trials is not None:
             store.enlarge(study, trials)
         store.start(study)
         return store, store.study(name)
 
-    allowed = Allowed.parse(allow)
+    allowed = ImportAllowlist.parse(allow)
     launcher = launch.launcher(study.spec, allowed, url=url, devices=devices, workers=workers, on=on)
-    return _train(study.spec, allowed, go_on, launcher, watcher=watcher)
+    return _train(study.spec, allowed, open_again, launcher, watcher=watcher)
 
 
 def stop(name: str, *, storage: str | None = None) -> bool:
@@ -399,7 +399,7 @@ def storage_url(storage: str | None) -> str:
     return storage or os.environ.get("HPO_STORAGE") or DEFAULT_STORAGE
 
 
-def _stored(name: str, url: str) -> tuple[Store, Study] | tuple[None, None]:
+def _stored(name: str, url: str) -> tuple[Store, StudyRecord] | tuple[None, None]:
     try:
         store = Store(url)
         return store, store.study(name)
@@ -407,7 +407,7 @@ def _stored(name: str, url: str) -> tuple[Store, Study] | tuple[None, None]:
         return None, None  # no store or no such study; what else may be wrong is said when it is opened for writing
 
 
-def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
+def _finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | None:
     """The spec's study where the store holds it with no slot left to train."""
     store, study = _stored(spec.name, url)
     if store is None or study is None:
@@ -422,7 +422,7 @@ def _finished(spec: StudySpec, url: str) -> tuple[Store, Study] | None:
 
 
 @contextmanager
-def _checked(spec: StudySpec, allowed: Allowed, launcher: Launcher) -> Iterator[dict[str, Any]]:
+def _checked(spec: StudySpec, allowed: ImportAllowlist, launcher: Launcher) -> Iterator[dict[str, Any]]:
     """The launcher is ready, modules of one's own can be imported, and all is checked; gives the facts found."""
     allowed.check(spec)
     with launcher, allowed.importable():
@@ -430,7 +430,9 @@ def _checked(spec: StudySpec, allowed: Allowed, launcher: Launcher) -> Iterator[
 
 
 @contextmanager
-def _opened(spec: StudySpec, allowed: Allowed, open_study: Opener, launcher: Launcher) -> Iterator[tuple[Store, Study]]:
+def _opened(
+    spec: StudySpec, allowed: ImportAllowlist, open_study: Opener, launcher: Launcher
+) -> Iterator[tuple[Store, StudyRecord]]:
     """Checks everything, then opens the study with the facts that were found."""
     with _checked(spec, allowed, launcher) as facts:
         store, study = open_study(launcher, facts)
@@ -439,7 +441,7 @@ def _opened(spec: StudySpec, allowed: Allowed, open_study: Opener, launcher: Lau
 
 
 def _train(
-    spec: StudySpec, allowed: Allowed, open_study: Opener, launcher: Launcher, *, watcher: Watcher | None
+    spec: StudySpec, allowed: ImportAllowlist, open_study: Opener, launcher: Launcher, *, watcher: Watcher | None
 ) -> Result:  # fmt: skip
     """Opens the study and trains until none of it is left."""
     with _opened(spec, allowed, open_study, launcher) as (store, study), Publisher(store, study) as publisher:
@@ -459,18 +461,18 @@ def _train(
     return _result(store, study)
 
 
-def _waits(store: Store, study: Study) -> bool:
+def _waits(store: Store, study: StudyRecord) -> bool:
     """Whether a worker that came would find a trial to take."""
     counts = store.counts(study.study_id)
     return "waiting" in counts or ("running" not in counts and store.num_left(study) > 0)
 
 
-def _result(store: Store, study: Study) -> Result:
+def _result(store: Store, study: StudyRecord) -> Result:
     all_trials = store.trials(study)
     return Result(study.name, _best(study, all_trials), all_trials)
 
 
-def _best(study: Study, all_trials: list[Trial]) -> Best:
+def _best(study: StudyRecord, all_trials: list[TrialRecord]) -> Best:
     found = analysis.best(study, all_trials)
     if found is None:
         raise StudyStopped(f"study {study.name!r} has {no_answer(all_trials)}")
@@ -485,6 +487,6 @@ def _exported(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
     found = _best(study, all_trials)
     numbers = [found.trial] if found.confirmation is None else found.confirmation.winner.trials
     best = next(trial for trial in all_trials if trial.number in numbers and trial.state == "complete")
-    stacked = any(agreed["convolution"] for agreed in store.agreements(study).values())
+    stacked = any(agreed["convolution"] for agreed in store.shared_values(study).values())
     again = study.spec.of_trial(best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked)
     return found, again.frozen()

@@ -196,12 +196,12 @@ def worker_command(
 
 def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn:
     from hpo.api import running as api
-    from hpo.cli.display import Progress, make_console
+    from hpo.cli.display import LiveDisplay, make_console
 
     console = make_console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it waits; workers that train are drained
     try:
-        with Progress(console) as progress:
+        with LiveDisplay(console) as progress:
             api.serve(study, storage=storage, say=console.print, watcher=progress.watch, **options)
     except StudyStopped as error:
         if not error.interrupted:
@@ -241,13 +241,13 @@ def resume_command(
 def _train(train: Callable[..., Result], study: str, storage: str | None, *, again: str) -> None:
     """Trains with live progress (`train` takes the `watcher` that shows it), then prints the answer."""
     from hpo.api import running as api
-    from hpo.cli.display import Progress, make_console, print_answer
+    from hpo.cli.display import LiveDisplay, make_console, print_answer
     from hpo.store.studies import Store
 
     suffix = f" --storage {shlex.quote(storage)}" if storage else ""
     console = make_console()
     try:
-        with Progress(console) as progress:
+        with LiveDisplay(console) as progress:
             result = train(watcher=progress.watch)
     except StudyStopped as error:
         raise StudyStopped(f"{error}\ngo on with: {again}{suffix}" if error.can_go_on else str(error)) from None
@@ -297,14 +297,15 @@ def range_test_command(
     """
     from rich.progress import Progress
 
-    from hpo.analysis.text import in_words
+    from hpo.analysis.text import params_text
     from hpo.cli.display import make_console
     from hpo.config.study_spec import StudySpec
     from hpo.lr_range import resolve as ranges
-    from hpo.lr_range import text as ramp_plot
+    from hpo.lr_range import text
+    from hpo.report import ramp_page
 
     if output is not None:
-        ramp_plot.check_output(output)
+        ramp_page.check_output(output)
     parsed = StudySpec.from_toml(spec, overrides=overrides)
     with Progress(transient=True, disable=as_json or not make_console().is_terminal) as progress:
         task = progress.add_task("checking data and network", total=None)
@@ -313,17 +314,17 @@ def range_test_command(
             devices=devices,
             code_folder=Path(spec).parent,
             progress=lambda params, done, of: progress.update(
-                task, description=f"ramp {in_words(params)}".rstrip(), completed=done, total=of
+                task, description=f"ramp {params_text(params)}".rstrip(), completed=done, total=of
             ),
         )
     found = [one.as_dict() for one in tested]
     if output is not None:
-        ramp_plot.write_html(found, output, title=f"Range test of {parsed.name}")
+        ramp_page.write_html(found, output, title=f"Range test of {parsed.name}")
     if as_json:
         print_json(found)
         return
     for one in found:
-        for line in ranges.report(one):
+        for line in text.report(one):
             click.echo(line)
     if output is not None:
         click.echo(f"wrote {output}")

@@ -16,21 +16,21 @@ from rich.text import Text
 
 from hpo.analysis.answer import Best, best_trial, peak, searched
 from hpo.analysis.comparison import Comparison, Side, changes, name
-from hpo.analysis.confirmation import latest
+from hpo.analysis.range_text import range_test_lines
 from hpo.analysis.text import (
     answer_lines,
     as_text,
-    in_words,
     interval_in_words,
     number_in_words,
+    params_text,
     peak_in_words,
     rate_in_words,
     study_in_words,
     value_in_words,
 )  # fmt: skip
-from hpo.lr_range.resolve import in_words as ranges_in_words
 from hpo.store.studies import Store
-from hpo.study.records import ENDED, Study, Trial
+from hpo.study.records import ENDED, StudyRecord, TrialRecord
+from hpo.study.stages import latest
 
 REFRESH_S = 0.5  # at least; longer where reading the study takes long
 MAX_ROWS = 60  # of the final table
@@ -53,7 +53,7 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
-class Progress:
+class LiveDisplay:
     """Shows a study while it is trained; call it often, it reads the store as often as is reasonable.
 
     A context manager: on a terminal it holds the lower lines of the screen until it is left.
@@ -63,12 +63,12 @@ class Progress:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._store: Store | None = None
-        self._study: Study | None = None
+        self._study: StudyRecord | None = None
         self._next_read = 0.0
         self._reported: dict[int, tuple[str, int]] = {}
         self._said: set[str] = set()  # of what the workers agreed on
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> LiveDisplay:
         if self._live is not None:
             self._live.start()
             self._live.update(Text("checking devices, data and network ...", style="dim"), refresh=True)
@@ -82,11 +82,11 @@ class Progress:
             if self._live is not None:
                 self._live.stop()
 
-    def watch(self, store: Store, study: Study) -> Any:
+    def watch(self, store: Store, study: StudyRecord) -> Any:
         """Begins to show this study; what it returns is to be called while workers run."""
         self._store, self._study = store, study
         self._console.print(heading(study))
-        for line in ranges_in_words(study):
+        for line in range_test_lines(study):
             self._console.print(line, highlight=False, soft_wrap=True)
         trials = store.trials(study)
         if done := sum(trial.state in ENDED for trial in trials):
@@ -99,7 +99,7 @@ class Progress:
         if time.monotonic() < self._next_read or self._store is None or self._study is None:
             return
         began = time.monotonic()
-        for key, agreed in self._store.agreements(self._study).items():
+        for key, agreed in self._store.shared_values(self._study).items():
             if key not in self._said:
                 self._said.add(key)
                 self._console.print(agreed["reason"], highlight=False, soft_wrap=True)
@@ -119,7 +119,7 @@ class Progress:
         ended = time.monotonic()
         self._next_read = ended + max(REFRESH_S, 10 * (ended - began))
 
-    def _is_new(self, trial: Trial) -> bool:
+    def _is_new(self, trial: TrialRecord) -> bool:
         return bool(
             trial.state == "running"
             and trial.kind != "test"  # it has the epochs of another one
@@ -128,7 +128,7 @@ class Progress:
         )
 
 
-def heading(study: Study) -> Text:
+def heading(study: StudyRecord) -> Text:
     """One line: what is searched, on what."""
     text = Text(f"study {study.name}", style="bold")
     text.append(f": {study_in_words(study)}", style="not bold")
@@ -136,7 +136,7 @@ def heading(study: Study) -> Text:
 
 
 def print_answer(
-    console: Console, study: Study, trials: Sequence[Trial], found: Best, *, next_steps: Sequence[str]
+    console: Console, study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, next_steps: Sequence[str]
 ) -> None:
     """The table of learning rates against accuracy, the winner, and what to type next."""
     console.print(_table(study, searched(trials), found, width=console.width))
@@ -152,7 +152,7 @@ def print_comparison(found: Comparison) -> None:
     low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
     rows = [
         [
-            name(side), "" if side is found.sides[0] else in_words(changes(found.sides[0], side)),
+            name(side), "" if side is found.sides[0] else params_text(changes(found.sides[0], side)),
             as_text(side.lr and rate_in_words(side.lr)), as_text(side.interval and interval_in_words(side.interval)),
             _strip(side, low, high), as_text(side.plateau and interval_in_words(side.plateau)),
             as_text(side.edge and rate_in_words(side.edge)), as_text(side.value),
@@ -182,7 +182,7 @@ def _strip(side: Side, low: float, high: float) -> str:
     return "".join(cells)
 
 
-def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) -> Table:
+def _table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, width: int) -> Table:
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     rows = sorted(trials, key=lambda trial: tuple(_sort_key(trial.params.get(key)) for key in keys))
     if len(rows) > MAX_ROWS:
@@ -230,7 +230,7 @@ def _table(study: Study, trials: Sequence[Trial], found: Best, *, width: int) ->
     return table
 
 
-def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
+def _dashboard(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableType:
     """The live part: a bar for the study, a line for each running trial, the best so far."""
     done = sum(trial.state in ENDED for trial in trials)
     bar = Table.grid(padding=(0, 1))
@@ -244,7 +244,7 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
         if trial.state == "running":
             running.add_row(
                 str(trial.number),
-                in_words(trial.params),
+                params_text(trial.params),
                 str(trial.attributes.get("device", "")),
                 f"{max(trial.epochs, default=0)}/{_epochs(study, trial)}",
                 _last(trial, "train_loss", "{:.4f}"),
@@ -254,39 +254,39 @@ def _dashboard(study: Study, trials: Sequence[Trial]) -> RenderableType:
     parts: list[RenderableType] = [bar, running if running.row_count else Text("starting workers ...", style="dim")]
     if (found := best_trial(study, trials)) is not None and found.value is not None:
         value = f"{study.spec.metric} {value_in_words(found.value, study)}"
-        parts.append(Text(f"best so far: {in_words(found.params)}, {value}, trial {found.number}"))
+        parts.append(Text(f"best so far: {params_text(found.params)}, {value}, trial {found.number}"))
     where = peak(study, trials)
     if where is not None and where.fitted:
         parts.append(Text(peak_in_words(where.lr, where.epochs)))
     return Group(*parts)
 
 
-def _stages(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+def _stages(trials: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
     """The trials that confirm what was found, and those that test it, each under a name of their own."""
     found = [[trial for trial in latest(trials) if trial.kind == kind] for kind in ("confirm", "test")]
     return {f"{mine[0].kind} from trial {mine[0].number}": mine for mine in found if mine}
 
 
-def _stage(trials: Sequence[Trial]) -> str:
+def _stage(trials: Sequence[TrialRecord]) -> str:
     """What is begun with these trials, which confirm."""
     if trials[0].kind == "test":
         return f"measuring the test set with the {len(trials)} networks of the best one"
-    rates = list(dict.fromkeys(in_words(trial.params) for trial in trials))
+    rates = list(dict.fromkeys(params_text(trial.params) for trial in trials))
     return f"the search is done; trained again on fresh seeds: {'; '.join(rates)}"
 
 
-def _ended_line(study: Study, trial: Trial) -> Text:
+def _ended_line(study: StudyRecord, trial: TrialRecord) -> Text:
     seconds = f"{trial.ended - trial.started:.1f} s" if trial.ended and trial.started else ""
     value = "" if trial.value is None else f", {study.spec.metric} {value_in_words(trial.value, study)}"
     if trial.kind == "test" and trial.state == "complete":
         value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}')}"
     text = Text(f"trial {trial.number} ")
     text.append(trial.state, style=STYLES[trial.state])
-    text.append(f": {in_words(trial.params)}{value}, {trial.reason}, {seconds}")
+    text.append(f": {params_text(trial.params)}{value}, {trial.reason}, {seconds}")
     return text
 
 
-def _epoch_line(trial: Trial) -> str:
+def _epoch_line(trial: TrialRecord) -> str:
     metrics = "  ".join(
         f"{name} {_last(trial, name, '{:.4g}')}"
         for name in trial.curves
@@ -295,7 +295,7 @@ def _epoch_line(trial: Trial) -> str:
     return f"trial {trial.number} epoch {trial.epochs[-1]}: {metrics}"
 
 
-def _counts(trials: Sequence[Trial]) -> Text:
+def _counts(trials: Sequence[TrialRecord]) -> Text:
     text = Text()
     for state in ENDED:
         if count := sum(trial.state == state for trial in trials):
@@ -303,7 +303,7 @@ def _counts(trials: Sequence[Trial]) -> Text:
     return text
 
 
-def _time_left(study: Study, trial: Trial) -> str:
+def _time_left(study: StudyRecord, trial: TrialRecord) -> str:
     seconds = [value for value in trial.curves.get("seconds", ()) if value is not None]
     if not seconds:
         return ""
@@ -311,11 +311,11 @@ def _time_left(study: Study, trial: Trial) -> str:
     return f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
 
 
-def _epochs(study: Study, trial: Trial) -> int:
+def _epochs(study: StudyRecord, trial: TrialRecord) -> int:
     return int(trial.params.get("epochs", study.spec.training.epochs))
 
 
-def _last(trial: Trial, name: str, form: str) -> str:
+def _last(trial: TrialRecord, name: str, form: str) -> str:
     values = trial.curves.get(name, ())
     return "" if not values else "not finite" if values[-1] is None else form.format(values[-1])
 

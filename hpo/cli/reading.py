@@ -41,7 +41,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     \b
     hpo status quickstart
     """
-    from hpo.analysis.text import as_text, in_words, peak_in_words
+    from hpo.analysis.text import as_text, params_text, peak_in_words
     from hpo.api import running as api
     from hpo.cli.display import print_table
 
@@ -56,8 +56,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     if found["best"]:
         best = found["best"]
         if best["confirmation"]:
-            click.echo(f"confirmed: {in_words(best['recommended'])}, value {best['confirmation']['value']:.4f}")
-        click.echo(f"best so far: {in_words(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
+            click.echo(f"confirmed: {params_text(best['recommended'])}, value {best['confirmation']['value']:.4f}")
+        click.echo(f"best so far: {params_text(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
     if found["peak"] and found["peak"]["fitted"] and found["trials"].keys() & {"waiting", "running"}:
         click.echo(peak_in_words(found["peak"]["lr"], found["peak"]["epochs"]))
     if found["workers"]:
@@ -84,7 +84,7 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     \b
     hpo trials quickstart --json
     """
-    from hpo.analysis.text import as_text, in_words
+    from hpo.analysis.text import as_text, params_text
     from hpo.api import running as api
     from hpo.cli.display import print_table
 
@@ -95,7 +95,7 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     print_table(
         ["trial", "kind", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
         (
-            [row["number"], row["kind"], row["state"], in_words(row["params"]), as_text(row["value"]),
+            [row["number"], row["kind"], row["state"], params_text(row["params"]), as_text(row["value"]),
              len(row["epochs"]), row["attempt"], as_text(row["duration_s"]), as_text(row["reason"])]
             for row in found
         ),

@@ -16,14 +16,14 @@ from hpo.errors import UserError
 
 
 @dataclass(frozen=True)
-class Allowed:
+class ImportAllowlist:
     """What this machine's user has allowed: modules by name, with what is inside them, and folders of modules."""
 
     modules: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, allow: Iterable[str]) -> Allowed:
+    def parse(cls, allow: Iterable[str]) -> ImportAllowlist:
         """From the values of --allow: the name of a module, or the path of a folder, which has a slash or a dot in it.
 
         Raises UserError for neither.
@@ -98,7 +98,7 @@ class Allowed:
         return [*self.folders, *([os.getcwd()] if self.modules else [])]
 
 
-def by_author(spec: StudySpec | str | Path, *, folder: str | Path | None) -> tuple[StudySpec, Allowed]:
+def load_own_spec(spec: StudySpec | str | Path, *, folder: str | Path | None) -> tuple[StudySpec, ImportAllowlist]:
     """A study's spec, as given or read from a study file, and what its author allows: its modules, and a folder's.
 
     By default the folder is that of the study file, or of the running script for a StudySpec. Raises UserError for a
@@ -108,4 +108,4 @@ def by_author(spec: StudySpec | str | Path, *, folder: str | Path | None) -> tup
         folder = folder or Path(spec).parent
         spec = StudySpec.from_toml(spec)
     folder = Path(folder or sys.path[0] or os.getcwd()).resolve()
-    return spec, Allowed(tuple(spec.modules()), (str(folder),))
+    return spec, ImportAllowlist(tuple(spec.modules()), (str(folder),))

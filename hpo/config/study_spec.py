@@ -20,11 +20,13 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 
 from hpo.config import study_file
 from hpo.config.checks import check_reference, check_rule, explain
-from hpo.config.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec, Section
+from hpo.config.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec
 from hpo.errors import UserError, check_keys, unknown_name
 from hpo.objective import RESERVED
-from hpo.search.samplers import PRUNERS, SAMPLERS
-from hpo.search.space import Cases, Choice, Parameter, Range, Scalar, combinations, grid_points, is_auto
+from hpo.search.config import PrunerSpec, SearchSpec, Section
+from hpo.search.pruners import PRUNERS
+from hpo.search.samplers import SAMPLERS
+from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, combinations, grid_points, is_auto
 from hpo.train.config import NEUTRAL, TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
@@ -144,11 +146,11 @@ class StudySpec(Section):
         settings["search"] = {"sampler": "grid", "seed": self.search.seed, "space": space}
         return StudySpec.from_dict(settings)
 
-    def corners(self, sections: Collection[str] = ("model", "data", "training")) -> Iterator[dict[str, Scalar]]:
+    def extreme_points(self, sections: Collection[str] = ("model", "data", "training")) -> Iterator[dict[str, Scalar]]:
         """The combinations of the extreme values of the space, as far as they concern these sections; at most 4,096."""
         parameters = self.search.parameters
         concerned = {key for key in parameters if _section_and_name(key)[0] in sections}
-        needed = concerned | {p.by for key, p in parameters.items() if key in concerned and isinstance(p, Cases)}
+        needed = concerned | {p.by for key, p in parameters.items() if key in concerned and isinstance(p, Conditional)}
         seen = []
         points = combinations(
             {key: parameters[key] for key in parameters if key in needed}, lambda parameter: parameter.extremes()
@@ -252,12 +254,12 @@ class StudySpec(Section):
                 f"got {len(ranges)} ({', '.join(ranges) or 'none'})"
             )
         for key, parameter in search.parameters.items():
-            if isinstance(parameter, Cases):
+            if isinstance(parameter, Conditional):
                 if not SAMPLERS[name].conditional:
                     able = ", ".join(key for key, sampler in SAMPLERS.items() if sampler.conditional)
                     raise UserError(f"search.space.{key}.by cannot be used with sampler {name!r}; use one of {able}")
                 given = search.parameters.get(parameter.by)
-                if not isinstance(given, Choice):
+                if not isinstance(given, Categorical):
                     raise UserError(f"search.space.{key}.by.{parameter.by} must be a list in search.space too")
                 for case in parameter.cases:
                     if case not in map(str, given.values):
@@ -284,7 +286,7 @@ class StudySpec(Section):
                 if key not in self.search.parameters:
                     raise unknown_name(f"{where}: each key", key, self.search.parameters)
                 parameter = self.search.parameters[key]
-                if isinstance(parameter, Cases):
+                if isinstance(parameter, Conditional):
                     case = parameter.cases.get(str(point.get(parameter.by)))
                     if case is None:
                         raise UserError(
@@ -364,13 +366,13 @@ class StudySpec(Section):
                     raise UserError(
                         f"{setting} has no meaning for {kind} {', '.join(sorted(names))} (only for {takers})"
                     )
-        for values in self.corners():
+        for values in self.extreme_points():
             _check_combination(self.trial_config(values, seed=0), values)
 
     def _check_fixed_beside_searched(self) -> None:
         parameters = self.search.parameters
         for field in dataclasses.fields(TrainingConfig):
-            if isinstance(parameters.get(field.name), Range | Choice) and not _is_default(self.training, field):
+            if isinstance(parameters.get(field.name), Range | Categorical) and not _is_default(self.training, field):
                 value = getattr(self.training, field.name)
                 raise UserError(f"training.{field.name} has no effect beside search.space.{field.name}, got {value!r}")
 
@@ -387,7 +389,7 @@ MAX_GRID = 10**6
 
 
 def _num_points(parameter: Parameter) -> int:
-    if isinstance(parameter, Cases):
+    if isinstance(parameter, Conditional):
         return max(map(_num_points, parameter.cases.values()))
     return parameter.num_points if isinstance(parameter, Range) else len(parameter.values)
 

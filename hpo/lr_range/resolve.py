@@ -9,28 +9,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.config.import_policy import by_author
+from hpo.config.import_policy import load_own_spec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
-from hpo.lr_range import text as ramp_plot
-from hpo.search.space import AUTO, Cases, Choice, Parameter, Range, Scalar, combinations, is_auto
+from hpo.search.space import AUTO, Categorical, Conditional, Parameter, Scalar, combinations, is_auto
 from hpo.system.devices import choose_devices
 from hpo.train.config import TrialConfig, derive_seed
 from hpo.train.optim import SCHEDULES
 
 if TYPE_CHECKING:
-    from hpo.study.records import Study
+    from hpo.study.records import StudyRecord
     from hpo.system.devices import Device
     from hpo.train.lr_ramp import RangeTest
+from hpo.analysis.range_text import RANGE_TEST_KEY, _case
 
-FACT = "range_test"  # its name among a study's facts
 MOST_TESTS = 8  # of one study: each takes most of an epoch
 MOST_POINTS = 64  # of a ramp, that are kept with the study
 # What a ramp does not depend on: it is one epoch with rates of its own.
 UNTESTED = frozenset({"lr", "seed", "epochs", "schedule", "warmup_epochs"}).union(*(s.keys for s in SCHEDULES.values()))
-
 # Called after each step with the listed values of the network that is tested, how many steps are done, and of how many.
-Progress = Callable[[Mapping[str, Any], int, int], None]
+RampProgress = Callable[[Mapping[str, Any], int, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def range_test(
     *,
     devices: str = "auto",
     code_folder: str | Path | None = None,
-    progress: Progress = lambda params, done, of: None,
+    progress: RampProgress = lambda params, done, of: None,
 ) -> list[Ramp]:
     """Ramps the learning rate of a study's network over less than an epoch (Smith, arXiv 1506.01186), on one device.
 
@@ -60,12 +58,12 @@ def range_test(
     the loss `falls`, is `lowest` and `breaks`, and the range to search, `low` to `high`. `progress(params, done, of)`
     is called after each step. Nothing is written. Raises UserError for a wrong request.
     """
-    spec, allowed = by_author(spec, folder=code_folder)
+    spec, allowed = load_own_spec(spec, folder=code_folder)
     with allowed.importable():
         return measure(spec, devices, progress=progress)
 
 
-def measure(spec: StudySpec, devices: str, *, progress: Progress = lambda params, done, of: None) -> list[Ramp]:
+def measure(spec: StudySpec, devices: str, *, progress: RampProgress = lambda params, done, of: None) -> list[Ramp]:
     """Tests the network on the first of these devices, for each combination of listed values that changes its training.
 
     Other ranges count with their middle, and learning rates and schedules do not count. Raises UserError for a loop of
@@ -75,7 +73,7 @@ def measure(spec: StudySpec, devices: str, *, progress: Progress = lambda params
     tested = []
     for values in _points(spec):
         config = spec.trial_config(values, seed=derive_seed(spec.training.seed, "range test"))
-        params = {key: value for key, value in values.items() if isinstance(_case(spec, key, values), Choice)}
+        params = {key: value for key, value in values.items() if isinstance(_case(spec, key, values), Categorical)}
         tested.append(Ramp(params, _test(config, device, partial(progress, params))))
     return tested
 
@@ -92,7 +90,7 @@ def _test(config: TrialConfig, device: Device, progress: Callable[[int, int], No
 
 
 def resolve(
-    spec: StudySpec, *, measure: Callable[[StudySpec], Sequence[Ramp]], stored: Callable[[], Study | None]
+    spec: StudySpec, *, measure: Callable[[StudySpec], Sequence[Ramp]], stored: Callable[[], StudyRecord | None]
 ) -> tuple[StudySpec, dict[str, Any]]:
     """The spec without `"auto"` and the facts of the tests that were made, none where `stored()` has the study."""
     if not asks(spec) or not asks(spec := adopt(spec, stored())):
@@ -110,7 +108,7 @@ def close(spec: StudySpec, tested: Sequence[Ramp]) -> tuple[StudySpec, dict[str,
     """
     settings = spec.frozen()
     lr = spec.search.parameters["lr"]
-    if isinstance(lr, Cases):
+    if isinstance(lr, Conditional):
         written = settings["search"]["space"]["lr"]["by"][lr.by]
         for case in [case for case, value in written.items() if value == AUTO]:
             alike = [one for one in tested if str(one.params.get(lr.by)) == case]
@@ -118,12 +116,12 @@ def close(spec: StudySpec, tested: Sequence[Ramp]) -> tuple[StudySpec, dict[str,
             written[case] = _range(f"search.space.lr.by.{lr.by}.{case}", alike, first)
     else:
         settings["search"]["space"]["lr"] = _range("search.space.lr", tested, spec.search.try_first)
-    return StudySpec.from_dict(settings), {FACT: [_thinned(one.as_dict()) for one in tested]}
+    return StudySpec.from_dict(settings), {RANGE_TEST_KEY: [_thinned(one.as_dict()) for one in tested]}
 
 
-def adopt(spec: StudySpec, study: Study | None) -> StudySpec:
+def adopt(spec: StudySpec, study: StudyRecord | None) -> StudySpec:
     """The spec with the stored study's ranges in place of `"auto"`, where range tests found those; no test is made."""
-    if study is None or FACT not in study.facts or not asks(spec):
+    if study is None or RANGE_TEST_KEY not in study.facts or not asks(spec):
         return spec
     settings = spec.frozen()
     here, there = settings["search"]["space"], study.spec.frozen()["search"]["space"].get("lr")
@@ -145,68 +143,6 @@ def asks(spec: StudySpec) -> bool:
     return is_auto(spec.search.parameters.get("lr"))
 
 
-def in_words(study: Study, *, best: float | None = None, params: Mapping[str, Any] | None = None) -> list[str]:
-    """What a study's answer says of its range tests, a line for each; where `best` is in that of its `params`."""
-    lines = []
-    for found in study.facts.get(FACT, ()):
-        listed = ", ".join(f"{key} {value}" for key, value in found["params"].items())
-        low, high = found["low"], found["high"]
-        line = f"the range of learning rates{f' with {listed}' if listed else ''} comes from a range test of "
-        line += f"{found['epochs']:.2g} epochs: {low:.2g} to {high:.2g} ({signs(found)})"
-        searched = _case(study.spec, "lr", found["params"])
-        if isinstance(searched, Range) and (f"{searched.low:.2g}", f"{searched.high:.2g}") != (
-            f"{low:.2g}",
-            f"{high:.2g}",
-        ):
-            low, high = float(searched.low), float(searched.high)
-            line += f", within the {low:.2g} to {high:.2g} that were searched"
-        if best is not None and params is not None and found["params"].items() <= dict(params).items():
-            line += f"; {place(best, low, high)}"
-        lines.append(line)
-    return lines
-
-
-def report(found: Mapping[str, Any]) -> list[str]:
-    """A range test for a terminal; `found` as `Ramp.as_dict` gives it."""
-    from hpo.train.lr_ramp import ABOVE_EDGE, BELOW_EDGE, BELOW_FALL, LEAP
-
-    listed = ", ".join(f"{key} {value}" for key, value in found["params"].items())
-    lines = [f"with {listed}:"] if listed else []
-    lines += ramp_plot.chart(found)
-    not_seen = "not seen in this ramp"
-    rows = [
-        ("the loss starts to fall at", found["falls"]),
-        ("it is lowest at", found["lowest"]),
-        ("it explodes, or loses half of its fall, at", found["breaks"]),
-        (f"steps change {LEAP:.0%} of the weights from", found["leaps"]),
-    ]
-    lines += [f"{what} {not_seen if lr is None else f'{lr:.2g}'}" for what, lr in rows]
-    cost = f"{found['epochs']:.2g} epochs in batches of {found['batch_size']}, {found['seconds']:.1f} s"
-    if found["low"] is None:
-        return [*lines, f"no learning rate was seen at which the loss stays finite ({cost})"]
-    sign = "the first of these signs" if found["breaks"] or found["leaps"] else "where steps are longest"
-    lines.append(
-        f"search from {found['low']:.2g} to {found['high']:.2g}: from {BELOW_EDGE:g} times below {found['edge']:.2g}, "
-        f"{sign}, or {BELOW_FALL:g} times below the fall, to {ABOVE_EDGE:g} times above ({cost})"
-    )
-    lines.append(f"lr = {{ low = {found['low']:.2g}, high = {found['high']:.2g}, log = true }}")
-    return lines
-
-
-def signs(found: Mapping[str, Any]) -> str:
-    """What a ramp showed, in words; `found` as `Ramp.as_dict` gives it."""
-    seen = [("the loss falls from", found["falls"]), ("breaks at", found["breaks"]), ("leaps from", found["leaps"])]
-    return ", ".join(f"{what} {lr:.2g}" for what, lr in seen if lr is not None) or "nothing broke"
-
-
-def place(best: float, low: float, high: float) -> str:
-    """Where a learning rate sits in a range, on its log scale."""
-    if not low <= best <= high:
-        return f"the best one, {best:.2g}, is outside of that"
-    up, down = math.log10(best / low), math.log10(high / best)
-    return f"the best one is {up:.1f} decades above its low end and {down:.1f} below its high end"
-
-
 def _points(spec: StudySpec) -> list[dict[str, Scalar]]:
     """The values of each network to be tested."""
     if spec.objective:
@@ -215,10 +151,10 @@ def _points(spec: StudySpec) -> list[dict[str, Scalar]]:
         )
     parameters = spec.search.parameters
     lr = parameters.get("lr")
-    needed = {parameter.by for parameter in parameters.values() if isinstance(parameter, Cases)}
+    needed = {parameter.by for parameter in parameters.values() if isinstance(parameter, Conditional)}
     kept = {key: _choices(parameter) for key, parameter in parameters.items() if key not in UNTESTED or key in needed}
     points = list(combinations(kept, lambda choice: choice.grid()))
-    if isinstance(lr, Cases) and is_auto(lr):
+    if isinstance(lr, Conditional) and is_auto(lr):
         points = [point for point in points if is_auto(lr.cases.get(str(point[lr.by])))]
     if len(points) > MOST_TESTS:
         lists = ", ".join(key for key, parameter in parameters.items() if key in kept and not _is_range(parameter))
@@ -231,18 +167,13 @@ def _points(spec: StudySpec) -> list[dict[str, Scalar]]:
 
 def _choices(parameter: Parameter) -> Parameter:
     """The same with the middle of a range as its only value."""
-    if isinstance(parameter, Cases):
-        return Cases(by=parameter.by, cases={name: _choices(case) for name, case in parameter.cases.items()})  # type: ignore[misc]
-    return parameter if isinstance(parameter, Choice) else Choice((parameter.at(0.5),))
+    if isinstance(parameter, Conditional):
+        return Conditional(by=parameter.by, cases={name: _choices(case) for name, case in parameter.cases.items()})  # type: ignore[misc]
+    return parameter if isinstance(parameter, Categorical) else Categorical((parameter.at(0.5),))
 
 
 def _is_range(parameter: Parameter) -> bool:
-    return not isinstance(parameter, Choice | Cases)
-
-
-def _case(spec: StudySpec, key: str, values: Mapping[str, Scalar]) -> Parameter | None:
-    parameter = spec.search.parameters[key]
-    return parameter.cases.get(str(values[parameter.by])) if isinstance(parameter, Cases) else parameter
+    return not isinstance(parameter, Categorical | Conditional)
 
 
 def _range(setting: str, tested: Sequence[Ramp], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from hpo.errors import UserError
+if TYPE_CHECKING:
+    pass
+from hpo.analysis.range_text import worth_showing
 
 WIDTH, HEIGHT = 64, 10  # characters
 BLOCKS = " ▁▂▃▄▅▆▇█"
-TOP = 1.5  # times the loss at the start: what is above is drawn there, or a broken loss would hide the rest
 
 
 def chart(found: Mapping[str, Any]) -> list[str]:
@@ -50,30 +49,28 @@ def chart(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def check_output(output: str | Path) -> None:
-    """Raises UserError where no plot can be written there."""
-    path = Path(output)
-    if path.suffix != ".html":
-        raise UserError(f"--output must end in .html, got {str(output)!r}")
-    if not path.parent.is_dir():
-        raise UserError(f"--output must be in a folder that exists, got {str(output)!r}")
+def report(found: Mapping[str, Any]) -> list[str]:
+    """A range test for a terminal; `found` as `Ramp.as_dict` gives it."""
+    from hpo.train.lr_ramp import ABOVE_EDGE, BELOW_EDGE, BELOW_FALL, LEAP
 
-
-def write_html(tested: Sequence[Mapping[str, Any]], output: str | Path, *, title: str) -> None:
-    """Writes the ramps as one HTML file that needs no network. Raises UserError where it cannot be written."""
-    from hpo.report.figures.confirmation import ramps
-
-    figure = ramps(tested).update_layout(title={"text": escape(title)}, paper_bgcolor="white", plot_bgcolor="white")
-    try:
-        figure.write_html(str(output), include_plotlyjs=True)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
-
-
-def worth_showing(losses: Sequence[float | None]) -> list[float]:
-    """The losses of a ramp as far as they are."""
-    finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
-    if not finite:
-        return []
-    top = TOP * max(finite[0], min(finite))
-    return [top if loss is None or not math.isfinite(loss) else min(loss, top) for loss in losses]
+    listed = ", ".join(f"{key} {value}" for key, value in found["params"].items())
+    lines = [f"with {listed}:"] if listed else []
+    lines += chart(found)
+    not_seen = "not seen in this ramp"
+    rows = [
+        ("the loss starts to fall at", found["falls"]),
+        ("it is lowest at", found["lowest"]),
+        ("it explodes, or loses half of its fall, at", found["breaks"]),
+        (f"steps change {LEAP:.0%} of the weights from", found["leaps"]),
+    ]
+    lines += [f"{what} {not_seen if lr is None else f'{lr:.2g}'}" for what, lr in rows]
+    cost = f"{found['epochs']:.2g} epochs in batches of {found['batch_size']}, {found['seconds']:.1f} s"
+    if found["low"] is None:
+        return [*lines, f"no learning rate was seen at which the loss stays finite ({cost})"]
+    sign = "the first of these signs" if found["breaks"] or found["leaps"] else "where steps are longest"
+    lines.append(
+        f"search from {found['low']:.2g} to {found['high']:.2g}: from {BELOW_EDGE:g} times below {found['edge']:.2g}, "
+        f"{sign}, or {BELOW_FALL:g} times below the fall, to {ABOVE_EDGE:g} times above ({cost})"
+    )
+    lines.append(f"lr = {{ low = {found['low']:.2g}, high = {found['high']:.2g}, log = true }}")
+    return lines

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.analysis import answer as analysis
 from hpo.store.studies import Store
-from hpo.study.records import Study
+from hpo.study.records import StudyRecord
 
 if TYPE_CHECKING:
-    from hpo.report.render import Report
+    from hpo.report.render import StudyReport
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ END_S = 10.0  # how long a study's end waits for it
 MOST_CHARACTERS = 200_000  # of a figure: whoever looks for a study by its name reads all studies' figures
 
 
-def publish(store: Store, report: Report) -> None:
+def publish(store: Store, report: StudyReport) -> None:
     """Has optuna-dashboard show the report's figures and, as the study's note, its answer. Raises STORE_ERRORS.
 
     Takes the figures as they are: they have titles and the light theme from then on. Too large ones are left out.
@@ -48,7 +48,7 @@ class Publisher:
     started by `look`, which returns at once. Any number of processes may publish a study: the later one's is shown.
     """
 
-    def __init__(self, store: Store, study: Study) -> None:
+    def __init__(self, store: Store, study: StudyRecord) -> None:
         self._url = store.url.render_as_string(hide_password=False)
         self._study = study
         self._store: Store | None = None

@@ -42,7 +42,7 @@ from hpo.errors import UserError, unknown_name
 from hpo.report.figures import table as figures
 from hpo.report.figures.style import THEMES, line_colours, short
 from hpo.report.figures.table import FIGURES, Drawn
-from hpo.study.records import ENDED, Study, Trial, trial_as_dict
+from hpo.study.records import ENDED, StudyRecord, TrialRecord, trial_as_dict
 from hpo.system import provenance
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ NUMERIC = ("trial", "epochs", "train_loss", "attempt", "seconds")
 
 
 @dataclass(frozen=True)
-class Report:
+class StudyReport:
     """A study at a moment. `drawn` are the figures that were asked for and have something to show."""
 
-    study: Study
-    trials: Sequence[Trial]
+    study: StudyRecord
+    trials: Sequence[TrialRecord]
     best: Best | None
     storage: str
     made: datetime
@@ -92,14 +92,19 @@ class Report:
 
 
 def make(
-    study: Study, trials: Sequence[Trial], best: Best | None, *, storage: str, names: Sequence[str] = tuple(FIGURES)
-) -> Report:
+    study: StudyRecord,
+    trials: Sequence[TrialRecord],
+    best: Best | None,
+    *,
+    storage: str,
+    names: Sequence[str] = tuple(FIGURES),
+) -> StudyReport:
     """The report of these trials, with the figures of these names; `best` is their answer."""
     drawn = figures.draw(figures.findings(study, trials, best), names)
-    return Report(study, trials, best, storage, datetime.now(UTC), drawn)
+    return StudyReport(study, trials, best, storage, datetime.now(UTC), drawn)
 
 
-def render(report: Report, form: str, *, figure: str = "response") -> bytes:
+def render(report: StudyReport, form: str, *, figure: str = "response") -> bytes:
     """The report in one of FORMATS; of an image, `figure` is the one that it shows. Raises UserError."""
     return FORMATS[form](report, figure)
 
@@ -143,7 +148,7 @@ def is_ours(content: bytes) -> bool:
 # The page
 
 
-def _html(report: Report, _figure: str) -> bytes:
+def _html(report: StudyReport, _figure: str) -> bytes:
     scripts = {"plotly": _plotly_js(), "page": _resource("report.js")}
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts.values()]
     columns, rows = _table(report)
@@ -169,7 +174,7 @@ def _html(report: Report, _figure: str) -> bytes:
     return page.encode()
 
 
-def _figures_data(report: Report) -> dict[str, Any]:
+def _figures_data(report: StudyReport) -> dict[str, Any]:
     """What the page's script draws; the labels of trials, which several figures show, are there once."""
     figures: dict[str, Any] = {}
     labels: dict[int, str] = {}
@@ -192,7 +197,7 @@ def _embedded(value: Any) -> str:
     return text
 
 
-def _key_figures(report: Report) -> list[tuple[str, str, str]]:
+def _key_figures(report: StudyReport) -> list[tuple[str, str, str]]:
     """(what, its figure, its doubt) of the answer, for the head of the page."""
     study, best = report.study, report.best
     if best is None:
@@ -213,7 +218,7 @@ def _key_figures(report: Report) -> list[tuple[str, str, str]]:
     return key
 
 
-def _confirmed_figures(study: Study, found: Confirmation) -> list[tuple[str, str, str]]:
+def _confirmed_figures(study: StudyRecord, found: Confirmation) -> list[tuple[str, str, str]]:
     error = found.standard_error
     doubt = f"± {value_in_words(error, study)}, {len(found.winner.values)} fresh seeds" if error is not None else ""
     figures = [(f"confirmed {study.spec.metric}", value_in_words(found.value, study), doubt)]
@@ -224,7 +229,7 @@ def _confirmed_figures(study: Study, found: Confirmation) -> list[tuple[str, str
     return figures
 
 
-def _table(report: Report) -> tuple[list[str], list[tuple[Trial, list[tuple[str, Any]]]]]:
+def _table(report: StudyReport) -> tuple[list[str], list[tuple[TrialRecord, list[tuple[str, Any]]]]]:
     """Its columns, and for each trial its cells: what is shown, and what it is sorted by; the best ones first where
     there are more than fit."""
     study = report.study
@@ -259,7 +264,7 @@ def _place(attributes: Mapping[str, Any]) -> str:
     return f"{attributes.get('host', '')} {attributes.get('device', '')}".strip()
 
 
-def _provenance(report: Report) -> list[tuple[str, str]]:
+def _provenance(report: StudyReport) -> list[tuple[str, str]]:
     """How the study and its report were made, (what, how)."""
     study, spec = report.study, report.study.spec
     known = [{"git_revision": None, **trial.attributes} for trial in report.trials if trial.attributes]
@@ -290,14 +295,14 @@ def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _spec(study: Study) -> str:
+def _spec(study: StudyRecord) -> str:
     return tomli_w.dumps(study.spec.frozen())
 
 
 # The other formats
 
 
-def _markdown(report: Report, _figure: str) -> bytes:
+def _markdown(report: StudyReport, _figure: str) -> bytes:
     lines = [MARK, f"# Study {_plain(report.study.name)}", "", *markdown_answer(report), ""]
     for entry in report.drawn:
         lines += [f"## {entry.title}", "", _plain(entry.text), ""]
@@ -312,7 +317,7 @@ def _markdown(report: Report, _figure: str) -> bytes:
     return "\n".join(lines).encode()
 
 
-def markdown_answer(report: Report) -> list[str]:
+def markdown_answer(report: StudyReport) -> list[str]:
     """The answer and its warnings as lines of Markdown."""
     first, *others = map(_plain, report.answer)
     return [f"**{first}**", "", *(f"- {line}" for line in others), *(f"- beware: {_plain(w)}" for w in report.warnings)]
@@ -330,7 +335,7 @@ def _plain(text: str) -> str:
     return text
 
 
-def _json(report: Report, _figure: str) -> bytes:
+def _json(report: StudyReport, _figure: str) -> bytes:
     found = report.best
     answer = found.as_dict() if found else {"trial": None, "warnings": []}
     curves = [{"params": dict(params), **asdict(curve)} for params, curve in found.responses] if found else []
@@ -349,18 +354,18 @@ def _json(report: Report, _figure: str) -> bytes:
     return (json.dumps(told, indent=1, allow_nan=False) + "\n").encode()
 
 
-def _png(report: Report, figure: str) -> bytes:
+def _png(report: StudyReport, figure: str) -> bytes:
     image = _image(report, "png", figure)
     chunk = struct.pack(">I", len(PNG_TEXT) - 4) + PNG_TEXT + struct.pack(">I", zlib.crc32(PNG_TEXT))
     end = image.rindex(b"IEND") - 4
     return image[:end] + chunk + image[end:]
 
 
-def _svg(report: Report, figure: str) -> bytes:
+def _svg(report: StudyReport, figure: str) -> bytes:
     return _image(report, "svg", figure).rstrip() + f"\n{MARK}\n".encode()
 
 
-def _image(report: Report, form: str, name: str) -> bytes:
+def _image(report: StudyReport, form: str, name: str) -> bytes:
     """A figure on white, drawn by kaleido in a Chromium of this machine, which asks nothing of a network."""
     entry = next((entry for entry in report.drawn if entry.name == name), None)
     if entry is None:
@@ -384,7 +389,7 @@ def _image(report: Report, form: str, name: str) -> bytes:
     return bytes(image)
 
 
-FORMATS: dict[str, Callable[[Report, str], bytes]] = {
+FORMATS: dict[str, Callable[[StudyReport, str], bytes]] = {
     "html": _html,
     "png": _png,
     "svg": _svg,

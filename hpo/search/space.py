@@ -84,7 +84,7 @@ class AutoRange(Range):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Categorical:
     """One of a list of values."""
 
     values: tuple[Scalar, ...]
@@ -107,36 +107,36 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Cases:
+class Conditional:
     """A parameter with a range or list for each value of the parameter `by`; without a case it is not searched."""
 
     by: str
-    cases: Mapping[str, Range | Choice]
+    cases: Mapping[str, Range | Categorical]
 
     def extremes(self) -> list[Scalar]:
         return [value for case in self.cases.values() for value in case.extremes()]
 
 
-Parameter = Range | Choice | Cases
+Parameter = Range | Categorical | Conditional
 
 
 def is_auto(parameter: Parameter | None) -> bool:
     """Whether a range test is to find this range, or that of one of its cases."""
-    cases = parameter.cases.values() if isinstance(parameter, Cases) else [parameter]
+    cases = parameter.cases.values() if isinstance(parameter, Conditional) else [parameter]
     return any(isinstance(case, AutoRange) for case in cases)
 
 
 def combinations(
-    parameters: Mapping[str, Parameter], values: Callable[[Range | Choice], Sequence[Scalar]]
+    parameters: Mapping[str, Parameter], values: Callable[[Range | Categorical], Sequence[Scalar]]
 ) -> Iterator[dict[str, Scalar]]:
     """Every combination of `values(parameter)` over the space, the last parameter changing fastest."""
-    free = {key: values(parameter) for key, parameter in parameters.items() if not isinstance(parameter, Cases)}
+    free = {key: values(parameter) for key, parameter in parameters.items() if not isinstance(parameter, Conditional)}
     for chosen in itertools.product(*free.values()):
         point = dict(zip(free, chosen, strict=True))
         cases = {
             key: values(parameter.cases[str(point[parameter.by])])
             for key, parameter in parameters.items()
-            if isinstance(parameter, Cases) and str(point[parameter.by]) in parameter.cases
+            if isinstance(parameter, Conditional) and str(point[parameter.by]) in parameter.cases
         }
         for dependent in itertools.product(*cases.values()):
             yield point | dict(zip(cases, dependent, strict=True))
@@ -150,9 +150,9 @@ def grid_points(parameters: Mapping[str, Parameter]) -> list[dict[str, Scalar]]:
 def point(parameters: Mapping[str, Parameter], shares: Sequence[float]) -> dict[str, Scalar]:
     """The point of the space at these shares in [0, 1), one for each parameter in turn."""
     at = dict(zip(parameters, shares, strict=True))
-    values = {key: free.at(at[key]) for key, free in parameters.items() if not isinstance(free, Cases)}
+    values = {key: free.at(at[key]) for key, free in parameters.items() if not isinstance(free, Conditional)}
     for key, dependent in parameters.items():
-        if isinstance(dependent, Cases) and (case := dependent.cases.get(str(values[dependent.by]))):
+        if isinstance(dependent, Conditional) and (case := dependent.cases.get(str(values[dependent.by]))):
             values[key] = case.at(at[key])
     return values
 
@@ -183,9 +183,9 @@ def _parse_parameter(setting: str, value: Any, *, grid: bool) -> Parameter:
         )
     ((other, cases),) = by.items()
     parsed = {case: _parse_parameter(f"{setting}.by.{other}.{case}", inner, grid=grid) for case, inner in cases.items()}
-    if any(isinstance(case, Cases) for case in parsed.values()):
+    if any(isinstance(case, Conditional) for case in parsed.values()):
         raise UserError(f"{setting}.by cannot be nested")
-    return Cases(by=other, cases=parsed)  # type: ignore[arg-type]
+    return Conditional(by=other, cases=parsed)  # type: ignore[arg-type]
 
 
 def _parse_auto(setting: str, *, grid: bool) -> AutoRange:
@@ -196,7 +196,7 @@ def _parse_auto(setting: str, *, grid: bool) -> AutoRange:
     return AutoRange()
 
 
-def _parse_choice(setting: str, values: list[Any]) -> Choice:
+def _parse_choice(setting: str, values: list[Any]) -> Categorical:
     if not values:
         raise UserError(f"{setting} must hold at least one value, got []")
     for value in values:
@@ -204,7 +204,7 @@ def _parse_choice(setting: str, values: list[Any]) -> Choice:
             raise UserError(f"{setting} must hold finite numbers, texts or booleans, got {value!r}")
     if len({(type(value), value) for value in values}) < len(values):
         raise UserError(f"{setting} must hold each value once, got {values}")
-    return Choice(tuple(values))
+    return Categorical(tuple(values))
 
 
 def _parse_range(setting: str, value: dict[str, Any], *, grid: bool) -> Range:

@@ -79,7 +79,7 @@ class JoinedStorage(RDBStorage):
                 self.scoped_session.remove()
 
 
-class DraftStorage:
+class BufferedStorage:
     """A storage as a sampler sees it while it thinks, outside any transaction: its notes on trials wait for `write`."""
 
     def __init__(self, storage: BaseStorage) -> None:

@@ -24,15 +24,16 @@ from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
+from hpo.search import proposals, pruners
 from hpo.search import samplers as search
 from hpo.search.study_views import RoundStudy
 from hpo.store.conditions import is_attempt, is_held, is_slot, on_same_device
-from hpo.store.database import DraftStorage, now, open_storage, parse_url
-from hpo.store.retry import STORE_ERRORS, StoreFailed, patiently, plain
+from hpo.store.database import BufferedStorage, now, open_storage, parse_url
+from hpo.store.retry import STORE_ERRORS, StoreFailed, plain, retry_on_outage
 from hpo.store.schema import attempts, epochs, intermediate_values, slots, studies, trial_values, workers
-from hpo.study.records import ENDED, Claim, Report, Study
+from hpo.study.processes import Cause, Process
+from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord
 from hpo.system import processes as liveness
-from hpo.workers.worker_handle import Cause, Process
 
 
 def _lease_s() -> float:
@@ -81,8 +82,8 @@ class Ledger:
         self._storage = open_storage(self.url, create=create)
         self._cached = get_storage(self._storage)  # finished trials are read from the database once
 
-    @patiently
-    def claim(self, study: Study, worker_id: str, *, beside: int = 0) -> Claim | None:
+    @retry_on_outage
+    def claim(self, study: StudyRecord, worker_id: str, *, beside: int = 0) -> Claim | None:
         """Takes a waiting slot, the first one, or None where no slot waits for this worker or the study is to stop.
 
         `beside` is how many trials the worker holds already. A trial that keeps killing workers is taken after those
@@ -114,7 +115,7 @@ class Ledger:
                 return None
             trial_id = row.trial_id
             if trial_id is None:
-                trial_id = self._cached.create_new_trial(study.study_id, search.new_trial(study.spec, row))
+                trial_id = self._cached.create_new_trial(study.study_id, proposals.new_trial(study.spec, row))
             claim = Claim(
                 study.study_id, row.number, row.attempt + 1, trial_id, worker_id, is_suspect=row.losses > 0,
                 kind=row.kind, replicate=row.replicate, tested=row.tested,
@@ -139,20 +140,20 @@ class Ledger:
             )  # fmt: skip
             return claim
 
-    @patiently
-    def begin(self, claim: Claim, *, went_on_from: int, notes: Sequence[str] = ()) -> None:
+    @retry_on_outage
+    def begin(self, claim: Claim, *, resumed_from: int, notes: Sequence[str] = ()) -> None:
         """Records from which epoch's checkpoint an attempt goes on, 0 for none, and what was wrong with others."""
         with self._held(claim) as connection:
-            connection.execute(attempts.update().where(is_attempt(claim)).values(went_on_from=went_on_from))
+            connection.execute(attempts.update().where(is_attempt(claim)).values(went_on_from=resumed_from))
             self._note(connection, claim, notes)
 
-    @patiently
+    @retry_on_outage
     def note(self, claim: Claim, text: str) -> None:
         """Records what went wrong in an attempt without ending it."""
         with self._held(claim) as connection:
             self._note(connection, claim, [text])
 
-    @patiently
+    @retry_on_outage
     def suggest(
         self, claim: Claim, spec: StudySpec, *, attributes: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     ) -> dict[str, Any]:
@@ -162,12 +163,12 @@ class Ledger:
         that confirms what was found.
         """
         if claim.kind != "search":
-            values = search.values_from_optuna(self._cached.get_trial(claim.trial_id).params)
+            values = proposals.values_from_optuna(self._cached.get_trial(claim.trial_id).params)
             with self._held(claim):
                 self._describe(claim, attributes(values))
             return values
         sampler = search.SAMPLERS[spec.search.sampler]
-        draft = DraftStorage(self._cached)
+        draft = BufferedStorage(self._cached)
         study = sampler.study()(
             spec.name, cast(optuna.storages.BaseStorage, draft), search.build_sampler(spec, number=claim.number),
             NopPruner(),  # Optuna's Hyperband would show the sampler a study of its own, of one bracket's trials
@@ -180,7 +181,7 @@ class Ledger:
                     sa.select(studies.c.study_id).where(studies.c.study_id == claim.study_id).with_for_update()
                 )
                 trial = optuna.Trial(study, claim.trial_id)
-            values = search.suggest(trial, spec)
+            values = proposals.suggest(trial, spec)
             draft.write()
             self._describe(claim, attributes(values))
         return values
@@ -196,13 +197,13 @@ class Ledger:
         may_prune: bool = True,
     ) -> Verdict:
         """Records an epoch and says how the trial goes on, as `report_all` does of several."""
-        (verdict,) = self.report_all([Report(claim, epoch, metrics, value, may_prune)], spec)
+        (verdict,) = self.report_all([EpochReport(claim, epoch, metrics, value, may_prune)], spec)
         if verdict is None:
             raise ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
         return verdict
 
-    @patiently
-    def report_all(self, reports: Sequence[Report], spec: StudySpec) -> list[Verdict | None]:
+    @retry_on_outage
+    def report_all(self, reports: Sequence[EpochReport], spec: StudySpec) -> list[Verdict | None]:
         """Records epochs of trials that were trained together, and says how each goes on; None: it was lost.
 
         A report replaces what an earlier attempt said of this epoch and of later ones. The pruner is asked once for
@@ -226,20 +227,20 @@ class Ledger:
                 pruned = pruned_at == report.epoch
                 if report.epoch > furthest:
                     if report.may_prune:
-                        judge = judge or RoundStudy(spec.name, self._cached, pruner=search.build_pruner(spec))
+                        judge = judge or RoundStudy(spec.name, self._cached, pruner=pruners.build_pruner(spec))
                         pruned = judge.should_prune(claim.trial_id)
                     reached = {"furthest": report.epoch, "losses": 0, "pruned_at": report.epoch if pruned else None}
                     connection.execute(slots.update().where(is_slot(claim)).values(**reached))
                 verdicts[claim] = "prune" if pruned and report.may_prune else otherwise
         return [verdicts.get(report.claim) for report in reports]
 
-    @patiently
+    @retry_on_outage
     def last_report(self, claim: Claim) -> tuple[int, float] | None:
         """The last epoch that this or an earlier attempt reported, and its value; None where none did."""
         trial = self._cached.get_trial(claim.trial_id)
         return None if trial.last_step is None else (trial.last_step, trial.intermediate_values[trial.last_step])
 
-    @patiently
+    @retry_on_outage
     def finish(
         self, claim: Claim, state: str, *, reason: str, error: str | None = None, failure_key: str | None = None
     ) -> None:
@@ -251,7 +252,7 @@ class Ledger:
         with self._held(claim) as connection:
             self._end(connection, claim, state, reason, error=error, failure_key=failure_key)
 
-    @patiently
+    @retry_on_outage
     def fail(
         self, claim: Claim, spec: StudySpec, *, reason: str, error: str, failure_key: str, beside: bool = False
     ) -> bool:
@@ -279,7 +280,7 @@ class Ledger:
             self._free(connection, claim, _storable(reason), **ended)
             return False
 
-    @patiently
+    @retry_on_outage
     def release(self, claim: Claim) -> None:
         """Gives the slot back unfinished, to be claimed again."""
         with self._held(claim) as connection:
@@ -293,8 +294,8 @@ class Ledger:
             for claim in sorted(claims, key=lambda claim: claim.number):
                 connection.execute(slots.update().where(is_held(claim)).values(lease_until=at + LEASE_S))
 
-    @patiently
-    def reap(self, study: Study, *, dead: Mapping[Process, Cause] = {}) -> int:
+    @retry_on_outage
+    def reap(self, study: StudyRecord, *, dead: Mapping[Process, Cause] = {}) -> int:
         """Frees the slots of workers that died or lost their lease; returns how many.
 
         A worker of this machine is looked up by its process; one elsewhere is given up when its lease has run out, or
@@ -335,8 +336,8 @@ class Ledger:
                     connection.execute(workers.update().where(workers.c.worker_id == row.worker_id).values(ended_at=at))
             return len(lost)
 
-    @patiently
-    def best_trials(self, study: Study, count: int) -> list[tuple[int, float]]:
+    @retry_on_outage
+    def best_trials(self, study: StudyRecord, count: int) -> list[tuple[int, float]]:
         """The complete trials of the search with the best values, at most `count`, in order: numbers and values."""
         value = trial_values.c.value
         order = value.desc() if study.spec.direction == "maximize" else value.asc()
@@ -350,14 +351,14 @@ class Ledger:
         with self._storage.engine.connect() as connection:
             return [(number, found) for number, found in connection.execute(query)]
 
-    @patiently
-    def ended_numbers(self, study: Study) -> set[int]:
+    @retry_on_outage
+    def ended_numbers(self, study: StudyRecord) -> set[int]:
         """The numbers of the trials that have ended, in whatever way."""
         query = sa.select(slots.c.number).where(slots.c.study_id == study.study_id, slots.c.state.in_(ENDED))
         with self._storage.engine.connect() as connection:
             return set(connection.execute(query).scalars())
 
-    @patiently
+    @retry_on_outage
     def is_stopping(self, study_id: int) -> bool:
         with self._storage.engine.connect() as connection:
             query = sa.select(studies.c.stop).where(studies.c.study_id == study_id)
@@ -393,7 +394,7 @@ class Ledger:
         held = slots.update().where(is_held(claim)).values(lease_until=now(connection) + LEASE_S)
         return bool(connection.execute(held).rowcount == 1)
 
-    def _record(self, connection: Connection, report: Report) -> tuple[int, int | None]:
+    def _record(self, connection: Connection, report: EpochReport) -> tuple[int, int | None]:
         """Writes an epoch to our tables and Optuna's; returns how far the slot had come, and where it was pruned."""
         claim, epoch = report.claim, report.epoch
         of_slot = sa.select(slots.c.furthest, slots.c.pruned_at).where(is_slot(claim))

@@ -40,7 +40,7 @@ Answer = TypeVar("Answer")
 Self = TypeVar("Self", bound="Patient")
 
 
-def patiently(
+def retry_on_outage(
     method: Callable[Concatenate[Self, Arguments], Answer],
 ) -> Callable[Concatenate[Self, Arguments], Answer]:
     """A method that is tried again, after longer and longer pauses, while the database does not answer.

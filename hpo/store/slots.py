@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from hpo.analysis import answer as analysis
-from hpo.analysis import confirmation as confirm
 from hpo.config.study_spec import StudySpec
-from hpo.search import samplers as search
+from hpo.search import proposals
 from hpo.store.ledger import Ledger
-from hpo.store.retry import patiently
+from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts, epochs, slots, studies, workers
-from hpo.study.records import ENDED, Attempt, Study, Trial, read_attempt, read_trial
-from hpo.workers.worker_handle import Process
+from hpo.study import stages
+from hpo.study.processes import Process
+from hpo.study.records import ENDED, Attempt, StudyRecord, TrialRecord, read_attempt, read_trial
 
 _UNCLAIMED = {
     "kind": "search",
@@ -32,7 +31,7 @@ _UNCLAIMED = {
 }
 
 
-class _Place(NamedTuple):
+class SlotState(NamedTuple):
     """How far a slot has come."""
 
     number: int
@@ -42,13 +41,13 @@ class _Place(NamedTuple):
 
 def new_slot(spec: StudySpec, values: Mapping[str, Any]) -> dict[str, Any]:
     """The row of a slot that nobody has claimed, with these values given."""
-    return {"given": json.dumps(search.optuna_params(spec, values)), **_UNCLAIMED}
+    return {"given": json.dumps(proposals.optuna_params(spec, values)), **_UNCLAIMED}
 
 
 class Slots(Ledger):
     """What a store does with all slots of a study at once."""
 
-    @patiently
+    @retry_on_outage
     def counts(self, study_id: int) -> dict[str, int]:
         """How many slots are in each state; states that no slot is in are left out."""
         with self._storage.engine.connect() as connection:
@@ -59,15 +58,15 @@ class Slots(Ledger):
             )
             return {row.state: row.num for row in connection.execute(query)}
 
-    @patiently
-    def num_epochs(self, study: Study) -> int:
+    @retry_on_outage
+    def num_epochs(self, study: StudyRecord) -> int:
         """How many epochs its trials have come to, all together."""
         with self._storage.engine.connect() as connection:
             query = sa.select(sa.func.sum(slots.c.furthest)).where(slots.c.study_id == study.study_id)
             return connection.execute(query).scalar_one() or 0
 
-    @patiently
-    def trials(self, study: Study) -> list[Trial]:
+    @retry_on_outage
+    def trials(self, study: StudyRecord) -> list[TrialRecord]:
         """Every slot of the study with what is known of it, in order."""
         with self._storage.engine.connect() as connection:
             rows = connection.execute(
@@ -89,7 +88,7 @@ class Slots(Ledger):
                 tries.setdefault(row.number, []).append(read_attempt(row))
         for row in rows:  # a trial that has just been begun again has the epochs that it goes on from
             if row.state == "running" and latest.get(row.number) not in (None, row.attempt):
-                kept = next((a.went_on_from or 0 for a in tries.get(row.number, []) if a.attempt == row.attempt), 0)
+                kept = next((a.resumed_from or 0 for a in tries.get(row.number, []) if a.attempt == row.attempt), 0)
                 reports[row.number] = [report for report in reports[row.number] if report[0] <= kept]
         frozen = {trial._trial_id: trial for trial in self._cached.get_all_trials(study.study_id, deepcopy=False)}
         return [
@@ -97,8 +96,8 @@ class Slots(Ledger):
             for row in rows
         ]
 
-    @patiently
-    def in_training(self, study: Study) -> dict[Process, list[tuple[int, int]]]:
+    @retry_on_outage
+    def in_training(self, study: StudyRecord) -> dict[Process, list[tuple[int, int]]]:
         """Which trials each process has in training: their numbers and attempts."""
         query = (
             sa.select(slots.c.number, slots.c.attempt, workers.c.machine, workers.c.pid)
@@ -129,52 +128,48 @@ class Slots(Ledger):
         mine = (slots.c.study_id == study_id) & (slots.c.kind != "search") & slots.c.trial_id.is_(None)
         connection.execute(slots.delete().where(mine))
 
-    @patiently
-    def go_on(self, study: Study) -> bool:
-        """Adds the slots of what follows, once every trial has ended: of the confirmation, then of its test.
+    @retry_on_outage
+    def stage_due(self, study: StudyRecord) -> str | None:
+        """Return what follows the trials that the study has: "confirm", "test", or None while any of them is open."""
+        return None if study.spec.confirm is None else stages.due(study, self._places(study))
 
-        Returns whether there is anything more to train. Whoever asks first adds them, and nobody a second time.
-        """
-        if study.spec.confirm is None or confirm.due(study, self._places(study)) is None:
-            return self.num_left(study) > 0
-        trials = self.trials(study)
-        found = analysis.best(study, trials)
-        planned = confirm.plan(study, trials, found) if found is not None else []
+    @retry_on_outage
+    def add_planned(self, study: StudyRecord, planned: Sequence[stages.Planned], *, after: int) -> None:
+        """Add the slots of these trials, unless the study has more than `after` slots: somebody else was first."""
         with self._transaction() as connection:
             self._lock(connection, study.study_id)
-            if self._num_slots(connection, study) == len(trials):
+            if self._num_slots(connection, study) == after:
                 new = [
                     new_slot(study.spec, one.params)
                     | {"kind": one.kind, "replicate": one.replicate, "tested": one.tested}
                     for one in planned
                 ]
                 self._add_slots(connection, study.study_id, new)
-        return bool(planned)
 
-    @patiently
-    def num_left(self, study: Study) -> int:
+    @retry_on_outage
+    def num_left(self, study: StudyRecord) -> int:
         """How many trials are to end yet, as far as that is known."""
         num_open = sum(count for state, count in self.counts(study.study_id).items() if state not in ENDED)
-        return num_open or (confirm.num_due(study, self._places(study)) if study.spec.confirm else 0)
+        return num_open or (stages.num_due(study, self._places(study)) if study.spec.confirm else 0)
 
-    @patiently
-    def most_at_once(self, study: Study) -> int:
+    @retry_on_outage
+    def most_at_once(self, study: StudyRecord) -> int:
         """How many trials may come to wait at the same time, now or later."""
         confirm_ = study.spec.confirm
         waiting = self.counts(study.study_id).get("waiting", 0)
         return max(waiting, confirm_.top * confirm_.seeds) if confirm_ and self.num_left(study) else waiting
 
-    @patiently
-    def untested(self, study: Study) -> set[int]:
+    @retry_on_outage
+    def untested(self, study: StudyRecord) -> set[int]:
         """The numbers of the trials whose networks the test set may yet be measured with."""
-        return confirm.untested(study, self._places(study)) if study.spec.confirm else set()
+        return stages.untested(study, self._places(study)) if study.spec.confirm else set()
 
-    def _places(self, study: Study) -> list[_Place]:
+    def _places(self, study: StudyRecord) -> list[SlotState]:
         columns = (slots.c.number, slots.c.kind, slots.c.state)
         query = sa.select(*columns).where(slots.c.study_id == study.study_id).order_by(slots.c.number)
         with self._storage.engine.connect() as connection:
-            return [_Place(*row) for row in connection.execute(query)]
+            return [SlotState(*row) for row in connection.execute(query)]
 
-    def _num_slots(self, connection: Connection, study: Study, *, kind: str | None = None) -> int:
+    def _num_slots(self, connection: Connection, study: StudyRecord, *, kind: str | None = None) -> int:
         query = sa.select(sa.func.count()).select_from(slots).where(slots.c.study_id == study.study_id)
         return connection.execute(query if kind is None else query.where(slots.c.kind == kind)).scalar_one()

@@ -20,13 +20,13 @@ from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
-from hpo.search import samplers as search
+from hpo.search import proposals
 from hpo.store.database import CONNECTIONS_PER_WORKER, database_path, exclude_others, now
 from hpo.store.ledger import LEASE_S, is_gone
-from hpo.store.retry import patiently
+from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts, epochs, schema_version, slots, studies, workers
 from hpo.store.slots import Slots, new_slot
-from hpo.study.records import Study, WorkerRow
+from hpo.study.records import StudyRecord, WorkerRecord
 from hpo.system import processes as liveness
 
 AGREEMENT = "hpo: "  # begins the names of Optuna's study attributes that are ours
@@ -38,7 +38,7 @@ MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
 class Store(Slots):
     """A database of studies: their creation, their workers, and what there is to read of them."""
 
-    def folder(self, study: Study) -> Path:
+    def folder(self, study: StudyRecord) -> Path:
         """Where on this machine a study's logs and its trials' own files go.
 
         Beside an SQLite database; for a server, in HPO_FILES or else hpo_files in the working directory. No other study
@@ -49,7 +49,7 @@ class Store(Slots):
         root = path.parent / "hpo_files" if path else Path(os.environ.get("HPO_FILES") or "hpo_files").absolute()
         return root / study.key
 
-    def checkpoints_url(self, study: Study) -> str:
+    def checkpoints_url(self, study: StudyRecord) -> str:
         """The folder, or the URL of one, with a folder for each trial's checkpoints."""
         root = study.spec.checkpoints.url
         if root is None:
@@ -63,7 +63,7 @@ class Store(Slots):
 
     # Studies
 
-    def create_study(self, spec: StudySpec, *, facts: Mapping[str, Any]) -> Study:
+    def create_study(self, spec: StudySpec, *, facts: Mapping[str, Any]) -> StudyRecord:
         """Creates the study with its slots, or joins the one of that name; a larger `search.trials` enlarges it.
 
         Raises UserError where the spec, or what the preflight found (`facts`), differs from the study's in anything
@@ -81,7 +81,7 @@ class Store(Slots):
                 self._save(connection, study, spec, trials=spec.num_trials)
             return self._load(connection, study_id, spec.name)
 
-    def check_joins(self, study: Study, spec: StudySpec, *, facts: Mapping[str, Any]) -> None:
+    def check_joins(self, study: StudyRecord, spec: StudySpec, *, facts: Mapping[str, Any]) -> None:
         """Raises UserError, with the differences, where trials of this spec do not belong into the study."""
         differences = study.spec.differences(spec) + [
             f"{name} is {study.facts[name]} in the study, {value} here"
@@ -115,11 +115,11 @@ class Store(Slots):
                 started_at=created,
             )
         )
-        self._add_slots(connection, study_id, [new_slot(spec, values) for values in search.slots(spec)])
+        self._add_slots(connection, study_id, [new_slot(spec, values) for values in proposals.slots(spec)])
         return study_id
 
-    @patiently
-    def study(self, name: str) -> Study:
+    @retry_on_outage
+    def study(self, name: str) -> StudyRecord:
         """The study of this name. Raises UserError, listing those that exist, where there is none."""
         with self._storage.engine.connect() as connection:
             study_id = self._find_id(connection, name)
@@ -128,7 +128,7 @@ class Store(Slots):
                 raise UserError(f"there is no study {name!r} in {self.url}; there are: {names}")
             return self._load(connection, study_id, name)
 
-    def studies(self) -> list[Study]:
+    def studies(self) -> list[StudyRecord]:
         """The studies that can be read; what is wrong with others, `damages` tells."""
         return self._load_all()[0]
 
@@ -136,7 +136,7 @@ class Store(Slots):
         """What is wrong with studies that cannot be read."""
         return self._load_all()[1]
 
-    def _load_all(self) -> tuple[list[Study], list[str]]:
+    def _load_all(self) -> tuple[list[StudyRecord], list[str]]:
         found, damages = [], []
         with self._storage.engine.connect() as connection:
             for study_id, name in self._names(connection).items():
@@ -146,7 +146,7 @@ class Store(Slots):
                     damages.append(str(error))
         return found, damages
 
-    def enlarge(self, study: Study, trials: int) -> None:
+    def enlarge(self, study: StudyRecord, trials: int) -> None:
         """Gives the study a budget of `trials`; what was trained stays. Raises UserError for a grid or for fewer."""
         if study.spec.search.sampler == "grid":
             raise UserError(f"--trials cannot enlarge a grid; study {study.name!r} has {study.spec.num_trials} points")
@@ -157,7 +157,7 @@ class Store(Slots):
                 raise UserError(f"--trials must be at least {count}, which study {study.name!r} has, got {trials}")
             self._save(connection, study, study.spec, trials=trials)
 
-    def _save(self, connection: Connection, study: Study, spec: StudySpec, *, trials: int) -> None:
+    def _save(self, connection: Connection, study: StudyRecord, spec: StudySpec, *, trials: int) -> None:
         """Makes `spec` the study's, with a budget of `trials` or what it has already."""
         self._lock(connection, study.study_id)
         count = self._num_slots(connection, study, kind="search")
@@ -178,11 +178,11 @@ class Store(Slots):
     def copy_from(
         self,
         source: Store,
-        study: Study,
+        study: StudyRecord,
         *,
         facts: Mapping[str, Any],
         progress: Callable[[int, int], None] = lambda done, of: None,
-    ) -> Study:
+    ) -> StudyRecord:
         """Copies a study of another store into this one, all of it or nothing; trials keep numbers, values and curves.
 
         `facts` are the copy's. `progress(done, of)` is called as trials are copied. Raises UserError where this store
@@ -222,13 +222,13 @@ class Store(Slots):
                     connection.execute(table.insert(), [{**row, "study_id": study_id} for row in copied])
             return self._load(connection, study_id, study.name)
 
-    def rows(self, table: sa.Table, study: Study) -> list[dict[str, Any]]:
+    def rows(self, table: sa.Table, study: StudyRecord) -> list[dict[str, Any]]:
         """Every row of one of our tables that belongs to a study."""
         with self._storage.engine.connect() as connection:
             query = sa.select(table).where(table.c.study_id == study.study_id)
             return [dict(row) for row in connection.execute(query).mappings()]
 
-    def request_stop(self, study: Study) -> None:
+    def request_stop(self, study: StudyRecord) -> None:
         """Every worker lets go of its trial at its next report and leaves."""
         with self._transaction() as connection:
             connection.execute(
@@ -237,7 +237,7 @@ class Store(Slots):
                 .values(stop="requested", stop_reason="hpo stop")
             )
 
-    def start(self, study: Study) -> None:
+    def start(self, study: StudyRecord) -> None:
         """Takes back a stop, whatever its reason; failures are counted from now on."""
         with self._transaction() as connection:
             connection.execute(
@@ -253,7 +253,7 @@ class Store(Slots):
     def _find_id(self, connection: Connection, name: str) -> int | None:
         return next((study_id for study_id, other in self._names(connection).items() if other == name), None)
 
-    def _load(self, connection: Connection, study_id: int, name: str) -> Study:
+    def _load(self, connection: Connection, study_id: int, name: str) -> StudyRecord:
         row = connection.execute(sa.select(studies).where(studies.c.study_id == study_id)).one()
         try:
             settings, facts = json.loads(row.spec), dict(json.loads(row.facts))
@@ -266,10 +266,10 @@ class Store(Slots):
                 f"study {name!r} in {self.url} is damaged: its spec names it {spec.name!r}, its uid is "
                 f"{facts.get('uid')!r}"
             )
-        return Study(study_id, name, spec, facts, row.stop, row.stop_reason, row.started_at)
+        return StudyRecord(study_id, name, spec, facts, row.stop, row.stop_reason, row.started_at)
 
-    @patiently
-    def agree(self, study: Study, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    @retry_on_outage
+    def agree(self, study: StudyRecord, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
         """What holds for the study under this name from now on: `value`, or what an earlier caller gave."""
         name = f"{AGREEMENT}{key}"
         with self._transaction() as connection:
@@ -279,13 +279,13 @@ class Store(Slots):
                 self._storage.set_study_user_attr(study.study_id, name, dict(value))
             return dict(known.get(name, value))
 
-    @patiently
-    def agreements(self, study: Study) -> dict[str, Any]:
+    @retry_on_outage
+    def shared_values(self, study: StudyRecord) -> dict[str, Any]:
         """All that was agreed on, by name."""
         attributes = self._storage.get_study_user_attrs(study.study_id)
         return {key.removeprefix(AGREEMENT): attributes[key] for key in attributes if key.startswith(AGREEMENT)}
 
-    def show(self, study: Study, figures: Mapping[str, str | None], *, note: str) -> None:
+    def show(self, study: StudyRecord, figures: Mapping[str, str | None], *, note: str) -> None:
         """Has optuna-dashboard show these figures (title -> JSON of a Plotly figure) and this note with the study.
 
         In the place of those of the same titles, all of them or, where it raises, none; of two callers at once the
@@ -310,7 +310,7 @@ class Store(Slots):
 
     # Workers
 
-    @patiently
+    @retry_on_outage
     def add_worker(self, study_id: int, *, device: str, host: str | None = None) -> str:
         """Registers the calling process as a worker and returns its id; `host` is by default the machine's name."""
         worker_id = uuid.uuid4().hex[:12]
@@ -331,14 +331,14 @@ class Store(Slots):
             )
         return worker_id
 
-    @patiently
+    @retry_on_outage
     def remove_worker(self, worker_id: str) -> None:
         with self._transaction() as connection:
             connection.execute(
                 workers.update().where(workers.c.worker_id == worker_id).values(ended_at=now(connection))
             )
 
-    def workers(self, study: Study) -> list[WorkerRow]:
+    def workers(self, study: StudyRecord) -> list[WorkerRecord]:
         """The workers that have not left, with how long ago each gave a sign of life."""
         with self._storage.engine.connect() as connection:
             at = now(connection)
@@ -346,7 +346,7 @@ class Store(Slots):
                 sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
             )
             return [
-                WorkerRow(
+                WorkerRecord(
                     row.worker_id, row.host, row.pid, row.device, at - row.seen_at,
                     alive=not is_gone(row) and at - row.seen_at < LEASE_S,
                 )
@@ -368,7 +368,7 @@ class Store(Slots):
             lines.append(f"a worker process has up to {CONNECTIONS_PER_WORKER} connections open")
         return lines
 
-    def problems(self, study: Study) -> list[str]:
+    def problems(self, study: StudyRecord) -> list[str]:
         """Where the ledger and Optuna's tables do not agree about a study; there is no such place, unless of others'
         making."""
         states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "waiting": TrialState.RUNNING}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hpo.config.study_spec import StudySpec
-from hpo.search.samplers import values_from_optuna
+from hpo.search.proposals import values_from_optuna
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -17,7 +17,7 @@ ENDED = ("complete", "pruned", "diverged", "failed")  # the states that a trial 
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyRecord:
     """A study as it stands in the store."""
 
     study_id: int
@@ -26,7 +26,7 @@ class Study:
     facts: Mapping[str, Any]  # what the preflight found: num_train, num_val, num_classes, num_parameters...
     stop: str | None  # None | "requested" | "failure"
     stop_reason: str | None
-    started: float  # by the latest `hpo run` or `hpo resume`, as times in `Trial`
+    started: float  # by the latest `hpo run` or `hpo resume`, as times in `TrialRecord`
 
     @property
     def origin(self) -> str:
@@ -49,13 +49,13 @@ class Claim:
     trial_id: int
     worker_id: str
     is_suspect: bool = field(default=False, compare=False)  # workers died of it or beside it: it trains alone
-    kind: str = field(default="search", compare=False)  # as in `Trial`, with the two below
+    kind: str = field(default="search", compare=False)  # as in `TrialRecord`, with the two below
     replicate: int | None = field(default=None, compare=False)
     tested: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
-class Report:
+class EpochReport:
     """What a trial reports of an epoch; `value` is what is searched for."""
 
     claim: Claim
@@ -67,7 +67,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at training a trial, from its claim to its end, whatever ended it. Times as in `Trial`."""
+    """One try at training a trial, from its claim to its end, whatever ended it. Times as in `TrialRecord`."""
 
     attempt: int
     worker_id: str
@@ -76,14 +76,14 @@ class Attempt:
     began: float
     ended: float | None
     furthest: int  # the epochs that earlier attempts had come to
-    went_on_from: int | None  # the epoch of the checkpoint it went on from; 0: from the start; None: not known (yet)
+    resumed_from: int | None  # the epoch of the checkpoint it went on from; 0: from the start; None: not known (yet)
     outcome: str | None  # a final state, "released", "lost", or an exception in a line; None while it goes on
     error: str | None
     note: str | None  # what went wrong on the way, a line each
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialRecord:
     """One slot as people see it. `curves[metric]` has one entry for each of `epochs`; None is a number not finite."""
 
     number: int
@@ -106,7 +106,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class WorkerRow:
+class WorkerRecord:
     worker_id: str
     host: str
     pid: int
@@ -128,12 +128,12 @@ def read_trial(
     frozen: FrozenTrial | None,
     reports: list[tuple[int, dict[str, float | None]]],
     attempts: Sequence[Attempt],
-) -> Trial:
+) -> TrialRecord:
     """A trial from its row of hpo_slots, its Optuna trial once it has one, and its (epoch, metrics) in order."""
     names = list(dict.fromkeys(name for _, metrics in reports for name in metrics))
     given = json.loads(row.given)
     value = frozen.value if frozen is not None and row.state in ("complete", "pruned") else None
-    return Trial(
+    return TrialRecord(
         number=row.number,
         state=row.state,
         params=values_from_optuna(frozen.params if frozen is not None else given),
@@ -154,7 +154,7 @@ def read_trial(
     )
 
 
-def trial_as_dict(trial: Trial) -> dict[str, Any]:
+def trial_as_dict(trial: TrialRecord) -> dict[str, Any]:
     """As plain data: what `hpo trials --json` prints."""
     curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
     return {
@@ -169,6 +169,11 @@ def trial_as_dict(trial: Trial) -> dict[str, Any]:
         "reason": trial.reason,
         "error": trial.error,
         **{key: value for key, value in trial.attributes.items() if key not in ("ended", "kind")},
-        "attempts": [asdict(attempt) for attempt in trial.attempts],
+        "attempts": [_attempt_as_dict(attempt) for attempt in trial.attempts],
         "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
     }
+
+
+def _attempt_as_dict(attempt: Attempt) -> dict[str, Any]:
+    """As `hpo trials --json` names its keys."""
+    return {{"resumed_from": "went_on_from"}.get(key, key): value for key, value in asdict(attempt).items()}

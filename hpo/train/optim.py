@@ -80,7 +80,7 @@ def build_optimizer(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class SchedulePosition:
     """Where a schedule stands: everything that its factor may depend on, counted from the end of the warm-up."""
 
     epoch: float  # steps done / steps per epoch
@@ -102,7 +102,7 @@ class Progress:
 class Schedule:
     """One entry of SCHEDULES: `factor` multiplies `lr`, `keys` are the keys of [training] that it reads."""
 
-    factor: Callable[[TrainingConfig, Progress], float]
+    factor: Callable[[TrainingConfig, SchedulePosition], float]
     keys: frozenset[str] = frozenset()
 
 
@@ -119,7 +119,7 @@ def lr_factor(training: TrainingConfig, *, epoch: float, steps_per_epoch: int, v
     warmup = training.warmup_epochs
     if epoch < warmup:
         return min(1.0, (epoch + 1 / steps_per_epoch) / warmup)
-    progress = Progress(
+    progress = SchedulePosition(
         epoch=epoch - warmup,
         epochs=max(training.epochs - warmup, 1 / steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
@@ -138,32 +138,32 @@ def _cosine_from(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _constant(training: TrainingConfig, progress: Progress) -> float:
+def _constant(training: TrainingConfig, progress: SchedulePosition) -> float:
     return 1.0
 
 
-def _step(training: TrainingConfig, progress: Progress) -> float:
+def _step(training: TrainingConfig, progress: SchedulePosition) -> float:
     return training.gamma ** (progress.finished_epochs // training.step_epochs)
 
 
-def _multistep(training: TrainingConfig, progress: Progress) -> float:
+def _multistep(training: TrainingConfig, progress: SchedulePosition) -> float:
     return training.gamma ** sum(milestone <= progress.finished_epochs for milestone in training.milestones)
 
 
-def _exponential(training: TrainingConfig, progress: Progress) -> float:
+def _exponential(training: TrainingConfig, progress: SchedulePosition) -> float:
     return training.gamma**progress.finished_epochs
 
 
-def _cosine(training: TrainingConfig, progress: Progress) -> float:
+def _cosine(training: TrainingConfig, progress: SchedulePosition) -> float:
     return _cosine_from(1.0, training.final_lr_fraction, progress.share)
 
 
-def _cosine_restarts(training: TrainingConfig, progress: Progress) -> float:
+def _cosine_restarts(training: TrainingConfig, progress: SchedulePosition) -> float:
     cycles = progress.share * training.restarts
     return _cosine_from(1.0, training.final_lr_fraction, max(0.0, cycles - _floor(cycles)))
 
 
-def _one_cycle(training: TrainingConfig, progress: Progress) -> float:
+def _one_cycle(training: TrainingConfig, progress: SchedulePosition) -> float:
     """Smith and Topin, "Super-Convergence" (2018), with torch's two cosine phases and its end at 1e-4 of the start."""
     step, last_step = progress.epoch * progress.steps_per_epoch, progress.epochs * progress.steps_per_epoch - 1
     peak_step = training.peak_fraction * (last_step + 1) - 1
@@ -173,12 +173,12 @@ def _one_cycle(training: TrainingConfig, progress: Progress) -> float:
     return _cosine_from(1.0, training.initial_lr_fraction * 1e-4, min(1.0, share))
 
 
-def _polynomial(training: TrainingConfig, progress: Progress) -> float:
+def _polynomial(training: TrainingConfig, progress: SchedulePosition) -> float:
     final = training.final_lr_fraction
     return final + (1 - final) * math.pow(max(0.0, 1 - progress.share), training.power)
 
 
-def _plateau(training: TrainingConfig, progress: Progress) -> float:
+def _plateau(training: TrainingConfig, progress: SchedulePosition) -> float:
     """A replay of torch's ReduceLROnPlateau: lower means lower by more than 1e-4 of the best so far."""
     factor, best, bad_epochs = 1.0, math.inf, 0
     for loss in progress.val_losses:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from hpo.store.studies import Store
-from hpo.study.records import Claim, Study
+from hpo.study.records import Claim, StudyRecord
 from hpo.train.checkpoint import Checkpoint, CheckpointFolder, list_folders
 from hpo.train.config import TrialConfig
 
@@ -23,7 +23,7 @@ class StudyCheckpoints:
     written by a thread, while the trials train their next epoch.
     """
 
-    def __init__(self, store: Store, study: Study) -> None:
+    def __init__(self, store: Store, study: StudyRecord) -> None:
         self._store = store
         self._study = study
         self._url = store.checkpoints_url(study)
@@ -57,7 +57,7 @@ class StudyCheckpoints:
             )
         for note in notes:
             logger.warning("trial %d: %s", claim.number, note)
-        self._store.begin(claim, went_on_from=checkpoint.epoch if checkpoint else 0, notes=notes)
+        self._store.begin(claim, resumed_from=checkpoint.epoch if checkpoint else 0, notes=notes)
         for result in checkpoint.results if checkpoint else ():
             if result.epoch > last_epoch:
                 self._store.report(

@@ -3,64 +3,28 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING
 
-from hpo.config.import_policy import Allowed
+from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.store.database import PASSWORD_FILE, parse_url
 from hpo.store.studies import Store
-from hpo.study.records import Study
+from hpo.study.processes import Process
+from hpo.study.records import StudyRecord
 from hpo.system import processes as liveness
 from hpo.system.devices import Device, choose_devices, num_cores, threads_per_worker, torch_device
+from hpo.workers.stages import add_due_trials
 from hpo.workers.supervisor import TICK_S, Watch, supervise
 from hpo.workers.worker import Worker
-from hpo.workers.worker_handle import Assignment, Process, WorkerProcess, ending
+from hpo.workers.worker_handle import WorkerProcess, WorkerTask, ending
 
 if TYPE_CHECKING:
     from hpo.workers.ray_cluster import OnRay
-
-Answer = TypeVar("Answer")
-
-
-class Launcher(ABC):
-    """Runs workers somewhere. A context manager: what `run` and `ask` need is there inside."""
-
-    can_be_left = False  # whether a study can go on when this process has ended, by `submit`
-
-    def __init__(self, request: str, *, kinds: Collection[str]) -> None:
-        self.request = request  # the value of --devices where workers run
-        self.kinds = kinds  # of those devices
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    @abstractmethod
-    def run(self, store: Store, study: Study, *, watch: Watch) -> None:
-        """Runs workers until no slot of the study is left or the study is stopped.
-
-        Raises StudyStopped where that cannot be reached: workers that die again and again, or an interruption by
-        Ctrl-C or SIGTERM. No worker is left when it returns or raises.
-        """
-
-    def submit(self, store: Store, study: Study) -> None:
-        """Has the workers run without this process, and returns once they are under way; where `can_be_left`."""
-        raise NotImplementedError
-
-    def ask(self, question: Callable[..., Answer], *args: Any, on_device: bool = False) -> Answer:
-        """What a function returns, or raises, where workers run; `on_device`, with a device as they have."""
-        return question(*args)
+from hpo.workers.launcher import Launcher, interrupts
 
 
 class InProcess(Launcher):
@@ -70,7 +34,7 @@ class InProcess(Launcher):
         self._device = choose_devices(devices)[0]
         super().__init__(devices, kinds={self._device.kind})
 
-    def run(self, store: Store, study: Study, *, watch: Watch) -> None:
+    def run(self, store: Store, study: StudyRecord, *, watch: Watch) -> None:
         with interrupts() as interrupted:
             last_watch = 0.0
 
@@ -113,55 +77,55 @@ class LocalProcesses(Launcher):
     They run in sessions of their own, so that Ctrl-C reaches this process alone, and end when it does, however it does.
     """
 
-    def __init__(self, devices: str, *, workers: int | None, allowed: Allowed) -> None:
+    def __init__(self, devices: str, *, workers: int | None, allowed: ImportAllowlist) -> None:
         self._devices = choose_devices(devices)
         super().__init__(devices, kinds={device.kind for device in self._devices})
         self._workers = workers or len(self._devices)
         self._allowed = allowed
 
-    def run(self, store: Store, study: Study, *, watch: Watch) -> None:
+    def run(self, store: Store, study: StudyRecord, *, watch: Watch) -> None:
         with interrupts() as interrupted:
             store.reap(study)
-            store.go_on(study)  # what ended last may have ended without it
+            add_due_trials(store, study)  # what ended last may have ended without it
             supervise(store, study, self._crew(store, study), interrupted=interrupted, watch=watch)
         if interrupted:
             raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
 
-    def _crew(self, store: Store, study: Study) -> _Crew:
+    def _crew(self, store: Store, study: StudyRecord) -> LocalPool:
         logs = store.folder(study) / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the folder {logs} for the workers' logs cannot be made: {error.strerror}") from None
         places = [
-            _Place(self._assignment(store, study, device), device, logs / f"worker-{index}.log")
+            LocalWorker(self._assignment(store, study, device), device, logs / f"worker-{index}.log")
             for index in range(min(self._workers, max(1, store.most_at_once(study))))
             for device in [self._devices[index % len(self._devices)]]
         ]
-        return _Crew(places)
+        return LocalPool(places)
 
-    def _assignment(self, store: Store, study: Study, device: Device) -> Assignment:
+    def _assignment(self, store: Store, study: StudyRecord, device: Device) -> WorkerTask:
         # A password that came from a file is read from there again: no environment need show it.
         known = store.url.set(password=None) if os.environ.get(PASSWORD_FILE) else store.url
         url = known.render_as_string(hide_password=False)
         threads = threads_per_worker(self._workers)  # not fewer workers' more: their digits would differ
-        return Assignment(url, study.name, device.name, torch_device(device), threads, self._allowed)
+        return WorkerTask(url, study.name, device.name, torch_device(device), threads, self._allowed)
 
 
-class _Crew:
+class LocalPool:
     """The workers of this machine: as many as there were at the start."""
 
-    def __init__(self, places: Sequence[_Place]) -> None:
+    def __init__(self, places: Sequence[LocalWorker]) -> None:
         self.places = places
 
-    def adjust(self, store: Store, study: Study) -> None:
+    def adjust(self, store: Store, study: StudyRecord) -> None:
         return None
 
 
-class _Place:
+class LocalWorker:
     """A device of this machine, or a share of one, where one worker process after the other runs."""
 
-    def __init__(self, assignment: Assignment, device: Device, log: Path) -> None:
+    def __init__(self, assignment: WorkerTask, device: Device, log: Path) -> None:
         self._worker = WorkerProcess(assignment, device)
         self._log = log
         self.is_running = self._worker.is_running
@@ -187,7 +151,7 @@ class _Place:
 
 def launcher(
     spec: StudySpec,
-    allowed: Allowed,
+    allowed: ImportAllowlist,
     *,
     url: str,
     devices: str,
@@ -212,24 +176,3 @@ def check_workers(workers: int | None) -> None:
     """Raises UserError for a number of workers that there cannot be."""
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}")
-
-
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them, up to the third. Does nothing outside the main thread."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def receive(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 2:
-            raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -20,7 +20,8 @@ def check(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
     Raises UserError for anything that would fail in the trials. Runs on the CPU, so that the process that only
     supervises takes no memory of a GPU. Data sets that are absent are downloaded here, once, before workers start.
     """
-    from hpo.search.samplers import build_pruner, build_sampler
+    from hpo.search.pruners import build_pruner
+    from hpo.search.samplers import build_sampler
     from hpo.train.imports import import_object
 
     build_pruner(spec)
@@ -40,7 +41,7 @@ def check(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
         if kind != "cuda":  # a GPU would have to be touched to be asked
             mixed_precision(spec.training, device=torch.device(kind))
     facts: dict[str, Any] = {}
-    for corner in spec.corners(sections=("data", "model")):
+    for corner in spec.extreme_points(sections=("data", "model")):
         config = spec.trial_config(corner, seed=0)
         data = load_data(config.data, device="cpu")
         check_test_set(config, data=data)

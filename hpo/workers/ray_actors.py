@@ -27,11 +27,13 @@ import ray
 from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
 from hpo._version import __version__
-from hpo.config.import_policy import Allowed
+from hpo.config.import_policy import ImportAllowlist
 from hpo.errors import StudyStopped, UserError
+from hpo.study.processes import Process
 from hpo.system import processes as liveness
 from hpo.system.devices import Device, choose_devices, torch_device
-from hpo.workers.worker_handle import Assignment, Process, WorkerProcess, ending
+from hpo.workers.stages import add_due_trials
+from hpo.workers.worker_handle import WorkerProcess, WorkerTask, ending
 
 IDLE_S = 30.0  # after which a worker that finds nothing to train gives back what Ray gave it
 MOST_SHOWN = 16  # trials of a worker that Ray shows at once: each takes a thread of the actor
@@ -40,15 +42,15 @@ TAIL_LINES = 50  # of a worker's output, for the message on its death
 
 
 @dataclass(frozen=True)
-class Luggage:
+class WorkerEnvironment:
     """What comes along from the machine where the study was started."""
 
     environment: Mapping[str, str] = field(repr=False)  # for what a node does not have itself
     modules: Sequence[str]  # that the study may import
     folders: Sequence[str]  # of code; those that Ray has unpacked are relative to the working directory that it gives
 
-    def allowed(self) -> Allowed:
-        return Allowed(tuple(self.modules), tuple(os.path.realpath(folder) for folder in self.folders))
+    def allowed(self) -> ImportAllowlist:
+        return ImportAllowlist(tuple(self.modules), tuple(os.path.realpath(folder) for folder in self.folders))
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
@@ -60,7 +62,7 @@ class Luggage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkerRequest:
     """A study and what its workers on the cluster need; `storage` is a URL with its password."""
 
     version: str  # of hpo, where the study was started
@@ -69,7 +71,7 @@ class Plan:
     devices: str  # what a worker trains on: "cuda" or "cpu"
     threads: int
     files: str  # the folder for logs and checkpoints, where a node can make it
-    luggage: Luggage
+    luggage: WorkerEnvironment
     options: Mapping[str, Any]  # of a worker's actor
     limit: int | None  # of workers; None: as many as there is room for
     num_open: int  # trials, to begin with
@@ -77,7 +79,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Seat:
+class Placement:
     """Where a worker has been placed, and its process there."""
 
     process: Process
@@ -85,7 +87,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Look:
+class PoolSnapshot:
     """How a study's supervisor stands."""
 
     num_placed: int
@@ -93,7 +95,7 @@ class Look:
     problem: str | None  # why it has ended before the study
 
 
-def answer(luggage: Luggage, question: Callable[..., Any], args: Sequence[Any]) -> Any:
+def answer(luggage: WorkerEnvironment, question: Callable[..., Any], args: Sequence[Any]) -> Any:
     """What a function returns on a node, where the study's own code lies."""
     with luggage.unpacked():
         if luggage.folders:
@@ -110,7 +112,7 @@ def needs(options: Mapping[str, Any]) -> dict[str, float]:
 class StudyWorker:
     """A worker's place on the node where Ray has put this actor."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: WorkerRequest) -> None:
         self._plan = plan
         self._problem: UserError | None = None
         try:
@@ -143,13 +145,13 @@ class StudyWorker:
         assert self._worker.exit_code is not None
         return self._worker.exit_code, b"".join(self._tail).decode(errors="replace")
 
-    def seat(self, after: int | None) -> Seat:
+    def seat(self, after: int | None) -> Placement:
         """Where it is, once a process has been started that has another pid than `after`."""
         while self._worker is None or self._worker.pid in (None, after):
             time.sleep(0.02)
         assert self._device is not None
         assert self._worker.pid is not None
-        return Seat((liveness.machine(), self._worker.pid), self._device.name)
+        return Placement((liveness.machine(), self._worker.pid), self._device.name)
 
     def train(self, trial: str) -> None:
         """Takes as long as the trial does: so Ray's lists of tasks and its timeline show it, by the task's name."""
@@ -168,7 +170,7 @@ class StudyWorker:
         plan, device = self._plan, self._device
         assert device is not None
         node = ray.get_runtime_context().get_node_id()
-        assignment = Assignment(
+        assignment = WorkerTask(
             plan.storage, plan.study, device.name, torch_device(device), plan.threads, plan.luggage.allowed(),
             host=f"{socket.gethostname()}/{node[:8]}", outlives=False,
         )  # fmt: skip
@@ -213,9 +215,9 @@ def _files(folder: str) -> str:
 class StudyController:
     """Supervises a study's workers on the cluster, until there is nothing left to train or it is told to leave."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: WorkerRequest) -> None:
         self._plan = plan
-        self._crew = _Crew(plan)
+        self._crew = RayPool(plan)
         self._interrupted: list[int] = []
         self._problem: str | None = None
         self._ended = threading.Event()
@@ -224,8 +226,8 @@ class StudyController:
     def __repr__(self) -> str:
         return f"hpo supervisor of study {self._plan.study}"
 
-    def look(self) -> Look:
-        return Look(self._crew.num_placed, self._ended.is_set(), self._problem)
+    def look(self) -> PoolSnapshot:
+        return PoolSnapshot(self._crew.num_placed, self._ended.is_set(), self._problem)
 
     def leave(self) -> None:
         """Has the workers save and give back their trials; asked a second time, kills them."""
@@ -255,7 +257,7 @@ class StudyController:
         store = Store(self._plan.storage, patience_s=OUTAGE_S, give_up=lambda: bool(self._interrupted))
         study = store.study(self._plan.study)
         store.reap(study)
-        store.go_on(study)  # what ended last may have ended without it
+        add_due_trials(store, study)  # what ended last may have ended without it
         if not self._plan.publishes:
             supervise(store, study, self._crew, interrupted=self._interrupted, watch=lambda: None)
             return
@@ -263,11 +265,11 @@ class StudyController:
             supervise(store, study, self._crew, interrupted=self._interrupted, watch=publisher.look)
 
 
-class _Crew:
+class RayPool:
     """As many workers as a study has use for and the cluster room, with some waiting for room, so that it may grow."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.places: list[_Place] = []
+    def __init__(self, plan: WorkerRequest) -> None:
+        self.places: list[RayWorker] = []
         self._plan = plan
         self._idle_since: dict[Process, float] = {}
         self._num_made = 0
@@ -292,11 +294,11 @@ class _Crew:
         """Starts as many workers as so many trials have use for, and some more than there is room for."""
         room = self._plan.limit or self.num_placed + max(1, self.num_placed, _room(self._plan.options))
         for _ in range(min(num_open, room) - sum(not place.leaves for place in self.places)):
-            self.places.append(_Place(self._plan, self._num_made))
+            self.places.append(RayWorker(self._plan, self._num_made))
             self.places[-1].start()
             self._num_made += 1
 
-    def _send_idle_home(self, staying: Sequence[_Place], waiting: int, busy: set[Process]) -> None:
+    def _send_idle_home(self, staying: Sequence[RayWorker], waiting: int, busy: set[Process]) -> None:
         at = time.monotonic()
         idle = [place for place in staying if place.process not in busy and not waiting]
         self._idle_since = {
@@ -315,17 +317,17 @@ def _room(options: Mapping[str, Any]) -> int:
     return min(math.floor(free.get(name, 0) / amount) for name, amount in needs(options).items())
 
 
-class _Place:
+class RayWorker:
     """A worker's actor as the supervisor sees it, whether it has been placed yet or not."""
 
-    def __init__(self, plan: Plan, index: int) -> None:
+    def __init__(self, plan: WorkerRequest, index: int) -> None:
         self.exit_code: int | None = None
         self.leaves = False  # for good
         self._plan, self._index = plan, index
         self._actor: Any = None
         self._run: Any = None
         self._seat: Any = None
-        self._seated: Seat | None = None
+        self._seated: Placement | None = None
         self._words = ""
         self._failed: str | None = None  # why no worker can be started here, nor anywhere
         self._trials: set[str] = set()

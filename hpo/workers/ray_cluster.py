@@ -25,19 +25,19 @@ from urllib.parse import urlsplit
 from sqlalchemy.engine import URL
 
 from hpo._version import __version__
-from hpo.config.import_policy import Allowed
+from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.store.database import database_path
 from hpo.store.studies import Store
-from hpo.study.records import ENDED, Study
+from hpo.study.records import ENDED, StudyRecord
 from hpo.system import provenance
 from hpo.system.devices import choose_devices, num_cores
-from hpo.workers.local import Answer, Launcher, interrupts
+from hpo.workers.launcher import Answer, Launcher, interrupts
 from hpo.workers.supervisor import TICK_S, Watch
 
 if TYPE_CHECKING:
-    from hpo.workers.ray_actors import Look, Luggage, Plan
+    from hpo.workers.ray_actors import PoolSnapshot, WorkerEnvironment, WorkerRequest
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class RayLauncher(Launcher):
     """Workers on a Ray cluster, under a supervisor there, which can be left to itself."""
 
     def __init__(
-        self, on: OnRay, spec: StudySpec, *, devices: str, workers: int | None, allowed: Allowed, url: URL
+        self, on: OnRay, spec: StudySpec, *, devices: str, workers: int | None, allowed: ImportAllowlist, url: URL
     ) -> None:
         if on.address != OWN and database_path(url) is not None:
             raise UserError(
@@ -146,7 +146,7 @@ class RayLauncher(Launcher):
         if self._is_ours:
             _import_ray().shutdown()
 
-    def run(self, store: Store, study: Study, *, watch: Watch) -> None:
+    def run(self, store: Store, study: StudyRecord, *, watch: Watch) -> None:
         ray = _import_ray()
         with interrupts() as interrupted:
             controller, is_new = self._controller(store, study)
@@ -162,7 +162,7 @@ class RayLauncher(Launcher):
         if interrupted:
             raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
 
-    def _follow(self, ray: Any, controller: Any, interrupted: list[int], watch: Watch) -> Look:
+    def _follow(self, ray: Any, controller: Any, interrupted: list[int], watch: Watch) -> PoolSnapshot:
         """Waits for the end of a study's supervisor, and passes interruptions on to it."""
         told, answered, began, said = 0, time.monotonic(), time.monotonic(), False
         asked = controller.look.remote()
@@ -180,7 +180,7 @@ class RayLauncher(Launcher):
                     raise StudyStopped("the study's supervisor on the cluster does not answer", can_go_on=True)
                 continue
             try:
-                look: Look = ray.get(asked)
+                look: PoolSnapshot = ray.get(asked)
             except ray.exceptions.RayActorError:  # Ray starts it again, elsewhere where its node has died
                 if time.monotonic() - answered > RESTART_S:
                     raise
@@ -194,11 +194,11 @@ class RayLauncher(Launcher):
             time.sleep(TICK_S)
             asked = controller.look.remote()
 
-    def submit(self, store: Store, study: Study) -> None:
+    def submit(self, store: Store, study: StudyRecord) -> None:
         ray = _import_ray()
         try:
             controller, _ = self._controller(store, study, is_detached=True)
-            look: Look = ray.get(controller.look.remote())
+            look: PoolSnapshot = ray.get(controller.look.remote())
         except (ray.exceptions.RayError, ConnectionError, *_grpc_errors()) as error:
             raise _explained(error) from None
         if NOWHERE in (shortage := self._shortage(ray)):
@@ -255,7 +255,7 @@ class RayLauncher(Launcher):
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise UserError(f"--on {self._on.address}: {_first_line(error)}{_hint(error)}") from None
 
-    def _controller(self, store: Store, study: Study, *, is_detached: bool = False) -> tuple[Any, bool]:
+    def _controller(self, store: Store, study: StudyRecord, *, is_detached: bool = False) -> tuple[Any, bool]:
         """The supervisor of this study that was left on the cluster, or a new one, and which of the two it is."""
         ray = _import_ray()
         from hpo.workers.ray_actors import StudyController
@@ -268,10 +268,10 @@ class RayLauncher(Launcher):
         plan = self._plan(store, study, publishes=is_detached)
         return ray.remote(StudyController).options(**options).remote(plan), True
 
-    def _plan(self, store: Store, study: Study, *, publishes: bool) -> Plan:
-        from hpo.workers.ray_actors import Plan
+    def _plan(self, store: Store, study: StudyRecord, *, publishes: bool) -> WorkerRequest:
+        from hpo.workers.ray_actors import WorkerRequest
 
-        return Plan(
+        return WorkerRequest(
             version=__version__,
             storage=store.url.render_as_string(hide_password=False),
             study=study.name,
@@ -294,8 +294,8 @@ class RayLauncher(Launcher):
             options["memory"] = memory
         return {**options, "resources": given, "scheduling_strategy": PLACEMENTS[self._on.placement]}
 
-    def _luggage(self) -> Luggage:
-        from hpo.workers.ray_actors import Luggage
+    def _luggage(self) -> WorkerEnvironment:
+        from hpo.workers.ray_actors import WorkerEnvironment
 
         environment = {
             key: value for key, value in os.environ.items()
@@ -304,7 +304,7 @@ class RayLauncher(Launcher):
         if revision := provenance.git_revision():
             environment["HPO_GIT_REVISION"] = revision
         folders = [str(index) if self._packs else str(folder) for index, folder in enumerate(self._code)]
-        return Luggage(environment, self._allowed.modules, folders)
+        return WorkerEnvironment(environment, self._allowed.modules, folders)
 
     def _shortage(self, ray: Any) -> str:
         from hpo.workers.ray_actors import needs
@@ -395,7 +395,7 @@ def _explained(error: Exception) -> Exception:
     )
 
 
-def _code_folders(spec: StudySpec, allowed: Allowed) -> list[Path]:
+def _code_folders(spec: StudySpec, allowed: ImportAllowlist) -> list[Path]:
     """The folders that the study's own modules are in, the study's own first; what is installed stays where it is."""
     found = [folder for module in spec.modules() if (folder := allowed.folder_of(module)) is not None]
     own = [Path(folder) for folder in allowed.folders]

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hpo.study.records import Claim, Report
+from hpo.study.records import Claim, EpochReport
 from hpo.train.config import EpochResult, TrialConfig
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def complete_end(epoch: int) -> End:
 
 
 @dataclass(frozen=True)
-class Trained:
+class EpochOutcome:
     """An epoch of a trial that is to be reported, and the trial after it where it is to be saved."""
 
     claim: Claim
@@ -39,10 +39,10 @@ class Trained:
         """Whether this is the trial's end, whatever the pruner says."""
         return self.is_last or self.result.diverged is not None
 
-    def report(self) -> Report:
+    def report(self) -> EpochReport:
         result = self.result
         may_prune = self.claim.kind == "search" and not self.ends
-        return Report(self.claim, result.epoch, result.metrics(), result.val_accuracy, may_prune)
+        return EpochReport(self.claim, result.epoch, result.metrics(), result.val_accuracy, may_prune)
 
 
 class Reporter:

@@ -10,8 +10,9 @@ from typing import Protocol
 from hpo.errors import StudyStopped
 from hpo.store.retry import STORE_ERRORS
 from hpo.store.studies import Store
-from hpo.study.records import ENDED, Study
-from hpo.workers.worker_handle import DRAIN_S, EXIT_RESTART, Process, cause_of_death
+from hpo.study.processes import Process
+from hpo.study.records import ENDED, StudyRecord
+from hpo.workers.worker_handle import DRAIN_S, EXIT_RESTART, cause_of_death
 
 TICK_S = 0.2
 REAP_S = 5.0  # between looks for workers that died elsewhere, and for room for more
@@ -21,7 +22,7 @@ MAX_CRASHES = 5  # for each worker: processes that died one after the other with
 Watch = Callable[[], None]  # called several times a second while workers run: the place to show progress
 
 
-class Place(Protocol):
+class WorkerSlot(Protocol):
     """Where one worker process after the other runs. Called from one thread."""
 
     @property
@@ -47,17 +48,17 @@ class Place(Protocol):
         """How its last process ended, and the end of what it wrote."""
 
 
-class Crew(Protocol):
+class WorkerPool(Protocol):
     """The places of a study's workers."""
 
     @property
-    def places(self) -> Sequence[Place]: ...
+    def places(self) -> Sequence[WorkerSlot]: ...
 
-    def adjust(self, store: Store, study: Study) -> None:
+    def adjust(self, store: Store, study: StudyRecord) -> None:
         """Adds and removes places as it sees fit; called before the first start, and every REAP_S seconds."""
 
 
-def supervise(store: Store, study: Study, crew: Crew, *, interrupted: Sequence[int], watch: Watch) -> None:
+def supervise(store: Store, study: StudyRecord, crew: WorkerPool, *, interrupted: Sequence[int], watch: Watch) -> None:
     """Runs the crew's workers until no slot of the study is left, it is stopped, or `interrupted` is no longer empty.
 
     A second interruption while workers leave kills them. No worker is left when it returns or raises. Raises
@@ -80,7 +81,7 @@ def supervise(store: Store, study: Study, crew: Crew, *, interrupted: Sequence[i
     watch()
 
 
-def _look_after(store: Store, study: Study, crew: Crew, interrupted: Sequence[int], watch: Watch) -> None:
+def _look_after(store: Store, study: StudyRecord, crew: WorkerPool, interrupted: Sequence[int], watch: Watch) -> None:
     crashes, before, next_look = 0, _progress(store, study), time.monotonic() + REAP_S
     while not interrupted:
         running = [place for place in crew.places if place.is_running()]
@@ -114,7 +115,7 @@ def _look_after(store: Store, study: Study, crew: Crew, interrupted: Sequence[in
         time.sleep(TICK_S)
 
 
-def _drain(places: Sequence[Place], interrupted: Sequence[int], watch: Watch) -> None:
+def _drain(places: Sequence[WorkerSlot], interrupted: Sequence[int], watch: Watch) -> None:
     """Asks every worker to leave and waits; kills those that are still there after KILL_S or a second interruption."""
     for place in places:
         place.ask_to_leave()
@@ -128,7 +129,7 @@ def _drain(places: Sequence[Place], interrupted: Sequence[int], watch: Watch) ->
         time.sleep(TICK_S)
 
 
-def _progress(store: Store, study: Study) -> int:
+def _progress(store: Store, study: StudyRecord) -> int:
     """Grows with every epoch that a trial comes further, and with every trial that ends."""
     return store.num_epochs(study) + sum(
         count for state, count in store.counts(study.study_id).items() if state in ENDED

@@ -21,21 +21,22 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UserError
 from hpo.objective import Trial
-from hpo.search.samplers import PRUNERS, TURNS, may_prune_after
+from hpo.search.pruners import INTERLEAVED_TRIALS, PRUNERS, may_prune_after
 from hpo.store.ledger import LEASE_S, OUT_OF_MEMORY, ClaimLost, Verdict
 from hpo.store.retry import StoreFailed
 from hpo.store.studies import Store
-from hpo.study.records import Claim, Study
+from hpo.study.records import Claim, StudyRecord
 from hpo.system import provenance
 from hpo.system.processes import heartbeat
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
 from hpo.workers.failures import failure_key, is_out_of_memory, message
-from hpo.workers.reporting import End, Reporter, Trained, complete_end, diverged_end
+from hpo.workers.reporting import End, EpochOutcome, Reporter, complete_end, diverged_end
+from hpo.workers.stages import add_due_trials
 from hpo.workers.worker_handle import EXIT_RESTART
 
 if TYPE_CHECKING:
     from hpo.train.checkpoint import Checkpoint
-    from hpo.train.engines.lanes import Choice, LaneEngine
+    from hpo.train.engines.lanes import LaneEngine, LanePlan
     from hpo.workers.checkpoints import StudyCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Worker:
     """Trains trials of one study on one device until there are none left or `should_stop()` is true."""
 
     def __init__(
-        self, store: Store, study: Study, *, device: str, torch_device: str, should_stop: Callable[[], bool],
+        self, store: Store, study: StudyRecord, *, device: str, torch_device: str, should_stop: Callable[[], bool],
         host: str | None = None,
     ) -> None:  # fmt: skip
         self._store = store
@@ -81,7 +82,7 @@ class Worker:
                     if work():
                         pause_s = POLL_S
                         continue
-                    if not self._store.go_on(self._study):
+                    if not add_due_trials(self._store, self._study):
                         break
                     if time.monotonic() > next_reap:
                         self._store.reap(self._study)
@@ -102,7 +103,7 @@ class Worker:
     def leave(self) -> None:
         """Gives back what is held and signs off; from any thread, where a trial does not come to its next report."""
         for claim in list(self._held):
-            self._let_go(claim)
+            self.release(claim)
         self._store.remove_worker(self._worker_id)
 
     def _pause(self, seconds: float) -> None:
@@ -124,7 +125,8 @@ class Worker:
 
     def _engine_loop(self) -> Callable[[], bool]:
         from hpo.train.engines.lanes import MOST_LANES, LaneEngine
-        from hpo.train.engines.plain import Stopped, free_memory
+        from hpo.train.engines.plain import free_memory
+        from hpo.train.engines.protocol import Stopped
         from hpo.workers.checkpoints import StudyCheckpoints
 
         wanted, compares_early = self._spec.engine.lanes, PRUNERS[self._spec.pruner.name].compares_early
@@ -132,7 +134,7 @@ class Worker:
             device=self._torch_device,
             lanes=None if wanted == "auto" else wanted,
             most=1 if self._has_many_kinds() else min(MOST_LANES, self._spec.num_trials),
-            turns=min(TURNS, self._spec.num_trials) if compares_early else 1,
+            turns=min(INTERLEAVED_TRIALS, self._spec.num_trials) if compares_early else 1,
             should_stop=self._must_abort,
             agree=self._agree,
         )
@@ -146,7 +148,11 @@ class Worker:
                 return False
             results: list[EpochResult] = []
             turn = [self._lanes[lane][0] for lane in engine.turn]
-            with self._failures_end(turn), self._memory_limits(turn, to=len(self._lanes) // 2), suppress(Stopped):
+            with (
+                self.failing_trials_on_error(turn),
+                self._memory_limits(turn, to=len(self._lanes) // 2),
+                suppress(Stopped),
+            ):
                 try:
                     results = engine.run_epoch()
                 finally:
@@ -166,7 +172,7 @@ class Worker:
                     self._reporter.check()
             if not results:  # it was stopped in the middle of an epoch, where it did not fail
                 for claim in self._held.intersection(turn):
-                    self._let_go(claim)
+                    self.release(claim)
             for lane, (claim, _) in list(self._lanes.items()):
                 if claim not in self._held:
                     engine.evict(lane)
@@ -181,8 +187,8 @@ class Worker:
         while engine.free_lanes and self._may_take_more() and (claim := self._claim()):
             num_lanes = len(self._lanes)
             with (
-                self._losing_ends(claim),
-                self._failures_end([claim]),
+                self.dropping_lost_claims(claim),
+                self.failing_trials_on_error([claim]),
                 self._memory_limits([claim], to=num_lanes),
             ):
                 values, seed = self._suggest(claim)
@@ -196,24 +202,24 @@ class Worker:
                     lane = engine.admit(config, checkpoint, alone=claim.is_suspect)
                     self._lanes[lane] = (claim, config)
 
-    def _agree(self, device: str, measure: Callable[[], Choice]) -> Choice:
+    def _agree(self, device: str, measure: Callable[[], LanePlan]) -> LanePlan:
         """What the study's workers do on devices of this name: as the first of them chose."""
-        from hpo.train.engines.lanes import Choice
+        from hpo.train.engines.lanes import LanePlan
 
         key = f"lanes {self._spec.engine.lanes} on {device}"
-        known = self._store.agreements(self._study).get(key)
+        known = self._store.shared_values(self._study).get(key)
         if known is None:
             chosen = measure()
             if chosen.is_passing:
                 return chosen
             known = self._store.agree(self._study, key, asdict(chosen))
-        return Choice(**known)
+        return LanePlan(**known)
 
     def _has_many_kinds(self) -> bool:
         """Whether the search varies what trials that are trained as one must share."""
         from hpo.train.engines.stack import kind_of
 
-        return len({kind_of(self._spec.trial_config(corner, seed=0)) for corner in self._spec.corners()}) > 1
+        return len({kind_of(self._spec.trial_config(corner, seed=0)) for corner in self._spec.extreme_points()}) > 1
 
     def _may_take_more(self) -> bool:
         """Whether another trial may join those in the lanes: not a suspect's, and no more than this worker's share."""
@@ -226,11 +232,11 @@ class Worker:
             return False
         num_open = counts.get("waiting", 0) + counts.get("running", 0)
         if self._engine is not None and self._engine.takes_turns:
-            num_open = min(num_open, TURNS)  # trials of all workers are compared
+            num_open = min(num_open, INTERLEAVED_TRIALS)  # trials of all workers are compared
         num_workers = sum(worker.alive for worker in self._store.workers(self._study))
         return len(self._lanes) < math.ceil(num_open / max(1, num_workers))
 
-    def _taken(self, result: EpochResult) -> Trained:
+    def _taken(self, result: EpochResult) -> EpochOutcome:
         """A trial's epoch and, where it is to be saved, the trial as it is after it."""
         assert self._engine is not None
         assert self._checkpoints is not None
@@ -243,11 +249,11 @@ class Worker:
         )
         checkpoint = None
         if is_due and not result.diverged:
-            with self._failures_end([claim]):  # a network's state may be such that it cannot be saved
+            with self.failing_trials_on_error([claim]):  # a network's state may be such that it cannot be saved
                 checkpoint = self._engine.checkpoint(result.lane)
-        return Trained(claim, config, result, is_last, checkpoint)
+        return EpochOutcome(claim, config, result, is_last, checkpoint)
 
-    def _report(self, trained: Sequence[Trained]) -> None:
+    def _report(self, trained: Sequence[EpochOutcome]) -> None:
         """Reports what was trained together, in a thread: a slow store keeps training waiting only for a verdict.
 
         A trial is saved after it is reported, so that a worker that has lost it does not come to write, and what was
@@ -258,10 +264,10 @@ class Worker:
             return
         verdicts = self._store.report_all([one.report() for one in trained], self._spec)
         for one, verdict in zip(trained, verdicts, strict=True):
-            with self._losing_ends(one.claim):
+            with self.dropping_lost_claims(one.claim):
                 self._settle(one, verdict)
 
-    def _settle(self, one: Trained, verdict: Verdict | None) -> None:
+    def _settle(self, one: EpochOutcome, verdict: Verdict | None) -> None:
         """Ends the trial after an epoch's report, where it is done, dropped or diverged, or saves it."""
         assert self._checkpoints is not None
         if verdict is None:
@@ -274,7 +280,7 @@ class Worker:
         if end is not None:
             self._wait_until_saved(one.claim)
             if one.claim in self._held and one.claim.kind == "test" and one.checkpoint is not None:
-                with self._failures_end([one.claim]):
+                with self.failing_trials_on_error([one.claim]):
                     self._measure_test(one.claim, one.config, one.checkpoint)
             if one.claim in self._held:
                 self._finish(one.claim, *end)
@@ -295,7 +301,7 @@ class Worker:
         for lane, (claim, config) in self._lanes.items():
             if claim not in self._held:
                 continue
-            with self._losing_ends(claim), self._failures_end([claim]):
+            with self.dropping_lost_claims(claim), self.failing_trials_on_error([claim]):
                 checkpoint = self._engine.checkpoint(lane)
                 if checkpoint.epoch % config.training.checkpoint_epochs:
                     self._checkpoints.save(claim, checkpoint)
@@ -304,7 +310,10 @@ class Worker:
     def _wait_until_saved(self, claim: Claim) -> None:
         """What a trial's checkpoint was begun with is on disk from here on, or the trial has failed."""
         assert self._checkpoints is not None
-        with self._losing_ends(claim), self._failures_end([claim]):  # its state may be such that it cannot be written
+        with (
+            self.dropping_lost_claims(claim),
+            self.failing_trials_on_error([claim]),
+        ):  # its state may be such that it cannot be written
             self._checkpoints.wait(claim.number)
 
     # Trials of the user's own function
@@ -316,7 +325,7 @@ class Worker:
         claim = self._claim()
         if claim is None:
             return False
-        with self._losing_ends(claim), self._failures_end([claim]):
+        with self.dropping_lost_claims(claim), self.failing_trials_on_error([claim]):
             told: list[End] = []  # how the trial ends, once it has been told
             trial = self._user_trial(claim, told)
             import_object(self._spec.objective.function, setting="objective.function")(trial)
@@ -325,7 +334,7 @@ class Worker:
             if told:
                 self._finish(claim, *told[0])
             elif self._should_stop() and last is not None and last[0] < self._spec.max_epochs:
-                self._let_go(claim)
+                self.release(claim)
             elif last is None:
                 raise UserError(f"{self._spec.objective.function} returned without a trial.report(...)")
             elif not math.isfinite(last[1]):
@@ -425,7 +434,7 @@ class Worker:
         if self._checkpoints is not None:
             self._checkpoints.forget(claim.number)
 
-    def _let_go(self, claim: Claim) -> None:
+    def release(self, claim: Claim) -> None:
         self._end_writing(claim)
         self._held.discard(claim)
         with suppress(ClaimLost):
@@ -438,7 +447,7 @@ class Worker:
                 self._checkpoints.wait(claim.number)
 
     @contextmanager
-    def _losing_ends(self, claim: Claim) -> Iterator[None]:
+    def dropping_lost_claims(self, claim: Claim) -> Iterator[None]:
         """A trial that turns out to be another worker's by now is dropped without a trace."""
         try:
             yield
@@ -447,7 +456,7 @@ class Worker:
             self._held.discard(claim)
 
     @contextmanager
-    def _failures_end(self, claims: list[Claim]) -> Iterator[None]:
+    def failing_trials_on_error(self, claims: list[Claim]) -> Iterator[None]:
         """An exception in training ends its trial as failed, with the traceback, and not the study.
 
         Of several trials it ends none: each goes on alone, where it is that trial's or does not come again.
@@ -468,7 +477,7 @@ class Worker:
             text = "".join(traceback.format_exception(error))
             for claim in claims:
                 self._end_writing(claim)
-                with self._losing_ends(claim):
+                with self.dropping_lost_claims(claim):
                     ended = self._store.fail(
                         claim,
                         self._spec,
@@ -496,4 +505,4 @@ class Worker:
             logger.warning("out of memory with %d trials; at most %d at once from now on", len(self._lanes), to)
             self._engine.limit(to)
             for claim in claims:
-                self._let_go(claim)
+                self.release(claim)

@@ -11,23 +11,20 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
-from hpo.config.import_policy import Allowed
+from hpo.config.import_policy import ImportAllowlist
+from hpo.study.processes import Cause
 from hpo.system.devices import Device, worker_environment
 
-ASSIGNMENT = "HPO_WORKER"  # environment variable with the Assignment; not on the command line, where anyone reads it
+TASK_VARIABLE = "HPO_WORKER"  # environment variable with the Assignment; not on the command line, where anyone reads it
 LEAVE = b"\n"  # on its standard input: leave; the end of that means that its supervisor is no more
 DRAIN_S = 30.0  # how long a loop of the user's may take to come to its next report before it is left in its epoch
 EXIT_RESTART = 75  # there may be work left that a new process can go on with (EX_TEMPFAIL)
 
-Process = tuple[str, int]  # the machine, as hpo.system.processes names it, and the pid
-# What a death says of the trials: "crashed" and "killed" count against them, "gone" with a node or when asked does not.
-Cause = Literal["crashed", "killed", "gone"]
-
 
 @dataclasses.dataclass(frozen=True)
-class Assignment:
+class WorkerTask:
     """What a worker process is started with."""
 
     storage: str
@@ -35,7 +32,7 @@ class Assignment:
     device: str  # as users name it, and as it is recorded
     torch_device: str  # as torch names it in the worker's process
     threads: int
-    allowed: Allowed  # whose code it may import
+    allowed: ImportAllowlist  # whose code it may import
     host: str | None = None  # as it is recorded; None: the machine's name
     outlives: bool = (
         True  # whether it may end its epoch when its supervisor dies, or its device is given to others then
@@ -45,10 +42,10 @@ class Assignment:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Assignment:
+    def from_json(cls, text: str) -> WorkerTask:
         values = json.loads(text)
         modules, folders = (tuple(values["allowed"][key]) for key in ("modules", "folders"))
-        return cls(**{**values, "allowed": Allowed(modules, folders)})
+        return cls(**{**values, "allowed": ImportAllowlist(modules, folders)})
 
 
 class WorkerProcess:
@@ -58,7 +55,7 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, assignment: Assignment, device: Device, *, environment: Mapping[str, str] = {}, folder: Path | None = None
+        self, assignment: WorkerTask, device: Device, *, environment: Mapping[str, str] = {}, folder: Path | None = None
     ) -> None:
         self.exit_code: int | None = None
         self._folder = folder  # that it works in
@@ -67,7 +64,7 @@ class WorkerProcess:
             **os.environ,
             **environment,
             **worker_environment(device, threads=assignment.threads),
-            ASSIGNMENT: assignment.to_json(),
+            TASK_VARIABLE: assignment.to_json(),
             "PYTHONSAFEPATH": "1",  # or the working directory would come before the folders that are allowed
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [*assignment.allowed.python_path(), os.environ.get("PYTHONPATH")])

@@ -14,7 +14,7 @@ from hpo.store.database import Unreachable
 from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
 from hpo.store.studies import Store
 from hpo.workers.worker import Worker
-from hpo.workers.worker_handle import ASSIGNMENT, DRAIN_S, EXIT_RESTART, LEAVE, Assignment
+from hpo.workers.worker_handle import DRAIN_S, EXIT_RESTART, LEAVE, TASK_VARIABLE, WorkerTask
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def _open_patiently(url: str, *, give_up: Callable[[], bool]) -> Store:
 
 def main() -> None:
     """One worker, ended by SIGTERM or by what stands, or ends, at its standard input."""
-    assignment = Assignment.from_json(os.environ.pop(ASSIGNMENT))
+    assignment = WorkerTask.from_json(os.environ.pop(TASK_VARIABLE))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())

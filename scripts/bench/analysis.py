@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hpo.analysis import answer as analysis
 from hpo.analysis.confirmation import confirmation, plan
 from hpo.config.study_spec import StudySpec
-from hpo.study.records import Study, Trial
+from hpo.study.records import StudyRecord, TrialRecord
 
 CURVES = Path(__file__).parent / "curves.json"
 EPOCHS = 9
@@ -152,7 +152,7 @@ SCENARIOS: dict[str, tuple[str, str]] = {  # name: (task, pruner)
 }
 
 
-def run(task: Task, pruner: str, random: np.random.Generator, *, sampler: str) -> list[Trial]:
+def run(task: Task, pruner: str, random: np.random.Generator, *, sampler: str) -> list[TrialRecord]:
     """A study's trials, through Optuna's sampler and pruner in memory."""
     num_trials = int(random.integers(20, 41))
     seed = int(random.integers(2**31))
@@ -183,7 +183,7 @@ def run(task: Task, pruner: str, random: np.random.Generator, *, sampler: str) -
         complete = state == "complete"
         study.tell(trial, curve[-1] if complete else None, state=None if complete else optuna.trial.TrialState.PRUNED)
         trials.append(
-            Trial(
+            TrialRecord(
                 number, state, {"lr": 10**x}, curve[-1] if curve else None, 1, None, None, None, {}, None, None,
                 list(range(1, seen + 1)), {"val_accuracy": curve},
             )
@@ -191,14 +191,14 @@ def run(task: Task, pruner: str, random: np.random.Generator, *, sampler: str) -
     return trials
 
 
-def make_study(task: Task) -> Study:
+def make_study(task: Task) -> StudyRecord:
     space = {"lr": {"low": 10**task.low, "high": 10**task.high, "log": True}}
     search, confirm = {"trials": 40, "space": space}, {"top": 3, "seeds": 5}
     spec = StudySpec.from_dict({"name": "s", "search": search, "training": {"epochs": EPOCHS}, "confirm": confirm})
-    return Study(1, "s", spec, {"num_classes": CLASSES, "num_val": 1000}, None, None, 0.0)
+    return StudyRecord(1, "s", spec, {"num_classes": CLASSES, "num_val": 1000}, None, None, 0.0)
 
 
-def confirm(task: Task, trials: list[Trial], random: np.random.Generator) -> dict[str, float]:
+def confirm(task: Task, trials: list[TrialRecord], random: np.random.Generator) -> dict[str, float]:
     """What a confirmation of these trials says, against the truth."""
     study = make_study(task)
     found = analysis.best(study, trials)
@@ -208,7 +208,7 @@ def confirm(task: Task, trials: list[Trial], random: np.random.Generator) -> dic
         x = math.log10(float(planned.params["lr"]))
         curve = task.curve(task.low + round((x - task.low) / task.step) * task.step if task.step else x, random)
         again.append(
-            Trial(
+            TrialRecord(
                 len(trials) + len(again), "complete" if curve else "diverged", dict(planned.params),
                 curve[-1] if curve else None, 1, None, None, None, {}, None, None,
                 kind=planned.kind, replicate=planned.replicate,
@@ -298,7 +298,7 @@ def shrunk(apart: float) -> dict[str, float]:
             truths[lr] = 0.8 - 0.01 * apart * index
             for seed, value in enumerate(truths[lr] + 0.01 * random.standard_normal(5)):
                 trials.append(
-                    Trial(
+                    TrialRecord(
                         len(trials), "complete", {"lr": lr}, float(value), 1, None, None, None, {}, None, None,
                         kind="confirm", replicate=seed,
                     )

@@ -35,7 +35,7 @@ from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfi
 from hpo.train.data import datasets
 from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.plain import DataSets, PlainEngine, build_lane, initial_model
-from hpo.train.engines.stack import Group
+from hpo.train.engines.stack import TrialStack
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.models import MODELS
 
@@ -84,7 +84,7 @@ def of_seed(config: TrialConfig, seed: int, **training: Any) -> TrialConfig:
 def lanes_epoch(config: TrialConfig, device: str, lanes: int, convolution: str) -> Callable[[], int]:
     """A function that trains an epoch in every lane, batches included and validation not; returns its pictures."""
     where = torch.device(device)
-    group = Group(config, data=DataSets(device=where).get(config.data), device=where, convolution=convolution)
+    group = TrialStack(config, data=DataSets(device=where).get(config.data), device=where, convolution=convolution)
     for seed in range(lanes):
         group.admit(of_seed(config, seed))
     num_steps = group.num_steps

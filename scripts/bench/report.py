@@ -23,13 +23,13 @@ from typing import Any
 from hpo.analysis import answer as analysis
 from hpo.config.study_spec import StudySpec
 from hpo.report import render as report
-from hpo.study.records import Attempt, Study, Trial
+from hpo.study.records import Attempt, StudyRecord, TrialRecord
 
 TOPS = {"adam": -3.0, "sgd": -1.2, "rmsprop": -3.4}  # log10 of the best learning rate
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
-def make_study(trials: int, epochs: int) -> tuple[Study, list[Trial]]:
+def make_study(trials: int, epochs: int) -> tuple[StudyRecord, list[TrialRecord]]:
     """A study of so many trials, trained on eight devices; equal arguments make equal trials."""
     lr = {"low": 1e-5, "high": 1.0, "log": True}
     space = {"lr": lr, "optimizer": list(TOPS), "batch_size": {"low": 32, "high": 256, "log": True}}
@@ -39,10 +39,10 @@ def make_study(trials: int, epochs: int) -> tuple[Study, list[Trial]]:
     free = [1.7e9] * 8
     draw = random.Random(0)
     made = [_trial(number, epochs, draw, free) for number in range(trials)]
-    return Study(1, spec.name, spec, facts | {"uid": "00000000"}, None, None, 1.7e9), made
+    return StudyRecord(1, spec.name, spec, facts | {"uid": "00000000"}, None, None, 1.7e9), made
 
 
-def _trial(number: int, epochs: int, draw: random.Random, free: list[float]) -> Trial:
+def _trial(number: int, epochs: int, draw: random.Random, free: list[float]) -> TrialRecord:
     optimizer = draw.choice(list(TOPS))
     lr = 10 ** draw.uniform(-5, 0)
     off = math.log10(lr) - TOPS[optimizer]
@@ -58,7 +58,7 @@ def _trial(number: int, epochs: int, draw: random.Random, free: list[float]) -> 
     free[worker] = ended + 2
     host, device = f"machine-{worker // 4}", f"cuda:{worker % 4}"
     curves = {"train_loss": [2.3 * (1 - value) for value in values], "val_accuracy": values}
-    return Trial(
+    return TrialRecord(
         number=number, state=state, value=values[-1] if state != "diverged" else None, attempt=1,
         params={"lr": lr, "optimizer": optimizer, "batch_size": draw.choice([32, 64, 128, 256])},
         reason=f"{state} after epoch {last}", error=None, worker_id=f"worker{worker}",

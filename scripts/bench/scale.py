@@ -39,8 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hpo.config.study_spec import StudySpec
 from hpo.store.studies import Store
-from hpo.study.records import Study
+from hpo.study.records import StudyRecord
 from hpo.system import provenance
+from hpo.workers.stages import add_due_trials
 from scripts.bench import scale_model as model
 from scripts.bench.scale_model import Cost, Costs, Line, Load, Place
 from scripts.bench.store import stores
@@ -85,7 +86,7 @@ def spec(trials: int, *, pruner: str = "median", confirm: bool = False) -> Study
     )
 
 
-def fill(store: Store, size: Size, *, waiting: int) -> Study:
+def fill(store: Store, size: Size, *, waiting: int) -> StudyRecord:
     """A study of this size, with all that the ledger and Optuna keep of a trial, and `waiting` slots."""
     study = store.create_study(spec(size.ended + size.running + waiting), facts={})
     distribution = distribution_to_json(FloatDistribution(1e-5, 1e-1, log=True))
@@ -216,16 +217,16 @@ class Meter:
             self._locked = self._now()
 
 
-def keep(store: Store, study: Study, claim: Any) -> None:
+def keep(store: Store, study: StudyRecord, claim: Any) -> None:
     """What hpo.workers.checkpoints asks and tells the store of a trial, from its begin to its end."""
     store.last_report(claim)
-    store.begin(claim, went_on_from=0)
+    store.begin(claim, resumed_from=0)
     for count in (1, 2, 1):
         store.best_trials(study, count)
     store.untested(study)
 
 
-def use(store: Store, study: Study, meter: Meter, *, trials: int) -> None:
+def use(store: Store, study: StudyRecord, meter: Meter, *, trials: int) -> None:
     """Every call of a worker's, over and over."""
     worker = store.add_worker(study.study_id, device="cpu")
     unjudged = spec(study.spec.num_trials, pruner="none")
@@ -247,9 +248,9 @@ def use(store: Store, study: Study, meter: Meter, *, trials: int) -> None:
         connection.exec_driver_sql("UPDATE hpo_slots SET state = 'complete' WHERE state = 'waiting'")
     confirmed = replace(study, spec=spec(study.spec.num_trials, confirm=True))
 
-    def look(study: Study) -> None:  # as hpo.workers.worker's loop where no slot is left for it
+    def look(study: StudyRecord) -> None:  # as hpo.workers.worker's loop where no slot is left for it
         assert store.claim(study, worker) is None
-        store.go_on(study)
+        add_due_trials(store, study)
         store.is_stopping(study.study_id)
 
     for _ in range(trials):

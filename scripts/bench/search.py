@@ -47,11 +47,11 @@ import hpo
 from hpo.analysis import answer as analysis
 from hpo.config.study_spec import StudySpec
 from hpo.store.studies import Store
-from hpo.study.records import Study
+from hpo.study.records import StudyRecord
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
 from hpo.train.engines import lanes
-from hpo.train.engines.lanes import Choice, LaneEngine
+from hpo.train.engines.lanes import LaneEngine, LanePlan
 from hpo.train.engines.plain import PlainEngine
 from hpo.workers.worker import Worker
 from scripts.bench.record_curves import CURVES, tasks
@@ -230,7 +230,7 @@ class Replay(PlainEngine):
         pass
 
 
-def look(store: Store, study: Study, *, began: float) -> Step:
+def look(store: Store, study: StudyRecord, *, began: float) -> Step:
     trials = store.trials(study)
     epochs, peak = sum(len(trial.epochs) for trial in trials), analysis.peak(study, trials)
     return Step(epochs, peak.lr if peak else None, time.perf_counter() - began)
@@ -244,7 +244,7 @@ def ours_replayed(landscape: Landscape) -> list[Step]:
     class ReplayLanes(LaneEngine):
         def __init__(self, **options: Any) -> None:
             # What the worker wants of networks that a stack is not worth while for, as those of these tasks on a CPU.
-            alone = Choice(device="the CPU", lanes=options["turns"], convolution=None, reason="recorded")
+            alone = LanePlan(device="the CPU", lanes=options["turns"], convolution=None, reason="recorded")
             super().__init__(**{**options, "agree": lambda device, measure: alone})
 
         def _plain_engine(self) -> PlainEngine:

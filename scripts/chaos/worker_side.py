@@ -122,9 +122,9 @@ def install() -> None:  # noqa: PLR0915
 
     begin = Ledger.begin
 
-    def begin_recorded(self: Any, claimed: Any, *, went_on_from: int, **rest: Any) -> None:
-        begin(self, claimed, went_on_from=went_on_from, **rest)
-        record("began", **current, epoch=went_on_from)
+    def begin_recorded(self: Any, claimed: Any, *, resumed_from: int, **rest: Any) -> None:
+        begin(self, claimed, resumed_from=resumed_from, **rest)
+        record("began", **current, epoch=resumed_from)
 
     report_all = Ledger.report_all
 

@@ -12,18 +12,18 @@ import pytest
 
 from hpo.analysis.answer import WARNINGS, Peak, best, best_trial, peak, response, standard_error
 from hpo.config.study_spec import StudySpec
-from hpo.study.records import Study, Trial
+from hpo.study.records import StudyRecord, TrialRecord
 
 
-def make_study(num_val: int | None = 400, **settings: Any) -> Study:
+def make_study(num_val: int | None = 400, **settings: Any) -> StudyRecord:
     spec = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": [0.1, 0.2]}}, **settings})
-    return Study(1, "s", spec, {} if num_val is None else {"num_val": num_val}, None, None, 0.0)
+    return StudyRecord(1, "s", spec, {} if num_val is None else {"num_val": num_val}, None, None, 0.0)
 
 
-def make_trials(*rows: tuple[float, float | str], **params: Any) -> list[Trial]:
+def make_trials(*rows: tuple[float, float | str], **params: Any) -> list[TrialRecord]:
     """Trials from (learning rate, value), or (learning rate, state) for those that did not complete."""
     return [
-        Trial(
+        TrialRecord(
             number=number,
             state="complete" if isinstance(result, float) else result,
             params={"lr": lr, **params},
@@ -109,7 +109,7 @@ def test_the_standard_error_is_the_binomial_one_and_not_zero_at_100_percent() ->
     assert 0.005 < standard_error(1.0, 144) < 0.02
 
 
-def reporting(*rows: tuple[float, list[float | None]], state: str = "running", **params: Any) -> list[Trial]:
+def reporting(*rows: tuple[float, list[float | None]], state: str = "running", **params: Any) -> list[TrialRecord]:
     """Trials in training, from (learning rate, accuracy after each epoch)."""
     return [
         replace(trial, curves={"val_accuracy": curve}, epochs=range(1, len(curve) + 1))
@@ -121,7 +121,7 @@ def parabola(lr: float, top: float) -> float:
     return 0.9 - 0.1 * math.log10(lr / top) ** 2
 
 
-def peak_lr(study: Study, trials: list[Trial]) -> float | None:
+def peak_lr(study: StudyRecord, trials: list[TrialRecord]) -> float | None:
     found = peak(study, trials)
     return None if found is None else found.lr
 
@@ -199,13 +199,13 @@ def curve(value: float, epochs: int = 8, *, speed: float = 1.0) -> list[float]:
     return [value * (1 - math.exp(-speed * epoch)) / (1 - math.exp(-speed * 8)) for epoch in range(1, epochs + 1)]
 
 
-def trained(lr: float, value: float, *, state: str = "complete", epochs: int = 8, **params: Any) -> Trial:
+def trained(lr: float, value: float, *, state: str = "complete", epochs: int = 8, **params: Any) -> TrialRecord:
     values = curve(value, epochs)
     trial = reporting((lr, values), state=state, **params)[0]  # type: ignore[list-item]
     return replace(trial, value=values[-1] if state in ("complete", "pruned") else None)
 
 
-def numbered(*trials: Trial) -> list[Trial]:
+def numbered(*trials: TrialRecord) -> list[TrialRecord]:
     return [replace(trial, number=number) for number, trial in enumerate(trials)]
 
 
@@ -216,7 +216,7 @@ def noise(index: int, size: float = 0.004) -> float:
     return size * NOISE[index]
 
 
-def complete(value: Any = hill, **params: Any) -> list[Trial]:
+def complete(value: Any = hill, **params: Any) -> list[TrialRecord]:
     return [trained(lr, value(lr) + noise(index), **params) for index, lr in enumerate(RATES)]
 
 
@@ -291,11 +291,11 @@ RISING = [
 ]  # fmt: skip
 
 
-def confirming(state: str, *, kind: str = "confirm") -> Trial:
+def confirming(state: str, *, kind: str = "confirm") -> TrialRecord:
     return replace(trained(1e-3, 0.8, state=state), kind=kind, replicate=0, reason="because")
 
 
-def tilted(slope: float) -> list[Trial]:
+def tilted(slope: float) -> list[TrialRecord]:
     return [trained(lr, 0.5 + slope * (math.log10(lr) + 3) + noise(i, 0.002)) for i, lr in enumerate(RATES)]
 
 
@@ -322,7 +322,7 @@ def tilted(slope: float) -> list[Trial]:
         pytest.param(complete(lambda lr: 0.1), {"guessing", "tied", "edge-of-range"}, id="nothing was learnt"),
     ],
 )
-def test_warnings_come_where_they_should_and_nowhere_else(trials: list[Trial], expected: set[str]) -> None:
+def test_warnings_come_where_they_should_and_nowhere_else(trials: list[TrialRecord], expected: set[str]) -> None:
     study = make_study(**SEARCHED)
     study = replace(study, facts={**study.facts, "num_classes": 10})
     found = best(study, numbered(*trials))

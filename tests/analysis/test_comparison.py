@@ -15,13 +15,13 @@ from hpo.analysis.answer import Best, best
 from hpo.analysis.comparison import Comparison, changes, compare
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
-from hpo.study.records import Study, Trial
+from hpo.study.records import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     from conftest import Hpo
 
 RATES = np.logspace(-5, 0, 26)
-Answer = tuple[Study, list[Trial], Best]
+Answer = tuple[StudyRecord, list[TrialRecord], Best]
 
 
 def answer(top: float | Callable[[dict[str, Any]], float], *, num: int = 26, **settings: Any) -> Answer:
@@ -40,9 +40,11 @@ def answer(top: float | Callable[[dict[str, Any]], float], *, num: int = 26, **s
             value = 0.9 - 0.1 * (math.log10(rate) - peak) ** 2 + 0.005 * random.normal()
             number = len(trials)
             trials.append(
-                Trial(number, "complete", {"lr": float(rate), **params}, value, 1, None, None, None, {}, None, None)
+                TrialRecord(
+                    number, "complete", {"lr": float(rate), **params}, value, 1, None, None, None, {}, None, None
+                )
             )
-    study = Study(1, spec.name, spec, {"num_val": 1000, "num_train": 1000}, None, None, 0.0)
+    study = StudyRecord(1, spec.name, spec, {"num_val": 1000, "num_train": 1000}, None, None, 0.0)
     found = best(study, trials)
     assert found is not None
     return study, trials, found

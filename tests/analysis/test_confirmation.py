@@ -28,7 +28,8 @@ from hpo.errors import StudyStopped, UserError
 from hpo.search.samplers import SAMPLERS
 from hpo.search.study_views import RoundStudy
 from hpo.store.studies import Store
-from hpo.study.records import Claim, Study, Trial
+from hpo.study.records import Claim, StudyRecord, TrialRecord
+from hpo.workers.stages import add_due_trials
 
 if TYPE_CHECKING:
     from conftest import Hpo
@@ -39,24 +40,24 @@ WaitFor = Callable[..., Any]
 RATES = [1e-4, 1e-3, 1e-2, 1e-1]
 
 
-def make_study(top: int = 2, seeds: int = 3, **settings: Any) -> Study:
+def make_study(top: int = 2, seeds: int = 3, **settings: Any) -> StudyRecord:
     search = {"sampler": "grid", "space": {"lr": RATES}}
     spec = StudySpec.from_dict({"name": "s", "search": search, "confirm": {"top": top, "seeds": seeds}, **settings})
-    return Study(1, "s", spec, {"num_val": 400}, None, None, 0.0)
+    return StudyRecord(1, "s", spec, {"num_val": 400}, None, None, 0.0)
 
 
-def make_trial(number: int, params: dict[str, Any], result: float | str, **more: Any) -> Trial:
+def make_trial(number: int, params: dict[str, Any], result: float | str, **more: Any) -> TrialRecord:
     """A trial with this value, or of this state where it did not complete."""
     state, value = ("complete", result) if isinstance(result, float) else (result, None)
-    return Trial(number, state, params, value, 1, None, None, None, {}, None, None, **more)
+    return TrialRecord(number, state, params, value, 1, None, None, None, {}, None, None, **more)
 
 
-def make_trials(*rows: tuple[float, float | str]) -> list[Trial]:
+def make_trials(*rows: tuple[float, float | str]) -> list[TrialRecord]:
     """Trials of the search from (learning rate, value or state)."""
     return [make_trial(number, {"lr": lr}, result) for number, (lr, result) in enumerate(rows)]
 
 
-def again(trials: list[Trial], *values: list[float | str], params: list[dict[str, Any]]) -> list[Trial]:
+def again(trials: list[TrialRecord], *values: list[float | str], params: list[dict[str, Any]]) -> list[TrialRecord]:
     """Trials that confirm, after `trials`: for each of `params` a value or the state of each seed."""
     rows = [
         (mine, seed, value)
@@ -69,7 +70,7 @@ def again(trials: list[Trial], *values: list[float | str], params: list[dict[str
     ]
 
 
-def confirmed(study: Study, *values: list[float | str]) -> Confirmation:
+def confirmed(study: StudyRecord, *values: list[float | str]) -> Confirmation:
     """The confirmation of 1e-3, 1e-2... with these values."""
     searched = make_trials((1e-4, 0.5), (1e-3, 0.9), (1e-2, 0.8), (1e-1, 0.4))
     params = [{"lr": rate} for rate in (1e-3, 1e-2, 1e-4)[: len(values)]]
@@ -267,7 +268,7 @@ def test_a_confirmation_that_failed_is_said() -> None:
 # In the store
 
 
-def finish(store: Store, study: Study, worker: str, value: float) -> Claim | None:
+def finish(store: Store, study: StudyRecord, worker: str, value: float) -> Claim | None:
     held = store.claim(study, worker)
     if held is not None:
         store.suggest(held, study.spec, attributes=lambda values: {})
@@ -276,10 +277,10 @@ def finish(store: Store, study: Study, worker: str, value: float) -> Claim | Non
     return held
 
 
-def run(store: Store, study: Study) -> list[Claim]:
+def run(store: Store, study: StudyRecord) -> list[Claim]:
     """All trials that there are to train, each with its learning rate as its value."""
     worker, done = store.add_worker(study.study_id, device="cpu"), []
-    while store.go_on(study):
+    while add_due_trials(store, study):
         value = 0.1 * len(done) / 100
         claim = finish(store, study, worker, value)
         assert claim is not None
@@ -287,11 +288,11 @@ def run(store: Store, study: Study) -> list[Claim]:
     return done
 
 
-def begin(store: Store, spec: StudySpec) -> Study:
+def begin(store: Store, spec: StudySpec) -> StudyRecord:
     return store.create_study(spec, facts={"has_test": False})
 
 
-def kinds(store: Store, study: Study) -> Counter[str]:
+def kinds(store: Store, study: StudyRecord) -> Counter[str]:
     return Counter(trial.kind for trial in store.trials(study))
 
 
@@ -299,15 +300,15 @@ def test_what_is_due_is_added_once_the_search_is_done_and_once_only(store: Store
     study = begin(store, make_spec(0.1, 0.2, 0.5, confirm={"top": 2, "seeds": 2}))
     worker = store.add_worker(study.study_id, device="cpu")
     for value in (0.3, 0.5, 0.4):
-        assert store.go_on(study)
+        assert add_due_trials(store, study)
         assert kinds(store, study) == {"search": 3}
         finish(store, study, worker, value)
     assert store.num_left(study) == 4
-    assert store.go_on(study)
-    assert store.go_on(study)
+    assert add_due_trials(store, study)
+    assert add_due_trials(store, study)
     assert kinds(store, study) == {"search": 3, "confirm": 4}
     confirming = [finish(store, study, worker, value) for value in (0.4, 0.4, 0.45, 0.45)]
-    assert not store.go_on(study)
+    assert not add_due_trials(store, study)
     assert store.num_left(study) == 0
     assert [(claim.kind, claim.replicate) for claim in confirming if claim] == [("confirm", 0), ("confirm", 1)] * 2
     trials = store.trials(study)
@@ -372,7 +373,7 @@ def test_enlarging_takes_back_what_nobody_has_begun_to_confirm(store: Store, mak
     study = begin(store, make_spec(search={"trials": 3}, confirm={"top": 1, "seeds": 3}))
     worker = store.add_worker(study.study_id, device="cpu")
     for value in (0.1, 0.3, 0.2, 0.25):
-        assert store.go_on(study)
+        assert add_due_trials(store, study)
         finish(store, study, worker, value)
     store.enlarge(study, 5)
     study = store.study("s")
@@ -392,7 +393,7 @@ def test_an_end_of_the_range_with_many_digits_is_confirmed(
 ) -> None:
     study = begin(store, make_spec(search={"trials": 8, "space": {"lr": lr}}, confirm={"top": 1, "seeds": 2}))
     worker = store.add_worker(study.study_id, device="cpu")
-    while store.go_on(study):
+    while add_due_trials(store, study):
         held = store.claim(study, worker)
         assert held is not None
         value = store.suggest(held, study.spec, attributes=lambda values: {})["lr"]  # the higher, the better
@@ -418,7 +419,7 @@ def test_nothing_to_confirm_is_the_end(store: Store, make_spec: MakeSpec) -> Non
     held = store.claim(study, worker)
     assert held is not None
     store.finish(held, "failed", reason="")
-    assert not store.go_on(study)
+    assert not add_due_trials(store, study)
     assert store.num_left(study) == 0
 
 
@@ -593,7 +594,7 @@ def test_the_winners_networks_are_measured_on_it_once_and_not_trained_again(tmp_
     assert [trial.tested for trial in tests] == list(found.winner.trials)
     for trial in tests:
         (attempt,) = trial.attempts
-        assert attempt.went_on_from == 2
+        assert attempt.resumed_from == 2
         assert trial.tested is not None
         assert trial.curves["val_accuracy"] == result.trials[trial.tested].curves["val_accuracy"]
         assert trial.curves["test_accuracy"][0] is None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hpo.config.import_policy import Allowed
+from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store.studies import Store
@@ -43,7 +43,7 @@ def naming(setting: str, value: object) -> StudySpec:
 )
 def test_a_module_that_is_not_allowed_is_refused_by_name(setting: str, value: object, module: str) -> None:
     with pytest.raises(UserError, match=rf"{setting} of study 's' names the module '{module}'.*--allow {module}"):
-        Allowed.parse(["own", "."]).check(naming(setting, value))
+        ImportAllowlist.parse(["own", "."]).check(naming(setting, value))
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_a_module_that_is_not_allowed_is_refused_by_name(setting: str, value: ob
 def test_a_module_is_allowed_with_what_is_inside_it(allowed: str, module: str, passes: bool) -> None:
     spec = naming("model.name", f"{module}:net")
     if passes:
-        Allowed.parse([allowed]).check(spec)
+        ImportAllowlist.parse([allowed]).check(spec)
     else:
         with pytest.raises(UserError, match="may not import"):
-            Allowed.parse([allowed]).check(spec)
+            ImportAllowlist.parse([allowed]).check(spec)
 
 
 def test_a_folder_allows_the_modules_that_are_found_in_it_and_no_others(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_folder_allows_the_modules_that_are_found_in_it_and_no_others(tmp_path
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "inside.py").touch()
     (tmp_path / "os.py").touch()  # shadows nothing: the real one is what an import would give
-    allowed = Allowed.parse([str(tmp_path)])
+    allowed = ImportAllowlist.parse([str(tmp_path)])
     allowed.check(naming("model.name", "mine:net"))
     allowed.check(naming("model.name", "package.inside:net"))
     for module in ("os", "json", "no_such_module"):
@@ -80,13 +80,13 @@ def test_a_folder_allows_the_modules_that_are_found_in_it_and_no_others(tmp_path
 
 def test_networks_of_torchvision_and_ours_need_no_permission() -> None:
     for name in ("article_cnn", "torchvision:resnet18"):
-        Allowed().check(naming("model.name", name))
+        ImportAllowlist().check(naming("model.name", name))
 
 
 @pytest.mark.parametrize("value", ["no/such/folder", "a-b", "", "x:y"])
 def test_what_is_neither_a_module_nor_a_folder_is_refused(value: str) -> None:
     with pytest.raises(UserError, match="--allow must be the name of a module or a folder that exists"):
-        Allowed.parse([value])
+        ImportAllowlist.parse([value])
 
 
 def test_a_command_that_reads_a_study_from_the_store_imports_only_what_it_is_told_to(

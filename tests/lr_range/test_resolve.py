@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
+from hpo.analysis.range_text import place, range_test_lines
 from hpo.analysis.text import answer_lines
 from hpo.api import running as api
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.lr_range import resolve as ranges
-from hpo.lr_range.resolve import Ramp, adopt, asks, close, in_words, place
+from hpo.lr_range.resolve import Ramp, adopt, asks, close
 from hpo.lr_range.subprocess import in_a_process
 from hpo.store.studies import Store
-from hpo.study.records import Study
+from hpo.study.records import StudyRecord
 from hpo.system.devices import choose_devices
 from hpo.train.lr_ramp import RangeTest, range_test
 
@@ -50,8 +51,8 @@ def found(low: float | None = 1e-4, high: float | None = 1e-2, **params: Any) ->
     return Ramp(params, test)
 
 
-def study_of(spec: StudySpec, facts: Mapping[str, Any]) -> Study:
-    return Study(1, spec.name, spec, facts, None, None, 0.0)
+def study_of(spec: StudySpec, facts: Mapping[str, Any]) -> StudyRecord:
+    return StudyRecord(1, spec.name, spec, facts, None, None, 0.0)
 
 
 def values_tested(spec: StudySpec) -> list[dict[str, Any]]:
@@ -120,11 +121,11 @@ def test_a_study_whose_range_was_given_is_not_joined_by_auto() -> None:
 
 def test_the_answer_says_where_the_best_rate_is_in_the_range() -> None:
     closed, facts = close(make_spec(), [found()])
-    (line,) = in_words(study_of(closed, facts), best=1e-3, params={"lr": 1e-3})
+    (line,) = range_test_lines(study_of(closed, facts), best=1e-3, params={"lr": 1e-3})
     assert "comes from a range test of 0.9 epochs: 0.0001 to 0.01 (breaks at 0.002, leaps from 0.003)" in line
     assert line.endswith("the best one is 1.0 decades above its low end and 1.0 below its high end")
     assert place(0.1, 1e-4, 1e-2) == "the best one, 0.1, is outside of that"
-    assert in_words(study_of(make_spec(), {})) == []
+    assert range_test_lines(study_of(make_spec(), {})) == []
 
 
 def test_a_study_finds_its_range_once_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from hpo.cli.app import main
-from hpo.config.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec, PrunerSpec, SearchSpec
+from hpo.config.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec
 from hpo.config.study_file import variants
 from hpo.config.study_spec import StudySpec
 from hpo.report.figures.table import FIGURES
 from hpo.report.render import FORMATS
-from hpo.search.samplers import PRUNERS, SAMPLERS
+from hpo.search.config import PrunerSpec, SearchSpec
+from hpo.search.pruners import PRUNERS
+from hpo.search.samplers import SAMPLERS
 from hpo.search.space import Range
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
 from hpo.train.data.datasets import DATA_SETS

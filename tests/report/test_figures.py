@@ -13,9 +13,9 @@ import pytest
 
 from hpo.analysis.answer import best
 from hpo.report.figures.response import MOST_LINES
-from hpo.report.figures.style import LOOKS, THEMES, Findings
+from hpo.report.figures.style import STATE_STYLES, THEMES, Findings
 from hpo.report.figures.table import FIGURES, Drawn, draw, findings
-from hpo.study.records import Attempt, Study, Trial
+from hpo.study.records import Attempt, StudyRecord, TrialRecord
 from scripts.bench.report import make_study as make_large
 from tests.analysis.test_answer import LOG_LR, complete, make_study, make_trials, numbered, trained
 
@@ -28,11 +28,11 @@ RAMP = {
 }  # fmt: skip
 
 
-def found(study: Study, trials: Sequence[Trial]) -> Findings:
+def found(study: StudyRecord, trials: Sequence[TrialRecord]) -> Findings:
     return findings(study, trials, best(study, trials))
 
 
-def drawn(study: Study, trials: Sequence[Trial]) -> dict[str, Drawn]:
+def drawn(study: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, Drawn]:
     return {entry.name: entry for entry in draw(found(study, trials))}
 
 
@@ -41,7 +41,7 @@ def traces(entry: Drawn, name: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def large() -> tuple[Study, list[Trial], dict[str, Drawn]]:
+def large() -> tuple[StudyRecord, list[TrialRecord], dict[str, Drawn]]:
     study, trials = make_large(90, 20)
     study = replace(study, facts={**study.facts, "range_test": [RAMP]})
     best_two = sorted((t for t in trials if t.state == "complete"), key=lambda t: t.value or 0)[-2:]
@@ -110,8 +110,8 @@ def test_a_range_test_shows_its_ramp_its_signs_and_the_range(large: Any) -> None
 
 
 def test_every_state_has_a_symbol_and_a_pattern_of_its_own() -> None:
-    states = [look for name, look in LOOKS.items() if name != "other"]
-    assert len({look.symbol for look in LOOKS.values()}) == len(LOOKS)
+    states = [look for name, look in STATE_STYLES.items() if name != "other"]
+    assert len({look.symbol for look in STATE_STYLES.values()}) == len(STATE_STYLES)
     assert len({look.pattern for look in states}) == len(states)
     assert len({look.colour for look in states}) == len(states)
 
@@ -125,7 +125,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("page", ["#ffffff", "#14171d"])
 def test_marks_stand_out_from_a_light_and_from_a_dark_page(page: str) -> None:
-    for name, look in LOOKS.items():
+    for name, look in STATE_STYLES.items():
         light, dark = sorted((luminance(look.colour), luminance(page)), reverse=True)
         least = 3.0 if name not in ("pruned", "running") else 2.0  # orange and purple on white; their shapes are solid
         assert (light + 0.05) / (dark + 0.05) >= least, name
@@ -203,7 +203,7 @@ def test_attempts_that_overlap_have_rows_of_their_own_and_each_device_keeps_to_i
     assert {trace.name for trace in entry.figure.data} == {"complete", "other", "running"}
 
 
-def unusual() -> dict[str, tuple[Study, list[Trial]]]:
+def unusual() -> dict[str, tuple[StudyRecord, list[TrialRecord]]]:
     """Studies with little to show, or strange things."""
     plain, minimized = make_study(), make_study(num_val=None, objective=MINIMIZED)
     loss = {"curves": {"loss": [1e308, None, 3.0]}, "epochs": [1, 2, 3]}

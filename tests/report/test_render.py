@@ -28,9 +28,9 @@ from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.report import render as report
 from hpo.report.publisher import Publisher, publish
-from hpo.report.render import FORMATS, Report, is_ours, make, render, write
+from hpo.report.render import FORMATS, StudyReport, is_ours, make, render, write
 from hpo.store.studies import Store
-from hpo.study.records import Study, Trial
+from hpo.study.records import StudyRecord, TrialRecord
 from scripts.bench.report import make_study as make_large
 from tests.analysis.test_answer import complete, make_study, make_trials, numbered
 from tests.report.test_figures import MINIMIZED, unusual
@@ -48,12 +48,12 @@ def train(trial):
 """
 
 
-def reported(study: Study, trials: list[Trial]) -> Report:
+def reported(study: StudyRecord, trials: list[TrialRecord]) -> StudyReport:
     return make(study, trials, best(study, trials), storage="sqlite:////somewhere/hpo.db")
 
 
 @pytest.fixture(scope="module")
-def small() -> Report:
+def small() -> StudyReport:
     return reported(*make_large(60, 10))
 
 
@@ -78,7 +78,7 @@ def opened(browser: Browser, path: Path, *, width: int = 1280, **options: Any) -
 
 
 @pytest.fixture(scope="module")
-def page_file(small: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page_file(small: StudyReport, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     write(path, render(small, "html"))
     return path
@@ -89,7 +89,7 @@ MARKS = ".scatterlayer .point, .scatterlayer path.js-line, .barlayer .point path
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_every_figure_is_drawn_and_fits_the_screen(
-    browser: Browser, page_file: Path, small: Report, width: int
+    browser: Browser, page_file: Path, small: StudyReport, width: int
 ) -> None:
     with opened(browser, page_file, width=width) as page:
         for drawn in small.drawn:
@@ -106,7 +106,7 @@ def test_every_figure_is_drawn_and_fits_the_screen(
 
 
 def test_the_page_says_what_the_terminal_says_and_is_sorted_and_read_without_eyes(
-    browser: Browser, page_file: Path, small: Report
+    browser: Browser, page_file: Path, small: StudyReport
 ) -> None:
     with opened(browser, page_file) as page:
         check_words(page, small)
@@ -114,7 +114,7 @@ def test_the_page_says_what_the_terminal_says_and_is_sorted_and_read_without_eye
         check_that_a_press_on_a_columns_name_sorts_by_it_and_empty_cells_stay_last(page, small)
 
 
-def check_words(page: Page, small: Report) -> None:
+def check_words(page: Page, small: StudyReport) -> None:
     assert small.best is not None
     text = page.inner_text("main")
     first, *others = answer_lines(small.study, small.best)
@@ -126,7 +126,7 @@ def check_words(page: Page, small: Report) -> None:
     assert "learning rate" in (page.locator("thead").text_content() or "")
 
 
-def check_that_a_press_on_a_columns_name_sorts_by_it_and_empty_cells_stay_last(page: Page, small: Report) -> None:
+def check_that_a_press_on_a_columns_name_sorts_by_it_and_empty_cells_stay_last(page: Page, small: StudyReport) -> None:
     values = sorted(trial.value for trial in small.trials if trial.value is not None)
     column = page.locator("#trials th", has_text="val_accuracy")
     index = column.evaluate("head => head.cellIndex")
@@ -153,7 +153,7 @@ def test_dark_is_dark_light_is_light_and_the_page_follows_a_change(
         assert (dark, page.evaluate(ink)) == ("rgb(230, 233, 239)", "rgb(29, 35, 48)")
 
 
-def test_on_paper_it_is_light_and_every_figure_is_there(browser: Browser, page_file: Path, small: Report) -> None:
+def test_on_paper_it_is_light_and_every_figure_is_there(browser: Browser, page_file: Path, small: StudyReport) -> None:
     with opened(browser, page_file, color_scheme="dark") as page:
         page.evaluate("window.addEventListener('beforeprint', () => { window.printed = "
                       "[...document.querySelectorAll('.plot')].map(plot => [plot._fullLayout.font.color, "
@@ -174,7 +174,7 @@ def check_what_who_does_not_see_the_figures_finds(page: Page) -> None:
         assert page.locator(f"#{section.get_attribute('aria-labelledby')}").count() == 1
 
 
-def evil_report() -> Report:
+def evil_report() -> StudyReport:
     """Whatever a user or a store can choose is an attempt to have the page run something."""
     study = make_study(
         objective=MINIMIZED | {"metric": EVIL}, search={"space": {"lr": [0.1, 0.2], "kind": [EVIL, "b"]}}
@@ -246,7 +246,7 @@ def test_whatever_a_study_is_like_it_can_be_reported(name: str, form: str) -> No
         assert len(told["trials"]) == len(made.trials)
 
 
-def test_json_has_the_answer_the_curves_of_the_responses_and_every_trial(small: Report) -> None:
+def test_json_has_the_answer_the_curves_of_the_responses_and_every_trial(small: StudyReport) -> None:
     told = json.loads(render(small, "json"))
     assert small.best is not None
     assert told["interval"] == list(small.best.interval or ())
@@ -256,7 +256,7 @@ def test_json_has_the_answer_the_curves_of_the_responses_and_every_trial(small: 
     assert told["spec"]["name"] == small.study.name
 
 
-def test_markdown_has_the_answer_a_text_for_each_figure_and_a_row_for_each_trial(small: Report) -> None:
+def test_markdown_has_the_answer_a_text_for_each_figure_and_a_row_for_each_trial(small: StudyReport) -> None:
     text = render(small, "md").decode()
     assert f"**{small.answer[0]}**" in text
     assert text.count("\n| ") == 2 + len(small.trials)
@@ -267,7 +267,7 @@ def test_markdown_has_the_answer_a_text_for_each_figure_and_a_row_for_each_trial
 
 
 @pytest.mark.parametrize(("form", "start"), [("png", b"\x89PNG"), ("svg", b"<svg")])
-def test_an_image_is_of_one_figure(small: Report, form: str, start: bytes) -> None:
+def test_an_image_is_of_one_figure(small: StudyReport, form: str, start: bytes) -> None:
     pytest.importorskip("kaleido", reason="kaleido is not installed (pip install 'hpo[images]')")
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("there is no Chromium here (apt-get install chromium)")
@@ -278,7 +278,7 @@ def test_an_image_is_of_one_figure(small: Report, form: str, start: bytes) -> No
         assert struct.unpack(">II", content[16:24]) == (2 * report.IMAGE_WIDTH, 2 * 360)
 
 
-def test_without_kaleido_an_image_is_refused_in_a_sentence(small: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kaleido_an_image_is_refused_in_a_sentence(small: StudyReport, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "kaleido", None)
     with pytest.raises(UserError, match=r"--format png needs the package kaleido: pip install 'hpo\[images\]'"):
         render(small, "png")
@@ -293,7 +293,7 @@ def test_a_figure_that_there_is_not_is_refused_with_those_that_there_are() -> No
 # --- the file ---
 
 
-def test_only_a_report_of_ours_is_written_over_and_all_of_it_or_nothing(small: Report, tmp_path: Path) -> None:
+def test_only_a_report_of_ours_is_written_over_and_all_of_it_or_nothing(small: StudyReport, tmp_path: Path) -> None:
     path = tmp_path / "report.md"
     write(path, render(small, "md"))
     path.chmod(0o640)
@@ -348,7 +348,7 @@ def test_a_study_that_has_run_is_in_the_dashboard_with_its_figures_and_its_answe
     answer = api.best("s", storage=str(trained.url))
     assert note.startswith(f"**{answer_lines(trained.study('s'), answer)[0]}**")
     assert trained.problems(trained.study("s")) == []
-    assert trained.agreements(trained.study("s")) == {}
+    assert trained.shared_values(trained.study("s")) == {}
 
 
 def test_figures_are_replaced_by_later_ones_and_other_peoples_stay(trained: Store) -> None:

@@ -19,20 +19,21 @@ import pytest
 from optuna.samplers import CmaEsSampler, GPSampler, TPESampler
 
 from hpo.config.study_spec import StudySpec
+from hpo.search import proposals, pruners
 from hpo.search import samplers as search
 from hpo.store.studies import Store
-from hpo.study.records import Study
+from hpo.study.records import StudyRecord
 
 RANGES = {"lr": {"low": 1e-5, "high": 1.0, "log": True}, "weight_decay": {"low": 1e-6, "high": 1e-2, "log": True}}
 
 
-def make_study(tmp_path: Path, name: str = "s", **sections: Any) -> tuple[Store, Study]:
+def make_study(tmp_path: Path, name: str = "s", **sections: Any) -> tuple[Store, StudyRecord]:
     store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
     sections.setdefault("search", {"space": RANGES})
     return store, store.create_study(StudySpec.from_dict({"name": name, **sections}), facts={})
 
 
-def run_trials(store: Store, study: Study, count: int, accuracy: Any, *, epochs: int = 1) -> list[dict[str, Any]]:
+def run_trials(store: Store, study: StudyRecord, count: int, accuracy: Any, *, epochs: int = 1) -> list[dict[str, Any]]:
     """Claims and ends trials one after the other; `accuracy(values, epoch)` is None for a trial that diverges."""
     worker, ended = store.add_worker(study.study_id, device="cpu"), []
     for _ in range(count):
@@ -260,8 +261,8 @@ def test_a_sampler_that_learns_begins_with_points_that_leave_no_gap(sampler: str
     settings = {"name": "s", "search": {"sampler": sampler, "trials": 24, "space": {**space}}}
     for seed in range(5):
         settings["search"]["seed"] = seed
-        first = search.slots(StudySpec.from_dict(settings))[:8]
-        assert search.slots(StudySpec.from_dict(settings))[8:] == [{}] * 16
+        first = proposals.slots(StudySpec.from_dict(settings))[:8]
+        assert proposals.slots(StudySpec.from_dict(settings))[8:] == [{}] * 16
         assert sorted(math.floor(2 * (math.log10(point["lr"]) + 5)) for point in first) == list(range(8))
         assert sorted(point["batch_size"] for point in first) == list(range(16, 24))
         assert [point["data.flip"] for point in first].count(True) == 4
@@ -276,7 +277,7 @@ def test_a_spread_begins_after_what_is_to_be_tried_first_and_fits_every_kind_of_
         search={"sampler": "tpe", "trials": 30, "space": space, "try_first": [first]},
         training={"lr": 1e-2},
     )
-    given = search.slots(study.spec)
+    given = proposals.slots(study.spec)
     assert given[0] == first
     assert [len(point) for point in given].count(0) == 20
     drawn = run_trials(store, study, 30, lambda values, epoch: 0.5)
@@ -335,7 +336,7 @@ def test_a_sampler_is_shown_what_is_known_whatever_the_pruner(
 def test_who_take_turns_begin_spread() -> None:
     search_ = {"sampler": "tpe", "trials": 10, "space": RANGES}
     num_given = {
-        pruner: [len(point) for point in search.slots(make_spec(search_, pruner))].count(2)
+        pruner: [len(point) for point in proposals.slots(make_spec(search_, pruner))].count(2)
         for pruner in ("none", "asha", "hyperband")
     }
     assert num_given == {"none": 4, "asha": 8, "hyperband": 8}
@@ -385,13 +386,13 @@ PRUNING: dict[str, tuple[dict[str, Any], int | None]] = {
 }
 
 
-def make_pruned_study(tmp_path: Path, pruner: str) -> tuple[Store, Study]:
+def make_pruned_study(tmp_path: Path, pruner: str) -> tuple[Store, StudyRecord]:
     search_settings = {"sampler": "random", "trials": 40, "space": {"lr": RANGES["lr"]}}
     settings = {"name": pruner, **PRUNING[pruner][0]}
     return make_study(tmp_path, search=search_settings, pruner=settings, training={"epochs": 8})
 
 
-@pytest.mark.parametrize("pruner", sorted(search.PRUNERS))
+@pytest.mark.parametrize("pruner", sorted(pruners.PRUNERS))
 def test_every_pruner_drops_a_hopeless_trial_when_its_options_say_so_and_not_before(
     pruner: str, tmp_path: Path
 ) -> None:
@@ -407,7 +408,7 @@ def test_every_pruner_drops_a_hopeless_trial_when_its_options_say_so_and_not_bef
         assert len(dropped) >= 6
 
 
-@pytest.mark.parametrize("pruner", sorted(search.PRUNERS))
+@pytest.mark.parametrize("pruner", sorted(pruners.PRUNERS))
 def test_no_pruner_drops_a_trial_that_leads(pruner: str, tmp_path: Path) -> None:
     store, study = make_pruned_study(tmp_path, pruner)
     leading = itertools.count()
@@ -415,11 +416,11 @@ def test_no_pruner_drops_a_trial_that_leads(pruner: str, tmp_path: Path) -> None
     assert [trial["state"] for trial in ended] == ["complete"] * 10
 
 
-@pytest.mark.parametrize("pruner", sorted(search.PRUNERS))
+@pytest.mark.parametrize("pruner", sorted(pruners.PRUNERS))
 def test_a_pruner_drops_trials_only_after_epochs_at_which_it_is_said_to_judge(pruner: str, tmp_path: Path) -> None:
     store, study = make_pruned_study(tmp_path, pruner)
     random = Random(0)
     ended = run_trials(store, study, 30, lambda values, epoch: random.random(), epochs=8)
     dropped = {trial["epochs"] for trial in ended if trial["state"] == "pruned"}
     assert (not dropped) == (pruner == "none")
-    assert all(search.may_prune_after(epoch, study.spec) for epoch in dropped)
+    assert all(pruners.may_prune_after(epoch, study.spec) for epoch in dropped)

@@ -30,7 +30,7 @@ from hpo.store import database, schema
 from hpo.store.ledger import LEASE_S, MAX_LOSSES, OUT_OF_MEMORY, ClaimLost
 from hpo.store.retry import StoreFailed, is_outage
 from hpo.store.studies import Store
-from hpo.study.records import Claim, Report, Study, Trial
+from hpo.study.records import Claim, EpochReport, StudyRecord, TrialRecord
 from hpo.system import processes as liveness
 
 MakeSpec = Callable[..., StudySpec]
@@ -44,12 +44,12 @@ LONG_AGO = 1e9  # an instant in 2001
 ANY_SPEC = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": [0.1, 0.2]}}})  # where none is looked at
 
 
-def begin(store: Store, spec: StudySpec) -> tuple[Study, str]:
+def begin(store: Store, spec: StudySpec) -> tuple[StudyRecord, str]:
     study = store.create_study(spec, facts={})
     return study, store.add_worker(study.study_id, device="cpu")
 
 
-def claim(store: Store, study: Study, worker_id: str) -> Claim:
+def claim(store: Store, study: StudyRecord, worker_id: str) -> Claim:
     """A claim whose parameters are chosen, as a worker has it before it trains."""
     claimed = store.claim(study, worker_id)
     assert claimed is not None
@@ -62,7 +62,7 @@ def report(store: Store, claimed: Claim, *values: float, first: int = 1) -> None
         store.report(claimed, ANY_SPEC, epoch=epoch, metrics={"val_accuracy": value}, value=value, may_prune=False)
 
 
-def trial(store: Store, study: Study, number: int = 0) -> Trial:
+def trial(store: Store, study: StudyRecord, number: int = 0) -> TrialRecord:
     return store.trials(study)[number]
 
 
@@ -551,7 +551,7 @@ def test_trials_that_report_together_are_told_what_they_are_told_one_by_one(
         for _ in range(2):  # two rounds of six, so that the second has complete trials to be compared with
             held = [claim(store, study, worker) for _ in range(6)]
             for epoch in range(1, 10):
-                reports = [Report(c, epoch, {}, values[c.number, epoch], may_prune=epoch < 9) for c in held]
+                reports = [EpochReport(c, epoch, {}, values[c.number, epoch], may_prune=epoch < 9) for c in held]
                 parts = [reports] if together else [[report] for report in reports]
                 found = [verdict for part in parts if part for verdict in store.report_all(part, spec)]
                 told |= {(c.number, epoch): verdict for c, verdict in zip(held, found, strict=True)}
@@ -573,7 +573,7 @@ def test_a_lost_trial_does_not_keep_those_that_report_with_it_from_theirs(
     held = [claim(store, study, worker) for _ in range(3)]
     expire(store, held[1], change)
     store.reap(study)
-    reports = [Report(c, 1, {"val_accuracy": 0.5}, 0.5) for c in reversed(held)]
+    reports = [EpochReport(c, 1, {"val_accuracy": 0.5}, 0.5) for c in reversed(held)]
     assert store.report_all(reports, spec) == ["go on", None, "go on"]
     assert [list(trial.epochs) for trial in store.trials(study)] == [[1], [], [1]]
 
@@ -592,7 +592,7 @@ def test_a_round_of_reports_reads_the_study_once(
         type(store._cached), "get_all_trials", lambda *args, **rest: reads.append(0) or get_all_trials(*args, **rest)
     )
     for epoch in (1, 2, 3):
-        store.report_all([Report(c, epoch, {}, 0.5) for c in held], spec)
+        store.report_all([EpochReport(c, epoch, {}, 0.5) for c in held], spec)
     assert len(reads) == 3
 
 
@@ -614,7 +614,10 @@ def test_reports_and_the_heartbeat_do_not_wait_for_each_other(store: Store, make
     thread.start()
     try:
         for epoch in range(1, 41):
-            assert store.report_all([Report(c, epoch, {}, 0.5) for c in random.sample(held, 8)], spec) == ["go on"] * 8
+            assert (
+                store.report_all([EpochReport(c, epoch, {}, 0.5) for c in random.sample(held, 8)], spec)
+                == ["go on"] * 8
+            )
     finally:
         ended.set()
         thread.join()
@@ -716,7 +719,7 @@ def test_any_text_that_an_exception_can_hold_is_kept(store: Store, make_spec: Ma
     assert ended.error.endswith("\N{SNOWMAN}")
 
 
-def fail(store: Store, study: Study, worker: str, key: str) -> None:
+def fail(store: Store, study: StudyRecord, worker: str, key: str) -> None:
     store.finish(claim(store, study, worker), "failed", reason="", error=f"traceback of {key}", failure_key=key)
 
 
@@ -939,19 +942,19 @@ def test_each_attempt_is_kept_with_where_it_went_on_and_how_it_ended(
 ) -> None:
     study, worker = begin(store, make_spec(0.1, epochs=9))
     first = claim(store, study, worker)
-    store.begin(first, went_on_from=0)
+    store.begin(first, resumed_from=0)
     report(store, first, 0.1, 0.2)
     store.note(first, "the disk was full")
     store.note(first, "the disk was full")
     expire(store, first, change)
     store.reap(study)
     second = claim(store, study, worker)
-    store.begin(second, went_on_from=1, notes=["the newest was torn"])
+    store.begin(second, resumed_from=1, notes=["the newest was torn"])
     assert trial(store, study).epochs == [1], "shown before it is trained again"
     store.release(second)
     third = claim(store, study, worker)
     store.finish(third, "pruned", reason="")
-    found = [(a.attempt, a.furthest, a.went_on_from, a.outcome, a.note) for a in trial(store, study).attempts]
+    found = [(a.attempt, a.furthest, a.resumed_from, a.outcome, a.note) for a in trial(store, study).attempts]
     assert found == [
         (1, 0, 0, "lost", "the disk was full"),
         (2, 2, 1, "released", "the newest was torn"),

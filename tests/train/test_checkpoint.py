@@ -35,7 +35,8 @@ from hpo.train.checkpoint import (
     list_folders,
 )
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
-from hpo.train.engines.plain import Engine, PlainEngine
+from hpo.train.engines.plain import PlainEngine
+from hpo.train.engines.protocol import Engine
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 EPOCHS = 4

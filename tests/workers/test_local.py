@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from hpo.config.study_spec import StudySpec
 from hpo.store.ledger import MAX_KILLS, MAX_LOSSES
 from hpo.store.studies import Store
-from hpo.study.records import Trial
+from hpo.study.records import TrialRecord
 
 if TYPE_CHECKING:
     from conftest import Hpo
@@ -50,7 +50,7 @@ def train(trial):
 RUN = ("run", "study.toml", "--devices", "cpu")
 
 
-def trials(hpo: Hpo) -> list[Trial]:
+def trials(hpo: Hpo) -> list[TrialRecord]:
     store = Store(hpo.url)
     return store.trials(store.study("s"))
 

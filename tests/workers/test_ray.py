@@ -21,7 +21,7 @@ from hpo.errors import UserError
 from hpo.store import schema
 from hpo.store.ledger import MAX_LOSSES
 from hpo.store.studies import Store
-from hpo.study.records import Trial
+from hpo.study.records import TrialRecord
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'hpo[ray]')")
 pytest.importorskip("grpc", reason="Ray's client is not installed (pip install 'hpo[ray]')")
@@ -127,7 +127,7 @@ def living_actors(cluster: Cluster) -> list[Any]:
     return list_actors(cluster.address, detail=True, filters=[("state", "=", "ALIVE")])
 
 
-def trials(hpo: Hpo) -> list[Trial]:
+def trials(hpo: Hpo) -> list[TrialRecord]:
     store = Store(hpo.url)
     return store.trials(store.study("s"))
 
@@ -367,7 +367,7 @@ def crew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Counts, Ca
         monkeypatch.setattr(ray_actors, "_Place", Seat)
         monkeypatch.setattr(ray_actors, "_room", lambda _options: Seat.room)
         monkeypatch.setattr(ray_actors.time, "monotonic", lambda: at)
-        made = ray_actors._Crew(type("Plan", (), {"limit": limit, "options": {}, "num_open": 0})())
+        made = ray_actors.RayPool(type("Plan", (), {"limit": limit, "options": {}, "num_open": 0})())
 
         def after(seconds: float) -> list[Seat]:
             nonlocal at

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from hpo.cli.app import main
-from hpo.config.import_policy import Allowed, by_author
+from hpo.config.import_policy import ImportAllowlist, load_own_spec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.workers import ray_cluster as on_ray
@@ -25,7 +25,7 @@ POSTGRES = "postgresql+psycopg://hpo@database/hpo"
 
 
 def ask(spec: StudySpec, on: OnRay, *, url: str = POSTGRES, devices: str = "auto", **options: Any) -> None:
-    launcher(spec, Allowed(), url=url, devices=devices, workers=None, on=on, **options)
+    launcher(spec, ImportAllowlist(), url=url, devices=devices, workers=None, on=on, **options)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_without_ray_it_says_what_to_install(make_spec: MakeSpec, monkeypatch: p
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(UserError, match=r"^--on needs Ray: pip install 'hpo\[ray\]'$"),
-        launcher(make_spec(), Allowed(), url=POSTGRES, devices="auto", workers=None, on="auto"),
+        launcher(make_spec(), ImportAllowlist(), url=POSTGRES, devices="auto", workers=None, on="auto"),
     ):
         pass
 
@@ -166,7 +166,7 @@ def test_the_folders_of_the_studys_modules_are_packed_and_what_is_installed_is_n
 
     def code(**settings: Any) -> list[Path]:
         spec = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": {"low": 0.1, "high": 1.0}}}, **settings})
-        return on_ray._code_folders(spec, by_author(spec, folder=ours)[1])
+        return on_ray._code_folders(spec, load_own_spec(spec, folder=ours)[1])
 
     assert code(objective={"function": "my_loop:train"}) == [ours]
     assert code(model={"name": "my_models.net:build"}) == [ours]

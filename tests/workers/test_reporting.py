@@ -16,7 +16,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.store import ledger, schema
 from hpo.store.retry import StoreFailed
 from hpo.store.studies import Store
-from hpo.study.records import Study
+from hpo.study.records import StudyRecord
 from hpo.train.checkpoint import Checkpoint, CheckpointFolder
 from hpo.train.engines.plain import PlainEngine
 from hpo.workers import worker
@@ -74,7 +74,7 @@ def test_a_worker_that_is_told_to_leave_while_an_epoch_is_reported_keeps_it(
     assert slow_reports == ["training 1", "training 2", "reported 1", "reported 2"]
     assert (left.state, left.epochs) == ("waiting", [1, 2])
     (trial,) = work(store, study)
-    assert [attempt.went_on_from for attempt in trial.attempts] == [0, 2]
+    assert [attempt.resumed_from for attempt in trial.attempts] == [0, 2]
     assert (trial.state, trial.epochs) == ("complete", [1, 2, 3, 4])
 
 
@@ -93,7 +93,7 @@ def test_an_epoch_that_fails_while_the_one_before_is_reported_takes_nothing_from
     (trial,) = work(store, engine_study(store, 1e-3, epochs=3))
     assert slow_reports[:3] == ["training 1", "training 2", "reported 1"]
     assert (trial.state, trial.epochs) == ("failed", [1])
-    assert [attempt.went_on_from for attempt in trial.attempts] == [0, 1]
+    assert [attempt.resumed_from for attempt in trial.attempts] == [0, 1]
 
 
 def test_what_goes_wrong_with_a_report_ends_the_worker_and_not_the_trial(
@@ -143,7 +143,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     monkeypatch.setattr(PlainEngine, "run_epoch", failing)
 
 
-def take_away(store: Store, study: Study) -> None:
+def take_away(store: Store, study: StudyRecord) -> None:
     """Another worker takes trial 0, as after a lease that ran out."""
     other = store.add_worker(study.study_id, device="elsewhere")
     with store.storage.engine.begin() as connection:
@@ -158,7 +158,7 @@ def test_an_attempt_that_fails_while_its_checkpoint_is_written_is_gone_on_from_t
     slow_saves(1)
     fail_once(monkeypatch, after=2)
     (trial,) = work(store, engine_study(store, 1e-3, epochs=3))
-    assert [attempt.went_on_from for attempt in trial.attempts] == [0, 1]
+    assert [attempt.resumed_from for attempt in trial.attempts] == [0, 1]
     assert [attempt.note for attempt in trial.attempts] == [None, None]
 
 
@@ -194,7 +194,7 @@ def test_a_worker_that_learns_late_that_it_lost_a_trial_writes_no_checkpoint(
 def test_a_lease_is_renewed_until_the_last_checkpoint_of_a_trial_that_is_given_back_is_written(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpo.train.engines.stack import Group
+    from hpo.train.engines.stack import TrialStack
 
     study = engine_study(store, 1e-4, 1e-3, epochs=3, lanes=2)
     save = CheckpointFolder.save
@@ -209,14 +209,14 @@ def test_a_lease_is_renewed_until_the_last_checkpoint_of_a_trial_that_is_given_b
     for module in (ledger, worker):
         monkeypatch.setattr(module, "LEASE_S", 0.3)
     monkeypatch.setattr(CheckpointFolder, "save", slow_save)
-    run_epoch, left = Group.run_epoch, [torch.OutOfMemoryError("out of memory")]
+    run_epoch, left = TrialStack.run_epoch, [torch.OutOfMemoryError("out of memory")]
 
     def in_little_memory(self: Any) -> Any:
         if left and self._lanes[0].epoch == 1:
             raise left.pop()
         return run_epoch(self)
 
-    monkeypatch.setattr(Group, "run_epoch", in_little_memory)
+    monkeypatch.setattr(TrialStack, "run_epoch", in_little_memory)
     trials = work(store, study)
     assert not left
     outcomes = {attempt.outcome for trial in trials for attempt in trial.attempts}

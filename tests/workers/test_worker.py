@@ -24,7 +24,7 @@ from hpo.errors import UserError
 from hpo.store import database, schema
 from hpo.store import ledger as ledger_module
 from hpo.store.studies import Store
-from hpo.study.records import Study, Trial
+from hpo.study.records import StudyRecord, TrialRecord
 from hpo.train.checkpoint import Checkpoint, CheckpointFolder
 from hpo.workers import worker as worker_module
 from hpo.workers.checkpoints import StudyCheckpoints
@@ -47,7 +47,7 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteLoop]
     sys.modules.pop("loop", None)
 
 
-def work(store: Store, study: Study, *, should_stop: Callable[[], bool] = lambda: False) -> list[Trial]:
+def work(store: Store, study: StudyRecord, *, should_stop: Callable[[], bool] = lambda: False) -> list[TrialRecord]:
     Worker(store, study, device="cpu", torch_device="cpu", should_stop=should_stop).run()
     return store.trials(study)
 
@@ -59,7 +59,7 @@ def prompt_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def working(store: Store, study: Study, **options: Any) -> Iterator[None]:
+def working(store: Store, study: StudyRecord, **options: Any) -> Iterator[None]:
     """A worker in a thread, which has ended after the block."""
     thread = threading.Thread(target=lambda: work(store, study, **options), daemon=True)
     thread.start()
@@ -289,7 +289,7 @@ def engine_study(
     lanes: int | str = 1,
     pruner: dict[str, Any] | None = None,
     **training: Any,
-) -> Study:
+) -> StudyRecord:
     spec = StudySpec.from_dict(
         {
             "name": name,
@@ -393,13 +393,13 @@ trial.report(1, val_accuracy=time.time())
     assert (trials[0].value or 0) > max(trial.value or 0 for trial in trials[1:])
 
 
-def uninterrupted(tmp_path: Path, *lrs: float, **settings: Any) -> tuple[list[Trial], dict[int, Checkpoint]]:
+def uninterrupted(tmp_path: Path, *lrs: float, **settings: Any) -> tuple[list[TrialRecord], dict[int, Checkpoint]]:
     store = Store(f"sqlite:///{tmp_path}/uninterrupted/hpo.db", create=True)
     study = engine_study(store, *lrs, **settings)
     return work(store, study), final_checkpoints(store, study)
 
 
-def final_checkpoints(store: Store, study: Study) -> dict[int, Checkpoint]:
+def final_checkpoints(store: Store, study: StudyRecord) -> dict[int, Checkpoint]:
     found = {}
     for trial in store.trials(study):
         config = study.spec.trial_config(trial.params, seed=trial.attributes["seed"])
@@ -416,7 +416,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return dict(checkpoint.state["model"])
 
 
-def curves(trial: Trial) -> dict[str, Any]:
+def curves(trial: TrialRecord) -> dict[str, Any]:
     return {name: values for name, values in trial.curves.items() if name != "seconds"}
 
 
@@ -433,7 +433,7 @@ def test_a_trial_that_is_let_go_is_saved_and_goes_on_with_its_next_epoch_bit_for
         (interrupted,) = work(store, study, should_stop=lambda n=epochs: len(store.trials(study)[0].epochs) >= n)
         assert (interrupted.state, interrupted.epochs) == ("waiting", list(range(1, epochs + 1)))
     (trial,) = work(store, study)
-    assert [attempt.went_on_from for attempt in trial.attempts] == [0, 1, 2, 4]
+    assert [attempt.resumed_from for attempt in trial.attempts] == [0, 1, 2, 4]
     assert [attempt.outcome for attempt in trial.attempts] == ["released"] * 3 + ["complete"]
     assert all(attempt.note is None for attempt in trial.attempts)
     assert (curves(trial), trial.value) == (curves(expected), expected.value)
@@ -456,7 +456,7 @@ def test_a_trial_that_was_lost_between_its_last_epoch_and_its_end_is_not_trained
             work(store, study)
     (trial,) = work(store, study)
     assert (trial.state, trial.epochs) == ("complete", [1, 2])
-    assert trial.attempts[-1].went_on_from == 2
+    assert trial.attempts[-1].resumed_from == 2
 
 
 @pytest.mark.usefixtures("prompt_reports")
@@ -468,7 +468,7 @@ def test_a_trial_whose_checkpoints_are_elsewhere_starts_again_and_the_store_says
     monkeypatch.setattr(Store, "folder", lambda self, study: tmp_path / "another machine")
     (trial,) = work(store, study)
     assert (trial.state, trial.epochs) == ("complete", [1, 2])
-    assert trial.attempts[-1].went_on_from == 0
+    assert trial.attempts[-1].resumed_from == 0
     assert trial.attempts[-1].note == (
         f"started again after 1 epochs: {socket.gethostname()} finds no checkpoint in "
         f"{tmp_path}/another machine/checkpoints"
@@ -488,7 +488,7 @@ def test_an_epoch_that_the_database_has_lost_is_reported_from_the_checkpoint(
     (trial,) = work(Store(store.url.render_as_string(hide_password=False)), study)
     assert trial.epochs == [1, 2, 3]
     assert trial.curves["val_loss"][:2] == before.curves["val_loss"]
-    assert trial.attempts[-1].went_on_from == 2
+    assert trial.attempts[-1].resumed_from == 2
 
 
 def test_of_trials_that_have_ended_only_the_best_keep_a_checkpoint(store: Store) -> None:
@@ -607,7 +607,7 @@ def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Pat
     target = Store(other)
     (trial,) = work(target, target.study("digits"))
     assert (trial.state, trial.epochs) == ("complete", [1, 2, 3])
-    assert (trial.attempts[-1].went_on_from, trial.attempts[-1].note) == (2, None)
+    assert (trial.attempts[-1].resumed_from, trial.attempts[-1].note) == (2, None)
     (untouched,) = store.trials(study)
     assert (untouched.state, untouched.epochs) == ("waiting", [1, 2])
     assert sorted(path.name for path in (tmp_path / "elsewhere" / "hpo_files").iterdir()) == [
@@ -620,7 +620,7 @@ def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Pat
 SEVERAL = (1e-4, 3e-4, 1e-3, 3e-3, 1e30)
 
 
-def curves_of(trials: list[Trial]) -> list[Any]:
+def curves_of(trials: list[TrialRecord]) -> list[Any]:
     """All that a trial came to but the time it took."""
     return [
         (trial.state, trial.epochs, {key: values for key, values in trial.curves.items() if key != "seconds"})
@@ -636,7 +636,7 @@ def test_trials_in_lanes_end_as_they_do_one_at_a_time(store: Store) -> None:
         for name in ("train_loss", "val_loss", "val_accuracy", "lr"):
             pairs = zip(beside.curves[name], alone.curves[name], strict=True)
             assert all(one == pytest.approx(other, rel=1e-3) for one, other in pairs if None not in (one, other))
-    (agreed,) = store.agreements(studies[3]).values()
+    (agreed,) = store.shared_values(studies[3]).values()
     assert agreed["reason"] == "3 trials at once on the CPU: engine.lanes = 3"
 
 
@@ -662,15 +662,15 @@ def test_trials_in_lanes_go_on_bit_for_bit(store: Store) -> None:
     found = work(store, study)
     assert curves_of(found) == curves_of(expected)
     assert max(trial.attempt for trial in found) == 2
-    assert {attempt.went_on_from for trial in found for attempt in trial.attempts[1:]} <= {1, 2}
+    assert {attempt.resumed_from for trial in found for attempt in trial.attempts[1:]} <= {1, 2}
 
 
 def test_memory_that_runs_out_beside_others_is_nobodys_failure(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from hpo.train.engines.stack import Group
+    from hpo.train.engines.stack import TrialStack
 
-    step, most = Group.step, []
+    step, most = TrialStack.step, []
 
     def step_in_little_memory(self: Any, *batch: Any) -> Any:
         if len(self) > 2:
@@ -679,7 +679,7 @@ def test_memory_that_runs_out_beside_others_is_nobodys_failure(store: Store, mon
         return step(self, *batch)
 
     monkeypatch.setattr("hpo.train.engines.lanes._rate", lambda *_: 1.0)
-    monkeypatch.setattr(Group, "step", step_in_little_memory)
+    monkeypatch.setattr(TrialStack, "step", step_in_little_memory)
     trials = work(store, engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4))
     assert [trial.state for trial in trials] == ["complete"] * 4
     assert {attempt.outcome for trial in trials for attempt in trial.attempts} == {"complete", "released"}
@@ -690,12 +690,12 @@ def test_an_exception_is_charged_to_the_trial_that_raises_it_alone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hpo.train.engines.plain import PlainEngine
-    from hpo.train.engines.stack import Group
+    from hpo.train.engines.stack import TrialStack
 
     def is_bad(config: Any) -> bool:
         return bool(config.training.lr == 3e-4)
 
-    group_step, plain_step = Group.step, PlainEngine.step
+    group_step, plain_step = TrialStack.step, PlainEngine.step
 
     def in_a_group(self: Any, *batch: Any) -> Any:
         if any(is_bad(trial.config) for trial in self._trials()):
@@ -707,7 +707,7 @@ def test_an_exception_is_charged_to_the_trial_that_raises_it_alone(
             raise RuntimeError("a bad trial")
         return plain_step(self, lane, *batch)
 
-    monkeypatch.setattr(Group, "step", in_a_group)
+    monkeypatch.setattr(TrialStack, "step", in_a_group)
     monkeypatch.setattr(PlainEngine, "step", in_a_plain_engine)
     study = engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4)
     trials = work(store, study)
@@ -728,7 +728,7 @@ def test_trials_that_cannot_be_stacked_with_each_other_are_not(store: Store) -> 
     }
     study = store.create_study(StudySpec.from_dict(settings), facts={})
     assert [trial.state for trial in work(store, study)] == ["complete", "complete"]
-    assert store.agreements(study) == {}  # it holds for this space, and was not measured
+    assert store.shared_values(study) == {}  # it holds for this space, and was not measured
 
 
 def test_an_exported_trial_is_trained_as_it_was(store: Store) -> None:
@@ -785,7 +785,7 @@ def test_workers_share_what_is_left(store: Store) -> None:
     assert most == 2
 
 
-def rounds(store: Store, study: Study) -> list[list[int]]:
+def rounds(store: Store, study: StudyRecord) -> list[list[int]]:
     """The epochs that each trial, waiting ones left out, had reported when another one was reported."""
     seen: list[list[int]] = []
     report_all = Store.report_all
@@ -810,7 +810,7 @@ def test_trials_take_turns_where_the_pruner_compares_them_early(store: Store, mo
     asha = {"name": "asha", "min_epochs": 2, "reduction_factor": 4}
     study = engine_study(store, *SEVERAL[:3], epochs=3, lanes="auto", name="turns", pruner=asha)
     assert rounds(store, study)[:4] == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [2, 1, 1]]
-    (agreed,) = store.agreements(study).values()
+    (agreed,) = store.shared_values(study).values()
     assert agreed["reason"].startswith("3 trials in turns on the CPU: times as fast as one after another: 2 at once")
     median = engine_study(store, *SEVERAL[:3], epochs=2, lanes="auto", name="one-by-one", pruner={"name": "median"})
     assert rounds(store, median)[:3] == [[1], [2], [2, 1]]
@@ -828,7 +828,7 @@ def test_trials_that_take_turns_are_all_saved_when_the_worker_leaves(
     work(store, study, should_stop=lambda: sum(len(trial.epochs) for trial in store.trials(study)) >= 5)
     assert [trial.epochs for trial in store.trials(study)] == [[1, 2], [1, 2], [1]]
     found = work(store, study)
-    assert [trial.attempts[-1].went_on_from for trial in found] == [2, 2, 1]
+    assert [trial.attempts[-1].resumed_from for trial in found] == [2, 2, 1]
     assert curves_of(found) == curves_of(expected)
 
 
@@ -848,4 +848,4 @@ def test_what_the_first_worker_chose_holds_for_all(store: Store) -> None:
     assert store.agree(study, "lanes auto on the CPU", {"lanes": 8}) == {"lanes": 8}
     assert store.agree(study, "lanes auto on the CPU", {"lanes": 2}) == {"lanes": 8}
     assert store.agree(study, "lanes auto on some GPU", {"lanes": 2}) == {"lanes": 2}
-    assert store.agreements(study) == {"lanes auto on the CPU": {"lanes": 8}, "lanes auto on some GPU": {"lanes": 2}}
+    assert store.shared_values(study) == {"lanes auto on the CPU": {"lanes": 8}, "lanes auto on some GPU": {"lanes": 2}}

@@ -7,16 +7,16 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from hpo.analysis.text import confirmation_lines, in_words
-from hpo.lr_range import resolve as ranges
-from hpo.lr_range.text import worth_showing
+from hpo.analysis import range_text
+from hpo.analysis.range_text import worth_showing
+from hpo.analysis.text import confirmation_lines, params_text
 from hpo.report.figures.style import (
     BLUE,
     GREEN,
     GREY,
-    LOOKS,
     ORANGE,
     PURPLE,
+    STATE_STYLES,
     Findings,
     escaped,
     lay_out,
@@ -38,7 +38,7 @@ def confirmation(findings: Findings) -> go.Figure | None:
     if found is None or findings.best is None:
         return None
     figure = go.Figure()
-    names = [f"{in_words(candidate.params)}{' ' * index}" for index, candidate in enumerate(found.candidates)]
+    names = [f"{params_text(candidate.params)}{' ' * index}" for index, candidate in enumerate(found.candidates)]
     points = [
         (name, value, seed)
         for name, candidate in zip(names, found.candidates, strict=True)
@@ -48,7 +48,7 @@ def confirmation(findings: Findings) -> go.Figure | None:
     figure.add_scatter(
         x=[short(value) for _, value, _ in points], y=[escaped(name) for name, _, _ in points], mode="markers",
         name="a seed", customdata=[seed for _, _, seed in points],
-        marker={"symbol": LOOKS["complete"].symbol, "size": 9, "color": BLUE, "opacity": 0.7},
+        marker={"symbol": STATE_STYLES["complete"].symbol, "size": 9, "color": BLUE, "opacity": 0.7},
         hovertemplate="seed %{customdata}: %{x}<extra></extra>",
     )  # fmt: skip
     means = [(name, one.mean) for name, one in zip(names, found.candidates, strict=True) if one.mean is not None]
@@ -96,13 +96,15 @@ def tell_confirmation(findings: Findings) -> str:
 
 def range_test(findings: Findings) -> go.Figure | None:
     """The ramps that set the range of the search."""
-    tested = findings.study.facts.get(ranges.FACT)
+    tested = findings.study.facts.get(range_text.RANGE_TEST_KEY)
     return ramps(tested) if tested else None
 
 
 def tell_range_test(findings: Findings) -> str:
     best = findings.best
-    lines = ranges.in_words(findings.study, best=best.lr if best else None, params=best.recommended if best else None)
+    lines = range_text.range_test_lines(
+        findings.study, best=best.lr if best else None, params=best.recommended if best else None
+    )
     return _sentences(lines)
 
 
@@ -118,11 +120,11 @@ def ramps(tested: Sequence[Mapping[str, Any]]) -> go.Figure:
         losses = worth_showing(found["losses"])
         figure.add_scatter(
             x=[short(lr) for lr in found["lrs"]], y=[short(loss) for loss in losses], mode="lines",
-            name=escaped(in_words(found["params"])) or "loss",
+            name=escaped(params_text(found["params"])) or "loss",
             line={"color": BLUE, "width": 2, "dash": DASHES[index % len(DASHES)]},
             hovertemplate="learning rate %{x:.2e}<br>loss %{y}<extra></extra>",
         )  # fmt: skip
-        for what, colour in (("falls", GREEN), ("breaks", LOOKS["diverged"].colour), ("leaps", ORANGE)):
+        for what, colour in (("falls", GREEN), ("breaks", STATE_STYLES["diverged"].colour), ("leaps", ORANGE)):
             if found[what] is not None:
                 figure.add_vline(found[what], line={"color": colour, "dash": "dot", "width": 1.5})
                 named.add(what)
@@ -131,7 +133,7 @@ def ramps(tested: Sequence[Mapping[str, Any]]) -> go.Figure:
             named.add("range")
     legend = {
         "falls": ("the loss starts to fall", GREEN, "line-ns-open"),
-        "breaks": ("it explodes, or loses half of its fall", LOOKS["diverged"].colour, "line-ns-open"),
+        "breaks": ("it explodes, or loses half of its fall", STATE_STYLES["diverged"].colour, "line-ns-open"),
         "leaps": ("a step changes 3 % of the weights", ORANGE, "line-ns-open"),
         "range": ("the range to search", rgba(GREEN, 0.3), "square"),
     }

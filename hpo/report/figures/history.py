@@ -9,11 +9,11 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hpo.analysis.text import counts_in_words, in_words, number_in_words, value_in_words
+from hpo.analysis.text import counts_in_words, number_in_words, params_text, value_in_words
 from hpo.report.figures.style import (
     BLUE,
     GREEN,
-    LOOKS,
+    STATE_STYLES,
     VERMILLION,
     Findings,
     escaped,
@@ -25,8 +25,8 @@ from hpo.report.figures.style import (
     value_axis,
     worst_shown,
 )  # fmt: skip
-from hpo.search.space import Cases, Range
-from hpo.study.records import Attempt, Trial
+from hpo.search.space import Conditional, Range
+from hpo.study.records import Attempt, TrialRecord
 
 MOST_INTERACTIONS = 4  # parameters beside the first
 MOST_MARKS = 500  # in each panel of interactions; of more trials, the latest
@@ -44,7 +44,7 @@ def history(findings: Findings) -> go.Figure | None:
         return None
     figure = go.Figure()
     low, high = worst_shown(findings, [trial.value for trial in valued if trial.value is not None])
-    for state, look in LOOKS.items():
+    for state, look in STATE_STYLES.items():
         some = [trial for trial in valued if trial.state == state]
         if some:
             figure.add_scatter(
@@ -147,14 +147,14 @@ def interactions(findings: Findings) -> go.Figure | None:
             figure.add_scatter(
                 x=[_shown(trial.params[first]) for trial in some], y=[_shown(trial.params[name]) for trial in some],
                 mode="markers", name=state, legendgroup=state, showlegend=False,
-                marker={"symbol": LOOKS[state].symbol, "size": 9, **colour},
+                marker={"symbol": STATE_STYLES[state].symbol, "size": 9, **colour},
                 **pointed_at(findings, some),
                 row=row, col=1,
             )  # fmt: skip
         figure.update_yaxes(**_parameter_axis(findings, name), row=row)
     for state in ("complete", "pruned", "diverged"):  # a mark whose colour is its value has none for the legend
-        colour = {"color": VERMILLION if state == "diverged" else LOOKS["failed"].colour}
-        marker = {"symbol": LOOKS[state].symbol, "size": 9, **colour}
+        colour = {"color": VERMILLION if state == "diverged" else STATE_STYLES["failed"].colour}
+        marker = {"symbol": STATE_STYLES[state].symbol, "size": 9, **colour}
         figure.add_scatter(x=[None], y=[None], mode="markers", name=state, legendgroup=state, marker=marker)
     figure.update_xaxes(**_parameter_axis(findings, first) | {"title": None})
     figure.update_xaxes(title={"text": _axis_name(first)}, row=len(others))
@@ -168,7 +168,7 @@ def tell_interactions(findings: Findings) -> str:
     first, others = _axes_of(findings)
     told = f"{_axis_name(first)} against {', '.join(others[:MOST_INTERACTIONS])}"
     if found := findings.best:
-        told += f"; the best trial has {in_words(found.params)}"
+        told += f"; the best trial has {params_text(found.params)}"
     if len(others) > MOST_INTERACTIONS:
         told += f"; {len(others) - MOST_INTERACTIONS} more parameters are not drawn"
     if len(findings.trials) > MOST_MARKS:
@@ -196,7 +196,7 @@ def _shown(value: Any) -> Any:
 
 def _parameter_axis(findings: Findings, name: str) -> dict[str, Any]:
     parameter = findings.study.spec.search.parameters[name]
-    ranges = list(parameter.cases.values()) if isinstance(parameter, Cases) else [parameter]
+    ranges = list(parameter.cases.values()) if isinstance(parameter, Conditional) else [parameter]
     numbers = [trial.params[name] for trial in findings.trials if name in trial.params]
     if not all(isinstance(_shown(number), float) for number in numbers):
         return {"type": "category", "title": {"text": _axis_name(name)}}
@@ -219,7 +219,7 @@ def timeline(findings: Findings) -> go.Figure | None:
     seconds, unit = next((seconds, unit) for least, seconds, unit in UNITS if until - start >= least)
     rows, names = _rows(attempts, findings)
     figure = go.Figure()
-    for outcome, look in LOOKS.items():
+    for outcome, look in STATE_STYLES.items():
         some = [(trial, attempt, row) for (trial, attempt), row in zip(attempts, rows, strict=True)
                 if _outcome(attempt) == outcome]  # fmt: skip
         if some:
@@ -253,7 +253,7 @@ def tell_timeline(findings: Findings) -> str:
     return f"{told}."
 
 
-def _attempts(findings: Findings) -> list[tuple[Trial, Attempt]]:
+def _attempts(findings: Findings) -> list[tuple[TrialRecord, Attempt]]:
     found = [(trial, attempt) for trial in findings.all_trials for attempt in trial.attempts]
     return sorted(found, key=lambda pair: pair[1].began)[-MOST_BARS:]
 
@@ -267,10 +267,10 @@ def _ended(attempt: Attempt, findings: Findings) -> float:
 
 
 def _outcome(attempt: Attempt) -> str:
-    return "running" if attempt.outcome is None else attempt.outcome if attempt.outcome in LOOKS else "other"
+    return "running" if attempt.outcome is None else attempt.outcome if attempt.outcome in STATE_STYLES else "other"
 
 
-def _rows(attempts: Sequence[tuple[Trial, Attempt]], findings: Findings) -> tuple[list[int], Mapping[str, int]]:
+def _rows(attempts: Sequence[tuple[TrialRecord, Attempt]], findings: Findings) -> tuple[list[int], Mapping[str, int]]:
     """The row of each attempt, and the first row of each device, which has as many as it trained trials at once."""
     places: dict[str, list[int]] = {}
     for index, (_, attempt) in enumerate(attempts):
@@ -292,9 +292,9 @@ def _rows(attempts: Sequence[tuple[Trial, Attempt]], findings: Findings) -> tupl
     return rows, names
 
 
-def _attempt_label(trial: Trial, attempt: Attempt) -> str:
+def _attempt_label(trial: TrialRecord, attempt: Attempt) -> str:
     took = "" if attempt.ended is None else f", {number_in_words(float(attempt.ended - attempt.began))} s"
     return (
-        f"trial {trial.number}, attempt {attempt.attempt}{took}<br>{escaped(in_words(trial.params))}"
+        f"trial {trial.number}, attempt {attempt.attempt}{took}<br>{escaped(params_text(trial.params))}"
         f"<br>worker {escaped(attempt.worker_id)}: {escaped(attempt.outcome or 'running')}"
     )

@@ -10,12 +10,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hpo.analysis.response import CONFIDENCE, Response
-from hpo.analysis.text import in_words, interval_in_words, rate_in_words, response_lines, value_in_words
+from hpo.analysis.text import interval_in_words, params_text, rate_in_words, response_lines, value_in_words
 from hpo.report.figures.style import (
     BLUE,
     GREEN,
-    LOOKS,
     NUM_COLOURS,
+    STATE_STYLES,
     VERMILLION,
     Findings,
     escaped,
@@ -30,13 +30,13 @@ from hpo.report.figures.style import (
     value_axis,
     worst_shown,
 )  # fmt: skip
-from hpo.study.records import Trial
+from hpo.study.records import TrialRecord
 
 MOST_PANELS = 8  # of combinations of listed parameters
 MOST_LINES = 200  # in the figure of learning curves; of more trials, as many are drawn, even in their learning rates
 MOST_MARKS = 600  # of more points, the lines alone are drawn
 PANEL = 340  # pixels
-Group = tuple[Mapping[str, Any], Response | None, list[Trial]]
+ResponseGroup = tuple[Mapping[str, Any], Response | None, list[TrialRecord]]
 
 
 # The response
@@ -48,7 +48,7 @@ def response(findings: Findings) -> go.Figure | None:
     groups = _groups(findings)[:MOST_PANELS]
     if not groups:
         return None
-    titles = [escaped(in_words(params)) for params, _, _ in groups] if len(groups) > 1 else None
+    titles = [escaped(params_text(params)) for params, _, _ in groups] if len(groups) > 1 else None
     figure = make_subplots(
         rows=len(groups), shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.16 / len(groups)
     )
@@ -80,7 +80,7 @@ BELOW = {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y"
 def tell_response(findings: Findings) -> str:
     told = []
     for params, found, trials in _groups(findings):
-        name = f"With {in_words(params)}: " if params else ""
+        name = f"With {params_text(params)}: " if params else ""
         if found is None:
             told.append(f"{name}{len(trials)} trials, too few learning rates for a curve")
         else:
@@ -91,10 +91,10 @@ def tell_response(findings: Findings) -> str:
     return ". ".join(told) + drawn + ". Trials without a value, such as diverged ones, are at the axis's end."
 
 
-def _groups(findings: Findings) -> list[Group]:
+def _groups(findings: Findings) -> list[ResponseGroup]:
     """Trials of each combination that has a response, the answer's first, and last all others."""
     left = [trial for trial in findings.trials if rate_of(trial) is not None and trial.state != "waiting"]
-    groups: list[Group] = []
+    groups: list[ResponseGroup] = []
     found = findings.best
     ranked = sorted(found.responses, key=lambda entry: entry[1] is not found.response) if found else []
     for params, curve in ranked:
@@ -104,7 +104,7 @@ def _groups(findings: Findings) -> list[Group]:
     return [*groups, ({"the other values": ""} if groups else {}, None, left)] if left else groups
 
 
-def _value_range(findings: Findings, groups: Sequence[Group]) -> tuple[float, float]:
+def _value_range(findings: Findings, groups: Sequence[ResponseGroup]) -> tuple[float, float]:
     values = [trial.value for _, _, trials in groups for trial in trials if trial.value is not None]
     values += [value for _, found, _ in groups if found for value in found.mean]
     return worst_shown(findings, values) if values else (0.0, 1.0)
@@ -146,11 +146,11 @@ def _draw_response(figure: go.Figure, findings: Findings, found: Response, row: 
 
 
 def _draw_trials(
-    figure: go.Figure, findings: Findings, trials: Sequence[Trial], row: int, bounds: tuple[float, float, float],
+    figure: go.Figure, findings: Findings, trials: Sequence[TrialRecord], row: int, bounds: tuple[float, float, float],
     named: set[str],
 ) -> None:  # fmt: skip
     low, high, below = bounds
-    for state, look in LOOKS.items():
+    for state, look in STATE_STYLES.items():
         some = [trial for trial in trials if trial.state == state]
         if not some:
             continue
@@ -226,20 +226,20 @@ def _curve_metrics(findings: Findings) -> list[str]:
     return [metric for metric in wanted if any(trial.curves.get(metric) for trial in findings.trials)]
 
 
-def _with_curves(findings: Findings) -> list[Trial]:
+def _with_curves(findings: Findings) -> list[TrialRecord]:
     """In the order of their learning rates; those that have none are last of all, as one colour."""
     trials = [trial for trial in findings.trials if trial.epochs]
     rated = [trial for trial in trials if rate_of(trial) is not None]
     return sorted(rated or trials, key=lambda trial: rate_of(trial) or 0)
 
 
-def _thinned(trials: list[Trial]) -> list[Trial]:
+def _thinned(trials: list[TrialRecord]) -> list[TrialRecord]:
     if len(trials) <= MOST_LINES:
         return trials
     return [trials[round(index * (len(trials) - 1) / (MOST_LINES - 1))] for index in range(MOST_LINES)]
 
 
-def _curve_axis(findings: Findings, metric: str, trials: Sequence[Trial]) -> dict[str, Any]:
+def _curve_axis(findings: Findings, metric: str, trials: Sequence[TrialRecord]) -> dict[str, Any]:
     values = [value for trial in trials for value in trial.curves.get(metric, ()) if value is not None]
     if metric.endswith("accuracy") and all(0 <= value <= 1 for value in values):
         return {"title": {"text": escaped(metric)}, "tickformat": ".0%"}
@@ -281,7 +281,7 @@ def epochs(findings: Findings) -> go.Figure | None:
     figure = make_subplots(rows=2, vertical_spacing=0.24, row_heights=[0.55, 0.45])
     bins = _bins(trained)
     names = [name for name, _ in bins]
-    for state, look in LOOKS.items():
+    for state, look in STATE_STYLES.items():
         spent = [sum(len(trial.epochs) for trial in some if trial.state == state) for _, some in bins]
         if not any(spent):
             continue
@@ -316,7 +316,7 @@ def tell_epochs(findings: Findings) -> str:
     return f"{total:,} epochs were trained{saved}.{confirmed} By how the trial ended: {shares(spent)}."
 
 
-def _bins(trials: Sequence[Trial]) -> list[tuple[str, list[Trial]]]:
+def _bins(trials: Sequence[TrialRecord]) -> list[tuple[str, list[TrialRecord]]]:
     """Trials by their learning rate: half a decade each, or a decade where those would be many."""
     rated = [(math.log10(rate), trial) for trial in trials if (rate := rate_of(trial))]
     if not rated:
@@ -325,7 +325,7 @@ def _bins(trials: Sequence[Trial]) -> list[tuple[str, list[Trial]]]:
     width = 0.5 if span <= 5 else 1.0
     first = math.floor(min(rate for rate, _ in rated) / width)
     last = math.floor(max(rate for rate, _ in rated) / width)
-    bins: list[list[Trial]] = [[] for _ in range(min(last - first, 30) + 1)]
+    bins: list[list[TrialRecord]] = [[] for _ in range(min(last - first, 30) + 1)]
     for rate, trial in rated:
         bins[min(math.floor(rate / width) - first, len(bins) - 1)].append(trial)
     ends = [10 ** (width * (first + index)) for index in range(len(bins) + 1)]

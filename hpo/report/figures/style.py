@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from plotly.colors import sample_colorscale
 
 from hpo.analysis.answer import Best, is_rate
-from hpo.analysis.text import in_words, value_in_words
-from hpo.study.records import Study, Trial
+from hpo.analysis.text import params_text, value_in_words
+from hpo.study.records import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -30,14 +30,14 @@ NUM_COLOURS = 16  # that learning rates are told apart by in lines
 class Findings:
     """What a study has found, which figures are drawn of; `importances` of parameters are empty where unknown."""
 
-    study: Study
-    trials: Sequence[Trial]  # of the search
+    study: StudyRecord
+    trials: Sequence[TrialRecord]  # of the search
     best: Best | None
     importances: Mapping[str, float]
-    others: Sequence[Trial] = ()  # those that confirm
+    others: Sequence[TrialRecord] = ()  # those that confirm
 
     @property
-    def all_trials(self) -> list[Trial]:
+    def all_trials(self) -> list[TrialRecord]:
         return [*self.trials, *self.others]
 
     @property
@@ -47,7 +47,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Look:
+class StateStyle:
     """Of trials in a state, or of attempts with an outcome."""
 
     colour: str
@@ -55,13 +55,13 @@ class Look:
     pattern: str
 
 
-LOOKS = {
-    "complete": Look(BLUE, "circle", ""),
-    "pruned": Look(ORANGE, "triangle-down", "/"),
-    "diverged": Look(VERMILLION, "x", "x"),
-    "failed": Look(GREY, "square", "+"),
-    "running": Look(PURPLE, "diamond", "."),
-    "other": Look(GREY, "square-open", "-"),  # attempts that were lost, let go, or ended by an exception
+STATE_STYLES = {
+    "complete": StateStyle(BLUE, "circle", ""),
+    "pruned": StateStyle(ORANGE, "triangle-down", "/"),
+    "diverged": StateStyle(VERMILLION, "x", "x"),
+    "failed": StateStyle(GREY, "square", "+"),
+    "running": StateStyle(PURPLE, "diamond", "."),
+    "other": StateStyle(GREY, "square-open", "-"),  # attempts that were lost, let go, or ended by an exception
 }
 
 # For each theme: what a page of it is drawn with; the colours of rates are viridis, less what the page would swallow.
@@ -121,7 +121,7 @@ def short(value: float | None, digits: int = 4) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 
-def rate_of(trial: Trial) -> float | None:
+def rate_of(trial: TrialRecord) -> float | None:
     """Its learning rate, where it has one: a loop of the user's may call anything `lr`."""
     rate: Any = trial.params.get("lr")
     return float(rate) if is_rate(rate) else None
@@ -144,7 +144,7 @@ def escaped(text: object) -> str:
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def pointed_at(findings: Findings, trials: Sequence[Trial]) -> dict[str, Any]:
+def pointed_at(findings: Findings, trials: Sequence[TrialRecord]) -> dict[str, Any]:
     """Of a trace with a mark for each trial: what is shown where a pointer rests on it.
 
     The same text stands in several figures: a page may keep one of each trial, and `meta` says that it can.
@@ -157,12 +157,12 @@ def pointed_at(findings: Findings, trials: Sequence[Trial]) -> dict[str, Any]:
     }
 
 
-def label(findings: Findings, trial: Trial) -> str:
+def label(findings: Findings, trial: TrialRecord) -> str:
     """What is shown of a trial where a pointer rests on it."""
     study = findings.study
     value = "" if trial.value is None else f"<br>{escaped(study.spec.metric)} {value_in_words(trial.value, study)}"
     epochs = f"{len(trial.epochs)} epoch{'s' * (len(trial.epochs) != 1)}"
-    return f"trial {trial.number}, {trial.state}, {epochs}<br>{escaped(in_words(trial.params))}{value}"
+    return f"trial {trial.number}, {trial.state}, {epochs}<br>{escaped(params_text(trial.params))}{value}"
 
 
 def worst_shown(findings: Findings, values: Sequence[float]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from hpo.report.figures import confirmation as figures_answer
 from hpo.report.figures import history as figures_search
 from hpo.report.figures import response as figures_rate
 from hpo.report.figures.style import Findings
-from hpo.study.records import Study, Trial
+from hpo.study.records import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -55,7 +55,7 @@ FIGURES: dict[str, Figure] = {
 }
 
 
-def findings(study: Study, trials: Sequence[Trial], best: Best | None) -> Findings:
+def findings(study: StudyRecord, trials: Sequence[TrialRecord], best: Best | None) -> Findings:
     """What figures are drawn of; `best` is the trials' answer."""
     mine = searched(trials)
     others = [trial for trial in trials if trial.kind != "search"]
@@ -72,7 +72,7 @@ def draw(found: Findings, names: Sequence[str] = tuple(FIGURES)) -> list[Drawn]:
     ]
 
 
-def importances(study: Study, trials: Sequence[Trial]) -> dict[str, float]:
+def importances(study: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, float]:
     """The share of each searched parameter, together 1; empty for fewer than two, or where it cannot be told.
 
     PED-ANOVA (Watanabe, Bansal and Hutter, IJCAI 2023), as Optuna has it, over the trials as people see them: a
@@ -89,7 +89,9 @@ def importances(study: Study, trials: Sequence[Trial]) -> dict[str, float]:
     return _ped_anova(study, ranked, names, worst=(max if study.spec.direction == "minimize" else min)(values))
 
 
-def _ped_anova(study: Study, trials: Sequence[Trial], names: Sequence[str], *, worst: float) -> dict[str, float]:
+def _ped_anova(
+    study: StudyRecord, trials: Sequence[TrialRecord], names: Sequence[str], *, worst: float
+) -> dict[str, float]:
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 

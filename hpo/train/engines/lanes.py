@@ -17,8 +17,9 @@ import torch
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
 from hpo.train.data.batches import Data
-from hpo.train.engines.plain import DataSets, Engine, PlainEngine, Stopped, build_lane
-from hpo.train.engines.stack import Group, kind_of
+from hpo.train.engines.plain import DataSets, PlainEngine, build_lane
+from hpo.train.engines.protocol import Engine, Stopped
+from hpo.train.engines.stack import TrialStack, kind_of
 from hpo.train.engines.vmap_ops import CONVOLUTIONS, NotStackable
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ LONGEST_S = 2.0  # unless steps take so long
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class LanePlan:
     """How the trials of a study are trained on a kind of device, and why."""
 
     device: str  # the kind of device, by its name
@@ -54,7 +55,7 @@ class LaneEngine:
         most: int = MOST_LANES,
         turns: int = 1,
         should_stop: Callable[[], bool] = lambda: False,
-        agree: Callable[[str, Callable[[], Choice]], Choice] = lambda device, measure: measure(),
+        agree: Callable[[str, Callable[[], LanePlan]], LanePlan] = lambda device, measure: measure(),
     ) -> None:
         """`lanes` None: as many as are fastest, up to `most`, measured with the first trial that is admitted.
 
@@ -62,12 +63,12 @@ class LaneEngine:
         `measure` to be the first: whether trials are stacked changes their last digits.
         """
         self.device = torch.device(device)
-        self.choice: Choice | None = None
+        self.choice: LanePlan | None = None
         self._wanted, self._most, self._turns = lanes, most, turns
         self._should_stop, self._agree = should_stop, agree
         self._data_sets = DataSets(device=self.device)
         self._places: dict[int, tuple[Engine, int]] = {}  # by lane: the engine that trains it, and its lane there
-        self._groups: dict[str, Group] = {}  # by kind
+        self._groups: dict[str, TrialStack] = {}  # by kind
         self._unstackable: set[str] = set()
         self._queue: deque[Engine] = deque()  # those that have trials, the next to train first
 
@@ -86,7 +87,7 @@ class LaneEngine:
             data = self._data_sets.get(config.data)
             self.choice = self._agree(
                 name_of(self.device),
-                lambda: choose(
+                lambda: plan_lanes(
                     config, data=data, device=self.device, lanes=self._wanted, most=self._most, turns=self._turns
                 ),
             )
@@ -148,7 +149,7 @@ class LaneEngine:
             if kind in self._groups:
                 return self._groups[kind]
             try:
-                group = self._groups[kind] = Group(
+                group = self._groups[kind] = TrialStack(
                     config,
                     data=self._data_sets.get(config.data),
                     device=self.device,
@@ -169,7 +170,7 @@ class LaneEngine:
 # How many lanes
 
 
-def choose(
+def plan_lanes(
     config: TrialConfig,
     *,
     data: Data,
@@ -177,7 +178,7 @@ def choose(
     lanes: int | None = None,
     most: int = MOST_LANES,
     turns: int = 1,
-) -> Choice:
+) -> LanePlan:
     """How trials like this one are trained fastest on this device: in `lanes` lanes, or in as many as that takes.
 
     Where they are trained alone all the same, `turns` of them take turns.
@@ -186,10 +187,10 @@ def choose(
 
     def choice(
         reason: str, *, lanes: int = turns, convolution: str | None = None, is_passing: bool = False
-    ) -> Choice:  # fmt: skip
+    ) -> LanePlan:  # fmt: skip
         how = "at once" if convolution else "in turns"
         subject = "one trial at a time" if lanes == 1 else f"{lanes} trials {how}"
-        return Choice(
+        return LanePlan(
             device=name,
             lanes=lanes,
             convolution=convolution,
@@ -203,7 +204,7 @@ def choose(
         return choice("they have nothing to share, or there is but one", is_passing=True)
     try:
         methods = CONVOLUTIONS if device.type == "cuda" else CONVOLUTIONS[:1]  # products lose on every CPU tried
-        groups = [Group(config, data=data, device=device, convolution=method) for method in methods]
+        groups = [TrialStack(config, data=data, device=device, convolution=method) for method in methods]
     except NotStackable as error:
         return choice(f"its network trains alone, {error}", lanes=min(lanes or turns, turns))
     if lanes is not None:
@@ -223,7 +224,7 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 
-def _rates(group: Group, config: TrialConfig, most: int) -> Iterator[tuple[float, int]]:
+def _rates(group: TrialStack, config: TrialConfig, most: int) -> Iterator[tuple[float, int]]:
     """Pictures a second with 2 lanes, 4, 8..., until that gains little; leaves the group empty."""
     fastest, lanes = 0.0, 2
     while lanes <= most and _has_room(group.device):
@@ -244,7 +245,7 @@ def _rate_alone(config: TrialConfig, *, data: Data, device: torch.device) -> flo
     return len(labels_B) / _seconds(lambda: engine.step(lane, images_BCHW, labels_B), device=device)
 
 
-def _rate(group: Group, config: TrialConfig, lanes: int) -> float:
+def _rate(group: TrialStack, config: TrialConfig, lanes: int) -> float:
     """Pictures a second over all lanes; 0 where the device's memory runs out."""
     try:
         while len(group) < lanes:

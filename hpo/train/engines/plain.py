@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
@@ -22,6 +22,7 @@ from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint, config_digest, copied
 from hpo.train.config import DataConfig, EpochResult, TrainingConfig, TrialConfig, derive_seed
 from hpo.train.data.batches import Data, Part, batch_bounds, load_data
+from hpo.train.engines.protocol import Stopped
 from hpo.train.imports import describe
 from hpo.train.models import build_model
 from hpo.train.optim import build_optimizer, lr_factor
@@ -37,51 +38,6 @@ SPREAD_PICTURES = 256  # that a network's outputs are compared over
 #   dead: Adam 5e-3 to 1           0, exactly; SGD at 10, RMSprop from 1e-2 and Adagrad at 1 likewise
 # Rounding alone, seen in untrained networks of 20 to 40 layers that are as good as constant, gives 1e-7 to 5e-7.
 SAME_OUTPUT = 1e-5
-
-
-class Stopped(Exception):
-    """Training was asked to stop in the middle of an epoch, of which nothing is kept."""
-
-
-class Engine(Protocol):
-    """A set of lanes on one device, each of which trains one trial.
-
-    The worker's loop is the same for every engine: admit trials while there are free lanes, run an epoch, report each
-    result, evict what the pruner drops, what diverged and what has had its epochs. All calls come from one thread.
-    A trial's numbers do not depend on what shares the device with it: on a CPU they follow from its TrialConfig and the
-    number of threads, digit for digit; on a GPU up to the order in which its kernels add.
-    """
-
-    @property
-    def free_lanes(self) -> int:
-        """How many more trials can be admitted now."""
-
-    def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None) -> int:
-        """Set a trial up, ready for its next epoch, and return the number of its lane.
-
-        With a checkpoint, which has to be of this configuration, the trial goes on after `checkpoint.epoch` as if it
-        had never stopped: on a CPU digit for digit, in any process with the same number of threads.
-        Call it only where `free_lanes` > 0. Raises UserError where the trial cannot be trained as it is configured,
-        or its network is no longer the checkpoint's; the lane is then still free, as after any other exception.
-        """
-
-    def run_epoch(self) -> list[EpochResult]:
-        """Train the trials whose turn it is for one epoch, validate them, and return one result for each.
-
-        No trial has its second turn before every other admitted one has had its first. Raises Stopped where the engine
-        was told to stop; the trials whose turn it was are then in the middle of an epoch and good only for `evict`.
-        Call it neither for a trial that diverged nor past its last epoch.
-        """
-
-    def checkpoint(self, lane: int) -> Checkpoint:
-        """The trial in a lane after its last epoch, as a copy that later training does not change.
-
-        Of a network it holds what state_dict() gives: parameters, persistent buffers and get_extra_state(). Raises
-        UserError where that cannot be stored. Call it between epochs, not after run_epoch raised.
-        """
-
-    def evict(self, lane: int) -> None:
-        """Forget the trial in a lane and free its memory; the lane is free afterwards."""
 
 
 class DataSets:

@@ -23,7 +23,6 @@ from hpo.train.config import EpochResult, TrainingConfig, TrialConfig, derive_se
 from hpo.train.data.batches import Data, DeviceSource, Part
 from hpo.train.engines.plain import (
     Lane,
-    Stopped,
     autocast,
     build_lane,
     check_test_set,
@@ -33,6 +32,7 @@ from hpo.train.engines.plain import (
     mixed_precision,
     restore,
 )
+from hpo.train.engines.protocol import Stopped
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
 from hpo.train.engines.vmap_ops import NotStackable, StackedNetwork
 from hpo.train.optim import OPTIMIZERS, build_optimizer
@@ -45,7 +45,7 @@ def kind_of(config: TrialConfig) -> str:
     return json.dumps([*map(repr, agreeing), training.compile, training.report_test_accuracy])
 
 
-class Group:
+class TrialStack:
     """Trials of one kind, each a row of the tensors that are trained; an engine of as many lanes as are admitted."""
 
     def __init__(

@@ -36,7 +36,7 @@ class NotStackable(Exception):
     """Why networks of this kind cannot be run as one."""
 
 
-class Streams:
+class LaneGenerators:
     """A random stream for each lane: the state of the device's generator that the lane would have alone."""
 
     def __init__(self, device: torch.device) -> None:
@@ -100,8 +100,8 @@ class StackedNetwork:
         if not all(parameter.requires_grad and parameter.is_floating_point() for parameter in model.parameters()):
             raise NotStackable("it has parameters that are not trained")
         self._model = model
-        self.streams = Streams(device)
-        self._ours = _Ours(self.streams, convolution=_Products if convolution == "products" else _Grouped)
+        self.streams = LaneGenerators(device)
+        self._ours = CustomOps(self.streams, convolution=_Products if convolution == "products" else _Grouped)
 
     def __call__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor, *, training: bool
@@ -213,16 +213,16 @@ class _Layouts(_Watching):
         return super().call(function, args, kwargs)
 
 
-class _Ours(_Watching):
+class CustomOps(_Watching):
     """Puts our operations in the place of torch's for as long as it is entered."""
 
-    def __init__(self, streams: Streams, *, convolution: type[_Grouped] | type[_Products]) -> None:
+    def __init__(self, streams: LaneGenerators, *, convolution: type[_Grouped] | type[_Products]) -> None:
         super().__init__()
         self.layouts: list[torch.memory_format] = []  # of the dropouts, in the order of their calls
         self._streams, self._convolution = streams, convolution
         self._num_dropouts = 0
 
-    def __enter__(self) -> _Ours:
+    def __enter__(self) -> CustomOps:
         self._num_dropouts = 0
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -321,12 +321,12 @@ class _Dropout(_Lanewise):
     """Dropout of every lane from that lane's stream."""
 
     @staticmethod
-    def forward(inputs: Tensor, drop: Any, layout: torch.memory_format, streams: Streams) -> Tensor:
+    def forward(inputs: Tensor, drop: Any, layout: torch.memory_format, streams: LaneGenerators) -> Tensor:
         raise RuntimeError("dropout of what is the same for all lanes")
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, inputs: Tensor, drop: Any, layout: torch.memory_format, streams: Streams
+        info: Any, in_dims: Any, inputs: Tensor, drop: Any, layout: torch.memory_format, streams: LaneGenerators
     ) -> tuple[Tensor, int]:
         lanes_K = inputs.movedim(in_dims[0], 0)
         assert len(lanes_K) == len(streams)

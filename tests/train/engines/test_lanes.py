@@ -18,9 +18,10 @@ from torch import Tensor
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.engines import lanes as lanes_module
-from hpo.train.engines.lanes import Choice, LaneEngine, choose
-from hpo.train.engines.plain import DataSets, Engine, PlainEngine, Stopped, initial_model
-from hpo.train.engines.stack import Group, with_eps
+from hpo.train.engines.lanes import LaneEngine, LanePlan, plan_lanes
+from hpo.train.engines.plain import DataSets, PlainEngine, initial_model
+from hpo.train.engines.protocol import Engine, Stopped
+from hpo.train.engines.stack import TrialStack, with_eps
 from hpo.train.engines.vmap_ops import CONVOLUTIONS, StackedNetwork
 from hpo.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer
 
@@ -417,7 +418,7 @@ def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
 )
 def test_settings_that_need_a_network_to_themselves_fall_back(changed: dict[str, Any], reason: str) -> None:
     config = trial(**changed)
-    choice = choose(config, data=DataSets(device=CPU).get(config.data), device=CPU, lanes=4)
+    choice = plan_lanes(config, data=DataSets(device=CPU).get(config.data), device=CPU, lanes=4)
     assert choice.lanes == 1
     assert reason in choice.reason
 
@@ -476,12 +477,12 @@ def test_one_that_cannot_be_stacked_trains_beside_those_that_are(caplog: pytest.
 # How many
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, rates: dict[int, float], **options: Any) -> Choice:
+def chosen(monkeypatch: pytest.MonkeyPatch, rates: dict[int, float], **options: Any) -> LanePlan:
     """What is chosen where so many trials at once train so many pictures a second."""
     monkeypatch.setattr(lanes_module, "_rate_alone", lambda *a, **k: rates[1])
     monkeypatch.setattr(lanes_module, "_rate", lambda group, config, lanes: rates[lanes])
     config = trial()
-    return choose(config, data=DataSets(device=CPU).get(config.data), device=CPU, **options)
+    return plan_lanes(config, data=DataSets(device=CPU).get(config.data), device=CPU, **options)
 
 
 def test_as_many_lanes_as_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,13 +509,17 @@ def test_trials_that_are_trained_alone_take_turns_where_that_is_wanted(monkeypat
     assert chosen(monkeypatch, slower, turns=8, lanes=1).lanes == 1
     alone = trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "branch"}))
     data = DataSets(device=CPU).get(alone.data)
-    assert [choose(alone, data=data, device=CPU, lanes=lanes, turns=8).lanes for lanes in (None, 2, 16)] == [8, 2, 8]
+    assert [plan_lanes(alone, data=data, device=CPU, lanes=lanes, turns=8).lanes for lanes in (None, 2, 16)] == [
+        8,
+        2,
+        8,
+    ]
     assert chosen(monkeypatch, {1: 100, 2: 200, 4: 210, 8: 0}, turns=8).convolution == "grouped"  # a stack is faster
 
 
 def test_no_trial_has_two_turns_before_every_other_has_one() -> None:
     configs = [trial(seed=seed) for seed in range(3)]
-    turns = Choice(device="the CPU", lanes=3, convolution=None, reason="agreed")
+    turns = LanePlan(device="the CPU", lanes=3, convolution=None, reason="agreed")
     engine = LaneEngine(device="cpu", agree=lambda device, measure: turns)
     first, second = engine.admit(configs[0]), engine.admit(configs[1])
     order = [engine.run_epoch()[0].lane]
@@ -535,7 +540,7 @@ def test_no_more_lanes_than_trials_or_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_engine_does_what_was_agreed_on() -> None:
-    agreed = Choice(device="the CPU", lanes=3, convolution="products", reason="first come")
+    agreed = LanePlan(device="the CPU", lanes=3, convolution="products", reason="first come")
     engine = LaneEngine(device="cpu", lanes=2, agree=lambda device, measure: {"the CPU": agreed}[device])
     engine.admit(trial())
     assert (engine.choice, engine.free_lanes) == (agreed, 2)
@@ -559,7 +564,7 @@ def test_the_same_on_a_gpu(convolution: str) -> None:
     config = trial(model=BATCH_NORM, optimizer="sgd", momentum=0.9, precision="fp32")
     plain = train(PlainEngine(device="cuda"), config)
     device = torch.device("cuda")
-    group = Group(config, data=DataSets(device=device).get(config.data), device=device, convolution=convolution)
+    group = TrialStack(config, data=DataSets(device=device).get(config.data), device=device, convolution=convolution)
     group.admit(replace(config, seed=1))
     last = train(group, config)
     for result, expected in zip(last.results, plain.results, strict=True):

@@ -17,16 +17,8 @@ from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data.batches import load_data
-from hpo.train.engines.plain import (
-    SAME_OUTPUT,
-    Engine,
-    PlainEngine,
-    Stopped,
-    build_lane,
-    diverged,
-    is_exploding,
-    output_spread,
-)
+from hpo.train.engines.plain import SAME_OUTPUT, PlainEngine, build_lane, diverged, is_exploding, output_spread
+from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 TINY = ModelConfig(options={"width": 0.05})

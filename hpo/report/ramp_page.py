@@ -1,0 +1,33 @@
+"""Range tests as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def check_output(output: str | Path) -> None:
+    """Raises UserError where no plot can be written there."""
+    path = Path(output)
+    if path.suffix != ".html":
+        raise UserError(f"--output must end in .html, got {str(output)!r}")
+    if not path.parent.is_dir():
+        raise UserError(f"--output must be in a folder that exists, got {str(output)!r}")
+
+
+def write_html(tested: Sequence[Mapping[str, Any]], output: str | Path, *, title: str) -> None:
+    """Writes the ramps as one HTML file that needs no network. Raises UserError where it cannot be written."""
+    from hpo.report.figures.confirmation import ramps
+
+    figure = ramps(tested).update_layout(title={"text": escape(title)}, paper_bgcolor="white", plot_bgcolor="white")
+    try:
+        figure.write_html(str(output), include_plotlyjs=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from None

@@ -1,0 +1,108 @@
+"""The values of trials: given beforehand, or asked of Optuna, under its names and ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, point
+from hpo.train.config import derive_seed
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from hpo.search.config import SearchSettings
+from hpo.search.samplers import SAMPLERS, num_startup
+
+
+def slots(spec: SearchSettings) -> list[dict[str, Scalar]]:
+    """What is given of each trial's parameters before it is claimed: all of a grid point, nothing of a sampled one."""
+    if spec.search.sampler == "grid":
+        return spec.search.grid
+    first = spec.search.try_first
+    if SAMPLERS[spec.search.sampler].begins_spread:
+        first = first + _spread(spec, max(0, num_startup(spec) - len(first)))
+    return first + [{} for _ in range(spec.num_trials - len(first))]
+
+
+def _spread(spec: SearchSettings, count: int) -> list[dict[str, Scalar]]:
+    """The first points of a scrambled Sobol sequence: random ones leave gaps, and in a gap may lie the best rate."""
+    from scipy.stats import qmc
+
+    sequence = qmc.Sobol(len(spec.search.parameters), rng=derive_seed(spec.search.seed, "spread"))
+    # Drawn by powers of two, as many as are balanced; the first of them are as good for any count.
+    shares = sequence.random_base2(max(0, count - 1).bit_length())[:count]
+    return [point(spec.search.parameters, row.tolist()) for row in shares]
+
+
+def optuna_params(spec: SearchSettings, values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The same values under the names that the Optuna study knows them by."""
+    return {_optuna_name(key, spec.search.parameters[key], values): value for key, value in values.items()}
+
+
+def values_from_optuna(params: Mapping[str, Any]) -> dict[str, Scalar]:
+    """The inverse of `optuna_params`: `lr[adam]` is `lr`."""
+    return {name.partition("[")[0]: value for name, value in params.items()}
+
+
+def new_trial(spec: SearchSettings, slot: Any) -> FrozenTrial:
+    """Optuna's trial for a row of hpo_slots that is claimed for the first time.
+
+    What is given of a trial of the search, its sampler will not draw; of one that confirms, everything is given but a
+    searched seed.
+    """
+    from optuna.trial import FixedTrial, TrialState, create_trial
+
+    from hpo.search.study_views import KIND
+
+    given = json.loads(slot.given)
+    if slot.kind == "search":
+        return create_trial(state=TrialState.RUNNING, system_attrs={"fixed_params": given})
+    known = FixedTrial(given)
+    suggest(known, spec, without={"seed"})
+    return create_trial(
+        state=TrialState.RUNNING,
+        params=known.params,
+        distributions=known.distributions,
+        user_attrs={KIND: slot.kind, "replicate": slot.replicate},
+    )
+
+
+def suggest(trial: optuna.trial.BaseTrial, spec: SearchSettings, *, without: Collection[str] = ()) -> dict[str, Scalar]:
+    """Asks Optuna for every parameter of the space; those on which others depend come first."""
+    values: dict[str, Scalar] = {}
+    parameters = spec.search.parameters
+    wanted = [key for key in parameters if key not in without]
+    for key in sorted(wanted, key=lambda key: isinstance(parameters[key], Conditional)):
+        parameter = parameters[key]
+        name = _optuna_name(key, parameter, values)
+        if isinstance(parameter, Conditional):
+            if str(values[parameter.by]) not in parameter.cases:
+                continue
+            parameter = parameter.cases[str(values[parameter.by])]
+        values[key] = _suggest(trial, name, parameter, grid=spec.search.sampler == "grid")
+    return values
+
+
+def _suggest(trial: optuna.trial.BaseTrial, name: str, parameter: Range | Categorical, *, grid: bool) -> Scalar:
+    if isinstance(parameter, Categorical):
+        numbers = [
+            value for value in parameter.values if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        if not grid or len(numbers) < len(parameter.values):
+            choice: Scalar = trial.suggest_categorical(name, list(parameter.values))  # type: ignore[assignment]
+            return choice
+        # A grid's list of numbers is recorded as a range, so that every Optuna plot has a true axis for it.
+        low, high = min(numbers), max(numbers)
+        parameter = Range(low=low, high=high, log=low > 0 and high / low >= 10)
+    step = None if grid else parameter.step  # a grid's points are given, and need not lie on a step
+    if parameter.integer:
+        return trial.suggest_int(name, int(parameter.low), int(parameter.high), log=parameter.log, step=int(step or 1))
+    return trial.suggest_float(name, float(parameter.low), float(parameter.high), log=parameter.log, step=step)
+
+
+def _optuna_name(key: str, parameter: Parameter, values: Mapping[str, Scalar]) -> str:
+    # A parameter of its own for each case: what is learnt about SGD's rates says nothing about Adam's.
+    return f"{key}[{values[parameter.by]}]" if isinstance(parameter, Conditional) else key

@@ -1,0 +1,110 @@
+"""The pruners by name, their options, and how each is built; importing this loads no Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+
+    from hpo.search.config import SearchSettings
+
+
+INTERLEAVED_TRIALS = 8  # trials that take turns of an epoch where the pruner compares them early: it knows more sooner
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A pruner: its options with their defaults (None: see `build`), and how it is built from them and max_epochs.
+
+    `judges` says whether it drops trials after an epoch; after the others nobody waits for its word, which counts all
+    the same: a rung that was passed unjudged, in an epoch reported late, is judged with the next one.
+    """
+
+    defaults: Mapping[str, Any]
+    build: Callable[[dict[str, Any], int], BasePruner]
+    judges: Callable[[dict[str, Any], int], bool] = lambda options, epoch: True
+    compares_early: bool = False  # with trials in training, so that it does better with several of them side by side
+
+
+def _none(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import NopPruner
+
+    return NopPruner()
+
+
+def _percentile(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import PercentilePruner
+
+    # Optuna's percentile keeps that share of the trials; so does ours.
+    return PercentilePruner(
+        options.get("percentile", 50.0),
+        n_startup_trials=options["startup_trials"],
+        n_warmup_steps=options["warmup_epochs"],
+    )
+
+
+def _asha(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import SuccessiveHalvingPruner
+
+    return SuccessiveHalvingPruner(
+        min_resource=options["min_epochs"], reduction_factor=options["reduction_factor"], bootstrap_count=0
+    )
+
+
+def _hyperband(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import HyperbandPruner
+
+    # With max_resource="auto" nothing is pruned until one trial has completed.
+    return HyperbandPruner(
+        min_resource=min(options["min_epochs"], max_epochs),
+        max_resource=max_epochs,
+        reduction_factor=options["reduction_factor"],
+    )
+
+
+def _patient(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import PatientPruner
+
+    return PatientPruner(None, patience=options["patience"], min_delta=options["min_delta"])
+
+
+def _threshold(options: dict[str, Any], max_epochs: int) -> BasePruner:
+    from optuna.pruners import ThresholdPruner
+
+    return ThresholdPruner(lower=options["lower"], upper=options["upper"], n_warmup_steps=options["warmup_epochs"])
+
+
+def _at_rungs(options: dict[str, Any], epoch: int) -> bool:
+    """Whether epoch is min_epochs x reduction_factor^k, for k = 0, 1, ..."""
+    rung = options["min_epochs"]
+    while rung < epoch:
+        rung *= options["reduction_factor"]
+    return bool(rung == epoch)
+
+
+PRUNERS: dict[str, Pruner] = {
+    "none": Pruner({}, _none, judges=lambda options, epoch: False),
+    "median": Pruner({"startup_trials": 5, "warmup_epochs": 1}, _percentile),
+    "percentile": Pruner({"percentile": 50.0, "startup_trials": 5, "warmup_epochs": 1}, _percentile),
+    "asha": Pruner({"min_epochs": 1, "reduction_factor": 3}, _asha, _at_rungs, compares_early=True),
+    "hyperband": Pruner({"min_epochs": 1, "reduction_factor": 3}, _hyperband, _at_rungs, compares_early=True),
+    "patient": Pruner({"patience": 3, "min_delta": 0.0}, _patient),
+    "threshold": Pruner({"lower": None, "upper": None, "warmup_epochs": 1}, _threshold),
+}
+
+
+def build_pruner(spec: SearchSettings) -> BasePruner:
+    """The study's pruner, with our defaults where the study file is silent."""
+    return PRUNERS[spec.pruner.name].build(_pruner_options(spec), spec.max_epochs)
+
+
+def may_prune_after(epoch: int, spec: SearchSettings) -> bool:
+    """Whether the study's pruner may drop a trial that has come to this epoch."""
+    return PRUNERS[spec.pruner.name].judges(_pruner_options(spec), epoch)
+
+
+def _pruner_options(spec: SearchSettings) -> dict[str, Any]:
+    return {**PRUNERS[spec.pruner.name].defaults, **spec.pruner.model_dump(exclude={"name"}, exclude_none=True)}

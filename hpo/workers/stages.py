@@ -1,0 +1,21 @@
+"""What follows the trials of a study once all of them have ended: its confirmation, then the test of the winner."""
+
+from __future__ import annotations
+
+from hpo.analysis import answer, confirmation
+from hpo.store.studies import Store
+from hpo.study.records import StudyRecord
+
+
+def add_due_trials(store: Store, study: StudyRecord) -> bool:
+    """Add the trials of the stage that is due, and return whether there is anything more to train.
+
+    Any number of workers may call it at once: the first one adds them, and nobody adds them a second time.
+    """
+    if store.stage_due(study) is None:
+        return store.num_left(study) > 0
+    trials = store.trials(study)
+    found = answer.best(study, trials)
+    planned = confirmation.plan(study, trials, found) if found is not None else []
+    store.add_planned(study, planned, after=len(trials))
+    return bool(planned)
