@@ -374,7 +374,7 @@ def _image(report: StudyReport, form: str, name: str) -> bytes:
     try:
         import kaleido
     except ImportError:
-        raise UserError(f"--format {form} needs the package kaleido: pip install 'hpo[images]'") from None
+        raise UserError(f"--format {form} needs the package kaleido: pip install 'hpo-studies[images]'") from None
     import plotly
 
     figure = entry.figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")

@@ -250,7 +250,7 @@ def _explained(url: URL, *, writing: bool) -> Iterator[None]:
         problem = f"the store {url} cannot be opened{' for writing' * writing}: {said}"
         raise (Unreachable if may_pass else UserError)(problem) from None
     except ImportError:
-        raise UserError(f"the store {url} needs the package psycopg: pip install 'hpo[postgres]'") from None
+        raise UserError(f"the store {url} needs the package psycopg: pip install 'hpo-studies[postgres]'") from None
     except ValueError as error:
         raise UserError(f"--storage {url} cannot be read: {error}") from None
     except RuntimeError as error:  # Optuna's own check of its schema

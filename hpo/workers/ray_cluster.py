@@ -322,7 +322,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("--on needs Ray: pip install 'hpo[ray]'") from None
+        raise UserError("--on needs Ray: pip install 'hpo-studies[ray]'") from None
     return ray
 
 
