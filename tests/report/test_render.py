@@ -268,7 +268,7 @@ def test_markdown_has_the_answer_a_text_for_each_figure_and_a_row_for_each_trial
 
 @pytest.mark.parametrize(("form", "start"), [("png", b"\x89PNG"), ("svg", b"<svg")])
 def test_an_image_is_of_one_figure(small: StudyReport, form: str, start: bytes) -> None:
-    pytest.importorskip("kaleido", reason="kaleido is not installed (pip install 'hpo[images]')")
+    pytest.importorskip("kaleido", reason="kaleido is not installed (pip install 'hpo-studies[images]')")
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("there is no Chromium here (apt-get install chromium)")
     content = render(small, form, figure="history")
@@ -280,7 +280,7 @@ def test_an_image_is_of_one_figure(small: StudyReport, form: str, start: bytes) 
 
 def test_without_kaleido_an_image_is_refused_in_a_sentence(small: StudyReport, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "kaleido", None)
-    with pytest.raises(UserError, match=r"--format png needs the package kaleido: pip install 'hpo\[images\]'"):
+    with pytest.raises(UserError, match=r"--format png needs the package kaleido: pip install 'hpo-studies\[images\]'"):
         render(small, "png")
 
 

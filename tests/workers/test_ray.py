@@ -23,8 +23,8 @@ from hpo.store.ledger import MAX_LOSSES
 from hpo.store.studies import Store
 from hpo.study.records import TrialRecord
 
-ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'hpo[ray]')")
-pytest.importorskip("grpc", reason="Ray's client is not installed (pip install 'hpo[ray]')")
+ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'hpo-studies[ray]')")
+pytest.importorskip("grpc", reason="Ray's client is not installed (pip install 'hpo-studies[ray]')")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 from ray.util.state import list_actors, list_tasks  # noqa: E402

@@ -105,7 +105,7 @@ def test_the_command_line_refuses_what_has_no_meaning(
 def test_without_ray_it_says_what_to_install(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(UserError, match=r"^--on needs Ray: pip install 'hpo\[ray\]'$"),
+        pytest.raises(UserError, match=r"^--on needs Ray: pip install 'hpo-studies\[ray\]'$"),
         launcher(make_spec(), ImportAllowlist(), url=POSTGRES, devices="auto", workers=None, on="auto"),
     ):
         pass
