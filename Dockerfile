@@ -17,11 +17,11 @@ ARG EXTRAS=postgres,s3
 
 # What we depend on, some 6 GB, is a layer that a change of our code leaves as it is: the package is empty here.
 WORKDIR /src
-COPY pyproject.toml ./
+COPY pyproject.toml constraints.txt ./
 RUN mkdir hpo \
     && echo '__version__ = "0"' > hpo/_version.py \
     && touch README.md LICENSE \
-    && pip install --no-cache-dir "./[$EXTRAS]"
+    && pip install --no-cache-dir --constraint constraints.txt "./[$EXTRAS]"
 
 COPY README.md LICENSE ./
 COPY hpo hpo
