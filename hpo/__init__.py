@@ -28,11 +28,15 @@ if TYPE_CHECKING:
     from hpo.errors import UserError as UserError
     from hpo.lr_range.resolve import range_test as range_test
     from hpo.objective import Trial as Trial
-    from hpo.workers.ray_cluster import OnRay as OnRay
+    from hpo.workers.executors import InProcess as InProcess
+    from hpo.workers.executors import Local as Local
+    from hpo.workers.executors import Ray as Ray
 
 _MODULES = {
     "Best": "hpo.analysis.answer",
-    "OnRay": "hpo.workers.ray_cluster",
+    "InProcess": "hpo.workers.executors",
+    "Local": "hpo.workers.executors",
+    "Ray": "hpo.workers.executors",
     "Result": "hpo.api.running",
     "StudySpec": "hpo.config.study_spec",
     "StudyStopped": "hpo.errors",

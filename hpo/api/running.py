@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tomli_w
 
@@ -29,13 +29,11 @@ from hpo.store.retry import OUTAGE_S, STORE_ERRORS
 from hpo.store.studies import Store
 from hpo.study.records import ENDED, StudyRecord, TrialRecord, trial_as_dict
 from hpo.system.devices import choose_devices
-from hpo.workers import local as launch
 from hpo.workers import preflight
+from hpo.workers.executors import Executor, Local, Ray
 from hpo.workers.launcher import Launcher
+from hpo.workers.launching import make_launcher
 from hpo.workers.supervisor import Watch
-
-if TYPE_CHECKING:
-    from hpo.workers.ray_cluster import OnRay
 
 HEADER = "The best trial of study"  # begins every export, which alone may be written over
 DEFAULT_STORAGE = "sqlite:///hpo.db"
@@ -60,36 +58,30 @@ def run(
     spec: StudySpec | str | Path,
     *,
     storage: str | None = None,
-    devices: str = "auto",
-    workers: int | None = None,
-    in_process: bool = False,
-    on: OnRay | str | None = None,
+    executor: Executor | None = None,
     code_folder: str | Path | None = None,
     watcher: Watcher | None = None,
 ) -> Result:
     """Runs a study to its end, or goes on with it; a finished one is answered from the store.
 
-    `spec` is a StudySpec or the path of a study file. `workers` is the number of processes, by default one a device;
-    `in_process` trains in the calling process instead, and `on` has a Ray cluster place the workers: an `hpo.OnRay` or
-    its address. Modules of your own that the study names are looked for in `code_folder`: by default the study file's
-    folder, or the running script's for a StudySpec. Raises UserError for a wrong request, before anything is written,
-    and StudyStopped where the study cannot finish.
+    `spec` is a StudySpec or the path of a study file. `executor` says where its workers run, by default `hpo.Local()`:
+    one process a device of this machine. Modules of your own that the study names are looked for in `code_folder`: by
+    default the study file's folder, or the running script's for a StudySpec. Raises UserError for a wrong request,
+    before anything is written, and StudyStopped where the study cannot finish.
     """
     spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
     if (done := _finished(spec, url)) is not None:
         return _result(*done)
-    launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=workers, in_process=in_process, on=on)
+    launcher = make_launcher(executor or Local(), spec, allowed, url=url)
     return _train(spec, allowed, partial(_create, spec, url), launcher, watcher=watcher)
 
 
 def submit(
     spec: StudySpec | str | Path,
     *,
-    on: OnRay | str | None,
+    executor: Executor | None = None,
     storage: str | None = None,
-    devices: str = "auto",
-    workers: int | None = None,
     code_folder: str | Path | None = None,
 ) -> bool:
     """Starts a study on a Ray cluster, or goes on with it there, and returns once it trains without this process.
@@ -100,7 +92,7 @@ def submit(
     url = storage_url(storage)
     if _finished(spec, url) is not None:
         return False
-    launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=workers, on=on)
+    launcher = make_launcher(executor or Ray(), spec, allowed, url=url)
     if not launcher.can_be_left:
         raise UserError("--detach needs a Ray that outlives this command: --on auto, or --on ray://HOST:PORT")
     with _opened(spec, allowed, partial(_create, spec, url), launcher) as (store, study):
@@ -124,15 +116,14 @@ def check(
     spec: StudySpec,
     *,
     storage: str | None = None,
-    devices: str = "auto",
-    on: OnRay | str | None = None,
+    executor: Executor | None = None,
     code_folder: str | Path | None = None,
 ) -> None:
     """Raises UserError for whatever would keep `run` from training the study; a finished one is not looked at."""
     url = storage_url(storage)
     if _finished(spec, url) is None:
         _, allowed = load_own_spec(spec, folder=code_folder)
-        launcher = launch.launcher(spec, allowed, url=url, devices=devices, workers=None, on=on)
+        launcher = make_launcher(executor or Local(), spec, allowed, url=url)
         with _checked(spec, allowed, launcher):
             pass
 
@@ -141,13 +132,11 @@ def join(
     name: str,
     *,
     storage: str | None = None,
-    devices: str = "auto",
-    workers: int | None = None,
-    on: OnRay | str | None = None,
+    executor: Executor | None = None,
     allow: Sequence[str] = (),
     watcher: Watcher | None = None,
 ) -> Result:
-    """Adds workers of this machine, or `on` a Ray cluster, to a study in the store; returns when the study has ended.
+    """Adds workers, by default of this machine, to a study in the store; returns when the study has ended.
 
     `allow` names what the study may import of code of one's own: modules, and folders of modules. Anything else that
     the study names is refused with a UserError, because whoever can write to the store chooses those names.
@@ -163,7 +152,7 @@ def join(
         return store, study
 
     allowed = ImportAllowlist.parse(allow)
-    launcher = launch.launcher(study.spec, allowed, url=url, devices=devices, workers=workers, on=on)
+    launcher = make_launcher(executor or Local(), study.spec, allowed, url=url)
     return _train(study.spec, allowed, join_it, launcher, watcher=watcher)
 
 
@@ -171,8 +160,7 @@ def serve(
     first: str | None = None,
     *,
     storage: str | None = None,
-    devices: str = "auto",
-    workers: int | None = None,
+    executor: Local | None = None,
     allow: Sequence[str] = (),
     watcher: Watcher | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -183,8 +171,8 @@ def serve(
 
     A study that cannot be trained here is passed over, and `say` is told why, until it is started again.
     """
-    launch.check_workers(workers)
-    choose_devices(devices)
+    executor = executor or Local()
+    choose_devices(executor.devices)
     ImportAllowlist.parse(allow)
     store = Store(storage_url(storage))
     passed_over: set[tuple[int, float]] = set()
@@ -205,7 +193,7 @@ def serve(
             continue
         said = ""
         try:
-            join(todo.name, storage=storage, devices=devices, workers=workers, allow=allow, watcher=watcher)
+            join(todo.name, executor=executor, storage=storage, allow=allow, watcher=watcher)
             say(f"study {todo.name} is finished")
         except (Unreachable, *STORE_ERRORS) as error:
             say(f"the store does not answer, waiting for it: {error}")
@@ -225,15 +213,13 @@ def resume(
     *,
     storage: str | None = None,
     trials: int | None = None,
-    devices: str = "auto",
-    workers: int | None = None,
-    on: OnRay | str | None = None,
+    executor: Executor | None = None,
     allow: Sequence[str] = (),
     watcher: Watcher | None = None,
 ) -> Result:
     """Goes on with a study that was stopped or interrupted; `trials` enlarges its budget, keeping what was trained.
 
-    `on` and `allow` as in `join`.
+    `executor` and `allow` as in `join`.
     """
     url = storage_url(storage)
     store = Store(url)
@@ -249,7 +235,7 @@ def resume(
         return store, store.study(name)
 
     allowed = ImportAllowlist.parse(allow)
-    launcher = launch.launcher(study.spec, allowed, url=url, devices=devices, workers=workers, on=on)
+    launcher = make_launcher(executor or Local(), study.spec, allowed, url=url)
     return _train(study.spec, allowed, open_again, launcher, watcher=watcher)
 
 

@@ -18,23 +18,22 @@ from hpo._version import __version__
 from hpo.cli import reading as cli_reading
 from hpo.cli import stores as cli_store
 from hpo.cli.options import (
-    allow_arguments,
     allow_option,
     command_line,
     devices_option,
+    executor_options,
     json_option,
     print_json,
-    ray_options,
+    repeated,
     storage_option,
     worker_arguments,
-    worker_options,
 )
 from hpo.errors import StudyStopped, UserError
+from hpo.workers.executors import Executor, InProcess, Local
 
 if TYPE_CHECKING:
     from hpo.api.running import Result
     from hpo.config.study_spec import StudySpec
-    from hpo.workers.ray_cluster import OnRay
 
 
 class _Group(click.Group):
@@ -92,13 +91,9 @@ def main() -> None:
 )
 @click.option("--in-process", is_flag=True, help="Train in this process, without workers: for a debugger.")
 @click.option("--detach", is_flag=True, help="Leave the study to the Ray cluster, and return at once.")
-@worker_options
-@ray_options
+@executor_options
 @storage_option
-def run_command(
-    spec: str, overrides: tuple[str, ...], in_process: bool, detach: bool, devices: str, workers: int | None,
-    on: OnRay | None, storage: str | None,
-) -> None:  # fmt: skip
+def run_command(spec: str, overrides: tuple[str, ...], detach: bool, executor: Executor, storage: str | None) -> None:
     """Run the study file SPEC to its answer, or go on with it where it was interrupted.
 
     A study that is finished is answered from the store, without training. A study file with [[compare]] holds several
@@ -115,27 +110,19 @@ def run_command(
 
     specs = StudySpec.all_from_toml(spec, overrides=overrides)
     folder = str(Path(spec).resolve().parent)
-    options = [("--set", override) for override in overrides]
-    again = command_line(
-        "run", spec, *options, *worker_arguments(devices, workers, on), *["--in-process"][: int(in_process)]
-    )
+    again = command_line("run", spec, *repeated("--set", overrides), *worker_arguments(executor))
     if detach:
-        if in_process:
+        if isinstance(executor, InProcess):
             raise UserError("--in-process has no meaning with --detach")
-        _leave(specs, devices=devices, workers=workers, on=on, storage=storage, code_folder=folder)
+        _leave(specs, executor=executor, storage=storage, code_folder=folder)
         return
     for parsed in specs[1:]:  # what is wrong with the last one is not to be found after hours
-        api.check(parsed, storage=storage, devices=devices, on=on, code_folder=folder)
+        api.check(parsed, executor=executor, storage=storage, code_folder=folder)
     answered, unanswered = [], None
     for parsed in specs:
         try:
-            _train(
-                partial(
-                    api.run, parsed, storage=storage, devices=devices, workers=workers, in_process=in_process,
-                    on=on, code_folder=folder,
-                ),
-                parsed.name, storage, again=again,
-            )  # fmt: skip
+            train = partial(api.run, parsed, executor=executor, storage=storage, code_folder=folder)
+            _train(train, parsed.name, storage, again=again)
             answered.append(parsed.name)
         except StudyStopped as error:
             if error.can_go_on:
@@ -164,13 +151,11 @@ def _leave(specs: Sequence[StudySpec], *, storage: str | None, **options: Any) -
 @click.argument("study", metavar="[STUDY]", required=False)
 @click.option("--stay", is_flag=True, help="Stay when the study is done, for every study of the store.")
 @allow_option
-@worker_options
-@ray_options
+@executor_options
 @storage_option
 def worker_command(
-    study: str | None, stay: bool, allow: tuple[str, ...], devices: str, workers: int | None, on: OnRay | None,
-    storage: str | None,
-) -> None:  # fmt: skip
+    study: str | None, stay: bool, allow: tuple[str, ...], executor: Executor, storage: str | None
+) -> None:
     """Add workers of this machine, or of a Ray cluster, to STUDY until it is done.
 
     With --stay, workers of this machine join any study of the store, for ever.
@@ -181,17 +166,15 @@ def worker_command(
     """
     from hpo.api import running as api
 
-    if stay and on is not None:
+    if stay and not isinstance(executor, Local):
         raise UserError("--stay is for workers of this machine; give a Ray cluster the study by its name")
     if stay:
-        _stay(study, allow=allow, devices=devices, workers=workers, storage=storage)
+        _stay(study, executor=executor, allow=allow, storage=storage)
     if study is None:
         raise UserError("hpo worker needs the name of a study, or --stay for every study of the store")
-    again = command_line("worker", study, *allow_arguments(allow), *worker_arguments(devices, workers, on))
-    _train(
-        partial(api.join, study, storage=storage, devices=devices, workers=workers, on=on, allow=allow),
-        study, storage, again=again,
-    )  # fmt: skip
+    again = command_line("worker", study, *repeated("--allow", allow), *worker_arguments(executor))
+    train = partial(api.join, study, executor=executor, storage=storage, allow=allow)
+    _train(train, study, storage, again=again)
 
 
 def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn:
@@ -215,13 +198,11 @@ def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn
 @click.argument("study", metavar="STUDY")
 @click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; what was trained stays.")
 @allow_option
-@worker_options
-@ray_options
+@executor_options
 @storage_option
 def resume_command(
-    study: str, trials: int | None, allow: tuple[str, ...], devices: str, workers: int | None, on: OnRay | None,
-    storage: str | None,
-) -> None:  # fmt: skip
+    study: str, trials: int | None, allow: tuple[str, ...], executor: Executor, storage: str | None
+) -> None:
     """Go on with STUDY after `hpo stop` or an interruption.
 
     \b
@@ -229,13 +210,9 @@ def resume_command(
     """
     from hpo.api import running as api
 
-    again = command_line("resume", study, *allow_arguments(allow), *worker_arguments(devices, workers, on))
-    _train(
-        partial(
-            api.resume, study, storage=storage, trials=trials, devices=devices, workers=workers, on=on, allow=allow
-        ),
-        study, storage, again=again,
-    )  # fmt: skip
+    again = command_line("resume", study, *repeated("--allow", allow), *worker_arguments(executor))
+    train = partial(api.resume, study, executor=executor, storage=storage, trials=trials, allow=allow)
+    _train(train, study, storage, again=again)
 
 
 def _train(train: Callable[..., Result], study: str, storage: str | None, *, again: str) -> None:

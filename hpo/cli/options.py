@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import shlex
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import click
 
 from hpo.errors import UserError
-
-if TYPE_CHECKING:
-    from hpo.workers.ray_cluster import OnRay
+from hpo.workers.executors import Executor, InProcess, Local, Ray
 
 
 def no_password(_context: click.Context, parameter: click.Parameter, url: str | None) -> str | None:
@@ -57,47 +55,6 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
-def worker_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="Worker processes. Default: one a device, on Ray as many as there is room for.",
-    )(command)
-    return devices_option(command)
-
-
-def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --on, --resource and --placement, which the command is called with as one: `on`, an OnRay or None."""
-
-    @functools.wraps(command)
-    def with_on(
-        *args: Any, on_address: str | None, resources: tuple[str, ...], placement: str | None, **kwargs: Any
-    ) -> Any:  # fmt: skip
-        from hpo.workers.ray_cluster import OnRay
-
-        if on_address is None and (resources or placement):
-            raise UserError(f"{'--resource' if resources else '--placement'} needs --on, a Ray cluster to ask")
-        on = on_address and OnRay.parse(on_address, resources=resources, placement=placement or "pack")
-        return command(*args, on=on, **kwargs)
-
-    for option in (
-        click.option(
-            "--placement", metavar="pack|spread", help="Fill one node after the other (default), or spread workers."
-        ),
-        click.option(
-            "--resource", "resources", multiple=True, metavar="NAME=AMOUNT",
-            help="What each worker needs: num_cpus, num_gpus, memory, or the cluster's own. Default: 1 CPU; 1 GPU.",
-        ),
-        click.option(
-            "--on", "on_address", metavar="ray|auto|ray://HOST:PORT",
-            help="Have Ray place the workers: a Ray of its own here, RAY_ADDRESS's, or one through Ray Client.",
-        ),
-    ):  # fmt: skip
-        with_on = option(with_on)
-    return with_on
-
-
 def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--devices", default="auto", show_default=True, metavar="LIST",
@@ -105,22 +62,132 @@ def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
 
 
-def worker_arguments(devices: str, workers: int | None, on: OnRay | None = None) -> list[tuple[str, str]]:
-    where = [("--devices", devices)] * (devices != "auto") + [("--workers", str(workers))] * (workers is not None)
-    if on is None:
-        return where
-    resources = [("--resource", f"{name}={amount:g}") for name, amount in on.resources.items()]
-    return [*where, ("--on", on.address), *resources, *[("--placement", on.placement)] * (on.placement != "pack")]
+def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --devices, --workers, --on, --resource and --placement; the command gets them as one `executor`.
+
+    A command that has --in-process as well gets it as part of the executor.
+    """
+
+    @functools.wraps(command)
+    def with_executor(
+        *args: Any,
+        devices: str,
+        workers: int | None,
+        address: str | None,
+        resources: tuple[str, ...],
+        placement: str | None,
+        in_process: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        executor = make_executor(
+            devices=devices,
+            workers=workers,
+            in_process=in_process,
+            address=address,
+            resources=resources,
+            placement=placement,
+        )
+        return command(*args, executor=executor, **kwargs)
+
+    options = (  # in the order in which the help shows them
+        devices_option,
+        click.option(
+            "--workers",
+            type=int,
+            metavar="N",
+            help="Worker processes. Default: one per device; on Ray, as many as there is room for.",
+        ),
+        click.option(
+            "--on",
+            "address",
+            metavar="ray|auto|ray://HOST:PORT",
+            help="Let Ray place the workers: a new Ray on this machine, RAY_ADDRESS's, or one through Ray Client.",
+        ),
+        click.option(
+            "--resource",
+            "resources",
+            multiple=True,
+            metavar="NAME=AMOUNT",
+            help="What each worker needs: num_cpus, num_gpus, memory, or the cluster's own. Default: 1 CPU; 1 GPU.",
+        ),
+        click.option(
+            "--placement", metavar="pack|spread", help="Fill one node after the other (default), or spread workers."
+        ),
+    )
+    for option in reversed(options):
+        with_executor = option(with_executor)
+    return with_executor
 
 
-def allow_arguments(allow: tuple[str, ...]) -> list[tuple[str, str]]:
-    return [("--allow", value) for value in allow]
+def make_executor(
+    *,
+    devices: str,
+    workers: int | None,
+    in_process: bool,
+    address: str | None,
+    resources: Sequence[str],
+    placement: str | None,
+) -> Executor:
+    """Return the executor that these options describe.
+
+    Raises:
+        UserError: A value is wrong, or two options exclude each other.
+    """
+    if address is None and resources:
+        raise UserError("--resource needs --on, a Ray cluster to ask")
+    if address is None and placement:
+        raise UserError("--placement needs --on, a Ray cluster to ask")
+    if in_process and workers is not None:
+        raise UserError(f"--workers has no meaning with --in-process, got {workers}")
+    if in_process and address is not None:
+        raise UserError("--on has no meaning with --in-process")
+    if in_process:
+        return InProcess(devices)
+    if address is None:
+        return Local(devices, workers)
+    return Ray(address, devices, workers, resources=_amounts(resources), placement=placement or "pack")
 
 
-def command_line(*arguments: str | tuple[str, str]) -> str:
-    """A command line that can be pasted into a shell as it is."""
-    words = [word for argument in arguments for word in ([argument] if isinstance(argument, str) else argument)]
-    return shlex.join(["hpo", *words])
+def _amounts(resources: Sequence[str]) -> dict[str, float]:
+    """Return the amounts of --resource NAME=AMOUNT by their names."""
+    amounts = {}
+    for text in resources:
+        name, _, amount = text.partition("=")
+        try:
+            amounts[name] = float(amount)
+        except ValueError:
+            name = ""
+        if not name:
+            raise UserError(f"--resource must be NAME=AMOUNT, such as num_cpus=4, got {text!r}")
+    return amounts
+
+
+def worker_arguments(executor: Executor) -> list[str]:
+    """Return the arguments of a command line that give this executor again."""
+    arguments = []
+    if executor.devices != "auto":
+        arguments += ["--devices", executor.devices]
+    if isinstance(executor, InProcess):
+        return [*arguments, "--in-process"]
+    if executor.workers is not None:
+        arguments += ["--workers", str(executor.workers)]
+    if isinstance(executor, Ray):
+        arguments += ["--on", executor.address]
+        for name, amount in executor.resources.items():
+            arguments += ["--resource", f"{name}={amount:g}"]
+        if executor.placement != "pack":
+            arguments += ["--placement", executor.placement]
+    return arguments
+
+
+def repeated(option: str, values: Iterable[str]) -> list[str]:
+    """Return the arguments of an option that is given once for each value."""
+    return [argument for value in values for argument in (option, value)]
+
+
+def command_line(*arguments: str) -> str:
+    """Return the command line `hpo ARGUMENTS`, quoted for a shell."""
+    return shlex.join(["hpo", *arguments])
 
 
 def print_json(value: Any) -> None:

@@ -6,28 +6,23 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hpo.config.import_policy import ImportAllowlist
-from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
-from hpo.store.database import PASSWORD_FILE, parse_url
+from hpo.store.database import PASSWORD_FILE
 from hpo.store.studies import Store
 from hpo.study.processes import Process
 from hpo.study.records import StudyRecord
 from hpo.system import processes as liveness
 from hpo.system.devices import Device, choose_devices, num_cores, threads_per_worker, torch_device
+from hpo.workers.launcher import Launcher, interrupts
 from hpo.workers.stages import add_due_trials
 from hpo.workers.supervisor import TICK_S, Watch, supervise
 from hpo.workers.worker import Worker
 from hpo.workers.worker_handle import WorkerProcess, WorkerTask, ending
 
-if TYPE_CHECKING:
-    from hpo.workers.ray_cluster import OnRay
-from hpo.workers.launcher import Launcher, interrupts
 
-
-class InProcess(Launcher):
+class InProcessLauncher(Launcher):
     """One worker in the calling process: for a debugger, and for tests."""
 
     def __init__(self, devices: str) -> None:
@@ -71,7 +66,7 @@ class InProcess(Launcher):
                 raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
 
 
-class LocalProcesses(Launcher):
+class LocalLauncher(Launcher):
     """Worker processes on this machine, each pinned to a device, restarted when they die.
 
     They run in sessions of their own, so that Ctrl-C reaches this process alone, and end when it does, however it does.
@@ -147,32 +142,3 @@ class LocalWorker:
     def last_words(self) -> str:
         tail = self._log.read_text(errors="replace")[-3000:]
         return f"{ending(self._worker.exit_code or 0)}; the end of its log, {self._log}:\n{tail}"
-
-
-def launcher(
-    spec: StudySpec,
-    allowed: ImportAllowlist,
-    *,
-    url: str,
-    devices: str,
-    workers: int | None,
-    in_process: bool = False,
-    on: OnRay | str | None = None,
-) -> Launcher:
-    """What runs the workers of a study of the store at `url`; raises UserError for what cannot be had."""
-    check_workers(workers)
-    if in_process and (workers is not None or on is not None):
-        given = f"--workers has no meaning with --in-process, got {workers}"
-        raise UserError(given if workers is not None else "--on has no meaning with --in-process")
-    if on is not None:
-        from hpo.workers.ray_cluster import OnRay, RayLauncher
-
-        on = OnRay(on) if isinstance(on, str) else on
-        return RayLauncher(on, spec, devices=devices, workers=workers, allowed=allowed, url=parse_url(url))
-    return InProcess(devices) if in_process else LocalProcesses(devices, workers=workers, allowed=allowed)
-
-
-def check_workers(workers: int | None) -> None:
-    """Raises UserError for a number of workers that there cannot be."""
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers must be at least 1, got {workers}")

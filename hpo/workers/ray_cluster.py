@@ -7,16 +7,14 @@ What runs on the cluster is in ray_actors.py.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -33,6 +31,7 @@ from hpo.store.studies import Store
 from hpo.study.records import ENDED, StudyRecord
 from hpo.system import provenance
 from hpo.system.devices import choose_devices, num_cores
+from hpo.workers.executors import OWN_RAY, PLACEMENTS, RAY_CLIENT, RUNNING_RAY, Ray
 from hpo.workers.launcher import Answer, Launcher, interrupts
 from hpo.workers.supervisor import TICK_S, Watch
 
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "hpo"  # in which a study's supervisor is found again
-OWN, NAMED, CLIENT = "ray", "auto", "ray://"
-PLACEMENTS = {"pack": "DEFAULT", "spread": "SPREAD"}  # as Ray calls them
 MAX_CODE_BYTES = 100 * 2**20
 NOT_CODE = ("hpo_files", "__pycache__", "node_modules", "*.db", "*.db-*", ".*")
 UNANSWERED_S = 60.0  # how long the supervisor may not answer, as it does while its node is replaced
@@ -55,87 +52,41 @@ FORWARDED = ("HPO_", "PG")  # begin the names of environment variables that work
 NOT_FORWARDED = ("HPO_STORAGE", "HPO_FILES")  # begin those of which they are told otherwise
 
 
-@dataclass(frozen=True)
-class OnRay:
-    """A Ray cluster, and what each worker needs of it.
-
-    `address` is "ray", a Ray of its own on this machine that ends with the study; "auto", the cluster that RAY_ADDRESS
-    names or else the Ray that runs on this machine; or "ray://host:port", through Ray Client. `resources` are
-    `num_cpus` (its threads; 1), `num_gpus` (1 where it trains on a GPU), `memory` (bytes), and custom ones. `placement`
-    is "pack" or "spread". Raises UserError for what is none of these.
-    """
-
-    address: str
-    resources: Mapping[str, float] = field(default_factory=dict)
-    placement: str = "pack"
-
-    def __post_init__(self) -> None:
-        if self.address not in (OWN, NAMED) and not self.address.startswith(CLIENT):
-            raise UserError(f"--on must be ray, auto or ray://HOST:PORT, got {self.address!r}")
-        if self.placement not in PLACEMENTS:
-            raise UserError(f"--placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
-        for name, amount in self.resources.items():
-            may_be_none = name in ("num_cpus", "num_gpus")
-            if not (amount >= 0 if may_be_none else amount > 0) or amount == math.inf:
-                rule = "not be below 0" if may_be_none else "be above 0"
-                raise UserError(f"--resource {name} must {rule}, got {amount:g}")
-        if self.resources.get("num_gpus", 0) > 1:
-            raise UserError(
-                f"--resource num_gpus must be at most 1, as a worker trains on one GPU, "
-                f"got {self.resources['num_gpus']:g}"
-            )
-
-    @classmethod
-    def parse(cls, address: str, *, resources: tuple[str, ...] = (), placement: str = "pack") -> OnRay:
-        """From the values of --on, --resource NAME=AMOUNT and --placement."""
-        amounts = {}
-        for text in resources:
-            name, _, amount = text.partition("=")
-            try:
-                amounts[name] = float(amount)
-            except ValueError:
-                name = ""
-            if not name:
-                raise UserError(f"--resource must be NAME=AMOUNT, such as num_cpus=4, got {text!r}")
-        return cls(address, amounts, placement)
-
-
 class RayLauncher(Launcher):
     """Workers on a Ray cluster, under a supervisor there, which can be left to itself."""
 
-    def __init__(
-        self, on: OnRay, spec: StudySpec, *, devices: str, workers: int | None, allowed: ImportAllowlist, url: URL
-    ) -> None:
-        if on.address != OWN and database_path(url) is not None:
+    def __init__(self, executor: Ray, spec: StudySpec, *, allowed: ImportAllowlist, url: URL) -> None:
+        address, devices, share = executor.address, executor.devices, executor.resources.get("num_gpus", 1)
+        if address != OWN_RAY and database_path(url) is not None:
             raise UserError(
-                f"--on {on.address} needs a Postgres store, got {url}: SQLite is a file of one machine, whose locks do "
+                f"--on {address} needs a Postgres store, got {url}: SQLite is a file of one machine, whose locks do "
                 "not reach the others; name one with --storage, and take a study along with hpo copy"
             )
-        if 0 < on.resources.get("num_gpus", 1) < 1 and spec.engine.lanes == "auto":
+        if 0 < share < 1 and spec.engine.lanes == "auto":
             raise UserError(
-                f"--resource num_gpus={on.resources['num_gpus']:g} shares a GPU, for which the study must say how many "
+                f"--resource num_gpus={share:g} shares a GPU, for which the study must say how many "
                 'trials train in each share: engine.lanes = N (with "auto", a worker measures what a whole GPU can do)'
             )
-        self._own = choose_devices(devices) if on.address == OWN else []
+        self._own = choose_devices(devices) if address == OWN_RAY else []
         if self._own and self._own[0].kind == "mps":
             raise UserError("--devices mps cannot be given to workers by Ray; leave out --on, or take --devices cpu")
         if not self._own and devices not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--devices must be auto, cpu or cuda with --on {on.address}, got {devices!r}")
+            raise UserError(f"--devices must be auto, cpu or cuda with --on {address}, got {devices!r}")
         super().__init__(devices, kinds={device.kind for device in self._own})
-        self._on, self._limit, self._allowed, self._study = on, workers, allowed, spec.name
+        self._executor, self._allowed, self._study = executor, allowed, spec.name
         self._code = _code_folders(spec, allowed)
-        self.can_be_left = on.address != OWN
+        self.can_be_left = address != OWN_RAY
 
     def __enter__(self) -> Self:
         ray = _import_ray()
-        self._address = _address(self._on.address)
-        self._is_client = self._address.startswith(CLIENT)
+        self._address = _address(self._executor.address)
+        self._is_client = self._address.startswith(RAY_CLIENT)
         self._is_ours = not ray.is_initialized()
         self._packs = self._is_ours and not self._own  # else the code is there, or whoever started Ray has seen to that
         if self._is_ours:
             self._connect(ray)
         if not self._own:
-            has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or self._on.resources.get("num_gpus", 0) > 0
+            has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or self._executor.resources.get("num_gpus", 0) > 0
             self.request = "cuda" if self.request == "cuda" or (self.request == "auto" and has_gpus) else "cpu"
             self.kinds = {self.request}
         elif self.request != "cpu":
@@ -253,7 +204,7 @@ class RayLauncher(Launcher):
                         raise
                     init()
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise UserError(f"--on {self._on.address}: {_first_line(error)}{_hint(error)}") from None
+            raise UserError(f"--on {self._executor.address}: {_first_line(error)}{_hint(error)}") from None
 
     def _controller(self, store: Store, study: StudyRecord, *, is_detached: bool = False) -> tuple[Any, bool]:
         """The supervisor of this study that was left on the cluster, or a new one, and which of the two it is."""
@@ -276,23 +227,23 @@ class RayLauncher(Launcher):
             storage=store.url.render_as_string(hide_password=False),
             study=study.name,
             devices=self.request,
-            threads=max(1, int(self._on.resources.get("num_cpus", 1))),
+            threads=max(1, int(self._executor.resources.get("num_cpus", 1))),
             files=str(store.folder(study).parent),
             luggage=self._luggage(),
             options=self._options(),
-            limit=self._limit,
+            limit=self._executor.workers,
             num_open=sum(count for state, count in store.counts(study.study_id).items() if state not in ENDED),
             publishes=publishes,
         )
 
     def _options(self) -> dict[str, Any]:
         """What Ray is asked for a worker, as options of an actor or a task."""
-        given = dict(self._on.resources)
+        given = dict(self._executor.resources)
         options: dict[str, Any] = {"num_cpus": given.pop("num_cpus", 1)}
         options["num_gpus"] = given.pop("num_gpus", float("cuda" in self.kinds))
         if memory := given.pop("memory", None):
             options["memory"] = memory
-        return {**options, "resources": given, "scheduling_strategy": PLACEMENTS[self._on.placement]}
+        return {**options, "resources": given, "scheduling_strategy": PLACEMENTS[self._executor.placement]}
 
     def _luggage(self) -> WorkerEnvironment:
         from hpo.workers.ray_actors import WorkerEnvironment
@@ -336,12 +287,12 @@ def _address(asked: str) -> str:
 
     "auto" is resolved here: Ray would, unlike for an address, take up any token that is found in the home folder.
     """
-    if asked == OWN:
+    if asked == OWN_RAY:
         return "local"
     address, name = asked, "--on"
-    if asked == NAMED:
+    if asked == RUNNING_RAY:
         address, name = os.environ.get("RAY_ADDRESS", ""), "--on auto: RAY_ADDRESS"
-        if address in ("", NAMED):
+        if address in ("", RUNNING_RAY):
             running = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"  # as Ray has it
             address = running.read_text().strip() if running.exists() else ""
             name = "--on auto: the Ray of this machine"

@@ -78,7 +78,7 @@ def record(name: str, task: dict[str, Any], *, storage: str, seeds: int, epochs:
             "engine": {"lanes": 1},
         }
     )
-    trials = hpo.run(spec, storage=storage, workers=os.cpu_count()).trials
+    trials = hpo.run(spec, storage=storage, executor=hpo.Local(workers=os.cpu_count())).trials
     curves: list[list[list[float]]] = [[[] for _ in range(seeds)] for _ in lrs]
     for trial in trials:
         assert trial.state in ("complete", "diverged"), f"trial {trial.number} {trial.state}: {trial.reason}"

@@ -322,6 +322,7 @@ def test_what_is_due_is_added_once_the_search_is_done_and_once_only(store: Store
 FOUR_PROCESSES = """
 import sys, multiprocessing
 from hpo.store.studies import Store
+from hpo.workers.executors import InProcess
 
 def ask(url, barrier):
     store = Store(url)
@@ -570,7 +571,7 @@ def picture_study(folder: Path, *, raises: bool, confirm: bool) -> StudySpec:
 
 
 def run_here(spec: StudySpec, folder: Path) -> api.Result:
-    return api.run(spec, storage=f"sqlite:///{folder}/hpo.db", devices="cpu", in_process=True, code_folder=folder)
+    return api.run(spec, storage=f"sqlite:///{folder}/hpo.db", executor=InProcess("cpu"), code_folder=folder)
 
 
 def test_the_test_set_is_not_touched_before_the_winner_is_chosen(tmp_path: Path) -> None:

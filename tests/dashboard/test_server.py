@@ -354,7 +354,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
             "training": {"epochs": 4, "batch_size": 50},
         }
     )
-    result = hpo.run(spec, storage=storage_url, devices="cpu", in_process=True)
+    result = hpo.run(spec, storage=storage_url, executor=hpo.InProcess("cpu"))
     assert result.trials[-1].state == "diverged"
     return Study(storage_url, spec.name, {t.number: list(t.curves["val_accuracy"]) for t in result.trials})
 

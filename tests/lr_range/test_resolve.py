@@ -21,6 +21,7 @@ from hpo.store.studies import Store
 from hpo.study.records import StudyRecord
 from hpo.system.devices import choose_devices
 from hpo.train.lr_ramp import RangeTest, range_test
+from hpo.workers.executors import InProcess, Local
 
 CASES = {"by": {"optimizer": {"adam": "auto", "sgd": {"low": 0.01, "high": 1.0, "log": True}}}}
 
@@ -130,7 +131,7 @@ def test_the_answer_says_where_the_best_rate_is_in_the_range() -> None:
 
 def test_a_study_finds_its_range_once_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = f"sqlite:///{tmp_path}/hpo.db"
-    first = api.run(make_spec(), storage=storage, devices="cpu", in_process=True)
+    first = api.run(make_spec(), storage=storage, executor=InProcess("cpu"))
     store = Store(storage)
     study = store.study("s")
     (fact,) = study.facts["range_test"]
@@ -141,8 +142,8 @@ def test_a_study_finds_its_range_once_and_keeps_it(tmp_path: Path, monkeypatch: 
     assert first.best.as_dict()["range_test"] == [fact]
 
     monkeypatch.setattr(ranges, "measure", lambda *_: pytest.fail("it was tested again"))
-    assert api.run(make_spec(), storage=storage, devices="cpu").trials == first.trials
-    more = api.run(make_spec(search={"trials": 3}), storage=storage, devices="cpu", in_process=True)
+    assert api.run(make_spec(), storage=storage, executor=Local("cpu")).trials == first.trials
+    more = api.run(make_spec(search={"trials": 3}), storage=storage, executor=InProcess("cpu"))
     assert len(more.trials) == 3
     assert store.study("s").spec.search.space["lr"] == lr
 
@@ -153,7 +154,7 @@ def test_nothing_is_written_where_the_range_test_fails(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(ranges, "measure", fail)
     with pytest.raises(KeyboardInterrupt):
-        api.run(make_spec(), storage=f"sqlite:///{tmp_path}/hpo.db", devices="cpu", in_process=True)
+        api.run(make_spec(), storage=f"sqlite:///{tmp_path}/hpo.db", executor=InProcess("cpu"))
     assert not (tmp_path / "hpo.db").exists()
 
 

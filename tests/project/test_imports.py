@@ -74,7 +74,7 @@ def test_only_the_store_touches_optunas_storages() -> None:
 def test_the_public_surface_is_what_is_listed_and_all_of_it_exists() -> None:
     assert hpo.__all__ == sorted(hpo.__all__)
     assert hpo.__all__ == [
-        "Best", "OnRay", "Result", "StudySpec", "StudyStopped", "Trial", "UserError",
+        "Best", "InProcess", "Local", "Ray", "Result", "StudySpec", "StudyStopped", "Trial", "UserError",
         "best", "export", "join", "range_test", "resume", "run", "status", "stop", "studies", "submit",
         "trials",
     ]  # fmt: skip

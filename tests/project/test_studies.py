@@ -56,7 +56,7 @@ def test_a_study_as_it_is_written_is_valid(path: Path) -> None:
 def test_a_study_runs_at_a_tiny_size(path: Path, tmp_path: Path) -> None:
     spec = tiny(path)
     result = hpo.run(
-        spec, storage=f"sqlite:///{tmp_path}/hpo.db", devices="cpu", in_process=True, code_folder=path.parent
+        spec, storage=f"sqlite:///{tmp_path}/hpo.db", executor=hpo.InProcess("cpu"), code_folder=path.parent
     )
     assert len(result.trials) == spec.num_trials
     assert {trial.state for trial in result.trials} <= {"complete", "pruned", "diverged"}
@@ -96,7 +96,7 @@ def test_the_articles_study_runs_on_an_archive_in_cifar100s_layout(
 
     overrides = [f"data.root={tmp_path}", "training.epochs=1", "data.validation_fraction=0.25", "model.width=0.05"]
     spec = StudySpec.from_toml(ROOT / "studies" / "article_cifar100.toml", overrides=overrides)
-    result = hpo.run(spec, storage=f"sqlite:///{tmp_path}/hpo.db", devices="cpu", in_process=True)
+    result = hpo.run(spec, storage=f"sqlite:///{tmp_path}/hpo.db", executor=hpo.InProcess("cpu"))
     assert len(result.trials) == 5
     for trial in result.trials:
         assert len(trial.curves["test_accuracy"]) == 1

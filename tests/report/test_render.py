@@ -31,6 +31,7 @@ from hpo.report.publisher import Publisher, publish
 from hpo.report.render import FORMATS, StudyReport, is_ours, make, render, write
 from hpo.store.studies import Store
 from hpo.study.records import StudyRecord, TrialRecord
+from hpo.workers.executors import InProcess
 from scripts.bench.report import make_study as make_large
 from tests.analysis.test_answer import complete, make_study, make_trials, numbered
 from tests.report.test_figures import MINIMIZED, unusual
@@ -331,7 +332,7 @@ def trained(tmp_path: Path, make_spec: Callable[..., StudySpec]) -> Store:
     (tmp_path / "loop.py").write_text(LOOP)
     url = f"sqlite:///{tmp_path}/hpo.db"
     spec = make_spec(*(lr / 10 for lr in range(1, 8)))
-    api.run(spec, storage=url, devices="cpu", in_process=True, code_folder=tmp_path)
+    api.run(spec, storage=url, executor=InProcess("cpu"), code_folder=tmp_path)
     return Store(url)
 
 

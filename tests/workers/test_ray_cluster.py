@@ -4,28 +4,45 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from hpo.cli.app import main
+from hpo.cli.options import executor_options, make_executor, worker_arguments
 from hpo.config.import_policy import ImportAllowlist, load_own_spec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.workers import ray_cluster as on_ray
-from hpo.workers.local import launcher
-from hpo.workers.ray_cluster import OnRay
+from hpo.workers.executors import Executor, InProcess, Local, Ray
+from hpo.workers.launcher import Launcher
+from hpo.workers.launching import make_launcher
 
 MakeSpec = Callable[..., StudySpec]
 
 POSTGRES = "postgresql+psycopg://hpo@database/hpo"
 
 
-def ask(spec: StudySpec, on: OnRay, *, url: str = POSTGRES, devices: str = "auto", **options: Any) -> None:
-    launcher(spec, ImportAllowlist(), url=url, devices=devices, workers=None, on=on, **options)
+def launcher(spec: StudySpec, executor: Ray, *, url: str = POSTGRES) -> Launcher:
+    return make_launcher(executor, spec, ImportAllowlist(), url=url)
+
+
+def executor_of(
+    *, address: str = "auto", resources: Sequence[str] = (), placement: str | None = None, in_process: bool = False
+) -> Executor:
+    """Return what the options of a command make."""
+    return make_executor(
+        devices="auto",
+        workers=None,
+        in_process=in_process,
+        address=address,
+        resources=resources,
+        placement=placement,
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,38 +62,64 @@ def ask(spec: StudySpec, on: OnRay, *, url: str = POSTGRES, devices: str = "auto
 )  # fmt: skip
 def test_a_wrong_request_is_one_sentence(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        OnRay.parse(**{"address": "auto", **arguments})
+        executor_of(**arguments)
 
 
 def test_what_is_asked_for_is_kept_as_it_was_given() -> None:
-    on = OnRay.parse("ray://head:10001", resources=("num_gpus=0.5", "fast_disk=2"), placement="spread")
-    assert on == OnRay("ray://head:10001", {"num_gpus": 0.5, "fast_disk": 2.0}, "spread")
+    made = executor_of(address="ray://head:10001", resources=("num_gpus=0.5", "fast_disk=2"), placement="spread")
+    assert made == Ray("ray://head:10001", resources={"num_gpus": 0.5, "fast_disk": 2.0}, placement="spread")
+
+
+EXECUTORS: dict[str, Executor] = {
+    "": Local(),
+    "--devices cuda:0,cuda:1 --workers 4": Local("cuda:0,cuda:1", workers=4),
+    "--devices cpu --in-process": InProcess("cpu"),
+    "--on auto": Ray(),
+    "--devices cpu --workers 2 --on ray --resource num_cpus=4 --resource fast=0.5 --placement spread": Ray(
+        "ray", "cpu", 2, resources={"num_cpus": 4, "fast": 0.5}, placement="spread"
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "executor"), EXECUTORS.items())
+def test_the_arguments_of_an_executor_make_it_again(arguments: str, executor: Executor) -> None:
+    made: list[Executor] = []
+
+    @click.command()
+    @click.option("--in-process", is_flag=True)
+    @executor_options
+    def command(executor: Executor) -> None:
+        made.append(executor)
+
+    assert worker_arguments(executor) == arguments.split()
+    command.main(arguments.split(), standalone_mode=False)
+    assert made == [executor]
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001"])
 def test_a_cluster_needs_a_store_that_its_nodes_reach(make_spec: MakeSpec, tmp_path: Path, address: str) -> None:
     with pytest.raises(UserError, match=rf"^--on {address} needs a Postgres store, got sqlite:.*file of one machine"):
-        ask(make_spec(), OnRay(address), url=f"sqlite:///{tmp_path}/hpo.db")
-    ask(make_spec(), OnRay("ray"), url=f"sqlite:///{tmp_path}/hpo.db")
+        launcher(make_spec(), Ray(address), url=f"sqlite:///{tmp_path}/hpo.db")
+    launcher(make_spec(), Ray("ray"), url=f"sqlite:///{tmp_path}/hpo.db")
 
 
 def test_a_share_of_a_gpu_needs_a_number_of_lanes() -> None:
     settings = {"name": "s", "search": {"space": {"lr": [0.1, 0.2]}, "sampler": "grid"}}
     with pytest.raises(UserError, match=r"^--resource num_gpus=0.5 shares a GPU, .*engine.lanes = N"):
-        ask(StudySpec.from_dict(settings), OnRay("auto", {"num_gpus": 0.5}))
-    for fits in (OnRay("auto", {"num_gpus": 1}), OnRay("auto", {"num_gpus": 0}), OnRay("auto")):
-        ask(StudySpec.from_dict(settings), fits)
-    ask(StudySpec.from_dict({**settings, "engine": {"lanes": 4}}), OnRay("auto", {"num_gpus": 0.5}))
+        launcher(StudySpec.from_dict(settings), Ray("auto", resources={"num_gpus": 0.5}))
+    for fits in (Ray("auto", resources={"num_gpus": 1}), Ray("auto", resources={"num_gpus": 0}), Ray("auto")):
+        launcher(StudySpec.from_dict(settings), fits)
+    launcher(StudySpec.from_dict({**settings, "engine": {"lanes": 4}}), Ray("auto", resources={"num_gpus": 0.5}))
 
 
 def test_devices_are_kinds_where_their_numbers_are_rays(make_spec: MakeSpec) -> None:
     with pytest.raises(UserError, match=r"^--devices must be auto, cpu or cuda with --on auto, got 'cuda:0'$"):
-        ask(make_spec(), OnRay("auto"), devices="cuda:0")
+        launcher(make_spec(), Ray("auto", devices="cuda:0"))
 
 
-def test_a_cluster_and_this_process_exclude_each_other(make_spec: MakeSpec) -> None:
+def test_a_cluster_and_this_process_exclude_each_other() -> None:
     with pytest.raises(UserError, match=r"^--on has no meaning with --in-process$"):
-        ask(make_spec(), OnRay("auto"), in_process=True)
+        executor_of(in_process=True)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +149,7 @@ def test_without_ray_it_says_what_to_install(make_spec: MakeSpec, monkeypatch: p
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(UserError, match=r"^--on needs Ray: pip install 'hpo-studies\[ray\]'$"),
-        launcher(make_spec(), ImportAllowlist(), url=POSTGRES, devices="auto", workers=None, on="auto"),
+        launcher(make_spec(), Ray("auto")),
     ):
         pass
 

@@ -1,0 +1,96 @@
+"""Executors: plain descriptions of where the workers of a study run, and of how many there are.
+
+An executor connects to nothing and loads neither torch nor Ray. `hpo.workers.launching` makes a launcher of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hpo.errors import UserError
+
+OWN_RAY, RUNNING_RAY, RAY_CLIENT = "ray", "auto", "ray://"  # the addresses, of which the last one is a prefix
+PLACEMENTS = {"pack": "DEFAULT", "spread": "SPREAD"}  # our name: Ray's name
+
+
+@dataclass(frozen=True)
+class Local:
+    """Worker processes on this machine.
+
+    Args:
+        devices: "auto" for every free GPU, else the CPU; or a list such as "cpu", "mps", "cuda" or "cuda:0,cuda:1".
+        workers: Number of processes. Default: one for each device.
+
+    Raises:
+        UserError: `workers` is below 1.
+    """
+
+    devices: str = "auto"
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_workers(self.workers)
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """The calling process itself, which trains without workers: for a debugger.
+
+    Args:
+        devices: As in `Local`; it trains on the first one.
+    """
+
+    devices: str = "auto"
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Workers that a Ray cluster places.
+
+    Args:
+        address: "auto", the cluster that RAY_ADDRESS names or else the Ray that runs on this machine; "ray", a Ray of
+            its own on this machine that ends with the study; or "ray://HOST:PORT", a cluster through Ray Client.
+        devices: What each worker trains on: "auto", "cpu" or "cuda"; with address "ray" as in `Local`.
+        workers: Number of workers at most. Default: as many as the cluster has room for.
+        resources: What each worker needs: `num_cpus` (its threads; default 1), `num_gpus` (at most 1; default 1 where
+            it trains on a GPU), `memory` (bytes), and resources of the cluster's own.
+        placement: "pack" fills one node after the other, "spread" uses as many nodes as possible.
+
+    Raises:
+        UserError: An argument is none of these.
+    """
+
+    address: str = RUNNING_RAY
+    devices: str = "auto"
+    workers: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    placement: str = "pack"
+
+    def __post_init__(self) -> None:
+        if self.address not in (OWN_RAY, RUNNING_RAY) and not self.address.startswith(RAY_CLIENT):
+            raise UserError(f"--on must be ray, auto or ray://HOST:PORT, got {self.address!r}")
+        if self.placement not in PLACEMENTS:
+            raise UserError(f"--placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
+        for name, amount in self.resources.items():
+            _check_resource(name, amount)
+        _check_workers(self.workers)
+
+
+Executor = Local | InProcess | Ray
+
+
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}")
+
+
+def _check_resource(name: str, amount: float) -> None:
+    may_be_zero = name in ("num_cpus", "num_gpus")
+    is_enough = amount >= 0 if may_be_zero else amount > 0  # NaN is neither
+    if not is_enough or amount == math.inf:
+        rule = "not be below 0" if may_be_zero else "be above 0"
+        raise UserError(f"--resource {name} must {rule}, got {amount:g}")
+    if name == "num_gpus" and amount > 1:
+        raise UserError(f"--resource num_gpus must be at most 1, as a worker trains on one GPU, got {amount:g}")

@@ -1,0 +1,26 @@
+"""The launcher that an executor describes."""
+
+from __future__ import annotations
+
+from hpo.config.import_policy import ImportAllowlist
+from hpo.config.study_spec import StudySpec
+from hpo.store.database import parse_url
+from hpo.workers.executors import Executor, InProcess, Local
+from hpo.workers.launcher import Launcher
+from hpo.workers.local import InProcessLauncher, LocalLauncher
+
+
+def make_launcher(executor: Executor, spec: StudySpec, allowed: ImportAllowlist, *, url: str) -> Launcher:
+    """Return what runs the workers of this study of the store at `url`.
+
+    Raises:
+        UserError: The executor asks for devices, or a kind of store, that it cannot have.
+    """
+    match executor:
+        case Local():
+            return LocalLauncher(executor.devices, workers=executor.workers, allowed=allowed)
+        case InProcess():
+            return InProcessLauncher(executor.devices)
+    from hpo.workers.ray_cluster import RayLauncher
+
+    return RayLauncher(executor, spec, allowed=allowed, url=parse_url(url))
