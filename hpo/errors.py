@@ -15,22 +15,24 @@ class UserError(Exception):
 class StudyStopped(Exception):
     """The study could not finish; the command line prints the message alone and exits with 1.
 
-    `can_go_on` is true where the same command, given again, has something left to do; `interrupted`, where it was
+    `can_resume` is true where the same command, given again, has something left to do; `interrupted`, where it was
     ended by Ctrl-C or SIGTERM.
     """
 
-    def __init__(self, message: str, *, can_go_on: bool = False, interrupted: bool = False) -> None:
+    def __init__(self, message: str, *, can_resume: bool = False, interrupted: bool = False) -> None:
         super().__init__(message)
-        self.can_go_on = can_go_on
+        self.can_resume = can_resume
         self.interrupted = interrupted
 
 
 def unknown_name(setting: str, value: object, valid: Iterable[str]) -> UserError:
     """The error for a name that is not in a table: names the setting, the value, the nearest name and all of them."""
-    return UserError(f"{setting} must be one of {', '.join(sorted(valid))}; got {value!r}{nearest(str(value), valid)}")
+    return UserError(
+        f"{setting} must be one of {', '.join(sorted(valid))}; got {value!r}{did_you_mean(str(value), valid)}"
+    )
 
 
-def nearest(value: str, valid: Iterable[str]) -> str:
+def did_you_mean(value: str, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` where a valid name is close to the value, else nothing."""
     near = difflib.get_close_matches(value, list(valid), n=1, cutoff=0.65)
     return f" (did you mean {near[0]!r}?)" if near else ""
@@ -42,4 +44,4 @@ def check_keys(section: str, given: Iterable[str], valid: Iterable[str]) -> None
     for key in given:
         if key not in valid:
             name = f"{section}.{key}" if section else key
-            raise UserError(f"unknown key {name}{nearest(key, valid)}; valid keys: {', '.join(valid)}")
+            raise UserError(f"unknown key {name}{did_you_mean(key, valid)}; valid keys: {', '.join(valid)}")

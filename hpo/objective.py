@@ -11,7 +11,9 @@ from typing import Any
 from hpo.errors import UserError
 
 # What `hpo trials --json` says of every trial beside its metrics.
-RESERVED = frozenset({"number", "state", "params", "value", "attempt", "epochs", "reason", "error", "seed", "device"})
+RESERVED_METRICS = frozenset(
+    {"number", "state", "params", "value", "attempt", "epochs", "reason", "error", "seed", "device"}
+)
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Trial:
         if not 1 <= number < 2**31:
             raise UserError(f"trial.report: epoch must be an integer of at least 1, got {epoch!r}")
         for name in metrics:
-            if name in RESERVED:
+            if name in RESERVED_METRICS:
                 raise UserError(f"trial.report: {name!r} names a column of every trial and cannot be a metric")
         if self._metric not in metrics:
             raise UserError(

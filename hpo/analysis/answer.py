@@ -113,7 +113,7 @@ def best(study: StudyRecord, trials: Sequence[TrialRecord]) -> Best | None:
     responses = [
         (group, found) for group, alike in _groups(study, trials) if (found := response(study, alike)) is not None
     ]
-    listed = study.spec.search.listed
+    listed = study.spec.search.listed_values
     group = listed(confirmed.winner.params if confirmed else winner.params)
     lead = best_trial(study, [trial for trial in trials if listed(trial.params) == group]) or winner
     mine = next((found for other, found in responses if other == group and _has_rate(lead)), None)
@@ -395,7 +395,7 @@ def _groups(study: StudyRecord, trials: Sequence[TrialRecord]) -> list[tuple[dic
     """The trials of each combination of listed parameters, in the order in which they first come."""
     groups: list[tuple[dict[str, Any], list[TrialRecord]]] = []
     for trial in trials:
-        key = study.spec.search.listed(trial.params)
+        key = study.spec.search.listed_values(trial.params)
         known = next((alike for other, alike in groups if other == key), None)
         if known is None:
             groups.append((key, known := []))
@@ -410,7 +410,7 @@ def _searched(study: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[float,
     if isinstance(parameter, Conditional):
         case = trials[0].params.get(parameter.by)
         parameter = next((values for name, values in parameter.cases.items() if name == str(case)), None)
-    bounds = [float(value) for value in parameter.extremes() if is_rate(value)] if parameter else []
+    bounds = [float(value) for value in parameter.extreme_values() if is_rate(value)] if parameter else []
     return min(rates + bounds), max(rates + bounds)
 
 
@@ -432,7 +432,7 @@ def _is_comparable(study: StudyRecord, trial: TrialRecord, winner: TrialRecord) 
 
 
 def _is_alike(study: StudyRecord, trial: TrialRecord, winner: TrialRecord) -> bool:
-    listed = study.spec.search.listed
+    listed = study.spec.search.listed_values
     return listed(trial.params) == listed(winner.params)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from hpo.analysis.answer import Best, best_trial, warnings
 from hpo.analysis.response import CONFIDENCE, Response
 from hpo.config.study_file import flatten
-from hpo.config.study_spec import RESULT_NEUTRAL
+from hpo.config.study_spec import STUDY_NEUTRAL_KEYS
 from hpo.study.records import StudyRecord, TrialRecord
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
@@ -104,7 +104,7 @@ def compare(answers: Sequence[tuple[StudyRecord, Sequence[TrialRecord], Best]]) 
 def _responses(study: StudyRecord, found: Best) -> list[tuple[Mapping[str, Any], Response | None]]:
     if found.responses:
         return list(found.responses)
-    return [(study.spec.search.listed(found.params), None)]
+    return [(study.spec.search.listed_values(found.params), None)]
 
 
 def _ratio(first: Response | None, other: Response | None) -> tuple[float, float] | None:
@@ -120,7 +120,7 @@ def _ratio(first: Response | None, other: Response | None) -> tuple[float, float
 def _side(
     study: StudyRecord, trials: Sequence[TrialRecord], found: Best, params: Mapping[str, Any], response: Response | None
 ) -> Side:
-    alike = [t for t in trials if t.kind == "search" and study.spec.search.listed(t.params) == params]
+    alike = [t for t in trials if t.kind == "search" and study.spec.search.listed_values(t.params) == params]
     lead = best_trial(study, alike)
     beware = warnings(study, alike, lead, response) if lead is not None else []
     return Side(
@@ -135,7 +135,9 @@ def _side(
         value=response.value if response else found.value,
         metric=study.spec.metric,
         num_trials=len(alike),
-        confirmed=found.lr if found.confirmation and study.spec.search.listed(found.recommended) == params else None,
+        confirmed=found.lr
+        if found.confirmation and study.spec.search.listed_values(found.recommended) == params
+        else None,
         warnings=[warning.kind for warning in beware],
     )
 
@@ -212,4 +214,4 @@ def _used(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_compared(key: str) -> bool:
-    return key not in RESULT_NEUTRAL and not key.startswith(NOT_COMPARED)
+    return key not in STUDY_NEUTRAL_KEYS and not key.startswith(NOT_COMPARED)

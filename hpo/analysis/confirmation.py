@@ -101,7 +101,7 @@ def candidates(study: StudyRecord, trials: Sequence[TrialRecord], found: Best) -
     answer = _without_seed(found.params)
     rate = _free_rate(study, answer)
     if found.response is not None and rate is not None:
-        ends = [float(end) for end in rate.extremes()]  # Optuna takes nothing beyond them, not by a last digit
+        ends = [float(end) for end in rate.extreme_values()]  # Optuna takes nothing beyond them, not by a last digit
         answer["lr"] = min(max(float(f"{found.response.best:.6g}"), min(ends)), max(ends))
     values: dict[tuple[tuple[str, Any], ...], list[float]] = {}
     for trial in trials:
@@ -229,7 +229,7 @@ def _free_rate(study: StudyRecord, params: Mapping[str, Scalar]) -> Range | Cate
 
 def _are_apart(study: StudyRecord, one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
     """Whether two trials differ in a listed parameter or by APART in their learning rate, or have none and differ."""
-    lists = study.spec.search.listed(one)
+    lists = study.spec.search.listed_values(one)
     if any(one.get(key) != other.get(key) for key in lists):
         return True
     mine, theirs = one.get("lr"), other.get("lr")

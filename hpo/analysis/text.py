@@ -46,7 +46,7 @@ def answer_lines(study: StudyRecord, found: Best) -> list[str]:
     if found.confirmation is not None:
         lines = confirmation_lines(study, found.confirmation)
         if found.response is not None:
-            listed = params_text(study.spec.search.listed(found.recommended))
+            listed = params_text(study.spec.search.listed_values(found.recommended))
             best = f"{rate_in_words(found.response.best)}{f' with {listed}' if listed else ''}"
             lines.append(f"the response to the learning rate in the search is best at {best}")
             lines += response_lines(study, found.response)

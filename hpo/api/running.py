@@ -441,9 +441,9 @@ def _train(
     study = store.study(study.name)
     left = store.num_left(study)
     if study.stop == "failure":
-        raise StudyStopped(f"study {study.name!r} was stopped: {study.stop_reason}", can_go_on=left > 0)
+        raise StudyStopped(f"study {study.name!r} was stopped: {study.stop_reason}", can_resume=left > 0)
     if left:
-        raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_go_on=True)
+        raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_resume=True)
     return _result(store, study)
 
 
@@ -474,5 +474,7 @@ def _exported(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
     numbers = [found.trial] if found.confirmation is None else found.confirmation.winner.trials
     best = next(trial for trial in all_trials if trial.number in numbers and trial.state == "complete")
     stacked = any(agreed["convolution"] for agreed in store.shared_values(study).values())
-    again = study.spec.of_trial(best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked)
+    again = study.spec.single_trial_spec(
+        best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked
+    )
     return found, again.frozen()

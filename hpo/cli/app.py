@@ -125,7 +125,7 @@ def run_command(spec: str, overrides: tuple[str, ...], detach: bool, executor: E
             _train(train, parsed.name, storage, again=again)
             answered.append(parsed.name)
         except StudyStopped as error:
-            if error.can_go_on:
+            if error.can_resume:
                 raise
             unanswered = error  # it has ended without an answer; the others need not
     if len(answered) > 1:
@@ -227,7 +227,7 @@ def _train(train: Callable[..., Result], study: str, storage: str | None, *, aga
         with LiveDisplay(console) as progress:
             result = train(watcher=progress.watch)
     except StudyStopped as error:
-        raise StudyStopped(f"{error}\ngo on with: {again}{suffix}" if error.can_go_on else str(error)) from None
+        raise StudyStopped(f"{error}\ngo on with: {again}{suffix}" if error.can_resume else str(error)) from None
     store = Store(api.storage_url(storage))
     steps = [
         f"every trial in the browser:  hpo dashboard{suffix}",

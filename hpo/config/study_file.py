@@ -21,11 +21,11 @@ def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the study file {path} is not valid TOML: {error}") from None
     for override in overrides:
-        change(settings, override)
+        apply_override(settings, override)
     return settings
 
 
-def variants(settings: Mapping[str, Any], *, source: str) -> list[dict[str, Any]]:
+def expand_compare(settings: Mapping[str, Any], *, source: str) -> list[dict[str, Any]]:
     """The settings without [[compare]] and, for each table of that, the same with the table's in their place.
 
     A variant is named NAME-VARIANT by the `name` in its table. A table within a table is merged with what it changes;
@@ -70,7 +70,7 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any], *, where: s
     return merged
 
 
-def change(settings: dict[str, Any], override: str) -> None:
+def apply_override(settings: dict[str, Any], override: str) -> None:
     """Puts the value of a `section.key=value` where it belongs."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")

@@ -22,17 +22,26 @@ from hpo.config import study_file
 from hpo.config.checks import check_reference, check_rule, explain
 from hpo.config.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec
 from hpo.errors import UserError, check_keys, unknown_name
-from hpo.objective import RESERVED
+from hpo.objective import RESERVED_METRICS
 from hpo.search.config import PrunerSpec, SearchSpec, Section
 from hpo.search.pruners import PRUNERS
 from hpo.search.samplers import SAMPLERS
-from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, combinations, grid_points, is_auto
-from hpo.train.config import NEUTRAL, TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
+from hpo.search.space import (
+    Categorical,
+    Conditional,
+    Parameter,
+    Range,
+    Scalar,
+    grid_points,
+    is_auto,
+    value_combinations,
+)
+from hpo.train.config import TORCHVISION, TRIAL_NEUTRAL_KEYS, DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
 # What may differ between two runs of one study without changing a single number of it.
-RESULT_NEUTRAL = NEUTRAL | {"search.retries", "engine.lanes", "checkpoints.url", "checkpoints.keep_best"}
+STUDY_NEUTRAL_KEYS = TRIAL_NEUTRAL_KEYS | {"search.retries", "engine.lanes", "checkpoints.url", "checkpoints.keep_best"}
 BUDGET = frozenset({"search.trials"})  # of a sampled study: trials can be added to those that there are
 
 
@@ -65,7 +74,7 @@ class StudySpec(Section):
     @classmethod
     def all_from_toml(cls, path: str | Path, *, overrides: Iterable[str] = ()) -> list[StudySpec]:
         """The study of a file and, for each table of its `[[compare]]`, that study with the settings of the table."""
-        settings = study_file.variants(study_file.read(path, overrides=overrides), source=str(path))
+        settings = study_file.expand_compare(study_file.read(path, overrides=overrides), source=str(path))
         sources = [str(path), *(f"{path}, [[compare]] for {one['name']}" for one in settings[1:])]
         return [cls.from_dict(one, source=source) for one, source in zip(settings, sources, strict=True)]
 
@@ -98,7 +107,9 @@ class StudySpec(Section):
         named: list[tuple[str, Any]] = [("objective.function", self.objective.function if self.objective else None)]
         for setting, value in (("model.name", self.model.name), ("data.name", self.data.name)):
             searched = self.search.parameters.get(setting)
-            named += [(f"search.space.{setting}", v) for v in searched.extremes()] if searched else [(setting, value)]
+            named += (
+                [(f"search.space.{setting}", v) for v in searched.extreme_values()] if searched else [(setting, value)]
+            )
         return {
             str(value).partition(":")[0]: setting for setting, value in reversed(named)
             if value is not None and ":" in str(value) and not str(value).startswith(TORCHVISION)
@@ -108,7 +119,7 @@ class StudySpec(Section):
     def max_epochs(self) -> int:
         """The most epochs that any trial can have."""
         searched = self.search.parameters.get("epochs")
-        return max([*map(int, searched.extremes())] if searched else [self.training.epochs])
+        return max([*map(int, searched.extreme_values())] if searched else [self.training.epochs])
 
     def trial_config(self, values: Mapping[str, Scalar], *, seed: int) -> TrialConfig:
         """The configuration of the trial that has these values of the space (keys as in `search.parameters`)."""
@@ -123,7 +134,7 @@ class StudySpec(Section):
             seed=seed,
         )
 
-    def of_trial(self, values: Mapping[str, Scalar], *, name: str, seed: int, stacked: bool) -> StudySpec:
+    def single_trial_spec(self, values: Mapping[str, Scalar], *, name: str, seed: int, stacked: bool) -> StudySpec:
         """The study that trains one trial of this one again, digit for digit on a CPU.
 
         `stacked`: the trial was trained in lanes, which shows in its last digits; so will this one. Its values stand in
@@ -152,8 +163,8 @@ class StudySpec(Section):
         concerned = {key for key in parameters if _section_and_name(key)[0] in sections}
         needed = concerned | {p.by for key, p in parameters.items() if key in concerned and isinstance(p, Conditional)}
         seen = []
-        points = combinations(
-            {key: parameters[key] for key in parameters if key in needed}, lambda parameter: parameter.extremes()
+        points = value_combinations(
+            {key: parameters[key] for key in parameters if key in needed}, lambda parameter: parameter.extreme_values()
         )
         for point in itertools.islice(points, 4096):
             corner = {key: value for key, value in point.items() if key in concerned}
@@ -177,7 +188,9 @@ class StudySpec(Section):
         A confirmation can be added to what was searched without one.
         """
         mine, theirs = dict(study_file.flatten(self.frozen())), dict(study_file.flatten(other.frozen()))
-        neutral = RESULT_NEUTRAL if "grid" in (self.search.sampler, other.search.sampler) else RESULT_NEUTRAL | BUDGET
+        neutral = (
+            STUDY_NEUTRAL_KEYS if "grid" in (self.search.sampler, other.search.sampler) else STUDY_NEUTRAL_KEYS | BUDGET
+        )
         return [
             f"{key}: {mine.get(key)!r} in the study, {theirs.get(key)!r} here"
             for key in sorted(mine.keys() | theirs.keys())
@@ -304,9 +317,9 @@ class StudySpec(Section):
         assert self.objective is not None
         if self.objective.direction not in ("maximize", "minimize"):
             raise UserError(f"objective.direction must be maximize or minimize, got {self.objective.direction!r}")
-        if self.objective.metric in RESERVED:
+        if self.objective.metric in RESERVED_METRICS:
             raise UserError(
-                f"objective.metric cannot be one of {', '.join(sorted(RESERVED))}; got {self.objective.metric!r}"
+                f"objective.metric cannot be one of {', '.join(sorted(RESERVED_METRICS))}; got {self.objective.metric!r}"
             )
         check_reference("objective.function", self.objective.function)
         if is_auto(self.search.parameters.get("lr")):
@@ -341,7 +354,7 @@ class StudySpec(Section):
     def _check_training(self) -> None:
         parameters = self.search.parameters
         for key, parameter in parameters.items():
-            for value in parameter.extremes():
+            for value in parameter.extreme_values():
                 _check_searched(key, value, data=self.data)
         if self.data.image_size != DataConfig.image_size and self.data.name != "image_folder":
             raise UserError(f"data.image_size has no meaning but for image_folder, got {self.data.image_size}")
@@ -352,7 +365,7 @@ class StudySpec(Section):
             raise UserError("data.train_samples and data.train_fraction cannot both be set")
         for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             searched = parameters.get(kind)
-            names = {getattr(self.training, kind)} if searched is None else {str(v) for v in searched.extremes()}
+            names = {getattr(self.training, kind)} if searched is None else {str(v) for v in searched.extreme_values()}
             for name in names:
                 if name not in table:
                     setting = f"search.space.{kind}" if searched else f"training.{kind}"
@@ -418,7 +431,7 @@ def _check_searched(key: str, value: Scalar, *, data: DataConfig) -> None:
     config: type[DataConfig] | type[TrainingConfig] | type[ModelConfig]
     config = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}[section]
     hints = get_type_hints(config)
-    if name not in hints or name == "options" or f"{section}.{name}" in RESULT_NEUTRAL:
+    if name not in hints or name == "options" or f"{section}.{name}" in STUDY_NEUTRAL_KEYS:
         if section == "data" and ":" in data.name:
             return
         raise unknown_name("search.space: each key", key, _searchable_keys())
@@ -430,8 +443,10 @@ def _check_searched(key: str, value: Scalar, *, data: DataConfig) -> None:
 
 
 def _searchable_keys() -> list[str]:
-    training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in RESULT_NEUTRAL]
-    data = [f.name for f in dataclasses.fields(DataConfig) if f"data.{f.name}" not in {*RESULT_NEUTRAL, "data.options"}]
+    training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in STUDY_NEUTRAL_KEYS]
+    data = [
+        f.name for f in dataclasses.fields(DataConfig) if f"data.{f.name}" not in {*STUDY_NEUTRAL_KEYS, "data.options"}
+    ]
     return [*training, "model.name", *(f"data.{name}" for name in data)]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.config.import_policy import load_own_spec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
-from hpo.search.space import AUTO, Categorical, Conditional, Parameter, Scalar, combinations, is_auto
+from hpo.search.space import AUTO, Categorical, Conditional, Parameter, Scalar, is_auto, value_combinations
 from hpo.system.devices import choose_devices
 from hpo.train.config import TrialConfig, derive_seed
 from hpo.train.optim import SCHEDULES
@@ -153,7 +153,7 @@ def _points(spec: StudySpec) -> list[dict[str, Scalar]]:
     lr = parameters.get("lr")
     needed = {parameter.by for parameter in parameters.values() if isinstance(parameter, Conditional)}
     kept = {key: _choices(parameter) for key, parameter in parameters.items() if key not in UNTESTED or key in needed}
-    points = list(combinations(kept, lambda choice: choice.grid()))
+    points = list(value_combinations(kept, lambda choice: choice.grid_values()))
     if isinstance(lr, Conditional) and is_auto(lr):
         points = [point for point in points if is_auto(lr.cases.get(str(point[lr.by])))]
     if len(points) > MOST_TESTS:
@@ -169,7 +169,7 @@ def _choices(parameter: Parameter) -> Parameter:
     """The same with the middle of a range as its only value."""
     if isinstance(parameter, Conditional):
         return Conditional(by=parameter.by, cases={name: _choices(case) for name, case in parameter.cases.items()})  # type: ignore[misc]
-    return parameter if isinstance(parameter, Categorical) else Categorical((parameter.at(0.5),))
+    return parameter if isinstance(parameter, Categorical) else Categorical((parameter.value_at(0.5),))
 
 
 def _is_range(parameter: Parameter) -> bool:

@@ -42,7 +42,7 @@ class SearchSpec(Section):
 
         return sorted(grid_points(self.parameters), key=place)
 
-    def listed(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def listed_values(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Those of a trial's values that come from a list, its learning rate and its seed aside."""
         listed = {}
         for key, parameter in self.parameters.items():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, point
+from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, point_at
 from hpo.train.config import derive_seed
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 from hpo.search.samplers import SAMPLERS, num_startup
 
 
-def slots(spec: SearchSettings) -> list[dict[str, Scalar]]:
+def fixed_values(spec: SearchSettings) -> list[dict[str, Scalar]]:
     """What is given of each trial's parameters before it is claimed: all of a grid point, nothing of a sampled one."""
     if spec.search.sampler == "grid":
         return spec.search.grid
@@ -34,7 +34,7 @@ def _spread(spec: SearchSettings, count: int) -> list[dict[str, Scalar]]:
     sequence = qmc.Sobol(len(spec.search.parameters), rng=derive_seed(spec.search.seed, "spread"))
     # Drawn by powers of two, as many as are balanced; the first of them are as good for any count.
     shares = sequence.random_base2(max(0, count - 1).bit_length())[:count]
-    return [point(spec.search.parameters, row.tolist()) for row in shares]
+    return [point_at(spec.search.parameters, row.tolist()) for row in shares]
 
 
 def optuna_params(spec: SearchSettings, values: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -55,7 +55,7 @@ def new_trial(spec: SearchSettings, slot: Any) -> FrozenTrial:
     """
     from optuna.trial import FixedTrial, TrialState, create_trial
 
-    from hpo.search.study_views import KIND
+    from hpo.search.study_views import KIND_ATTRIBUTE
 
     given = json.loads(slot.given)
     if slot.kind == "search":
@@ -66,7 +66,7 @@ def new_trial(spec: SearchSettings, slot: Any) -> FrozenTrial:
         state=TrialState.RUNNING,
         params=known.params,
         distributions=known.distributions,
-        user_attrs={KIND: slot.kind, "replicate": slot.replicate},
+        user_attrs={KIND_ATTRIBUTE: slot.kind, "replicate": slot.replicate},
     )
 
 
@@ -98,7 +98,7 @@ def _suggest(trial: optuna.trial.BaseTrial, name: str, parameter: Range | Catego
         low, high = min(numbers), max(numbers)
         parameter = Range(low=low, high=high, log=low > 0 and high / low >= 10)
     step = None if grid else parameter.step  # a grid's points are given, and need not lie on a step
-    if parameter.integer:
+    if parameter.is_integer:
         return trial.suggest_int(name, int(parameter.low), int(parameter.high), log=parameter.log, step=int(step or 1))
     return trial.suggest_float(name, float(parameter.low), float(parameter.high), log=parameter.log, step=step)
 

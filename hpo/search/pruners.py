@@ -16,7 +16,7 @@ INTERLEAVED_TRIALS = 8  # trials that take turns of an epoch where the pruner co
 
 
 @dataclass(frozen=True)
-class Pruner:
+class PrunerEntry:
     """A pruner: its options with their defaults (None: see `build`), and how it is built from them and max_epochs.
 
     `judges` says whether it drops trials after an epoch; after the others nobody waits for its word, which counts all
@@ -85,14 +85,14 @@ def _at_rungs(options: dict[str, Any], epoch: int) -> bool:
     return bool(rung == epoch)
 
 
-PRUNERS: dict[str, Pruner] = {
-    "none": Pruner({}, _none, judges=lambda options, epoch: False),
-    "median": Pruner({"startup_trials": 5, "warmup_epochs": 1}, _percentile),
-    "percentile": Pruner({"percentile": 50.0, "startup_trials": 5, "warmup_epochs": 1}, _percentile),
-    "asha": Pruner({"min_epochs": 1, "reduction_factor": 3}, _asha, _at_rungs, compares_early=True),
-    "hyperband": Pruner({"min_epochs": 1, "reduction_factor": 3}, _hyperband, _at_rungs, compares_early=True),
-    "patient": Pruner({"patience": 3, "min_delta": 0.0}, _patient),
-    "threshold": Pruner({"lower": None, "upper": None, "warmup_epochs": 1}, _threshold),
+PRUNERS: dict[str, PrunerEntry] = {
+    "none": PrunerEntry({}, _none, judges=lambda options, epoch: False),
+    "median": PrunerEntry({"startup_trials": 5, "warmup_epochs": 1}, _percentile),
+    "percentile": PrunerEntry({"percentile": 50.0, "startup_trials": 5, "warmup_epochs": 1}, _percentile),
+    "asha": PrunerEntry({"min_epochs": 1, "reduction_factor": 3}, _asha, _at_rungs, compares_early=True),
+    "hyperband": PrunerEntry({"min_epochs": 1, "reduction_factor": 3}, _hyperband, _at_rungs, compares_early=True),
+    "patient": PrunerEntry({"patience": 3, "min_delta": 0.0}, _patient),
+    "threshold": PrunerEntry({"lower": None, "upper": None, "warmup_epochs": 1}, _threshold),
 }
 
 

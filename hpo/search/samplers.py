@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 from hpo.search.pruners import INTERLEAVED_TRIALS, PRUNERS
 
 
-def _as_it_is() -> type[optuna.Study]:
+def _search_study() -> type[optuna.Study]:
     from hpo.search.study_views import SearchStudy
 
     return SearchStudy
 
 
-def _by_reports() -> type[optuna.Study]:
+def _reports_study() -> type[optuna.Study]:
     from hpo.search.study_views import ReportsStudy
 
     return ReportsStudy
 
 
-def _by_values() -> type[optuna.Study]:
+def _values_study() -> type[optuna.Study]:
     from hpo.search.study_views import ValuesStudy
 
     return ValuesStudy
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SamplerEntry:
     """A sampler: how it is built, and what a space must be for it.
 
     `build(seed, study_seed, spec)`: `seed` differs from trial to trial, `study_seed` does not.
@@ -51,7 +51,7 @@ class Sampler:
     min_ranges: int = 0
     counts: bool = False  # keeps a counter in the study, which one trial at a time may read and write
     begins_spread: bool = False  # needs some trials to learn from, which are spread over the space
-    study: Callable[[], type[optuna.Study]] = _as_it_is  # how it is shown the trials before
+    study: Callable[[], type[optuna.Study]] = _search_study  # how it is shown the trials before
 
 
 def _random(seed: int, study_seed: int, spec: SearchSettings) -> BaseSampler:
@@ -95,13 +95,15 @@ def _cmaes(seed: int, study_seed: int, spec: SearchSettings) -> BaseSampler:
     )
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "grid": Sampler(_random, conditional=True),  # a grid's points are given with its slots; nothing is left to sample
-    "random": Sampler(_random, conditional=True),
-    "tpe": Sampler(_tpe, conditional=True, begins_spread=True, study=_by_reports),
-    "qmc": Sampler(_qmc, counts=True),
-    "gp": Sampler(_gp, begins_spread=True, study=_by_values),
-    "cmaes": Sampler(_cmaes, min_ranges=2, study=_by_values),
+SAMPLERS: dict[str, SamplerEntry] = {
+    "grid": SamplerEntry(
+        _random, conditional=True
+    ),  # a grid's points are given with its slots; nothing is left to sample
+    "random": SamplerEntry(_random, conditional=True),
+    "tpe": SamplerEntry(_tpe, conditional=True, begins_spread=True, study=_reports_study),
+    "qmc": SamplerEntry(_qmc, counts=True),
+    "gp": SamplerEntry(_gp, begins_spread=True, study=_values_study),
+    "cmaes": SamplerEntry(_cmaes, min_ranges=2, study=_values_study),
 }
 
 

@@ -33,17 +33,17 @@ class Range:
         return self.points or 0 if self.step is None else self._num_steps(self.step)
 
     @property
-    def integer(self) -> bool:
+    def is_integer(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
 
     def contains(self, value: object) -> bool:
-        number = isinstance(value, int if self.integer else int | float) and not isinstance(value, bool)
+        number = isinstance(value, int if self.is_integer else int | float) and not isinstance(value, bool)
         return number and self.low <= value <= self.high  # type: ignore[operator]
 
-    def extremes(self) -> list[Scalar]:
+    def extreme_values(self) -> list[Scalar]:
         return [self.low, self.high]
 
-    def grid(self) -> list[Scalar]:
+    def grid_values(self) -> list[Scalar]:
         """The values of a grid: evenly spaced (geometrically on a log scale), rounded to six significant digits."""
         if self.step is not None:
             values = [self.low + index * self.step for index in range(self.num_points)]
@@ -52,9 +52,9 @@ class Range:
             values = [self._between(index / (self.points - 1)) for index in range(self.points)]
         return list(dict.fromkeys(self._rounded(value) for value in values))
 
-    def at(self, share: float) -> Scalar:
+    def value_at(self, share: float) -> Scalar:
         """The value at a share in [0, 1) of the range, or of its logarithm."""
-        step = self.step or (1 if self.integer and not self.log else None)
+        step = self.step or (1 if self.is_integer and not self.log else None)
         if step is not None:
             return min(self.low + int(share * self._num_steps(step)) * step, self.high)
         return self._rounded(self._between(share))
@@ -68,10 +68,10 @@ class Range:
         return self.low + (self.high - self.low) * share
 
     def _rounded(self, value: float) -> int | float:
-        return round(value) if self.integer else min(max(float(f"{value:.6g}"), self.low), self.high)
+        return round(value) if self.is_integer else min(max(float(f"{value:.6g}"), self.low), self.high)
 
     def __str__(self) -> str:
-        return f"{'an integer' if self.integer else 'a number'} from {self.low} to {self.high}"
+        return f"{'an integer' if self.is_integer else 'a number'} from {self.low} to {self.high}"
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class Categorical:
     def contains(self, value: object) -> bool:
         return value in self.values
 
-    def extremes(self) -> list[Scalar]:
+    def extreme_values(self) -> list[Scalar]:
         return list(self.values)
 
-    def grid(self) -> list[Scalar]:
+    def grid_values(self) -> list[Scalar]:
         return list(self.values)
 
-    def at(self, share: float) -> Scalar:
+    def value_at(self, share: float) -> Scalar:
         """The value at a share in [0, 1) of the list."""
         return self.values[int(share * len(self.values))]
 
@@ -113,8 +113,8 @@ class Conditional:
     by: str
     cases: Mapping[str, Range | Categorical]
 
-    def extremes(self) -> list[Scalar]:
-        return [value for case in self.cases.values() for value in case.extremes()]
+    def extreme_values(self) -> list[Scalar]:
+        return [value for case in self.cases.values() for value in case.extreme_values()]
 
 
 Parameter = Range | Categorical | Conditional
@@ -126,7 +126,7 @@ def is_auto(parameter: Parameter | None) -> bool:
     return any(isinstance(case, AutoRange) for case in cases)
 
 
-def combinations(
+def value_combinations(
     parameters: Mapping[str, Parameter], values: Callable[[Range | Categorical], Sequence[Scalar]]
 ) -> Iterator[dict[str, Scalar]]:
     """Every combination of `values(parameter)` over the space, the last parameter changing fastest."""
@@ -144,16 +144,16 @@ def combinations(
 
 def grid_points(parameters: Mapping[str, Parameter]) -> list[dict[str, Scalar]]:
     """Every point of a grid."""
-    return list(combinations(parameters, lambda parameter: parameter.grid()))
+    return list(value_combinations(parameters, lambda parameter: parameter.grid_values()))
 
 
-def point(parameters: Mapping[str, Parameter], shares: Sequence[float]) -> dict[str, Scalar]:
+def point_at(parameters: Mapping[str, Parameter], shares: Sequence[float]) -> dict[str, Scalar]:
     """The point of the space at these shares in [0, 1), one for each parameter in turn."""
     at = dict(zip(parameters, shares, strict=True))
-    values = {key: free.at(at[key]) for key, free in parameters.items() if not isinstance(free, Conditional)}
+    values = {key: free.value_at(at[key]) for key, free in parameters.items() if not isinstance(free, Conditional)}
     for key, dependent in parameters.items():
         if isinstance(dependent, Conditional) and (case := dependent.cases.get(str(values[dependent.by]))):
-            values[key] = case.at(at[key])
+            values[key] = case.value_at(at[key])
     return values
 
 

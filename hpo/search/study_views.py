@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-DIVERGED = "diverged"  # how the user attribute "ended" of such a trial begins
-KIND = "kind"  # the user attribute that a trial has which is not of the search
+DIVERGED_PREFIX = "diverged"  # how the user attribute "ended" of such a trial begins
+KIND_ATTRIBUTE = "kind"  # the user attribute that a trial has which is not of the search
 
 
 class SearchStudy(optuna.Study):
@@ -19,7 +19,7 @@ class SearchStudy(optuna.Study):
 
     def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy=False, use_cache=use_cache)
-        return _of_states([trial for trial in trials if KIND not in trial.user_attrs], states)
+        return _of_states([trial for trial in trials if KIND_ATTRIBUTE not in trial.user_attrs], states)
 
 
 class ReportsStudy(SearchStudy):
@@ -89,7 +89,7 @@ def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
 def _as_complete(trial: FrozenTrial, worst: float) -> FrozenTrial:
     shown = copy.copy(trial)
     shown.state = TrialState.COMPLETE
-    diverged = str(trial.user_attrs.get("ended", "")).startswith(DIVERGED)
+    diverged = str(trial.user_attrs.get("ended", "")).startswith(DIVERGED_PREFIX)
     shown.value = worst if trial.value is None or diverged else trial.value
     return shown
 

@@ -115,7 +115,7 @@ class Store(Slots):
                 started_at=created,
             )
         )
-        self._add_slots(connection, study_id, [new_slot(spec, values) for values in proposals.slots(spec)])
+        self._add_slots(connection, study_id, [new_slot(spec, values) for values in proposals.fixed_values(spec)])
         return study_id
 
     @retry_on_outage

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from hpo.errors import UserError
-from hpo.train.config import NEUTRAL, EpochResult, TrialConfig
+from hpo.train.config import TRIAL_NEUTRAL_KEYS, EpochResult, TrialConfig
 
 MAGIC = b"hpo checkpoint\n"
 FORMAT_VERSION = 1
@@ -48,7 +48,7 @@ class Checkpoint:
 def config_digest(config: TrialConfig) -> str:
     """The same for two configurations whose trials give the same results, on every machine."""
     content = dataclasses.asdict(config)
-    for key in NEUTRAL:
+    for key in TRIAL_NEUTRAL_KEYS:
         section, _, name = key.partition(".")
         del content[section][name]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

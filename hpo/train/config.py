@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 TORCHVISION = "torchvision:"  # begins the name of a model of torchvision's, and of no module of a user's
 # Settings that change no number of a trial: where its data and checkpoints are, and how often it is saved.
-NEUTRAL = frozenset({"data.root", "data.placement", "training.checkpoint_epochs"})
+TRIAL_NEUTRAL_KEYS = frozenset({"data.root", "data.placement", "training.checkpoint_epochs"})
 
 
 @dataclass(frozen=True, kw_only=True)

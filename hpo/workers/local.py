@@ -59,11 +59,11 @@ class InProcessLauncher(Launcher):
                 ).run()
             except SystemExit:
                 raise StudyStopped(
-                    f"the device {self._device.name} is unusable in this process", can_go_on=True
+                    f"the device {self._device.name} is unusable in this process", can_resume=True
                 ) from None
             watch()
             if interrupted:
-                raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
+                raise StudyStopped("interrupted", can_resume=True, interrupted=True)
 
 
 class LocalLauncher(Launcher):
@@ -84,7 +84,7 @@ class LocalLauncher(Launcher):
             add_due_trials(store, study)  # what ended last may have ended without it
             supervise(store, study, self._crew(store, study), interrupted=interrupted, watch=watch)
         if interrupted:
-            raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
+            raise StudyStopped("interrupted", can_resume=True, interrupted=True)
 
     def _crew(self, store: Store, study: StudyRecord) -> LocalPool:
         logs = store.folder(study) / "logs"

@@ -51,7 +51,7 @@ def check(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
             )
         images, _ = next(data.val.batches(2))
         check_model(model, batch=images, num_classes=data.num_classes)
-        smallest = min(map(int, [config.training.batch_size, *_extremes(spec, "batch_size")]))
+        smallest = min(map(int, [config.training.batch_size, *_extreme_values(spec, "batch_size")]))
         _check_trains(model, *next(data.train.batches(min(smallest, 8))))
         facts = facts or {
             "num_train": len(data.train),
@@ -75,9 +75,9 @@ def _check_place(url: str) -> None:
         raise UserError(f"checkpoints.url must be a place that this machine can read: {error}") from None
 
 
-def _extremes(spec: StudySpec, key: str) -> list[Any]:
+def _extreme_values(spec: StudySpec, key: str) -> list[Any]:
     parameter = spec.search.parameters.get(key)
-    return list(parameter.extremes()) if parameter else []
+    return list(parameter.extreme_values()) if parameter else []
 
 
 def _check_trains(model: nn.Module, images: Tensor, labels: Tensor) -> None:

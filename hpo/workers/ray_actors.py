@@ -338,7 +338,7 @@ class RayWorker:
 
     def start(self) -> None:
         if self._failed is not None:
-            raise StudyStopped(self._failed, can_go_on=True)
+            raise StudyStopped(self._failed, can_resume=True)
         if self.leaves:
             return
         if self._actor is None:

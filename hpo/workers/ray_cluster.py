@@ -109,9 +109,9 @@ class RayLauncher(Launcher):
                 ray.kill(controller)
         watch()
         if end.problem is not None:
-            raise StudyStopped(end.problem, can_go_on=True)
+            raise StudyStopped(end.problem, can_resume=True)
         if interrupted:
-            raise StudyStopped("interrupted", can_go_on=True, interrupted=True)
+            raise StudyStopped("interrupted", can_resume=True, interrupted=True)
 
     def _follow(self, ray: Any, controller: Any, interrupted: list[int], watch: Watch) -> PoolSnapshot:
         """Waits for the end of a study's supervisor, and passes interruptions on to it."""
@@ -128,7 +128,7 @@ class RayLauncher(Launcher):
             watch()
             if not ray.wait([asked], timeout=TICK_S)[0]:
                 if time.monotonic() - answered > UNANSWERED_S:
-                    raise StudyStopped("the study's supervisor on the cluster does not answer", can_go_on=True)
+                    raise StudyStopped("the study's supervisor on the cluster does not answer", can_resume=True)
                 continue
             try:
                 look: PoolSnapshot = ray.get(asked)
@@ -155,7 +155,7 @@ class RayLauncher(Launcher):
         if NOWHERE in (shortage := self._shortage(ray)):
             logger.warning("it waits for room in the cluster: %s", shortage)
         if look.problem is not None:
-            raise StudyStopped(look.problem, can_go_on=True)
+            raise StudyStopped(look.problem, can_resume=True)
 
     def ask(self, question: Callable[..., Answer], *args: Any, on_device: bool = False) -> Answer:
         ray = _import_ray()
@@ -339,10 +339,10 @@ def _explained(error: Exception) -> Exception:
     if "No module named 'hpo" in str(error):
         return UserError(f"the nodes of the cluster have no hpo {__version__}: pip install it there, too")
     if isinstance(error, _grpc_errors()):
-        return StudyStopped("the connection to the cluster broke", can_go_on=True)
+        return StudyStopped("the connection to the cluster broke", can_resume=True)
     said = " ".join(line for line in str(error).splitlines() if line and not line[0].isspace())  # without Ray's ids
     return StudyStopped(
-        f"what runs the study on the cluster is lost: {said[:500] or type(error).__name__}", can_go_on=True
+        f"what runs the study on the cluster is lost: {said[:500] or type(error).__name__}", can_resume=True
     )
 
 

@@ -103,7 +103,7 @@ def _look_after(store: Store, study: StudyRecord, crew: WorkerPool, interrupted:
             if crashes >= MAX_CRASHES * len(crew.places):
                 raise StudyStopped(
                     f"workers died {crashes} times without coming an epoch further, the last one {place.last_words()}",
-                    can_go_on=True,
+                    can_resume=True,
                 )
             place.start()
         if time.monotonic() > next_look:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpo.config.study_file import change
+from hpo.config.study_file import apply_override
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.train.config import TrainingConfig
@@ -27,7 +27,7 @@ def read(text: str, *overrides: str) -> StudySpec:
 
 def _overridden(settings: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
     for override in overrides:
-        change(settings, override)
+        apply_override(settings, override)
     return settings
 
 

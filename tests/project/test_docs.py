@@ -10,7 +10,7 @@ import pytest
 
 from hpo.cli.app import main
 from hpo.config.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec
-from hpo.config.study_file import variants
+from hpo.config.study_file import expand_compare
 from hpo.config.study_spec import StudySpec
 from hpo.report.figures.table import FIGURES
 from hpo.report.render import FORMATS
@@ -110,5 +110,5 @@ def test_the_study_in_the_readme_is_valid() -> None:
 
     for block in re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL):
         settings = {"name": "fragment", "search": {"space": {"lr": [0.1]}}, **tomllib.loads(block)}
-        for one in variants(settings, source="README"):
+        for one in expand_compare(settings, source="README"):
             StudySpec.from_dict(one)

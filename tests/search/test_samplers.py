@@ -261,8 +261,8 @@ def test_a_sampler_that_learns_begins_with_points_that_leave_no_gap(sampler: str
     settings = {"name": "s", "search": {"sampler": sampler, "trials": 24, "space": {**space}}}
     for seed in range(5):
         settings["search"]["seed"] = seed
-        first = proposals.slots(StudySpec.from_dict(settings))[:8]
-        assert proposals.slots(StudySpec.from_dict(settings))[8:] == [{}] * 16
+        first = proposals.fixed_values(StudySpec.from_dict(settings))[:8]
+        assert proposals.fixed_values(StudySpec.from_dict(settings))[8:] == [{}] * 16
         assert sorted(math.floor(2 * (math.log10(point["lr"]) + 5)) for point in first) == list(range(8))
         assert sorted(point["batch_size"] for point in first) == list(range(16, 24))
         assert [point["data.flip"] for point in first].count(True) == 4
@@ -277,7 +277,7 @@ def test_a_spread_begins_after_what_is_to_be_tried_first_and_fits_every_kind_of_
         search={"sampler": "tpe", "trials": 30, "space": space, "try_first": [first]},
         training={"lr": 1e-2},
     )
-    given = proposals.slots(study.spec)
+    given = proposals.fixed_values(study.spec)
     assert given[0] == first
     assert [len(point) for point in given].count(0) == 20
     drawn = run_trials(store, study, 30, lambda values, epoch: 0.5)
@@ -336,7 +336,7 @@ def test_a_sampler_is_shown_what_is_known_whatever_the_pruner(
 def test_who_take_turns_begin_spread() -> None:
     search_ = {"sampler": "tpe", "trials": 10, "space": RANGES}
     num_given = {
-        pruner: [len(point) for point in proposals.slots(make_spec(search_, pruner))].count(2)
+        pruner: [len(point) for point in proposals.fixed_values(make_spec(search_, pruner))].count(2)
         for pruner in ("none", "asha", "hyperband")
     }
     assert num_given == {"none": 4, "asha": 8, "hyperband": 8}

@@ -23,12 +23,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpo.config.study_spec import RESULT_NEUTRAL
+from hpo.config.study_spec import STUDY_NEUTRAL_KEYS
 from hpo.errors import UserError
 from hpo.train.checkpoint import (
     ABANDONED_S,
     MAGIC,
-    NEUTRAL,
+    TRIAL_NEUTRAL_KEYS,
     Checkpoint,
     CheckpointFolder,
     config_digest,
@@ -360,7 +360,7 @@ def test_the_digest_is_of_what_changes_a_result() -> None:
         assert config_digest(other) != digest
     neutral = replace(CONFIG, data=replace(CONFIG.data, root="/elsewhere", placement="stream"))
     assert config_digest(replace(neutral, training=replace(CONFIG.training, checkpoint_epochs=3))) == digest
-    assert {key for key in RESULT_NEUTRAL if key.startswith(("model.", "data.", "training."))} == NEUTRAL
+    assert {key for key in STUDY_NEUTRAL_KEYS if key.startswith(("model.", "data.", "training."))} == TRIAL_NEUTRAL_KEYS
 
 
 # Torn, damaged, foreign
