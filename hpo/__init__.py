@@ -12,17 +12,17 @@ from hpo._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hpo.analysis.answer import Best as Best
-    from hpo.api.running import Result as Result
-    from hpo.api.running import best as best
-    from hpo.api.running import export as export
+    from hpo.api.exporting import export as export
+    from hpo.api.reading import Result as Result
+    from hpo.api.reading import best as best
+    from hpo.api.reading import status as status
+    from hpo.api.reading import studies as studies
+    from hpo.api.reading import trials as trials
     from hpo.api.running import join as join
     from hpo.api.running import resume as resume
     from hpo.api.running import run as run
-    from hpo.api.running import status as status
     from hpo.api.running import stop as stop
-    from hpo.api.running import studies as studies
     from hpo.api.running import submit as submit
-    from hpo.api.running import trials as trials
     from hpo.config.study_spec import StudySpec as StudySpec
     from hpo.errors import StudyStopped as StudyStopped
     from hpo.errors import UserError as UserError
@@ -37,22 +37,22 @@ _MODULES = {
     "InProcess": "hpo.workers.executors",
     "Local": "hpo.workers.executors",
     "Ray": "hpo.workers.executors",
-    "Result": "hpo.api.running",
+    "Result": "hpo.api.reading",
     "StudySpec": "hpo.config.study_spec",
     "StudyStopped": "hpo.errors",
     "Trial": "hpo.objective",
     "UserError": "hpo.errors",
-    "best": "hpo.api.running",
-    "export": "hpo.api.running",
+    "best": "hpo.api.reading",
+    "export": "hpo.api.exporting",
     "join": "hpo.api.running",
     "range_test": "hpo.lr_range.resolve",
     "resume": "hpo.api.running",
     "run": "hpo.api.running",
-    "status": "hpo.api.running",
+    "status": "hpo.api.reading",
     "stop": "hpo.api.running",
-    "studies": "hpo.api.running",
+    "studies": "hpo.api.reading",
     "submit": "hpo.api.running",
-    "trials": "hpo.api.running",
+    "trials": "hpo.api.reading",
 }
 
 __all__ = sorted(_MODULES)  # noqa: PLE0605

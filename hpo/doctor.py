@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo.api.running import storage_url
+from hpo.api.stores import storage_url
 from hpo.errors import UserError
 from hpo.store.studies import Store
 from hpo.system import provenance

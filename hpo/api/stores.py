@@ -1,7 +1,8 @@
-"""The public functions that look after stores: copy a study into another one, upgrade a store, check it."""
+"""The public functions for stores: find one, copy a study into another one, upgrade a store, check it."""
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,24 +11,56 @@ from dataclasses import replace
 import fsspec
 import fsspec.generic
 
-from hpo.api.running import storage_url
 from hpo.errors import UserError
 from hpo.store import database
 from hpo.store.database import parse_url
 from hpo.store.retry import STORE_ERRORS
 from hpo.store.studies import Store
+from hpo.study.records import StudyRecord
+
+DEFAULT_STORAGE = "sqlite:///hpo.db"
+
+
+def storage_url(storage: str | None) -> str:
+    """Return the URL of the store: `storage`, else HPO_STORAGE, else hpo.db in the working directory."""
+    return storage or os.environ.get("HPO_STORAGE") or DEFAULT_STORAGE
+
+
+def open_study(name: str, *, storage: str | None) -> tuple[Store, StudyRecord]:
+    """Return the store and its study of this name.
+
+    Args:
+        name: The study.
+        storage: URL of the store, as in `storage_url`.
+
+    Raises:
+        UserError: There is no such store, or no such study in it.
+    """
+    store = Store(storage_url(storage))
+    return store, store.study(name)
 
 
 def copy(
     name: str, *, to: str, storage: str | None = None, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> str:
-    """Copies a study into another store, where it can go on; returns that store's URL, without its password.
+    """Copy a study into another store, where it can be resumed.
 
-    Trials, curves, attempts and, where they can be read from here, checkpoints are copied; the study stays as it was.
-    Raises UserError where trials of it are in training, and where the other store has a study of that name.
+    The copy has the trials, the curves, the attempts and those checkpoints that this machine can read. The original
+    does not change.
+
+    Args:
+        name: The study.
+        to: URL of the other store, which is made where there is none.
+        storage: URL of the study's store. Default: HPO_STORAGE, else sqlite:///hpo.db.
+        progress: Called with the number of trials copied, and of all.
+
+    Returns:
+        The URL of the other store, without its password.
+
+    Raises:
+        UserError: Trials of the study are in training, or the other store has a study of that name.
     """
-    source = Store(storage_url(storage))
-    study = source.study(name)
+    source, study = open_study(name, storage=storage)
     with suppress(*STORE_ERRORS):  # from a store that can only be read, too
         source.reap(study)
     if running := source.counts(study.study_id).get("running", 0):
@@ -37,25 +70,48 @@ def copy(
     except UserError as error:
         raise type(error)(str(error).replace("--storage", "--to")) from None
     target.check_absent(name)
-    # Files first: a study that is there has its files, whenever this is interrupted.
+    # Files first: a study in a store has its files, whenever the copy is interrupted.
     copied = replace(study, facts={**study.facts, "uid": uuid.uuid4().hex[:8], "origin": study.origin})
-    places = [(source.checkpoints_url(study), target.checkpoints_url(copied))]
-    places += [(str(source.folder(study) / "trials"), str(target.folder(copied) / "trials"))]
-    for old, new in places:
-        files, path = fsspec.core.url_to_fs(old)
-        if files.exists(path):
-            fsspec.generic.rsync(files.unstrip_protocol(path), fsspec.core.url_to_fs(new)[0].unstrip_protocol(new))
+    _copy_files(source.checkpoints_url(study), target.checkpoints_url(copied))
+    _copy_files(str(source.folder(study) / "trials"), str(target.folder(copied) / "trials"))
     target.copy_from(source, study, facts=copied.facts, progress=progress)
     return str(target.url)
 
 
+def _copy_files(source: str, target: str) -> None:
+    """Copy what there is in a folder, wherever the two URLs or paths lead."""
+    files, path = fsspec.core.url_to_fs(source)
+    if files.exists(path):
+        fsspec.generic.rsync(files.unstrip_protocol(path), fsspec.core.url_to_fs(target)[0].unstrip_protocol(target))
+
+
 def upgrade_storage(*, storage: str | None = None) -> list[str]:
-    """Brings a store of an older version to this one, or makes the tables of an empty one; says what was done."""
+    """Upgrade a store of an older version to this one, or make the tables of an empty database.
+
+    Args:
+        storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: There is no such store, or its version is newer.
+    """
     return database.upgrade(parse_url(storage_url(storage)))
 
 
 def check_storage(*, storage: str | None = None) -> tuple[list[str], list[str]]:
-    """What there is to say of a store, and what is wrong with it: slots and Optuna's trials that do not agree."""
+    """Check that everything in a store agrees, such as its slots with Optuna's trials.
+
+    Args:
+        storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
+
+    Returns:
+        The lines that describe the store, and the problems in it.
+
+    Raises:
+        UserError: There is no such store.
+    """
     store = Store(storage_url(storage))
     problems = [problem for study in store.studies() for problem in store.problems(study)]
     return store.describe(), store.damages() + problems

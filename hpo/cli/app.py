@@ -32,7 +32,7 @@ from hpo.errors import StudyStopped, UserError
 from hpo.workers.executors import Executor, InProcess, Local
 
 if TYPE_CHECKING:
-    from hpo.api.running import Result
+    from hpo.api.reading import Result
     from hpo.config.study_spec import StudySpec
 
 
@@ -104,7 +104,7 @@ def run_command(spec: str, overrides: tuple[str, ...], detach: bool, executor: E
     hpo run studies/tpe.toml --set search.trials=40 --set training.optimizer=sgd
     hpo run studies/tpe.toml --on auto --resource num_cpus=4 --detach
     """
-    from hpo.api import running as api
+    from hpo.api import reading, running
     from hpo.cli.display import print_comparison
     from hpo.config.study_spec import StudySpec
 
@@ -117,11 +117,11 @@ def run_command(spec: str, overrides: tuple[str, ...], detach: bool, executor: E
         _leave(specs, executor=executor, storage=storage, code_folder=folder)
         return
     for parsed in specs[1:]:  # what is wrong with the last one is not to be found after hours
-        api.check(parsed, executor=executor, storage=storage, code_folder=folder)
+        running.check(parsed, executor=executor, storage=storage, code_folder=folder)
     answered, unanswered = [], None
     for parsed in specs:
         try:
-            train = partial(api.run, parsed, executor=executor, storage=storage, code_folder=folder)
+            train = partial(running.run, parsed, executor=executor, storage=storage, code_folder=folder)
             _train(train, parsed.name, storage, again=again)
             answered.append(parsed.name)
         except StudyStopped as error:
@@ -129,18 +129,18 @@ def run_command(spec: str, overrides: tuple[str, ...], detach: bool, executor: E
                 raise
             unanswered = error  # it has ended without an answer; the others need not
     if len(answered) > 1:
-        print_comparison(api.compare(answered, storage=storage))
+        print_comparison(reading.compare(answered, storage=storage))
     if unanswered is not None:
         raise unanswered
 
 
 def _leave(specs: Sequence[StudySpec], *, storage: str | None, **options: Any) -> None:
     """Starts studies on the cluster and says how to find them again."""
-    from hpo.api import running as api
+    from hpo.api import running
 
     suffix = f" --storage {shlex.quote(storage)}" if storage else ""
     for spec in specs:
-        if api.submit(spec, storage=storage, **options):
+        if running.submit(spec, storage=storage, **options):
             click.echo(f"study {spec.name} trains on the cluster without this command")
             click.echo(f"see hpo status {spec.name}{suffix}, hpo stop {spec.name}{suffix}; hpo run attaches to it")
         else:
@@ -164,7 +164,7 @@ def worker_command(
     hpo worker quickstart --workers 2
     hpo worker --stay --storage postgresql+psycopg://hpo@database/hpo
     """
-    from hpo.api import running as api
+    from hpo.api import running
 
     if stay and not isinstance(executor, Local):
         raise UserError("--stay is for workers of this machine; give a Ray cluster the study by its name")
@@ -173,19 +173,19 @@ def worker_command(
     if study is None:
         raise UserError("hpo worker needs the name of a study, or --stay for every study of the store")
     again = command_line("worker", study, *repeated("--allow", allow), *worker_arguments(executor))
-    train = partial(api.join, study, executor=executor, storage=storage, allow=allow)
+    train = partial(running.join, study, executor=executor, storage=storage, allow=allow)
     _train(train, study, storage, again=again)
 
 
 def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn:
-    from hpo.api import running as api
+    from hpo.api import running
     from hpo.cli.display import LiveDisplay, make_console
 
     console = make_console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it waits; workers that train are drained
     try:
         with LiveDisplay(console) as progress:
-            api.serve(study, storage=storage, say=console.print, watcher=progress.watch, **options)
+            running.serve(study, storage=storage, say=console.print, watcher=progress.watch, **options)
     except StudyStopped as error:
         if not error.interrupted:
             raise
@@ -208,16 +208,16 @@ def resume_command(
     \b
     hpo resume quickstart --trials 30
     """
-    from hpo.api import running as api
+    from hpo.api import running
 
     again = command_line("resume", study, *repeated("--allow", allow), *worker_arguments(executor))
-    train = partial(api.resume, study, executor=executor, storage=storage, trials=trials, allow=allow)
+    train = partial(running.resume, study, executor=executor, storage=storage, trials=trials, allow=allow)
     _train(train, study, storage, again=again)
 
 
 def _train(train: Callable[..., Result], study: str, storage: str | None, *, again: str) -> None:
     """Trains with live progress (`train` takes the `watcher` that shows it), then prints the answer."""
-    from hpo.api import running as api
+    from hpo.api import stores
     from hpo.cli.display import LiveDisplay, make_console, print_answer
     from hpo.store.studies import Store
 
@@ -228,7 +228,7 @@ def _train(train: Callable[..., Result], study: str, storage: str | None, *, aga
             result = train(watcher=progress.watch)
     except StudyStopped as error:
         raise StudyStopped(f"{error}\ngo on with: {again}{suffix}" if error.can_resume else str(error)) from None
-    store = Store(api.storage_url(storage))
+    store = Store(stores.storage_url(storage))
     steps = [
         f"every trial in the browser:  hpo dashboard{suffix}",
         f"train the best trial again:  hpo export {study} --output best.toml{suffix}",
@@ -245,9 +245,9 @@ def stop_command(study: str, storage: str | None) -> None:
     \b
     hpo stop quickstart
     """
-    from hpo.api import running as api
+    from hpo.api import running
 
-    if api.stop(study, storage=storage):
+    if running.stop(study, storage=storage):
         click.echo(f"study {study} will stop after this epoch; go on with: hpo resume {study}")
     else:
         click.echo(f"study {study} is finished; there is nothing to stop")

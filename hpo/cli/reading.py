@@ -18,10 +18,10 @@ def list_command(as_json: bool, storage: str | None) -> None:
     \b
     hpo list --json
     """
-    from hpo.api import running as api
+    from hpo.api import reading
     from hpo.cli.display import print_table
 
-    found = api.studies(storage=storage)
+    found = reading.studies(storage=storage)
     if as_json:
         print_json(found)
         return
@@ -42,10 +42,10 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo status quickstart
     """
     from hpo.analysis.text import as_text, params_text, peak_in_words
-    from hpo.api import running as api
+    from hpo.api import reading
     from hpo.cli.display import print_table
 
-    found = api.status(study, storage=storage)
+    found = reading.status(study, storage=storage)
     if as_json:
         print_json(found)
         return
@@ -85,10 +85,10 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo trials quickstart --json
     """
     from hpo.analysis.text import as_text, params_text
-    from hpo.api import running as api
+    from hpo.api import reading
     from hpo.cli.display import print_table
 
-    found = api.trials(study, storage=storage)
+    found = reading.trials(study, storage=storage)
     if as_json:
         print_json(found)
         return
@@ -113,14 +113,14 @@ def best_command(study: str, as_json: bool, storage: str | None) -> None:
     hpo best quickstart --json
     """
     from hpo.analysis.text import answer_lines
-    from hpo.api import running as api
+    from hpo.api import reading, stores
     from hpo.store.studies import Store
 
-    found = api.best(study, storage=storage)
+    found = reading.best(study, storage=storage)
     if as_json:
         print_json(found.as_dict())
         return
-    for line in answer_lines(Store(api.storage_url(storage)).study(study), found):
+    for line in answer_lines(Store(stores.storage_url(storage)).study(study), found):
         click.echo(line)
 
 
@@ -137,10 +137,10 @@ def compare_command(studies: tuple[str, ...], as_json: bool, storage: str | None
     \b
     hpo compare mnist-adam mnist-sgd
     """
-    from hpo.api import running as api
+    from hpo.api import reading
     from hpo.cli.display import print_comparison
 
-    found = api.compare(studies, storage=storage)
+    found = reading.compare(studies, storage=storage)
     if as_json:
         print_json(found.as_dict())
         return
@@ -162,9 +162,9 @@ def report_command(study: str, output: str | None, form: str | None, figure: str
     hpo report quickstart --output quickstart.html
     hpo report quickstart --output response.svg --figure response
     """
-    from hpo.api import running as api
+    from hpo.api import exporting
 
-    click.echo(f"wrote {api.write_report(study, output, form=form, figure=figure, storage=storage)}")
+    click.echo(f"wrote {exporting.write_report(study, output, form=form, figure=figure, storage=storage)}")
 
 
 @click.command("export")
@@ -177,9 +177,9 @@ def export_command(study: str, output: str, storage: str | None) -> None:
     \b
     hpo export quickstart --output best.toml
     """
-    from hpo.api import running as api
+    from hpo.api import exporting
 
-    api.write_export(study, output, storage=storage)
+    exporting.write_export(study, output, storage=storage)
     click.echo(f"wrote {output}")
 
 

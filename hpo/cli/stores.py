@@ -23,11 +23,11 @@ def copy_command(study: str, to: str, storage: str | None) -> None:
     """
     from rich.progress import Progress
 
-    from hpo.api import stores as api_store
+    from hpo.api import stores
 
     with Progress(transient=True) as progress:
         task = progress.add_task("copying trials", total=None)
-        url = api_store.copy(
+        url = stores.copy(
             study, to=to, storage=storage, progress=lambda done, of: progress.update(task, completed=done, total=of)
         )
     click.echo(f"copied to {url}; go on there with: hpo resume {study} --storage {shlex.quote(to)}")
@@ -47,9 +47,9 @@ def storage_command() -> None:
 @storage_option
 def storage_upgrade_command(storage: str | None) -> None:
     """Bring a store of an older version to this one; make the tables of an empty one."""
-    from hpo.api import stores as api_store
+    from hpo.api import stores
 
-    for line in api_store.upgrade_storage(storage=storage):
+    for line in stores.upgrade_storage(storage=storage):
         click.echo(line)
 
 
@@ -57,9 +57,9 @@ def storage_upgrade_command(storage: str | None) -> None:
 @storage_option
 def storage_check_command(storage: str | None) -> None:
     """Say what the store is, and whether everything in it agrees; exit code 1 where it does not."""
-    from hpo.api import stores as api_store
+    from hpo.api import stores
 
-    lines, problems = api_store.check_storage(storage=storage)
+    lines, problems = stores.check_storage(storage=storage)
     for line in [*lines, *problems]:
         click.echo(line)
     if problems:
@@ -90,7 +90,7 @@ def dashboard_command(
     """
     from pathlib import Path
 
-    from hpo.api import running as api
+    from hpo.api import stores
     from hpo.dashboard import server as dashboard
 
     if add_user is not None:
@@ -113,7 +113,7 @@ def dashboard_command(
             click.echo(f"log in as in {auth_file}; the password travels unencrypted, unless a TLS proxy is in front")
 
     dashboard.serve(
-        Store(api.storage_url(storage)).storage,
+        Store(stores.storage_url(storage)).storage,
         host=host,
         port=port,
         auth_file=auth_file,

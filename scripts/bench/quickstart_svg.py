@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from hpo.analysis.answer import best
-from hpo.api.running import storage_url
+from hpo.api.stores import storage_url
 from hpo.cli.display import heading, print_answer
 from hpo.store.studies import Store
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from hpo.api.running import write_report
+from hpo.api.exporting import write_report
 from scripts.bench.report import FLAGS
 
 WIDTH, HEIGHT = 960, 1240  # of the page, in pixels

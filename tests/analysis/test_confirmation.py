@@ -571,7 +571,7 @@ def picture_study(folder: Path, *, raises: bool, confirm: bool) -> StudySpec:
 
 
 def run_here(spec: StudySpec, folder: Path) -> api.Result:
-    return api.run(spec, storage=f"sqlite:///{folder}/hpo.db", executor=InProcess("cpu"), code_folder=folder)
+    return api.run(spec, storage=f"sqlite:///{folder}/hpo.db", executor=api.InProcess("cpu"), code_folder=folder)
 
 
 def test_the_test_set_is_not_touched_before_the_winner_is_chosen(tmp_path: Path) -> None:

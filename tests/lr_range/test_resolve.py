@@ -11,7 +11,7 @@ import pytest
 
 from hpo.analysis.range_text import place, range_test_lines
 from hpo.analysis.text import answer_lines
-from hpo.api import running as api
+from hpo.api import running
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.lr_range import resolve as ranges
@@ -131,7 +131,7 @@ def test_the_answer_says_where_the_best_rate_is_in_the_range() -> None:
 
 def test_a_study_finds_its_range_once_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = f"sqlite:///{tmp_path}/hpo.db"
-    first = api.run(make_spec(), storage=storage, executor=InProcess("cpu"))
+    first = running.run(make_spec(), storage=storage, executor=InProcess("cpu"))
     store = Store(storage)
     study = store.study("s")
     (fact,) = study.facts["range_test"]
@@ -142,8 +142,8 @@ def test_a_study_finds_its_range_once_and_keeps_it(tmp_path: Path, monkeypatch: 
     assert first.best.as_dict()["range_test"] == [fact]
 
     monkeypatch.setattr(ranges, "measure", lambda *_: pytest.fail("it was tested again"))
-    assert api.run(make_spec(), storage=storage, executor=Local("cpu")).trials == first.trials
-    more = api.run(make_spec(search={"trials": 3}), storage=storage, executor=InProcess("cpu"))
+    assert running.run(make_spec(), storage=storage, executor=Local("cpu")).trials == first.trials
+    more = running.run(make_spec(search={"trials": 3}), storage=storage, executor=InProcess("cpu"))
     assert len(more.trials) == 3
     assert store.study("s").spec.search.space["lr"] == lr
 
@@ -154,7 +154,7 @@ def test_nothing_is_written_where_the_range_test_fails(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(ranges, "measure", fail)
     with pytest.raises(KeyboardInterrupt):
-        api.run(make_spec(), storage=f"sqlite:///{tmp_path}/hpo.db", executor=InProcess("cpu"))
+        running.run(make_spec(), storage=f"sqlite:///{tmp_path}/hpo.db", executor=InProcess("cpu"))
     assert not (tmp_path / "hpo.db").exists()
 
 

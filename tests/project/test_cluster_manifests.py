@@ -25,7 +25,7 @@ import psutil
 import pytest
 import yaml
 
-from hpo.api import running as api
+from hpo.api import reading, running
 from hpo.cli.app import main
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
@@ -418,7 +418,7 @@ class Scripts:
             return 0
 
     def status(self) -> dict[str, Any]:
-        return api.status("my-study", storage=self.url)
+        return reading.status("my-study", storage=self.url)
 
     def requeued(self) -> list[str]:
         heard = self.folder / "scontrol.txt"
@@ -464,7 +464,7 @@ def test_pods_wait_for_the_study_leave_when_evicted_and_do_not_undo_a_stop(
     code, output = finish(other)
     assert code == 1, output
     assert "interrupted" in output
-    assert api.stop("my-study", storage=scripts.url)
+    assert running.stop("my-study", storage=scripts.url)
     code, output = finish(first)
     assert code == 1, output
     code, output = finish(scripts.pod(0))

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 import hpo
-from hpo.api import running as api
+from hpo.api import reading
 from hpo.workers.supervisor import KILL_S
 
 ROOT = Path(__file__).parents[2]
@@ -245,7 +245,7 @@ def test_a_worker_that_stays_trains_allowed_code_and_when_stopped_leaves_its_tri
     worker = stack.start("worker-cpu")
     assert worker.stdout.readline() == "waiting for a study\n"
     run = stack.start("worker", "hpo run studies/held.toml --workers 1")
-    wait_for(lambda: [row for row in api.studies(storage=stack.url) if row["trials"].get("running") == 2])
+    wait_for(lambda: [row for row in reading.studies(storage=stack.url) if row["trials"].get("running") == 2])
     worker.terminate()
     output, errors = worker.communicate(timeout=GRACE_PERIOD_S)
     assert worker.returncode == 0, output + errors

@@ -22,8 +22,7 @@ from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
 from hpo.analysis.answer import best
 from hpo.analysis.text import answer_lines
-from hpo.api import running as api
-from hpo.api import stores as api_store
+from hpo.api import exporting, reading, running, stores
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.report import render as report
@@ -314,12 +313,12 @@ def test_only_a_report_of_ours_is_written_over_and_all_of_it_or_nothing(small: S
 
 
 def test_a_store_that_a_report_was_published_in_is_no_report(trained: Store, tmp_path: Path) -> None:
-    api.write_report("s", tmp_path / "s.html", storage=str(trained.url))
+    exporting.write_report("s", tmp_path / "s.html", storage=str(trained.url))
     database = Path(trained.url.database or "")
     before = database.read_bytes()
     for form in FORMATS.keys() - {"png", "svg"}:
         with pytest.raises(UserError, match="is no report of ours"):
-            api.write_report("s", database, form=form, storage=str(trained.url))
+            exporting.write_report("s", database, form=form, storage=str(trained.url))
     assert database.read_bytes() == before
 
 
@@ -332,7 +331,7 @@ def trained(tmp_path: Path, make_spec: Callable[..., StudySpec]) -> Store:
     (tmp_path / "loop.py").write_text(LOOP)
     url = f"sqlite:///{tmp_path}/hpo.db"
     spec = make_spec(*(lr / 10 for lr in range(1, 8)))
-    api.run(spec, storage=url, executor=InProcess("cpu"), code_folder=tmp_path)
+    running.run(spec, storage=url, executor=InProcess("cpu"), code_folder=tmp_path)
     return Store(url)
 
 
@@ -346,7 +345,7 @@ def shown(store: Store, name: str = "s") -> tuple[dict[str, Any], str]:
 def test_a_study_that_has_run_is_in_the_dashboard_with_its_figures_and_its_answer(trained: Store) -> None:
     figures, note = shown(trained)
     assert figures.keys() == {"response", "curves", "history", "epochs", "timeline"}
-    answer = api.best("s", storage=str(trained.url))
+    answer = reading.best("s", storage=str(trained.url))
     assert note.startswith(f"**{answer_lines(trained.study('s'), answer)[0]}**")
     assert trained.problems(trained.study("s")) == []
     assert trained.shared_values(trained.study("s")) == {}
@@ -371,7 +370,7 @@ def test_figures_are_replaced_by_later_ones_and_other_peoples_stay(trained: Stor
 
 
 def test_a_copy_of_a_study_keeps_what_is_shown_of_it(trained: Store, tmp_path: Path) -> None:
-    target = api_store.copy("s", to=f"sqlite:///{tmp_path}/other.db", storage=str(trained.url))
+    target = stores.copy("s", to=f"sqlite:///{tmp_path}/other.db", storage=str(trained.url))
     assert shown(Store(target)) == shown(trained)
 
 
@@ -442,7 +441,7 @@ def test_the_command_writes_a_page_that_says_what_best_says(hpo: Any, trained: S
 
 def test_the_format_is_what_the_file_ends_in_or_as_said(trained: Store, tmp_path: Path) -> None:
     def written(name: str, **options: Any) -> bytes:
-        return api.write_report("s", tmp_path / name, storage=str(trained.url), **options).read_bytes()
+        return exporting.write_report("s", tmp_path / name, storage=str(trained.url), **options).read_bytes()
 
     assert json.loads(written("s.json"))["study"] == "s"
     assert written("s.txt", form="md").startswith(b"<!-- hpo report -->\n# Study s")
@@ -458,7 +457,7 @@ def test_the_format_is_what_the_file_ends_in_or_as_said(trained: Store, tmp_path
 
 def test_a_store_that_can_only_be_read_is_reported_on(trained: Store, tmp_path: Path) -> None:
     url = f"sqlite:///file:{tmp_path}/hpo.db?mode=ro&uri=true"
-    assert is_ours(api.write_report("s", tmp_path / "s.md", storage=url).read_bytes())
+    assert is_ours(exporting.write_report("s", tmp_path / "s.md", storage=url).read_bytes())
 
 
 def test_a_published_report_is_that_of_its_moment(trained: Store) -> None:

@@ -17,8 +17,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from hpo.api import running as api
-from hpo.api import stores as api_store
+from hpo.api import exporting, reading, stores
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store import database, schema
@@ -599,11 +598,11 @@ def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Pat
     url = store.url.render_as_string(hide_password=False)
     (tmp_path / "elsewhere").mkdir()
     other = f"sqlite:///{tmp_path}/elsewhere/other.db"
-    assert api_store.copy("digits", to=other, storage=url) == other
+    assert stores.copy("digits", to=other, storage=url) == other
     with pytest.raises(UserError, match=r"^--to must be an SQLite or Postgres URL"):
-        api_store.copy("digits", to="mysql://host/database", storage=url)
+        stores.copy("digits", to="mysql://host/database", storage=url)
     with pytest.raises(UserError, match="holds a study 'digits' already"):
-        api_store.copy("digits", to=other, storage=url)
+        stores.copy("digits", to=other, storage=url)
     target = Store(other)
     (trial,) = work(target, target.study("digits"))
     assert (trial.state, trial.epochs) == ("complete", [1, 2, 3])
@@ -735,8 +734,8 @@ def test_an_exported_trial_is_trained_as_it_was(store: Store) -> None:
     study = engine_study(store, 1e-3, 3e-3, lanes=2)
     url = store.url.render_as_string(hide_password=False)
     trials = work(store, study)
-    settings = api.export("digits", storage=url)
-    best = api.best("digits", storage=url)
+    settings = exporting.export("digits", storage=url)
+    best = reading.best("digits", storage=url)
     again = work(store, store.create_study(StudySpec.from_dict(settings), facts={}))
     assert curves_of(again) == curves_of([trials[best.trial]])
 
