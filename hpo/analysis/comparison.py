@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hpo.analysis.answer import Best, best_trial, warnings
+from hpo.analysis.answer import Best
 from hpo.analysis.response import CONFIDENCE, Response
+from hpo.analysis.trials import best_trial
+from hpo.analysis.warnings import find_warnings
 from hpo.config.study_file import flatten
 from hpo.config.study_spec import STUDY_NEUTRAL_KEYS
 from hpo.study.records import StudyRecord, TrialRecord
@@ -27,7 +29,7 @@ UNBOUNDED = "edge-of-range"  # the warning of an interval that may reach further
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedStudy:
     """A study, or one combination of the lists that it searched. Learning rates are None where too little is known."""
 
     study: str
@@ -49,7 +51,7 @@ class Side:
 class Comparison:
     """The sides, the first one being what the others are compared with, and sentences on what follows from them."""
 
-    sides: Sequence[Side]
+    sides: Sequence[ComparedStudy]
     conclusions: Sequence[str]
     caveats: Sequence[str]
 
@@ -57,13 +59,13 @@ class Comparison:
         return asdict(self)
 
 
-def name(side: Side) -> str:
+def compared_name(side: ComparedStudy) -> str:
     """The study and, where it has several combinations of lists, this one's."""
-    listed = ", ".join(f"{key} {_shown(value)}" for key, value in side.params.items())
+    listed = ", ".join(f"{key} {_setting_text(value)}" for key, value in side.params.items())
     return f"{side.study} ({listed})" if listed else side.study
 
 
-def changes(first: Side, side: Side) -> dict[str, Any]:
+def changed_settings(first: ComparedStudy, side: ComparedStudy) -> dict[str, Any]:
     """The settings in which a side differs from the first one; not those that follow from another one of their section.
 
     Momentum is what an SGD has and an Adam has not, and a width what one network has and another has not.
@@ -74,7 +76,7 @@ def changes(first: Side, side: Side) -> dict[str, Any]:
     return {key: value for key, value in changed.items() if key in common or key.partition(".")[0] not in sections}
 
 
-def compare(answers: Sequence[tuple[StudyRecord, Sequence[TrialRecord], Best]]) -> Comparison:
+def compare_answers(answers: Sequence[tuple[StudyRecord, Sequence[TrialRecord], Best]]) -> Comparison:
     """The comparison of studies, each with its trials and its answer."""
     sides, settings, responses = [], [], []
     for study, trials, found in answers:
@@ -82,9 +84,9 @@ def compare(answers: Sequence[tuple[StudyRecord, Sequence[TrialRecord], Best]]) 
         if "num_train" in study.facts:
             known["data.train_samples"] = study.facts["num_train"]  # whichever of two settings said it, or neither
         for params, response in _responses(study, found):
-            listed = {_setting(key): value for key, value in params.items()}
-            settings.append(_used(known | listed))
-            sides.append(_side(study, trials, found, params, response))
+            listed = {_setting_key(key): value for key, value in params.items()}
+            settings.append(_used_settings(known | listed))
+            sides.append(_compared_study(study, trials, found, params, response))
             responses.append(response)
     keys = dict.fromkeys(key for one in settings for key in one)
     differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
@@ -94,10 +96,10 @@ def compare(answers: Sequence[tuple[StudyRecord, Sequence[TrialRecord], Best]]) 
     ]
     sides[0] = replace(sides[0], ratio=None)
     first, *others = sides
-    conclusions = [sentence for side in others for sentence in _against(first, side)]
+    conclusions = [sentence for side in others for sentence in _conclude(first, side)]
     known_sides = [side for side in sides if side.plateau is not None]
     if len(known_sides) > 1:
-        conclusions.append(_shared(known_sides))
+        conclusions.append(_conclude_on_all(known_sides))
     return Comparison(sides, conclusions, _caveats(sides))
 
 
@@ -117,13 +119,13 @@ def _ratio(first: Response | None, other: Response | None) -> tuple[float, float
     return float(low), float(high)
 
 
-def _side(
+def _compared_study(
     study: StudyRecord, trials: Sequence[TrialRecord], found: Best, params: Mapping[str, Any], response: Response | None
-) -> Side:
+) -> ComparedStudy:
     alike = [t for t in trials if t.kind == "search" and study.spec.search.listed_values(t.params) == params]
     lead = best_trial(study, alike)
-    beware = warnings(study, alike, lead, response) if lead is not None else []
-    return Side(
+    beware = find_warnings(study, alike, lead, response) if lead is not None else []
+    return ComparedStudy(
         study=study.name,
         params=params,
         factors={},
@@ -142,26 +144,31 @@ def _side(
     )
 
 
-def _against(first: Side, side: Side) -> list[str]:
-    changed = changes(first, side)
-    instead = {key: f"{_shown(value)} instead of {_shown(first.factors.get(key))}" for key, value in changed.items()}
+def _conclude(first: ComparedStudy, side: ComparedStudy) -> list[str]:
+    changed = changed_settings(first, side)
+    instead = {
+        key: f"{_setting_text(value)} instead of {_setting_text(first.factors.get(key))}"
+        for key, value in changed.items()
+    }
     what = " and ".join(f"{key} {values}" for key, values in instead.items())
-    subject = f"{name(side)}{f', with {what},' if what else ''}"
+    subject = f"{compared_name(side)}{f', with {what},' if what else ''}"
     if side.ratio is None or first.lr is None or side.lr is None:
-        return [f"{subject} cannot be compared: too few of its learning rates or of {name(first)}'s have a value"]
+        return [
+            f"{subject} cannot be compared: too few of its learning rates or of {compared_name(first)}'s have a value"
+        ]
     low, high = side.ratio
     sentence = f"{subject} has its best learning rate at {side.lr:.2g}, "
-    times = f"{_times(low)} to {_times(high)} times"
+    times = f"{_factor_text(low)} to {_factor_text(high)} times"
     if low <= 1 <= high:
-        sentence += f"not told apart from {first.lr:.2g} of {name(first)}: {times} that is possible"
+        sentence += f"not told apart from {first.lr:.2g} of {compared_name(first)}: {times} that is possible"
     else:
-        sentence += f"{times} {first.lr:.2g} of {name(first)}"
+        sentence += f"{times} {first.lr:.2g} of {compared_name(first)}"
     if len(changed) > 1:
         sentence += f"; it differs in {len(changed)} settings, and which of them does it cannot be told"
     return [sentence]
 
 
-def _shared(sides: Sequence[Side]) -> str:
+def _conclude_on_all(sides: Sequence[ComparedStudy]) -> str:
     """Whether one learning rate is as good as the best on every side."""
     low = max(side.plateau[0] for side in sides if side.plateau)
     high = min(side.plateau[1] for side in sides if side.plateau)
@@ -172,15 +179,21 @@ def _shared(sides: Sequence[Side]) -> str:
     return f"no learning rate is as good as the best in all of these {len(sides)}"
 
 
-def _caveats(sides: Sequence[Side]) -> list[str]:
+def _caveats(sides: Sequence[ComparedStudy]) -> list[str]:
     caveats = []
     for side in sides:
         if side.confirmed is not None and side.interval and not side.interval[0] <= side.confirmed <= side.interval[1]:
-            caveats.append(f"{name(side)}: {side.confirmed:.2g} was confirmed, which its interval does not hold")
+            caveats.append(
+                f"{compared_name(side)}: {side.confirmed:.2g} was confirmed, which its interval does not hold"
+            )
         if UNBOUNDED in side.warnings:
-            caveats.append(f"{name(side)}: the best rate may lie beyond what was searched; its interval is a bound")
+            caveats.append(
+                f"{compared_name(side)}: the best rate may lie beyond what was searched; its interval is a bound"
+            )
         if "still-rising" in side.warnings:
-            caveats.append(f"{name(side)}: its curves are still rising; after more epochs its best rate may be another")
+            caveats.append(
+                f"{compared_name(side)}: its curves are still rising; after more epochs its best rate may be another"
+            )
     if len({side.metric for side in sides}) > 1:
         caveats.append("the values are of different metrics; only learning rates can be compared")
     caveats.append(
@@ -190,20 +203,20 @@ def _caveats(sides: Sequence[Side]) -> list[str]:
     return caveats
 
 
-def _shown(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     return "the default" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _times(ratio: float) -> str:
+def _factor_text(ratio: float) -> str:
     return f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
 
 
-def _setting(key: str) -> str:
+def _setting_key(key: str) -> str:
     """A key of the search space as the setting that it stands for."""
     return key if key.startswith(("model.", "data.")) else f"training.{key}"
 
 
-def _used(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Without the settings of other optimizers and schedules than the one that is used."""
     mine = {"name"}
     for table, kind in ((OPTIMIZERS, "training.optimizer"), (SCHEDULES, "training.schedule")):

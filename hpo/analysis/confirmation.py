@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hpo.analysis.answer import Best
 from hpo.study.stages import Planned, due, latest
 
-APART = 0.1  # decades: learning rates closer than this are one and the same
-STANDARD = 0.6827  # of a normal distribution lies within one standard deviation
+MIN_APART_DECADES = 0.1  # decades: learning rates closer than this are one and the same
+STANDARD_CONFIDENCE = 0.6827  # of a normal distribution lies within one standard deviation
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Confirmation:
         return {"params": dict(self.winner.params), **asdict(self)}
 
 
-def plan(study: StudyRecord, trials: Sequence[TrialRecord], found: Best) -> list[Planned]:
+def plan_due_trials(study: StudyRecord, trials: Sequence[TrialRecord], found: Best) -> list[Planned]:
     """The trials that are due after these, whose answer so far is `found`."""
     assert study.spec.confirm is not None
     stage = due(study, trials)
@@ -115,7 +115,7 @@ def candidates(study: StudyRecord, trials: Sequence[TrialRecord], found: Best) -
     return chosen[: study.spec.confirm.top]
 
 
-def confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, first: float) -> Confirmation | None:
+def find_confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, first: float) -> Confirmation | None:
     """What came of the study's confirmation; None before its trials have ended, or where none of them completed.
 
     `first` is the value of the best trial of the search.
@@ -130,7 +130,7 @@ def confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, first: fl
         group = next((group for group in groups if group[0].params == trial.params), None)
         groups.append([trial]) if group is None else group.append(trial)
     measured = [one for one in map(_candidate, groups) if one.mean is not None]
-    ranked = sorted(measured, key=lambda one: (one.num_diverged, -sign * _mean(one)))
+    ranked = sorted(measured, key=lambda one: (one.num_diverged, -sign * _mean_of(one)))
     rivals = [one for one in ranked if one.num_diverged == ranked[0].num_diverged]
     num_val = study.facts.get("num_val")
     grain = 1 / num_val if num_val and not study.spec.objective else 0.0  # of an accuracy: one picture
@@ -169,10 +169,10 @@ def _expected(rivals: Sequence[Candidate], *, grain: float) -> tuple[float, floa
     known = [[value for value in one.values if value is not None] for one in rivals]
     freedom = sum(len(values) - 1 for values in known)
     if freedom < 1:
-        return _mean(rivals[0]), None
+        return _mean_of(rivals[0]), None
     off = [value - statistics.fmean(values) for values in known for value in values]
     deviation = max(math.hypot(*off) / math.sqrt(freedom), grain / math.sqrt(12))  # hypot: a loss may be of any size
-    means = [_mean(one) for one in rivals]
+    means = [_mean_of(one) for one in rivals]
     middle = statistics.fmean(means)
     noise = deviation / math.sqrt(len(known[0]))  # of the winner's mean
     spread = math.hypot(*(mean - middle for mean in means)) / math.sqrt(max(1, len(means) - 1))
@@ -200,10 +200,10 @@ def _student_error(deviation: float, count: int, *, freedom: int | None = None) 
     """The standard error of a mean of `count` values, wide enough for so few to hold it in 68 % of all cases."""
     from scipy.stats import t
 
-    return float(t.ppf((1 + STANDARD) / 2, freedom or count - 1)) * deviation / math.sqrt(count)
+    return float(t.ppf((1 + STANDARD_CONFIDENCE) / 2, freedom or count - 1)) * deviation / math.sqrt(count)
 
 
-def _mean(one: Candidate) -> float:
+def _mean_of(one: Candidate) -> float:
     assert one.mean is not None
     return one.mean
 
@@ -234,5 +234,5 @@ def _are_apart(study: StudyRecord, one: Mapping[str, Scalar], other: Mapping[str
         return True
     mine, theirs = one.get("lr"), other.get("lr")
     if isinstance(mine, int | float) and isinstance(theirs, int | float) and mine > 0 and theirs > 0:
-        return abs(math.log10(mine / theirs)) > APART
+        return abs(math.log10(mine / theirs)) > MIN_APART_DECADES
     return one != other

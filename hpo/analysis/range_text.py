@@ -31,8 +31,8 @@ def range_test_lines(
         listed = ", ".join(f"{key} {value}" for key, value in found["params"].items())
         low, high = found["low"], found["high"]
         line = f"the range of learning rates{f' with {listed}' if listed else ''} comes from a range test of "
-        line += f"{found['epochs']:.2g} epochs: {low:.2g} to {high:.2g} ({signs(found)})"
-        searched = _case(study.spec, "lr", found["params"])
+        line += f"{found['epochs']:.2g} epochs: {low:.2g} to {high:.2g} ({signs_text(found)})"
+        searched = active_parameter(study.spec, "lr", found["params"])
         if isinstance(searched, Range) and (f"{searched.low:.2g}", f"{searched.high:.2g}") != (
             f"{low:.2g}",
             f"{high:.2g}",
@@ -40,18 +40,18 @@ def range_test_lines(
             low, high = float(searched.low), float(searched.high)
             line += f", within the {low:.2g} to {high:.2g} that were searched"
         if best is not None and params is not None and found["params"].items() <= dict(params).items():
-            line += f"; {place(best, low, high)}"
+            line += f"; {position_text(best, low, high)}"
         lines.append(line)
     return lines
 
 
-def signs(found: Mapping[str, Any]) -> str:
+def signs_text(found: Mapping[str, Any]) -> str:
     """What a ramp showed, in words; `found` as `Ramp.as_dict` gives it."""
     seen = [("the loss falls from", found["falls"]), ("breaks at", found["breaks"]), ("leaps from", found["leaps"])]
     return ", ".join(f"{what} {lr:.2g}" for what, lr in seen if lr is not None) or "nothing broke"
 
 
-def place(best: float, low: float, high: float) -> str:
+def position_text(best: float, low: float, high: float) -> str:
     """Where a learning rate sits in a range, on its log scale."""
     if not low <= best <= high:
         return f"the best one, {best:.2g}, is outside of that"
@@ -59,18 +59,18 @@ def place(best: float, low: float, high: float) -> str:
     return f"the best one is {up:.1f} decades above its low end and {down:.1f} below its high end"
 
 
-def _case(spec: StudySpec, key: str, values: Mapping[str, Scalar]) -> Parameter | None:
+def active_parameter(spec: StudySpec, key: str, values: Mapping[str, Scalar]) -> Parameter | None:
     parameter = spec.search.parameters[key]
     return parameter.cases.get(str(values[parameter.by])) if isinstance(parameter, Conditional) else parameter
 
 
-TOP = 1.5  # times the loss at the start: what is above is drawn there, or a broken loss would hide the rest
+MAX_SHOWN_LOSS = 1.5  # times the loss at the start: what is above is drawn there, or a broken loss would hide the rest
 
 
-def worth_showing(losses: Sequence[float | None]) -> list[float]:
+def clip_losses(losses: Sequence[float | None]) -> list[float]:
     """The losses of a ramp as far as they are."""
     finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
     if not finite:
         return []
-    top = TOP * max(finite[0], min(finite))
+    top = MAX_SHOWN_LOSS * max(finite[0], min(finite))
     return [top if loss is None or not math.isfinite(loss) else min(loss, top) for loss in losses]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.float64]]
 
-LEAST_RATES = 5  # different ones, with a value, without which no curve is drawn
-MOST_POINTS = 100  # of more trials, neighbours count with their mean
+MIN_RATES = 5  # different ones, with a value, without which no curve is drawn
+MAX_FITTED_POINTS = 100  # of more trials, neighbours count with their mean
 NUM_RATES = 161  # of the grid that the response is known on
 NUM_DRAWS = 400
 CONFIDENCE = 0.9
@@ -35,7 +35,7 @@ WORST = 3.0  # a value counts as no worse than this many times as far below the 
 
 
 @dataclass(frozen=True)
-class Trials:
+class Observations:
     """What is known of trials, each at log10 of its learning rate; of two values the higher one is better."""
 
     x: Array  # (N,) of the trials that have a value
@@ -46,7 +46,7 @@ class Trials:
 
 
 @dataclass(frozen=True)
-class Edge:
+class EstimatedRate:
     """Where half of the trials diverge: a learning rate, and the interval that holds it with CONFIDENCE."""
 
     lr: float
@@ -66,7 +66,7 @@ class Response:
     value: float  # expected of a trial there, diverging included
     interval: tuple[float, float]  # holds the best learning rate with CONFIDENCE
     plateau: tuple[float, float]  # around the highest expected value: within one standard error of the difference
-    edge: Edge | None  # None where no trial diverged, or only where others train
+    edge: EstimatedRate | None  # None where no trial diverged, or only where others train
     sensitivity: float  # what a learning rate of the range, any, falls short of the best by, on average
     noise: float  # the standard deviation of a trial's value about the mean
     tops: Sequence[float]  # learning rates that may be the best one, each as likely as any other here
@@ -84,7 +84,7 @@ class Response:
 CURVES = frozenset({"lrs", "mean", "low", "high", "diverging", "tops"})  # of a Response
 
 
-def respond(trials: Trials, *, low: float, high: float) -> Response | None:
+def fit_response(trials: Observations, *, low: float, high: float) -> Response | None:
     """The response between two learning rates; None where fewer than LEAST_RATES have a value.
 
     The sensitivity is that of Wortsman et al. (arXiv 2309.14322) with the value in the place of the loss: the mean over
@@ -93,14 +93,14 @@ def respond(trials: Trials, *, low: float, high: float) -> Response | None:
     """
     from threadpoolctl import threadpool_limits
 
-    if len(set(trials.x)) < LEAST_RATES:
+    if len(set(trials.x)) < MIN_RATES:
         return None
     # Its matrices are small: several threads take ten times as long, and sum up in an order of their own.
     with threadpool_limits(1, user_api="blas"):
         return _respond(trials, low=low, high=high)
 
 
-def _respond(trials: Trials, *, low: float, high: float) -> Response:
+def _respond(trials: Observations, *, low: float, high: float) -> Response:
     import numpy as np
     from scipy.special import expit
 
@@ -112,7 +112,7 @@ def _respond(trials: Trials, *, low: float, high: float) -> Response:
     value = np.maximum(value, (1 + WORST) * np.median(value) - WORST * value.max())
     trials = replace(trials, value=value, doubt=trials.doubt / size, floor=min(trials.floor / size, value.min()))
     curves, noise = _draw_curves(trials, x, random)
-    edges, widths = _draw_edges(trials, x, random)
+    edges, widths = _draw_divergence_curves(trials, x, random)
     diverging = expit((x - edges[:, None]) / widths[:, None])
     worth = curves * (1 - diverging) + trials.floor * diverging
     expected = worth.mean(axis=0)
@@ -148,14 +148,14 @@ def _respond(trials: Trials, *, low: float, high: float) -> Response:
         value=size * float(expected[at_best]),
         interval=tops,
         plateau=(float(lrs[first]), float(lrs[last])),
-        edge=Edge(float(10 ** np.median(edges)), interval(edges)) if has_edge else None,
+        edge=EstimatedRate(float(10 ** np.median(edges)), interval(edges)) if has_edge else None,
         sensitivity=size * float(behind.mean()),
         noise=size * noise,
         tops=lrs[worth.argmax(axis=1)].tolist(),
     )
 
 
-def _draw_curves(trials: Trials, x: Array, random: np.random.Generator) -> tuple[Array, float]:
+def _draw_curves(trials: Observations, x: Array, random: np.random.Generator) -> tuple[Array, float]:
     """Curves that the response of trials that do not diverge may have, (NUM_DRAWS, len(x)), and the trials' noise."""
     import warnings
 
@@ -189,18 +189,18 @@ def _draw_curves(trials: Trials, x: Array, random: np.random.Generator) -> tuple
     return np.concatenate(drawn) * scale + mean, float(np.sqrt(weights @ np.square(noises)) * scale)
 
 
-def _grouped(trials: Trials) -> tuple[Array, Array, Array, Array]:
+def _grouped(trials: Observations) -> tuple[Array, Array, Array, Array]:
     """The trials with values, or of too many the means of neighbours: x, value, doubt, and how many each stands for."""
     import numpy as np
 
     order = np.argsort(trials.x, kind="stable")
-    groups = np.array_split(order, min(MOST_POINTS, len(order)))
+    groups = np.array_split(order, min(MAX_FITTED_POINTS, len(order)))
     means = [[column[group].mean() for group in groups] for column in (trials.x, trials.value)]
     doubt = [float(np.sqrt((trials.doubt[group] ** 2).mean() / len(group))) for group in groups]
     return np.array(means[0]), np.array(means[1]), np.array(doubt), np.array([len(group) for group in groups])
 
 
-def _draw_edges(trials: Trials, x: Array, random: np.random.Generator) -> tuple[Array, Array]:
+def _draw_divergence_curves(trials: Observations, x: Array, random: np.random.Generator) -> tuple[Array, Array]:
     """Logistic curves that the share of diverging trials may follow: log10 of their middle, and width, (NUM_DRAWS,).
 
     By their posterior on a grid, with every middle in the range or a little past it as likely as any other before.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hpo.study.records import StudyRecord, TrialRecord
 
 
-def study_in_words(study: StudyRecord) -> str:
+def study_text(study: StudyRecord) -> str:
     """What is searched, on what."""
     spec, facts = study.spec, study.facts
     text = f"{spec.num_trials} trials, {spec.search.sampler} over {', '.join(spec.search.parameters)}"
@@ -29,51 +29,51 @@ def study_in_words(study: StudyRecord) -> str:
     return text
 
 
-def counts_in_words(trials: Sequence[TrialRecord]) -> str:
+def counts_text(trials: Sequence[TrialRecord]) -> str:
     """How many trials there are in each state."""
     states = [trial.state for trial in trials]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
-def no_answer(trials: Sequence[TrialRecord]) -> str:
-    return f"no complete trial to choose from: {counts_in_words(trials)}"
+def no_answer_text(trials: Sequence[TrialRecord]) -> str:
+    return f"no complete trial to choose from: {counts_text(trials)}"
 
 
 def answer_lines(study: StudyRecord, found: Best) -> list[str]:
     """The answer in words, the warnings last."""
-    values = ", ".join(f"{key} {number_in_words(value)}" for key, value in found.params.items() if key != "lr")
-    trial = f"{study.spec.metric} {value_in_words(found.value, study)}, trial {found.trial}"
+    values = ", ".join(f"{key} {number_text(value)}" for key, value in found.params.items() if key != "lr")
+    trial = f"{study.spec.metric} {value_text(found.value, study)}, trial {found.trial}"
     if found.confirmation is not None:
         lines = confirmation_lines(study, found.confirmation)
         if found.response is not None:
             listed = params_text(study.spec.search.listed_values(found.recommended))
-            best = f"{rate_in_words(found.response.best)}{f' with {listed}' if listed else ''}"
+            best = f"{rate_text(found.response.best)}{f' with {listed}' if listed else ''}"
             lines.append(f"the response to the learning rate in the search is best at {best}")
             lines += response_lines(study, found.response)
             low, high = found.response.interval
             if found.lr is not None and not low <= found.lr <= high:
-                lines.append(f"what was confirmed, {rate_in_words(found.lr)}, is outside of that interval")
+                lines.append(f"what was confirmed, {rate_text(found.lr)}, is outside of that interval")
         lines.append(f"the best trial of the search: {params_text(found.params)}, {trial}; the luckiest, too")
     elif found.response is not None:
-        lines = [f"best learning rate: {rate_in_words(found.response.best)}" + (f" ({values})" if values else "")]
+        lines = [f"best learning rate: {rate_text(found.response.best)}" + (f" ({values})" if values else "")]
         lines += response_lines(study, found.response)
-        lines.append(f"the best trial: learning rate {number_in_words(found.params['lr'])}, {trial}; the luckiest, too")
+        lines.append(f"the best trial: learning rate {number_text(found.params['lr'])}, {trial}; the luckiest, too")
     else:
-        subject = f"best learning rate: {number_in_words(found.params['lr'])}" if "lr" in found.params else "best"
+        subject = f"best learning rate: {number_text(found.params['lr'])}" if "lr" in found.params else "best"
         lines = [f"{subject}{f' ({values})' if values else ''}, {trial}"]
         if found.interval is not None:
             low, high = found.interval
             lines.append(
                 "as good within one standard error: the tried learning rates "
-                f"from {number_in_words(low)} to {number_in_words(high)}"
+                f"from {number_text(low)} to {number_text(high)}"
                 if low < high
                 else "no other learning rate that was tried came within one standard error"
             )
     for params, other in found.responses:
         if other is not found.response:
             lines.append(
-                f"with {params_text(params)}: {rate_in_words(other.best)} ({interval_in_words(other.interval)}), "
-                f"{study.spec.metric} {value_in_words(other.value, study)}"
+                f"with {params_text(params)}: {rate_text(other.best)} ({interval_text(other.interval)}), "
+                f"{study.spec.metric} {value_text(other.value, study)}"
             )
     lines += range_text.range_test_lines(study, best=found.lr, params=found.recommended)
     return lines + [f"beware: {warning.text}" for warning in found.warnings]
@@ -83,19 +83,19 @@ def confirmation_lines(study: StudyRecord, found: Confirmation) -> list[str]:
     """What came of training the best learning rates again."""
     winner = found.winner
     count = sum(value is not None for value in winner.values)
-    values = ", ".join(f"{key} {number_in_words(value)}" for key, value in winner.params.items() if key != "lr")
-    subject = f"best learning rate: {number_in_words(winner.params['lr'])}" if "lr" in winner.params else "best"
+    values = ", ".join(f"{key} {number_text(value)}" for key, value in winner.params.items() if key != "lr")
+    subject = f"best learning rate: {number_text(winner.params['lr'])}" if "lr" in winner.params else "best"
     lines = [
         f"{subject}{f' ({values})' if values else ''}, confirmed on {count} fresh seed{'s' * (count != 1)}: "
         f"{study.spec.metric} {_with_error(found.value, found.standard_error, study)}"
     ]
-    if winner.mean is not None and value_in_words(winner.mean, study) != value_in_words(found.value, study):
+    if winner.mean is not None and value_text(winner.mean, study) != value_text(found.value, study):
         lines.append(
-            f"the mean of its seeds is {value_in_words(winner.mean, study)}; that of the best of several is too high, "
+            f"the mean of its seeds is {value_text(winner.mean, study)}; that of the best of several is too high, "
             "and is drawn towards the others'"
         )
     lines.append(
-        f"the search's best trial was {value_in_words(abs(found.inflation), study)} "
+        f"the search's best trial was {value_text(abs(found.inflation), study)} "
         f"{'better' if found.inflation >= 0 else 'worse'} than what was confirmed"
     )
     if found.test_value is not None:
@@ -104,10 +104,10 @@ def confirmation_lines(study: StudyRecord, found: Confirmation) -> list[str]:
     if found.runner_up is not None:
         other, (low, high) = found.runner_up, found.runner_up.interval
         verdict = "really is worse" if other.is_worse else "is not told apart from it"
-        behind = value_in_words(other.difference, study)
+        behind = value_text(other.difference, study)
         lines.append(
             f"the runner-up, {params_text(other.params)}, {verdict}: seed by seed it is {behind} "
-            f"behind ({value_in_words(low, study)} to {value_in_words(high, study)})"
+            f"behind ({value_text(low, study)} to {value_text(high, study)})"
         )
     for one in found.candidates:
         if one.num_diverged:
@@ -116,42 +116,42 @@ def confirmation_lines(study: StudyRecord, found: Confirmation) -> list[str]:
 
 
 def _with_error(value: float, error: float | None, study: StudyRecord) -> str:
-    return value_in_words(value, study) + (f" ± {value_in_words(error, study)}" if error is not None else "")
+    return value_text(value, study) + (f" ± {value_text(error, study)}" if error is not None else "")
 
 
 def response_lines(study: StudyRecord, found: Response) -> list[str]:
     """What a response says beside its best learning rate."""
-    low, high = map(rate_in_words, found.interval)
+    low, high = map(rate_text, found.interval)
     lines = [
         f"with {CONFIDENCE:.0%} confidence the best one is between {low} and {high}; "
-        f"not told apart from it: {interval_in_words(found.plateau)}",
-        f"a trial there is expected to have {study.spec.metric} {value_in_words(found.value, study)}, give or take "
-        f"{value_in_words(found.noise, study)}",
+        f"not told apart from it: {interval_text(found.plateau)}",
+        f"a trial there is expected to have {study.spec.metric} {value_text(found.value, study)}, give or take "
+        f"{value_text(found.noise, study)}",
     ]
     if found.edge is not None:
         edge = found.edge
-        lines.append(f"half of the trials diverge at {rate_in_words(edge.lr)} ({interval_in_words(edge.interval)})")
+        lines.append(f"half of the trials diverge at {rate_text(edge.lr)} ({interval_text(edge.interval)})")
     return lines
 
 
-def rate_in_words(lr: float) -> str:
+def rate_text(lr: float) -> str:
     return f"{lr:.2g}"
 
 
-def interval_in_words(interval: tuple[float, float]) -> str:
+def interval_text(interval: tuple[float, float]) -> str:
     """Two learning rates."""
-    return " to ".join(map(rate_in_words, interval))
+    return " to ".join(map(rate_text, interval))
 
 
-def peak_in_words(lr: float, epochs: int) -> str:
+def peak_text(lr: float, epochs: int) -> str:
     return f"all trials together, compared after {epochs} epoch{'s' * (epochs > 1)}, point to lr={lr:.3g}"
 
 
-def number_in_words(value: Any) -> str:
+def number_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def value_in_words(value: float, study: StudyRecord) -> str:
+def value_text(value: float, study: StudyRecord) -> str:
     return f"{value:.2%}" if study.spec.metric.endswith("accuracy") and -1 <= value <= 1 else f"{value:.4g}"
 
 
@@ -162,6 +162,6 @@ def params_text(params: Mapping[str, Any]) -> str:
     )
 
 
-def as_text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A cell of a table."""
-    return "" if value is None else number_in_words(value)
+    return "" if value is None else number_text(value)

@@ -14,7 +14,7 @@ from hpo.analysis.answer import Best
 from hpo.api.reading import answer_of
 from hpo.api.stores import open_study
 from hpo.errors import UserError
-from hpo.report.publisher import publish
+from hpo.report.publisher import publish_report
 from hpo.store.retry import STORE_ERRORS
 
 HEADER = "The best trial of study"  # begins every export; no other file is overwritten
@@ -89,6 +89,7 @@ def write_report(
     Raises:
         UserError: There is no such study, form or figure, or `output` is a file that is no earlier report.
     """
+    from hpo.report import output_file, study_report
     from hpo.report import render as report
 
     path = Path(output or f"{name}.{form or 'html'}")
@@ -98,10 +99,10 @@ def write_report(
     report.check_request(form, figure)
     store, study = open_study(name, storage=storage)
     all_trials = store.trials(study)
-    made = report.make(study, all_trials, analysis.best(study, all_trials), storage=str(store.url))
-    report.write(path, report.render(made, form, figure=figure))
+    made = study_report.make_report(study, all_trials, analysis.find_best(study, all_trials), storage=str(store.url))
+    output_file.write_report_file(path, report.render_report(made, form, figure=figure))
     with suppress(*STORE_ERRORS):  # a store that can only be read has a report all the same
-        publish(store, made)
+        publish_report(store, made)
     return path
 
 

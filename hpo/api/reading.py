@@ -11,7 +11,8 @@ from hpo.analysis import answer as analysis
 from hpo.analysis import comparison
 from hpo.analysis.answer import Best
 from hpo.analysis.comparison import Comparison
-from hpo.analysis.text import no_answer
+from hpo.analysis.peak import find_peak
+from hpo.analysis.text import no_answer_text
 from hpo.api.stores import open_study, storage_url
 from hpo.errors import StudyStopped, UserError
 from hpo.store.retry import STORE_ERRORS
@@ -66,7 +67,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
     with suppress(*STORE_ERRORS):  # a store that can only be read has a status all the same
         store.reap(study)
     all_trials = store.trials(study)
-    found, peak = analysis.best(study, all_trials), analysis.peak(study, all_trials)
+    found, peak = analysis.find_best(study, all_trials), find_peak(study, all_trials)
     return {
         "study": name,
         "storage": str(store.url),
@@ -155,7 +156,9 @@ def compare(names: Sequence[str], *, storage: str | None = None) -> Comparison:
         raise UserError(f"each study must be named once, got {' '.join(names)}")
     store = Store(storage_url(storage))
     found = [(study, store.trials(study)) for study in [store.study(name) for name in names]]
-    return comparison.compare([(study, all_trials, answer_of(study, all_trials)) for study, all_trials in found])
+    return comparison.compare_answers(
+        [(study, all_trials, answer_of(study, all_trials)) for study, all_trials in found]
+    )
 
 
 def result_of(store: Store, study: StudyRecord) -> Result:
@@ -166,7 +169,7 @@ def result_of(store: Store, study: StudyRecord) -> Result:
 
 def answer_of(study: StudyRecord, all_trials: Sequence[TrialRecord]) -> Best:
     """Return the answer of a study; raise StudyStopped where no trial has completed."""
-    found = analysis.best(study, all_trials)
+    found = analysis.find_best(study, all_trials)
     if found is None:
-        raise StudyStopped(f"study {study.name!r} has {no_answer(all_trials)}")
+        raise StudyStopped(f"study {study.name!r} has {no_answer_text(all_trials)}")
     return found

@@ -297,7 +297,7 @@ def _create(spec: StudySpec, url: str, launcher: Launcher, facts: Mapping[str, A
     """Create the study, with the learning rates that a range test finds where the spec asks for one."""
     closed, found = ranges.resolve(
         spec,
-        measure=lambda spec: launcher.ask(ranges.measure, spec, launcher.request, on_device=True),
+        measure=lambda spec: launcher.ask(ranges.measure_ramps, spec, launcher.request, on_device=True),
         stored=lambda: _find(spec.name, url)[1],
     )
     store = Store(url, create=True)
@@ -320,7 +320,7 @@ def _find_finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | Non
     store, study = _find(spec.name, url)
     if store is None or study is None:
         return None
-    spec = ranges.adopt(spec, study)
+    spec = ranges.adopt_stored_ranges(spec, study)
     counts = store.counts(study.study_id)
     if set(counts) - set(ENDED) or study.spec.differences(spec) or study.spec.num_trials < spec.num_trials:
         return None

@@ -282,7 +282,7 @@ def range_test_command(
     from hpo.report import ramp_page
 
     if output is not None:
-        ramp_page.check_output(output)
+        ramp_page.check_ramp_output(output)
     parsed = StudySpec.from_toml(spec, overrides=overrides)
     with Progress(transient=True, disable=as_json or not make_console().is_terminal) as progress:
         task = progress.add_task("checking data and network", total=None)
@@ -296,12 +296,12 @@ def range_test_command(
         )
     found = [one.as_dict() for one in tested]
     if output is not None:
-        ramp_page.write_html(found, output, title=f"Range test of {parsed.name}")
+        ramp_page.write_ramp_page(found, output, title=f"Range test of {parsed.name}")
     if as_json:
         print_json(found)
         return
     for one in found:
-        for line in text.report(one):
+        for line in text.range_test_report(one):
             click.echo(line)
     if output is not None:
         click.echo(f"wrote {output}")

@@ -14,20 +14,22 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.analysis.answer import Best, best_trial, peak, searched
-from hpo.analysis.comparison import Comparison, Side, changes, name
+from hpo.analysis.answer import Best
+from hpo.analysis.comparison import ComparedStudy, Comparison, changed_settings, compared_name
+from hpo.analysis.peak import find_peak
 from hpo.analysis.range_text import range_test_lines
 from hpo.analysis.text import (
     answer_lines,
-    as_text,
-    interval_in_words,
-    number_in_words,
+    cell_text,
+    interval_text,
+    number_text,
     params_text,
-    peak_in_words,
-    rate_in_words,
-    study_in_words,
-    value_in_words,
+    peak_text,
+    rate_text,
+    study_text,
+    value_text,
 )  # fmt: skip
+from hpo.analysis.trials import best_trial, search_trials
 from hpo.store.studies import Store
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
@@ -131,7 +133,7 @@ class LiveDisplay:
 def heading(study: StudyRecord) -> Text:
     """One line: what is searched, on what."""
     text = Text(f"study {study.name}", style="bold")
-    text.append(f": {study_in_words(study)}", style="not bold")
+    text.append(f": {study_text(study)}", style="not bold")
     return text
 
 
@@ -139,7 +141,7 @@ def print_answer(
     console: Console, study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, next_steps: Sequence[str]
 ) -> None:
     """The table of learning rates against accuracy, the winner, and what to type next."""
-    console.print(_table(study, searched(trials), found, width=console.width))
+    console.print(_table(study, search_trials(trials), found, width=console.width))
     for line in answer_lines(study, found):
         console.print(line, style="bold", highlight=False, soft_wrap=True)
     for step in next_steps:
@@ -152,10 +154,10 @@ def print_comparison(found: Comparison) -> None:
     low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
     rows = [
         [
-            name(side), "" if side is found.sides[0] else params_text(changes(found.sides[0], side)),
-            as_text(side.lr and rate_in_words(side.lr)), as_text(side.interval and interval_in_words(side.interval)),
-            _strip(side, low, high), as_text(side.plateau and interval_in_words(side.plateau)),
-            as_text(side.edge and rate_in_words(side.edge)), as_text(side.value),
+            compared_name(side), "" if side is found.sides[0] else params_text(changed_settings(found.sides[0], side)),
+            cell_text(side.lr and rate_text(side.lr)), cell_text(side.interval and interval_text(side.interval)),
+            _strip(side, low, high), cell_text(side.plateau and interval_text(side.plateau)),
+            cell_text(side.edge and rate_text(side.edge)), cell_text(side.value),
         ]
         for side in found.sides
     ]  # fmt: skip
@@ -168,7 +170,7 @@ def print_comparison(found: Comparison) -> None:
         console.print(f"beware: {line}", highlight=False, soft_wrap=True)
 
 
-def _strip(side: Side, low: float, high: float) -> str:
+def _strip(side: ComparedStudy, low: float, high: float) -> str:
     """The interval of a best rate and its middle, between log10 of two learning rates."""
     if side.interval is None or side.lr is None:
         return ""
@@ -197,7 +199,7 @@ def _table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, wi
     )
     table.add_column("", no_wrap=True)
     for key in keys:
-        width = max(len(number_in_words(trial.params.get(key, ""))) for trial in rows)
+        width = max(len(number_text(trial.params.get(key, ""))) for trial in rows)
         table.add_column("learning rate" if key == "lr" else key, justify="right", min_width=width)
     table.add_column(study.spec.metric, justify="right", min_width=6)
     if has_bars:
@@ -217,8 +219,8 @@ def _table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, wi
         )
         table.add_row(
             "►" if trial.number == found.trial else "",
-            *(number_in_words(trial.params[key]) if key in trial.params else "" for key in keys),
-            "" if trial.value is None else value_in_words(trial.value, study),
+            *(number_text(trial.params[key]) if key in trial.params else "" for key in keys),
+            "" if trial.value is None else value_text(trial.value, study),
             *([bar] if has_bars else []),
             Text(
                 trial.state if trial.state in ("complete", "waiting") else f"{trial.state}: {trial.reason}", style=style
@@ -253,11 +255,11 @@ def _dashboard(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableT
             )
     parts: list[RenderableType] = [bar, running if running.row_count else Text("starting workers ...", style="dim")]
     if (found := best_trial(study, trials)) is not None and found.value is not None:
-        value = f"{study.spec.metric} {value_in_words(found.value, study)}"
+        value = f"{study.spec.metric} {value_text(found.value, study)}"
         parts.append(Text(f"best so far: {params_text(found.params)}, {value}, trial {found.number}"))
-    where = peak(study, trials)
+    where = find_peak(study, trials)
     if where is not None and where.fitted:
-        parts.append(Text(peak_in_words(where.lr, where.epochs)))
+        parts.append(Text(peak_text(where.lr, where.epochs)))
     return Group(*parts)
 
 
@@ -277,7 +279,7 @@ def _stage(trials: Sequence[TrialRecord]) -> str:
 
 def _ended_line(study: StudyRecord, trial: TrialRecord) -> Text:
     seconds = f"{trial.ended - trial.started:.1f} s" if trial.ended and trial.started else ""
-    value = "" if trial.value is None else f", {study.spec.metric} {value_in_words(trial.value, study)}"
+    value = "" if trial.value is None else f", {study.spec.metric} {value_text(trial.value, study)}"
     if trial.kind == "test" and trial.state == "complete":
         value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}')}"
     text = Text(f"trial {trial.number} ")

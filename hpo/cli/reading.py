@@ -41,7 +41,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     \b
     hpo status quickstart
     """
-    from hpo.analysis.text import as_text, params_text, peak_in_words
+    from hpo.analysis.text import cell_text, params_text, peak_text
     from hpo.api import reading
     from hpo.cli.display import print_table
 
@@ -59,13 +59,13 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
             click.echo(f"confirmed: {params_text(best['recommended'])}, value {best['confirmation']['value']:.4f}")
         click.echo(f"best so far: {params_text(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
     if found["peak"] and found["peak"]["fitted"] and found["trials"].keys() & {"waiting", "running"}:
-        click.echo(peak_in_words(found["peak"]["lr"], found["peak"]["epochs"]))
+        click.echo(peak_text(found["peak"]["lr"], found["peak"]["epochs"]))
     if found["workers"]:
         columns = ["host", "pid", "device", "trial", "epoch", "seen_s"]
         print_table(
             [*columns[:-1], "last sign of life"],
             (
-                [*(as_text((worker | lane)[column]) for column in columns[:-1]), f"{worker['seen_s']} s ago"]
+                [*(cell_text((worker | lane)[column]) for column in columns[:-1]), f"{worker['seen_s']} s ago"]
                 for worker in found["workers"]
                 for lane in worker["lanes"] or [{}]
             ),
@@ -84,7 +84,7 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     \b
     hpo trials quickstart --json
     """
-    from hpo.analysis.text import as_text, params_text
+    from hpo.analysis.text import cell_text, params_text
     from hpo.api import reading
     from hpo.cli.display import print_table
 
@@ -95,8 +95,8 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     print_table(
         ["trial", "kind", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
         (
-            [row["number"], row["kind"], row["state"], params_text(row["params"]), as_text(row["value"]),
-             len(row["epochs"]), row["attempt"], as_text(row["duration_s"]), as_text(row["reason"])]
+            [row["number"], row["kind"], row["state"], params_text(row["params"]), cell_text(row["value"]),
+             len(row["epochs"]), row["attempt"], cell_text(row["duration_s"]), cell_text(row["reason"])]
             for row in found
         ),
     )  # fmt: skip

@@ -91,17 +91,18 @@ def dashboard_command(
     from pathlib import Path
 
     from hpo.api import stores
+    from hpo.dashboard import logins
     from hpo.dashboard import server as dashboard
 
     if add_user is not None:
         if auth_file is None:
             raise UserError("--add-user needs --auth-file FILE, which the login is written to")
-        dashboard.check_login_name(add_user)
+        logins.check_login_name(add_user)
         if sys.stdin.isatty():
             password = click.prompt(f"password of {add_user}", hide_input=True, confirmation_prompt=True)
         else:
             password = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
-        dashboard.add_login(Path(auth_file), add_user, password)
+        logins.add_login(Path(auth_file), add_user, password)
         click.echo(f"{auth_file}: {add_user} can log in; a dashboard that runs already must be started again")
         return
 
@@ -112,7 +113,7 @@ def dashboard_command(
         if auth_file is not None:
             click.echo(f"log in as in {auth_file}; the password travels unencrypted, unless a TLS proxy is in front")
 
-    dashboard.serve(
+    dashboard.serve_dashboard(
         Store(stores.storage_url(storage)).storage,
         host=host,
         port=port,

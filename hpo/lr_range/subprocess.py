@@ -17,10 +17,10 @@ from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfi
 if TYPE_CHECKING:
     from hpo.train.lr_ramp import RangeTest
 
-MARK = "hpo range test: "  # begins a line that is ours: a user's module may print, too
+MESSAGE_PREFIX = "hpo range test: "  # begins a line that is ours: a user's module may print, too
 
 
-def in_a_process(config: TrialConfig, device: Device, *, progress: Callable[[int, int], None]) -> RangeTest:
+def range_test_in_subprocess(config: TrialConfig, device: Device, *, progress: Callable[[int, int], None]) -> RangeTest:
     """Raises UserError for what `range_test` does, and StudyStopped where the process dies of something else."""
     from hpo.train.lr_ramp import RangeTest
 
@@ -36,7 +36,7 @@ def in_a_process(config: TrialConfig, device: Device, *, progress: Callable[[int
             process.stdin.write(json.dumps(task))
             process.stdin.close()
             for line in process.stdout:
-                said = json.loads(line.removeprefix(MARK)) if line.startswith(MARK) else {}
+                said = json.loads(line.removeprefix(MESSAGE_PREFIX)) if line.startswith(MESSAGE_PREFIX) else {}
                 if "done" in said:
                     progress(said["done"], said["of"])
                 elif "error" in said:
@@ -61,15 +61,15 @@ def main() -> None:
         seed=sections["seed"],
     )
     try:
-        found = range_test(config, device=task["device"], progress=lambda done, of: _say({"done": done, "of": of}))
+        found = range_test(config, device=task["device"], progress=lambda done, of: _send({"done": done, "of": of}))
     except UserError as error:
-        _say({"error": str(error)})
+        _send({"error": str(error)})
     else:
-        _say({"found": asdict(found)})
+        _send({"found": asdict(found)})
 
 
-def _say(what: dict[str, object]) -> None:
-    print(f"\n{MARK}{json.dumps(what)}", flush=True)
+def _send(what: dict[str, object]) -> None:
+    print(f"\n{MESSAGE_PREFIX}{json.dumps(what)}", flush=True)
 
 
 if __name__ == "__main__":

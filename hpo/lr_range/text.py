@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     pass
-from hpo.analysis.range_text import worth_showing
+from hpo.analysis.range_text import clip_losses
 
 WIDTH, HEIGHT = 64, 10  # characters
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def chart(found: Mapping[str, Any]) -> list[str]:
+def ramp_chart(found: Mapping[str, Any]) -> list[str]:
     """The smoothed loss over the learning rate in columns of a terminal, with the range to search underneath.
 
     `found` is a range test as plain data; columns where the loss was not finite reach to the top.
     """
-    lrs, losses = found["lrs"], worth_showing(found["losses"])
+    lrs, losses = found["lrs"], clip_losses(found["losses"])
     if not losses or lrs[0] >= lrs[-1]:
         return []
     left, right = math.log10(lrs[0]), math.log10(lrs[-1])
@@ -49,13 +49,13 @@ def chart(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def report(found: Mapping[str, Any]) -> list[str]:
+def range_test_report(found: Mapping[str, Any]) -> list[str]:
     """A range test for a terminal; `found` as `Ramp.as_dict` gives it."""
     from hpo.train.lr_ramp import ABOVE_EDGE, BELOW_EDGE, BELOW_FALL, LEAP
 
     listed = ", ".join(f"{key} {value}" for key, value in found["params"].items())
     lines = [f"with {listed}:"] if listed else []
-    lines += chart(found)
+    lines += ramp_chart(found)
     not_seen = "not seen in this ramp"
     rows = [
         ("the loss starts to fall at", found["falls"]),

@@ -12,29 +12,29 @@ from hpo.store.studies import Store
 from hpo.study.records import StudyRecord
 
 if TYPE_CHECKING:
-    from hpo.report.render import StudyReport
+    from hpo.report.study_report import StudyReport
 
 logger = logging.getLogger(__name__)
 
 FIRST_S, EVERY_S = 5.0, 30.0  # the first time loads what drawing needs, and the end need not
-SHARE = 0.05  # of the time, at most, goes into it
+MAX_TIME_SHARE = 0.05  # of the time, at most, goes into it
 END_S = 10.0  # how long a study's end waits for it
-MOST_CHARACTERS = 200_000  # of a figure: whoever looks for a study by its name reads all studies' figures
+MAX_FIGURE_CHARACTERS = 200_000  # of a figure: whoever looks for a study by its name reads all studies' figures
 
 
-def publish(store: Store, report: StudyReport) -> None:
+def publish_report(store: Store, report: StudyReport) -> None:
     """Has optuna-dashboard show the report's figures and, as the study's note, its answer. Raises STORE_ERRORS.
 
     Takes the figures as they are: they have titles and the light theme from then on. Too large ones are left out.
     """
     from hpo.report.figures.table import FIGURES
-    from hpo.report.render import markdown_answer
+    from hpo.report.markdown import markdown_answer
 
     figures: dict[str, str | None] = dict.fromkeys(FIGURES)
     for drawn in report.drawn:
         drawn.figure.update_layout(title={"text": drawn.title}, margin={"t": 90})
         text = drawn.figure.to_json()
-        if len(text) <= MOST_CHARACTERS:
+        if len(text) <= MAX_FIGURE_CHARACTERS:
             figures[drawn.name] = text
     note = [*markdown_answer(report), "", *(f"**{drawn.title}.** {drawn.text}\n" for drawn in report.drawn)]
     note += [f"All of it as one page: `hpo report {report.study.name}`"]
@@ -90,12 +90,12 @@ class Publisher:
                 logger.warning("the dashboard's figures are not renewed: %s", error, exc_info=logger.isEnabledFor(10))
             self._failed = True
         ended = time.monotonic()
-        self._next = ended + max(EVERY_S, (ended - began) / SHARE)
+        self._next = ended + max(EVERY_S, (ended - began) / MAX_TIME_SHARE)
 
     def _publish_what_is_new(self) -> None:
         import sklearn.gaussian_process  # noqa: F401 (at first there is too little to fit, at the end no time to load it)
 
-        from hpo.report import render as report
+        from hpo.report import study_report
 
         self._store = self._store or Store(self._url)
         store, study = self._store, self._study
@@ -103,6 +103,6 @@ class Publisher:
         if state == self._published:
             return
         trials = store.trials(study)
-        found = analysis.best(study, trials)
-        publish(store, report.make(study, trials, found, storage=str(store.url)))
+        found = analysis.find_best(study, trials)
+        publish_report(store, study_report.make_report(study, trials, found, storage=str(store.url)))
         self._published = state

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 
-def check_output(output: str | Path) -> None:
+def check_ramp_output(output: str | Path) -> None:
     """Raises UserError where no plot can be written there."""
     path = Path(output)
     if path.suffix != ".html":
@@ -22,11 +22,13 @@ def check_output(output: str | Path) -> None:
         raise UserError(f"--output must be in a folder that exists, got {str(output)!r}")
 
 
-def write_html(tested: Sequence[Mapping[str, Any]], output: str | Path, *, title: str) -> None:
+def write_ramp_page(tested: Sequence[Mapping[str, Any]], output: str | Path, *, title: str) -> None:
     """Writes the ramps as one HTML file that needs no network. Raises UserError where it cannot be written."""
-    from hpo.report.figures.confirmation import ramps
+    from hpo.report.figures.range_test import draw_ramps
 
-    figure = ramps(tested).update_layout(title={"text": escape(title)}, paper_bgcolor="white", plot_bgcolor="white")
+    figure = draw_ramps(tested).update_layout(
+        title={"text": escape(title)}, paper_bgcolor="white", plot_bgcolor="white"
+    )
     try:
         figure.write_html(str(output), include_plotlyjs=True)
     except OSError as error:

@@ -15,7 +15,7 @@ def add_due_trials(store: Store, study: StudyRecord) -> bool:
     if store.stage_due(study) is None:
         return store.num_left(study) > 0
     trials = store.trials(study)
-    found = answer.best(study, trials)
-    planned = confirmation.plan(study, trials, found) if found is not None else []
+    found = answer.find_best(study, trials)
+    planned = confirmation.plan_due_trials(study, trials, found) if found is not None else []
     store.add_planned(study, planned, after=len(trials))
     return bool(planned)

@@ -43,7 +43,7 @@ from threadpoolctl import threadpool_limits
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hpo.analysis import answer as analysis
-from hpo.analysis.confirmation import confirmation, plan
+from hpo.analysis.confirmation import find_confirmation, plan_due_trials
 from hpo.config.study_spec import StudySpec
 from hpo.study.records import StudyRecord, TrialRecord
 
@@ -201,10 +201,10 @@ def make_study(task: Task) -> StudyRecord:
 def confirm(task: Task, trials: list[TrialRecord], random: np.random.Generator) -> dict[str, float]:
     """What a confirmation of these trials says, against the truth."""
     study = make_study(task)
-    found = analysis.best(study, trials)
+    found = analysis.find_best(study, trials)
     assert found is not None
     again = []
-    for planned in plan(study, trials, found):
+    for planned in plan_due_trials(study, trials, found):
         x = math.log10(float(planned.params["lr"]))
         curve = task.curve(task.low + round((x - task.low) / task.step) * task.step if task.step else x, random)
         again.append(
@@ -214,7 +214,7 @@ def confirm(task: Task, trials: list[TrialRecord], random: np.random.Generator) 
                 kind=planned.kind, replicate=planned.replicate,
             )
         )  # fmt: skip
-    confirmed = confirmation(study, trials + again, first=found.value)
+    confirmed = find_confirmation(study, trials + again, first=found.value)
     if confirmed is None or confirmed.standard_error is None:
         return {}
     x = math.log10(confirmed.winner.params["lr"])
@@ -236,7 +236,7 @@ def repeat(arguments: tuple[str, int]) -> dict[str, Any]:
     random = np.random.default_rng([repetition, *scenario.encode()])
     task = MADE[name](random.uniform(-3.6, -2.2), random) if name in MADE else recorded(name, random)
     trials = run(task, pruner, random, sampler=SAMPLERS[repetition % len(SAMPLERS)])
-    found = analysis.best(make_study(task), trials)
+    found = analysis.find_best(make_study(task), trials)
     if found is None or found.response is None:
         return {}
     complete = sorted((t for t in trials if t.state == "complete"), key=lambda t: t.value or 0.0, reverse=True)
@@ -275,7 +275,7 @@ def flat(repetition: int) -> dict[str, Any]:
     random = np.random.default_rng([repetition, 1])
     task = made(lambda x: 0.8 + 0 * x, 9.0, width=0.05, noise=0.01)
     trials = run(task, "none", random, sampler=SAMPLERS[repetition % len(SAMPLERS)])
-    found = analysis.best(make_study(task), trials)
+    found = analysis.find_best(make_study(task), trials)
     assert found is not None
     assert found.response is not None
     return {
@@ -303,7 +303,7 @@ def shrunk(apart: float) -> dict[str, float]:
                         kind="confirm", replicate=seed,
                     )
                 )  # fmt: skip
-        found = confirmation(study, trials, first=0.8)
+        found = find_confirmation(study, trials, first=0.8)
         assert found is not None
         assert found.standard_error is not None
         assert found.winner.mean is not None

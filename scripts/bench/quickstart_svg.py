@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from hpo.analysis.answer import best
+from hpo.analysis.answer import find_best
 from hpo.api.stores import storage_url
 from hpo.cli.display import heading, print_answer
 from hpo.store.studies import Store
@@ -29,7 +29,7 @@ def main() -> None:
     store = Store(storage_url(arguments.storage))
     study = store.study(arguments.study)
     trials = store.trials(study)
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None, "the study has no complete trial"
     console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
     console.print(heading(study))

@@ -23,6 +23,7 @@ from typing import Any
 from hpo.analysis import answer as analysis
 from hpo.config.study_spec import StudySpec
 from hpo.report import render as report
+from hpo.report import study_report
 from hpo.study.records import Attempt, StudyRecord, TrialRecord
 
 TOPS = {"adam": -3.0, "sgd": -1.2, "rmsprop": -3.4}  # log10 of the best learning rate
@@ -104,9 +105,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for trials in arguments.trials:
             study, made = make_study(trials, arguments.epochs)
-            best = analysis.best(study, made)
+            best = analysis.find_best(study, made)
             began = time.perf_counter()
-            content = report.render(report.make(study, made, best, storage=""), "html")
+            content = report.render_report(study_report.make_report(study, made, best, storage=""), "html")
             took = time.perf_counter() - began
             path = Path(folder) / "report.html"
             path.write_bytes(content)

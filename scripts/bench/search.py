@@ -44,7 +44,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import hpo
-from hpo.analysis import answer as analysis
+from hpo.analysis.peak import find_peak
 from hpo.config.study_spec import StudySpec
 from hpo.store.studies import Store
 from hpo.study.records import StudyRecord
@@ -232,7 +232,7 @@ class Replay(PlainEngine):
 
 def look(store: Store, study: StudyRecord, *, began: float) -> Step:
     trials = store.trials(study)
-    epochs, peak = sum(len(trial.epochs) for trial in trials), analysis.peak(study, trials)
+    epochs, peak = sum(len(trial.epochs) for trial in trials), find_peak(study, trials)
     return Step(epochs, peak.lr if peak else None, time.perf_counter() - began)
 
 

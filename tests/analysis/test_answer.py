@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from hpo.analysis.answer import WARNINGS, Peak, best, best_trial, peak, response, standard_error
+from hpo.analysis.answer import find_best, find_response
+from hpo.analysis.peak import Peak, find_peak
+from hpo.analysis.trials import best_trial, standard_error
+from hpo.analysis.warnings import WARNINGS
 from hpo.config.study_spec import StudySpec
 from hpo.study.records import StudyRecord, TrialRecord
 
@@ -41,15 +44,15 @@ def make_trials(*rows: tuple[float, float | str], **params: Any) -> list[TrialRe
 
 
 def test_no_complete_trial_no_answer() -> None:
-    assert best(make_study(), make_trials((0.1, "diverged"), (0.2, "failed"), (0.3, "running"))) is None
+    assert find_best(make_study(), make_trials((0.1, "diverged"), (0.2, "failed"), (0.3, "running"))) is None
 
 
 def test_the_best_is_the_highest_value_or_the_lowest_where_that_is_asked_for() -> None:
     trials = make_trials((0.1, 0.5), (0.2, 0.7), (0.3, 0.6))
-    found = best(make_study(), trials)
+    found = find_best(make_study(), trials)
     assert found is not None
     assert (found.trial, found.params, found.value, found.interval) == (1, {"lr": 0.2}, 0.7, (0.2, 0.2))
-    found = best(make_study(num_val=None, objective={"function": "m:f", "direction": "minimize"}), trials)
+    found = find_best(make_study(num_val=None, objective={"function": "m:f", "direction": "minimize"}), trials)
     assert found is not None
     assert (found.trial, found.params, found.value, found.interval) == (0, {"lr": 0.1}, 0.5, None)
 
@@ -78,7 +81,7 @@ def test_among_equal_values_the_lower_validation_loss_wins() -> None:
 def test_the_interval_is_what_was_tried_around_the_best_within_one_standard_error(
     rows: list[tuple[float, float | str]], interval: tuple[float, float]
 ) -> None:
-    found = best(make_study(), make_trials(*rows))
+    found = find_best(make_study(), make_trials(*rows))
     assert found is not None
     assert found.interval == interval
 
@@ -86,7 +89,7 @@ def test_the_interval_is_what_was_tried_around_the_best_within_one_standard_erro
 def test_other_optimizers_do_not_count_towards_the_interval() -> None:
     trials = make_trials((1e-3, 0.90), (3e-3, 0.91), optimizer="adam") + make_trials((1e-2, 0.905), optimizer="sgd")
     study = make_study(search={"space": {"lr": [0.1, 0.2], "optimizer": ["adam", "sgd"]}})
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
     assert found.interval == (1e-3, 3e-3)
 
@@ -96,10 +99,10 @@ def test_neither_do_other_values_of_a_listed_number_and_replicates_count_with_th
     trials = make_trials((1e-3, 0.90), (1e-2, 0.895), batch_size=32, seed=0)
     trials += make_trials((1e-3, 0.5), batch_size=256, seed=0)
     trials += make_trials((1e-3, 0.7), (1e-2, 0.889), batch_size=32, seed=1)
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
     assert found.interval == (1e-3, 1e-2)
-    worse = best(study, trials + make_trials((1e-2, 0.6), batch_size=32, seed=2))
+    worse = find_best(study, trials + make_trials((1e-2, 0.6), batch_size=32, seed=2))
     assert worse is not None
     assert worse.interval == (1e-3, 1e-3)
 
@@ -122,7 +125,7 @@ def parabola(lr: float, top: float) -> float:
 
 
 def peak_lr(study: StudyRecord, trials: list[TrialRecord]) -> float | None:
-    found = peak(study, trials)
+    found = find_peak(study, trials)
     return None if found is None else found.lr
 
 
@@ -148,14 +151,14 @@ def test_too_few_rates_for_a_parabola_leave_the_best(rates: tuple[float, ...]) -
 
 def test_a_response_that_bends_upward_leaves_the_best() -> None:
     rows = [(lr, [0.9 + 0.1 * math.log10(lr / 1e-3) ** 2]) for lr in (5e-4, 1e-3, 2e-3, 5e-3)]
-    assert peak(make_study(), reporting(*rows)) == Peak(5e-3, 1, fitted=False)
+    assert find_peak(make_study(), reporting(*rows)) == Peak(5e-3, 1, fitted=False)
 
 
 def test_trials_are_compared_after_as_many_epochs_as_five_of_them_have_come_to() -> None:
     long = [(lr, [0.1, parabola(lr, 3e-3), 0.0]) for lr in (1e-3, 2e-3, 3e-3, 4e-3)]
     last = (6e-3, [0.1, parabola(6e-3, 3e-3)])
     short = [(lr, [0.95]) for lr in (3e-4, 4e-4)]  # their first epoch was good, and nobody's second is known
-    assert peak(make_study(), reporting(*long, last, *short)) == Peak(pytest.approx(3e-3), 2, fitted=True)
+    assert find_peak(make_study(), reporting(*long, last, *short)) == Peak(pytest.approx(3e-3), 2, fitted=True)
 
 
 def test_only_trials_like_the_best_count_and_none_that_failed_or_has_no_number() -> None:
@@ -175,7 +178,7 @@ def test_only_trials_like_the_best_count_and_none_that_failed_or_has_no_number()
 @pytest.mark.parametrize("lrs", [("low", "high"), (-3.0, -1.0), (0, 0.0), (True, False)])
 def test_where_a_loop_calls_something_else_lr_there_is_no_peak(lrs: tuple[Any, ...]) -> None:
     trials = reporting(*((lr, [0.5]) for lr in lrs))
-    assert peak(make_study(), trials) is None
+    assert find_peak(make_study(), trials) is None
 
 
 def test_a_metric_as_large_as_a_float_holds_is_no_crash() -> None:
@@ -221,7 +224,7 @@ def complete(value: Any = hill, **params: Any) -> list[TrialRecord]:
 
 
 def test_with_enough_learning_rates_the_answer_is_the_responses() -> None:
-    found = best(make_study(**SEARCHED), numbered(*complete()))
+    found = find_best(make_study(**SEARCHED), numbered(*complete()))
     assert found is not None
     assert found.response is not None
     assert found.lr == found.response.best == pytest.approx(1e-3, rel=0.4)
@@ -232,7 +235,7 @@ def test_with_enough_learning_rates_the_answer_is_the_responses() -> None:
 
 def test_a_lower_value_is_better_where_that_is_asked_for() -> None:
     objective = {"function": "m:f", "direction": "minimize", "metric": "val_accuracy"}
-    found = best(
+    found = find_best(
         make_study(num_val=None, objective=objective, search=SEARCHED["search"]),
         numbered(*complete(lambda lr: 1 - hill(lr))),
     )
@@ -246,12 +249,12 @@ def test_a_pruned_trial_counts_with_what_the_others_have_gained_since() -> None:
     study = make_study(**SEARCHED)
     pruned = [trained(lr, hill(lr), state="pruned", epochs=2) for lr in RATES if lr < 1e-4]
     whole = [trained(lr, hill(lr)) for lr in RATES if lr > 1e-4]
-    found = response(study, numbered(*pruned, *whole))
+    found = find_response(study, numbered(*pruned, *whole))
     assert found is not None
     at = [index for index, lr in enumerate(found.lrs) if lr < 5e-5]
     seen = [found.mean[index] - hill(found.lrs[index]) for index in at]
     assert max(map(abs, seen)) < 0.1  # after two epochs they had come to 0.87 of it
-    alone = response(study, numbered(*whole))
+    alone = find_response(study, numbered(*whole))
     assert alone is not None
     width, width_alone = (sum(f.high[i] - f.low[i] for i in at) for f in (found, alone))
     assert width < width_alone
@@ -261,7 +264,7 @@ def test_each_optimizer_has_its_own_response() -> None:
     space = {"lr": LOG_LR, "optimizer": ["adam", "sgd"]}
     study = make_study(search={"trials": 32, "space": space}, training={"epochs": 8})
     trials = complete(optimizer="adam") + complete(lambda lr: hill(lr, 1e-2) - 0.1, optimizer="sgd")
-    found = best(study, numbered(*trials))
+    found = find_best(study, numbered(*trials))
     assert found is not None
     tops = {params["optimizer"]: response.best for params, response in found.responses}
     assert tops == {"adam": pytest.approx(1e-3, rel=0.5), "sgd": pytest.approx(1e-2, rel=0.5)}
@@ -272,7 +275,7 @@ def test_a_range_of_its_own_for_each_optimizer_is_the_responses_range() -> None:
     cases = {"by": {"optimizer": {"adam": {**LOG_LR, "high": 1e-2}, "sgd": LOG_LR}}}
     study = make_study(search={"trials": 32, "space": {"optimizer": ["adam", "sgd"], "lr": cases}})
     trials = [trial for trial in complete(optimizer="adam") if trial.params["lr"] < 1e-2]
-    found = response(study, numbered(*trials))
+    found = find_response(study, numbered(*trials))
     assert found is not None
     assert (found.lrs[0], found.lrs[-1]) == (pytest.approx(1e-5), pytest.approx(1e-2))
 
@@ -325,7 +328,7 @@ def tilted(slope: float) -> list[TrialRecord]:
 def test_warnings_come_where_they_should_and_nowhere_else(trials: list[TrialRecord], expected: set[str]) -> None:
     study = make_study(**SEARCHED)
     study = replace(study, facts={**study.facts, "num_classes": 10})
-    found = best(study, numbered(*trials))
+    found = find_best(study, numbered(*trials))
     assert found is not None
     assert {warning.kind for warning in found.warnings} == expected
     assert all(warning.text[-1] != "." and "\n" not in warning.text for warning in found.warnings)
@@ -339,7 +342,7 @@ def test_every_warning_has_a_study_that_asks_for_it() -> None:
 def test_a_warning_names_what_to_change() -> None:
     study = make_study(**SEARCHED)
     for slope, bound in ((0.1, "high end of what was searched: widen search.space.lr to 1"), (-0.1, "to 1e-06")):
-        found = best(study, numbered(*tilted(slope)))
+        found = find_best(study, numbered(*tilted(slope)))
         assert found is not None
         assert bound in found.warnings[0].text
 
@@ -347,7 +350,7 @@ def test_a_warning_names_what_to_change() -> None:
 def test_a_study_without_a_learning_rate_has_no_response_and_no_warning_about_it() -> None:
     study = make_study(search={"space": {"batch_size": [16, 32, 64]}}, training={"lr": 1e-3})
     trials = [replace(trial, params={"batch_size": 16 * 2**i}) for i, trial in enumerate(complete()[:3])]
-    found = best(study, numbered(*trials))
+    found = find_best(study, numbered(*trials))
     assert found is not None
     assert (found.lr, found.interval, found.response, found.warnings) == (None, None, None, [])
 
@@ -355,7 +358,7 @@ def test_a_study_without_a_learning_rate_has_no_response_and_no_warning_about_it
 def test_losses_far_from_each_other_are_not_tied() -> None:
     objective = {"function": "m:f", "direction": "minimize"}
     trials = make_trials((1e-4, 5.0), (1e-3, 0.1), (1e-2, 50.0), (1e-1, 900.0))
-    found = best(make_study(objective=objective), trials)
+    found = find_best(make_study(objective=objective), trials)
     assert found is not None
     assert "tied" not in {warning.kind for warning in found.warnings}
 
@@ -367,13 +370,13 @@ def test_a_list_of_values_under_cases_makes_groups_of_its_own() -> None:
     trials = complete(optimizer="sgd", momentum=0.0) + complete(
         lambda lr: hill(lr, 1e-4), optimizer="sgd", momentum=0.9
     )
-    found = best(study, numbered(*trials))
+    found = find_best(study, numbered(*trials))
     assert found is not None
     assert [params["momentum"] for params, _ in found.responses] == [0.0, 0.9]
 
 
 def test_a_best_trial_without_a_number_for_a_rate_is_answered_by_itself() -> None:
     trials = [*complete()[:6], replace(trained(1e-3, 0.99), params={"lr": "warm"})]
-    found = best(make_study(), numbered(*trials))
+    found = find_best(make_study(), numbered(*trials))
     assert found is not None
     assert (found.lr, found.response) == ("warm", None)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from hpo.analysis.answer import Best, best
-from hpo.analysis.comparison import Comparison, changes, compare
+from hpo.analysis.answer import Best, find_best
+from hpo.analysis.comparison import Comparison, changed_settings, compare_answers
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.study.records import StudyRecord, TrialRecord
@@ -45,13 +45,13 @@ def answer(top: float | Callable[[dict[str, Any]], float], *, num: int = 26, **s
                 )
             )
     study = StudyRecord(1, spec.name, spec, {"num_val": 1000, "num_train": 1000}, None, None, 0.0)
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
     return study, trials, found
 
 
 def told(*answers: Answer) -> tuple[Comparison, str]:
-    found = compare(answers)
+    found = compare_answers(answers)
     return found, "\n".join([*found.conclusions, *found.caveats])
 
 
@@ -60,7 +60,7 @@ def test_best_rates_whose_ratio_is_not_1_are_told_apart() -> None:
     first, second = found.sides
     assert first.lr == pytest.approx(1e-3, rel=0.5)
     assert second.lr == pytest.approx(1e-1, rel=0.5)
-    assert changes(first, second) == {"training.optimizer": "sgd"}  # momentum and beta1 follow from it
+    assert changed_settings(first, second) == {"training.optimizer": "sgd"}  # momentum and beta1 follow from it
     assert "t, with training.optimizer sgd instead of adam, has its best learning rate at" in text
     assert "times 0.001 of s" in text
     low, high = found.sides[1].ratio or (0, 0)
@@ -75,7 +75,7 @@ def test_those_whose_ratio_may_be_1_are_not_and_the_factor_between_them_is_bound
     assert "are not told apart from the best in any of these 2" in text
     low, high = found.sides[1].ratio or (0, 0)
     assert 0.3 < low < 1 < high < 3
-    assert changes(*found.sides) == {"training.batch_size": 64}
+    assert changed_settings(*found.sides) == {"training.batch_size": 64}
 
 
 def test_two_changes_at_once_cannot_be_told_from_each_other() -> None:

@@ -20,8 +20,8 @@ import optuna
 import pytest
 
 import hpo as api
-from hpo.analysis.answer import best
-from hpo.analysis.confirmation import Confirmation, candidates, confirmation, plan
+from hpo.analysis.answer import find_best
+from hpo.analysis.confirmation import Confirmation, candidates, find_confirmation, plan_due_trials
 from hpo.analysis.text import answer_lines
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
@@ -74,7 +74,7 @@ def confirmed(study: StudyRecord, *values: list[float | str]) -> Confirmation:
     """The confirmation of 1e-3, 1e-2... with these values."""
     searched = make_trials((1e-4, 0.5), (1e-3, 0.9), (1e-2, 0.8), (1e-1, 0.4))
     params = [{"lr": rate} for rate in (1e-3, 1e-2, 1e-4)[: len(values)]]
-    found = confirmation(study, searched + again(searched, *values, params=params), first=0.9)
+    found = find_confirmation(study, searched + again(searched, *values, params=params), first=0.9)
     assert found is not None
     return found
 
@@ -95,7 +95,7 @@ def test_the_best_different_rates_are_trained_again(
     rows: list[tuple[float, float | str]], top: int, expected: list[float]
 ) -> None:
     study, trials = make_study(top=top), make_trials(*rows)
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
     assert [params["lr"] for params in candidates(study, trials, found)] == expected
 
@@ -106,7 +106,7 @@ def test_the_answers_rate_comes_first_where_any_can_be_trained_and_a_tried_one_w
     free = make_study(search={"sampler": "random", "space": {"lr": {"low": 1e-4, "high": 1e-1, "log": True}}})
     listed = make_study(search={"sampler": "random", "space": {"lr": [rate for rate, _ in rows]}})
     for study in (free, listed):
-        found = best(study, trials)
+        found = find_best(study, trials)
         assert found is not None
         assert found.response is not None
         first = candidates(study, trials, found)[0]["lr"]
@@ -122,7 +122,7 @@ def test_a_searched_seed_is_left_out_and_its_trials_count_with_their_mean() -> N
         for index, pair in enumerate([(0.95, 0.2), (0.8, 0.8), (0.7, 0.9), (0.1, 0.1)])
         for seed, value in enumerate(pair)
     ]
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
     assert candidates(study, trials, found) == [{"lr": 1e-4}, {"lr": 1e-3}]
 
@@ -131,18 +131,18 @@ def test_every_rate_gets_the_same_seeds_and_the_winners_networks_are_tested() ->
     study = make_study(top=2, seeds=3)
     study = replace(study, facts={**study.facts, "has_test": True})
     trials = make_trials((1e-4, 0.5), (1e-3, 0.9), (1e-2, 0.8))
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
-    planned = plan(study, trials, found)
+    planned = plan_due_trials(study, trials, found)
     assert [(one.kind, one.params["lr"], one.replicate) for one in planned] == [
         ("confirm", rate, seed) for rate in (1e-3, 1e-2) for seed in range(3)
     ]
     trials += again(trials, [0.8, 0.7, "failed"], [0.9, 0.85, 0.95], params=[{"lr": 1e-3}, {"lr": 1e-2}])
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
     assert found.confirmation is not None
     assert (found.trial, found.value, found.lr) == (1, 0.9, 1e-2)  # the trial is the search's, the rate is confirmed
-    tests = plan(study, trials, found)
+    tests = plan_due_trials(study, trials, found)
     assert [(one.kind, one.params["lr"], one.tested) for one in tests] == [("test", 1e-2, n) for n in (6, 7, 8)]
 
 
@@ -174,8 +174,8 @@ def test_nothing_is_said_before_all_have_ended_or_where_none_completed() -> None
     searched = make_trials((1e-3, 0.9), (1e-2, 0.8))
     for values in ([0.8, "running"], ["failed", "failed"]):
         trials = searched + again(searched, values, params=[{"lr": 1e-3}])
-        assert confirmation(make_study(), trials, first=0.9) is None
-    assert confirmation(make_study(), searched, first=0.9) is None
+        assert find_confirmation(make_study(), trials, first=0.9) is None
+    assert find_confirmation(make_study(), searched, first=0.9) is None
 
 
 def test_one_seed_that_completed_gives_a_mean_without_an_error() -> None:
@@ -211,7 +211,7 @@ def test_the_answer_says_it() -> None:
     study = make_study()
     trials = make_trials((1e-4, 0.5), (1e-3, 0.9), (1e-2, 0.8))
     trials += again(trials, [0.82, 0.83, 0.84], [0.79, 0.80, 0.82], params=[{"lr": 1e-3}, {"lr": 1e-2}])
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
     text = "\n".join(answer_lines(study, found))
     assert "best learning rate: 0.001, confirmed on 3 fresh seeds: val_accuracy 82." in text
@@ -241,7 +241,7 @@ def test_what_wins_may_be_another_optimizer_and_the_answer_is_all_of_that() -> N
     trials = [make_trial(n, {"optimizer": name, "lr": lr}, value) for n, (name, lr, value) in enumerate(rows)]
     params = [{"optimizer": "adam", "lr": 1e-3}, {"optimizer": "sgd", "lr": 0.1}]
     trials += again(trials, [0.6, 0.61, 0.62], [0.79, 0.8, 0.81], params=params)
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
     assert found.recommended == {"optimizer": "sgd", "lr": 0.1}
     assert found.params["optimizer"] == "adam"  # of the best trial, as it was
@@ -255,12 +255,12 @@ def test_a_confirmation_that_failed_is_said() -> None:
     study = make_study()
     trials = make_trials((1e-4, 0.5), (1e-3, 0.9), (1e-2, 0.8))
     failed = again(trials, ["diverged", "diverged"], params=[{"lr": 1e-3}])
-    found = best(study, trials + failed)
+    found = find_best(study, trials + failed)
     assert found is not None
     assert "not-confirmed" in {warning.kind for warning in found.warnings}
     done = again(trials, [0.8, 0.81], params=[{"lr": 1e-3}])
     tests = [make_trial(5 + n, {"lr": 1e-3}, "failed", kind="test", replicate=n, tested=3 + n) for n in range(2)]
-    found = best(study, trials + done + tests)
+    found = find_best(study, trials + done + tests)
     assert found is not None
     assert {"not-confirmed", "not-tested"} & {warning.kind for warning in found.warnings} == {"not-tested"}
 
@@ -313,7 +313,7 @@ def test_what_is_due_is_added_once_the_search_is_done_and_once_only(store: Store
     assert [(claim.kind, claim.replicate) for claim in confirming if claim] == [("confirm", 0), ("confirm", 1)] * 2
     trials = store.trials(study)
     assert [trial.params["lr"] for trial in trials[3:]] == [0.2, 0.2, 0.5, 0.5]
-    found = best(study, trials)
+    found = find_best(study, trials)
     assert found is not None
     assert (found.trial, found.lr) == (1, 0.5)
     assert store.problems(study) == []
@@ -362,7 +362,7 @@ def test_a_larger_search_is_confirmed_anew(store: Store, make_spec: MakeSpec) ->
     assert [claim.number for claim in run(store, study)] == [5, 6, 7, 8]
     assert [trial.kind[0] for trial in store.trials(study)] == list("sssccsscc")
     assert study.spec.num_trials == 5
-    found = best(study, store.trials(study))
+    found = find_best(study, store.trials(study))
     assert found is not None
     assert found.confirmation is not None
     assert found.confirmation.winner.trials == [7, 8]

@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpo.analysis.response import LEAST_RATES, Response, Trials, respond
+from hpo.analysis.response import MIN_RATES, Observations, Response, fit_response
 
 LOW, HIGH = 1e-5, 1e-1
 
 
 def make_trials(
     lrs: Any, value: Any, *, diverged: Any = (), noise: float = 0.0, floor: float = 0.1, seed: int = 0
-) -> Trials:
+) -> Observations:
     x = np.log10(np.array(lrs, dtype=float))
     values = np.array([value(at) for at in x]) + noise * np.random.default_rng(seed).standard_normal(len(x))
-    return Trials(x, values, np.zeros(len(x)), np.log10(np.array(diverged, dtype=float)), floor)
+    return Observations(x, values, np.zeros(len(x)), np.log10(np.array(diverged, dtype=float)), floor)
 
 
 def hill(x: float) -> float:
     return 0.9 - 0.1 * (x + 3) ** 2
 
 
-def response(trials: Trials) -> Response:
-    found = respond(trials, low=LOW, high=HIGH)
+def response(trials: Observations) -> Response:
+    found = fit_response(trials, low=LOW, high=HIGH)
     assert found is not None
     return found
 
@@ -71,9 +71,9 @@ def test_the_same_trials_in_any_order_give_the_same_numbers() -> None:
     assert response(trials) == response(trials) == response(backwards)
 
 
-@pytest.mark.parametrize("lrs", [[], [1e-3], np.geomspace(1e-4, 1e-2, LEAST_RATES - 1), [1e-3] * 20])
+@pytest.mark.parametrize("lrs", [[], [1e-3], np.geomspace(1e-4, 1e-2, MIN_RATES - 1), [1e-3] * 20])
 def test_too_few_learning_rates_give_no_response(lrs: Any) -> None:
-    assert respond(make_trials(lrs, hill), low=LOW, high=HIGH) is None
+    assert fit_response(make_trials(lrs, hill), low=LOW, high=HIGH) is None
 
 
 def test_a_diverging_rate_is_not_recommended_and_the_edge_lies_between_what_trained_and_what_did_not() -> None:

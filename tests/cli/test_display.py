@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.analysis.answer import best
+from hpo.analysis.answer import find_best
 from hpo.analysis.text import answer_lines
 from tests.analysis.test_answer import LOG_LR, complete, hill, make_study, numbered, trained
 
@@ -80,7 +80,7 @@ def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_
     diverging = [trained(lr, 0.1, state="diverged", optimizer="adam") for lr in (3e-2, 5e-2, 9e-2)]
     adam = [trial for trial in complete(optimizer="adam") if trial.params["lr"] < 2e-2]
     sgd = complete(lambda lr: hill(lr, 1e-2) - 0.1, optimizer="sgd")
-    found = best(study, numbered(*adam, *diverging, *sgd))
+    found = find_best(study, numbered(*adam, *diverging, *sgd))
     assert found is not None
     assert found.response is not None
     assert found.response.edge is not None
@@ -96,6 +96,6 @@ def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_
 
 
 def test_the_warnings_of_an_answer_come_last() -> None:
-    found = best(make_study(), numbered(*complete()[5:8]))
+    found = find_best(make_study(), numbered(*complete()[5:8]))
     assert found is not None
     assert answer_lines(make_study(), found)[-1].startswith("beware: ")

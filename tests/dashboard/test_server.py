@@ -25,8 +25,9 @@ import psutil
 import pytest
 
 import hpo
-from hpo.dashboard import server as dashboard
-from hpo.dashboard.server import MAX_CONTOUR_TRIALS, CapContour, Login, ReadOnly, add_login, read_logins, serve
+from hpo.dashboard.logins import Login, add_login, read_logins
+from hpo.dashboard.middleware import MAX_CONTOUR_TRIALS, CapContour, ReadOnly
+from hpo.dashboard.server import serve_dashboard
 from hpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def test_a_name_that_is_not_there_costs_what_a_wrong_password_costs(
     login: Login, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs: list[bytes] = []
-    monkeypatch.setattr(dashboard.bcrypt, "checkpw", lambda password, hashed: costs.append(hashed[:7]))
+    monkeypatch.setattr(bcrypt, "checkpw", lambda password, hashed: costs.append(hashed[:7]))
     for name in ("ada", "nobody"):
         call(login, "/", authorization=basic(name, "wrong"))
     assert costs == [b"$2b$04$"] * 2
@@ -193,7 +194,7 @@ def test_a_password_that_was_right_is_not_hashed_again_nor_kept(login: Login, mo
     kept = repr(vars(login)).encode()
     assert SECRET.encode() not in kept
     assert basic("ada", SECRET).encode() not in kept
-    monkeypatch.setattr(dashboard.bcrypt, "checkpw", lambda password, hashed: False)
+    monkeypatch.setattr(bcrypt, "checkpw", lambda password, hashed: False)
     assert call(login, "/", authorization=basic("ada", SECRET))[0] == 200
     assert call(login, "/", authorization=basic("bob", "other"))[0] == 401
 
@@ -243,7 +244,7 @@ def test_a_file_without_a_login_is_refused(tmp_path: Path) -> None:
         if content is not None:
             file.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            serve(None, auth_file=str(file), ready=unreachable)  # type: ignore[arg-type]
+            serve_dashboard(None, auth_file=str(file), ready=unreachable)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_logins(tmp_path)
 
@@ -295,38 +296,38 @@ def test_a_host_that_is_not_loopback_is_refused(host: str) -> None:
     with pytest.raises(
         UserError, match=f"--host must be a loopback .* no login without --auth-file FILE; got '{host}'.* -L"
     ):
-        serve(None, host=host, ready=unreachable)  # type: ignore[arg-type]
+        serve_dashboard(None, host=host, ready=unreachable)  # type: ignore[arg-type]
 
 
 def test_a_name_from_elsewhere_is_not_allowed_without_a_login() -> None:
     with pytest.raises(UserError, match=r"--allow-host needs --auth-file FILE, .* by hpo\.example\.org must log in"):
-        serve(None, allow_hosts=["HPO.example.org"], ready=unreachable)  # type: ignore[arg-type]
+        serve_dashboard(None, allow_hosts=["HPO.example.org"], ready=unreachable)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["", "*", "*.example.org", "hpo.example.org:8080", "https://hpo", "a b", "é.org"])
 def test_an_allowed_host_is_a_name_without_a_port(name: str) -> None:
     with pytest.raises(UserError, match="--allow-host must be a name or an address without a port; got"):
-        serve(None, allow_hosts=[name], ready=unreachable)  # type: ignore[arg-type]
+        serve_dashboard(None, allow_hosts=[name], ready=unreachable)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "nowhere.invalid", "localhost:8080", "a..b"])
 def test_a_host_that_is_not_of_this_machine_is_refused(tmp_path: Path, host: str) -> None:
     add_login(tmp_path / "logins", "ada", SECRET)
     with pytest.raises(UserError, match=f"--host must be an address or a name of this machine; got '{host}'"):
-        serve(None, host=host, auth_file=str(tmp_path / "logins"), ready=unreachable)  # type: ignore[arg-type]
+        serve_dashboard(None, host=host, auth_file=str(tmp_path / "logins"), ready=unreachable)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
 def test_a_port_out_of_range_is_refused(port: int) -> None:
     with pytest.raises(UserError, match=f"--port must be from 0 .*got {port}"):
-        serve(None, port=port, ready=unreachable)  # type: ignore[arg-type]
+        serve_dashboard(None, port=port, ready=unreachable)  # type: ignore[arg-type]
 
 
 def test_a_port_in_use_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port must be free; got {port} on 127.0.0.1: Address already in use"):
-            serve(None, port=port, ready=unreachable)  # type: ignore[arg-type]
+            serve_dashboard(None, port=port, ready=unreachable)  # type: ignore[arg-type]
 
 
 # --- a real study in a real browser ---

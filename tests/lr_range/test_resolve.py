@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from hpo.analysis.range_text import place, range_test_lines
+from hpo.analysis.range_text import position_text, range_test_lines
 from hpo.analysis.text import answer_lines
 from hpo.api import running
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.lr_range import resolve as ranges
-from hpo.lr_range.resolve import Ramp, adopt, asks, close
-from hpo.lr_range.subprocess import in_a_process
+from hpo.lr_range.resolve import Ramp, adopt_stored_ranges, fill_in_ranges, needs_range_test
+from hpo.lr_range.subprocess import range_test_in_subprocess
 from hpo.store.studies import Store
 from hpo.study.records import StudyRecord
 from hpo.system.devices import choose_devices
@@ -57,7 +57,7 @@ def study_of(spec: StudySpec, facts: Mapping[str, Any]) -> StudyRecord:
 
 
 def values_tested(spec: StudySpec) -> list[dict[str, Any]]:
-    return [dict(point) for point in ranges._points(spec)]
+    return [dict(point) for point in ranges._values_to_test(spec)]
 
 
 def test_what_a_ramp_does_not_depend_on_is_not_tested() -> None:
@@ -80,21 +80,21 @@ def test_only_cases_that_ask_for_it_are_tested() -> None:
 
 def test_too_many_combinations_are_refused() -> None:
     with pytest.raises(UserError, match=r"at most 8 combinations .* got 9 \(of batch_size, momentum, optimizer\)"):
-        ranges._points(make_spec(batch_size=[8, 16, 32], momentum=[0.0, 0.5, 0.9], optimizer=["sgd"]))
+        ranges._values_to_test(make_spec(batch_size=[8, 16, 32], momentum=[0.0, 0.5, 0.9], optimizer=["sgd"]))
 
 
 def test_the_range_holds_those_of_all_tests_and_what_is_tried_first() -> None:
     spec = make_spec(optimizer=["adam", "sgd"], search={"try_first": [{"lr": 2.0}]})
-    closed, facts = close(spec, [found(1.234e-4, 1e-2, optimizer="adam"), found(1e-2, 0.5, optimizer="sgd")])
+    closed, facts = fill_in_ranges(spec, [found(1.234e-4, 1e-2, optimizer="adam"), found(1e-2, 0.5, optimizer="sgd")])
     assert closed.search.space["lr"] == {"low": 1.2e-4, "high": 2.0, "log": True}
-    assert not asks(closed)
+    assert not needs_range_test(closed)
     assert [one["params"] for one in facts["range_test"]] == [{"optimizer": "adam"}, {"optimizer": "sgd"}]
     json.dumps(facts, allow_nan=False)
-    assert len(facts["range_test"][0]["lrs"]) <= ranges.MOST_POINTS
+    assert len(facts["range_test"][0]["lrs"]) <= ranges.MAX_STORED_POINTS
 
 
 def test_cases_get_ranges_of_their_own() -> None:
-    closed, _ = close(make_spec(CASES, optimizer=["adam", "sgd"]), [found(1e-4, 1e-2, optimizer="adam")])
+    closed, _ = fill_in_ranges(make_spec(CASES, optimizer=["adam", "sgd"]), [found(1e-4, 1e-2, optimizer="adam")])
     cases = closed.search.space["lr"]["by"]["optimizer"]
     assert cases["adam"] == {"low": 1e-4, "high": 1e-2, "log": True}
     assert cases["sgd"] == {"low": 0.01, "high": 1.0, "log": True}
@@ -102,30 +102,30 @@ def test_cases_get_ranges_of_their_own() -> None:
 
 def test_a_network_for_which_no_rate_works_is_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match=r"search\.space\.lr cannot be 'auto'.*stays finite; give low and high"):
-        close(make_spec(), [found(None, None)])
+        fill_in_ranges(make_spec(), [found(None, None)])
 
 
 @pytest.mark.parametrize(("lr", "listed"), [("auto", {}), (CASES, {"optimizer": ["adam", "sgd"]})])
 def test_the_same_file_again_is_the_stored_study(lr: Any, listed: dict[str, Any]) -> None:
     spec = make_spec(lr, **listed)
-    closed, facts = close(spec, [found(optimizer="adam") if listed else found()])
-    again = adopt(spec, study_of(closed, facts))
+    closed, facts = fill_in_ranges(spec, [found(optimizer="adam") if listed else found()])
+    again = adopt_stored_ranges(spec, study_of(closed, facts))
     assert closed.differences(again) == []
-    assert adopt(spec, None) == spec
+    assert adopt_stored_ranges(spec, None) == spec
 
 
 def test_a_study_whose_range_was_given_is_not_joined_by_auto() -> None:
     given = make_spec({"low": 1e-4, "high": 1e-2, "log": True})
-    assert asks(adopt(make_spec(), study_of(given, {})))
-    assert given.differences(adopt(make_spec(), study_of(given, {})))
+    assert needs_range_test(adopt_stored_ranges(make_spec(), study_of(given, {})))
+    assert given.differences(adopt_stored_ranges(make_spec(), study_of(given, {})))
 
 
 def test_the_answer_says_where_the_best_rate_is_in_the_range() -> None:
-    closed, facts = close(make_spec(), [found()])
+    closed, facts = fill_in_ranges(make_spec(), [found()])
     (line,) = range_test_lines(study_of(closed, facts), best=1e-3, params={"lr": 1e-3})
     assert "comes from a range test of 0.9 epochs: 0.0001 to 0.01 (breaks at 0.002, leaps from 0.003)" in line
     assert line.endswith("the best one is 1.0 decades above its low end and 1.0 below its high end")
-    assert place(0.1, 1e-4, 1e-2) == "the best one, 0.1, is outside of that"
+    assert position_text(0.1, 1e-4, 1e-2) == "the best one, 0.1, is outside of that"
     assert range_test_lines(study_of(make_spec(), {})) == []
 
 
@@ -141,7 +141,7 @@ def test_a_study_finds_its_range_once_and_keeps_it(tmp_path: Path, monkeypatch: 
     assert any("comes from a range test" in line for line in answer_lines(study, first.best))
     assert first.best.as_dict()["range_test"] == [fact]
 
-    monkeypatch.setattr(ranges, "measure", lambda *_: pytest.fail("it was tested again"))
+    monkeypatch.setattr(ranges, "measure_ramps", lambda *_: pytest.fail("it was tested again"))
     assert running.run(make_spec(), storage=storage, executor=Local("cpu")).trials == first.trials
     more = running.run(make_spec(search={"trials": 3}), storage=storage, executor=InProcess("cpu"))
     assert len(more.trials) == 3
@@ -152,7 +152,7 @@ def test_nothing_is_written_where_the_range_test_fails(tmp_path: Path, monkeypat
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ranges, "measure", fail)
+    monkeypatch.setattr(ranges, "measure_ramps", fail)
     with pytest.raises(KeyboardInterrupt):
         running.run(make_spec(), storage=f"sqlite:///{tmp_path}/hpo.db", executor=InProcess("cpu"))
     assert not (tmp_path / "hpo.db").exists()
@@ -162,7 +162,7 @@ def test_in_a_process_of_its_own_it_finds_the_same() -> None:
     (cpu,) = choose_devices("cpu")
     config = make_spec().trial_config({}, seed=0)
     told: list[int] = []
-    there = in_a_process(config, cpu, progress=lambda done, of: told.append(done))
+    there = range_test_in_subprocess(config, cpu, progress=lambda done, of: told.append(done))
     here = range_test(config, device="cpu")
     assert told == list(range(1, len(here.lrs) + 1))
     assert there.lrs == pytest.approx(here.lrs)
@@ -173,4 +173,4 @@ def test_a_mistake_in_that_process_is_the_same_sentence() -> None:
     (cpu,) = choose_devices("cpu")
     spec = StudySpec.from_dict({**make_spec().frozen(), "model": {"name": "torchvision:nothing"}})
     with pytest.raises(UserError, match=r"model\.name"):
-        in_a_process(spec.trial_config({}, seed=0), cpu, progress=lambda done, of: None)
+        range_test_in_subprocess(spec.trial_config({}, seed=0), cpu, progress=lambda done, of: None)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from hpo.analysis.answer import best
-from hpo.report.figures.response import MOST_LINES
-from hpo.report.figures.style import STATE_STYLES, THEMES, Findings
-from hpo.report.figures.table import FIGURES, Drawn, draw, findings
+from hpo.analysis.answer import find_best
+from hpo.report.figures.curves import MAX_CURVES
+from hpo.report.figures.data import FigureData
+from hpo.report.figures.style import STATE_STYLES, THEMES
+from hpo.report.figures.table import FIGURES, DrawnFigure, draw_figures, make_figure_data
 from hpo.study.records import Attempt, StudyRecord, TrialRecord
 from scripts.bench.report import make_study as make_large
 from tests.analysis.test_answer import LOG_LR, complete, make_study, make_trials, numbered, trained
@@ -28,20 +29,20 @@ RAMP = {
 }  # fmt: skip
 
 
-def found(study: StudyRecord, trials: Sequence[TrialRecord]) -> Findings:
-    return findings(study, trials, best(study, trials))
+def found(study: StudyRecord, trials: Sequence[TrialRecord]) -> FigureData:
+    return make_figure_data(study, trials, find_best(study, trials))
 
 
-def drawn(study: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, Drawn]:
-    return {entry.name: entry for entry in draw(found(study, trials))}
+def drawn(study: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, DrawnFigure]:
+    return {entry.name: entry for entry in draw_figures(found(study, trials))}
 
 
-def traces(entry: Drawn, name: str) -> list[Any]:
+def traces(entry: DrawnFigure, name: str) -> list[Any]:
     return [trace for trace in entry.figure.data if trace.name == name]
 
 
 @pytest.fixture(scope="module")
-def large() -> tuple[StudyRecord, list[TrialRecord], dict[str, Drawn]]:
+def large() -> tuple[StudyRecord, list[TrialRecord], dict[str, DrawnFigure]]:
     study, trials = make_large(90, 20)
     study = replace(study, facts={**study.facts, "range_test": [RAMP]})
     best_two = sorted((t for t in trials if t.state == "complete"), key=lambda t: t.value or 0)[-2:]
@@ -72,7 +73,7 @@ def test_the_response_shows_every_trial_once_by_its_state_and_what_the_answer_sa
     for state in ("complete", "pruned", "diverged"):
         shown = sorted(number for trace in traces(entry, state) for number in trace.customdata)
         assert shown == [trial.number for trial in trials if trial.state == state and trial.kind == "search"]
-    answer = best(study, trials)
+    answer = find_best(study, trials)
     assert answer is not None
     assert len(answer.responses) == 3
     stars = traces(entry, "best, with its 90% interval")
@@ -153,11 +154,11 @@ def test_learning_curves_are_one_line_a_trial_coloured_by_its_rate_with_a_gap_wh
 
 
 def test_of_very_many_trials_some_curves_are_drawn_and_that_is_said() -> None:
-    study, trials = make_large(MOST_LINES + 50, 3)
+    study, trials = make_large(MAX_CURVES + 50, 3)
     entry = drawn(study, trials)["curves"]
     lines = {n for trace in entry.figure.data for n in trace.customdata or ()}
-    assert len(lines) == MOST_LINES
-    assert f"{MOST_LINES} of them are drawn" in entry.text
+    assert len(lines) == MAX_CURVES
+    assert f"{MAX_CURVES} of them are drawn" in entry.text
 
 
 def test_the_epochs_are_all_accounted_for(large: Any) -> None:
@@ -170,7 +171,7 @@ def test_the_epochs_are_all_accounted_for(large: Any) -> None:
 
 def test_the_history_says_when_the_best_value_came(large: Any) -> None:
     study, trials, entries = large
-    answer = best(study, trials)
+    answer = find_best(study, trials)
     assert answer is not None
     assert f"came with trial {answer.trial}" in entries["history"].text
     (line,) = traces(entries["history"], "best so far")

@@ -20,14 +20,16 @@ import plotly.graph_objects as go
 import pytest
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-from hpo.analysis.answer import best
+from hpo.analysis.answer import find_best
 from hpo.analysis.text import answer_lines
 from hpo.api import exporting, reading, running, stores
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
-from hpo.report import render as report
-from hpo.report.publisher import Publisher, publish
-from hpo.report.render import FORMATS, StudyReport, is_ours, make, render, write
+from hpo.report.images import IMAGE_WIDTH
+from hpo.report.output_file import is_report, write_report_file
+from hpo.report.publisher import Publisher, publish_report
+from hpo.report.render import FORMATS, render_report
+from hpo.report.study_report import StudyReport, make_report
 from hpo.store.studies import Store
 from hpo.study.records import StudyRecord, TrialRecord
 from hpo.workers.executors import InProcess
@@ -49,7 +51,7 @@ def train(trial):
 
 
 def reported(study: StudyRecord, trials: list[TrialRecord]) -> StudyReport:
-    return make(study, trials, best(study, trials), storage="sqlite:////somewhere/hpo.db")
+    return make_report(study, trials, find_best(study, trials), storage="sqlite:////somewhere/hpo.db")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def opened(browser: Browser, path: Path, *, width: int = 1280, **options: Any) -
 @pytest.fixture(scope="module")
 def page_file(small: StudyReport, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write(path, render(small, "html"))
+    write_report_file(path, render_report(small, "html"))
     return path
 
 
@@ -191,7 +193,7 @@ def evil_report() -> StudyReport:
 
 def test_what_comes_from_users_is_shown_and_never_run(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "evil.html"
-    write(path, render(evil_report(), "html"))
+    write_report_file(path, render_report(evil_report(), "html"))
     assert EVIL not in path.read_text()
     with opened(browser, path) as page:
         assert page.locator("img").count() == 0
@@ -218,7 +220,7 @@ def test_the_policy_of_the_page_lets_no_script_but_its_own_run_and_nothing_be_fe
 @pytest.mark.parametrize("name", ["no trial", "one", "all diverged", "a loss that explodes", "no learning rate"])
 def test_a_study_with_little_to_show_has_a_page_too(browser: Browser, tmp_path: Path, name: str) -> None:
     made = reported(*unusual()[name])
-    write(tmp_path / "report.html", render(made, "html"))
+    write_report_file(tmp_path / "report.html", render_report(made, "html"))
     with opened(browser, tmp_path / "report.html", width=390) as page:
         assert page.locator(".plot .main-svg").count() >= len(made.drawn)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -226,7 +228,7 @@ def test_a_study_with_little_to_show_has_a_page_too(browser: Browser, tmp_path: 
 
 
 def test_a_thousand_trials_stay_a_small_file() -> None:
-    content = render(reported(*make_large(1000, 20)), "html")
+    content = render_report(reported(*make_large(1000, 20)), "html")
     assert len(content) < MOST_BYTES
     assert content.count(b"<tr") == 1001
 
@@ -238,8 +240,8 @@ def test_a_thousand_trials_stay_a_small_file() -> None:
 @pytest.mark.parametrize("form", ["html", "md", "json"])
 def test_whatever_a_study_is_like_it_can_be_reported(name: str, form: str) -> None:
     made = reported(*unusual()[name])
-    content = render(made, form)
-    assert is_ours(content)
+    content = render_report(made, form)
+    assert is_report(content)
     if form == "json":
         told = json.loads(content)
         assert told["answer"] == made.answer
@@ -247,7 +249,7 @@ def test_whatever_a_study_is_like_it_can_be_reported(name: str, form: str) -> No
 
 
 def test_json_has_the_answer_the_curves_of_the_responses_and_every_trial(small: StudyReport) -> None:
-    told = json.loads(render(small, "json"))
+    told = json.loads(render_report(small, "json"))
     assert small.best is not None
     assert told["interval"] == list(small.best.interval or ())
     assert [len(response["mean"]) for response in told["responses"]] == [161] * 3
@@ -257,12 +259,12 @@ def test_json_has_the_answer_the_curves_of_the_responses_and_every_trial(small: 
 
 
 def test_markdown_has_the_answer_a_text_for_each_figure_and_a_row_for_each_trial(small: StudyReport) -> None:
-    text = render(small, "md").decode()
+    text = render_report(small, "md").decode()
     assert f"**{small.answer[0]}**" in text
     assert text.count("\n| ") == 2 + len(small.trials)
     for drawn in small.drawn:
         assert f"## {drawn.title}" in text
-    evil = render(evil_report(), "md").decode()
+    evil = render_report(evil_report(), "md").decode()
     assert "<script" not in evil.replace("\\<script", "").partition("```toml")[0]
 
 
@@ -271,23 +273,23 @@ def test_an_image_is_of_one_figure(small: StudyReport, form: str, start: bytes) 
     pytest.importorskip("kaleido", reason="kaleido is not installed (pip install 'hpo-studies[images]')")
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("there is no Chromium here (apt-get install chromium)")
-    content = render(small, form, figure="history")
+    content = render_report(small, form, figure="history")
     assert content.startswith(start)
-    assert is_ours(content)
+    assert is_report(content)
     if form == "png":
-        assert struct.unpack(">II", content[16:24]) == (2 * report.IMAGE_WIDTH, 2 * 360)
+        assert struct.unpack(">II", content[16:24]) == (2 * IMAGE_WIDTH, 2 * 360)
 
 
 def test_without_kaleido_an_image_is_refused_in_a_sentence(small: StudyReport, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "kaleido", None)
     with pytest.raises(UserError, match=r"--format png needs the package kaleido: pip install 'hpo-studies\[images\]'"):
-        render(small, "png")
+        render_report(small, "png")
 
 
 def test_a_figure_that_there_is_not_is_refused_with_those_that_there_are() -> None:
     plain = reported(make_study(), numbered(*complete()))
     with pytest.raises(UserError, match="--figure importance has nothing to show in study 's'; there are: response, "):
-        render(plain, "svg", figure="importance")
+        render_report(plain, "svg", figure="importance")
 
 
 # --- the file ---
@@ -295,21 +297,21 @@ def test_a_figure_that_there_is_not_is_refused_with_those_that_there_are() -> No
 
 def test_only_a_report_of_ours_is_written_over_and_all_of_it_or_nothing(small: StudyReport, tmp_path: Path) -> None:
     path = tmp_path / "report.md"
-    write(path, render(small, "md"))
+    write_report_file(path, render_report(small, "md"))
     path.chmod(0o640)
-    write(path, render(small, "json"))
+    write_report_file(path, render_report(small, "json"))
     assert json.loads(path.read_text())["study"] == small.study.name
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.md"]
     for foreign in (b"mine", b"", b"<!doctype html>\n<p>about hpo report</p>", b"# hpo report\n<!-- hpo report -->"):
         path.write_bytes(foreign)
         with pytest.raises(UserError, match="exists and is no report of ours"):
-            write(path, b"x")
+            write_report_file(path, b"x")
         assert path.read_bytes() == foreign
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):
-        write(tmp_path / "none" / "report.md", b"x")
+        write_report_file(tmp_path / "none" / "report.md", b"x")
     with pytest.raises(UserError, match="cannot be written: Is a directory"):
-        write(tmp_path, b"x")
+        write_report_file(tmp_path, b"x")
 
 
 def test_a_store_that_a_report_was_published_in_is_no_report(trained: Store, tmp_path: Path) -> None:
@@ -457,12 +459,12 @@ def test_the_format_is_what_the_file_ends_in_or_as_said(trained: Store, tmp_path
 
 def test_a_store_that_can_only_be_read_is_reported_on(trained: Store, tmp_path: Path) -> None:
     url = f"sqlite:///file:{tmp_path}/hpo.db?mode=ro&uri=true"
-    assert is_ours(exporting.write_report("s", tmp_path / "s.md", storage=url).read_bytes())
+    assert is_report(exporting.write_report("s", tmp_path / "s.md", storage=url).read_bytes())
 
 
 def test_a_published_report_is_that_of_its_moment(trained: Store) -> None:
     study = trained.study("s")
-    publish(trained, make(study, [], None, storage=""))
+    publish_report(trained, make_report(study, [], None, storage=""))
     figures, note = shown(trained)
     assert all(figure["data"] == [] for figure in figures.values())
     assert note.startswith("**no complete trial to choose from")

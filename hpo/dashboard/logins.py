@@ -1,0 +1,155 @@
+"""Logins of the dashboard."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import os
+import re
+import secrets
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+import bcrypt
+
+from hpo.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+from hpo.dashboard.middleware import refuse
+
+MAX_PASSWORD_BYTES = 72  # bcrypt looks at no more
+# $2y$COST$SALT and digest; the last character of the salt has four bits that must be zero.
+_BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+class Login:
+    """Lets through only requests with a name of `logins` and the password that its bcrypt hash was made from.
+
+    A name that is not there costs the same check as one that is (as the dearest, where costs differ). What was right
+    once is remembered, hashed under a key of this process: a page makes many requests, and bcrypt takes 0.2 s.
+    """
+
+    def __init__(self, app: WSGIApplication, logins: Mapping[str, bytes]) -> None:
+        self.app = app
+        self._logins = logins
+        cost = max(int(hashed.split(b"$")[2]) for hashed in logins.values())
+        self._nobody = bcrypt.gensalt(cost) + b"." * 31  # the hash of no known password
+        self._key = secrets.token_bytes(32)
+        self._right: set[bytes] = set()
+        self._checking = threading.Lock()  # a flood of guesses takes one core from the training, not one a thread
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if not self._is_right(environ.get("HTTP_AUTHORIZATION", "")):
+            return refuse(start_response, "401 Unauthorized", "The dashboard asks for a name and a password.")
+        return self.app(environ, start_response)
+
+    def _is_right(self, authorization: str) -> bool:
+        scheme, _, encoded = authorization.partition(" ")
+        try:
+            given = base64.b64decode(encoded.strip(), validate=True)
+            name_bytes, _, password = given.partition(b":")
+            name = name_bytes.decode()
+        except ValueError:
+            return False
+        if scheme.lower() != "basic" or len(password) > MAX_PASSWORD_BYTES:
+            return False
+        digest = hmac.digest(self._key, given, "sha256")
+        if digest in self._right:
+            return True
+        with self._checking:
+            if digest in self._right:  # a page asks for much at once: the first of its requests has been checked
+                return True
+            is_right = bcrypt.checkpw(password, self._logins.get(name, self._nobody)) and name in self._logins
+            if is_right:
+                self._right.add(digest)
+            return is_right
+
+
+def read_logins(path: Path) -> dict[str, bytes]:
+    """Name -> bcrypt hash, from an htpasswd file. Raises UserError, naming a line but showing nothing of it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no --auth-file {path}; --auth-file {path} --add-user NAME makes it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--auth-file {path} cannot be read: {_why(error)}") from None
+    logins: dict[str, bytes] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        name, _, hashed = line.strip().partition(":")
+        if not line.strip() or name.startswith("#"):
+            continue
+        if not name or not _BCRYPT.fullmatch(hashed):
+            raise UserError(
+                f"--auth-file {path}, line {number}: every line must be NAME:HASH, and the hash bcrypt's ($2y$...), as"
+                " `htpasswd -B` and --add-user write it; other kinds are too easily guessed"
+            )
+        if name in logins:
+            raise UserError(f"--auth-file {path}, line {number}: every name must be there once, and this one is twice")
+        logins[name] = hashed.encode()
+    if not logins:
+        raise UserError(f"--auth-file {path} holds no login; --auth-file {path} --add-user NAME adds one")
+    return logins
+
+
+def check_login_name(name: str) -> None:
+    """Raises UserError for a name that an htpasswd file or a login cannot carry."""
+    if name != name.strip() or not name or name.startswith("#") or ":" in name or _CONTROL.search(name):
+        raise UserError(
+            "--add-user must be a name without ':' and control characters, without '#' at its beginning and without"
+            f" blanks around it; got {name!r}"
+        )
+
+
+def add_login(path: Path, name: str, password: str) -> None:
+    """Writes the name's line, new or in place of its old one, and leaves the other lines as they are.
+
+    A new file can be read by its owner only. Raises UserError, which never shows the password.
+    """
+    check_login_name(name)
+    try:
+        given = password.encode()
+    except UnicodeEncodeError:
+        raise UserError("the password must be UTF-8 text") from None
+    if not 0 < len(given) <= MAX_PASSWORD_BYTES or _CONTROL.search(password):
+        raise UserError(
+            f"the password must have 1 to {MAX_PASSWORD_BYTES} bytes, as bcrypt looks at no more, and no control"
+            f" characters; got {len(given)} bytes"
+        )
+    line = f"{name}:{bcrypt.hashpw(given, bcrypt.gensalt()).decode()}"
+    try:
+        path = path.resolve()  # what a link leads to is replaced, not the link
+        old = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else ""
+        kept = [other for other in old.split("\n") if old and other.strip().partition(":")[0] != name]
+        _replace_file(path, "\n".join([*kept, line, ""]))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--auth-file {path} cannot be written: {_why(error)}") from None
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """Writes it aside and renames it: a server that starts meanwhile finds the old file or the new one, whole."""
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # for its owner only
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+            if path.exists():
+                found = path.stat()
+                with suppress(PermissionError):  # root may add a login to a file that is another's
+                    os.fchown(descriptor, found.st_uid, found.st_gid)
+                os.fchmod(descriptor, found.st_mode & 0o777)
+        os.replace(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise
+
+
+def _why(error: OSError | UnicodeDecodeError) -> str:
+    return os.strerror(error.errno or 0) if isinstance(error, OSError) else "it is not UTF-8 text"

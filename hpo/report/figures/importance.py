@@ -1,0 +1,104 @@
+"""What the parameters matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hpo.report.figures.data import FigureData
+from hpo.study.records import StudyRecord, TrialRecord
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+import plotly.graph_objects as go
+
+from hpo.report.figures.style import BLUE, escape_plotly, lay_out, round_digits, shares_text
+
+MIN_RANKED = 50  # trials with a value, below which importance is noise
+MAX_CATEGORIES = 8  # of a parameter with so few values each is a category
+GOOD_SHARE = 0.25  # "good" are so many of the trials; of Optuna's tenth of 40 trials nothing can be told
+MAX_RANKED = 2000  # trials that importance is worked out from; of more, the latest
+
+
+def parameter_importances(study: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, float]:
+    """The share of each searched parameter, together 1; empty for fewer than two, or where it cannot be told.
+
+    PED-ANOVA (Watanabe, Bansal and Hutter, IJCAI 2023), as Optuna has it, over the trials as people see them: a
+    parameter with cases is one. As the samplers are shown them, pruned trials count with their last report, diverged
+    ones with the worst value of all.
+    """
+    names = [name for name in study.spec.search.parameters if name != "seed"]
+    ended = [trial for trial in trials if trial.state in ("complete", "pruned", "diverged")][-MAX_RANKED:]
+    values = [trial.value for trial in ended if trial.value is not None and math.isfinite(trial.value)]
+    ranked = [trial for trial in ended if (trial.value is not None or trial.state == "diverged")
+              and all(name in trial.params for name in names)]  # fmt: skip
+    if len(names) < 2 or len(values) < MIN_RANKED:
+        return {}
+    return _ped_anova(study, ranked, names, worst=(max if study.spec.direction == "minimize" else min)(values))
+
+
+def _ped_anova(
+    study: StudyRecord, trials: Sequence[TrialRecord], names: Sequence[str], *, worst: float
+) -> dict[str, float]:
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        ranking = optuna.create_study(direction="minimize" if study.spec.direction == "minimize" else "maximize")
+        distributions = {name: _distribution([trial.params[name] for trial in trials]) for name in names}
+        for trial in trials:
+            told = {name: _optuna_value(trial.params[name], distributions[name]) for name in names}
+            value = worst if trial.value is None else trial.value
+            ranking.add_trial(optuna.create_trial(params=told, distributions=distributions, value=value))
+        found = get_param_importances(
+            ranking, evaluator=PedAnovaImportanceEvaluator(target_quantile=GOOD_SHARE), params=list(names)
+        )
+    except (ValueError, RuntimeError):  # such as a parameter of one value
+        return {}
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    total = sum(found.values())
+    return {name: share / total for name, share in found.items()} if total > 0 else {}
+
+
+def _distribution(values: Sequence[Any]) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    # Of a few values a density is all peaks, between which PED-ANOVA divides nothing by nothing.
+    if any(isinstance(value, bool | str) for value in values) or len(set(values)) <= MAX_CATEGORIES:
+        return CategoricalDistribution(sorted({str(value) for value in values}))
+    low, high = float(min(values)), float(max(values))
+    return FloatDistribution(low, high, log=low > 0 and high / low >= 100)
+
+
+def _optuna_value(value: Any, distribution: Any) -> Any:
+    return str(value) if hasattr(distribution, "choices") else float(value)
+
+
+def draw_importance(findings: FigureData) -> go.Figure | None:
+    """What share of the differences between good trials and all of them each parameter explains."""
+    if not findings.importances:
+        return None
+    ranked = sorted(findings.importances.items(), key=lambda item: item[1])
+    figure = go.Figure()
+    figure.add_bar(
+        y=[escape_plotly(name) for name, _ in ranked], x=[round_digits(share) for _, share in ranked], orientation="h",
+        marker={"color": BLUE}, text=[f"{share:.0%}" for _, share in ranked], textposition="auto",
+        hovertemplate="%{y}: %{x:.0%}<extra></extra>", showlegend=False,
+    )  # fmt: skip
+    figure.update_xaxes(tickformat=".0%", rangemode="tozero", title={"text": "importance"})
+    figure.update_yaxes(type="category")
+    return lay_out(figure, height=110 + 34 * len(ranked), margin={"l": 8, "r": 8, "t": 8, "b": 8})
+
+
+def importance_caption(findings: FigureData) -> str:
+    return (
+        f"Importance for being among the best quarter of trials (PED-ANOVA): {shares_text(findings.importances)}. Pruned "
+        "trials count with their last report, diverged ones with the worst value. It is rough: of a hundred trials, a "
+        "parameter that does nothing may get a fifth."
+    )
