@@ -29,6 +29,7 @@ from hpo.search.samplers import SAMPLERS
 from hpo.search.study_views import RoundStudy
 from hpo.store.studies import Store
 from hpo.study.records import Claim, StudyRecord, TrialRecord
+from hpo.workers.executors import InProcess
 from hpo.workers.stages import add_due_trials
 
 if TYPE_CHECKING:
@@ -322,13 +323,13 @@ def test_what_is_due_is_added_once_the_search_is_done_and_once_only(store: Store
 FOUR_PROCESSES = """
 import sys, multiprocessing
 from hpo.store.studies import Store
-from hpo.workers.executors import InProcess
+from hpo.workers.stages import add_due_trials
 
 def ask(url, barrier):
     store = Store(url)
     study = store.study("s")
     barrier.wait()
-    store.go_on(study)
+    add_due_trials(store, study)
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
