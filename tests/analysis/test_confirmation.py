@@ -29,7 +29,6 @@ from hpo.search.samplers import SAMPLERS
 from hpo.search.study_views import RoundStudy
 from hpo.store.studies import Store
 from hpo.study.records import Claim, StudyRecord, TrialRecord
-from hpo.workers.executors import InProcess
 from hpo.workers.stages import add_due_trials
 
 if TYPE_CHECKING:
