@@ -1,9 +1,14 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: setup demo test lint bench bench-gpu bench-search bench-analysis bench-report bench-range-test bench-ray bench-scale chaos constraints clean
+.PHONY: help setup demo test test-all lint bench bench-gpu bench-search bench-analysis bench-report bench-range-test bench-ray bench-scale chaos constraints clean
 PYTHON ?= python3
 BIN := .venv/bin
+# As many processes as the machine has cores; tests that share a server run in the same process (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadgroup
 
-setup: .venv/installed
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 18
+
+setup: .venv/installed ## install the package and its tools in .venv
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "hpo needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12 ...")'
@@ -11,53 +16,57 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup
+demo: setup ## run the study of the README
 	$(BIN)/hpo run studies/quickstart.toml
 
-test: setup
-	$(BIN)/python -m pytest
+test: setup ## run the tests to run while working: every property, in a few minutes
+	$(PYTEST) -m "not slow and not cluster and not browser"
 
-lint: setup
+test-all: setup ## run all tests: also the slow ones, with clusters, databases and browsers
+	$(PYTEST)
+
+lint: setup ## check style, imports and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python scripts/bench/engine.py
-	$(BIN)/python scripts/bench/store.py
+bench: setup ## measure the plain engine and the store
+	$(BIN)/python -m scripts.bench.engine
+	$(BIN)/python -m scripts.bench.store
 
-bench-gpu: setup
-	$(BIN)/python scripts/bench/lanes.py --json bench-gpu.json
+bench-gpu: setup ## measure lanes on a GPU
+	$(BIN)/python -m scripts.bench.lanes --json bench-gpu.json
 
-bench-search: setup
+bench-search: setup ## compare the search with other tools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt 'ray[tune]>=2.40'
-	$(BIN)/python scripts/bench/search.py
+	$(BIN)/python -m scripts.bench.search
 
-bench-analysis: setup
-	$(BIN)/python scripts/bench/analysis.py
+bench-analysis: setup ## measure how good the answers are
+	$(BIN)/python -m scripts.bench.analysis
 
-bench-report: setup
-	$(BIN)/python scripts/bench/report.py
+bench-report: setup ## measure the report of a large study
+	$(BIN)/python -m scripts.bench.report
 
-bench-range-test: setup
-	$(BIN)/python scripts/bench/range_test.py $(if $(CIFAR10),--cifar10 $(CIFAR10)) $(RANGE_TEST)
+bench-range-test: setup ## measure the learning-rate range test
+	$(BIN)/python -m scripts.bench.range_test $(if $(CIFAR10),--cifar10 $(CIFAR10)) $(RANGE_TEST)
 
-bench-ray: setup
+bench-ray: setup ## measure what Ray costs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt 'ray[client,default,tune]>=2.40'
-	$(BIN)/python scripts/bench/ray_cost.py
+	$(BIN)/python -m scripts.bench.ray_cost
 
-bench-scale: setup
-	$(BIN)/python scripts/bench/scale.py $(SCALE)
+bench-scale: setup ## measure many workers on one store
+	$(BIN)/python -m scripts.bench.scale $(SCALE)
 
-chaos: setup
+chaos: setup ## run a study under faults of every kind
 	$(BIN)/python -m scripts.chaos $(CHAOS)
 
-constraints: setup
+constraints: setup ## renew constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile pyproject.toml --quiet --universal --all-extras --python-version 3.11 --no-annotate --no-header -o constraints.new
 	{ grep '^#' constraints.txt; cat constraints.new; } > constraints.newer
 	mv constraints.newer constraints.txt
 	rm constraints.new
 
-clean:
+clean: ## remove .venv
 	rm -rf .venv
