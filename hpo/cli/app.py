@@ -1,4 +1,7 @@
-"""The command line, a thin layer over `hpo.api`: its entry and the commands that train; loads no torch, no Optuna."""
+"""The command line, a thin layer over `hpo.api`: its entry point and the commands that train.
+
+It loads neither torch nor Optuna before a command needs them.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from hpo._version import __version__
-from hpo.cli import reading as cli_reading
-from hpo.cli import stores as cli_store
 from hpo.cli.options import (
     allow_option,
     command_line,
     devices_option,
     executor_options,
     json_option,
+    overrides_option,
     print_json,
     repeated,
     storage_option,
     worker_arguments,
 )
+from hpo.cli.reading import READING_COMMANDS
+from hpo.cli.stores import STORE_COMMANDS
 from hpo.errors import StudyStopped, UserError
 from hpo.workers.executors import Executor, InProcess, Local
 
@@ -36,23 +40,27 @@ if TYPE_CHECKING:
     from hpo.config.study_spec import StudySpec
 
 
-class _Group(click.Group):
-    """Turns our errors into one message and an exit code: 1 the study could not finish, 2 the request was wrong."""
+class MainGroup(click.Group):
+    """The group of all commands, which turns our errors into one message and an exit code.
+
+    The exit code is 1 where a study cannot finish, and 2 where the request is wrong.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Invoke the command."""
         try:
             return super().invoke(ctx)
         except UserError as error:
-            _fail(error, error.exit_code)
+            _exit_with(error, error.exit_code)
         except StudyStopped as error:
-            _fail(error, 1)
+            _exit_with(error, 1)
         except Exception as error:
-            if _is_of_the_store(error):
-                _fail(f"the store failed: {getattr(error, 'orig', None) or error.__cause__ or error}", 1)
+            if _is_store_error(error):
+                _exit_with(f"the store failed: {getattr(error, 'orig', None) or error.__cause__ or error}", 1)
             raise
 
 
-def _is_of_the_store(error: Exception) -> bool:
+def _is_store_error(error: Exception) -> bool:
     if "hpo.store.retry" not in sys.modules:
         return False
     from hpo.store.retry import STORE_ERRORS
@@ -60,18 +68,21 @@ def _is_of_the_store(error: Exception) -> bool:
     return isinstance(error, STORE_ERRORS)
 
 
-def _fail(message: object, code: int) -> None:
+def _exit_with(message: object, code: int) -> None:
     click.echo(f"hpo: {message}", err=True)
     sys.exit(code)
 
 
-def _leave_memory_alone() -> None:
-    """Keeps Python's end from looking through all that was imported once more, which takes half a second."""
-    if "torch" not in sys.modules:  # whose libraries would say that they leak
+def _skip_last_collection() -> None:
+    """Keep Python from one last garbage collection at its end, which takes half a second.
+
+    With torch it must collect: otherwise the libraries of torch report leaks.
+    """
+    if "torch" not in sys.modules:
         gc.freeze()
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="hpo")
 def main() -> None:
     """Which learning rate should I train this network with?
@@ -79,25 +90,23 @@ def main() -> None:
     \b
     hpo run studies/quickstart.toml     search, watch, get the answer
     hpo best quickstart                 the answer again
-    hpo dashboard                       every trial and its learning curve in the browser
+    hpo dashboard                       every trial and its curves in the browser
     """
-    atexit.register(_leave_memory_alone)
+    atexit.register(_skip_last_collection)
 
 
-@main.command("run")
+@main.command("run", short_help="Run a study to its answer.")
 @click.argument("spec", metavar="SPEC")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting of the study file."
-)
+@overrides_option
 @click.option("--in-process", is_flag=True, help="Train in this process, without workers: for a debugger.")
 @click.option("--detach", is_flag=True, help="Leave the study to the Ray cluster, and return at once.")
 @executor_options
 @storage_option
 def run_command(spec: str, overrides: tuple[str, ...], detach: bool, executor: Executor, storage: str | None) -> None:
-    """Run the study file SPEC to its answer, or go on with it where it was interrupted.
+    """Run the study file SPEC to its answer, or resume it.
 
-    A study that is finished is answered from the store, without training. A study file with [[compare]] holds several
-    studies, which are run one after the other and then compared.
+    A finished study is answered from the store, without training. A study file with [[compare]] holds several studies:
+    they run one after the other, and are then compared.
 
     \b
     hpo run studies/quickstart.toml
@@ -114,40 +123,40 @@ def run_command(spec: str, overrides: tuple[str, ...], detach: bool, executor: E
     if detach:
         if isinstance(executor, InProcess):
             raise UserError("--in-process has no meaning with --detach")
-        _leave(specs, executor=executor, storage=storage, code_folder=folder)
+        _submit_all(specs, executor=executor, storage=storage, code_folder=folder)
         return
-    for parsed in specs[1:]:  # what is wrong with the last one is not to be found after hours
+    for parsed in specs[1:]:  # a mistake in the last one must not show up only after hours
         running.check(parsed, executor=executor, storage=storage, code_folder=folder)
     answered, unanswered = [], None
     for parsed in specs:
         try:
             train = partial(running.run, parsed, executor=executor, storage=storage, code_folder=folder)
-            _train(train, parsed.name, storage, again=again)
+            _train_and_print_answer(train, parsed.name, storage, again=again)
             answered.append(parsed.name)
         except StudyStopped as error:
             if error.can_resume:
                 raise
-            unanswered = error  # it has ended without an answer; the others need not
+            unanswered = error  # this study has ended without an answer; the others may have one
     if len(answered) > 1:
         print_comparison(reading.compare(answered, storage=storage))
     if unanswered is not None:
         raise unanswered
 
 
-def _leave(specs: Sequence[StudySpec], *, storage: str | None, **options: Any) -> None:
-    """Starts studies on the cluster and says how to find them again."""
+def _submit_all(specs: Sequence[StudySpec], *, executor: Executor, storage: str | None, code_folder: str) -> None:
+    """Start studies on the cluster, and print how to find them again."""
     from hpo.api import running
 
     suffix = f" --storage {shlex.quote(storage)}" if storage else ""
     for spec in specs:
-        if running.submit(spec, storage=storage, **options):
+        if running.submit(spec, executor=executor, storage=storage, code_folder=code_folder):
             click.echo(f"study {spec.name} trains on the cluster without this command")
             click.echo(f"see hpo status {spec.name}{suffix}, hpo stop {spec.name}{suffix}; hpo run attaches to it")
         else:
             click.echo(f"study {spec.name} is finished: hpo best {spec.name}{suffix}")
 
 
-@main.command("worker")
+@main.command("worker", short_help="Add workers to a study.")
 @click.argument("study", metavar="[STUDY]", required=False)
 @click.option("--stay", is_flag=True, help="Stay when the study is done, for every study of the store.")
 @allow_option
@@ -158,7 +167,7 @@ def worker_command(
 ) -> None:
     """Add workers of this machine, or of a Ray cluster, to STUDY until it is done.
 
-    With --stay, workers of this machine join any study of the store, for ever.
+    With --stay, workers of this machine join every study of the store, until interrupted.
 
     \b
     hpo worker quickstart --workers 2
@@ -166,18 +175,20 @@ def worker_command(
     """
     from hpo.api import running
 
-    if stay and not isinstance(executor, Local):
-        raise UserError("--stay is for workers of this machine; give a Ray cluster the study by its name")
     if stay:
-        _stay(study, executor=executor, allow=allow, storage=storage)
+        if not isinstance(executor, Local):
+            raise UserError("--stay is for workers of this machine; give a Ray cluster the study by its name")
+        _serve_until_interrupted(study, executor=executor, allow=allow, storage=storage)
     if study is None:
         raise UserError("hpo worker needs the name of a study, or --stay for every study of the store")
     again = command_line("worker", study, *repeated("--allow", allow), *worker_arguments(executor))
     train = partial(running.join, study, executor=executor, storage=storage, allow=allow)
-    _train(train, study, storage, again=again)
+    _train_and_print_answer(train, study, storage, again=again)
 
 
-def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn:
+def _serve_until_interrupted(
+    study: str | None, *, executor: Local, allow: Sequence[str], storage: str | None
+) -> NoReturn:
     from hpo.api import running
     from hpo.cli.display import LiveDisplay, make_console
 
@@ -185,7 +196,9 @@ def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it waits; workers that train are drained
     try:
         with LiveDisplay(console) as progress:
-            running.serve(study, storage=storage, say=console.print, watcher=progress.watch, **options)
+            running.serve(
+                study, executor=executor, storage=storage, allow=allow, watcher=progress.watch, say=console.print
+            )
     except StudyStopped as error:
         if not error.interrupted:
             raise
@@ -194,16 +207,16 @@ def _stay(study: str | None, *, storage: str | None, **options: Any) -> NoReturn
     sys.exit(0)
 
 
-@main.command("resume")
+@main.command("resume", short_help="Resume a stopped study.")
 @click.argument("study", metavar="STUDY")
-@click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; what was trained stays.")
+@click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; finished trials stay.")
 @allow_option
 @executor_options
 @storage_option
 def resume_command(
     study: str, trials: int | None, allow: tuple[str, ...], executor: Executor, storage: str | None
 ) -> None:
-    """Go on with STUDY after `hpo stop` or an interruption.
+    """Resume STUDY after `hpo stop` or an interruption.
 
     \b
     hpo resume quickstart --trials 30
@@ -212,14 +225,16 @@ def resume_command(
 
     again = command_line("resume", study, *repeated("--allow", allow), *worker_arguments(executor))
     train = partial(running.resume, study, executor=executor, storage=storage, trials=trials, allow=allow)
-    _train(train, study, storage, again=again)
+    _train_and_print_answer(train, study, storage, again=again)
 
 
-def _train(train: Callable[..., Result], study: str, storage: str | None, *, again: str) -> None:
-    """Trains with live progress (`train` takes the `watcher` that shows it), then prints the answer."""
+def _train_and_print_answer(train: Callable[..., Result], study: str, storage: str | None, *, again: str) -> None:
+    """Train with a live display (`train` takes its `watcher`), then print the answer.
+
+    `again` is the command line that resumes the study, without --storage.
+    """
     from hpo.api import stores
     from hpo.cli.display import LiveDisplay, make_console, print_answer
-    from hpo.store.studies import Store
 
     suffix = f" --storage {shlex.quote(storage)}" if storage else ""
     console = make_console()
@@ -228,19 +243,19 @@ def _train(train: Callable[..., Result], study: str, storage: str | None, *, aga
             result = train(watcher=progress.watch)
     except StudyStopped as error:
         raise StudyStopped(f"{error}\ngo on with: {again}{suffix}" if error.can_resume else str(error)) from None
-    store = Store(stores.storage_url(storage))
+    _, record = stores.open_study(study, storage=storage)
     steps = [
         f"every trial in the browser:  hpo dashboard{suffix}",
         f"train the best trial again:  hpo export {study} --output best.toml{suffix}",
     ]
-    print_answer(console, store.study(study), result.trials, result.best, next_steps=steps)
+    print_answer(console, record, result.trials, result.best, next_steps=steps)
 
 
-@main.command("stop")
+@main.command("stop", short_help="Stop a study.")
 @click.argument("study", metavar="STUDY")
 @storage_option
 def stop_command(study: str, storage: str | None) -> None:
-    """Ask every worker of STUDY to let go of its trial after its epoch, and leave.
+    """Stop STUDY: its workers save after the current epoch and exit.
 
     \b
     hpo stop quickstart
@@ -253,18 +268,14 @@ def stop_command(study: str, storage: str | None) -> None:
         click.echo(f"study {study} is finished; there is nothing to stop")
 
 
-@main.command("range-test")
+@main.command("range-test", short_help="Find learning rates worth searching.")
 @click.argument("spec", metavar="SPEC")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting of the study file."
-)
+@overrides_option
 @click.option("--output", metavar="FILE", help="Also plot it, in an HTML file.")
 @json_option
 @devices_option
-def range_test_command(
-    spec: str, overrides: tuple[str, ...], output: str | None, as_json: bool, devices: str
-) -> None:  # fmt: skip
-    """Ramp the learning rate of SPEC's network over less than an epoch: where does its loss fall, where does it break?
+def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None, as_json: bool, devices: str) -> None:
+    """Ramp the learning rate of SPEC's network within an epoch, to see where its loss falls and where it breaks.
 
     Nothing is stored. With lr = "auto" in search.space, hpo run does this by itself and searches the range found.
 
@@ -286,7 +297,7 @@ def range_test_command(
     parsed = StudySpec.from_toml(spec, overrides=overrides)
     with Progress(transient=True, disable=as_json or not make_console().is_terminal) as progress:
         task = progress.add_task("checking data and network", total=None)
-        tested = ranges.range_test(
+        ramps = ranges.range_test(
             parsed,
             devices=devices,
             code_folder=Path(spec).parent,
@@ -294,18 +305,18 @@ def range_test_command(
                 task, description=f"ramp {params_text(params)}".rstrip(), completed=done, total=of
             ),
         )
-    found = [one.as_dict() for one in tested]
+    found = [ramp.as_dict() for ramp in ramps]
     if output is not None:
         ramp_page.write_ramp_page(found, output, title=f"Range test of {parsed.name}")
     if as_json:
         print_json(found)
         return
-    for one in found:
-        for line in text.range_test_report(one):
+    for ramp in found:
+        for line in text.range_test_report(ramp):
             click.echo(line)
     if output is not None:
         click.echo(f"wrote {output}")
 
 
-for _command in (*cli_reading.COMMANDS, *cli_store.COMMANDS):
+for _command in (*READING_COMMANDS, *STORE_COMMANDS):
     main.add_command(_command)

@@ -28,7 +28,7 @@ from hpo.analysis.text import (
     rate_text,
     study_text,
     value_text,
-)  # fmt: skip
+)
 from hpo.analysis.trials import best_trial, search_trials
 from hpo.store.studies import Store
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
@@ -154,13 +154,17 @@ def print_comparison(found: Comparison) -> None:
     low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
     rows = [
         [
-            compared_name(side), "" if side is found.sides[0] else params_text(changed_settings(found.sides[0], side)),
-            cell_text(side.lr and rate_text(side.lr)), cell_text(side.interval and interval_text(side.interval)),
-            _strip(side, low, high), cell_text(side.plateau and interval_text(side.plateau)),
-            cell_text(side.edge and rate_text(side.edge)), cell_text(side.value),
+            compared_name(side),
+            "" if side is found.sides[0] else params_text(changed_settings(found.sides[0], side)),
+            cell_text(side.lr and rate_text(side.lr)),
+            cell_text(side.interval and interval_text(side.interval)),
+            _strip(side, low, high),
+            cell_text(side.plateau and interval_text(side.plateau)),
+            cell_text(side.edge and rate_text(side.edge)),
+            cell_text(side.value),
         ]
         for side in found.sides
-    ]  # fmt: skip
+    ]
     columns = ["study", "with", "best rate", "90 % interval", "", "as good", "diverges at", found.sides[0].metric]
     print_table(columns, rows)
     console = make_console()

@@ -1,4 +1,4 @@
-"""What several commands share: their options, JSON as they print it, and a command as a line for the shell."""
+"""What several commands share: options, the executor that options describe, command lines to copy, JSON."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hpo.errors import UserError
 from hpo.workers.executors import Executor, InProcess, Local, Ray
 
 
-def no_password(_context: click.Context, parameter: click.Parameter, url: str | None) -> str | None:
-    """Refuses a URL with a password on the command line, where every process of the machine can read it."""
+def refuse_password(_context: click.Context, parameter: click.Parameter, url: str | None) -> str | None:
+    """Refuse a URL with a password, which every process of the machine could read on the command line."""
     if url and "@" in url and _has_password(url):
         raise UserError(
             f"{parameter.opts[0]} must not hold a password, which others could read in the list of processes; "
@@ -32,34 +32,54 @@ def _has_password(url: str) -> bool:
     try:
         return bool(make_url(url).password)
     except (ArgumentError, ValueError):
-        return True  # it has a place for one, and cannot be told from one
+        return True  # SQLAlchemy cannot read it, so what stands before the @ may be a password
 
 
 def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --storage."""
     return click.option(
         "--storage",
         metavar="URL",
-        callback=no_password,
+        callback=refuse_password,
         help="The store. Default: HPO_STORAGE, else sqlite:///hpo.db.",
     )(command)
 
 
-def allow_option(command: Callable[..., Any]) -> Callable[..., Any]:
+def overrides_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --set, which the command gets as `overrides`."""
     return click.option(
-        "--allow", multiple=True, metavar="MODULE|FOLDER",
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Change a setting of the study file.",
+    )(command)
+
+
+def allow_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --allow."""
+    return click.option(
+        "--allow",
+        multiple=True,
+        metavar="MODULE|FOLDER",
         help="Code that the study may import: a module by its name, or a folder (./models).",
-    )(command)  # fmt: skip
+    )(command)
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json, which the command gets as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
 def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --devices."""
     return click.option(
-        "--devices", default="auto", show_default=True, metavar="LIST",
+        "--devices",
+        default="auto",
+        show_default=True,
+        metavar="LIST",
         help="auto: every free GPU, else the CPU. Or a list: cpu, mps, cuda, cuda:0,cuda:1.",
-    )(command)  # fmt: skip
+    )(command)
 
 
 def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,4 +211,5 @@ def command_line(*arguments: str) -> str:
 
 
 def print_json(value: Any) -> None:
+    """Print a value as indented JSON; it must hold no number that is not finite."""
     click.echo(json.dumps(value, indent=2, allow_nan=False))

@@ -9,7 +9,7 @@ from hpo.cli.options import json_option, print_json, storage_option
 STATES = ("waiting", "running", "complete", "pruned", "diverged", "failed")
 
 
-@click.command("list")
+@click.command("list", short_help="List the studies in a store.")
 @json_option
 @storage_option
 def list_command(as_json: bool, storage: str | None) -> None:
@@ -31,12 +31,12 @@ def list_command(as_json: bool, storage: str | None) -> None:
     )
 
 
-@click.command("status")
+@click.command("status", short_help="Show where a study stands.")
 @click.argument("study", metavar="STUDY")
 @json_option
 @storage_option
 def status_command(study: str, as_json: bool, storage: str | None) -> None:
-    """Show where STUDY stands: trials by state, the best so far, workers and what they train.
+    """Show where STUDY stands: its trials by state, the best one so far, its workers and what they train.
 
     \b
     hpo status quickstart
@@ -74,12 +74,12 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         click.echo("no workers")
 
 
-@click.command("trials")
+@click.command("trials", short_help="List the trials of a study.")
 @click.argument("study", metavar="STUDY")
 @json_option
 @storage_option
 def trials_command(study: str, as_json: bool, storage: str | None) -> None:
-    """List the trials of STUDY; with --json also their curves.
+    """List the trials of STUDY, with --json their curves as well.
 
     \b
     hpo trials quickstart --json
@@ -95,44 +95,53 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     print_table(
         ["trial", "kind", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
         (
-            [row["number"], row["kind"], row["state"], params_text(row["params"]), cell_text(row["value"]),
-             len(row["epochs"]), row["attempt"], cell_text(row["duration_s"]), cell_text(row["reason"])]
+            [
+                row["number"],
+                row["kind"],
+                row["state"],
+                params_text(row["params"]),
+                cell_text(row["value"]),
+                len(row["epochs"]),
+                row["attempt"],
+                cell_text(row["duration_s"]),
+                cell_text(row["reason"]),
+            ]
             for row in found
         ),
-    )  # fmt: skip
+    )
 
 
-@click.command("best")
+@click.command("best", short_help="Print the answer of a study.")
 @click.argument("study", metavar="STUDY")
 @json_option
 @storage_option
 def best_command(study: str, as_json: bool, storage: str | None) -> None:
-    """Print the answer of STUDY: the best learning rate, how sure that is, and what to beware of.
+    """Print the answer of STUDY: the best learning rate, how sure it is, and the warnings.
 
     \b
     hpo best quickstart --json
     """
     from hpo.analysis.text import answer_lines
     from hpo.api import reading, stores
-    from hpo.store.studies import Store
 
     found = reading.best(study, storage=storage)
     if as_json:
         print_json(found.as_dict())
         return
-    for line in answer_lines(Store(stores.storage_url(storage)).study(study), found):
+    _, record = stores.open_study(study, storage=storage)
+    for line in answer_lines(record, found):
         click.echo(line)
 
 
-@click.command("compare")
+@click.command("compare", short_help="Compare studies side by side.")
 @click.argument("studies", metavar="STUDY...", nargs=-1, required=True)
 @json_option
 @storage_option
 def compare_command(studies: tuple[str, ...], as_json: bool, storage: str | None) -> None:
-    """Show the best learning rates of studies side by side, and what can and cannot be concluded.
+    """Compare the best learning rates of studies, and print what can and cannot be concluded.
 
-    The first one is what the others are compared with. A study that searched lists, such as the optimizer, is one side
-    for each combination of them.
+    The others are compared with the first one. A study that searched lists, such as the optimizer, is one side for
+    each combination of them.
 
     \b
     hpo compare mnist-adam mnist-sgd
@@ -147,16 +156,16 @@ def compare_command(studies: tuple[str, ...], as_json: bool, storage: str | None
     print_comparison(found)
 
 
-@click.command("report")
+@click.command("report", short_help="Write the report of a study.")
 @click.argument("study", metavar="STUDY")
 @click.option("--output", metavar="FILE", help="Default: STUDY.html, or STUDY with the format's ending.")
 @click.option("--format", "form", metavar="FORMAT", help="html, png, svg, md or json. Default: what FILE ends in.")
 @click.option(
-    "--figure", default="response", show_default=True, metavar="NAME", help="Which figure a png or svg shows."
+    "--figure", default="response", show_default=True, metavar="NAME", help="The figure that a png or svg shows."
 )
 @storage_option
 def report_command(study: str, output: str | None, form: str | None, figure: str, storage: str | None) -> None:
-    """Write what STUDY has found as one page that needs no network, or a figure of it for a paper.
+    """Write what STUDY has found as one page that needs no network, or as a figure for a paper.
 
     \b
     hpo report quickstart --output quickstart.html
@@ -167,12 +176,12 @@ def report_command(study: str, output: str | None, form: str | None, figure: str
     click.echo(f"wrote {exporting.write_report(study, output, form=form, figure=figure, storage=storage)}")
 
 
-@click.command("export")
+@click.command("export", short_help="Export the best trial.")
 @click.argument("study", metavar="STUDY")
 @click.option("--output", required=True, metavar="FILE", help="A study file (.toml), or that and the answer (.json).")
 @storage_option
 def export_command(study: str, output: str, storage: str | None) -> None:
-    """Write the best trial of STUDY as a study file that trains it alone.
+    """Write the best trial of STUDY as a study file that trains only this trial.
 
     \b
     hpo export quickstart --output best.toml
@@ -183,6 +192,12 @@ def export_command(study: str, output: str, storage: str | None) -> None:
     click.echo(f"wrote {output}")
 
 
-COMMANDS = (
-    list_command, status_command, trials_command, best_command, compare_command, report_command, export_command,
-)  # fmt: skip
+READING_COMMANDS = (
+    list_command,
+    status_command,
+    trials_command,
+    best_command,
+    compare_command,
+    report_command,
+    export_command,
+)

@@ -1,4 +1,4 @@
-"""The commands that look after the store, show all of it, and examine the machine: copy, storage, dashboard, doctor."""
+"""The commands for stores and for the machine: copy, storage, dashboard, doctor."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 
 import click
 
-from hpo.cli.options import json_option, no_password, print_json, storage_option
+from hpo.cli.options import json_option, print_json, refuse_password, storage_option
 from hpo.errors import UserError
 
 
-@click.command("copy")
+@click.command("copy", short_help="Copy a study to another store.")
 @click.argument("study", metavar="STUDY")
-@click.option("--to", required=True, metavar="URL", callback=no_password, help="The other store.")
+@click.option("--to", required=True, metavar="URL", callback=refuse_password, help="The other store.")
 @storage_option
 def copy_command(study: str, to: str, storage: str | None) -> None:
-    """Copy STUDY with its trials, curves and checkpoints into another store, where it can go on.
+    """Copy STUDY with its trials, curves and checkpoints into another store, where it can be resumed.
 
     \b
     hpo copy quickstart --to postgresql+psycopg://hpo@database/hpo
@@ -33,9 +33,9 @@ def copy_command(study: str, to: str, storage: str | None) -> None:
     click.echo(f"copied to {url}; go on there with: hpo resume {study} --storage {shlex.quote(to)}")
 
 
-@click.group("storage")
+@click.group("storage", short_help="Upgrade or check a store.")
 def storage_command() -> None:
-    """Look after the store itself.
+    """Upgrade or check the store itself.
 
     \b
     hpo storage check
@@ -43,20 +43,20 @@ def storage_command() -> None:
     """
 
 
-@storage_command.command("upgrade")
+@storage_command.command("upgrade", short_help="Upgrade the tables of a store.")
 @storage_option
 def storage_upgrade_command(storage: str | None) -> None:
-    """Bring a store of an older version to this one; make the tables of an empty one."""
+    """Upgrade a store of an older version, or make the tables of an empty database."""
     from hpo.api import stores
 
     for line in stores.upgrade_storage(storage=storage):
         click.echo(line)
 
 
-@storage_command.command("check")
+@storage_command.command("check", short_help="Check a store for problems.")
 @storage_option
 def storage_check_command(storage: str | None) -> None:
-    """Say what the store is, and whether everything in it agrees; exit code 1 where it does not."""
+    """Describe the store and check that everything in it agrees; exit with code 1 where it does not."""
     from hpo.api import stores
 
     lines, problems = stores.check_storage(storage=storage)
@@ -67,21 +67,23 @@ def storage_check_command(storage: str | None) -> None:
     click.echo("no problem found")
 
 
-@click.command("dashboard")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; beyond loopback with a login.")
-@click.option("--port", default=8080, show_default=True, help="0 takes a free one.")
+@click.command("dashboard", short_help="Show a store in the browser.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where to listen; other than loopback needs a login."
+)
+@click.option("--port", default=8080, show_default=True, help="0 takes a free port.")
 @click.option("--auth-file", metavar="FILE", help="Who may log in: an htpasswd file with bcrypt hashes.")
 @click.option("--add-user", metavar="NAME", help="Ask for NAME's password, write it to --auth-file, and end.")
 @click.option(
-    "--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="A name that it is reached by from elsewhere."
+    "--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="A name by which other machines reach it."
 )
 @storage_option
 def dashboard_command(
     host: str, port: int, auth_file: str | None, add_user: str | None, allow_hosts: tuple[str, ...], storage: str | None
 ) -> None:
-    """Serve optuna-dashboard for the store, read-only; to other machines, only behind a login.
+    """Serve optuna-dashboard for the store, read-only; other machines need a login.
 
-    The password travels unencrypted: where the network is not trusted, put a proxy with TLS in front.
+    The password travels unencrypted. On a network that you do not trust, put a proxy with TLS in front.
 
     \b
     hpo dashboard --port 8080
@@ -123,11 +125,11 @@ def dashboard_command(
     )
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Check this machine and its store.")
 @json_option
 @storage_option
 def doctor_command(as_json: bool, storage: str | None) -> None:
-    """Say what is here of devices, versions, data and the store, and what to do about it.
+    """Print what this machine has of devices, versions, data and stores, and what to do where something is missing.
 
     \b
     hpo doctor
@@ -147,4 +149,4 @@ def doctor_command(as_json: bool, storage: str | None) -> None:
             click.echo(f"{'':<{width}}  -> {finding.advice}")
 
 
-COMMANDS = (copy_command, storage_command, dashboard_command, doctor_command)
+STORE_COMMANDS = (copy_command, storage_command, dashboard_command, doctor_command)

@@ -171,14 +171,22 @@ class StudyWorker:
         assert device is not None
         node = ray.get_runtime_context().get_node_id()
         assignment = WorkerTask(
-            plan.storage, plan.study, device.name, torch_device(device), plan.threads, plan.luggage.allowed(),
-            host=f"{socket.gethostname()}/{node[:8]}", outlives=False,
-        )  # fmt: skip
+            plan.storage,
+            plan.study,
+            device.name,
+            torch_device(device),
+            plan.threads,
+            plan.luggage.allowed(),
+            host=f"{socket.gethostname()}/{node[:8]}",
+            outlives=False,
+        )
         known = {key: value for key, value in plan.luggage.environment.items() if key not in os.environ}
         return WorkerProcess(
-            assignment, device, environment={**known, "HPO_FILES": _files(plan.files)},
+            assignment,
+            device,
+            environment={**known, "HPO_FILES": _files(plan.files)},
             folder=Path(plan.luggage.folders[0]) if plan.luggage.folders else None,
-        )  # fmt: skip
+        )
 
     def _read(self, output: Any) -> None:
         for line in output:  # into this actor's log, which Ray keeps and shows

@@ -194,9 +194,13 @@ class RayLauncher(Launcher):
             with _packed(self._code if self._packs else []) as folder:
                 environment = {} if folder is None else {"working_dir": folder}
                 init = partial(
-                    ray.init, **where, namespace=NAMESPACE, runtime_env=environment, log_to_driver=False,
+                    ray.init,
+                    **where,
+                    namespace=NAMESPACE,
+                    runtime_env=environment,
+                    log_to_driver=False,
                     logging_level=logging.ERROR,
-                )  # fmt: skip
+                )
                 try:
                     init()
                 except ConnectionError:  # Ray Client's server on a busy head may take longer than it waits for itself
@@ -249,9 +253,10 @@ class RayLauncher(Launcher):
         from hpo.workers.ray_actors import WorkerEnvironment
 
         environment = {
-            key: value for key, value in os.environ.items()
+            key: value
+            for key, value in os.environ.items()
             if key.startswith(FORWARDED) and not key.startswith(NOT_FORWARDED)
-        }  # fmt: skip
+        }
         if revision := provenance.git_revision():
             environment["HPO_GIT_REVISION"] = revision
         folders = [str(index) if self._packs else str(folder) for index, folder in enumerate(self._code)]
@@ -264,8 +269,9 @@ class RayLauncher(Launcher):
         listed = ", ".join(f"{amount:g} {name} ({free.get(name, 0):g} free)" for name, amount in wanted.items())
         fits = any(
             all(node["Resources"].get(name, 0) >= amount for name, amount in wanted.items())
-            for node in ray.nodes() if node["Alive"]
-        )  # fmt: skip
+            for node in ray.nodes()
+            if node["Alive"]
+        )
         return f"a worker needs {listed}{'' if fits else NOWHERE}"
 
 
@@ -379,9 +385,13 @@ def _packed(folders: list[Path]) -> Iterator[str | None]:
                 shutil.copyfile(source, target)
 
             shutil.copytree(
-                folder, Path(packed) / str(index), copy_function=copy, symlinks=False,
-                ignore_dangling_symlinks=True, ignore=_not_code,
-            )  # fmt: skip
+                folder,
+                Path(packed) / str(index),
+                copy_function=copy,
+                symlinks=False,
+                ignore_dangling_symlinks=True,
+                ignore=_not_code,
+            )
         yield packed
 
 

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from hpo.cli.app import main
+from hpo.cli.stores import storage_command
 
 NETS = """
 import sys
@@ -75,9 +76,14 @@ class Hpo:
 
     def __call__(self, *arguments: str) -> Result:
         result = subprocess.run(
-            [sys.executable, "-m", "hpo", *arguments], cwd=self.folder, env=self._environment,
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "hpo", *arguments],
+            cwd=self.folder,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         return Result(result.returncode, result.stdout, result.stderr)
 
     def quick(self, *arguments: str) -> Result:
@@ -304,17 +310,56 @@ def test_every_command_has_help_with_an_example(command: str, hpo: Hpo) -> None:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     assert sorted(main.commands) == [
-        "best", "compare", "copy", "dashboard", "doctor", "export", "list", "range-test", "report", "resume", "run",
-        "status", "stop", "storage", "trials", "worker",
-    ]  # fmt: skip
+        "best",
+        "compare",
+        "copy",
+        "dashboard",
+        "doctor",
+        "export",
+        "list",
+        "range-test",
+        "report",
+        "resume",
+        "run",
+        "status",
+        "stop",
+        "storage",
+        "trials",
+        "worker",
+    ]
+
+
+SUMMARIES = {  # the arguments of a help, and the commands that it lists
+    (): main.commands,
+    ("storage",): storage_command.commands,
+}
+
+
+@pytest.mark.parametrize("arguments", SUMMARIES, ids=["hpo", "hpo storage"])
+def test_every_summary_of_a_command_is_whole_at_80_columns_and_has_at_most_six_words(
+    arguments: tuple[str, ...],
+) -> None:
+    shown = CliRunner().invoke(main, [*arguments, "--help"], terminal_width=80).output
+    _, _, listed = shown.partition("Commands:\n")
+    assert max(map(len, shown.splitlines())) <= 80
+    for name, command in SUMMARIES[arguments].items():
+        summary = command.short_help
+        assert summary is not None, f"hpo {name} has no short_help"
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", listed, re.MULTILINE), listed
+        assert len(summary.split()) <= 6, summary
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "nan", "1e9"])
 def test_a_lease_that_is_no_length_of_time_is_one_message(tmp_path: Path, value: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "hpo", "list"], cwd=tmp_path, env={**os.environ, "HPO_LEASE_S": value},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "hpo", "list"],
+        cwd=tmp_path,
+        env={**os.environ, "HPO_LEASE_S": value},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     expected = f"hpo: HPO_LEASE_S must be a number of seconds between 1 and 86400, got '{value}'\n"
     assert (result.returncode, result.stderr) == (2, expected)
 
@@ -346,7 +391,7 @@ def test_a_range_test_prints_and_plots_what_it_found_and_stores_nothing(hpo: Hpo
         (["--set", "model.name=nothing"], "model.name must be"),
         (["--set", "search.space.weight_decay=[0, 1, 2, 3, 4, 5, 6, 7, 8]"], "at most 8 combinations"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_range_test_is_one_sentence(hpo: Hpo, arguments: list[str], says: str) -> None:
     result = hpo.quick("range-test", "tiny.toml", "--devices", "cpu", *arguments)
     assert result.returncode == 2

@@ -59,7 +59,7 @@ def executor_of(
         ({"resources": ("memory=inf",)}, r"^--resource memory must be above 0, got inf$"),
         ({"resources": ("num_gpus=2",)}, r"^--resource num_gpus must be at most 1, .*one GPU, got 2$"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_request_is_one_sentence(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         executor_of(**arguments)
@@ -221,9 +221,18 @@ def test_the_folders_of_the_studys_modules_are_packed_and_what_is_installed_is_n
 
 def test_code_travels_and_what_lies_beside_it_does_not(tmp_path: Path) -> None:
     for name in (
-        "loop.py", "names.txt", "package/__init__.py", "hpo.db", "hpo.db-wal", "hpo_files/s/checkpoints/0",
-        ".git/config", "venv/pyvenv.cfg", "venv/lib/torch.py", "__pycache__/loop.pyc", ".env",
-    ):  # fmt: skip
+        "loop.py",
+        "names.txt",
+        "package/__init__.py",
+        "hpo.db",
+        "hpo.db-wal",
+        "hpo_files/s/checkpoints/0",
+        ".git/config",
+        "venv/pyvenv.cfg",
+        "venv/lib/torch.py",
+        "__pycache__/loop.pyc",
+        ".env",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
