@@ -155,10 +155,16 @@ def read_trial(
 
 
 def trial_as_dict(trial: TrialRecord) -> dict[str, Any]:
-    """As plain data: what `hpo trials --json` prints."""
-    curves: Mapping[str, Any] = {"train_loss": [], "val_accuracy": [], **trial.curves}
+    """Return a trial as plain data: what `hpo trials --json` prints.
+
+    `curves` has all that the trial reported. The curves are also keys of the trial itself, as far as it has no key of
+    its own by their names, and `train_loss` and `val_accuracy` always are.
+    """
+    curves = {name: list(values) for name, values in trial.curves.items()}
     return {
-        **{name: list(values) for name, values in curves.items()},
+        "train_loss": [],
+        "val_accuracy": [],
+        **curves,
         "number": trial.number,
         "kind": trial.kind,
         "state": trial.state,
@@ -166,9 +172,10 @@ def trial_as_dict(trial: TrialRecord) -> dict[str, Any]:
         "value": trial.value,
         "attempt": trial.attempt,
         "epochs": list(trial.epochs),
+        "curves": curves,
         "reason": trial.reason,
         "error": trial.error,
-        **{key: value for key, value in trial.attributes.items() if key not in ("ended", "kind")},
+        **{key: value for key, value in trial.attributes.items() if key not in ("ended", "kind", "curves")},
         "attempts": [_attempt_as_dict(attempt) for attempt in trial.attempts],
         "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
     }
