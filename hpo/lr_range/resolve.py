@@ -88,9 +88,9 @@ def _run_range_test(config: TrialConfig, device: Device, progress: Callable[[int
         from hpo.lr_range.subprocess import range_test_in_subprocess
 
         return range_test_in_subprocess(config, device, progress=progress)
-    from hpo.train.lr_ramp import range_test
+    from hpo.train.lr_ramp import run_range_test
 
-    return range_test(config, device=device.kind, progress=progress)
+    return run_range_test(config, device=device.kind, progress=progress)
 
 
 def resolve(

@@ -21,7 +21,7 @@ MESSAGE_PREFIX = "hpo range test: "  # begins a line that is ours: a user's modu
 
 
 def range_test_in_subprocess(config: TrialConfig, device: Device, *, progress: Callable[[int, int], None]) -> RangeTest:
-    """Raises UserError for what `range_test` does, and StudyStopped where the process dies of something else."""
+    """Raises UserError for what `run_range_test` does, and StudyStopped where the process dies of something else."""
     from hpo.train.lr_ramp import RangeTest
 
     task = {"config": asdict(config), "device": torch_device(device), "path": sys.path}
@@ -51,7 +51,7 @@ def range_test_in_subprocess(config: TrialConfig, device: Device, *, progress: C
 def main() -> None:
     task = json.loads(sys.stdin.read())
     sys.path[:] = task["path"]
-    from hpo.train.lr_ramp import range_test
+    from hpo.train.lr_ramp import run_range_test
 
     sections = task["config"]
     config = TrialConfig(
@@ -61,7 +61,7 @@ def main() -> None:
         seed=sections["seed"],
     )
     try:
-        found = range_test(config, device=task["device"], progress=lambda done, of: _send({"done": done, "of": of}))
+        found = run_range_test(config, device=task["device"], progress=lambda done, of: _send({"done": done, "of": of}))
     except UserError as error:
         _send({"error": str(error)})
     else:

@@ -51,7 +51,7 @@ def ramp_chart(found: Mapping[str, Any]) -> list[str]:
 
 def range_test_report(found: Mapping[str, Any]) -> list[str]:
     """A range test for a terminal; `found` as `Ramp.as_dict` gives it."""
-    from hpo.train.lr_ramp import ABOVE_EDGE, BELOW_EDGE, BELOW_FALL, LEAP
+    from hpo.train.lr_ramp import DIVERGENCE_OVER_LOW, FALL_OVER_LOW, HIGH_OVER_DIVERGENCE, LEAP_CHANGE
 
     listed = ", ".join(f"{key} {value}" for key, value in found["params"].items())
     lines = [f"with {listed}:"] if listed else []
@@ -61,7 +61,7 @@ def range_test_report(found: Mapping[str, Any]) -> list[str]:
         ("the loss starts to fall at", found["falls"]),
         ("it is lowest at", found["lowest"]),
         ("it explodes, or loses half of its fall, at", found["breaks"]),
-        (f"steps change {LEAP:.0%} of the weights from", found["leaps"]),
+        (f"steps change {LEAP_CHANGE:.0%} of the weights from", found["leaps"]),
     ]
     lines += [f"{what} {not_seen if lr is None else f'{lr:.2g}'}" for what, lr in rows]
     cost = f"{found['epochs']:.2g} epochs in batches of {found['batch_size']}, {found['seconds']:.1f} s"
@@ -69,8 +69,9 @@ def range_test_report(found: Mapping[str, Any]) -> list[str]:
         return [*lines, f"no learning rate was seen at which the loss stays finite ({cost})"]
     sign = "the first of these signs" if found["breaks"] or found["leaps"] else "where steps are longest"
     lines.append(
-        f"search from {found['low']:.2g} to {found['high']:.2g}: from {BELOW_EDGE:g} times below {found['edge']:.2g}, "
-        f"{sign}, or {BELOW_FALL:g} times below the fall, to {ABOVE_EDGE:g} times above ({cost})"
+        f"search from {found['low']:.2g} to {found['high']:.2g}: from "
+        f"{DIVERGENCE_OVER_LOW:g} times below {found['edge']:.2g}, {sign}, or {FALL_OVER_LOW:g} times below the fall, "
+        f"to {HIGH_OVER_DIVERGENCE:g} times above ({cost})"
     )
     lines.append(f"lr = {{ low = {found['low']:.2g}, high = {found['high']:.2g}, log = true }}")
     return lines

@@ -482,7 +482,7 @@ class Ledger:
 
 def is_gone(worker: Any) -> bool:
     """Whether a row of hpo_workers is of a process of this machine that no longer runs; elsewhere a lease must tell."""
-    here = worker.machine == liveness.machine()
+    here = worker.machine == liveness.machine_id()
     return here and not liveness.is_running(worker.pid, started=worker.pid_started)
 
 

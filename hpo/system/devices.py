@@ -55,7 +55,7 @@ def choose_devices(request: str) -> list[Device]:
     for name in names:
         found = [device for device in devices if name in (device.name, device.kind)]
         if not found:
-            raise _absent(name, devices)
+            raise _unknown_device_error(name, devices)
         for device in found:
             if device in chosen:
                 raise UserError(f"--devices must name each device once; {device.name} comes twice in {request!r}")
@@ -104,7 +104,7 @@ def _choose_free(devices: list[Device]) -> list[Device]:
     return free or devices[:1]  # MPS stands before the CPU
 
 
-def _absent(name: str, devices: list[Device]) -> UserError:
+def _unknown_device_error(name: str, devices: list[Device]) -> UserError:
     here = ", ".join(["auto", *sorted({name for device in devices for name in (device.name, device.kind)})])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"

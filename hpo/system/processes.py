@@ -15,7 +15,7 @@ import psutil
 logger = logging.getLogger(__name__)
 
 
-def machine() -> str:
+def machine_id() -> str:
     """Which process table a pid belongs to: the boot of a machine and, in containers, the namespace of its pids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -24,7 +24,7 @@ def machine() -> str:
         return f"{socket.gethostname()}/{psutil.boot_time():.0f}"
 
 
-def process_started() -> float:
+def process_start_s() -> float:
     """When this process was started, which tells it from a later one of the same pid."""
     return _started(psutil.Process())
 

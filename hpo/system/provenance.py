@@ -42,7 +42,7 @@ def git_revision() -> str | None:
     return described.stdout.strip() or None
 
 
-def describe(*, device: str, host: str, seed: int) -> dict[str, Any]:
+def trial_metadata(*, device: str, host: str, seed: int) -> dict[str, Any]:
     """What is recorded with every trial."""
     return {
         "seed": seed,

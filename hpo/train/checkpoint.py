@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 _HEADER = struct.Struct(f">{len(MAGIC)}sI32sQ")  # magic, format version, SHA-256 and length in bytes of the payload
 _CHECKPOINT = re.compile(r"epoch-(\d{6,})\.ckpt")
 _TEMPORARY = re.compile(r"\.epoch-\d{6,}\.ckpt\.[0-9a-f]{16}\.tmp")
-ABANDONED_S = 3600.0  # a temporary file that nobody has written to for so long has no writer any more
+ABANDONED_TEMPORARY_S = 3600.0  # a temporary file that nobody has written to for so long has no writer any more
 _EXTRAS = {"s3": "hpo[s3]", "s3a": "hpo[s3]", "gs": "hpo[gs]", "gcs": "hpo[gs]"}
 
 
@@ -283,5 +283,5 @@ def _remove_abandoned(folder: str) -> None:
     for entry in os.scandir(folder):
         if _TEMPORARY.fullmatch(entry.name):
             with suppress(FileNotFoundError):
-                if time.time() - entry.stat().st_mtime > ABANDONED_S:
+                if time.time() - entry.stat().st_mtime > ABANDONED_TEMPORARY_S:
                     os.unlink(entry)

@@ -35,13 +35,13 @@ def import_object(path: str, *, setting: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise UserError(f"{setting} = {path!r} cannot be imported: {describe(error)}") from error
+            raise UserError(f"{setting} = {path!r} cannot be imported: {describe_error(error)}") from error
         raise UserError(
             f"{setting} = {path!r} must name a module that can be imported; there is no module {error.name!r} "
             f"on Python's path or in {os.getcwd()}"
         ) from error
     except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
-        raise UserError(f"{setting} = {path!r} cannot be imported: {describe(error)}") from error
+        raise UserError(f"{setting} = {path!r} cannot be imported: {describe_error(error)}") from error
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise unknown_name(f"the name after ':' in {setting} = {path!r}", attribute, names)
@@ -51,7 +51,7 @@ def import_object(path: str, *, setting: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception of the user's code in one line: its type, its message and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
@@ -86,4 +86,4 @@ def call_factory(
         raise
     except (Exception, SystemExit) as error:  # whatever the user's factory does
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
-        raise UserError(f"{setting} failed when called with {given}: {describe(error)}") from error
+        raise UserError(f"{setting} failed when called with {given}: {describe_error(error)}") from error

@@ -20,28 +20,34 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from hpo.train.config import TrialConfig
-from hpo.train.data.batches import Part
-from hpo.train.engines.plain import DataSets, PlainEngine, PlainLane, build_lane, seed_generators
+from hpo.train.data.batches import BatchLoader
+from hpo.train.data.loading import DatasetCache
+from hpo.train.engines.plain import PlainEngine, PlainLaneState, build_lane
+from hpo.train.seeding import seed_generators
 
-LOWEST, HIGHEST = 1e-7, 10.0  # learning rates that are tried at all
-PROBED = 1e-3  # the learning rate of the step that tells where the ramp begins
-DECADES = 4.0  # that a ramp spans
-FIRST_STEP = 3e-4  # the share of the weights' norm that the first step of a ramp changes
-SHARE = 0.9  # of an epoch's pictures, that a ramp takes at most
-STEPS = 250  # that a ramp should have; where an epoch has fewer of the study's batches, those of the ramp are smaller
-LEAST_BATCH = 4  # pictures
-LEAST_STEPS = 16  # of a ramp over very few pictures, whatever share of an epoch that is
-WINDOW = 1 / 16  # of the ramp's steps, over which losses are averaged
-HIGHEST_LOSS = 3.0  # times the loss at the start, that one step counts with in an average
-FALLEN = 0.05  # the share of the loss at the start by which it has begun to fall
-RISEN = 0.03  # the share of the loss at the start by which a loss that never fell is above it where training breaks
-LOST = 0.5  # the share of its whole fall that a loss has lost again where training breaks
-LEAP = 0.03  # the share of the weights' norm that steps change where they are leaps, whatever the loss does
-HOPELESS = 10.0  # times the loss at the start, on average over a window: the ramp ends
+MIN_LR, MAX_LR = 1e-7, 10.0  # learning rates that are tried at all
+PROBE_LR = 1e-3  # the learning rate of the step that tells where the ramp begins
+RAMP_DECADES = 4.0  # that a ramp spans
+FIRST_CHANGE = 3e-4  # the share of the weights' norm that the first step of a ramp changes
+MAX_EPOCH_FRACTION = 0.9  # of an epoch's pictures, that a ramp takes at most
+MAX_STEPS = (
+    250  # that a ramp should have; where an epoch has fewer of the study's batches, those of the ramp are smaller
+)
+MIN_BATCH_SIZE = 4  # pictures
+MIN_STEPS = 16  # of a ramp over very few pictures, whatever share of an epoch that is
+SMOOTHING_FRACTION = 1 / 16  # of the ramp's steps, over which losses are averaged
+MAX_LOSS_RATIO = 3.0  # times the loss at the start, that one step counts with in an average
+FALL_FRACTION = 0.05  # the share of the loss at the start by which it has begun to fall
+RISE_FRACTION = (
+    0.03  # the share of the loss at the start by which a loss that never fell is above it where training breaks
+)
+LOST_FRACTION = 0.5  # the share of its whole fall that a loss has lost again where training breaks
+LEAP_CHANGE = 0.03  # the share of the weights' norm that steps change where they are leaps, whatever the loss does
+ABORT_LOSS_RATIO = 10.0  # times the loss at the start, on average over a window: the ramp ends
 # The range to search, from what was read; docs/results.md has how often it holds the best rate.
-ABOVE_EDGE = 6.0  # times above the edge the range ends
-BELOW_EDGE = 30.0  # times below the edge it begins at the latest
-BELOW_FALL = 3.0  # times below where the loss begins to fall it begins at the latest
+HIGH_OVER_DIVERGENCE = 6.0  # times above the edge the range ends
+DIVERGENCE_OVER_LOW = 30.0  # times below the edge it begins at the latest
+FALL_OVER_LOW = 3.0  # times below where the loss begins to fall it begins at the latest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +78,11 @@ class RangeTest:
     seconds: float = 0.0
 
 
-def range_test(
+def run_range_test(
     config: TrialConfig,
     *,
     device: str,
-    data_sets: DataSets | None = None,
+    dataset_cache: DatasetCache | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> RangeTest:
     """Ramps the learning rate of a fresh network of this configuration, whose own rate and schedule do not count.
@@ -86,14 +92,14 @@ def range_test(
     """
     began_s = time.perf_counter()
     engine = PlainEngine(device=device)
-    data = (data_sets or DataSets(device=engine.device)).get(config.data)
-    num_steps, batch_size = plan(len(data.train), batch_size=config.training.batch_size)
-    config = replace(config, training=replace(config.training, batch_size=batch_size, lr=PROBED, compile=False))
+    data = (dataset_cache or DatasetCache(device=engine.device)).get(config.data)
+    num_steps, batch_size = plan_ramp(len(data.train), batch_size=config.training.batch_size)
+    config = replace(config, training=replace(config.training, batch_size=batch_size, lr=PROBE_LR, compile=False))
     # Every update rule's first step is as long as its learning rate is high.
     lane = build_lane(config, data=data, device=engine.device)
     probe = next(_batches(data.train, config))
-    _, change = _step(engine, lane, probe, lr=PROBED)
-    first = min(max(FIRST_STEP / change * PROBED, LOWEST), HIGHEST / 10) if change > 0 else LOWEST
+    _, change = _ramp_step(engine, lane, probe, lr=PROBE_LR)
+    first = min(max(FIRST_CHANGE / change * PROBE_LR, MIN_LR), MAX_LR / 10) if change > 0 else MIN_LR
     del lane
     lane = build_lane(config, data=data, device=engine.device)
     lrs: list[float] = []
@@ -103,27 +109,29 @@ def range_test(
     window = _window(num_steps)
     seed_generators(config.seed, "range test")
     for step, batch in enumerate(itertools.islice(_batches(data.train, config), num_steps)):
-        lr = min(first * 10 ** (DECADES * step / (num_steps - 1)), HIGHEST)
-        loss, change = _step(engine, lane, batch, lr=lr)
+        lr = min(first * 10 ** (RAMP_DECADES * step / (num_steps - 1)), MAX_LR)
+        loss, change = _ramp_step(engine, lane, batch, lr=lr)
         lrs.append(lr)
         losses.append(loss)
         changes.append(change)
         num_pictures += len(batch[1])
         progress(step + 1, num_steps)
-        if not (math.isfinite(loss) and math.isfinite(change)) or lr == HIGHEST:
+        if not (math.isfinite(loss) and math.isfinite(change)) or lr == MAX_LR:
             break
-        if len(losses) > window and statistics.fmean(losses[-window:]) > HOPELESS * statistics.fmean(losses[:window]):
+        if len(losses) > window and statistics.fmean(losses[-window:]) > ABORT_LOSS_RATIO * statistics.fmean(
+            losses[:window]
+        ):
             break
     found = read_ramp(lrs, losses, changes, num_steps=num_steps)
     seconds = time.perf_counter() - began_s
     return replace(found, batch_size=batch_size, epochs=num_pictures / len(data.train), seconds=seconds)
 
 
-def plan(num_pictures: int, *, batch_size: int) -> tuple[int, int]:
+def plan_ramp(num_pictures: int, *, batch_size: int) -> tuple[int, int]:
     """How many steps a ramp over so many training pictures has, and of what batches, where trials have `batch_size`."""
-    smaller = max(LEAST_BATCH, int(SHARE * num_pictures) // STEPS)
-    batch_size = min(batch_size, smaller) if SHARE * num_pictures < STEPS * batch_size else batch_size
-    return max(LEAST_STEPS, min(STEPS, int(SHARE * num_pictures) // batch_size)), batch_size
+    smaller = max(MIN_BATCH_SIZE, int(MAX_EPOCH_FRACTION * num_pictures) // MAX_STEPS)
+    batch_size = min(batch_size, smaller) if MAX_EPOCH_FRACTION * num_pictures < MAX_STEPS * batch_size else batch_size
+    return max(MIN_STEPS, min(MAX_STEPS, int(MAX_EPOCH_FRACTION * num_pictures) // batch_size)), batch_size
 
 
 def read_ramp(
@@ -140,17 +148,17 @@ def read_ramp(
             lrs=lrs, losses=smooth, falls=None, lowest=None, breaks=None, leaps=None, edge=None, low=None, high=None
         )
     start = statistics.fmean(losses[:window])
-    smooth = _means(losses, window, highest=HIGHEST_LOSS * start)
+    smooth = _means(losses, window, highest=MAX_LOSS_RATIO * start)
     bottom = min(range(len(smooth)), key=smooth.__getitem__)
-    falls = next((lr for lr, loss in zip(lrs, smooth, strict=True) if loss <= start * (1 - FALLEN)), None)
-    after, too_high = 0, start * (1 + RISEN)
+    falls = next((lr for lr, loss in zip(lrs, smooth, strict=True) if loss <= start * (1 - FALL_FRACTION)), None)
+    after, too_high = 0, start * (1 + RISE_FRACTION)
     if falls is not None:
-        after, too_high = bottom, smooth[bottom] + LOST * (start - smooth[bottom])
+        after, too_high = bottom, smooth[bottom] + LOST_FRACTION * (start - smooth[bottom])
     breaks = next(
         (lr for lr, loss in itertools.islice(zip(lrs, smooth, strict=True), after, None) if loss > too_high), None
     )
     medians = [statistics.median(changes[max(0, index - 2) : index + 3]) for index in range(len(lrs))]
-    leaps = next((lr for lr, change in zip(lrs, medians, strict=True) if change > LEAP), None)
+    leaps = next((lr for lr, change in zip(lrs, medians, strict=True) if change > LEAP_CHANGE), None)
     longest = lrs[max(range(len(lrs)), key=medians.__getitem__)]
     edge = min(lr for lr in (breaks, leaps or longest) if lr is not None)
     return RangeTest(
@@ -161,13 +169,13 @@ def read_ramp(
         breaks=breaks,
         leaps=leaps,
         edge=edge,
-        low=min(edge / BELOW_EDGE, falls / BELOW_FALL if falls else math.inf),
-        high=min(edge * ABOVE_EDGE, HIGHEST),
+        low=min(edge / DIVERGENCE_OVER_LOW, falls / FALL_OVER_LOW if falls else math.inf),
+        high=min(edge * HIGH_OVER_DIVERGENCE, MAX_LR),
     )
 
 
 def _window(num_steps: int) -> int:
-    return max(3, int(WINDOW * num_steps))
+    return max(3, int(SMOOTHING_FRACTION * num_steps))
 
 
 def _means(losses: Sequence[float], window: int, *, highest: float) -> list[float]:
@@ -180,13 +188,15 @@ def _means(losses: Sequence[float], window: int, *, highest: float) -> list[floa
     ]
 
 
-def _batches(train: Part, config: TrialConfig) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(train: BatchLoader, config: TrialConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one epoch after the other: very few pictures are shown more than once."""
     for epoch in itertools.count():
         yield from train.batches(config.training.batch_size, seed=config.seed, epoch=epoch)
 
 
-def _step(engine: PlainEngine, lane: PlainLane, batch: tuple[Tensor, Tensor], *, lr: float) -> tuple[float, float]:
+def _ramp_step(
+    engine: PlainEngine, lane: PlainLaneState, batch: tuple[Tensor, Tensor], *, lr: float
+) -> tuple[float, float]:
     """One step at this rate: the loss before it, and what it changes of the weights, as a share of their norm."""
     for group in lane.optimizer.param_groups:
         group["lr"] = lr

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import TORCHVISION, ModelConfig
-from hpo.train.imports import call_factory, describe, import_object, is_import_path
+from hpo.train.imports import call_factory, describe_error, import_object, is_import_path
 
 ARTICLE_IMAGE_SIZE = 32
 
@@ -122,7 +122,7 @@ def check_model(model: nn.Module, *, batch: Tensor, num_classes: int) -> None:
     except Exception as error:  # whatever the user's network does
         raise UserError(
             f"model.name must name a network that takes pictures of shape {tuple(batch.shape)} (B, C, H, W); "
-            f"it raised {describe(error)}"
+            f"it raised {describe_error(error)}"
         ) from error
     finally:
         model.train(was_training)

@@ -95,7 +95,7 @@ class SchedulePosition:
 
     @property
     def finished_epochs(self) -> int:
-        return _floor(self.epoch)
+        return _whole_epochs(self.epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +123,12 @@ def lr_factor(training: TrainingConfig, *, epoch: float, steps_per_epoch: int, v
         epoch=epoch - warmup,
         epochs=max(training.epochs - warmup, 1 / steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
-        val_losses=val_losses[_floor(warmup) :],
+        val_losses=val_losses[_whole_epochs(warmup) :],
     )
     return schedule.factor(training, progress)
 
 
-def _floor(position: float) -> int:
+def _whole_epochs(position: float) -> int:
     """floor() that forgives the rounding of a division: 2.9999999999 epochs are 3."""
     return math.floor(position + 1e-9)
 
@@ -142,7 +142,7 @@ def _constant(training: TrainingConfig, progress: SchedulePosition) -> float:
     return 1.0
 
 
-def _step(training: TrainingConfig, progress: SchedulePosition) -> float:
+def _step_decay(training: TrainingConfig, progress: SchedulePosition) -> float:
     return training.gamma ** (progress.finished_epochs // training.step_epochs)
 
 
@@ -160,7 +160,7 @@ def _cosine(training: TrainingConfig, progress: SchedulePosition) -> float:
 
 def _cosine_restarts(training: TrainingConfig, progress: SchedulePosition) -> float:
     cycles = progress.share * training.restarts
-    return _cosine_from(1.0, training.final_lr_fraction, max(0.0, cycles - _floor(cycles)))
+    return _cosine_from(1.0, training.final_lr_fraction, max(0.0, cycles - _whole_epochs(cycles)))
 
 
 def _one_cycle(training: TrainingConfig, progress: SchedulePosition) -> float:
@@ -193,7 +193,7 @@ def _plateau(training: TrainingConfig, progress: SchedulePosition) -> float:
 
 SCHEDULES: dict[str, Schedule] = {
     "constant": Schedule(factor=_constant),
-    "step": Schedule(factor=_step, keys=frozenset({"step_epochs", "gamma"})),
+    "step": Schedule(factor=_step_decay, keys=frozenset({"step_epochs", "gamma"})),
     "multistep": Schedule(factor=_multistep, keys=frozenset({"milestones", "gamma"})),
     "exponential": Schedule(factor=_exponential, keys=frozenset({"gamma"})),
     "cosine": Schedule(factor=_cosine, keys=frozenset({"final_lr_fraction"})),

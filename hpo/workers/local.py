@@ -133,7 +133,7 @@ class LocalWorker:
 
     @property
     def process(self) -> Process | None:
-        return None if self._worker.pid is None else (liveness.machine(), self._worker.pid)
+        return None if self._worker.pid is None else (liveness.machine_id(), self._worker.pid)
 
     def start(self) -> None:
         with self._log.open("ab") as log:

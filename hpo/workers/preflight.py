@@ -33,8 +33,8 @@ def check(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
         return {}
     import torch
 
-    from hpo.train.data.batches import load_data
-    from hpo.train.engines.plain import check_test_set, mixed_precision
+    from hpo.train.data.loading import load_data
+    from hpo.train.engines.lane_state import check_test_set, mixed_precision
     from hpo.train.models import build_model, check_model
 
     for kind in kinds:
@@ -84,7 +84,7 @@ def _check_trains(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """One forward and backward pass in training mode: some networks can be looked at and not trained."""
     from torch.nn import functional
 
-    from hpo.train.imports import describe
+    from hpo.train.imports import describe_error
 
     try:
         model.train()
@@ -92,5 +92,5 @@ def _check_trains(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     except Exception as error:
         raise UserError(
             f"model.name must name a network that can be trained on a batch of {len(images)} pictures; "
-            f"it raised {describe(error)}"
+            f"it raised {describe_error(error)}"
         ) from error

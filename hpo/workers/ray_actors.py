@@ -151,7 +151,7 @@ class StudyWorker:
             time.sleep(0.02)
         assert self._device is not None
         assert self._worker.pid is not None
-        return Placement((liveness.machine(), self._worker.pid), self._device.name)
+        return Placement((liveness.machine_id(), self._worker.pid), self._device.name)
 
     def train(self, trial: str) -> None:
         """Takes as long as the trial does: so Ray's lists of tasks and its timeline show it, by the task's name."""

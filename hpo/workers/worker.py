@@ -124,8 +124,7 @@ class Worker:
     # Trials of ours, trained by an engine
 
     def _engine_loop(self) -> Callable[[], bool]:
-        from hpo.train.engines.lanes import MOST_LANES, LaneEngine
-        from hpo.train.engines.plain import free_memory
+        from hpo.train.engines.lanes import MAX_LANES, LaneEngine, free_memory
         from hpo.train.engines.protocol import Stopped
         from hpo.workers.checkpoints import StudyCheckpoints
 
@@ -133,10 +132,10 @@ class Worker:
         engine = self._engine = LaneEngine(
             device=self._torch_device,
             lanes=None if wanted == "auto" else wanted,
-            most=1 if self._has_many_kinds() else min(MOST_LANES, self._spec.num_trials),
-            turns=min(INTERLEAVED_TRIALS, self._spec.num_trials) if compares_early else 1,
+            max_lanes=1 if self._has_many_kinds() else min(MAX_LANES, self._spec.num_trials),
+            num_interleaved=min(INTERLEAVED_TRIALS, self._spec.num_trials) if compares_early else 1,
             should_stop=self._must_abort,
-            agree=self._agree,
+            get_or_set_plan=self._agree,
         )
         checkpoints = self._checkpoints = StudyCheckpoints(self._store, self._study)
         checkpoints.tidy()
@@ -147,7 +146,7 @@ class Worker:
             if not self._lanes:
                 return False
             results: list[EpochResult] = []
-            turn = [self._lanes[lane][0] for lane in engine.turn]
+            turn = [self._lanes[lane][0] for lane in engine.next_lanes]
             with (
                 self.failing_trials_on_error(turn),
                 self._memory_limits(turn, to=len(self._lanes) // 2),
@@ -199,7 +198,7 @@ class Worker:
                         self._measure_test(claim, config, checkpoint)
                     self._finish(claim, *complete_end(checkpoint.epoch))  # or killed between its last epoch and its end
                 else:
-                    lane = engine.admit(config, checkpoint, alone=claim.is_suspect)
+                    lane = engine.admit(config, checkpoint, may_stack=not claim.is_suspect)
                     self._lanes[lane] = (claim, config)
 
     def _agree(self, device: str, measure: Callable[[], LanePlan]) -> LanePlan:
@@ -217,9 +216,9 @@ class Worker:
 
     def _has_many_kinds(self) -> bool:
         """Whether the search varies what trials that are trained as one must share."""
-        from hpo.train.engines.stack import kind_of
+        from hpo.train.engines.stack import stack_key
 
-        return len({kind_of(self._spec.trial_config(corner, seed=0)) for corner in self._spec.extreme_points()}) > 1
+        return len({stack_key(self._spec.trial_config(corner, seed=0)) for corner in self._spec.extreme_points()}) > 1
 
     def _may_take_more(self) -> bool:
         """Whether another trial may join those in the lanes: not a suspect's, and no more than this worker's share."""
@@ -231,7 +230,7 @@ class Worker:
         if not counts.get("waiting"):
             return False
         num_open = counts.get("waiting", 0) + counts.get("running", 0)
-        if self._engine is not None and self._engine.takes_turns:
+        if self._engine is not None and self._engine.is_interleaving:
             num_open = min(num_open, INTERLEAVED_TRIALS)  # trials of all workers are compared
         num_workers = sum(worker.alive for worker in self._store.workers(self._study))
         return len(self._lanes) < math.ceil(num_open / max(1, num_workers))
@@ -407,7 +406,9 @@ class Worker:
         values = self._store.suggest(
             claim,
             self._spec,
-            attributes=lambda values: provenance.describe(device=self._device, host=self._host, seed=seed(values)),
+            attributes=lambda values: provenance.trial_metadata(
+                device=self._device, host=self._host, seed=seed(values)
+            ),
         )
         logger.info("%s, on %s: %s", self._name(claim), self._device, dict(values))
         return values, seed(values)
@@ -503,6 +504,6 @@ class Worker:
                 raise
             assert self._engine is not None
             logger.warning("out of memory with %d trials; at most %d at once from now on", len(self._lanes), to)
-            self._engine.limit(to)
+            self._engine.limit_lanes(to)
             for claim in claims:
                 self.release(claim)

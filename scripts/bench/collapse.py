@@ -3,7 +3,7 @@
     python scripts/bench/collapse.py                                  # the small CNN on the scanned digits, a minute
     python scripts/bench/collapse.py --width 1 --data image_folder --root FOLDER_OF_CIFAR10
 
-Prints, for each learning rate of Adam, the output spread after each epoch (`hpo.train.engines.plain.output_spread`).
+Prints, for each learning rate of Adam, the output spread after each epoch (`hpo.train.engines.divergence.output_spread`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
-from hpo.train.engines.plain import PlainEngine, output_spread
+from hpo.train.engines.divergence import output_spread
+from hpo.train.engines.plain import PlainEngine
 
 LEARNING_RATES = (1e-9, 1e-5, 1e-4, 1e-3, 5e-3, 1e-2, 1e-1)
 

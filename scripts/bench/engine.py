@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data import datasets
+from hpo.train.data import images as images_
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.models import article_cnn
 
@@ -46,11 +47,11 @@ def engine_epoch(num_pictures: int, device: str) -> Callable[[], float]:
     """A function that trains one epoch with the plain engine and returns its seconds."""
     images, labels = pictures(num_pictures + NUM_CLASSES)  # one picture of each class is for the validation
 
-    def noise(config: DataConfig) -> datasets.DataSet:
-        train = datasets.ArrayPictures(images.permute(0, 2, 3, 1).contiguous(), labels)
-        return datasets.DataSet(train=train, open_test=None, num_classes=NUM_CLASSES)
+    def noise(config: DataConfig) -> datasets.OpenedDataset:
+        train = images_.ArrayImages(images.permute(0, 2, 3, 1).contiguous(), labels)
+        return datasets.OpenedDataset(train=train, open_test=None, num_classes=NUM_CLASSES)
 
-    datasets.DATA_SETS["noise"] = noise
+    datasets.DATASETS["noise"] = noise
     engine = PlainEngine(device=device)
     engine.admit(
         TrialConfig(

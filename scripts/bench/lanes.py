@@ -33,8 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data import datasets
+from hpo.train.data import images as images_
+from hpo.train.data.loading import DatasetCache
+from hpo.train.engines.lane_state import initial_model
 from hpo.train.engines.lanes import LaneEngine
-from hpo.train.engines.plain import DataSets, PlainEngine, build_lane, initial_model
+from hpo.train.engines.plain import PlainEngine, build_lane
 from hpo.train.engines.stack import TrialStack
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.models import MODELS
@@ -60,11 +63,11 @@ def prepare(network: str, num_pictures: int, batch_size: int) -> TrialConfig:
     shape = (num_pictures + num_classes, side, side, channels)  # one picture of each class is for the validation
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
-    def noise(config: DataConfig) -> datasets.DataSet:
-        pictures = datasets.ArrayPictures(images, torch.arange(len(images)) % num_classes)
-        return datasets.DataSet(train=pictures, open_test=None, num_classes=num_classes)
+    def noise(config: DataConfig) -> datasets.OpenedDataset:
+        pictures = images_.ArrayImages(images, torch.arange(len(images)) % num_classes)
+        return datasets.OpenedDataset(train=pictures, open_test=None, num_classes=num_classes)
 
-    datasets.DATA_SETS["noise"] = noise
+    datasets.DATASETS["noise"] = noise
     MODELS["tiny"] = tiny_cnn
     names = {"article": "article_cnn", "tiny": "tiny", "resnet18": "torchvision:resnet18"}
     return TrialConfig(
@@ -84,7 +87,7 @@ def of_seed(config: TrialConfig, seed: int, **training: Any) -> TrialConfig:
 def lanes_epoch(config: TrialConfig, device: str, lanes: int, convolution: str) -> Callable[[], int]:
     """A function that trains an epoch in every lane, batches included and validation not; returns its pictures."""
     where = torch.device(device)
-    group = TrialStack(config, data=DataSets(device=where).get(config.data), device=where, convolution=convolution)
+    group = TrialStack(config, data=DatasetCache(device=where).get(config.data), device=where, convolution=convolution)
     for seed in range(lanes):
         group.admit(of_seed(config, seed))
     num_steps = group.num_steps
@@ -103,7 +106,7 @@ def lanes_epoch(config: TrialConfig, device: str, lanes: int, convolution: str) 
 def plain_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
     """The same for the plain engine and one trial."""
     where = torch.device(device)
-    data = DataSets(device=where).get(config.data)
+    data = DatasetCache(device=where).get(config.data)
     engine, lane = PlainEngine(device=device), build_lane(config, data=data, device=where)
 
     def epoch() -> int:
@@ -118,7 +121,7 @@ def plain_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
 
 def loader_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
     """The same for a usual script: a DataLoader with workers, a loss read in every step, float32."""
-    data = DataSets(device=torch.device("cpu")).get(config.data)
+    data = DatasetCache(device=torch.device("cpu")).get(config.data)
     images, labels = next(data.train.batches(len(data.train)))
     loader = DataLoader(
         TensorDataset(images, labels), batch_size=config.training.batch_size, shuffle=True, drop_last=True,
@@ -146,7 +149,7 @@ def loader_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
 def graphs_epoch(config: TrialConfig, lanes: int) -> Callable[[], int]:
     """The same for the candidate of one captured CUDA graph a trial, replayed on a stream each."""
     where = torch.device("cuda")
-    data = DataSets(device=where).get(config.data)
+    data = DatasetCache(device=where).get(config.data)
     images, labels = next(data.train.batches(config.training.batch_size))
     replays = []
     for seed in range(lanes):
@@ -230,7 +233,7 @@ def processes_rate(given: tuple[str, int, int], device: str, count: int) -> floa
 
 def study(config: TrialConfig, device: str, lrs: list[float], epochs: int) -> int:
     """Trains one trial for each learning rate, as many at once as the engine chooses; returns how many that is."""
-    engine = LaneEngine(device=device, most=max(2, len(lrs)))
+    engine = LaneEngine(device=device, max_lanes=max(2, len(lrs)))
     waiting = [of_seed(config, seed, lr=lr, epochs=epochs) for seed, lr in enumerate(lrs)]
     held: set[int] = set()
     while waiting or held:
@@ -240,8 +243,8 @@ def study(config: TrialConfig, device: str, lrs: list[float], epochs: int) -> in
             if result.epoch == epochs or result.diverged:
                 engine.evict(result.lane)
                 held.discard(result.lane)
-    assert engine.choice is not None
-    return engine.choice.lanes
+    assert engine.plan is not None
+    return engine.plan.lanes
 
 
 def study_seconds(arguments: argparse.Namespace, trials: int, epochs: int) -> float:

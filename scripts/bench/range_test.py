@@ -25,8 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hpo.config.study_spec import StudySpec
-from hpo.train.engines.plain import DataSets
-from hpo.train.lr_ramp import RangeTest, range_test
+from hpo.train.data.loading import DatasetCache
+from hpo.train.lr_ramp import RangeTest, run_range_test
 from scripts.bench.record_curves import CURVES, EPOCHS, record, tasks
 
 GRIDS = Path(__file__).resolve().parent / "range_grids.json"
@@ -99,8 +99,10 @@ def best_rates(grid: dict[str, Any]) -> tuple[float, list[float]]:
 def measure(task: dict[str, Any], seeds: range) -> list[RangeTest]:
     sections = {key: task[key] for key in ("model", "data", "training")}
     spec = StudySpec.from_dict({"name": "bench", "search": {"space": {"lr": "auto"}}, **sections})
-    data_sets = DataSets(device=torch.device("cpu"))
-    return [range_test(spec.trial_config({}, seed=seed), device="cpu", data_sets=data_sets) for seed in seeds]
+    dataset_cache = DatasetCache(device=torch.device("cpu"))
+    return [
+        run_range_test(spec.trial_config({}, seed=seed), device="cpu", dataset_cache=dataset_cache) for seed in seeds
+    ]
 
 
 def row(name: str, grid: dict[str, Any], tests: list[RangeTest]) -> str:

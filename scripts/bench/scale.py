@@ -90,7 +90,7 @@ def fill(store: Store, size: Size, *, waiting: int) -> StudyRecord:
     """A study of this size, with all that the ledger and Optuna keep of a trial, and `waiting` slots."""
     study = store.create_study(spec(size.ended + size.running + waiting), facts={})
     distribution = distribution_to_json(FloatDistribution(1e-5, 1e-1, log=True))
-    known = provenance.describe(device="cpu", seed=1) | {"ended": "complete: trained for 10 epochs"}
+    known = provenance.trial_metadata(device="cpu", seed=1) | {"ended": "complete: trained for 10 epochs"}
     values = {
         "study": study.study_id, "ended": size.ended, "claimed": size.ended + size.running, "workers": size.workers,
         "epochs": EPOCHS, "distribution": distribution, "known": json.dumps(known),
@@ -232,7 +232,7 @@ def use(store: Store, study: StudyRecord, meter: Meter, *, trials: int) -> None:
     unjudged = spec(study.spec.num_trials, pruner="none")
 
     def attributes(_: Mapping[str, Any]) -> Mapping[str, Any]:
-        return provenance.describe(device="cpu", seed=1)
+        return provenance.trial_metadata(device="cpu", seed=1)
 
     for _ in range(trials):
         claim = meter("claim", lambda: store.claim(study, worker))
@@ -325,7 +325,7 @@ def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any
 
     def begin() -> Any:
         claim = timed("claim", store.claim, study, worker)
-        described = provenance.describe(device="cpu", seed=1)
+        described = provenance.trial_metadata(device="cpu", seed=1)
         timed("suggest", store.suggest, claim, study.spec, attributes=lambda _: described)
         timed("keep", keep, store, study, claim)
         return claim

@@ -244,8 +244,8 @@ def ours_replayed(landscape: Landscape) -> list[Step]:
     class ReplayLanes(LaneEngine):
         def __init__(self, **options: Any) -> None:
             # What the worker wants of networks that a stack is not worth while for, as those of these tasks on a CPU.
-            alone = LanePlan(device="the CPU", lanes=options["turns"], convolution=None, reason="recorded")
-            super().__init__(**{**options, "agree": lambda device, measure: alone})
+            alone = LanePlan(device="the CPU", lanes=options["num_interleaved"], convolution=None, reason="recorded")
+            super().__init__(**{**options, "get_or_set_plan": lambda device, measure: alone})
 
         def _plain_engine(self) -> PlainEngine:
             return Replay(landscape)

@@ -285,9 +285,9 @@ class Arena:
 
     def _write_pictures(self) -> None:
         from hpo.train.config import DataConfig
-        from hpo.train.data.datasets import open_data_set
+        from hpo.train.data.datasets import open_dataset
 
-        pictures = open_data_set(DataConfig(name="digits")).train
+        pictures = open_dataset(DataConfig(name="digits")).train
         images_NHWC = pictures.read(torch.arange(len(pictures.labels_N)))
         images, labels = images_NHWC.permute(0, 3, 1, 2).numpy(), pictures.labels_N.numpy()
         numpy.savez(self.folder / "pictures.npz", images=images, labels=labels)

@@ -20,7 +20,7 @@ from hpo.lr_range.subprocess import range_test_in_subprocess
 from hpo.store.studies import Store
 from hpo.study.records import StudyRecord
 from hpo.system.devices import choose_devices
-from hpo.train.lr_ramp import RangeTest, range_test
+from hpo.train.lr_ramp import RangeTest, run_range_test
 from hpo.workers.executors import InProcess, Local
 
 CASES = {"by": {"optimizer": {"adam": "auto", "sgd": {"low": 0.01, "high": 1.0, "log": True}}}}
@@ -163,7 +163,7 @@ def test_in_a_process_of_its_own_it_finds_the_same() -> None:
     config = make_spec().trial_config({}, seed=0)
     told: list[int] = []
     there = range_test_in_subprocess(config, cpu, progress=lambda done, of: told.append(done))
-    here = range_test(config, device="cpu")
+    here = run_range_test(config, device="cpu")
     assert told == list(range(1, len(here.lrs) + 1))
     assert there.lrs == pytest.approx(here.lrs)
     assert there.leaps == pytest.approx(here.leaps, rel=0.05)

@@ -19,7 +19,7 @@ from hpo.search.pruners import PRUNERS
 from hpo.search.samplers import SAMPLERS
 from hpo.search.space import Range
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
-from hpo.train.data.datasets import DATA_SETS
+from hpo.train.data.datasets import DATASETS
 from hpo.train.models import MODELS
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
@@ -46,7 +46,7 @@ DOCUMENTED = {
     "### `[search]`": [*SearchSpec.model_fields, *SAMPLERS, *fields(Range)],
     "### `[pruner]`": [*(key for key in PrunerSpec.model_fields if key != "name"), *PRUNERS],
     "### `[model]`": ["name", *MODELS, *fields(ModelConfig)],
-    "### `[data]`": ["name", *DATA_SETS, *fields(DataConfig)],
+    "### `[data]`": ["name", *DATASETS, *fields(DataConfig)],
     "### `[training]`": [*fields(TrainingConfig), *OPTIMIZERS, *SCHEDULES],
     "### `[objective]`": list(ObjectiveSpec.model_fields),
     "### `[engine]`": list(EngineSpec.model_fields),

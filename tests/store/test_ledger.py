@@ -473,7 +473,7 @@ def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: M
         lost = claim(store, study, worker)
         assert (lost.number, lost.attempt) == (0, attempt)
         expire(store, lost, change)
-        assert store.reap(study, dead={(liveness.machine(), os.getpid()): "crashed"}) == 1
+        assert store.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"}) == 1
     ended = trial(store, study)
     assert (ended.state, ended.reason) == ("failed", f"its worker died {MAX_LOSSES} times")
     assert optuna_trials(store)[0].state is TrialState.FAIL
@@ -489,7 +489,7 @@ def test_deaths_of_workers_count_only_while_the_trial_comes_no_further(
         lost = claim(store, study, worker)
         report(store, lost, *[0.5] * furthest)
         expire(store, lost, change)
-        assert store.reap(study, dead={(liveness.machine(), os.getpid()): "crashed"}) == 1
+        assert store.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"}) == 1
     assert trial(store, study).state == "waiting"
 
 
@@ -498,7 +498,7 @@ def test_deaths_that_no_supervisor_saw_do_not_count(store: Store, make_spec: Mak
     study, worker = begin(store, make_spec(0.1))
     for _ in range(2 * MAX_LOSSES):
         expire(store, claim(store, study, worker), change)
-        assert store.reap(study, dead={(liveness.machine(), os.getpid() + 1): "crashed"}) == 1
+        assert store.reap(study, dead={(liveness.machine_id(), os.getpid() + 1): "crashed"}) == 1
     assert trial(store, study).state == "waiting"
 
 
@@ -506,7 +506,7 @@ def test_three_trials_that_kill_their_workers_stop_the_study(store: Store, make_
     study, worker = begin(store, make_spec(0.1, 0.2, 0.3, 0.4))
     for _ in range(3 * MAX_LOSSES):
         expire(store, claim(store, study, worker), change)
-        store.reap(study, dead={(liveness.machine(), os.getpid()): "crashed"})
+        store.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"})
     stopped = store.study("s")
     assert stopped.stop == "failure"
     assert "3 trials failed the same way" in str(stopped.stop_reason)
@@ -637,7 +637,7 @@ def test_a_stop_does_not_keep_the_pruner_from_its_word(store: Store, make_spec: 
 
 
 def test_a_process_is_told_from_a_later_one_of_the_same_pid_whatever_the_clock_does() -> None:
-    started = liveness.process_started()
+    started = liveness.process_start_s()
     assert liveness.is_running(os.getpid(), started=started)
     assert not liveness.is_running(os.getpid(), started=started - 60)
     # Counted from the boot of the machine: a clock that is set would shift every time of day.

@@ -26,7 +26,7 @@ from torch import Tensor
 from hpo.config.study_spec import STUDY_NEUTRAL_KEYS
 from hpo.errors import UserError
 from hpo.train.checkpoint import (
-    ABANDONED_S,
+    ABANDONED_TEMPORARY_S,
     MAGIC,
     TRIAL_NEUTRAL_KEYS,
     Checkpoint,
@@ -341,7 +341,11 @@ def test_only_temporary_files_without_a_writer_are_removed(checkpoints: Checkpoi
     folder.mkdir(parents=True)
     names = (f".epoch-000002.ckpt.{'a' * 16}.tmp", f".epoch-000002.ckpt.{'b' * 16}.tmp", ".notes.tmp")
     abandoned, fresh, notes = (folder / name for name in names)
-    for path, age_s in ((abandoned, ABANDONED_S + 60), (fresh, ABANDONED_S - 60), (notes, 10 * ABANDONED_S)):
+    for path, age_s in (
+        (abandoned, ABANDONED_TEMPORARY_S + 60),
+        (fresh, ABANDONED_TEMPORARY_S - 60),
+        (notes, 10 * ABANDONED_TEMPORARY_S),
+    ):
         path.touch()
         os.utime(path, (time.time() - age_s,) * 2)
     checkpoints.save(fake(1))

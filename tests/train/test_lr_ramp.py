@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hpo.train import lr_ramp as module
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
-from hpo.train.engines.plain import DataSets
-from hpo.train.lr_ramp import RangeTest, plan, read_ramp
+from hpo.train.data.loading import DatasetCache
+from hpo.train.lr_ramp import RangeTest, plan_ramp, read_ramp
 
 LRS = [1e-5 * 10 ** (step / 50) for step in range(201)]  # to 1e-1
 DIGITS = DataConfig(name="digits", validation_fraction=0.2, train_samples=300)
@@ -30,11 +30,11 @@ def make_config(
     return TrialConfig(model=ModelConfig(options={"width": width}), data=data, training=training, seed=seed)
 
 
-DATA_SETS = DataSets(device=torch.device("cpu"))
+DATA_SETS = DatasetCache(device=torch.device("cpu"))
 
 
 def range_test(config: TrialConfig, **settings: Any) -> RangeTest:
-    return module.range_test(config, device="cpu", data_sets=DATA_SETS, **settings)
+    return module.run_range_test(config, device="cpu", dataset_cache=DATA_SETS, **settings)
 
 
 def made(*knots: tuple[float, float]) -> list[float]:
@@ -49,7 +49,7 @@ def made(*knots: tuple[float, float]) -> list[float]:
 
 
 def steps(leaps_at: float = 1.0) -> list[float]:
-    return [module.LEAP * lr / leaps_at for lr in LRS]
+    return [module.LEAP_CHANGE * lr / leaps_at for lr in LRS]
 
 
 def near(lr: float) -> object:
@@ -62,8 +62,10 @@ def test_a_ramp_that_falls_and_breaks_is_read_as_it_was_made() -> None:
     assert 1e-3 < (found.lowest or 0) < 1e-2
     assert found.breaks == near(1e-2)
     assert found.leaps is None
-    assert found.low == pytest.approx(min(found.breaks / module.BELOW_EDGE, found.falls / module.BELOW_FALL))  # type: ignore[operator]
-    assert found.high == pytest.approx(found.breaks * module.ABOVE_EDGE)  # type: ignore[operator]
+    assert found.low == pytest.approx(
+        min(found.breaks / module.DIVERGENCE_OVER_LOW, found.falls / module.FALL_OVER_LOW)
+    )  # type: ignore[operator]
+    assert found.high == pytest.approx(found.breaks * module.HIGH_OVER_DIVERGENCE)  # type: ignore[operator]
 
 
 def test_a_loss_that_never_falls_breaks_where_it_rises() -> None:
@@ -77,11 +79,11 @@ def test_a_network_that_dies_in_silence_is_given_away_by_its_leaps() -> None:
     found = read_ramp(LRS, made((1e-5, 2.3), (1e-1, 2.3)), steps(leaps_at=2e-3))
     assert found.breaks is None
     assert found.leaps == near(2e-3)
-    assert found.high == pytest.approx(found.leaps * module.ABOVE_EDGE)  # type: ignore[operator]
+    assert found.high == pytest.approx(found.leaps * module.HIGH_OVER_DIVERGENCE)  # type: ignore[operator]
 
 
 def test_steps_that_no_longer_grow_give_away_a_network_that_died_of_shorter_ones() -> None:
-    changes = [module.LEAP / 2 * min(lr / 2e-3, 2e-3 / lr) for lr in LRS]
+    changes = [module.LEAP_CHANGE / 2 * min(lr / 2e-3, 2e-3 / lr) for lr in LRS]
     found = read_ramp(LRS, made((1e-5, 2.3), (1e-1, 2.3)), changes)
     assert (found.breaks, found.leaps) == (None, None)
     assert found.edge == near(2e-3)
@@ -120,15 +122,15 @@ def test_a_scale_of_the_loss_does_not_matter() -> None:
     ("num_pictures", "batch_size"), [(45_000, 128), (2_000, 32), (2_000, 2), (1_437, 64), (300, 500)]
 )
 def test_a_ramp_takes_less_than_an_epoch(num_pictures: int, batch_size: int) -> None:
-    num_steps, of_ramp = plan(num_pictures, batch_size=batch_size)
-    assert num_steps * of_ramp <= module.SHARE * num_pictures
+    num_steps, of_ramp = plan_ramp(num_pictures, batch_size=batch_size)
+    assert num_steps * of_ramp <= module.MAX_EPOCH_FRACTION * num_pictures
     assert of_ramp <= batch_size
-    assert num_steps <= module.STEPS
+    assert num_steps <= module.MAX_STEPS
 
 
 def test_where_an_epoch_has_steps_enough_the_ramp_has_the_study_s_batches() -> None:
-    assert plan(45_000, batch_size=128) == (250, 128)
-    assert plan(2_000, batch_size=32) == (250, 7)
+    assert plan_ramp(45_000, batch_size=128) == (250, 128)
+    assert plan_ramp(2_000, batch_size=32) == (250, 7)
 
 
 def test_it_is_the_same_again_and_another_seed_s_is_another() -> None:
@@ -148,7 +150,7 @@ def test_progress_is_told_after_each_step() -> None:
     told: list[tuple[int, int]] = []
     found = range_test(make_config(), progress=lambda done, of: told.append((done, of)))
     assert [done for done, _ in told] == list(range(1, len(found.lrs) + 1))
-    assert {of for _, of in told} == {plan(300, batch_size=32)[0]}
+    assert {of for _, of in told} == {plan_ramp(300, batch_size=32)[0]}
 
 
 class Broken(nn.Module):
@@ -181,7 +183,7 @@ def test_a_rate_at_which_weights_explode_ends_the_ramp() -> None:
     config = replace(make_config("sgd"), training=replace(make_config("sgd").training, momentum=0.99))
     found = range_test(config)
     assert found.breaks is not None
-    assert len(found.lrs) < plan(300, batch_size=32)[0]
+    assert len(found.lrs) < plan_ramp(300, batch_size=32)[0]
 
 
 @pytest.mark.parametrize("optimizer", BEST)

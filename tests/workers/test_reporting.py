@@ -205,7 +205,7 @@ def test_a_lease_is_renewed_until_the_last_checkpoint_of_a_trial_that_is_given_b
             store.reap(study)  # as other workers do
         save(self, checkpoint)
 
-    monkeypatch.setattr("hpo.train.engines.lanes._rate", lambda *_: 1.0)
+    monkeypatch.setattr("hpo.train.engines.lanes._stacked_rate", lambda *_: 1.0)
     for module in (ledger, worker):
         monkeypatch.setattr(module, "LEASE_S", 0.3)
     monkeypatch.setattr(CheckpointFolder, "save", slow_save)

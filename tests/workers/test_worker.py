@@ -581,11 +581,11 @@ def test_a_checkpoint_is_written_while_the_next_epoch_trains_and_before_that_is_
 def test_a_network_that_cannot_be_saved_fails_its_trial_and_not_the_worker(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hpo.train.engines.plain
+    import hpo.train.engines.lane_state
 
-    build = hpo.train.engines.plain.build_model
+    build = hpo.train.engines.lane_state.build_model
     monkeypatch.setattr(
-        hpo.train.engines.plain, "build_model", lambda *args, **options: Unsavable(build(*args, **options))
+        hpo.train.engines.lane_state, "build_model", lambda *args, **options: Unsavable(build(*args, **options))
     )
     (trial,) = work(store, engine_study(store, 1e-3))
     assert (trial.state, len(trial.attempts)) == ("failed", 2)
@@ -677,7 +677,7 @@ def test_memory_that_runs_out_beside_others_is_nobodys_failure(store: Store, mon
         most.append(len(self))
         return step(self, *batch)
 
-    monkeypatch.setattr("hpo.train.engines.lanes._rate", lambda *_: 1.0)
+    monkeypatch.setattr("hpo.train.engines.lanes._stacked_rate", lambda *_: 1.0)
     monkeypatch.setattr(TrialStack, "step", step_in_little_memory)
     trials = work(store, engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4))
     assert [trial.state for trial in trials] == ["complete"] * 4
@@ -801,7 +801,7 @@ def rounds(store: Store, study: StudyRecord) -> list[list[int]]:
 
 
 def one_at_a_time_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpo.train.engines.lanes._rate", lambda *_: 1.0)
+    monkeypatch.setattr("hpo.train.engines.lanes._stacked_rate", lambda *_: 1.0)
 
 
 def test_trials_take_turns_where_the_pruner_compares_them_early(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

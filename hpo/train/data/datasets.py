@@ -10,156 +10,42 @@ import os
 import shutil
 import socket
 import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import DataConfig
-from hpo.train.imports import call_factory, describe, import_object, is_import_path
+from hpo.train.data.images import ArrayImages, DatasetImages, FileImages, LabeledImages
+from hpo.train.data.splits import stratified_order
+from hpo.train.imports import call_factory, describe_error, import_object, is_import_path
 
 DOWNLOAD_TIMEOUT_S = 10.0  # of silence; torchvision would wait for the operating system's minutes
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 
 
-def stratified_order(labels_N: Tensor, *, seed: int) -> Tensor:
-    """A random order of which every prefix holds each class in its share, up to one picture."""
-    shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
-    labels = labels_N[shuffled]
-    class_sizes = torch.bincount(labels)
-    by_class = torch.argsort(labels, stable=True)
-    first_of_class = class_sizes.cumsum(0) - class_sizes
-    rank_in_class = torch.empty_like(labels)
-    rank_in_class[by_class] = torch.arange(len(labels)) - first_of_class[labels[by_class]]
-    position = (rank_in_class.double() + 0.5) / class_sizes[labels]
-    return shuffled[torch.argsort(position, stable=True)]
-
-
-class Pictures(ABC):
-    """Labelled pictures of one size, read by index; `labels_N` is int64."""
-
-    labels_N: Tensor
-    reads_files = True  # whether reading takes long enough to be worth several processes
-
-    @abstractmethod
-    def read(self, indices_B: Tensor) -> Tensor:
-        """The pictures as uint8 (B, H, W, C). Raises UserError where one cannot be read."""
-
-    def shape_HWC(self) -> tuple[int, int, int]:
-        _, height, width, channels = self.read(torch.zeros(1, dtype=torch.int64)).shape
-        return height, width, channels
-
-
-class ArrayPictures(Pictures):
-    """Pictures in memory."""
-
-    reads_files = False
-
-    def __init__(self, images_NHWC: Tensor, labels_N: Tensor) -> None:
-        self.images_NHWC, self.labels_N = images_NHWC, labels_N
-
-    def read(self, indices_B: Tensor) -> Tensor:
-        return self.images_NHWC[indices_B]
-
-
-class FilePictures(Pictures):
-    """Picture files, decoded as RGB and resized to a square when they are read."""
-
-    def __init__(self, paths: Sequence[Path], labels_N: Tensor, *, image_size: int) -> None:
-        self.paths, self.labels_N, self.image_size = paths, labels_N, image_size
-
-    def read(self, indices_B: Tensor) -> Tensor:
-        return torch.stack([self._read_one(self.paths[index]) for index in indices_B.tolist()])
-
-    def _read_one(self, path: Path) -> Tensor:
-        from PIL import Image
-
-        try:
-            with Image.open(path) as image:
-                # PIL would clip 16 bits, not scale them.
-                deep = image.mode.startswith("I")
-                grey = image.convert("I").point(lambda value: value * (1 / 257)).convert("L") if deep else image
-                rgb = grey.convert("RGB")
-        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and others for damaged files
-            raise UserError(f"data.root holds a picture that cannot be read: {path} ({error})") from error
-        size = (self.image_size, self.image_size)
-        return _to_tensor(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
-
-
-class DatasetPictures(Pictures):
-    """A user's map-style Dataset of (PIL picture or uint8 (C, H, W) tensor, int label)."""
-
-    def __init__(self, dataset: Any, *, name: str) -> None:
-        self.dataset, self.name = dataset, name
-        # Without `targets`, torchvision's name for them, every picture has to be read once for its label.
-        labels = getattr(dataset, "targets", None)
-        if labels is None:
-            labels = [self._item(index)[1] for index in range(len(dataset))]
-        self.labels_N = torch.as_tensor(labels).long()
-        if self.labels_N.shape != (len(dataset),):
-            raise UserError(
-                f"data.name = {name!r} must give one label for each of its {len(dataset)} pictures, "
-                f"got labels of shape {tuple(self.labels_N.shape)}"
-            )
-
-    def _item(self, index: int) -> tuple[Any, int]:
-        try:
-            picture, label = self.dataset[index]
-            return picture, int(label)
-        except Exception as error:  # whatever the user's data set does
-            raise UserError(f"data.name = {self.name!r} cannot give picture {index}: {describe(error)}") from error
-
-    def read(self, indices_B: Tensor) -> Tensor:
-        images = [self._image(index) for index in indices_B.tolist()]
-        if len({image.shape for image in images}) > 1:
-            sizes = ", ".join(sorted({str(tuple(image.shape)) for image in images}))
-            raise UserError(f"data.name = {self.name!r} must give pictures of one size, got (H, W, C) of {sizes}")
-        return torch.stack(images)
-
-    def _image(self, index: int) -> Tensor:
-        picture = self._item(index)[0]
-        if isinstance(picture, Tensor):
-            if picture.dtype != torch.uint8 or picture.dim() != 3:
-                raise UserError(
-                    f"data.name = {self.name!r} must give uint8 pictures (C, H, W) or PIL pictures, "
-                    f"got {picture.dtype} of shape {tuple(picture.shape)}"
-                )
-            return picture.permute(1, 2, 0)
-        return _to_tensor(picture)
-
-
-def _to_tensor(picture: Any) -> Tensor:
-    """A PIL picture as uint8 (H, W, C)."""
-    import numpy
-
-    image = torch.from_numpy(numpy.array(picture, dtype=numpy.uint8))
-    return image if image.dim() == 3 else image.unsqueeze(2)
-
-
 @dataclass(frozen=True, kw_only=True)
-class DataSet:
+class OpenedDataset:
     """An opened data set; `open_test` reads nothing until it is called and is None where there is no test part."""
 
-    train: Pictures
-    open_test: Callable[[], Pictures] | None
+    train: LabeledImages
+    open_test: Callable[[], LabeledImages] | None
     num_classes: int
 
 
-def open_data_set(config: DataConfig) -> DataSet:
+def open_dataset(config: DataConfig) -> OpenedDataset:
     """Open the data set that `config` names. Raises UserError where it is unknown, absent, damaged or malformed."""
-    if config.name in DATA_SETS:
+    if config.name in DATASETS:
         if config.options:
             raise UserError(f"data.{min(config.options)} is not an option of data.name = {config.name!r}")
-        return DATA_SETS[config.name](config)
+        return DATASETS[config.name](config)
     if is_import_path(config.name):
-        return _own(config)
-    raise unknown_name("data.name", config.name, [*DATA_SETS, "package.module:factory"])
+        return _user_dataset(config)
+    raise unknown_name("data.name", config.name, [*DATASETS, "package.module:factory"])
 
 
 def _candidates(config: DataConfig) -> list[Path]:
@@ -174,7 +60,7 @@ def _bases(config: DataConfig) -> list[Path]:
     return [*([Path(environment)] if environment else []), Path("data")]
 
 
-def _absent(config: DataConfig, holds: str, reason: str) -> UserError:
+def _not_found_error(config: DataConfig, holds: str, reason: str) -> UserError:
     looked = ", ".join(str(folder.absolute() / holds) for folder in _candidates(config))
     return UserError(
         f"data.name = {config.name!r} was not found (looked for {looked}){reason}; "
@@ -182,10 +68,10 @@ def _absent(config: DataConfig, holds: str, reason: str) -> UserError:
     )
 
 
-def _torchvision(class_name: str, holds: str) -> Callable[[DataConfig], DataSet]:
+def _torchvision(class_name: str, holds: str) -> Callable[[DataConfig], OpenedDataset]:
     """A loader of one of torchvision's data sets, whose files lie in the folder `holds` below its root."""
 
-    def load(config: DataConfig) -> DataSet:
+    def load(config: DataConfig) -> OpenedDataset:
         from torchvision import datasets
 
         dataset_class = getattr(datasets, class_name)
@@ -193,7 +79,7 @@ def _torchvision(class_name: str, holds: str) -> Callable[[DataConfig], DataSet]
         if root is None:
             root = _download(dataset_class, holds, config)
 
-        def open_part(train: bool) -> tuple[Any, Pictures]:
+        def open_part(train: bool) -> tuple[Any, LabeledImages]:
             try:
                 dataset = dataset_class(root, train=train, download=False)
             except Exception as error:  # torchvision raises RuntimeError, ValueError, AssertionError and others
@@ -205,10 +91,10 @@ def _torchvision(class_name: str, holds: str) -> Callable[[DataConfig], DataSet]
             images = torch.as_tensor(dataset.data)
             if images.dim() == 3:  # MNIST's (N, 28, 28)
                 images = torch.nn.functional.pad(images, (2, 2, 2, 2)).unsqueeze(3)
-            return dataset, ArrayPictures(images, torch.as_tensor(dataset.targets).long())
+            return dataset, ArrayImages(images, torch.as_tensor(dataset.targets).long())
 
         dataset, train = open_part(True)
-        return DataSet(train=train, open_test=lambda: open_part(False)[1], num_classes=len(dataset.classes))
+        return OpenedDataset(train=train, open_test=lambda: open_part(False)[1], num_classes=len(dataset.classes))
 
     return load
 
@@ -239,17 +125,19 @@ def _download(dataset_class: Any, holds: str, config: DataConfig) -> Path:
                 os.rename(Path(temporary) / holds, root / holds)
             return root
         except (OSError, RuntimeError) as error:
-            raise _absent(config, holds, f" and cannot be downloaded ({' '.join(str(error).split())})") from error
+            raise _not_found_error(
+                config, holds, f" and cannot be downloaded ({' '.join(str(error).split())})"
+            ) from error
         finally:
             socket.setdefaulttimeout(timeout)
             shutil.rmtree(temporary, ignore_errors=True)
             for folder in created:  # a failed download leaves nothing behind
                 with suppress(OSError):
                     folder.rmdir()
-    raise _absent(config, holds, f" and cannot be downloaded, as {' and '.join(failures)}")
+    raise _not_found_error(config, holds, f" and cannot be downloaded, as {' and '.join(failures)}")
 
 
-def _digits(config: DataConfig) -> DataSet:
+def _digits(config: DataConfig) -> OpenedDataset:
     """scikit-learn's 1,797 scanned digits, 8x8 with 17 levels of grey, enlarged to 32x32; a fixed fifth is the test."""
     from sklearn.datasets import load_digits
 
@@ -260,23 +148,23 @@ def _digits(config: DataConfig) -> DataSet:
     labels = torch.from_numpy(digits.target).long()
     order = stratified_order(labels, seed=0)
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
-    return DataSet(
-        train=ArrayPictures(images[train], labels[train]),
-        open_test=lambda: ArrayPictures(images[test], labels[test]),
+    return OpenedDataset(
+        train=ArrayImages(images[train], labels[train]),
+        open_test=lambda: ArrayImages(images[test], labels[test]),
         num_classes=10,
     )
 
 
-def _image_folder(config: DataConfig) -> DataSet:
+def _image_folder(config: DataConfig) -> OpenedDataset:
     """ROOT/train/<class>/* and, where there is one, ROOT/test/<class>/*."""
     root = next((folder for folder in _candidates(config) if (folder / "train").is_dir()), None)
     if root is None:
-        raise _absent(config, "train", "")
+        raise _not_found_error(config, "train", "")
     classes = sorted(folder.name for folder in (root / "train").iterdir() if _is_class(folder))
     if len(classes) < 2:
         raise UserError(f"data.root must hold train/<class>/ for at least two classes, got {classes} in {root}")
 
-    def open_part(part: str) -> Pictures:
+    def open_part(part: str) -> LabeledImages:
         folders = [folder for folder in (root / part).iterdir() if _is_class(folder)]
         for folder in folders:
             if folder.name not in classes:
@@ -288,9 +176,9 @@ def _image_folder(config: DataConfig) -> DataSet:
             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
         ]
         labels_N = torch.tensor([label for _, label in files], dtype=torch.int64)
-        return FilePictures([path for path, _ in files], labels_N, image_size=config.image_size)
+        return FileImages([path for path, _ in files], labels_N, image_size=config.image_size)
 
-    return DataSet(
+    return OpenedDataset(
         train=open_part("train"),
         open_test=(lambda: open_part("test")) if (root / "test").is_dir() else None,
         num_classes=len(classes),
@@ -301,33 +189,33 @@ def _is_class(folder: Path) -> bool:
     return folder.is_dir() and not folder.name.startswith(".")
 
 
-def _own(config: DataConfig) -> DataSet:
+def _user_dataset(config: DataConfig) -> OpenedDataset:
     """A user's factory: called with the options, it returns (train, test), and test may be None."""
     factory = import_object(config.name, setting="data.name")
     parts = call_factory(factory, section="data", name=config.name, options=config.options, fixed={})
     if not isinstance(parts, tuple | list) or len(parts) != 2:
         raise UserError(f"data.name = {config.name!r} must return (train, test), got {type(parts).__name__}")
     train, test = parts
-    pictures = _own_part(train, config.name)
-    return DataSet(
+    pictures = _user_images(train, config.name)
+    return OpenedDataset(
         train=pictures,
-        open_test=None if test is None else lambda: _own_part(test, config.name),
+        open_test=None if test is None else lambda: _user_images(test, config.name),
         num_classes=int(pictures.labels_N.max()) + 1 if len(pictures.labels_N) else 0,
     )
 
 
-def _own_part(part: Any, name: str) -> Pictures:
+def _user_images(part: Any, name: str) -> LabeledImages:
     if not isinstance(part, tuple | list):
         if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
             raise UserError(
                 f"data.name = {name!r} must return pairs (images, labels) or map-style Datasets, "
                 f"got {type(part).__name__}"
             )
-        return DatasetPictures(part, name=name)
+        return DatasetImages(part, name=name)
     try:
         images, labels = (torch.as_tensor(item) for item in part)
     except Exception as error:
-        raise UserError(f"data.name = {name!r} must return arrays (images, labels): {describe(error)}") from error
+        raise UserError(f"data.name = {name!r} must return arrays (images, labels): {describe_error(error)}") from error
     if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != (len(images),):
         raise UserError(
             f"data.name = {name!r} must return uint8 images (N, C, H, W) and labels (N,), got {images.dtype} of shape "
@@ -335,10 +223,10 @@ def _own_part(part: Any, name: str) -> Pictures:
         )
     if labels.is_floating_point():
         raise UserError(f"data.name = {name!r} must return integer labels, got {labels.dtype}")
-    return ArrayPictures(images.permute(0, 2, 3, 1).contiguous(), labels.long())
+    return ArrayImages(images.permute(0, 2, 3, 1).contiguous(), labels.long())
 
 
-DATA_SETS: dict[str, Callable[[DataConfig], DataSet]] = {
+DATASETS: dict[str, Callable[[DataConfig], OpenedDataset]] = {
     "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
     "cifar100": _torchvision("CIFAR100", "cifar-100-python"),
     "mnist": _torchvision("MNIST", "MNIST/raw"),

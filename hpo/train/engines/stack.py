@@ -20,25 +20,26 @@ from torch.nn import functional as F
 
 from hpo.train.checkpoint import Checkpoint, config_digest
 from hpo.train.config import EpochResult, TrainingConfig, TrialConfig, derive_seed
-from hpo.train.data.batches import Data, DeviceSource, Part
-from hpo.train.engines.plain import (
-    Lane,
+from hpo.train.data.batches import BatchLoader
+from hpo.train.data.loading import SplitDataset
+from hpo.train.data.sources import DeviceSource
+from hpo.train.engines.lane_state import (
+    LaneState,
     autocast,
-    build_lane,
     check_test_set,
-    evaluation_batch,
+    evaluation_batch_size,
     initial_model,
     make_checkpoint,
     mixed_precision,
-    restore,
 )
+from hpo.train.engines.plain import build_lane, restore
 from hpo.train.engines.protocol import Stopped
+from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
-from hpo.train.engines.vmap_ops import NotStackable, StackedNetwork
 from hpo.train.optim import OPTIMIZERS, build_optimizer
 
 
-def kind_of(config: TrialConfig) -> str:
+def stack_key(config: TrialConfig) -> str:
     """The same for two trials that may be stacked: their networks, batches and update rules agree."""
     training = config.training
     agreeing = [config.model, config.data, training.batch_size, training.optimizer, training.precision]
@@ -52,7 +53,7 @@ class TrialStack:
         self,
         config: TrialConfig,
         *,
-        data: Data,
+        data: SplitDataset,
         device: torch.device,
         convolution: str,
         should_stop: Callable[[], bool] = lambda: False,
@@ -73,7 +74,7 @@ class TrialStack:
         other = initial_model(replace(config, seed=config.seed + 1), data=data, device=device)
         self._network.check(other, images_BCHW, autocast=self._autocast)
         self._update = OPTIMIZERS[config.training.optimizer].update
-        self._lanes: list[Lane | None] = []  # by lane; None where it is free
+        self._lanes: list[LaneState | None] = []  # by lane; None where it is free
         self._rows: list[int] = []  # the lane of each row
         num_params = sum(parameter.numel() for parameter in self._model.parameters())
         self._params_KP = torch.empty((0, num_params), device=device)
@@ -97,12 +98,15 @@ class TrialStack:
         parameters = list(plain.model.parameters())
         state = [plain.optimizer.state.get(parameter, {}) for parameter in parameters]
         moments = {
-            name: [_given(of_one.get(name), parameter) for of_one, parameter in zip(state, parameters, strict=True)]
+            name: [
+                _moment_or_zeros(of_one.get(name), parameter)
+                for of_one, parameter in zip(state, parameters, strict=True)
+            ]
             for name in self._moments
         }
         # All of it or, where memory runs out, nothing: the others go on.
-        grown_params = torch.cat([self._params_KP, _row(parameters)])
-        grown_moments = {name: torch.cat([self._moments[name], _row(given)]) for name, given in moments.items()}
+        grown_params = torch.cat([self._params_KP, _flat_row(parameters)])
+        grown_moments = {name: torch.cat([self._moments[name], _flat_row(given)]) for name, given in moments.items()}
         grown_buffers = {
             name: torch.cat([self._buffers[name], buffer[None]]) for name, buffer in plain.model.named_buffers()
         }
@@ -111,7 +115,7 @@ class TrialStack:
             self._lanes.append(None)
         number = self._lanes.index(None)
         self._rows.append(number)
-        self._lanes[number] = Lane(
+        self._lanes[number] = LaneState(
             config=config,
             data=self._data,
             network=lambda: self._load(number),
@@ -221,7 +225,7 @@ class TrialStack:
             dict(zip(names, of_step.unsqueeze(-1).unbind(1), strict=True)) for of_step in on_device.unbind(1)
         ]  # fmt: skip
 
-    def _train(self, trials: Sequence[Lane]) -> tuple[Tensor, list[int]]:
+    def _train(self, trials: Sequence[LaneState]) -> tuple[Tensor, list[int]]:
         """An epoch of every lane: the loss of each step (K, S), on the CPU, and how many pictures were correct."""
         num_steps = self.num_steps
         losses_KS = torch.empty((len(trials), num_steps), device=self.device)
@@ -235,10 +239,10 @@ class TrialStack:
         return losses_KS.cpu(), hits_K.tolist()
 
     @torch.no_grad()
-    def _evaluate(self, trials: Sequence[Lane], part: Part) -> list[tuple[float, float]]:
+    def _evaluate(self, trials: Sequence[LaneState], part: BatchLoader) -> list[tuple[float, float]]:
         """For each lane the mean loss and the accuracy per picture, from float32 sums."""
         sums_K2 = torch.zeros((len(trials), 2), device=self.device)
-        batch_size = evaluation_batch(trials[0])
+        batch_size = evaluation_batch_size(trials[0])
         if self.device.type == "cuda":  # memory; on a CPU the size would show in the last digit
             batch_size = max(trials[0].config.training.batch_size, batch_size // len(trials))
         for images_BCHW, labels_B in part.batches(batch_size):
@@ -249,7 +253,7 @@ class TrialStack:
             sums_K2 += torch.stack([losses_KB.sum(1), (logits_KBL.argmax(2) == labels_KB).sum(1)], dim=1)
         return [(loss, accuracy) for loss, accuracy in (sums_K2 / len(part)).tolist()]
 
-    def _trials(self) -> list[Lane]:
+    def _trials(self) -> list[LaneState]:
         return [trial for number in self._rows if (trial := self._lanes[number]) is not None]
 
     def _autocast(self) -> torch.autocast:
@@ -286,7 +290,7 @@ class TrialStack:
             buffer.copy_(self._buffers[name][row])
         return self._model
 
-    def _optimizer_state(self, lane: int, trial: Lane) -> dict[int, dict[str, Any]]:
+    def _optimizer_state(self, lane: int, trial: LaneState) -> dict[int, dict[str, Any]]:
         """What torch.optim's optimizer of this trial would have in its state."""
         row, training = self._rows.index(lane), trial.config.training
         steps = trial.epoch * self.num_steps
@@ -310,9 +314,9 @@ def with_eps(training: TrainingConfig) -> TrainingConfig:
     return replace(training, eps=parameters["eps"].default if "eps" in parameters else 0.0)
 
 
-def _row(tensors: Sequence[Tensor]) -> Tensor:
+def _flat_row(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])[None]
 
 
-def _given(moment: Tensor | None, parameter: Tensor) -> Tensor:
+def _moment_or_zeros(moment: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if moment is None else moment

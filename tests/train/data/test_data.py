@@ -18,8 +18,11 @@ from torch import Tensor
 
 from hpo.errors import UserError
 from hpo.train.config import DataConfig, derive_seed
-from hpo.train.data.batches import Data, batch_bounds, flip_and_crop, load_data
-from hpo.train.data.datasets import DATA_SETS, stratified_order
+from hpo.train.data.batches import flip_and_crop
+from hpo.train.data.datasets import DATASETS
+from hpo.train.data.loading import SplitDataset, load_data
+from hpo.train.data.sources import batch_bounds
+from hpo.train.data.splits import stratified_order
 
 OWN_DATA = """
 import numpy, torch
@@ -104,11 +107,11 @@ def picture_folder(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def load(name: str = "digits", **keys: Any) -> Data:
+def load(name: str = "digits", **keys: Any) -> SplitDataset:
     return load_data(DataConfig(name=name, **keys), device="cpu")
 
 
-def epoch(data: Data, *, seed: int = 1, number: int = 0, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+def epoch(data: SplitDataset, *, seed: int = 1, number: int = 0, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     images, labels = zip(*data.train.batches(batch_size, seed=seed, epoch=number), strict=True)
     return torch.cat(images), torch.cat(labels)
 
@@ -459,7 +462,7 @@ def test_unknown_data_set() -> None:
         load("cifar")
     with pytest.raises(UserError, match=r"data.size is not an option of data.name = 'digits'"):
         load("digits", options={"size": 3})
-    assert {"cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "image_folder"} == set(DATA_SETS)
+    assert {"cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "image_folder"} == set(DATASETS)
 
 
 def test_derived_seeds_are_the_same_everywhere() -> None:

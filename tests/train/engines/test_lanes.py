@@ -17,12 +17,15 @@ from torch import Tensor
 
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
+from hpo.train.data.loading import DatasetCache
 from hpo.train.engines import lanes as lanes_module
+from hpo.train.engines.lane_state import initial_model
 from hpo.train.engines.lanes import LaneEngine, LanePlan, plan_lanes
-from hpo.train.engines.plain import DataSets, PlainEngine, initial_model
+from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.engines.stack import TrialStack, with_eps
-from hpo.train.engines.vmap_ops import CONVOLUTIONS, StackedNetwork
+from hpo.train.engines.stacked_network import StackedNetwork
+from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer
 
 EPOCHS = 3
@@ -231,7 +234,7 @@ def test_every_kind_of_network_is_the_plain_engines(
 def test_networks_stack_in_mixed_precision(model: ModelConfig, convolution: str) -> None:
     """As on a GPU, here with the CPU's autocast: the probe finds the results that the network has alone."""
     config = trial(model=model)
-    data = DataSets(device=CPU).get(config.data)
+    data = DatasetCache(device=CPU).get(config.data)
     one, other = (initial_model(replace(config, seed=seed), data=data, device=CPU) for seed in range(2))
     images, _ = next(data.train.batches(64))
     network = StackedNetwork(one, device=CPU, convolution=convolution)
@@ -406,9 +409,9 @@ def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
     config = trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": kind}))
     engine = LaneEngine(device="cpu", lanes=4)
     checkpoint = train(engine, config)
-    assert engine.choice is not None
-    assert (engine.choice.lanes, engine.choice.convolution) == (1, None)
-    assert reason in engine.choice.reason
+    assert engine.plan is not None
+    assert (engine.plan.lanes, engine.plan.convolution) == (1, None)
+    assert reason in engine.plan.reason
     assert_equal(checkpoint, train(PlainEngine(device="cpu"), config))
 
 
@@ -418,7 +421,7 @@ def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
 )
 def test_settings_that_need_a_network_to_themselves_fall_back(changed: dict[str, Any], reason: str) -> None:
     config = trial(**changed)
-    choice = plan_lanes(config, data=DataSets(device=CPU).get(config.data), device=CPU, lanes=4)
+    choice = plan_lanes(config, data=DatasetCache(device=CPU).get(config.data), device=CPU, lanes=4)
     assert choice.lanes == 1
     assert reason in choice.reason
 
@@ -464,9 +467,9 @@ def test_one_that_cannot_be_stacked_trains_beside_those_that_are(caplog: pytest.
     alone = trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "branch"}))
     engine = LaneEngine(device="cpu", lanes=3)
     lanes = [engine.admit(trial()), engine.admit(alone), engine.admit(trial(seed=5))]
-    assert engine.turn == [lanes[0], lanes[2]]
+    assert engine.next_lanes == [lanes[0], lanes[2]]
     assert [result.lane for result in engine.run_epoch()] == [lanes[0], lanes[2]]
-    assert engine.turn == [lanes[1]]
+    assert engine.next_lanes == [lanes[1]]
     assert [result.lane for result in engine.run_epoch()] == [lanes[1]]
     assert "cannot share a stack" in caplog.text
     plain = PlainEngine(device="cpu")
@@ -479,10 +482,10 @@ def test_one_that_cannot_be_stacked_trains_beside_those_that_are(caplog: pytest.
 
 def chosen(monkeypatch: pytest.MonkeyPatch, rates: dict[int, float], **options: Any) -> LanePlan:
     """What is chosen where so many trials at once train so many pictures a second."""
-    monkeypatch.setattr(lanes_module, "_rate_alone", lambda *a, **k: rates[1])
-    monkeypatch.setattr(lanes_module, "_rate", lambda group, config, lanes: rates[lanes])
+    monkeypatch.setattr(lanes_module, "_plain_rate", lambda *a, **k: rates[1])
+    monkeypatch.setattr(lanes_module, "_stacked_rate", lambda stack, config, lanes: rates[lanes])
     config = trial()
-    return plan_lanes(config, data=DataSets(device=CPU).get(config.data), device=CPU, **options)
+    return plan_lanes(config, data=DatasetCache(device=CPU).get(config.data), device=CPU, **options)
 
 
 def test_as_many_lanes_as_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,26 +504,30 @@ def test_one_after_another_where_lanes_do_not_pay(monkeypatch: pytest.MonkeyPatc
 
 def test_trials_that_are_trained_alone_take_turns_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     slower = {1: 100.0, 2: 40, 4: 20}
-    assert (found := chosen(monkeypatch, slower, turns=8)).lanes == 8
+    assert (found := chosen(monkeypatch, slower, num_interleaved=8)).lanes == 8
     assert found.convolution is None
     assert (
         found.reason == "8 trials in turns on the CPU: times as fast as one after another: 2 at once 0.4, 4 at once 0.2"
     )
-    assert chosen(monkeypatch, slower, turns=8, lanes=1).lanes == 1
+    assert chosen(monkeypatch, slower, num_interleaved=8, lanes=1).lanes == 1
     alone = trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "branch"}))
-    data = DataSets(device=CPU).get(alone.data)
-    assert [plan_lanes(alone, data=data, device=CPU, lanes=lanes, turns=8).lanes for lanes in (None, 2, 16)] == [
+    data = DatasetCache(device=CPU).get(alone.data)
+    assert [
+        plan_lanes(alone, data=data, device=CPU, lanes=lanes, num_interleaved=8).lanes for lanes in (None, 2, 16)
+    ] == [
         8,
         2,
         8,
     ]
-    assert chosen(monkeypatch, {1: 100, 2: 200, 4: 210, 8: 0}, turns=8).convolution == "grouped"  # a stack is faster
+    assert (
+        chosen(monkeypatch, {1: 100, 2: 200, 4: 210, 8: 0}, num_interleaved=8).convolution == "grouped"
+    )  # a stack is faster
 
 
 def test_no_trial_has_two_turns_before_every_other_has_one() -> None:
     configs = [trial(seed=seed) for seed in range(3)]
     turns = LanePlan(device="the CPU", lanes=3, convolution=None, reason="agreed")
-    engine = LaneEngine(device="cpu", agree=lambda device, measure: turns)
+    engine = LaneEngine(device="cpu", get_or_set_plan=lambda device, measure: turns)
     first, second = engine.admit(configs[0]), engine.admit(configs[1])
     order = [engine.run_epoch()[0].lane]
     third = engine.admit(configs[2])  # joins at the end
@@ -536,22 +543,22 @@ def test_no_trial_has_two_turns_before_every_other_has_one() -> None:
 def test_no_more_lanes_than_trials_or_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {1: 100.0, 2: 190, 4: 350, 8: 0.0}  # no memory for 8
     assert chosen(monkeypatch, rates).lanes == 4
-    assert chosen(monkeypatch, rates, most=3).lanes == 2
+    assert chosen(monkeypatch, rates, max_lanes=3).lanes == 2
 
 
 def test_every_engine_does_what_was_agreed_on() -> None:
     agreed = LanePlan(device="the CPU", lanes=3, convolution="products", reason="first come")
-    engine = LaneEngine(device="cpu", lanes=2, agree=lambda device, measure: {"the CPU": agreed}[device])
+    engine = LaneEngine(device="cpu", lanes=2, get_or_set_plan=lambda device, measure: {"the CPU": agreed}[device])
     engine.admit(trial())
-    assert (engine.choice, engine.free_lanes) == (agreed, 2)
+    assert (engine.plan, engine.free_lanes) == (agreed, 2)
 
 
 def test_measuring_leaves_no_trace_in_a_trial() -> None:
     config = trial(model=DROPOUT)
     engine = LaneEngine(device="cpu")
     measured = train(engine, config)
-    assert engine.choice is not None
-    alone = engine.choice.convolution is None
+    assert engine.plan is not None
+    alone = engine.plan.convolution is None
     assert_equal(measured, train(PlainEngine(device="cpu") if alone else LaneEngine(device="cpu", lanes=2), config))
 
 
@@ -564,7 +571,9 @@ def test_the_same_on_a_gpu(convolution: str) -> None:
     config = trial(model=BATCH_NORM, optimizer="sgd", momentum=0.9, precision="fp32")
     plain = train(PlainEngine(device="cuda"), config)
     device = torch.device("cuda")
-    group = TrialStack(config, data=DataSets(device=device).get(config.data), device=device, convolution=convolution)
+    group = TrialStack(
+        config, data=DatasetCache(device=device).get(config.data), device=device, convolution=convolution
+    )
     group.admit(replace(config, seed=1))
     last = train(group, config)
     for result, expected in zip(last.results, plain.results, strict=True):

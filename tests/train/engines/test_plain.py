@@ -16,8 +16,9 @@ from torch import nn
 from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
-from hpo.train.data.batches import load_data
-from hpo.train.engines.plain import SAME_OUTPUT, PlainEngine, build_lane, diverged, is_exploding, output_spread
+from hpo.train.data.loading import load_data
+from hpo.train.engines.divergence import SAME_OUTPUT, is_exploding, output_spread
+from hpo.train.engines.plain import PlainEngine, build_lane
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
@@ -351,17 +352,17 @@ def test_a_network_that_tells_pictures_apart_has_not_diverged_however_high_its_l
     lane = build_lane(trial(), data=load_data(DIGITS, device="cpu"), device=torch.device("cpu"))
     lane.first_loss = 2.3
     high = torch.full((8,), 500.0)
-    assert diverged(lane, high, val_loss=400.0, val_accuracy=0.8) is None
-    assert diverged(lane, high, val_loss=400.0, val_accuracy=0.1) == "exploding loss"
+    assert lane.why_diverged(high, val_loss=400.0, val_accuracy=0.8) is None
+    assert lane.why_diverged(high, val_loss=400.0, val_accuracy=0.1) == "exploding loss"
 
 
 def test_non_finite_losses_are_seen_wherever_they_are() -> None:
     data = load_data(DIGITS, device="cpu")
     lane = build_lane(trial(), data=data, device=torch.device("cpu"))
     fine = torch.full((4,), 2.3)
-    assert diverged(lane, fine, val_loss=2.3, val_accuracy=0.5) is None
-    assert diverged(lane, torch.tensor([2.3, math.nan, 2.3]), val_loss=2.3, val_accuracy=0.5) == "non-finite loss"
-    assert diverged(lane, fine, val_loss=math.inf, val_accuracy=0.5) == "non-finite loss"
+    assert lane.why_diverged(fine, val_loss=2.3, val_accuracy=0.5) is None
+    assert lane.why_diverged(torch.tensor([2.3, math.nan, 2.3]), val_loss=2.3, val_accuracy=0.5) == "non-finite loss"
+    assert lane.why_diverged(fine, val_loss=math.inf, val_accuracy=0.5) == "non-finite loss"
 
 
 # The test set

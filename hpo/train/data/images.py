@@ -1,0 +1,117 @@
+"""Labeled images, read by index: from memory, from files or from a user's dataset."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpo.errors import UserError
+from hpo.train.imports import describe_error
+
+
+class LabeledImages(ABC):
+    """Labelled pictures of one size, read by index; `labels_N` is int64."""
+
+    labels_N: Tensor
+    reads_files = True  # whether reading takes long enough to be worth several processes
+
+    @abstractmethod
+    def read(self, indices_B: Tensor) -> Tensor:
+        """The pictures as uint8 (B, H, W, C). Raises UserError where one cannot be read."""
+
+    def shape_HWC(self) -> tuple[int, int, int]:
+        _, height, width, channels = self.read(torch.zeros(1, dtype=torch.int64)).shape
+        return height, width, channels
+
+
+class ArrayImages(LabeledImages):
+    """Pictures in memory."""
+
+    reads_files = False
+
+    def __init__(self, images_NHWC: Tensor, labels_N: Tensor) -> None:
+        self.images_NHWC, self.labels_N = images_NHWC, labels_N
+
+    def read(self, indices_B: Tensor) -> Tensor:
+        return self.images_NHWC[indices_B]
+
+
+class FileImages(LabeledImages):
+    """Picture files, decoded as RGB and resized to a square when they are read."""
+
+    def __init__(self, paths: Sequence[Path], labels_N: Tensor, *, image_size: int) -> None:
+        self.paths, self.labels_N, self.image_size = paths, labels_N, image_size
+
+    def read(self, indices_B: Tensor) -> Tensor:
+        return torch.stack([self._read_one(self.paths[index]) for index in indices_B.tolist()])
+
+    def _read_one(self, path: Path) -> Tensor:
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                # PIL would clip 16 bits, not scale them.
+                deep = image.mode.startswith("I")
+                grey = image.convert("I").point(lambda value: value * (1 / 257)).convert("L") if deep else image
+                rgb = grey.convert("RGB")
+        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and others for damaged files
+            raise UserError(f"data.root holds a picture that cannot be read: {path} ({error})") from error
+        size = (self.image_size, self.image_size)
+        return _to_tensor(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
+
+
+class DatasetImages(LabeledImages):
+    """A user's map-style Dataset of (PIL picture or uint8 (C, H, W) tensor, int label)."""
+
+    def __init__(self, dataset: Any, *, name: str) -> None:
+        self.dataset, self.name = dataset, name
+        # Without `targets`, torchvision's name for them, every picture has to be read once for its label.
+        labels = getattr(dataset, "targets", None)
+        if labels is None:
+            labels = [self._item(index)[1] for index in range(len(dataset))]
+        self.labels_N = torch.as_tensor(labels).long()
+        if self.labels_N.shape != (len(dataset),):
+            raise UserError(
+                f"data.name = {name!r} must give one label for each of its {len(dataset)} pictures, "
+                f"got labels of shape {tuple(self.labels_N.shape)}"
+            )
+
+    def _item(self, index: int) -> tuple[Any, int]:
+        try:
+            picture, label = self.dataset[index]
+            return picture, int(label)
+        except Exception as error:  # whatever the user's data set does
+            raise UserError(
+                f"data.name = {self.name!r} cannot give picture {index}: {describe_error(error)}"
+            ) from error
+
+    def read(self, indices_B: Tensor) -> Tensor:
+        images = [self._image(index) for index in indices_B.tolist()]
+        if len({image.shape for image in images}) > 1:
+            sizes = ", ".join(sorted({str(tuple(image.shape)) for image in images}))
+            raise UserError(f"data.name = {self.name!r} must give pictures of one size, got (H, W, C) of {sizes}")
+        return torch.stack(images)
+
+    def _image(self, index: int) -> Tensor:
+        picture = self._item(index)[0]
+        if isinstance(picture, Tensor):
+            if picture.dtype != torch.uint8 or picture.dim() != 3:
+                raise UserError(
+                    f"data.name = {self.name!r} must give uint8 pictures (C, H, W) or PIL pictures, "
+                    f"got {picture.dtype} of shape {tuple(picture.shape)}"
+                )
+            return picture.permute(1, 2, 0)
+        return _to_tensor(picture)
+
+
+def _to_tensor(picture: Any) -> Tensor:
+    """A PIL picture as uint8 (H, W, C)."""
+    import numpy
+
+    image = torch.from_numpy(numpy.array(picture, dtype=numpy.uint8))
+    return image if image.dim() == 3 else image.unsqueeze(2)

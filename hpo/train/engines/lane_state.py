@@ -1,0 +1,153 @@
+"""The state of one trial in training that every engine keeps, and what engines do alike with it.
+
+Shapes: S steps of an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpo.errors import UserError
+from hpo.train.checkpoint import Checkpoint, config_digest, copied
+from hpo.train.config import EpochResult, TrainingConfig, TrialConfig
+from hpo.train.data.loading import SplitDataset
+from hpo.train.data.sources import batch_bounds
+from hpo.train.engines.divergence import why_diverged
+from hpo.train.models import build_model
+from hpo.train.optim import lr_factor
+from hpo.train.seeding import seed_generators
+
+EVALUATION_PIXELS = 2**20  # of a batch without gradients: 1024 images of 32x32
+
+
+@dataclass(kw_only=True)
+class LaneState:
+    """The state of the trial in a lane, between epochs."""
+
+    config: TrialConfig
+    data: SplitDataset
+    network: Callable[[], nn.Module]  # as trained so far
+    first_loss: float = math.nan  # of the trial's first step
+    results: list[EpochResult] = field(default_factory=list)  # of the finished epochs
+
+    @property
+    def epoch(self) -> int:
+        """Return how many epochs are finished."""
+        return len(self.results)
+
+    def lr_at(self, step: int, *, num_steps: int) -> float:
+        """Return the learning rate of a step, counted from 0, of the epoch in progress, which has `num_steps`."""
+        training = self.config.training
+        assert training.lr is not None
+        factor = lr_factor(
+            training,
+            epoch=self.epoch + step / num_steps,
+            steps_per_epoch=num_steps,
+            val_losses=[result.val_loss for result in self.results],
+        )
+        return training.lr * factor
+
+    def finish_epoch(
+        self,
+        losses_S: Tensor,
+        *,
+        lane: int,
+        hits: int,
+        val: tuple[float, float],
+        test_accuracy: float | None,
+        seconds: float,
+    ) -> EpochResult:
+        """Record the epoch in progress and return its result.
+
+        Args:
+            losses_S: The mean loss of each step's batch, on the CPU.
+            lane: The number of the lane, for the result.
+            hits: How many training images were classified correctly.
+            val: The validation loss and the validation accuracy, a fraction.
+            test_accuracy: The test accuracy, a fraction, where it is measured.
+            seconds: How long the epoch took.
+        """
+        training, num_images = self.config.training, len(self.data.train)
+        sizes_S = torch.tensor([end - start for start, end in batch_bounds(num_images, training.batch_size)])
+        if self.epoch == 0:
+            self.first_loss = float(losses_S[0])
+        val_loss, val_accuracy = val
+        result = EpochResult(
+            lane=lane,
+            epoch=self.epoch + 1,
+            train_loss=float((losses_S.double() * sizes_S).sum()) / num_images,
+            train_accuracy=hits / num_images,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            test_accuracy=test_accuracy,
+            lr=self.lr_at(len(losses_S) - 1, num_steps=len(losses_S)),
+            seconds=seconds,
+            diverged=self.why_diverged(losses_S, val_loss=val_loss, val_accuracy=val_accuracy),
+        )
+        self.results.append(result)
+        return result
+
+    def why_diverged(self, losses_S: Tensor, *, val_loss: float, val_accuracy: float) -> str | None:
+        """Return why the trial cannot recover after an epoch with these losses, or None where it may."""
+        return why_diverged(
+            losses_S,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            first_loss=self.first_loss,
+            data=self.data,
+            network=self.network,
+            initial_network=lambda: initial_model(self.config, data=self.data, device=self.data.val.labels_N.device),
+        )
+
+
+def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
+    """Return a context that computes in `amp_dtype` where that is safe; None leaves float32 throughout."""
+    return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+
+
+def evaluation_batch_size(lane: LaneState) -> int:
+    """Return how many images are evaluated at a time."""
+    return max(lane.config.training.batch_size, EVALUATION_PIXELS // lane.data.image_size**2)
+
+
+def make_checkpoint(lane: LaneState, *, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Checkpoint:
+    """Return the checkpoint of a trial whose network and torch.optim optimizer have these states."""
+    state = {"model": model, "optimizer": optimizer, "first_loss": lane.first_loss}
+    return Checkpoint(
+        config_digest=config_digest(lane.config),
+        epoch=lane.epoch,
+        state=copied(state, setting=f"model.name = {lane.config.model.name!r}"),
+        results=tuple(lane.results),
+    )
+
+
+def check_test_set(config: TrialConfig, *, data: SplitDataset) -> None:
+    """Read the test images where the trial reports a test accuracy; raise UserError where the dataset has none."""
+    if config.training.report_test_accuracy and data.test is None:
+        raise UserError(
+            f"training.report_test_accuracy needs a test set, and data.name = {config.data.name!r} has none"
+        )
+
+
+def initial_model(config: TrialConfig, *, data: SplitDataset, device: torch.device) -> nn.Module:
+    """Return the network as the trial's seed draws it, on the device."""
+    seed_generators(config.seed, "init")
+    model = build_model(config.model, channels=data.channels, num_classes=data.num_classes, image_size=data.image_size)
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def mixed_precision(training: TrainingConfig, *, device: torch.device) -> torch.dtype | None:
+    """Return the lower precision that a trial computes in, or None for float32 throughout.
+
+    Raises UserError where the trial wants bf16 and the device does not compute in it.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if training.precision == "bf16" and not has_bf16:
+        raise UserError(f"training.precision = 'bf16' needs a GPU that computes in bf16, got the device {device}")
+    return torch.bfloat16 if has_bf16 and training.precision != "fp32" else None
