@@ -159,7 +159,7 @@ def test_a_state_that_could_not_be_read_again_is_the_users_mistake(
 
 def test_the_data_set_is_loaded_once_for_trials_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
-    monkeypatch.setattr("hpo.train.engines.plain.load_data", lambda *a, **k: loads.append(a) or load_data(*a, **k))
+    monkeypatch.setattr("hpo.train.data.loading.load_data", lambda *a, **k: loads.append(a) or load_data(*a, **k))
     engine = PlainEngine(device="cpu")
     for config in (trial(epochs=1), trial(epochs=1, lr=1e-2), trial(epochs=1, data=replace(DIGITS, flip=True))):
         train(config, engine=engine)
