@@ -31,7 +31,8 @@ lint: setup ## check style, imports and types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: setup ## measure the plain engine and the store
+bench: setup ## measure the start, the plain engine and the store
+	$(BIN)/python -m scripts.bench.start
 	$(BIN)/python -m scripts.bench.engine
 	$(BIN)/python -m scripts.bench.store
 
