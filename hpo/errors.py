@@ -1,22 +1,23 @@
-"""What a user can get wrong: one clear sentence that names the setting, the rule and the value, never a traceback."""
+"""Errors that a user can mend: one clear sentence with the setting, the rule and the value, never a traceback."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class UserError(Exception):
-    """The request was wrong; the command line prints the message alone and exits with 2."""
+    """A wrong request; the command line prints the message alone and exits with 2."""
 
     exit_code = 2
 
 
 class StudyStopped(Exception):
-    """The study could not finish; the command line prints the message alone and exits with 1.
+    """A study that could not finish; the command line prints the message alone and exits with 1.
 
-    `can_resume` is true where the same command, given again, has something left to do; `interrupted`, where it was
-    ended by Ctrl-C or SIGTERM.
+    `can_resume` is true where the same command, given again, has something left to do. `interrupted` is true where
+    Ctrl-C or SIGTERM ended the study.
     """
 
     def __init__(self, message: str, *, can_resume: bool = False, interrupted: bool = False) -> None:
@@ -25,21 +26,27 @@ class StudyStopped(Exception):
         self.interrupted = interrupted
 
 
+@dataclass(frozen=True)
+class Rule:
+    """A field's rule in words ("... must be WORDS, got ..."), for fields whose bounds alone do not tell it."""
+
+    words: str
+
+
 def unknown_name(setting: str, value: object, valid: Iterable[str]) -> UserError:
-    """The error for a name that is not in a table: names the setting, the value, the nearest name and all of them."""
-    return UserError(
-        f"{setting} must be one of {', '.join(sorted(valid))}; got {value!r}{did_you_mean(str(value), valid)}"
-    )
+    """Return the error for a name that is not in a table: the setting, the value, the nearest name and all names."""
+    valid = sorted(valid)
+    return UserError(f"{setting} must be one of {', '.join(valid)}; got {value!r}{did_you_mean(str(value), valid)}")
 
 
 def did_you_mean(value: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` where a valid name is close to the value, else nothing."""
+    """Return ` (did you mean 'x'?)` where a valid name is close to the value, else the empty text."""
     near = difflib.get_close_matches(value, list(valid), n=1, cutoff=0.65)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def check_keys(section: str, given: Iterable[str], valid: Iterable[str]) -> None:
-    """Raises `UserError` for the first key of a section that is not valid; the section "" is the file itself."""
+    """Raise `UserError` for the first key of a section that is not valid; the section "" is the file itself."""
     valid = sorted(valid)
     for key in given:
         if key not in valid:

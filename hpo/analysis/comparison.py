@@ -15,8 +15,8 @@ from hpo.analysis.answer import Best
 from hpo.analysis.response import CONFIDENCE, Response
 from hpo.analysis.trials import best_trial
 from hpo.analysis.warnings import find_warnings
+from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.config.study_file import flatten
-from hpo.config.study_spec import STUDY_NEUTRAL_KEYS
 from hpo.study.records import StudyRecord, TrialRecord
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 

@@ -1,120 +1,292 @@
-"""What each setting of a study file may be: one rule a setting, in words and as a test."""
+"""The rules between the settings of a study file: one function a topic, each of the tables that it concerns.
+
+The rules of one setting alone are beside its field. Rules that need the images, the network or the machine are in
+`hpo.workers.preflight`. All of them raise `UserError` and return nothing.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from hpo.config.constraints import check_value
+from hpo.config.sections import (
+    DIRECTIONS,
+    OBJECTIVE_TRAINING_KEYS,
+    STUDY_NEUTRAL_KEYS,
+    CheckpointsSpec,
+    EngineSpec,
+    ObjectiveSpec,
+)
+from hpo.config.trial_settings import (
+    CONFIGS,
+    extreme_points,
+    is_default,
+    searchable_keys,
+    section_and_name,
+    with_values,
+)
+from hpo.errors import UserError, unknown_name
+from hpo.objective import RESERVED_METRICS
+from hpo.search.config import PrunerSpec, SearchSpec
+from hpo.search.pruners import PRUNERS
+from hpo.search.samplers import SAMPLERS
+from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, is_auto
+from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
+from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
-from hpo.errors import UserError
-
-Rule = tuple[str, Callable[[Any], bool]]
-
-AT_LEAST_0: Rule = ("at least 0", lambda value: value >= 0)
-AT_LEAST_1: Rule = ("at least 1", lambda value: value >= 1)
-FINITE: Rule = ("a finite number", lambda value: True)  # as every number has to be
-POSITIVE: Rule = ("greater than 0", lambda value: value > 0)
-FRACTION: Rule = ("between 0 and 1", lambda value: 0 <= value <= 1)
-INSIDE: Rule = ("greater than 0 and less than 1", lambda value: 0 < value < 1)
-BELOW_1: Rule = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
-SHARE: Rule = ("greater than 0 and at most 1", lambda value: 0 < value <= 1)
-
-RULES: dict[str, Rule] = {
-    "search.trials": ("between 1 and 1,000,000", lambda value: 1 <= value <= 10**6),
-    "search.seed": AT_LEAST_0,
-    "search.retries": ("between 0 and 100", lambda value: 0 <= value <= 100),
-    "pruner.startup_trials": AT_LEAST_0,
-    "pruner.warmup_epochs": AT_LEAST_0,
-    "pruner.percentile": ("between 0 and 100", lambda value: 0 <= value <= 100),
-    "pruner.min_epochs": AT_LEAST_1,
-    "pruner.reduction_factor": ("at least 2", lambda value: value >= 2),
-    "pruner.patience": AT_LEAST_1,
-    "pruner.min_delta": AT_LEAST_0,
-    "pruner.lower": FINITE,
-    "pruner.upper": FINITE,
-    "data.validation_fraction": INSIDE,
-    "data.split_seed": AT_LEAST_0,
-    "data.train_samples": AT_LEAST_1,
-    "data.train_fraction": SHARE,
-    "data.image_size": ("between 8 and 4096", lambda value: 8 <= value <= 4096),
-    "data.crop": ("between 0 and 64", lambda value: 0 <= value <= 64),
-    "training.epochs": AT_LEAST_1,
-    "training.batch_size": AT_LEAST_1,
-    "training.lr": POSITIVE,
-    "training.momentum": BELOW_1,
-    "training.beta1": BELOW_1,
-    "training.beta2": BELOW_1,
-    "training.eps": POSITIVE,
-    "training.weight_decay": AT_LEAST_0,
-    "training.warmup_epochs": AT_LEAST_0,
-    "training.step_epochs": AT_LEAST_1,
-    "training.milestones": (
-        "rising epochs of at least 1",
-        lambda v: list(v) == sorted(set(v)) and all(e >= 1 for e in v),
-    ),
-    "training.gamma": SHARE,
-    "training.restarts": AT_LEAST_1,
-    "training.power": POSITIVE,
-    "training.final_lr_fraction": FRACTION,
-    "training.peak_fraction": INSIDE,
-    "training.initial_lr_fraction": SHARE,
-    "training.plateau_epochs": AT_LEAST_0,
-    "training.gradient_clip": POSITIVE,
-    "training.label_smoothing": BELOW_1,
-    "training.checkpoint_epochs": AT_LEAST_1,
-    "training.seed": AT_LEAST_0,
-    "engine.lanes": (
-        "'auto' or an integer between 1 and 1024",
-        lambda value: value == "auto" or (type(value) is int and 1 <= value <= 1024),
-    ),
-    "checkpoints.url": (
-        "an absolute folder or a URL such as s3://bucket/folder, which every machine can reach",
-        lambda value: "://" in value or value.startswith(("/", "~")),
-    ),
-    "checkpoints.keep_best": AT_LEAST_0,
-    "confirm.top": AT_LEAST_1,
-    "confirm.seeds": ("between 2 and 1,000", lambda value: 2 <= value <= 1000),
-}
+MAX_GRID = 10**6
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+REFERENCE_PATTERN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
-def check_rule(setting: str, value: Any, *, shown_as: str | None = None) -> None:
-    """Raises `UserError` where the value of a setting, named `section.key`, breaks its rule; None breaks none."""
-    if value is None or setting not in RULES:
-        return
-    rule, holds = RULES[setting]
-    if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
-        raise UserError(f"{shown_as or setting} must be {rule}, got {value!r}")
+def check_name(name: str) -> None:
+    """Refuse a study's name that is no name of a folder."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UserError(f"name must be letters, digits, '.', '_' and '-', at most 100; got {name!r}")
 
 
-def check_reference(setting: str, reference: str) -> None:
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", reference):
-        raise UserError(f"{setting} must be written package.module:function, got {reference!r}")
+# --- [search] ---
 
 
-# Pydantic's names for types, and those of a study file.
-WORDS = {
-    "a valid integer": "an integer",
-    "a valid number": "a number",
-    "a valid string": "a text",
-    "a valid boolean": "true or false",
-    "a valid array": "a list",
-    "an object": "a table",
-}
+def check_search(search: SearchSpec) -> None:
+    """Refuse a space that its sampler cannot search, and points to try first that are not in it."""
+    _check_sampler(search)
+    _check_cases(search)
+    _check_grid_size(search)
+    for index in range(len(search.try_first)):
+        _check_first_point(search, index)
+    if search.sampler == "grid" and search.trials not in (None, len(search.grid)):
+        raise UserError(
+            f"search.trials must be left out or be the grid's size, {len(search.grid)}; got {search.trials}"
+        )
+    if len(search.try_first) > search.num_trials:
+        raise UserError(
+            f"search.try_first must hold at most search.trials = {search.num_trials} points, "
+            f"got {len(search.try_first)}"
+        )
 
 
-def explain(error: ValidationError) -> str:
-    """Pydantic's complaints about types as our sentences: setting, rule, value."""
-    sentences = []
-    for complaint in error.errors():
-        setting = ".".join(map(str, complaint["loc"]))
-        if complaint["type"] == "missing":
-            sentences.append(f"{setting} must be set")
-        else:
-            rule = complaint["msg"].removeprefix("Input should be ").partition(", got")[0]
-            for theirs, ours in WORDS.items():
-                rule = rule.replace(theirs, ours)
-            sentences.append(f"{setting} must be {rule}, got {complaint['input']!r}")
-    return "; ".join(sentences)
+def _check_sampler(search: SearchSpec) -> None:
+    name = search.sampler
+    if name not in SAMPLERS:
+        raise unknown_name("search.sampler", name, SAMPLERS)
+    if not search.parameters:
+        raise UserError(
+            "search.space must name at least one parameter, such as lr = { low = 1e-5, high = 1e-1, log = true }"
+        )
+    ranges = [key for key, parameter in search.parameters.items() if isinstance(parameter, Range)]
+    if len(ranges) < SAMPLERS[name].min_ranges:
+        raise UserError(
+            f"search.sampler {name!r} needs at least {SAMPLERS[name].min_ranges} ranges in search.space, "
+            f"got {len(ranges)} ({', '.join(ranges) or 'none'})"
+        )
+
+
+def _check_cases(search: SearchSpec) -> None:
+    """Each case of a parameter must be a value of the list on which the parameter depends."""
+    for key, parameter in search.parameters.items():
+        if not isinstance(parameter, Conditional):
+            continue
+        if not SAMPLERS[search.sampler].takes_cases:
+            able = ", ".join(name for name, entry in SAMPLERS.items() if entry.takes_cases)
+            raise UserError(f"search.space.{key}.by cannot be used with sampler {search.sampler!r}; use one of {able}")
+        condition = search.parameters.get(parameter.by)
+        if not isinstance(condition, Categorical):
+            raise UserError(f"search.space.{key}.by.{parameter.by} must be a list in search.space too")
+        names = [str(value) for value in condition.values]
+        for case in parameter.cases:
+            if case not in names:
+                raise unknown_name(f"search.space.{key}.by.{parameter.by}", case, names)
+
+
+def _check_grid_size(search: SearchSpec) -> None:
+    if search.sampler == "grid":
+        size = math.prod(_num_grid_values(parameter) for parameter in search.parameters.values())
+        if size > MAX_GRID:
+            raise UserError(f"search.space must have at most {MAX_GRID:,} grid points, got {size:,}")
+
+
+def _num_grid_values(parameter: Parameter) -> int:
+    if isinstance(parameter, Conditional):
+        return max(_num_grid_values(case) for case in parameter.cases.values())
+    return parameter.num_points if isinstance(parameter, Range) else len(parameter.values)
+
+
+def _check_first_point(search: SearchSpec, index: int) -> None:
+    setting, point = f"search.try_first[{index}]", search.try_first[index]
+    if not point or point in search.try_first[:index]:
+        raise UserError(f"{setting} must name values that are not tried already, got {point}")
+    for key, value in point.items():
+        if key not in search.parameters:
+            raise unknown_name(f"{setting}: each key", key, search.parameters)
+        parameter = search.parameters[key]
+        if isinstance(parameter, Conditional):
+            case = parameter.cases.get(str(point.get(parameter.by)))
+            if case is None:
+                raise UserError(f"{setting}.{key} needs {parameter.by} beside it, with a case of search.space.{key}")
+            parameter = case
+        if not parameter.contains(value):
+            raise UserError(f"{setting}.{key} must be {parameter}, got {value!r}")
+    if search.sampler == "grid" and not any(point.items() <= other.items() for other in search.grid):
+        raise UserError(f"{setting} must be a point of the grid, got {point}")
+
+
+# --- [pruner] ---
+
+
+def check_pruner(pruner: PrunerSpec) -> None:
+    """Refuse an unknown pruner and options that are not this pruner's."""
+    if pruner.name not in PRUNERS:
+        raise unknown_name("pruner.name", pruner.name, PRUNERS)
+    options = PRUNERS[pruner.name].defaults
+    takes = f"it takes {', '.join(options)}" if options else "it takes no options"
+    for key, value in pruner.model_dump(exclude={"name"}, exclude_none=True).items():
+        if key not in options:
+            raise UserError(f"pruner.{key} has no meaning for pruner {pruner.name!r} ({takes}), got {value!r}")
+    if pruner.name == "threshold" and pruner.lower is None and pruner.upper is None:
+        raise UserError("pruner.lower or pruner.upper must be set for pruner 'threshold'")
+    if pruner.lower is not None and pruner.upper is not None and pruner.lower >= pruner.upper:
+        raise UserError(f"pruner.lower must be less than pruner.upper, got {pruner.lower} and {pruner.upper}")
+
+
+# --- [objective] ---
+
+
+def check_objective(
+    objective: ObjectiveSpec, *, search: SearchSpec, checkpoints: CheckpointsSpec, engine: EngineSpec
+) -> None:
+    """Refuse what a loop of a user's own cannot be: unnamed, measured by nothing, trained in lanes, saved by us."""
+    if objective.direction not in DIRECTIONS:
+        raise UserError(f"objective.direction must be maximize or minimize, got {objective.direction!r}")
+    if objective.metric in RESERVED_METRICS:
+        reserved = ", ".join(sorted(RESERVED_METRICS))
+        raise UserError(f"objective.metric cannot be one of {reserved}; got {objective.metric!r}")
+    if not re.fullmatch(REFERENCE_PATTERN, objective.function):
+        raise UserError(f"objective.function must be written package.module:function, got {objective.function!r}")
+    if is_auto(search.parameters.get("lr")):
+        raise UserError(
+            "search.space.lr must be a range or a list with objective.function, whose loop is not ours to test; "
+            "got 'auto'"
+        )
+    if checkpoints.url is not None and "://" in checkpoints.url:
+        raise UserError(
+            "checkpoints.url must be a folder with objective.function, whose own code writes into it; "
+            f"got {checkpoints.url!r}"
+        )
+    if checkpoints.keep_best != CheckpointsSpec().keep_best:
+        raise UserError(
+            "checkpoints.keep_best has no effect with objective.function, whose folders are all kept; "
+            f"got {checkpoints.keep_best}"
+        )
+    if engine != EngineSpec():
+        raise UserError(
+            "engine.lanes has no effect with objective.function, which is called for one trial at a time; "
+            f"got {engine.lanes!r}"
+        )
+
+
+def check_unused_with_objective(model: ModelConfig, data: DataConfig, training: TrainingConfig) -> None:
+    """Refuse settings that a loop of a user's own does not read."""
+    for section, config in (("model", model), ("data", data), ("training", training)):
+        for field in dataclasses.fields(config):
+            is_read = section == "training" and field.name in OBJECTIVE_TRAINING_KEYS
+            if not is_read and not is_default(config, field.name):
+                raise UserError(
+                    f"{section}.{field.name} has no effect with objective.function, whose own code decides it; "
+                    f"got {getattr(config, field.name)!r}"
+                )
+
+
+# --- [model], [data], [training], and what the space has of them ---
+
+
+def check_training(parameters: Mapping[str, Parameter], *, data: DataConfig, training: TrainingConfig) -> None:
+    """Refuse settings, fixed or searched, with which a trial could not be trained as its user means it."""
+    for key, parameter in parameters.items():
+        for value in parameter.extreme_values():
+            _check_searched_value(key, value, data=data)
+    if data.image_size != DataConfig.image_size and data.name != "image_folder":
+        raise UserError(f"data.image_size has no meaning but for image_folder, got {data.image_size}")
+    _check_fixed_beside_searched(parameters, training)
+    if training.lr is None and "lr" not in parameters:
+        raise UserError("training.lr must be set, or searched as search.space.lr")
+    if data.train_samples is not None and data.train_fraction is not None:
+        raise UserError("data.train_samples and data.train_fraction cannot both be set")
+    for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        entries = {name: entry.keys for name, entry in table.items()}
+        names = _check_names(kind, entries, parameters, training)
+        _check_keys_of(kind, entries, names, parameters, training)
+    for values in extreme_points(parameters, CONFIGS):
+        _check_combination(with_values(training, values, section="training"), values)
+
+
+def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:
+    """A value that the search may give to a setting must be one that the setting itself could have."""
+    section, name = section_and_name(key)
+    if section == "model" and name != "name":
+        return  # an option of the network: its own constructor judges it, in the preflight
+    names = {field.name for field in dataclasses.fields(CONFIGS[section])} - {"options"}
+    if name not in names or f"{section}.{name}" in STUDY_NEUTRAL_KEYS:
+        if section == "data" and ":" in data.name:
+            return
+        raise unknown_name("search.space: each key", key, searchable_keys())
+    check_value(f"search.space.{key}", value, CONFIGS[section], name)
+
+
+def _check_fixed_beside_searched(parameters: Mapping[str, Parameter], training: TrainingConfig) -> None:
+    for field in dataclasses.fields(TrainingConfig):
+        name = field.name
+        if isinstance(parameters.get(name), Range | Categorical) and not is_default(training, name):
+            value = getattr(training, name)
+            raise UserError(f"training.{name} has no effect beside search.space.{name}, got {value!r}")
+
+
+def _check_names(
+    kind: str, table: Mapping[str, Any], parameters: Mapping[str, Parameter], training: TrainingConfig
+) -> set[str]:
+    """Return the names of the optimizers or schedules that trials can have; refuse one that is not in the table."""
+    searched = parameters.get(kind)
+    setting, names = f"training.{kind}", {str(getattr(training, kind))}
+    if searched is not None:
+        setting, names = f"search.space.{kind}", {str(value) for value in searched.extreme_values()}
+    for name in names:
+        if name not in table:
+            raise unknown_name(setting, name, table)
+    return names
+
+
+def _check_keys_of(
+    kind: str,
+    table: Mapping[str, Collection[str]],
+    names: Collection[str],
+    parameters: Mapping[str, Parameter],
+    training: TrainingConfig,
+) -> None:
+    """Refuse a key of [training] that none of these optimizers or schedules reads."""
+    known = {key for keys in table.values() for key in keys}
+    used = {key for name in names for key in table[name]}
+    for key in sorted(known - used):
+        if key in parameters or not is_default(training, key):
+            setting = f"search.space.{key}" if key in parameters else f"training.{key}"
+            takers = ", ".join(name for name, keys in table.items() if key in keys)
+            raise UserError(f"{setting} has no meaning for {kind} {', '.join(sorted(names))} (only for {takers})")
+
+
+def _check_combination(training: TrainingConfig, values: Mapping[str, Scalar]) -> None:
+    """Check the rules between two settings of [training], for one combination of searched values."""
+    searched = f" (with {dict(values)} from search.space)" if values else ""
+    if training.lr is None:
+        raise UserError(f"training.lr must be set where search.space.lr has no case for it{searched}")
+    if training.nesterov and training.momentum == 0 and "nesterov" in OPTIMIZERS[training.optimizer].keys:
+        raise UserError(f"training.momentum must be greater than 0 with training.nesterov, got 0{searched}")
+    if training.schedule == "multistep" and not training.milestones:
+        raise UserError(f"training.milestones must name at least one epoch for schedule 'multistep'{searched}")
+    if training.warmup_epochs >= training.epochs:
+        raise UserError(
+            f"training.warmup_epochs must be less than training.epochs = {training.epochs}, "
+            f"got {training.warmup_epochs:g}{searched}"
+        )

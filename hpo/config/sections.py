@@ -1,35 +1,74 @@
-"""The tables of a study file beside [model], [data], [training], as frozen models; spec.py has the rules for them."""
+"""The tables of a study file beside [model], [data] and [training], as frozen models, and what holds of their keys."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Literal
 
-from hpo.search.config import Section
+from pydantic import Field
+
+from hpo.errors import Rule
+from hpo.search.config import PrunerSpec, SearchSpec, Section
+from hpo.train.config import TRIAL_NEUTRAL_KEYS
+
+DIRECTIONS = ("maximize", "minimize")
+OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # those of [training] that a user's own loop is given
+# Settings that may differ between two runs of one study without changing a single number of it.
+STUDY_NEUTRAL_KEYS = TRIAL_NEUTRAL_KEYS | {
+    "search.retries",
+    "engine.lanes",
+    "checkpoints.url",
+    "checkpoints.keep_best",
+}
+BUDGET_KEYS = frozenset({"search.trials"})  # of a sampled study: trials can be added to those that there are
 
 
 class ObjectiveSpec(Section):
-    """A user's own training loop, and which of the metrics it reports is searched for."""
+    """A user's own training loop, and which of the metrics it reports is optimized."""
 
-    function: str
-    metric: str = "val_accuracy"
-    direction: str = "maximize"
+    function: Annotated[str, Field(description="Your own training loop, as package.module:function.")]
+    metric: Annotated[str, Field(description="Which of the numbers it reports is optimized.")] = "val_accuracy"
+    direction: Annotated[
+        str,
+        Field(description="Whether more or less of the metric is better.", json_schema_extra={"enum": [*DIRECTIONS]}),
+    ] = "maximize"
 
 
 class EngineSpec(Section):
     """How a device is shared among trials."""
 
-    lanes: Any = "auto"  # trials that a worker trains at once; auto: as many as are fastest, measured
+    lanes: Annotated[
+        Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=1024)],
+        Rule("'auto' or an integer between 1 and 1024"),
+        Field(description="Trials that a worker trains at once; auto: as many as are fastest, measured."),
+    ] = "auto"
 
 
 class ConfirmSpec(Section):
-    """How many of the best learning rates are trained again after the search, each on how many fresh seeds."""
+    """How many of the best learning rates are trained again after the search, and on how many fresh seeds each."""
 
-    top: int = 3
-    seeds: int = 5
+    top: Annotated[int, Field(ge=1, description="How many of the best learning rates are trained again.")] = 3
+    seeds: Annotated[int, Field(ge=2, le=1000, description="On how many fresh seeds each, the same for all.")] = 5
 
 
 class CheckpointsSpec(Section):
-    """Where trials in training are kept, so that another worker can go on with them, and how many of the best stay."""
+    """Where trials in training are saved, so that another worker can resume them, and how many of the best stay."""
 
-    url: str | None = None  # None: beside the study's logs, which other machines do not see
-    keep_best: int = 1
+    url: Annotated[
+        str | None,
+        Field(
+            pattern="^[/~]|://",
+            description="An absolute folder or a URL that all machines reach. By default beside the study's logs.",
+        ),
+        Rule("an absolute folder or a URL such as s3://bucket/folder, which every machine can reach"),
+    ] = None
+    keep_best: Annotated[int, Field(ge=0, description="Of how many of the best trials the last checkpoint stays.")] = 1
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "search": SearchSpec,
+    "pruner": PrunerSpec,
+    "objective": ObjectiveSpec,
+    "engine": EngineSpec,
+    "checkpoints": CheckpointsSpec,
+    "confirm": ConfirmSpec,
+}

@@ -1,84 +1,115 @@
-"""The tables [search] and [pruner] of a study file, as frozen models."""
+"""The tables [search] and [pruner] of a study file, as frozen models: types, defaults, bounds and descriptions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hpo.search.space import Categorical, Conditional, Parameter, Scalar, grid_points, parse_space
 
+DEFAULT_TRIALS = 20
+
 
 class Section(BaseModel):
-    """A table of the study file: frozen, of known keys only."""
+    """A table of the study file: frozen, with known keys only and finite numbers only."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SearchSpec(Section):
-    """What is searched: the sampler, how many trials, and the space (`parameters` is the space, parsed)."""
+    """What is searched: the sampler, the number of trials, and the space (`parameters` is the space, parsed)."""
 
-    sampler: str = "tpe"
-    trials: int | None = None
-    seed: int = 0
-    retries: int = 1  # how often a trial that an exception ended is tried again
-    space: dict[str, Any] = Field(default_factory=dict)
-    try_first: list[dict[str, Any]] = Field(default_factory=list)
+    sampler: Annotated[str, Field(description="How values are drawn.")] = "tpe"
+    trials: Annotated[
+        int | None,
+        Field(ge=1, le=10**6, description="The number of trials, 20 by default. A grid has its own size."),
+    ] = None
+    seed: Annotated[int, Field(ge=0, description="Seed of the sampler.")] = 0
+    retries: Annotated[
+        int, Field(ge=0, le=100, description="How often a trial is retried after an exception, from its checkpoint.")
+    ] = 1
+    space: Annotated[
+        dict[str, Any], Field(description="The parameters to search: a list of values or a range for each.")
+    ] = Field(default_factory=dict)
+    try_first: Annotated[list[dict[str, Any]], Field(description="Points to evaluate before anything is sampled.")] = (
+        Field(default_factory=list)
+    )
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
+        """The space, parsed; raises UserError for a parameter that is none."""
         return parse_space(self.space, grid=self.sampler == "grid")
+
+    @property
+    def num_trials(self) -> int:
+        """The number of trials: a grid's own size, else what was given, else 20."""
+        return len(self.grid) if self.sampler == "grid" else self.trials or DEFAULT_TRIALS
 
     @cached_property
     def grid(self) -> list[dict[str, Scalar]]:
-        """Every combination of a grid, in the order of the study file with `try_first` in front."""
+        """Every combination of a grid, in the order of the study file, with `try_first` in front."""
 
-        def place(point: dict[str, Scalar]) -> int:
-            return next(
-                (i for i, first in enumerate(self.try_first) if first.items() <= point.items()), len(self.try_first)
-            )
+        def rank(point: dict[str, Scalar]) -> int:
+            ranks = (index for index, first in enumerate(self.try_first) if first.items() <= point.items())
+            return next(ranks, len(self.try_first))
 
-        return sorted(grid_points(self.parameters), key=place)
+        return sorted(grid_points(self.parameters), key=rank)
 
     def listed_values(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of a trial's values that come from a list, its learning rate and its seed aside."""
+        """Return those of a trial's values that come from a list, without its learning rate and its seed."""
         listed = {}
         for key, parameter in self.parameters.items():
-            found = (
-                parameter.cases.get(str(params.get(parameter.by))) if isinstance(parameter, Conditional) else parameter
-            )
-            if isinstance(found, Categorical) and key not in ("lr", "seed"):
+            case: Parameter | None = parameter
+            if isinstance(parameter, Conditional):
+                case = parameter.cases.get(str(params.get(parameter.by)))
+            if isinstance(case, Categorical) and key not in ("lr", "seed"):
                 listed[key] = params.get(key)
         return listed
 
 
 class PrunerSpec(Section):
-    """Which trials are dropped early. None means the pruner's own default, listed in `hpo.search.pruners.PRUNERS`."""
+    """Which trials are stopped early. None means the pruner's own default, listed in `hpo.search.pruners.PRUNERS`."""
 
-    name: str = "none"
-    startup_trials: int | None = None
-    warmup_epochs: int | None = None
-    percentile: float | None = None
-    min_epochs: int | None = None
-    reduction_factor: int | None = None
-    patience: int | None = None
-    min_delta: float | None = None
-    lower: float | None = None
-    upper: float | None = None
+    name: Annotated[str, Field(description="Name of the pruner.")] = "none"
+    startup_trials: Annotated[
+        int | None, Field(ge=0, description="Prune nothing before so many trials are complete.")
+    ] = None
+    warmup_epochs: Annotated[int | None, Field(ge=0, description="Prune no trial in its first epochs.")] = None
+    percentile: Annotated[
+        float | None, Field(ge=0, le=100, description="Keep the trials among this best percentage.")
+    ] = None
+    min_epochs: Annotated[int | None, Field(ge=1, description="Epochs before the first rung.")] = None
+    reduction_factor: Annotated[
+        int | None, Field(ge=2, description="At each rung, one trial in so many is trained further.")
+    ] = None
+    patience: Annotated[int | None, Field(ge=1, description="Epochs without an improvement to wait for.")] = None
+    min_delta: Annotated[float | None, Field(ge=0, description="The least change that is an improvement.")] = None
+    lower: Annotated[float | None, Field(description="Prune what is below this value.")] = None
+    upper: Annotated[float | None, Field(description="Prune what is above this value.")] = None
 
 
 class SearchSettings(Protocol):
     """What samplers and pruners read of a study's settings; a StudySpec has it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The study's name."""
+
     @property
-    def search(self) -> SearchSpec: ...
+    def search(self) -> SearchSpec:
+        """The table [search]."""
+
     @property
-    def pruner(self) -> PrunerSpec: ...
+    def pruner(self) -> PrunerSpec:
+        """The table [pruner]."""
+
     @property
-    def num_trials(self) -> int: ...
+    def num_trials(self) -> int:
+        """The number of trials of the search."""
+
     @property
-    def max_epochs(self) -> int: ...
+    def max_epochs(self) -> int:
+        """The most epochs that a trial can have."""

@@ -47,7 +47,7 @@ class SamplerEntry:
     """
 
     build: Callable[[int, int, SearchSettings], BaseSampler]
-    conditional: bool = False  # can it search a parameter that depends on another one?
+    takes_cases: bool = False  # can it search a parameter that depends on another one?
     min_ranges: int = 0
     counts: bool = False  # keeps a counter in the study, which one trial at a time may read and write
     begins_spread: bool = False  # needs some trials to learn from, which are spread over the space
@@ -97,10 +97,10 @@ def _cmaes(seed: int, study_seed: int, spec: SearchSettings) -> BaseSampler:
 
 SAMPLERS: dict[str, SamplerEntry] = {
     "grid": SamplerEntry(
-        _random, conditional=True
+        _random, takes_cases=True
     ),  # a grid's points are given with its slots; nothing is left to sample
-    "random": SamplerEntry(_random, conditional=True),
-    "tpe": SamplerEntry(_tpe, conditional=True, begins_spread=True, study=_reports_study),
+    "random": SamplerEntry(_random, takes_cases=True),
+    "tpe": SamplerEntry(_tpe, takes_cases=True, begins_spread=True, study=_reports_study),
     "qmc": SamplerEntry(_qmc, counts=True),
     "gp": SamplerEntry(_gp, begins_spread=True, study=_values_study),
     "cmaes": SamplerEntry(_cmaes, min_ranges=2, study=_values_study),

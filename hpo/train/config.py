@@ -1,7 +1,8 @@
 """TrialConfig and EpochResult: the only types that cross between the search and the training.
 
-Plain frozen dataclasses without torch or pydantic, so that either side can be used alone. They hold types and defaults;
-the rules for the values (ranges, which key goes with which optimizer) live in `hpo/config/study_spec.py`.
+Plain frozen dataclasses without torch or pydantic, so that either side can be used alone. Each field has its type, its
+default, its bounds (as `annotated_types` has them) and its description. The study file's reader enforces the bounds;
+rules between fields, such as which key goes with which optimizer, live in `hpo/config/checks.py`.
 """
 
 from __future__ import annotations
@@ -10,70 +11,121 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, Predicate
+
+from hpo.errors import Rule
 
 TORCHVISION = "torchvision:"  # begins the name of a model of torchvision's, and of no module of a user's
 # Settings that change no number of a trial: where its data and checkpoints are, and how often it is saved.
 TRIAL_NEUTRAL_KEYS = frozenset({"data.root", "data.placement", "training.checkpoint_epochs"})
 
 
+@dataclass(frozen=True)
+class Doc:
+    """A field's description, for people and for the JSON schema of study files."""
+
+    text: str
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """Return the field's JSON schema with the description; pydantic calls this, we need not import it."""
+        return {**handler(core_schema), "description": self.text}
+
+
+def _is_rising(epochs: Sequence[int]) -> bool:
+    return list(epochs) == sorted(set(epochs)) and all(epoch >= 1 for epoch in epochs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network: a built-in name, `torchvision:NAME` or `package.module:factory`; `options` go to its constructor."""
+    """The network: a built-in name, `torchvision:NAME` or `package.module:factory`."""
 
-    name: str = "article_cnn"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    name: Annotated[str, Doc("The network: article_cnn, torchvision:NAME, or package.module:factory of your own.")] = (
+        "article_cnn"
+    )
+    options: Annotated[Mapping[str, Any], Doc("Further keys, which go to the network's constructor.")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The pictures, how they are split and how they are augmented. `options` go to a user's own data factory."""
+    """The images, how they are split and how they are augmented."""
 
-    name: str = "digits"
-    root: str | None = None  # folder of the data set; None: $HPO_DATA, else ./data
-    validation_fraction: float = 0.1  # of the training pictures, stratified by class
-    split_seed: int = 0  # draws the validation pictures and the subset; one value, one split
-    train_samples: int | None = None  # use this many training pictures; None: all that the validation split leaves
-    train_fraction: float | None = None  # the same as a fraction of them
-    image_size: int = 32  # pixels; pictures of an image_folder are resized to this square
-    flip: bool = False  # mirror left-right at random
-    crop: int = 0  # pixels of zero padding around a picture before a random crop; 0: off
-    placement: Literal["auto", "device", "stream"] = "auto"  # where pictures live: on the device, or read in each epoch
-    options: Mapping[str, Any] = field(default_factory=dict)
+    name: Annotated[str, Doc("The data set: a built-in name, or package.module:factory of your own.")] = "digits"
+    root: Annotated[str | None, Doc("Folder of the data. By default $HPO_DATA, else ./data.")] = None
+    validation_fraction: Annotated[
+        float, Gt(0), Lt(1), Doc("Fraction of the training images to validate on, stratified by class.")
+    ] = 0.1
+    split_seed: Annotated[int, Ge(0), Doc("Draws the validation images and the subset; one value, one split.")] = 0
+    train_samples: Annotated[
+        int | None, Ge(1), Doc("Train on this many images only. By default on all that are not for validation.")
+    ] = None
+    train_fraction: Annotated[float | None, Gt(0), Le(1), Doc("The same as train_samples, as a fraction.")] = None
+    image_size: Annotated[
+        int, Ge(8), Le(4096), Doc("Side in pixels of the square to which images of an image_folder are resized.")
+    ] = 32
+    flip: Annotated[bool, Doc("Mirror images left-right at random.")] = False
+    crop: Annotated[int, Ge(0), Le(64), Doc("Pixels of zero padding before a random crop; 0: no crop.")] = 0
+    placement: Annotated[
+        Literal["auto", "device", "stream"],
+        Doc("Where images are kept: on the device, or streamed in each epoch. Results are the same."),
+    ] = "auto"
+    options: Annotated[Mapping[str, Any], Doc("Further keys, which go to your own data factory.")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a network is trained. `lr` is the peak of the schedule; lengths named *_epochs are in epochs."""
+    """How a network is trained. Lengths named *_epochs are in epochs."""
 
-    epochs: int = 10
-    batch_size: int = 128
-    optimizer: str = "adam"
-    lr: float | None = None
-    momentum: float = 0.0
-    nesterov: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float | None = None  # None: the optimizer's own default
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_epochs: float = 0.0  # linear warm-up in front of the schedule
-    step_epochs: int = 10  # step
-    milestones: Sequence[int] = ()  # multistep: epochs
-    gamma: float = 0.1  # step, multistep, exponential (per epoch), plateau
-    restarts: int = 3  # cosine_restarts: number of equal cycles
-    power: float = 1.0  # polynomial
-    final_lr_fraction: float = 0.0  # cosine, cosine_restarts, polynomial: where the schedule ends, as a fraction of lr
-    peak_fraction: float = 0.3  # one_cycle: share of the training before the peak
-    initial_lr_fraction: float = 0.04  # one_cycle: where it starts, as a fraction of lr
-    plateau_epochs: int = 3  # plateau: epochs without a lower validation loss before the rate falls
-    gradient_clip: float | None = None  # largest global gradient norm; None: off
-    label_smoothing: float = 0.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the GPU has it, else fp32
-    compile: bool = False  # torch.compile
-    checkpoint_epochs: int = 1  # a trial is saved every so many epochs, to be gone on with after an interruption
-    report_test_accuracy: bool = False  # also measure the test set each epoch; never used to choose
-    seed: int = 0
+    epochs: Annotated[int, Ge(1), Doc("Number of epochs of a trial.")] = 10
+    batch_size: Annotated[int, Ge(1), Doc("Number of images in a training step.")] = 128
+    optimizer: Annotated[str, Doc("Name of the optimizer.")] = "adam"
+    lr: Annotated[float | None, Gt(0), Doc("Learning rate, the peak of the schedule. Leave it out to search it.")] = (
+        None
+    )
+    momentum: Annotated[float, Ge(0), Lt(1), Doc("sgd, rmsprop: momentum.")] = 0.0
+    nesterov: Annotated[bool, Doc("sgd: Nesterov momentum.")] = False
+    beta1: Annotated[float, Ge(0), Lt(1), Doc("The adam family: decay of the gradient's running mean.")] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1), Doc("The adam family: decay of the squared gradient's running mean.")] = 0.999
+    eps: Annotated[float | None, Gt(0), Doc("Added to the denominator. By default the optimizer's own value.")] = None
+    weight_decay: Annotated[float, Ge(0), Doc("Weight decay.")] = 0.0
+    schedule: Annotated[str, Doc("Name of the learning rate schedule.")] = "constant"
+    warmup_epochs: Annotated[float, Ge(0), Doc("Linear warm-up in front of any schedule, in epochs.")] = 0.0
+    step_epochs: Annotated[int, Ge(1), Doc("step: epochs between two drops.")] = 10
+    milestones: Annotated[
+        Sequence[int],
+        Predicate(_is_rising),
+        Rule("rising epochs of at least 1"),
+        Doc("multistep: the epochs of the drops."),
+    ] = ()
+    gamma: Annotated[float, Gt(0), Le(1), Doc("step, multistep, exponential, plateau: factor of each drop.")] = 0.1
+    restarts: Annotated[int, Ge(1), Doc("cosine_restarts: number of equal cycles.")] = 3
+    power: Annotated[float, Gt(0), Doc("polynomial: its exponent.")] = 1.0
+    final_lr_fraction: Annotated[
+        float, Ge(0), Le(1), Doc("cosine, cosine_restarts, polynomial: where the schedule ends, as a fraction of lr.")
+    ] = 0.0
+    peak_fraction: Annotated[float, Gt(0), Lt(1), Doc("one_cycle: fraction of the training before the peak.")] = 0.3
+    initial_lr_fraction: Annotated[
+        float, Gt(0), Le(1), Doc("one_cycle: where the schedule starts, as a fraction of lr.")
+    ] = 0.04
+    plateau_epochs: Annotated[
+        int, Ge(0), Doc("plateau: epochs without a lower validation loss before the learning rate drops.")
+    ] = 3
+    gradient_clip: Annotated[float | None, Gt(0), Doc("Largest global gradient norm. By default no clipping.")] = None
+    label_smoothing: Annotated[float, Ge(0), Lt(1), Doc("Label smoothing of the training loss.")] = 0.0
+    precision: Annotated[Literal["auto", "fp32", "bf16"], Doc("auto: bf16 where the GPU has it, else fp32.")] = "auto"
+    compile: Annotated[bool, Doc("Compile the network with torch.compile.")] = False
+    checkpoint_epochs: Annotated[int, Ge(1), Doc("Save a trial in training every so many epochs.")] = 1
+    report_test_accuracy: Annotated[
+        bool, Doc("Also measure the test accuracy of each epoch. It is never used to choose.")
+    ] = False
+    seed: Annotated[
+        int, Ge(0), Doc("With a trial's number this gives the trial's own seed; searched, it is the trial's seed.")
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +140,10 @@ class TrialConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochResult:
-    """One epoch of one lane. Losses are means per picture in nats, accuracies fractions in [0, 1], `seconds` wall time.
+    """One epoch of one lane.
 
-    `diverged` is None, or says in a few words why the trial cannot recover: that ends the trial.
+    Losses are means per image in nats, accuracies fractions in [0, 1], `seconds` wall time. `diverged` is None, or says
+    in a few words why the trial cannot recover; that ends the trial.
     """
 
     lane: int
@@ -105,7 +158,7 @@ class EpochResult:
     diverged: str | None = None
 
     def metrics(self) -> dict[str, float]:
-        """What is reported of an epoch, by name."""
+        """Return what is reported of an epoch, by name."""
         metrics = {
             "train_loss": self.train_loss,
             "train_accuracy": self.train_accuracy,
@@ -120,9 +173,9 @@ class EpochResult:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """One seed from several, such as a trial's seed and an epoch: the same on every machine, 0 to 2**31 - 1.
+    """Return one seed from several parts, such as a trial's seed and an epoch: from 0 to 2**31 - 1, on every machine.
 
-    31 bits because torch, numpy, Optuna and a signed database column all take them.
+    The seed has 31 bits because torch, numpy, Optuna and a signed database column all take them.
     """
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1

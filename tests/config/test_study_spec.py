@@ -292,7 +292,7 @@ def test_integer_ranges_make_integers() -> None:
 
 
 def test_a_spec_can_be_built_in_python() -> None:
-    from hpo.config.study_spec import SearchSpec
+    from hpo.search.config import SearchSpec
 
     spec = StudySpec(name="p", search=SearchSpec(space={"lr": [0.1, 0.2]}), training=TrainingConfig(epochs=3))
     assert (spec.num_trials, spec.max_epochs) == (20, 3)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpo.config.study_spec import STUDY_NEUTRAL_KEYS
+from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.errors import UserError
 from hpo.train.checkpoint import (
     ABANDONED_TEMPORARY_S,

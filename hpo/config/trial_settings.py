@@ -1,0 +1,82 @@
+"""The settings of one trial: which setting each key of the search space names, and a trial's values in their places."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeVar
+
+from hpo.config.sections import STUDY_NEUTRAL_KEYS
+from hpo.search.space import Conditional, Parameter, Scalar, value_combinations
+from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
+from hpo.train.optim import OPTIMIZERS, SCHEDULES
+
+MAX_EXTREME_POINTS = 4096
+CONFIGS: dict[str, type[ModelConfig | DataConfig | TrainingConfig]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+}
+
+Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
+
+
+def section_and_name(key: str) -> tuple[str, str]:
+    """Return the setting that a key of the space names: `lr` is ("training", "lr"), `data.crop` ("data", "crop")."""
+    section, dot, name = key.partition(".")
+    return (section, name) if dot and section in ("model", "data") else ("training", key)
+
+
+def searchable_keys() -> list[str]:
+    """Return the keys that a space can have, without those of users' own networks and data."""
+    training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in STUDY_NEUTRAL_KEYS]
+    left_out = {*STUDY_NEUTRAL_KEYS, "data.options"}
+    data = [f"data.{f.name}" for f in dataclasses.fields(DataConfig) if f"data.{f.name}" not in left_out]
+    return [*training, "model.name", *data]
+
+
+def unread_keys(training: TrainingConfig) -> set[str]:
+    """Return the keys of [training] that other optimizers and schedules read, but not these."""
+    unread: set[str] = set()
+    for table, name in ((OPTIMIZERS, training.optimizer), (SCHEDULES, training.schedule)):
+        unread |= {key for entry in table.values() for key in entry.keys} - table[name].keys
+    return unread
+
+
+def is_default(config: ModelConfig | DataConfig | TrainingConfig, name: str) -> bool:
+    """Return whether a field of a config has its default."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    value = getattr(config, name)
+    return (tuple(value) if isinstance(value, list) else value) == default
+
+
+def with_values(config: Config, values: Mapping[str, Scalar], *, section: str) -> Config:
+    """Return a section's config with a trial's values in it; a key that is no field's becomes an option."""
+    names = {field.name for field in dataclasses.fields(config)}
+    fields: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for key, value in values.items():
+        key_section, name = section_and_name(key)
+        if key_section == section:
+            (fields if name in names else options)[name] = value
+    if options:
+        assert not isinstance(config, TrainingConfig)
+        fields["options"] = {**config.options, **options}
+    return dataclasses.replace(config, **fields)
+
+
+def extreme_points(parameters: Mapping[str, Parameter], sections: Collection[str]) -> Iterator[dict[str, Scalar]]:
+    """Yield the combinations of extreme values, each once, as far as they concern these sections; at most 4,096."""
+    concerned = {key for key in parameters if section_and_name(key)[0] in sections}
+    needed = concerned | {p.by for key, p in parameters.items() if key in concerned and isinstance(p, Conditional)}
+    seen = set()
+    points = value_combinations(
+        {key: parameters[key] for key in parameters if key in needed}, lambda parameter: parameter.extreme_values()
+    )
+    for point in itertools.islice(points, MAX_EXTREME_POINTS):
+        extreme_point = {key: value for key, value in point.items() if key in concerned}
+        if (items := tuple(extreme_point.items())) not in seen:
+            seen.add(items)
+            yield extreme_point
