@@ -25,6 +25,7 @@ from hpo.store import ledger as ledger_module
 from hpo.store.studies import Store
 from hpo.study.records import StudyRecord, TrialRecord
 from hpo.train.checkpoint import Checkpoint, CheckpointFolder
+from hpo.workers import lane_runner
 from hpo.workers import worker as worker_module
 from hpo.workers.checkpoints import StudyCheckpoints
 from hpo.workers.worker import Worker
@@ -54,7 +55,7 @@ def work(store: Store, study: StudyRecord, *, should_stop: Callable[[], bool] = 
 @pytest.fixture
 def prompt_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """No epoch begins before the one before is in the store, so that `should_stop` can name an epoch."""
-    monkeypatch.setattr(worker_module, "STALL", 1e6)
+    monkeypatch.setattr(lane_runner, "MAX_REPORT_SHARE", 1e6)
 
 
 @contextmanager

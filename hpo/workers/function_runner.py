@@ -1,0 +1,133 @@
+"""Trains trials by calling the user's own function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpo.errors import UserError
+from hpo.objective import Trial
+from hpo.store.studies import Store
+from hpo.study.records import Claim, StudyRecord
+from hpo.train.imports import import_object
+from hpo.workers.held_trials import HeldTrials
+from hpo.workers.reporting import TrialEnd, complete_end, diverged_end, pruned_end
+from hpo.workers.stop_signal import StopSignal
+
+
+class FunctionRunner:
+    """Calls the user's function for one trial after the other; a `Runner` (see `hpo.workers.worker`).
+
+    `function` names it as "module:name". `torch_device` is the device as torch names it in this process.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        study: StudyRecord,
+        held: HeldTrials,
+        stop: StopSignal,
+        *,
+        function: str,
+        torch_device: str,
+    ) -> None:
+        self._store = store
+        self._study = study
+        self._spec = study.spec
+        self._held = held
+        self._stop = stop
+        self._function = function
+        self._torch_device = torch_device
+
+    def step(self) -> bool:
+        """Claim a trial and call the function for it; return False where there was no trial to claim."""
+        claim = self._held.claim()
+        if claim is None:
+            return False
+        with self._held.dropping_lost_claims(claim), self._held.failing_trials_on_error([claim]):
+            self._train(claim)
+        return True
+
+    def drain(self) -> None:
+        """Do nothing: between two steps no trial is in training."""
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to free."""
+
+    def _train(self, claim: Claim) -> None:
+        attempt = FunctionAttempt(self._store, self._study, self._held, self._stop, claim)
+        values, seed = self._held.suggest(claim)
+        trial = Trial(
+            params=values,
+            device=self._torch_device,
+            epochs=self._spec.training.epochs,
+            seed=seed,
+            checkpoint_dir=self._make_folder(claim),
+            number=claim.number,
+            attempt=claim.attempt,
+            _metric=self._spec.metric,
+            _on_report=attempt.report,
+        )
+        import_object(self._function, setting="objective.function")(trial)
+        end = attempt.end or self._end_by_last_report(claim)
+        if end is None:
+            self._held.release(claim)
+        else:
+            self._held.finish(claim, end)
+
+    def _make_folder(self, claim: Claim) -> Path:
+        """Make the folder of the trial's own, which is the same for each of its attempts."""
+        url = self._spec.checkpoints.url
+        root = Path(url).expanduser() / self._study.key if url else self._store.folder(self._study) / "trials"
+        folder = root / f"{claim.number:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _end_by_last_report(self, claim: Claim) -> TrialEnd | None:
+        """Return the end of a trial whose function has returned without having been told to, or None to release it.
+
+        Its last report may be an earlier attempt's, which was killed after it and left nothing to train.
+        """
+        last = self._store.last_report(claim)
+        if last is None:
+            raise UserError(f"{self._function} returned without a trial.report(...)")
+        epoch, value = last
+        if self._stop.is_set() and epoch < self._spec.max_epochs:
+            return None
+        if not math.isfinite(value):
+            return diverged_end(f"{self._spec.metric} = {value}", epoch)
+        return complete_end(epoch)
+
+
+class FunctionAttempt:
+    """One call of the user's function for a trial: what it reports, and how it was told to end, if it was."""
+
+    def __init__(self, store: Store, study: StudyRecord, held: HeldTrials, stop: StopSignal, claim: Claim) -> None:
+        self._store = store
+        self._spec = study.spec
+        self._held = held
+        self._stop = stop
+        self._claim = claim
+        self.end: TrialEnd | None = None
+
+    def report(self, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """Report an epoch to the store; return whether the function should return now."""
+        if self.end is not None:
+            return True  # it was told to return and reports all the same: nothing more is recorded
+        value = metrics[self._spec.metric]
+        is_finite, is_last = math.isfinite(value), epoch >= self._spec.max_epochs
+        verdict = self._store.report(
+            self._claim,
+            self._spec,
+            epoch=epoch,
+            metrics=metrics,
+            value=value,
+            may_prune=self._claim.kind == "search" and is_finite and not is_last,
+        )
+        self._held.note_verdict(self._claim, verdict)
+        if not is_finite:
+            self.end = diverged_end(f"{self._spec.metric} = {value}", epoch)
+        elif verdict == "prune" and not is_last:
+            self.end = pruned_end(self._spec.pruner.name, epoch)
+        return self.end is not None or (self._stop.is_set() and not is_last)
