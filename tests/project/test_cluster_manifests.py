@@ -442,7 +442,7 @@ def scripts(tmp_path: Path, postgres: Any, held_loop: str) -> Iterator[Scripts]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=180)
     return process.returncode, output
 
 

@@ -140,7 +140,7 @@ class Stack:
     def run(self, *arguments: str, typed: str = "", volumes: tuple[str, ...] = ()) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
         process = self.start(*arguments, volumes=volumes)
-        output, errors = process.communicate(typed, timeout=120)
+        output, errors = process.communicate(typed, timeout=180)
         return process.returncode, output, errors
 
 
@@ -247,10 +247,10 @@ def test_a_worker_that_stays_trains_allowed_code_and_when_stopped_leaves_its_tri
     run = stack.start("worker", "hpo run studies/held.toml --workers 1")
     wait_for(lambda: [row for row in reading.studies(storage=stack.url) if row["trials"].get("running") == 2])
     worker.terminate()
-    output, errors = worker.communicate(timeout=GRACE_PERIOD_S)
+    output, errors = worker.communicate(timeout=180)
     assert worker.returncode == 0, output + errors
     (stack.folder / "studies/go").touch()
-    output, errors = run.communicate(timeout=120)
+    output, errors = run.communicate(timeout=180)
     assert run.returncode == 0, output + errors
     assert stack.run("worker", "hpo status held")[1].startswith("study held: 2 complete\n")
 
@@ -260,5 +260,5 @@ def test_a_worker_that_waits_ends_well_when_stopped(stack: Stack) -> None:
     worker = stack.start("worker")
     assert worker.stdout.readline() == "waiting for a study\n"
     worker.terminate()
-    output, errors = worker.communicate(timeout=GRACE_PERIOD_S)
+    output, errors = worker.communicate(timeout=180)
     assert worker.returncode == 0, output + errors

@@ -66,13 +66,14 @@ def small() -> StudyReport:
 def opened(browser: Browser, path: Path, *, width: int = 1280, **options: Any) -> Iterator[Page]:
     """The page, drawn; it must make no request, and nothing may be said on its console, at any time."""
     page = browser.new_page(viewport={"width": width, "height": 850}, **options)
+    page.set_default_timeout(180_000)
     said: list[str] = []
     requests: list[str] = []
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("console", lambda message: said.append(message.text))
     page.on("request", lambda request: requests.append(request.url))
     page.goto(path.as_uri())
-    page.wait_for_selector("html[data-ready-ms]", timeout=60_000)
+    page.wait_for_selector("html[data-ready-ms]", timeout=180_000)
     yield page
     assert said == []
     assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
@@ -211,7 +212,7 @@ def test_the_policy_of_the_page_lets_no_script_but_its_own_run_and_nothing_be_fe
     path.write_text(changed)
     page = browser.new_page()
     page.goto(path.as_uri())
-    page.wait_for_selector("html[data-ready-ms]", timeout=60_000)
+    page.wait_for_selector("html[data-ready-ms]", timeout=180_000)
     assert page.title() != "owned"
     assert page.evaluate("fetch('https://example.org/').then(() => 'fetched', () => 'refused')") == "refused"
     page.close()
@@ -418,7 +419,7 @@ def test_a_look_returns_at_once_and_publishes_rarely(trained: Store, monkeypatch
 
     def slow(*_: Any, **__: Any) -> None:
         begun.append(1)
-        went_on.wait(10)
+        went_on.wait()
 
     monkeypatch.setattr(Store, "show", slow)
     publisher = Publisher(trained, trained.study("s"))

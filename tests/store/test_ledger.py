@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -247,7 +246,7 @@ def test_eight_processes_create_one_study_and_train_each_grid_point_once(url: st
     lrs = [index / 100 for index in range(1, 41)]
     ended = subprocess.run(
         [sys.executable, "-c", EIGHT_PROCESSES, url, json.dumps(make_spec(*lrs).frozen())],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert ended.stderr == ""
     pairs = [line.split() for line in ended.stdout.splitlines()]
@@ -1021,7 +1020,7 @@ def test_a_restarted_server_is_waited_for_and_nothing_is_lost(
     store: Store, make_spec: MakeSpec, stoppable_postgres: Postgres
 ) -> None:
     study, worker = begin(store, make_spec(0.1))
-    patient = Store(url_of(store), patience_s=60)
+    patient = Store(url_of(store), patience_s=600)
     held = claim(patient, study, worker)
     stoppable_postgres.stop()
     try:
@@ -1035,7 +1034,8 @@ def test_a_restarted_server_is_waited_for_and_nothing_is_lost(
         assert reporting.is_alive()
     finally:
         stoppable_postgres.start()
-    reporting.join(timeout=30)
+    reporting.join(timeout=180)
+    assert not reporting.is_alive()
     store.finish(held, "complete", reason="")  # the store that was refused is of use again
     assert (trial(store, study).epochs, trial(store, study).value) == ([1, 2], 0.6)
 
@@ -1043,7 +1043,7 @@ def test_a_restarted_server_is_waited_for_and_nothing_is_lost(
 @only_sqlite
 def test_a_lock_that_outlasts_the_timeout_is_waited_for(url: str, make_spec: MakeSpec) -> None:
     study, worker = begin(Store(url, create=True), make_spec(0.1))
-    patient, impatient = Store(f"{url}?timeout=0.1", patience_s=60), Store(f"{url}?timeout=0.1")
+    patient, impatient = Store(f"{url}?timeout=0.1", patience_s=600), Store(f"{url}?timeout=0.1")
     held = claim(patient, study, worker)
     writer = sqlite3.connect(patient.url.database or "")
     writer.execute("BEGIN IMMEDIATE")
@@ -1054,7 +1054,8 @@ def test_a_lock_that_outlasts_the_timeout_is_waited_for(url: str, make_spec: Mak
     reporting.join(timeout=0.5)
     assert reporting.is_alive()
     writer.close()
-    reporting.join(timeout=30)
+    reporting.join(timeout=180)
+    assert not reporting.is_alive()
     assert trial(impatient, study).epochs == [1]
 
 
@@ -1078,15 +1079,14 @@ def test_a_worker_that_is_told_to_leave_waits_no_longer(url: str, make_spec: Mak
     assert len(calls) >= 3
 
 
-def test_a_request_that_is_wrong_is_not_tried_again(url: str) -> None:
+def test_a_request_that_is_wrong_is_not_tried_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     patient = Store(url, create=True, patience_s=600)
     with patient.storage.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.exec_driver_sql("DROP TABLE hpo_attempts")
         connection.exec_driver_sql("DROP TABLE hpo_slots")
-    began = time.monotonic()
+    monkeypatch.setattr("hpo.store.retry.time.sleep", lambda _: pytest.fail("it is tried again"))
     with pytest.raises(StoreFailed):
         patient.counts(1)
-    assert time.monotonic() - began < 30
 
 
 # Other versions, other stores
@@ -1202,7 +1202,7 @@ def test_a_connection_that_is_cut_at_any_statement_is_replaced_and_the_call_succ
     store: Store, make_spec: MakeSpec, postgres: Any, action: str
 ) -> None:
     study, worker = begin(store, make_spec(search={"trials": 60, "sampler": "tpe"}, pruner={"name": "median"}))
-    patient = Store(url_of(store), patience_s=30)
+    patient = Store(url_of(store), patience_s=600)
     cut = postgres.execute
     engine = patient.storage.engine  # type: ignore[attr-defined]
 

@@ -110,7 +110,7 @@ def test_two_runs_of_one_study_at_the_same_time_share_its_trials(
     runs = [hpo.start(*RUN, "--workers", "2") for _ in range(2)]
     wait_for(lambda: num_held(hpo) == 4)
     go(hpo)
-    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    outputs = [run.communicate(timeout=180)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert is_finished(hpo, 12)
     assert {trial.attempt for trial in trials(hpo)} == {1}
@@ -171,7 +171,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_trained_again(
     (pid,) = hpo.worker_pids()
     os.kill(pid, signal.SIGKILL)
     go(hpo)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=180)
     assert run.returncode == 0, output
     assert is_finished(hpo, 2)
     assert [trial.attempt for trial in trials(hpo)] == [2, 1]
@@ -237,7 +237,7 @@ def test_a_loop_may_have_processes_of_its_own_and_leaves_none_behind(
     assert exit_code == 0, output
     assert is_finished(hpo, 1)
     pid = int((hpo.folder / "forgotten").read_text())
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, timeout_s=5)
+    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_workers_that_die_at_their_start_stop_the_study_with_the_end_of_their_log(
@@ -267,18 +267,20 @@ def test_three_trials_that_fail_the_same_way_end_the_command_with_the_traceback(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_command_ends_within_seconds_says_how_to_go_on_and_does(
+def test_an_interrupted_command_ends_by_itself_says_how_to_go_on_and_does(
     hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor, number: signal.Signals
 ) -> None:
     hpo.write(make_spec(*TWELVE[:4]), HELD)
     run = hpo.start(*RUN, "--workers", "2")
     wait_for(lambda: num_held(hpo) == 2)
     run.send_signal(number)
-    output, _ = run.communicate(timeout=10)
+    output, _ = run.communicate(timeout=180)
     assert run.returncode == 1
     assert "hpo: interrupted\ngo on with: hpo run study.toml" in output
     assert hpo.worker_pids() == []
     assert states(hpo) == {"waiting": 4}
+    # Nobody was killed: the workers left at their next report.
+    assert {attempt.outcome for trial in trials(hpo) for attempt in trial.attempts} == {"released"}
     go(hpo)
     assert hpo.run(*RUN)[0] == 0
     assert is_finished(hpo, 4)
@@ -289,7 +291,7 @@ def test_hpo_stop_ends_the_command_and_resume_goes_on(hpo: Hpo, make_spec: MakeS
     run = hpo.start(*RUN)
     wait_for(lambda: num_held(hpo) == 1)
     assert hpo.here("stop", "s")[0] == 0
-    output, _ = run.communicate(timeout=20)
+    output, _ = run.communicate(timeout=180)
     assert run.returncode == 1
     assert "study 's' was stopped with 3 trials left" in output
     assert hpo.worker_pids() == []
@@ -315,8 +317,8 @@ def test_a_trial_that_never_comes_to_its_next_report_is_left_and_given_back(
     run = hpo.start(*RUN)
     wait_for(lambda: num_held(hpo) == 1)
     run.send_signal(number)
-    run.communicate(timeout=10)
-    wait_for(lambda: not hpo.worker_pids(), timeout_s=10)
+    run.communicate(timeout=180)
+    wait_for(lambda: not hpo.worker_pids())
     assert states(hpo) == {"waiting": 1}
 
 

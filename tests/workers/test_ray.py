@@ -160,14 +160,14 @@ def test_a_study_on_three_nodes_loses_a_node_gains_one_and_loses_its_command(
     hpo.write(make_spec(search={"sampler": "random", "trials": 24}, epochs=8), LOOP)
     (hpo.folder / "hold").touch()
     first = hpo.start("run", "study.toml", *ON_GPUS)
-    wait_for(lambda: num_held(hpo) == 3, timeout_s=120)
+    wait_for(lambda: num_held(hpo) == 3)
     with connected(cluster):
         supervisors = [actor for actor in living_actors(cluster) if actor.class_name == "StudyController"]
     _head, *others = cluster.list_all_nodes()
     cluster.remove_node(next((node for node in others if node.node_id == supervisors[0].node_id), others[-1]))
     wait_for(lambda: num_held(hpo) == 2)  # at once, not after the lease
     add_node(cluster, "four")
-    wait_for(lambda: num_held(hpo) == 3, timeout_s=120)
+    wait_for(lambda: num_held(hpo) == 3)
     assert len({row["host"] for row in workers(hpo)}) == 4
     first.kill()
     first.wait()
@@ -205,7 +205,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
     (hpo.folder / "hold").touch()
     exit_code, output = hpo.run("run", "study.toml", *ON_GPUS, "--detach")
     assert (exit_code, "study s trains on the cluster without this command" in output) == (0, True), output
-    wait_for(lambda: num_held(hpo) == 3, timeout_s=120)
+    wait_for(lambda: num_held(hpo) == 3)
 
     status = json.loads(hpo.run("status", "s", "--json")[1])
     assert {(worker["device"], worker["epoch"]) for worker in status["workers"]} == {("cpu for GPU 0", 3)}
@@ -225,7 +225,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
 
     # Its workers die with the supervisor; Ray starts that again, and it others, with the code that came along.
     os.kill(next(actor.pid for actor in alive if "supervisor" in actor.repr_name), signal.SIGKILL)
-    wait_for(lambda: num_lost(hpo) == 3 and num_held(hpo) == 3, timeout_s=120)
+    wait_for(lambda: num_lost(hpo) == 3 and num_held(hpo) == 3)
     assert {trial.number for trial in trials(hpo) for tried in trial.attempts if tried.outcome == "lost"} == {0, 1, 2}
 
     watching = hpo.start("run", "study.toml", *ON_GPUS)  # attaches, and starts no further workers
@@ -234,7 +234,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
     assert len(workers(hpo)) == 6
     assert hpo.run("stop", "s")[0] == 0
     (hpo.folder / "hold").unlink()
-    output, _ = watching.communicate(timeout=60)
+    output, _ = watching.communicate(timeout=180)
     assert (watching.returncode, "study 's' was stopped with 6 trials left" in output) == (1, True), output
     assert "go on with: hpo run study.toml --devices cpu --on auto --resource num_gpus=1" in output
     with connected(cluster):
@@ -242,10 +242,10 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
 
     (hpo.folder / "hold").touch()
     going_on = hpo.start("resume", "s", *ON_GPUS, "--allow", "loop", "--workers", "2")
-    wait_for(lambda: Counter(trial.state for trial in trials(hpo))["running"] == 2, timeout_s=120)
+    wait_for(lambda: Counter(trial.state for trial in trials(hpo))["running"] == 2)
     going_on.send_signal(signal.SIGINT)
     (hpo.folder / "hold").unlink()
-    output, _ = going_on.communicate(timeout=60)
+    output, _ = going_on.communicate(timeout=180)
     assert (going_on.returncode, "interrupted" in output) == (1, True), output
     assert Counter(trial.state for trial in trials(hpo))["running"] == 0
     again = Counter(epochs_trained(hpo)) - Counter(set(epochs_trained(hpo)))

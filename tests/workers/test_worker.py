@@ -66,7 +66,7 @@ def working(store: Store, study: StudyRecord, **options: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        thread.join(timeout=60)
+        thread.join(timeout=180)
         assert not thread.is_alive()
 
 
@@ -558,7 +558,7 @@ def test_a_checkpoint_is_written_while_the_next_epoch_trains_and_before_that_is_
     save, run_epoch, report_all = CheckpointFolder.save, PlainEngine.run_epoch, Store.report_all
 
     def slow_save(self: CheckpointFolder, checkpoint: Any) -> None:
-        assert checkpoint.epoch > 1 or training_second.wait(timeout=30)
+        assert checkpoint.epoch > 1 or training_second.wait(timeout=180)
         save(self, checkpoint)
         events.append(f"saved {checkpoint.epoch}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -339,10 +338,8 @@ def test_an_absent_data_set_says_where_it_was_looked_for(
         raise OSError("no route to host")
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    start = time.monotonic()
     with pytest.raises(UserError, match=f"data.name = '{name}' was not found .looked for {tmp_path}.*data.root"):
         load(name, root=str(tmp_path))
-    assert time.monotonic() - start < 10
     assert len(asked) <= 2
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
