@@ -297,7 +297,7 @@ def _create(spec: StudySpec, url: str, launcher: Launcher, facts: Mapping[str, A
     """Create the study, with the learning rates that a range test finds where the spec asks for one."""
     closed, found = ranges.resolve(
         spec,
-        measure=lambda spec: launcher.ask(ranges.measure_ramps, spec, launcher.request, on_device=True),
+        measure=lambda spec: launcher.call(ranges.measure_ramps, spec, launcher.devices, on_device=True),
         stored=lambda: _find(spec.name, url)[1],
     )
     store = Store(url, create=True)
@@ -334,7 +334,7 @@ def _checked(spec: StudySpec, allowed: ImportAllowlist, launcher: Launcher) -> I
     """Enter the launcher, let modules of the user's own be imported, check everything; give the facts found."""
     allowed.check(spec)
     with launcher, allowed.importable():
-        yield launcher.ask(preflight.check, spec, launcher.kinds)
+        yield launcher.call(preflight.check, spec, launcher.device_kinds)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where workers run, behind one interface."""
+"""The interface of all launchers, which run the workers of a study somewhere."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from hpo.store.studies import Store
 from hpo.study.records import StudyRecord
 from hpo.workers.supervisor import Watch
 
-if TYPE_CHECKING:
-    pass
-
-
-Answer = TypeVar("Answer")
+Returned = TypeVar("Returned")
 
 
 class Launcher(ABC):
-    """Runs workers somewhere. A context manager: what `run` and `ask` need is there inside."""
+    """Runs workers somewhere.
 
-    can_be_left = False  # whether a study can go on when this process has ended, by `submit`
+    A context manager: `run`, `submit` and `call` may be called inside it alone, from the thread that entered it.
+    """
 
-    def __init__(self, request: str, *, kinds: Collection[str]) -> None:
-        self.request = request  # the value of --devices where workers run
-        self.kinds = kinds  # of those devices
+    can_be_left = False  # whether `submit` works: the study goes on when this process has ended
+
+    def __init__(self, devices: str, *, device_kinds: Collection[str]) -> None:
+        self.devices = devices  # as --devices names them, where the workers run
+        self.device_kinds = device_kinds
 
     def __enter__(self) -> Self:
         return self
@@ -38,24 +37,40 @@ class Launcher(ABC):
 
     @abstractmethod
     def run(self, store: Store, study: StudyRecord, *, watch: Watch) -> None:
-        """Runs workers until no slot of the study is left or the study is stopped.
+        """Run workers until no slot of the study is left or the study is stopped.
 
-        Raises StudyStopped where that cannot be reached: workers that die again and again, or an interruption by
-        Ctrl-C or SIGTERM. No worker is left when it returns or raises.
+        No worker is left when it returns or raises.
+
+        Args:
+            store: The store of the study.
+            study: The study.
+            watch: Called several times a second meanwhile.
+
+        Raises:
+            StudyStopped: Workers die again and again, or Ctrl-C or SIGTERM interrupt the process.
         """
 
     def submit(self, store: Store, study: StudyRecord) -> None:
-        """Has the workers run without this process, and returns once they are under way; where `can_be_left`."""
+        """Start workers that do not need this process, and return once they are under way; where `can_be_left`."""
         raise NotImplementedError
 
-    def ask(self, question: Callable[..., Answer], *args: Any, on_device: bool = False) -> Answer:
-        """What a function returns, or raises, where workers run; `on_device`, with a device as they have."""
-        return question(*args)
+    def call(self, function: Callable[..., Returned], *args: Any, on_device: bool = False) -> Returned:
+        """Call a function where the workers run, and return or raise what it does.
+
+        Args:
+            function: A function of a module that is installed there.
+            args: Its arguments.
+            on_device: Whether it needs a device, as a worker does.
+        """
+        return function(*args)
 
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them, up to the third. Does nothing outside the main thread."""
+    """Collect the numbers of SIGINT and SIGTERM in a list; the third one raises KeyboardInterrupt.
+
+    Outside the main thread the list stays empty, as only that one can handle signals.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -32,7 +32,7 @@ from ray.util.state import list_actors, list_tasks  # noqa: E402
 from hpo.workers.ray_actors import IDLE_S  # noqa: E402
 
 if TYPE_CHECKING:
-    from conftest import Hpo, Postgres
+    from tests.conftest import Hpo, Postgres
 
 MakeSpec = Callable[..., StudySpec]
 WaitFor = Callable[..., Any]
@@ -82,13 +82,13 @@ def cluster() -> Iterator[Cluster]:
 
 
 def add_node(cluster: Cluster, name: str) -> None:
-    """Adds a node that unpacks code into a folder of its own, as on a machine of its own."""
+    """Add a node that unpacks code into a folder of its own, as on a machine of its own."""
     cluster.add_node(**NODE, runtime_env_dir_name=f"runtime_resources_{name}")
 
 
 @pytest.fixture
 def on_cluster(cluster: Cluster, hpo: Hpo, postgres: Postgres) -> Iterator[Hpo]:
-    """`hpo` with an empty Postgres store, where RAY_ADDRESS names the cluster; no actor of its is left afterwards."""
+    """`hpo` with an empty Postgres store and RAY_ADDRESS; its actors are killed afterwards."""
     with postgres.database() as hpo.url:
         hpo.environment = {"RAY_ADDRESS": cluster.address, "HPO_TEST_FOLDER": str(hpo.folder)}
         yield hpo
@@ -101,7 +101,7 @@ def on_cluster(cluster: Cluster, hpo: Hpo, postgres: Postgres) -> Iterator[Hpo]:
 
 @pytest.fixture
 def wait_for(wait_for: WaitFor, cluster: Cluster, on_cluster: Hpo) -> WaitFor:
-    """As everywhere; tells what it has come to where that was in vain."""
+    """Wait as everywhere; where it was in vain, raise what the trials, workers and logs say."""
 
     def wait(condition: Callable[[], Any], **options: Any) -> Any:
         try:
@@ -124,7 +124,8 @@ def connected(cluster: Cluster) -> Iterator[None]:
 
 
 def living_actors(cluster: Cluster) -> list[Any]:
-    return list_actors(cluster.address, detail=True, filters=[("state", "=", "ALIVE")])
+    found: list[Any] = list_actors(cluster.address, detail=True, filters=[("state", "=", "ALIVE")])
+    return found
 
 
 def trials(hpo: Hpo) -> list[TrialRecord]:
@@ -138,7 +139,7 @@ def trained(hpo: Hpo) -> list[list[Any]]:
 
 
 def num_held(hpo: Hpo) -> int:
-    """How many trials are in training and have come to the epoch from which on the file "hold" keeps them."""
+    """Return how many trials are in training and have reached the epoch at which the file "hold" keeps them."""
     try:
         return sum(trial.state == "running" and max(trial.epochs, default=0) >= 3 for trial in trials(hpo))
     except UserError:  # there is no study yet
@@ -229,7 +230,9 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
     assert {trial.number for trial in trials(hpo) for tried in trial.attempts if tried.outcome == "lost"} == {0, 1, 2}
 
     watching = hpo.start("run", "study.toml", *ON_GPUS)  # attaches, and starts no further workers
-    wait_for(lambda: "study s:" in watching.stdout.readline())
+    stdout = watching.stdout
+    assert stdout is not None
+    wait_for(lambda: "study s:" in stdout.readline())
     time.sleep(1.0)
     assert len(workers(hpo)) == 6
     assert hpo.run("stop", "s")[0] == 0
@@ -253,7 +256,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
 
 
 def epochs_trained(hpo: Hpo) -> list[tuple[int, int]]:
-    """Trial and epoch of all that was trained, also a second time."""
+    """Return trial and epoch of all that was trained, repetitions included."""
     return [(number, epoch) for number, _, epoch, _, _ in trained(hpo)]
 
 
@@ -321,18 +324,18 @@ def test_a_ray_of_its_own_trains_from_an_sqlite_store_and_ends_with_the_command(
 # How many workers there are
 
 
-class Seat:
-    """A worker's place that is taken at once where there is room for it."""
+class FakeWorker:
+    """A worker that is placed at once where there is room."""
 
     room = 0
 
-    def __init__(self, _plan: Any, index: int) -> None:
+    def __init__(self, _request: Any, index: int) -> None:
         self.process: tuple[str, int] | None = None
         self.leaves, self.index = False, index
 
     def is_running(self) -> bool:
-        if self.process is None and Seat.room > 0:
-            Seat.room -= 1
+        if self.process is None and FakeWorker.room > 0:
+            FakeWorker.room -= 1
             self.process = ("node", self.index)
         return not self.leaves
 
@@ -341,11 +344,11 @@ class Seat:
     def show(self, _trials: object) -> None: ...
 
     def ask_to_leave(self) -> None:
-        Seat.room += self.process is not None
+        FakeWorker.room += self.process is not None
 
 
 class Counts:
-    """What the crew asks a store: how many trials wait, and which processes have one."""
+    """The store as a pool sees it: how many trials wait, and which processes have one."""
 
     def __init__(self) -> None:
         self.waiting, self.busy = 0, set[tuple[str, int]]()
@@ -358,22 +361,22 @@ class Counts:
 
 
 @pytest.fixture
-def crew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Counts, Callable[[float], list[Seat]]]]:
-    """A crew, the store that it asks, and a call that lets time pass and returns the seats that are taken."""
+def crew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Counts, Callable[[float], list[FakeWorker]]]]:
+    """Return a function that makes a pool, its store, and a call that lets time pass and returns the placed workers."""
     from hpo.workers import ray_actors
 
-    def make(*, limit: int | None, room: int) -> tuple[Any, Counts, Callable[[float], list[Seat]]]:
-        at, store, Seat.room = 1000.0, Counts(), room
-        monkeypatch.setattr(ray_actors, "_Place", Seat)
-        monkeypatch.setattr(ray_actors, "_room", lambda _options: Seat.room)
-        monkeypatch.setattr(ray_actors.time, "monotonic", lambda: at)
-        made = ray_actors.RayPool(type("Plan", (), {"limit": limit, "options": {}, "num_open": 0})())
+    def make(*, limit: int | None, room: int) -> tuple[Any, Counts, Callable[[float], list[FakeWorker]]]:
+        at, store, FakeWorker.room = 1000.0, Counts(), room
+        monkeypatch.setattr(ray_actors, "RayWorker", FakeWorker)
+        monkeypatch.setattr(ray_actors, "_room", lambda _options: FakeWorker.room)
+        monkeypatch.setattr(time, "monotonic", lambda: at)
+        made: Any = ray_actors.RayPool(type("Request", (), {"max_workers": limit, "options": {}, "num_open": 0})())
 
-        def after(seconds: float) -> list[Seat]:
+        def after(seconds: float) -> list[FakeWorker]:
             nonlocal at
             at += seconds
             made.adjust(store, type("Study", (), {"study_id": 1})())
-            return [seat for seat in made.places if seat.is_running() and seat.process is not None]
+            return [worker for worker in made.places if worker.is_running() and worker.process is not None]
 
         return made, store, after
 
@@ -386,7 +389,7 @@ def test_a_crew_takes_all_room_and_asks_for_more_so_that_a_cluster_may_grow(crew
     assert len(after(0)) == 4
     after(5)
     assert len(made.places) == 8  # as many again: what an autoscaler sees
-    Seat.room = 20
+    FakeWorker.room = 20
     assert len(after(5)) == 24  # what those who waited and newcomers had room for
 
 
@@ -402,13 +405,13 @@ def test_there_are_never_more_workers_than_trials_nor_than_were_asked_for(
 def test_idle_workers_leave_but_the_last_one_waits_for_what_may_follow(crew: Any) -> None:
     _made, store, after = crew(limit=None, room=4)
     store.waiting = 4
-    seats = after(0)
-    store.waiting, store.busy = 0, {seats[0].process}
+    workers_placed = after(0)
+    store.waiting, store.busy = 0, {workers_placed[0].process}
     assert len(after(5)) == 4
     assert len(after(IDLE_S - 1)) == 4
-    assert [seat.index for seat in after(1)] == [0]
+    assert [worker.index for worker in after(1)] == [0]
     store.busy = set()
-    assert [seat.index for seat in after(100)] == [0]
+    assert [worker.index for worker in after(100)] == [0]
     store.waiting = 15  # a confirmation
     assert len(after(5)) == 4
 
@@ -416,9 +419,9 @@ def test_idle_workers_leave_but_the_last_one_waits_for_what_may_follow(crew: Any
 def test_workers_that_wait_for_room_are_not_waited_for(crew: Any) -> None:
     made, store, after = crew(limit=None, room=2)
     store.waiting = 10
-    seats = after(0)
+    workers_placed = after(0)
     after(5)
     assert len(made.places) == 4
-    store.waiting, store.busy = 0, {seat.process for seat in seats}
+    store.waiting, store.busy = 0, {worker.process for worker in workers_placed}
     after(5)
-    assert [seat for seat in made.places if not seat.leaves] == seats
+    assert [worker for worker in made.places if not worker.leaves] == workers_placed

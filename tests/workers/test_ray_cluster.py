@@ -1,4 +1,4 @@
-"""What is asked of Ray, refused and packed before there is any Ray: these tests need none."""
+"""Executors, what a launcher for Ray refuses, and what it packs: these tests need no Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hpo.cli.options import executor_options, make_executor, worker_arguments
 from hpo.config.import_policy import ImportAllowlist, load_own_spec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
-from hpo.workers import ray_cluster as on_ray
+from hpo.workers import ray_cluster
 from hpo.workers.executors import Executor, InProcess, Local, Ray
 from hpo.workers.launcher import Launcher
 from hpo.workers.launching import make_launcher
@@ -156,9 +156,9 @@ def test_without_ray_it_says_what_to_install(make_spec: MakeSpec, monkeypatch: p
 
 def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there() -> None:
     error = ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379")
-    assert on_ray._hint(error) == ""
+    assert ray_cluster.connection_hint(error) == ""
     error.__cause__ = RuntimeError("RPC error: InvalidAuthToken: Authentication token is missing or incorrect")
-    assert "RAY_AUTH_MODE=token" in on_ray._hint(error)
+    assert "RAY_AUTH_MODE=token" in ray_cluster.connection_hint(error)
 
 
 def test_the_cluster_is_the_one_named_or_the_one_that_runs_here_or_there_is_none_at_once(
@@ -169,28 +169,28 @@ def test_the_cluster_is_the_one_named_or_the_one_that_runs_here_or_there_is_none
     with pytest.raises(
         UserError, match=r"^--on auto: RAY_ADDRESS is not set and no Ray runs on this machine; start one"
     ):
-        on_ray._address("auto")
+        ray_cluster.find_cluster("auto")
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
-        assert on_ray._address("auto") == address
-        assert on_ray._address(f"ray://{address}") == f"ray://{address}"
+        assert ray_cluster.find_cluster("auto") == address
+        assert ray_cluster.find_cluster(f"ray://{address}") == f"ray://{address}"
         monkeypatch.setenv("RAY_ADDRESS", f"ray://{address}")
-        assert on_ray._address("auto") == f"ray://{address}"
+        assert ray_cluster.find_cluster("auto") == f"ray://{address}"
     with pytest.raises(UserError, match=rf"^--on auto: RAY_ADDRESS ray://{address} does not answer: .*refused"):
-        on_ray._address("auto")
+        ray_cluster.find_cluster("auto")
     with pytest.raises(UserError, match=rf"^--on ray://{address} does not answer: .*refused"):
-        on_ray._address(f"ray://{address}")
+        ray_cluster.find_cluster(f"ray://{address}")
 
 
 # The study's own code
 
 
 def packed(folders: list[Path]) -> set[str]:
-    with on_ray._packed(folders) as folder:
+    with ray_cluster.packed(folders) as folder:
         assert (folder is None) == (not folders)
         return {str(path.relative_to(folder)) for path in Path(folder or "").rglob("*") if folder and path.is_file()}
 
@@ -209,7 +209,7 @@ def test_the_folders_of_the_studys_modules_are_packed_and_what_is_installed_is_n
 
     def code(**settings: Any) -> list[Path]:
         spec = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": {"low": 0.1, "high": 1.0}}}, **settings})
-        return on_ray._code_folders(spec, load_own_spec(spec, folder=ours)[1])
+        return ray_cluster.find_code_folders(spec, load_own_spec(spec, folder=ours)[1])
 
     assert code(objective={"function": "my_loop:train"}) == [ours]
     assert code(model={"name": "my_models.net:build"}) == [ours]
@@ -242,7 +242,7 @@ def test_code_travels_and_what_lies_beside_it_does_not(tmp_path: Path) -> None:
 
 
 def test_a_folder_too_large_for_code_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_ray, "MAX_CODE_BYTES", 2**20)
+    monkeypatch.setattr(ray_cluster, "MAX_CODE_BYTES", 2**20)
     (tmp_path / "pictures.bin").write_bytes(bytes(2**20 + 1))
     with pytest.raises(UserError, match=rf"^the folder {tmp_path}, .*holds more than 1 MiB .*a folder of its own$"):
         packed([tmp_path])
