@@ -1,6 +1,6 @@
 """Which learning rate should I train this network with? Optuna studies of PyTorch vision networks.
 
-Importing this loads neither torch nor Optuna; what is named here is loaded when it is first used.
+Importing this loads neither torch nor Optuna: each public name is loaded when it is first used.
 """
 
 from __future__ import annotations

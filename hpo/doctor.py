@@ -1,4 +1,4 @@
-"""What `hpo doctor` finds of versions, devices, data and the store, each with what to do where something is amiss."""
+"""The checks of `hpo doctor`: versions, devices, data and the store, with advice where something is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpo.store.studies import Store
 from hpo.system import provenance
 from hpo.system.devices import list_devices, num_cores
 
-DATA_FOLDERS = {  # what torchvision unpacks its data sets into, below the root or below ROOT/<name>
+DATA_FOLDERS = {  # into which torchvision unpacks its data sets, below the root or below ROOT/<name>
     "cifar10": "cifar-10-batches-py",
     "cifar100": "cifar-100-python",
     "mnist": "MNIST",
@@ -22,7 +22,7 @@ DATA_FOLDERS = {  # what torchvision unpacks its data sets into, below the root 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `advice` is empty where nothing needs doing."""
+    """One checked thing; `advice` is empty where there is nothing to do."""
 
     subject: str
     found: str
@@ -30,7 +30,11 @@ class Finding:
 
 
 def examine(*, storage: str | None = None) -> list[Finding]:
-    """Looks at everything a study needs on this machine; changes nothing."""
+    """Check everything that a study needs on this machine; change nothing.
+
+    Args:
+        storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
+    """
     findings = [Finding(package, version) for package, version in provenance.versions().items()]
     return findings + _devices() + _data() + [_store(storage_url(storage))]
 
@@ -71,11 +75,11 @@ def _torch_has_cuda() -> bool:
 def _data() -> list[Finding]:
     root = Path(os.environ.get("HPO_DATA") or "data")
     named = "HPO_DATA" if os.environ.get("HPO_DATA") else "the default; HPO_DATA names another"
-    here = [
+    present = [
         name for name, folder in DATA_FOLDERS.items() if (root / folder).is_dir() or (root / name / folder).is_dir()
     ]
-    advice = "" if here else "digits needs no files; other data sets are downloaded there where there is a network"
-    return [Finding("data", f"{root} ({named}): {', '.join(here) or 'no data set'}", advice)]
+    advice = "" if present else "digits needs no files; other data sets are downloaded there where there is a network"
+    return [Finding("data", f"{root} ({named}): {', '.join(present) or 'no data set'}", advice)]
 
 
 def _store(url: str) -> Finding:
@@ -83,9 +87,6 @@ def _store(url: str) -> Finding:
         store = Store(url)
         names = [study.name for study in store.studies()]
     except UserError as error:
-        return Finding(
-            "store",
-            str(error),
-            "" if "there is no store" in str(error) else "name another with --storage or HPO_STORAGE",
-        )
+        advice = "" if "there is no store" in str(error) else "name another with --storage or HPO_STORAGE"
+        return Finding("store", str(error), advice)
     return Finding("store", f"{store.url}: {len(names)} studies ({', '.join(names) or 'none'})")

@@ -3,7 +3,7 @@
     python scripts/launch_study.py                        # the scanned digits, a minute or two on two cores
     python scripts/launch_study.py --data mnist --storage sqlite:///mnist.db
 
-`hpo.run` does what `hpo run` does: the same checks, the same workers, and run again it answers from the store.
+`hpo.run` does what `hpo run` does, with the same checks and workers. Run again, it answers from the store.
 """
 
 from __future__ import annotations

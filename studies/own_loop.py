@@ -1,4 +1,4 @@
-"""The training loop of own_loop.toml: softmax regression on scanned digits, written as anyone might have it already."""
+"""The training loop of own_loop.toml: softmax regression on scanned digits, as you may have it already."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -16,13 +16,13 @@ def train(trial: hpo.Trial) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=trial.params["lr"])
 
     first_epoch, checkpoint = 1, trial.checkpoint_dir / "last.pt"
-    if checkpoint.exists():  # an earlier attempt was interrupted: go on where it was
+    if checkpoint.exists():  # an earlier attempt was interrupted: resume it
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         first_epoch = saved["epoch"] + 1
 
     for epoch in range(first_epoch, trial.epochs + 1):
-        torch.manual_seed(trial.seed + epoch)  # the order of an epoch is the same after an interruption
+        torch.manual_seed(trial.seed + epoch)  # the order of an epoch's batches does not depend on interruptions
         for batch in torch.randperm(1437).split(64):
             loss = F.cross_entropy(model(images[batch]), targets[batch])
             optimizer.zero_grad()

@@ -1,1 +1,1 @@
-"""The public functions: run a study, read it, export its best trial."""
+"""The public functions: train studies, read them, write files of them, manage stores."""

@@ -1,4 +1,4 @@
-"""What a terminal shows: live progress of a study, plain log lines where there is no terminal, and the answer."""
+"""The display of a study: live on a terminal, as plain log lines elsewhere, and its answer as a table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from hpo.store.studies import Store
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
-REFRESH_S = 0.5  # at least; longer where reading the study takes long
+REFRESH_S = 0.5  # at least; longer if it takes long to read the study
 MAX_ROWS = 60  # of the final table
 BAR_WIDTH = 24
 STRIP_WIDTH = 31
@@ -50,15 +50,16 @@ STYLES = {
 
 
 def make_console() -> Console:
-    """The console for standard output; where that is no terminal, wide enough that no row is cut."""
+    """Return the console for standard output; if that is no terminal, it is wide enough for every row."""
     console = Console()
     return console if console.is_terminal else Console(width=200)
 
 
 class LiveDisplay:
-    """Shows a study while it is trained; call it often, it reads the store as often as is reasonable.
+    """Shows a study while it trains.
 
-    A context manager: on a terminal it holds the lower lines of the screen until it is left.
+    A context manager: on a terminal it takes the lower lines of the screen until it is left. Call `update` often: it
+    reads the store only as often as is reasonable.
     """
 
     def __init__(self, console: Console) -> None:
@@ -68,7 +69,7 @@ class LiveDisplay:
         self._study: StudyRecord | None = None
         self._next_read = 0.0
         self._reported: dict[int, tuple[str, int]] = {}
-        self._said: set[str] = set()  # of what the workers agreed on
+        self._announced: set[str] = set()  # stages, and values that the workers share
 
     def __enter__(self) -> LiveDisplay:
         if self._live is not None:
@@ -77,7 +78,7 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._next_read = 0.0  # what ended since the last look is shown in any case
+        self._next_read = 0.0  # to show what has ended since the last update
         try:
             self.update()
         finally:
@@ -85,7 +86,7 @@ class LiveDisplay:
                 self._live.stop()
 
     def watch(self, store: Store, study: StudyRecord) -> Any:
-        """Begins to show this study; what it returns is to be called while workers run."""
+        """Begin to show this study, and return the function to call while workers run."""
         self._store, self._study = store, study
         self._console.print(heading(study))
         for line in range_test_lines(study):
@@ -94,44 +95,47 @@ class LiveDisplay:
         if done := sum(trial.state in ENDED for trial in trials):
             self._console.print(f"going on: {done} of {len(trials)} trials are done already")
         self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
-        self._said |= {key for key, mine in _stages(trials).items() if all(trial.state in ENDED for trial in mine)}
+        self._announced |= {
+            key for key, members in _stages(trials).items() if all(trial.state in ENDED for trial in members)
+        }
         return self.update
 
     def update(self) -> None:
+        """Show what has changed, if the last update is long enough ago."""
         if time.monotonic() < self._next_read or self._store is None or self._study is None:
             return
         began = time.monotonic()
-        for key, agreed in self._store.shared_values(self._study).items():
-            if key not in self._said:
-                self._said.add(key)
-                self._console.print(agreed["reason"], highlight=False, soft_wrap=True)
+        for key, shared in self._store.shared_values(self._study).items():
+            if key not in self._announced:
+                self._announced.add(key)
+                self._console.print(shared["reason"], highlight=False, soft_wrap=True)
         trials = self._store.trials(self._study)
-        for key, mine in _stages(trials).items():
-            if key not in self._said:
-                self._said.add(key)
-                self._console.print(_stage(mine), highlight=False, soft_wrap=True)
+        for key, members in _stages(trials).items():
+            if key not in self._announced:
+                self._announced.add(key)
+                self._console.print(_stage_line(members), highlight=False, soft_wrap=True)
         for trial in trials:
             if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
                 self._console.print(_ended_line(self._study, trial), highlight=False)
-            elif self._live is None and self._is_new(trial):
+            elif self._live is None and self._has_new_epoch(trial):
                 self._console.print(_epoch_line(trial), highlight=False)
             self._reported[trial.number] = (trial.state, len(trial.epochs))
         if self._live is not None:
-            self._live.update(_dashboard(self._study, trials), refresh=True)
+            self._live.update(_live_view(self._study, trials), refresh=True)
         ended = time.monotonic()
         self._next_read = ended + max(REFRESH_S, 10 * (ended - began))
 
-    def _is_new(self, trial: TrialRecord) -> bool:
+    def _has_new_epoch(self, trial: TrialRecord) -> bool:
         return bool(
             trial.state == "running"
-            and trial.kind != "test"  # it has the epochs of another one
+            and trial.kind != "test"  # a test has the epochs of the trial that it measures
             and trial.epochs
             and self._reported.get(trial.number) != ("running", len(trial.epochs))
         )
 
 
 def heading(study: StudyRecord) -> Text:
-    """One line: what is searched, on what."""
+    """Return one line that says what is searched, and on which data."""
     text = Text(f"study {study.name}", style="bold")
     text.append(f": {study_text(study)}", style="not bold")
     return text
@@ -140,8 +144,8 @@ def heading(study: StudyRecord) -> Text:
 def print_answer(
     console: Console, study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, next_steps: Sequence[str]
 ) -> None:
-    """The table of learning rates against accuracy, the winner, and what to type next."""
-    console.print(_table(study, search_trials(trials), found, width=console.width))
+    """Print the table of learning rates and values, the answer, and what to type next."""
+    console.print(_trials_table(study, search_trials(trials), found, width=console.width))
     for line in answer_lines(study, found):
         console.print(line, style="bold", highlight=False, soft_wrap=True)
     for step in next_steps:
@@ -149,7 +153,7 @@ def print_answer(
 
 
 def print_comparison(found: Comparison) -> None:
-    """Studies side by side: a line each, its interval drawn over the range that all of them span, then in words."""
+    """Print studies side by side, each with its interval on a common scale, then the conclusions and caveats."""
     ends = [end for side in found.sides if side.interval for end in (*side.interval, side.lr or side.interval[0])]
     low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
     rows = [
@@ -175,27 +179,27 @@ def print_comparison(found: Comparison) -> None:
 
 
 def _strip(side: ComparedStudy, low: float, high: float) -> str:
-    """The interval of a best rate and its middle, between log10 of two learning rates."""
+    """Draw the interval of a best rate and its middle, on a scale between log10 of two learning rates."""
     if side.interval is None or side.lr is None:
         return ""
 
-    def place(rate: float) -> int:
+    def cell(rate: float) -> int:
         return round((STRIP_WIDTH - 1) * (math.log10(rate) - low) / ((high - low) or 1.0))
 
-    first, best, last = place(side.interval[0]), place(side.lr), place(side.interval[1])
+    first, best, last = cell(side.interval[0]), cell(side.lr), cell(side.interval[1])
     cells = ["━" if first <= index <= last else "·" for index in range(STRIP_WIDTH)]
     cells[best] = "●"
     return "".join(cells)
 
 
-def _table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, width: int) -> Table:
+def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, width: int) -> Table:
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     rows = sorted(trials, key=lambda trial: tuple(_sort_key(trial.params.get(key)) for key in keys))
     if len(rows) > MAX_ROWS:
         sign = -1 if study.spec.direction == "minimize" else 1
         rows = sorted(rows, key=lambda trial: -math.inf if trial.value is None else sign * trial.value, reverse=True)
         rows = rows[:MAX_ROWS]
-    has_bars = width >= 60 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen the figures come first
+    has_bars = width >= 60 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen the numbers come first
     values = [trial.value for trial in rows if trial.value is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
     table = Table(
@@ -236,8 +240,8 @@ def _table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, wi
     return table
 
 
-def _dashboard(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableType:
-    """The live part: a bar for the study, a line for each running trial, the best so far."""
+def _live_view(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableType:
+    """Return the live part: a bar for the study, a line for each running trial, the best trial so far."""
     done = sum(trial.state in ENDED for trial in trials)
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
@@ -268,13 +272,13 @@ def _dashboard(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableT
 
 
 def _stages(trials: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
-    """The trials that confirm what was found, and those that test it, each under a name of their own."""
-    found = [[trial for trial in latest(trials) if trial.kind == kind] for kind in ("confirm", "test")]
-    return {f"{mine[0].kind} from trial {mine[0].number}": mine for mine in found if mine}
+    """Return the trials of the latest confirmation and of the latest test, each by a name of its own."""
+    stages = [[trial for trial in latest(trials) if trial.kind == kind] for kind in ("confirm", "test")]
+    return {f"{members[0].kind} from trial {members[0].number}": members for members in stages if members}
 
 
-def _stage(trials: Sequence[TrialRecord]) -> str:
-    """What is begun with these trials, which confirm."""
+def _stage_line(trials: Sequence[TrialRecord]) -> str:
+    """Return the line that announces a stage with these trials."""
     if trials[0].kind == "test":
         return f"measuring the test set with the {len(trials)} networks of the best one"
     rates = list(dict.fromkeys(params_text(trial.params) for trial in trials))
@@ -331,7 +335,7 @@ def _sort_key(value: Any) -> tuple[int, Any]:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A plain table of the reading commands."""
+    """Print a plain table."""
     table = Table(*columns, box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*map(str, row))
