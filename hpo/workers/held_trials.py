@@ -15,7 +15,7 @@ from hpo.store.studies import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.system import provenance
 from hpo.train.config import derive_seed
-from hpo.workers.failures import failure_key, is_out_of_memory, message
+from hpo.workers.failures import error_message, failure_key, is_out_of_memory
 from hpo.workers.reporting import TrialEnd
 from hpo.workers.stop_signal import StopSignal
 from hpo.workers.worker_handle import EXIT_RESTART
@@ -186,11 +186,11 @@ class HeldTrials:
             if isinstance(error, KeyboardInterrupt) and self._stop.is_set():
                 raise  # Ctrl-C, insisted on, where the worker is the command itself
             self._fail(claims, error)
-            if "CUDA error" in message(error) and not is_out_of_memory(error):
+            if "CUDA error" in error_message(error) and not is_out_of_memory(error):
                 raise SystemExit(EXIT_RESTART) from error  # no later kernel of this process would run
 
     def _fail(self, claims: Sequence[Claim], error: BaseException) -> None:
-        reason = f"{type(error).__name__}: {message(error)}".split("\n")[0][:REASON_CHARACTERS]
+        reason = f"{type(error).__name__}: {error_message(error)}".split("\n")[0][:REASON_CHARACTERS]
         if is_out_of_memory(error):
             reason = OUT_OF_MEMORY
         text = "".join(traceback.format_exception(error))
