@@ -215,7 +215,7 @@ def test_doctor_says_what_is_here(hpo: Hpo, ran: Result) -> None:
 
 
 REQUESTS = {
-    # arguments: what the one message must say
+    # arguments: the parts of the one message
     ("run", "absent.toml"): ["absent.toml cannot be read"],
     ("run", "tiny.toml", "--set", "training.epochs=0"): ["training.epochs must be at least 1, got 0", "tiny.toml"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nonsense"): [
@@ -369,8 +369,8 @@ def test_a_range_test_prints_and_plots_what_it_found_and_stores_nothing(hpo: Hpo
     result = hpo.quick("range-test", *free, "--output", str(tmp_path / "ramp.html"))
     assert result.returncode == 0
     assert result.stdout.count("the loss starts to fall at") == 2
-    for said in ("with optimizer adam:", "with optimizer sgd:", "explodes", "times below", "epochs in batches of 4"):
-        assert said in result.stdout
+    for message in ("with optimizer adam:", "with optimizer sgd:", "explodes", "times below", "epochs in batches of 4"):
+        assert message in result.stdout
     assert "█" in result.stdout
     assert "plotly" in (tmp_path / "ramp.html").read_text()[:10_000]
     found = json.loads(hpo.quick("range-test", "tiny.toml", "--devices", "cpu", "--json").stdout)
@@ -384,7 +384,7 @@ def test_a_range_test_prints_and_plots_what_it_found_and_stores_nothing(hpo: Hpo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--output", "ramp.png"], "--output must end in .html, got 'ramp.png'"),
         (["--output", "nowhere/ramp.html"], "--output must be in a folder that exists, got 'nowhere/ramp.html'"),
@@ -392,10 +392,10 @@ def test_a_range_test_prints_and_plots_what_it_found_and_stores_nothing(hpo: Hpo
         (["--set", "search.space.weight_decay=[0, 1, 2, 3, 4, 5, 6, 7, 8]"], "at most 8 combinations"),
     ],
 )
-def test_a_mistake_in_a_range_test_is_one_sentence(hpo: Hpo, arguments: list[str], says: str) -> None:
+def test_a_mistake_in_a_range_test_is_one_sentence(hpo: Hpo, arguments: list[str], message: str) -> None:
     result = hpo.quick("range-test", "tiny.toml", "--devices", "cpu", *arguments)
     assert result.returncode == 2
-    assert says in result.stderr
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
 
 

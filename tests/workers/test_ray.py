@@ -38,14 +38,14 @@ MakeSpec = Callable[..., StudySpec]
 WaitFor = Callable[..., Any]
 
 NODE = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 * 2**20}
-ON_GPUS = ("--on", "auto", "--devices", "cpu", "--resource", "num_gpus=1")  # the GPUs are Ray's word alone
+ON_GPUS = ("--on", "auto", "--devices", "cpu", "--resource", "num_gpus=1")  # logical GPUs, which only Ray knows
 
-# Trains epochs of a tenth of a second, and keeps what it has trained. Each node has one GPU: whoever else trains there
-# at the same time finds its lock taken.
+# Trains epochs of a tenth of a second, and keeps what it has trained. Each node has one GPU: a second trial that trains
+# there at the same time finds the lock taken.
 LOOP = """
 import fcntl, json, os, pathlib, time
 
-HERE = pathlib.Path(os.environ["HPO_TEST_FOLDER"])  # passed on to every node
+HERE = pathlib.Path(os.environ["HPO_TEST_FOLDER"])  # forwarded to every node
 lock = open(HERE / f"device of {os.environ.get('RAY_RAYLET_PID')}.lock", "w")
 
 def train(trial):
@@ -153,9 +153,9 @@ def num_lost(hpo: Hpo) -> int:
 def test_a_study_on_three_nodes_loses_a_node_gains_one_and_loses_its_command(
     cluster: Cluster, on_cluster: Hpo, make_spec: MakeSpec, wait_for: WaitFor
 ) -> None:
-    """A trial repeats an epoch at most for each death: of its node, of the supervisor's, or of the command.
+    """A trial repeats at most one epoch for each death: of its node, of the supervisor's node, or of the command.
 
-    The node that goes is the supervisor's where that is not on the head, as Ray has it, which is mostly.
+    The node that is removed is the supervisor's, unless Ray has placed that on the head, which is rare.
     """
     hpo = on_cluster
     hpo.write(make_spec(search={"sampler": "random", "trials": 24}, epochs=8), LOOP)
@@ -190,7 +190,7 @@ def test_a_study_on_three_nodes_loses_a_node_gains_one_and_loses_its_command(
     assert {attempt.outcome for trial in found for attempt in trial.attempts} == {
         "complete",
         "lost",
-    }  # no lock was taken
+    }  # nobody found a lock taken
 
 
 def workers(hpo: Hpo) -> list[dict[str, Any]]:
@@ -210,7 +210,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
 
     status = json.loads(hpo.run("status", "s", "--json")[1])
     assert {(worker["device"], worker["epoch"]) for worker in status["workers"]} == {("cpu for GPU 0", 3)}
-    assert len({worker["host"] for worker in status["workers"]}) == 3  # the machine's name, and which node of Ray's
+    assert len({worker["host"] for worker in status["workers"]}) == 3  # the name of the machine and of the node
     with connected(cluster):
         nodes = {node["NodeID"][:8] for node in ray.nodes() if node["Alive"]}
         assert {worker["host"].partition("/")[2] for worker in status["workers"]} == nodes
@@ -224,7 +224,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
             "hpo worker of study s, cpu for GPU 0",
         }
 
-    # Its workers die with the supervisor; Ray starts that again, and it others, with the code that came along.
+    # Its workers die with the supervisor. Ray restarts it, and it starts others, with the code that came along.
     os.kill(next(actor.pid for actor in alive if "supervisor" in actor.repr_name), signal.SIGKILL)
     wait_for(lambda: num_lost(hpo) == 3 and num_held(hpo) == 3)
     assert {trial.number for trial in trials(hpo) for tried in trial.attempts if tried.outcome == "lost"} == {0, 1, 2}
@@ -388,9 +388,9 @@ def test_a_crew_takes_all_room_and_asks_for_more_so_that_a_cluster_may_grow(crew
     store.waiting = 100
     assert len(after(0)) == 4
     after(5)
-    assert len(made.places) == 8  # as many again: what an autoscaler sees
+    assert len(made.places) == 8  # as many again wait, which an autoscaler sees
     FakeWorker.room = 20
-    assert len(after(5)) == 24  # what those who waited and newcomers had room for
+    assert len(after(5)) == 24  # the waiting ones and new ones fill the room
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, 3), (2, 2), (50, 3)])

@@ -46,7 +46,7 @@ def executor_of(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"address": "local"}, r"^--on must be ray, auto or ray://HOST:PORT, got 'local'$"),
         ({"placement": "strict"}, r"^--placement must be one of pack, spread, got 'strict'$"),
@@ -60,8 +60,8 @@ def executor_of(
         ({"resources": ("num_gpus=2",)}, r"^--resource num_gpus must be at most 1, .*one GPU, got 2$"),
     ],
 )
-def test_a_wrong_request_is_one_sentence(arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_wrong_request_is_one_sentence(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         executor_of(**arguments)
 
 
@@ -123,7 +123,7 @@ def test_a_cluster_and_this_process_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("run", "study.toml", "--detach"), "--detach needs a Ray that outlives this command"),
         (("run", "study.toml", "--detach", "--on", "ray"), "--detach needs a Ray that outlives this command"),
@@ -135,13 +135,13 @@ def test_a_cluster_and_this_process_exclude_each_other() -> None:
     ],
 )
 def test_the_command_line_refuses_what_has_no_meaning(
-    arguments: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HPO_STORAGE", raising=False)
     Path("study.toml").write_text('name = "s"\n[search.space]\nlr = { low = 0.1, high = 1.0 }\n')
     result = CliRunner().invoke(main, arguments)
-    assert (result.exit_code, said in result.output) == (2, True), result.output
+    assert (result.exit_code, message in result.output) == (2, True), result.output
     assert not Path("hpo.db").exists()
 
 
