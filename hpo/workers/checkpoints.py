@@ -1,4 +1,4 @@
-"""A study's checkpoints: where a trial goes on from, and which are removed; hpo.train.checkpoint has their files."""
+"""A study's checkpoints: from which one a trial resumes, and which are removed; `hpo.train.checkpoint` writes them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class StudyCheckpoints:
-    """The checkpoints of a study's trials, a folder for each, wherever the study file says or else on this machine.
+    """The checkpoints of a study's trials, a folder for each trial, at checkpoints.url or else on this machine.
 
-    What goes wrong with a checkpoint never ends a trial: it is noted in the store, and training goes on. They are
-    written by a thread, while the trials train their next epoch.
+    No trial ends because of a checkpoint that cannot be written or read: the store takes a note, and training goes on.
+    A thread writes checkpoints while the trials train their next epoch. One other thread at a time may use this, except
+    that `wait` may be called at any time.
     """
 
     def __init__(self, store: Store, study: StudyRecord) -> None:
@@ -32,12 +33,12 @@ class StudyCheckpoints:
         self._writing: dict[int, Future[None]] = {}  # by trial
 
     def begin(self, claim: Claim, config: TrialConfig) -> Checkpoint | None:
-        """The trial's newest whole checkpoint, or None where it starts from its first epoch; the store is told which.
+        """Return the trial's newest whole checkpoint, or None where it starts from its first epoch; tell the store.
 
-        An epoch of the checkpoint's that the store has not heard of, because its machine lost its last moments in a
-        power cut, is reported now.
+        Where the store lacks epochs that the checkpoint has, report them now: a power cut may have cost the database
+        its last transactions.
         """
-        with suppress(Exception):  # of an earlier attempt at it, by this worker
+        with suppress(Exception):  # what was being written for an earlier attempt at it, by this worker
             self.wait(claim.number)
         checkpoint: Checkpoint | None = None
         notes: list[str] = []
@@ -67,20 +68,21 @@ class StudyCheckpoints:
         return checkpoint
 
     def save(self, claim: Claim, checkpoint: Checkpoint) -> None:
-        """Begins to save a trial in training. Where that is impossible, the checkpoint before it is still there."""
+        """Begin to write a trial's checkpoint. Where that fails, the checkpoint before it is still there."""
         self.wait(claim.number)
         self._writing[claim.number] = self._writer.submit(self._write, claim, checkpoint)
 
     def wait(self, number: int) -> None:
-        """Returns when what `save` has begun for the trial is written; raises what that raised.
+        """Return when the checkpoint that `save` has begun to write is on disk; raise what writing it raised.
 
-        Called before the trial's next epoch is reported: of what the store knows, a kill then costs one checkpoint
-        interval at most.
+        Call it before the trial's next epoch is reported. A kill then loses at most one checkpoint interval of the
+        epochs that the store knows.
         """
         if (writing := self._writing.pop(number, None)) is not None:
             writing.result()
 
     def close(self) -> None:
+        """Wait for what is being written, and end the thread."""
         self._writer.shutdown()
 
     def _write(self, claim: Claim, checkpoint: Checkpoint) -> None:
@@ -91,16 +93,16 @@ class StudyCheckpoints:
             self._store.note(claim, f"a checkpoint could not be written: {error.strerror or error}")
 
     def may_be_kept(self, number: int, value: float) -> bool:
-        """Whether a trial that completes with this value belongs to the best, whose last checkpoint stays.
+        """Return whether a trial that completes with this value is one of the best, whose last checkpoint is kept.
 
-        Of equal ones the one with the lower number does, as in `best_trials`.
+        Of equal trials the one with the lower number is better, as in `best_trials`.
         """
         best = self._store.best_trials(self._study, self._keep)
         sign = 1 if self._study.spec.direction == "maximize" else -1
         return len(best) < self._keep or any((sign * value, -number) > (sign * v, -n) for n, v in best)
 
     def forget(self, number: int) -> None:
-        """Removes what a trial that has ended needs no more, and what it has driven out of the best."""
+        """Remove what a trial that has ended no longer needs, and the checkpoint of the one that it displaced."""
         with suppress(Exception):  # what is still being written of it must not appear after this
             self.wait(number)
         best = [other for other, _ in self._store.best_trials(self._study, self._keep + 1)]
@@ -108,8 +110,8 @@ class StudyCheckpoints:
             self._remove(unneeded)
 
     def tidy(self) -> None:
-        """Removes what workers that were killed, or had lost their trial, have left of trials that have ended."""
-        ended = self._store.ended_numbers(self._study)  # first: a trial may end while this looks, as the best
+        """Remove what workers that were killed, or that had lost their trial, have left of trials that have ended."""
+        ended = self._store.ended_numbers(self._study)  # first: a trial may end meanwhile, as the best one
         unneeded = ended - {number for number, _ in self._store.best_trials(self._study, self._keep)}
         unneeded -= self._store.untested(self._study)
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What the process of a worker does (hpo.workers.worker_handle is its supervisor's side of it), and how it ends."""
+"""The main program of a worker's process; its supervisor's side is `hpo.workers.worker_handle`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hpo.workers.worker_handle import DRAIN_S, EXIT_RESTART, LEAVE, TASK_VARIABL
 
 logger = logging.getLogger(__name__)
 
-LEAVE_S = 5.0  # how long giving trials back and signing off may take, where an epoch is left in its middle
+LEAVE_S = 5.0  # how long releasing trials and signing off may take when an epoch is left in its middle
 
 
 def _open_patiently(url: str, *, give_up: Callable[[], bool]) -> Store:
-    """The store, once its database answers; a worker may be started while that is down."""
+    """Open the store once its database answers: a worker may be started while that is down."""
     began = time.monotonic()
     while True:
         try:
@@ -34,57 +34,68 @@ def _open_patiently(url: str, *, give_up: Callable[[], bool]) -> Store:
             time.sleep(LONGEST_PAUSE_S / 5)
 
 
-def main() -> None:
-    """One worker, ended by SIGTERM or by what stands, or ends, at its standard input."""
-    assignment = WorkerTask.from_json(os.environ.pop(TASK_VARIABLE))
+def run_worker_process() -> None:
+    """Run one worker until it is done, or SIGTERM, LEAVE or the end of its standard input tells it to leave."""
+    task = WorkerTask.from_json(os.environ.pop(TASK_VARIABLE))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
-    # Processes that the user's code forks must die of SIGTERM: multiprocessing ends its own by it, and waits for them.
+    # Processes that the user's code forks must die of SIGTERM: multiprocessing sends it to its own and waits for them.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    store = _open_patiently(assignment.storage, give_up=stop.is_set)
-    study = store.study(assignment.study)
-    assignment.allowed.check(study.spec)
+    store = _open_patiently(task.storage, give_up=stop.is_set)
+    study = store.study(task.study)
+    task.allowed.check(study.spec)
     worker = Worker(
-        store, study, device=assignment.device, torch_device=assignment.torch_device, should_stop=stop.is_set,
-        host=assignment.host,
-    )  # fmt: skip
-
-    def outlive_nobody() -> None:
-        told = os.read(0, 1)  # returns when the supervisor says so, or is no more
-        if told != LEAVE and not assignment.outlives:
-            os.killpg(os.getpid(), signal.SIGKILL)  # what the user's code has started has the device, too
-        stop.set()
-        time.sleep(DRAIN_S)
-        # In a thread of its own: a database that is frozen must not keep this process for ever.
-        leaving = threading.Thread(target=worker.leave, daemon=True)
-        leaving.start()
-        leaving.join(LEAVE_S)
-        os._exit(0)
-
-    threading.Thread(target=outlive_nobody, daemon=True, name="supervisor").start()
+        store,
+        study,
+        device=task.device,
+        torch_device=task.torch_device,
+        should_stop=stop.is_set,
+        host=task.host,
+    )
+    arguments = (worker, stop, task.outlives)
+    threading.Thread(target=_follow_supervisor, args=arguments, daemon=True, name="supervisor").start()
     if study.spec.objective is None:
         import torch
 
-        torch.set_num_threads(assignment.threads)
-    exit_code = 0
-    try:
-        worker.run()
-    except SystemExit:
-        exit_code = EXIT_RESTART
-    except Exception:
-        logger.exception("the worker failed")
-        exit_code = 1
+        torch.set_num_threads(task.threads)
+    exit_code = _run_to_exit_code(worker)
     if stop.is_set():
-        # Told to leave, perhaps not by its supervisor: the work may not be done. Where the store did not answer at
-        # that moment, leaving failed, and that is no crash that its trial could be blamed for.
+        # It was told to leave, perhaps not by its supervisor, so there may be work left. Where the store did not answer
+        # at that moment, leaving failed; that is no crash that its trials could be blamed for.
         exit_code = EXIT_RESTART
-    # Threads that the user's code has left behind must not hold up the end.
+    # Threads that the user's code has left behind must not delay the end.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
 
 
+def _run_to_exit_code(worker: Worker) -> int:
+    """Run the worker and return the exit code of its process."""
+    try:
+        worker.run()
+    except SystemExit:
+        return EXIT_RESTART
+    except Exception:
+        logger.exception("the worker failed")
+        return 1
+    return 0
+
+
+def _follow_supervisor(worker: Worker, stop: threading.Event, outlives: bool) -> None:
+    """Wait until the supervisor says so or is no more; then have the worker leave, and end the process in time."""
+    received = os.read(0, 1)
+    if received != LEAVE and not outlives:
+        os.killpg(os.getpid(), signal.SIGKILL)  # with what the user's code has started, which uses the device too
+    stop.set()
+    time.sleep(DRAIN_S)
+    # In a thread of its own, because a frozen database must not keep this process for ever.
+    leaving = threading.Thread(target=worker.leave, daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_S)
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    main()
+    run_worker_process()
