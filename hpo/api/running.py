@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -201,13 +201,10 @@ def serve(
     passed_over: set[tuple[int, float]] = set()
     last_message = ""
     while True:
-        waiting, message = [], "waiting for a study"
         try:
-            waiting = [study for study in store.studies() if study.stop is None and _has_work(store, study)]
+            study, message = _next_study(store, first, passed_over), "waiting for a study"
         except STORE_ERRORS as error:
-            message = f"the store does not answer, waiting for it: {error}"
-        waiting.sort(key=lambda study: (study.name != first, study.started))
-        study = next((study for study in waiting if (study.study_id, study.started) not in passed_over), None)
+            study, message = None, f"the store does not answer, waiting for it: {error}"
         if study is None:
             if message != last_message:
                 say(message)
@@ -367,6 +364,16 @@ def _run_to_end(
     if left:
         raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_resume=True)
     return result_of(store, study)
+
+
+def _next_study(store: Store, first: str | None, passed_over: Container[tuple[int, float]]) -> StudyRecord | None:
+    """Return the study to serve: the one named first, else the one that was started first; None where none has work."""
+    waiting = [
+        study
+        for study in store.studies()
+        if study.stop is None and (study.study_id, study.started) not in passed_over and _has_work(store, study)
+    ]
+    return min(waiting, key=lambda study: (study.name != first, study.started), default=None)
 
 
 def _has_work(store: Store, study: StudyRecord) -> bool:

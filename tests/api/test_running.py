@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hpo.api import running
+from hpo.api import reading, running
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
+from hpo.store.studies import Store
 from hpo.workers.executors import Executor, InProcess, Local, Ray
 
 MakeSpec = Callable[..., StudySpec]
@@ -44,3 +45,36 @@ def test_the_number_of_workers_is_checked_where_it_is_given() -> None:
     for make in (Local, Ray):
         with pytest.raises(UserError, match=r"^--workers must be at least 1, got 0$"):
             make(workers=0)
+
+
+class NothingIsLeftError(Exception):
+    """Ends `serve`, which would wait for ever."""
+
+
+def test_a_store_is_served_study_by_study_and_what_cannot_be_trained_is_passed_over(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    (tmp_path / "loop.py").write_text(LOOP)
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    store = Store(storage, create=True)
+    for name in ("early", "late"):
+        store.create_study(make_spec(0.1, name=name), facts={})
+    store.create_study(make_spec(0.1, name="foreign", objective={"function": "elsewhere:train"}), facts={})
+    messages: list[str] = []
+
+    def say(message: str) -> None:
+        messages.append(message)
+        if message == "waiting for a study":
+            raise NothingIsLeftError
+
+    with pytest.raises(NothingIsLeftError):
+        running.serve("late", executor=Local("cpu", workers=1), storage=storage, allow=["loop", str(tmp_path)], say=say)
+    assert messages[:2] == ["study late is finished", "study early is finished"]
+    assert messages[2].startswith("study foreign is passed over: ")
+    assert "elsewhere" in messages[2]
+    assert messages[3:] == ["waiting for a study"]
+    assert [study["trials"] for study in reading.studies(storage=storage)] == [
+        {"complete": 1},
+        {"complete": 1},
+        {"waiting": 1},
+    ]
