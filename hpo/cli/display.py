@@ -56,7 +56,7 @@ def make_console() -> Console:
 
 
 class LiveDisplay:
-    """Shows a study while it trains.
+    """The display of a study while it trains.
 
     A context manager: on a terminal it takes the lower lines of the screen until it is left. Call `update` often: it
     reads the store only as often as is reasonable.

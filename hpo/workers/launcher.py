@@ -18,7 +18,7 @@ Returned = TypeVar("Returned")
 
 
 class Launcher(ABC):
-    """Runs workers somewhere.
+    """The interface of a launcher, which runs workers somewhere.
 
     A context manager: `run`, `submit` and `call` may be called inside it alone, from the thread that entered it.
     """

@@ -23,7 +23,7 @@ from hpo.workers.worker_handle import WorkerProcess, WorkerTask, ending
 
 
 class InProcessLauncher(Launcher):
-    """Runs one worker in the calling process: for a debugger, and for tests."""
+    """A launcher that trains in the calling process: for a debugger, and for tests."""
 
     def __init__(self, devices: str) -> None:
         self._device = choose_devices(devices)[0]
@@ -68,7 +68,7 @@ class InProcessLauncher(Launcher):
 
 
 class LocalLauncher(Launcher):
-    """Runs worker processes on this machine, each pinned to a device, and restarts those that die.
+    """A launcher of worker processes on this machine, each pinned to a device and restarted when it dies.
 
     They run in sessions of their own, so that Ctrl-C reaches only this process. They end when it ends, in whatever way.
     """

@@ -53,7 +53,7 @@ NOT_FORWARDED = ("HPO_STORAGE", "HPO_FILES")  # prefixes of those that the reque
 
 
 class RayLauncher(Launcher):
-    """Runs workers on a Ray cluster, under a supervisor on the cluster, which can do without this process."""
+    """A launcher of workers on a Ray cluster, under a supervisor there that can do without this process."""
 
     def __init__(self, executor: Ray, spec: StudySpec, *, allowed: ImportAllowlist, url: URL) -> None:
         address, devices, share = executor.address, executor.devices, executor.resources.get("num_gpus", 1)
@@ -82,7 +82,7 @@ class RayLauncher(Launcher):
         self._address = find_cluster(self._executor.address)
         self._is_client = self._address.startswith(RAY_CLIENT)
         self._has_connected = not ray.is_initialized()
-        # On this machine the code is there already, and whoever called ray.init() has taken care of it.
+        # A Ray of its own finds the code on this machine; whoever called ray.init() before has taken care of the code.
         self._packs_code = self._has_connected and not self._own_devices
         if self._has_connected:
             self._connect(ray)
