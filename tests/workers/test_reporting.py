@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import torch
 
 from hpo.config.study_spec import StudySpec
@@ -20,6 +22,7 @@ from hpo.study.records import StudyRecord
 from hpo.train.checkpoint import Checkpoint, CheckpointFolder
 from hpo.train.engines.plain import PlainEngine
 from hpo.workers import worker
+from hpo.workers.reporting import Reporter
 from tests.workers.test_worker import engine_study, work
 
 
@@ -30,25 +33,46 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def slow_reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happened, in order, where a store takes as long to answer as training takes to begin its next epoch."""
+    """Return what happened, in order, with a store that answers only once training has begun its next epoch.
+
+    Or once the worker waits for the answer, so that training cannot begin.
+    """
     events: list[str] = []
-    run_epoch, report_all = PlainEngine.run_epoch, Store.report_all
-    trained = threading.Condition()
+    run_epoch, report_all, wait, check = PlainEngine.run_epoch, Store.report_all, Reporter.wait, Reporter.check
+    changed, is_waiting = threading.Condition(), threading.Event()
 
     def noting_training(self: Any) -> Any:
-        with trained:
+        with changed:
             events.append(f"training {self._lane.epoch + 1}")
-            trained.notify()
+            changed.notify()
         return run_epoch(self)
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        with changed:
+            is_waiting.set()
+            changed.notify()
+        yield
+        is_waiting.clear()
+
+    def noting_wait(self: Reporter, timeout_s: float | None = None) -> bool:
+        with waiting() if timeout_s is None else nullcontext():
+            return wait(self, timeout_s)
+
+    def noting_check(self: Reporter) -> None:
+        with waiting():
+            check(self)
 
     def slow_report(self: Store, reports: Any, spec: StudySpec) -> Any:
         verdicts = report_all(self, reports, spec)
-        with trained:
-            trained.wait_for(lambda: f"training {reports[0].epoch + 1}" in events, timeout=1)
+        with changed:
+            changed.wait_for(lambda: f"training {reports[0].epoch + 1}" in events or is_waiting.is_set())
             events.append(f"reported {reports[0].epoch}")
         return verdicts
 
     monkeypatch.setattr(PlainEngine, "run_epoch", noting_training)
+    monkeypatch.setattr(Reporter, "wait", noting_wait)
+    monkeypatch.setattr(Reporter, "check", noting_check)
     monkeypatch.setattr(Store, "report_all", slow_report)
     return events
 
@@ -146,7 +170,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
 def take_away(store: Store, study: StudyRecord) -> None:
     """Another worker takes trial 0, as after a lease that ran out."""
     other = store.add_worker(study.study_id, device="elsewhere")
-    with store.storage.engine.begin() as connection:
+    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.execute(schema.slots.update().where(schema.slots.c.number == 0).values(lease_until=0))
     store.reap(study)
     assert store.claim(study, other) is not None
@@ -192,22 +216,28 @@ def test_a_worker_that_learns_late_that_it_lost_a_trial_writes_no_checkpoint(
 
 
 def test_a_lease_is_renewed_until_the_last_checkpoint_of_a_trial_that_is_given_back_is_written(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., Any]
 ) -> None:
     from hpo.train.engines.stack import TrialStack
+
+    def lease(number: int) -> float:
+        with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
+            rows = connection.execute(sa.select(schema.slots.c.lease_until).where(schema.slots.c.number == number))
+            return float(rows.scalar() or 0)
 
     study = engine_study(store, 1e-4, 1e-3, epochs=3, lanes=2)
     save = CheckpointFolder.save
 
     def slow_save(self: CheckpointFolder, checkpoint: Checkpoint) -> None:
         if checkpoint.epoch == 1:
-            time.sleep(0.8)
-            store.reap(study)  # as other workers do
+            number = int(self.url.rpartition("/")[2])
+            before = lease(number)
+            wait_for(lambda: lease(number) > before)
         save(self, checkpoint)
 
     monkeypatch.setattr("hpo.train.engines.lanes._stacked_rate", lambda *_: 1.0)
     for module in (ledger, worker):
-        monkeypatch.setattr(module, "LEASE_S", 0.3)
+        monkeypatch.setattr(module, "LEASE_S", 2.0)  # renewed four times as often
     monkeypatch.setattr(CheckpointFolder, "save", slow_save)
     run_epoch, left = TrialStack.run_epoch, [torch.OutOfMemoryError("out of memory")]
 
