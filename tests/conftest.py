@@ -53,6 +53,7 @@ CHROMIUM_FLAGS = [
 
 # A test that asks for one of these fixtures has this mark, and all of a mark run in one process: they share its server.
 MARK_OF_FIXTURE = {"cluster": "cluster", "browser": "browser", "mnist_root": "data", "cifar10_root": "data"}
+CLUSTER_TIMEOUT_S = 900.0  # a test with a cluster may take, on a machine that does much else
 WAIT_S = 180.0  # how long anything is waited for: minutes, since a busy machine is no failure
 
 
@@ -62,6 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     The fixtures of a module are made once in each process that runs one of its tests, so these run in the same one.
     """
+    on_sqlite = {_without_row(item) for item in items if _store_of(item) == "sqlite"}
     for item in items:
         marks = {MARK_OF_FIXTURE[name] for name in getattr(item, "fixturenames", ()) if name in MARK_OF_FIXTURE}
         for mark in sorted(marks):
@@ -71,6 +73,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(shared[0]))
         elif isinstance(item, pytest.Function) and _has_module_fixture(item):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        if item.get_closest_marker("cluster") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(CLUSTER_TIMEOUT_S))
+        # tests/store holds what the two kinds of store have in common.
+        if _store_of(item) == "postgres" and _without_row(item) in on_sqlite and item.path.parent.name != "store":
+            item.add_marker(pytest.mark.slow)
+
+
+def _store_of(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("url")
+
+
+def _without_row(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 def _has_module_fixture(item: pytest.Function) -> bool:

@@ -54,7 +54,7 @@ def test_a_terminal_shows_the_study_each_running_trial_the_best_and_then_the_ans
         return subprocess.run([*tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
 
     def shown(pattern: str) -> str:
-        return wait_for(lambda: text if re.search(pattern, text := screen()) else "")
+        return str(wait_for(lambda: text if re.search(pattern, text := screen()) else ""))
 
     try:
         text = shown("1 +lr=0.01 .*3/8")
