@@ -1,4 +1,4 @@
-"""Trials -> the answer: the best learning rate, how sure that is, where training breaks, and what to beware of."""
+"""The answer of a study: the best learning rate, how sure that is, where training breaks, and the warnings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from hpo.analysis.confirmation import Confirmation, find_confirmation
 from hpo.analysis.response import Observations, Response, fit_response
 from hpo.analysis.trials import (
-    _is_comparable,
+    TRAINED,
+    are_alike,
     best_trial,
     direction_sign,
     has_rate,
@@ -26,11 +27,20 @@ from hpo.study.records import StudyRecord, TrialRecord
 
 @dataclass(frozen=True)
 class Best:
-    """The answer of a study. `trial`, `params` and `value` are those of the best complete trial.
+    """The answer of a study.
 
-    `responses` has the response for each combination of listed parameters (optimizer, batch size...) of which enough is
-    known, and `find_response` is that of the best trial's. `interval` is that response's for the best learning rate; where
-    there is none, the tried rates that did as well, or None where the study has no learning rate or no picture count.
+    Attributes:
+        trial: The number of the best complete trial of the search.
+        params: The values of that trial.
+        value: The value of that trial.
+        interval: The learning rates between which the best one lies, by `response`. Without a response: the tried
+            rates that did as well, or None if the study has no learning rate or no number of validation images.
+        responses: For each combination of listed parameters (optimizer, batch size...) of which enough is known, the
+            combination and its response.
+        response: The response of the combination that the best trial has.
+        warnings: What to be careful about in this answer.
+        confirmation: The result of training the best learning rates again on fresh seeds, if that was asked for.
+        range_test: The range tests that set the range of learning rates, if `lr` was "auto".
     """
 
     trial: int
@@ -40,23 +50,23 @@ class Best:
     responses: Sequence[tuple[Mapping[str, Any], Response]] = ()
     response: Response | None = None
     warnings: Sequence[StudyWarning] = field(default=())
-    confirmation: Confirmation | None = None  # of trials trained again on fresh seeds, where there was one
-    range_test: Sequence[Mapping[str, Any]] | None = None  # where the range of learning rates came from one
+    confirmation: Confirmation | None = None
+    range_test: Sequence[Mapping[str, Any]] | None = None
 
     @property
     def lr(self) -> float | None:
-        """The learning rate to train with, of `recommended`."""
+        """The learning rate to train with, from `recommended`."""
         return self.recommended.get("lr")
 
     @property
     def recommended(self) -> dict[str, Any]:
-        """The values to train with: those that were confirmed, else the best trial's with the response's best rate."""
+        """The values to train with: the confirmed ones, else the best trial's with the response's best rate."""
         if self.confirmation is not None:
             return dict(self.confirmation.winner.params)
         return {**self.params, "lr": self.response.best} if self.response else dict(self.params)
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, without the curves of the responses."""
+        """Return the answer as plain data for JSON, without the curves of the responses."""
         return {
             "trial": self.trial,
             "params": dict(self.params),
@@ -64,8 +74,8 @@ class Best:
             "lr": self.lr,
             "recommended": self.recommended,
             "interval": self.interval,
-            "response": None if self.response is None else self.response.in_figures(),
-            "responses": [{"params": dict(params), **response.in_figures()} for params, response in self.responses],
+            "response": None if self.response is None else self.response.summary_dict(),
+            "responses": [{"params": dict(params), **response.summary_dict()} for params, response in self.responses],
             "warnings": [asdict(warning) for warning in self.warnings],
             "confirmation": None if self.confirmation is None else self.confirmation.as_dict(),
             "range_test": self.range_test,
@@ -73,42 +83,72 @@ class Best:
 
 
 def find_best(study: StudyRecord, trials: Sequence[TrialRecord]) -> Best | None:
-    """The answer, or None where no trial completed."""
+    """Return the answer of a study with these trials, or None if no trial completed."""
     winner = best_trial(study, trials)
     if winner is None:
         return None
-    confirmed, every = find_confirmation(study, trials, first=value_of(winner)), trials
-    trials = search_trials(trials)
+    confirmation = find_confirmation(study, trials, search_value=value_of(winner))
+    searched = search_trials(trials)
     responses = [
-        (group, found)
-        for group, alike in _group_by_lists(study, trials)
-        if (found := find_response(study, alike)) is not None
+        (combination, response)
+        for combination, alike in _group_by_lists(study, searched)
+        if (response := find_response(study, alike)) is not None
     ]
-    listed = study.spec.search.listed_values
-    group = listed(confirmed.winner.params if confirmed else winner.params)
-    lead = best_trial(study, [trial for trial in trials if listed(trial.params) == group]) or winner
-    mine = next((found for other, found in responses if other == group and has_rate(lead)), None)
-    interval = mine.interval if mine else learning_rate_interval(study, trials, lead)
-    beware = find_warnings(study, every, lead, mine)
-    tested = study.facts.get("range_test")
-    return Best(winner.number, winner.params, value_of(winner), interval, responses, mine, beware, confirmed, tested)
+    listed_values = study.spec.search.listed_values
+    chosen = listed_values(confirmation.winner.params if confirmation else winner.params)
+    leader = best_trial(study, [trial for trial in searched if listed_values(trial.params) == chosen]) or winner
+    response = next((known for other, known in responses if other == chosen and has_rate(leader)), None)
+    return Best(
+        trial=winner.number,
+        params=winner.params,
+        value=value_of(winner),
+        interval=response.interval if response else learning_rate_interval(study, searched, leader),
+        responses=responses,
+        response=response,
+        warnings=find_warnings(study, trials, leader, response),
+        confirmation=confirmation,
+        range_test=study.facts.get("range_test"),
+    )
 
 
 def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response | None:
-    """The response of trials that differ in their learning rate; None where too few rates have a value.
+    """Return the response of trials that differ in their learning rate, or None if too few rates have a value.
 
-    A pruned trial counts with what complete trials have still gained from its last epoch on, on average; it is the more
-    doubtful the more they gained, the more they differ in that, and the further they were from it at that epoch. Trials
-    that differ in another range count all the same: it is part of the noise.
+    Trials that also differ in another range count all the same: that is part of the noise.
     """
     import numpy as np
 
-    sign, metric = direction_sign(study), study.spec.metric
+    sign = direction_sign(study)
     rated = [trial for trial in trials if has_rate(trial)]
     complete = [trial for trial in rated if trial.state == "complete" and trial.value is not None]
-    curves = {trial.number: dict(zip(trial.epochs, trial.curves.get(metric, ()), strict=False)) for trial in rated}
     seen = [(float(trial.params["lr"]), sign * value_of(trial), 0.0) for trial in complete]
-    for trial in rated:
+    seen += _expected_of_pruned(study, rated, complete)
+    if not seen:
+        return None
+    lrs, values, doubts = np.array(seen).T
+    diverged = [float(trial.params["lr"]) for trial in rated if trial.state == "diverged"]
+    classes = None if study.spec.objective else study.facts.get("num_classes")
+    low, high = rate_bounds(study, trials)
+    response = fit_response(
+        Observations(np.log10(lrs), values, doubts, np.log10(diverged), floor=1 / classes if classes else math.inf),
+        low=low,
+        high=high,
+    )
+    return response if response is None or sign == 1 else response.mirrored()
+
+
+def _expected_of_pruned(
+    study: StudyRecord, trials: Sequence[TrialRecord], complete: Sequence[TrialRecord]
+) -> list[tuple[float, float, float]]:
+    """Return (learning rate, value, doubt) of each pruned trial; of two such values the higher is the better.
+
+    The value is its last one plus what complete trials gained from that epoch on, on average. The doubt is a standard
+    deviation. It grows with that gain, with its spread, and with the distance of the trial from the others at its end.
+    """
+    sign, metric = direction_sign(study), study.spec.metric
+    curves = {trial.number: dict(zip(trial.epochs, trial.curves.get(metric, ()), strict=False)) for trial in complete}
+    expected = []
+    for trial in trials:
         if trial.state != "pruned" or trial.value is None:
             continue
         epoch = trial.epochs[-1] if trial.epochs else 0
@@ -117,31 +157,20 @@ def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response
         if known:
             gains = [sign * (last - then) for last, then in known]
             gain = statistics.fmean(gains)
-            # They are the survivors: a trial that was worse, and far from them, may have gained anything.
-            apart = abs(value_of(trial) - statistics.fmean(then for _, then in known))
-            doubt = max(statistics.pstdev(gains), abs(gain) / 2, apart)
-            seen.append((float(trial.params["lr"]), sign * value_of(trial) + gain, doubt))
-    if not seen:
-        return None
-    lrs, values, doubts = np.array(seen).T
-    diverged = [float(trial.params["lr"]) for trial in rated if trial.state == "diverged"]
-    classes = None if study.spec.objective else study.facts.get("num_classes")
-    low, high = rate_bounds(study, trials)
-    found = fit_response(
-        Observations(np.log10(lrs), values, doubts, np.log10(diverged), floor=1 / classes if classes else math.inf),
-        low=low,
-        high=high,
-    )
-    return found if found is None or sign == 1 else found.mirrored()
+            # The complete trials are the survivors: one that was worse, and far from them, may have gained anything.
+            distance = abs(value_of(trial) - statistics.fmean(then for _, then in known))
+            doubt = max(statistics.pstdev(gains), abs(gain) / 2, distance)
+            expected.append((float(trial.params["lr"]), sign * value_of(trial) + gain, doubt))
+    return expected
 
 
 def learning_rate_interval(
     study: StudyRecord, trials: Sequence[TrialRecord], winner: TrialRecord
 ) -> tuple[float, float] | None:
-    """The tried learning rates around the winner's that did as well, as (lowest, highest).
+    """Return the tried learning rates around the winner's that did as well, as (lowest, highest).
 
     "As well" is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984): a validation
-    accuracy within one binomial standard error of the winner's, for the number of validation pictures; replicates of a
+    accuracy within one binomial standard error of the winner's, for the number of validation images. Replicates of a
     learning rate count with their mean. From the winner outward, the interval ends at the first learning rate that did
     worse, was pruned, or diverged. Trials that differ from the winner in a listed parameter (optimizer, batch size...)
     do not count; those that differ in a range count all the same.
@@ -150,7 +179,9 @@ def learning_rate_interval(
     if not has_rate(winner) or not num_val:
         return None
     least = value_of(winner) - standard_error(value_of(winner), num_val)
-    alike = [trial for trial in trials if _is_comparable(study, trial, winner)]
+    alike = [
+        trial for trial in trials if has_rate(trial) and trial.state in TRAINED and are_alike(study, trial, winner)
+    ]
     rates = sorted({float(trial.params["lr"]) for trial in alike})
     as_good = [_mean_value([trial for trial in alike if trial.params["lr"] == rate]) >= least for rate in rates]
     low = high = rates.index(float(winner.params["lr"]))
@@ -164,18 +195,18 @@ def learning_rate_interval(
 def _group_by_lists(
     study: StudyRecord, trials: Sequence[TrialRecord]
 ) -> list[tuple[dict[str, Any], list[TrialRecord]]]:
-    """The trials of each combination of listed parameters, in the order in which they first come."""
+    """Return each combination of listed parameters with its trials, in the order of their first trials."""
     groups: list[tuple[dict[str, Any], list[TrialRecord]]] = []
     for trial in trials:
-        key = study.spec.search.listed_values(trial.params)
-        known = next((alike for other, alike in groups if other == key), None)
-        if known is None:
-            groups.append((key, known := []))
-        known.append(trial)
+        combination = study.spec.search.listed_values(trial.params)
+        members = next((alike for other, alike in groups if other == combination), None)
+        if members is None:
+            groups.append((combination, members := []))
+        members.append(trial)
     return groups
 
 
 def _mean_value(replicates: Sequence[TrialRecord]) -> float:
-    """The mean value of complete trials; where one did not complete, no value is as good."""
+    """Return the mean value of the trials, or -inf if one did not complete: then no value is as good."""
     values = [trial.value if trial.state == "complete" else None for trial in replicates]
     return -math.inf if None in values else statistics.fmean(value for value in values if value is not None)

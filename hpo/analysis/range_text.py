@@ -1,58 +1,56 @@
-"""What an answer says of the range tests that set its range."""
+"""Texts and numbers of the range tests that set the range of a study."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpo.config.study_spec import StudySpec
 from hpo.search.space import Conditional, Parameter, Range, Scalar
+from hpo.study.records import StudyRecord
 
-if TYPE_CHECKING:
-    from hpo.study.records import StudyRecord
-
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hpo.study.records import StudyRecord
-
-
-RANGE_TEST_KEY = "range_test"  # its name among a study's facts
+RANGE_TEST_KEY = "range_test"  # of a study's metadata
+MAX_SHOWN_LOSS = 1.5  # times the loss at the start; a broken loss would hide the rest
 
 
 def range_test_lines(
     study: StudyRecord, *, best: float | None = None, params: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """What a study's answer says of its range tests, a line for each; where `best` is in that of its `params`."""
+    """Return a sentence for each range test of a study.
+
+    The sentence of the test that `params` belong to also says where the learning rate `best` is in its range.
+    """
     lines = []
-    for found in study.facts.get(RANGE_TEST_KEY, ()):
-        listed = ", ".join(f"{key} {value}" for key, value in found["params"].items())
-        low, high = found["low"], found["high"]
-        line = f"the range of learning rates{f' with {listed}' if listed else ''} comes from a range test of "
-        line += f"{found['epochs']:.2g} epochs: {low:.2g} to {high:.2g} ({signs_text(found)})"
-        searched = active_parameter(study.spec, "lr", found["params"])
-        if isinstance(searched, Range) and (f"{searched.low:.2g}", f"{searched.high:.2g}") != (
-            f"{low:.2g}",
-            f"{high:.2g}",
-        ):
+    for test in study.facts.get(RANGE_TEST_KEY, ()):
+        subject = "the range of learning rates"
+        if test["params"]:
+            subject += f" with {', '.join(f'{key} {value}' for key, value in test['params'].items())}"
+        low, high = test["low"], test["high"]
+        line = f"{subject} comes from a range test of {test['epochs']:.2g} epochs: {_range_text(low, high)} "
+        line += f"({signs_text(test)})"
+        searched = active_parameter(study.spec, "lr", test["params"])
+        if isinstance(searched, Range) and _range_text(searched.low, searched.high) != _range_text(low, high):
             low, high = float(searched.low), float(searched.high)
-            line += f", within the {low:.2g} to {high:.2g} that were searched"
-        if best is not None and params is not None and found["params"].items() <= dict(params).items():
+            line += f", within the {_range_text(low, high)} that were searched"
+        if best is not None and params is not None and test["params"].items() <= dict(params).items():
             line += f"; {position_text(best, low, high)}"
         lines.append(line)
     return lines
 
 
-def signs_text(found: Mapping[str, Any]) -> str:
-    """What a ramp showed, in words; `found` as `Ramp.as_dict` gives it."""
-    seen = [("the loss falls from", found["falls"]), ("breaks at", found["breaks"]), ("leaps from", found["leaps"])]
+def _range_text(low: float, high: float) -> str:
+    return f"{low:.2g} to {high:.2g}"
+
+
+def signs_text(test: Mapping[str, Any]) -> str:
+    """Return the signs that a ramp showed; `test` is the plain data that `Ramp.as_dict` returns."""
+    seen = [("the loss falls from", test["falls"]), ("breaks at", test["breaks"]), ("leaps from", test["leaps"])]
     return ", ".join(f"{what} {lr:.2g}" for what, lr in seen if lr is not None) or "nothing broke"
 
 
 def position_text(best: float, low: float, high: float) -> str:
-    """Where a learning rate sits in a range, on its log scale."""
+    """Return where a learning rate is in a range, on its log scale."""
     if not low <= best <= high:
         return f"the best one, {best:.2g}, is outside of that"
     up, down = math.log10(best / low), math.log10(high / best)
@@ -60,15 +58,13 @@ def position_text(best: float, low: float, high: float) -> str:
 
 
 def active_parameter(spec: StudySpec, key: str, values: Mapping[str, Scalar]) -> Parameter | None:
+    """Return the parameter `key` of the search space, of a conditional one the case that `values` select."""
     parameter = spec.search.parameters[key]
     return parameter.cases.get(str(values[parameter.by])) if isinstance(parameter, Conditional) else parameter
 
 
-MAX_SHOWN_LOSS = 1.5  # times the loss at the start: what is above is drawn there, or a broken loss would hide the rest
-
-
 def clip_losses(losses: Sequence[float | None]) -> list[float]:
-    """The losses of a ramp as far as they are."""
+    """Return the losses of a ramp for a plot, with all above MAX_SHOWN_LOSS, or not finite, at that height."""
     finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
     if not finite:
         return []

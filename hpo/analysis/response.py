@@ -1,10 +1,10 @@
 """The response: how good a learning rate is, with how much doubt, from the trials of a study; numbers in, numbers out.
 
 The value over log10 of the learning rate is a Gaussian process (Rasmussen and Williams, 2006) with a Matérn 5/2 kernel
-and one noise for all trials; where trials diverge is a logistic curve over the same. Neither is fitted once: both are
-averaged over a grid of their hyperparameters, each weighed by how well it explains the trials, because with 20 to 40
-trials several explain them well. From both together whole responses are drawn, in which a learning rate that diverges
-is worth what a diverged trial is; where each of those draws has its top says where the best learning rate may be.
+and one noise for all trials. The share of trials that diverge is a logistic curve over the same. Neither is fitted
+once: both are averaged over a grid of their hyperparameters, each weighed by how well it explains the trials, because
+with 20 to 40 trials several explain them well. Whole responses are drawn from both together; a learning rate that
+diverges is worth what a diverged trial is. The interval of the best learning rate comes from the argmax of each draw.
 `make bench-analysis` measures how often that is right.
 """
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.float64]]
 
-MIN_RATES = 5  # different ones, with a value, without which no curve is drawn
+MIN_RATES = 5  # different learning rates that have a value; with fewer there is no response
 MAX_FITTED_POINTS = 100  # of more trials, neighbours count with their mean
-NUM_RATES = 161  # of the grid that the response is known on
+NUM_RATES = 161  # of the grid on which the response is known
 NUM_DRAWS = 400
 CONFIDENCE = 0.9
 LENGTHS = (0.2, 0.35, 0.6, 1.0, 1.7)  # decades over which the response bends
 AMPLITUDES = (0.1, 0.3, 1.0, 3.0)  # of the response, in standard deviations of the values
-NOISES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)  # of a trial, in the same
-WIDTHS = (0.01, 0.03, 0.1)  # decades over which trials come to diverge
+NOISES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)  # of a trial, in standard deviations of the values
+WIDTHS = (0.01, 0.03, 0.1)  # decades over which trials begin to diverge
 OUTLIER_RATE = 0.02  # share of trials that diverge, or do not, whatever their learning rate
-BEYOND = 0.3  # decades past the range in which the edge may lie
+BEYOND = 0.3  # decades past the range within which half of the trials may come to diverge
 WORST = 3.0  # a value counts as no worse than this many times as far below the median as the best is above it
 
 
@@ -40,14 +40,14 @@ class Observations:
 
     x: Array  # (N,) of the trials that have a value
     value: Array  # (N,)
-    doubt: Array  # (N,) standard deviation of a value that was not seen but inferred, else 0
+    doubt: Array  # (N,) standard deviation of a value that was inferred and not seen, else 0
     diverged: Array  # (M,) log10 of the learning rates of those that diverged
     floor: float  # what a diverged trial is worth
 
 
 @dataclass(frozen=True)
 class EstimatedRate:
-    """Where half of the trials diverge: a learning rate, and the interval that holds it with CONFIDENCE."""
+    """A learning rate, and the interval that holds it with CONFIDENCE."""
 
     lr: float
     interval: tuple[float, float]
@@ -59,85 +59,79 @@ class Response:
 
     lrs: Sequence[float]
     mean: Sequence[float]  # of trials that do not diverge
-    low: Sequence[float]  # between these two lies the mean with CONFIDENCE
+    low: Sequence[float]  # the mean lies between `low` and `high` with CONFIDENCE
     high: Sequence[float]
     diverging: Sequence[float]  # the share of trials that diverge
     best: float  # the learning rate to train with: the plateau's middle, which a wiggle of the mean moves little
-    value: float  # expected of a trial there, diverging included
+    value: float  # expected of a trial at `best`, diverging included
     interval: tuple[float, float]  # holds the best learning rate with CONFIDENCE
     plateau: tuple[float, float]  # around the highest expected value: within one standard error of the difference
-    edge: EstimatedRate | None  # None where no trial diverged, or only where others train
-    sensitivity: float  # what a learning rate of the range, any, falls short of the best by, on average
+    divergence_lr: (
+        EstimatedRate | None
+    )  # half of the trials diverge there; None if none did, or only where others train
+    sensitivity: float  # how far a learning rate of the range falls short of the best, on average
     noise: float  # the standard deviation of a trial's value about the mean
-    tops: Sequence[float]  # learning rates that may be the best one, each as likely as any other here
+    draws_of_best: Sequence[float]  # learning rates that may be the best one, all equally likely
 
     def mirrored(self) -> Response:
-        """The same where the lower value is the better one."""
+        """Return the same response with the sign of all values changed, for studies whose lower values are better."""
         mean, low, high = ([-value for value in curve] for curve in (self.mean, self.high, self.low))
         return replace(self, mean=mean, low=low, high=high, value=-self.value)
 
-    def in_figures(self) -> dict[str, Any]:
-        """All of it but the curves, as plain data."""
-        return {key: value for key, value in asdict(self).items() if key not in CURVES}
+    def as_dict(self) -> dict[str, Any]:
+        """Return the response as plain data, under the keys that JSON output has always had."""
+        return {JSON_KEYS.get(key, key): value for key, value in asdict(self).items()}
+
+    def summary_dict(self) -> dict[str, Any]:
+        """Return the same plain data without the curves."""
+        return {key: value for key, value in self.as_dict().items() if key not in CURVES}
 
 
-CURVES = frozenset({"lrs", "mean", "low", "high", "diverging", "tops"})  # of a Response
+JSON_KEYS = {"divergence_lr": "edge", "draws_of_best": "tops"}  # field of a Response -> key in JSON
+CURVES = frozenset({"lrs", "mean", "low", "high", "diverging", "tops"})  # keys with a long list
 
 
 def fit_response(trials: Observations, *, low: float, high: float) -> Response | None:
-    """The response between two learning rates; None where fewer than LEAST_RATES have a value.
+    """Return the response between two learning rates, or None if fewer than MIN_RATES have a value.
 
-    The sensitivity is that of Wortsman et al. (arXiv 2309.14322) with the value in the place of the loss: the mean over
-    the range, even in log lr, of how far the expected value is below the highest, where diverging counts as the floor.
+    The sensitivity is that of Wortsman et al. (arXiv 2309.14322) with the value in place of the loss: the mean over the
+    range, even in log lr, of how far the expected value is below the highest, where diverging counts as the floor.
     Equal trials give equal numbers.
     """
     from threadpoolctl import threadpool_limits
 
     if len(set(trials.x)) < MIN_RATES:
         return None
-    # Its matrices are small: several threads take ten times as long, and sum up in an order of their own.
+    # The matrices are small: several threads take ten times as long, and sum up in an order of their own.
     with threadpool_limits(1, user_api="blas"):
-        return _respond(trials, low=low, high=high)
+        return _fit(trials, low=low, high=high)
 
 
-def _respond(trials: Observations, *, low: float, high: float) -> Response:
+def _fit(trials: Observations, *, low: float, high: float) -> Response:
     import numpy as np
     from scipy.special import expit
 
     random = np.random.default_rng(0)
     x = np.linspace(np.log10(low), np.log10(high), NUM_RATES)
-    size = float(np.abs(trials.value).max()) or 1.0  # squares of very large values would be infinite
-    value = trials.value / size
-    # A loss may be of any size, and would leave nothing to see of the others.
-    value = np.maximum(value, (1 + WORST) * np.median(value) - WORST * value.max())
-    trials = replace(trials, value=value, doubt=trials.doubt / size, floor=min(trials.floor / size, value.min()))
-    curves, noise = _draw_curves(trials, x, random)
-    edges, widths = _draw_divergence_curves(trials, x, random)
-    diverging = expit((x - edges[:, None]) / widths[:, None])
+    trials, size = _scaled(trials)
+    curves, noise = _draw_responses(trials, x, random)
+    middles, widths = _draw_divergence_curves(trials, x, random)
+    diverging = expit((x - middles[:, None]) / widths[:, None])
     worth = curves * (1 - diverging) + trials.floor * diverging
     expected = worth.mean(axis=0)
     top = int(expected.argmax())
-    tail = (1 - CONFIDENCE) / 2
-
-    def interval(logarithms: Array) -> tuple[float, float]:
-        first, last = np.quantile(logarithms, [tail, 1 - tail])
-        half_step = (x[1] - x[0]) / 2  # a rate of the grid stands for those around it
-        return float(10 ** max(first - half_step, x[0])), float(10 ** (last + half_step))
-
     behind = expected[top] - expected
     as_good = behind <= (curves[:, [top]] - curves).std(axis=0)  # that it may diverge excuses no shortfall
-    first = last = top
-    while first > 0 and as_good[first - 1]:
-        first -= 1
-    while last < NUM_RATES - 1 and as_good[last + 1]:
-        last += 1
+    first, last = _run_around(top, as_good)
+    tail = (1 - CONFIDENCE) / 2
     lrs = 10**x
-    tops = interval(x[worth.argmax(axis=1)])
-    tops = tops[0], min(tops[1], float(lrs[-1]))
-    best = min(max(float(lrs[(first + last) // 2]), tops[0]), tops[1])
+    draws_of_best = x[worth.argmax(axis=1)]
+    interval = _rate_interval(draws_of_best, x)
+    interval = interval[0], min(interval[1], float(lrs[-1]))
+    best = min(max(float(lrs[(first + last) // 2]), interval[0]), interval[1])
     at_best = int(np.abs(x - np.log10(best)).argmin())
     tried = max(trials.x.max(), *trials.diverged) if len(trials.diverged) else trials.x.max()
-    has_edge = len(trials.diverged) > 0 and np.median(edges) <= tried
+    has_divergence = len(trials.diverged) > 0 and np.median(middles) <= tried
     return Response(
         lrs=lrs.tolist(),
         mean=(size * curves.mean(axis=0)).tolist(),
@@ -146,17 +140,51 @@ def _respond(trials: Observations, *, low: float, high: float) -> Response:
         diverging=diverging.mean(axis=0).tolist(),
         best=best,
         value=size * float(expected[at_best]),
-        interval=tops,
+        interval=interval,
         plateau=(float(lrs[first]), float(lrs[last])),
-        edge=EstimatedRate(float(10 ** np.median(edges)), interval(edges)) if has_edge else None,
+        divergence_lr=(
+            EstimatedRate(float(10 ** np.median(middles)), _rate_interval(middles, x)) if has_divergence else None
+        ),
         sensitivity=size * float(behind.mean()),
         noise=size * noise,
-        tops=lrs[worth.argmax(axis=1)].tolist(),
+        draws_of_best=lrs[worth.argmax(axis=1)].tolist(),
     )
 
 
-def _draw_curves(trials: Observations, x: Array, random: np.random.Generator) -> tuple[Array, float]:
-    """Curves that the response of trials that do not diverge may have, (NUM_DRAWS, len(x)), and the trials' noise."""
+def _scaled(trials: Observations) -> tuple[Observations, float]:
+    """Return the trials with values of at most 1 in size, the worst ones clipped, and the factor to scale back by."""
+    import numpy as np
+
+    size = float(np.abs(trials.value).max()) or 1.0  # squares of very large values would be infinite
+    value = trials.value / size
+    # A loss may be of any size, and would leave nothing to see of the others.
+    value = np.maximum(value, (1 + WORST) * np.median(value) - WORST * value.max())
+    floor = min(trials.floor / size, value.min())
+    return replace(trials, value=value, doubt=trials.doubt / size, floor=floor), size
+
+
+def _run_around(index: int, flags: Sequence[bool] | Array) -> tuple[int, int]:
+    """Return the first and the last index of the run of true flags around `index`."""
+    first = last = index
+    while first > 0 and flags[first - 1]:
+        first -= 1
+    while last < len(flags) - 1 and flags[last + 1]:
+        last += 1
+    return first, last
+
+
+def _rate_interval(draws: Array, x: Array) -> tuple[float, float]:
+    """Return the learning rates between which CONFIDENCE of the draws lie, given as log10, on the grid `x`."""
+    import numpy as np
+
+    tail = (1 - CONFIDENCE) / 2
+    first, last = np.quantile(draws, [tail, 1 - tail])
+    half_step = (x[1] - x[0]) / 2  # a rate of the grid stands for those around it
+    return float(10 ** max(first - half_step, x[0])), float(10 ** (last + half_step))
+
+
+def _draw_responses(trials: Observations, x: Array, random: np.random.Generator) -> tuple[Array, float]:
+    """Draw responses of trials that do not diverge, (NUM_DRAWS, len(x)); return them and the noise of a trial."""
     import warnings
 
     import numpy as np
@@ -164,7 +192,7 @@ def _draw_curves(trials: Observations, x: Array, random: np.random.Generator) ->
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
-    at, value, doubt, count = _grouped(trials)
+    x_fitted, value, doubt, count = _grouped(trials)
     mean = value.mean()
     scale = value.std() or 1e-9 * (abs(mean) or 1.0)
     fits, evidence, noises = [], [], []
@@ -173,7 +201,7 @@ def _draw_curves(trials: Observations, x: Array, random: np.random.Generator) ->
             ConstantKernel(amplitude**2) * Matern(length, nu=2.5),
             alpha=noise**2 / count + (doubt / scale) ** 2,
             optimizer=None,
-        ).fit(at[:, None], (value - mean) / scale)
+        ).fit(x_fitted[:, None], (value - mean) / scale)
         fits.append(process)
         noises.append(noise)
         # Log-normal priors: lengths of half a decade to one and amplitudes of about one are the most common.
@@ -190,7 +218,7 @@ def _draw_curves(trials: Observations, x: Array, random: np.random.Generator) ->
 
 
 def _grouped(trials: Observations) -> tuple[Array, Array, Array, Array]:
-    """The trials with values, or of too many the means of neighbours: x, value, doubt, and how many each stands for."""
+    """Return x, value, doubt and count of the trials with values; of too many, the means of neighbours."""
     import numpy as np
 
     order = np.argsort(trials.x, kind="stable")
@@ -201,9 +229,9 @@ def _grouped(trials: Observations) -> tuple[Array, Array, Array, Array]:
 
 
 def _draw_divergence_curves(trials: Observations, x: Array, random: np.random.Generator) -> tuple[Array, Array]:
-    """Logistic curves that the share of diverging trials may follow: log10 of their middle, and width, (NUM_DRAWS,).
+    """Draw logistic curves of the share of diverging trials; return log10 of their middles, and their widths.
 
-    By their posterior on a grid, with every middle in the range or a little past it as likely as any other before.
+    Both are (NUM_DRAWS,). Draw from their posterior on a grid. The prior is flat over middles in the range and a little past it.
     """
     import numpy as np
     from scipy.special import expit, softmax

@@ -1,4 +1,4 @@
-"""Which trials of a study count for its answer, and the best of them."""
+"""Trials as the answer sees them: which of them count, which are alike, and which is the best."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 from hpo.search.space import Conditional
 from hpo.study.records import StudyRecord, TrialRecord
 
-TRAINED = ("complete", "pruned", "diverged")
+TRAINED = ("complete", "pruned", "diverged")  # final states that say something about a learning rate
 
 
 def search_trials(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Without those that confirm what was found."""
+    """Return the trials of the search, without those that confirm or test its result."""
     return [trial for trial in trials if trial.kind == "search"]
 
 
 def best_trial(study: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The complete trial with the best value, or None where no trial completed.
+    """Return the complete trial of the search with the best value, or None if no trial completed.
 
-    Equal values are common with few validation pictures: then the lower validation loss wins, then the earlier trial.
+    Equal values are common with few validation images. The lower validation loss then wins, and after that the earlier
+    trial.
     """
     complete = [trial for trial in search_trials(trials) if trial.state == "complete" and trial.value is not None]
     sign = direction_sign(study)
@@ -28,7 +29,10 @@ def best_trial(study: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord
 
 
 def rate_bounds(study: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[float, float]:
-    """The lowest and the highest learning rate that these trials, which are alike, could have or had."""
+    """Return the lowest and the highest learning rate that these trials had or could have had.
+
+    The trials must be alike in their listed parameters.
+    """
     rates = [float(trial.params["lr"]) for trial in trials if has_rate(trial)]
     parameter = study.spec.search.parameters.get("lr")
     if isinstance(parameter, Conditional):
@@ -39,37 +43,40 @@ def rate_bounds(study: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[floa
 
 
 def direction_sign(study: StudyRecord) -> int:
+    """Return 1 if higher values are better in this study, and -1 if lower ones are."""
     return -1 if study.spec.direction == "minimize" else 1
 
 
 def has_rate(trial: TrialRecord) -> bool:
-    """A loop of the user's may call anything `lr`."""
+    """Return whether the trial's `lr` is a learning rate; a user's own loop may call anything `lr`."""
     return is_rate(trial.params.get("lr"))
 
 
 def is_rate(value: Any) -> bool:
+    """Return whether a value can be a learning rate: a number above 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _is_comparable(study: StudyRecord, trial: TrialRecord, winner: TrialRecord) -> bool:
-    return has_rate(trial) and trial.state in TRAINED and are_alike(study, trial, winner)
-
-
-def are_alike(study: StudyRecord, trial: TrialRecord, winner: TrialRecord) -> bool:
-    listed = study.spec.search.listed_values
-    return listed(trial.params) == listed(winner.params)
-
-
-def standard_error(accuracy: float, num_pictures: int) -> float:
-    """Of an accuracy measured on so many pictures, by Agresti and Coull (1998), who do not call 100 % certain."""
-    count = num_pictures + 4
-    share = (accuracy * num_pictures + 2) / count
-    return math.sqrt(share * (1 - share) / count)
+def are_alike(study: StudyRecord, trial: TrialRecord, other: TrialRecord) -> bool:
+    """Return whether two trials have the same values of all listed parameters (optimizer, batch size...)."""
+    listed_values = study.spec.search.listed_values
+    return listed_values(trial.params) == listed_values(other.params)
 
 
 def value_of(trial: TrialRecord) -> float:
+    """Return the value of a trial that has one."""
     assert trial.value is not None
     return trial.value
+
+
+def standard_error(accuracy: float, num_images: int) -> float:
+    """Return the standard error of an accuracy measured on so many images.
+
+    By Agresti and Coull (1998), so that an accuracy of 100 % is not certain either.
+    """
+    count = num_images + 4
+    share = (accuracy * num_images + 2) / count
+    return math.sqrt(share * (1 - share) / count)
 
 
 def _last_loss(trial: TrialRecord) -> float:

@@ -1,4 +1,4 @@
-"""The warnings of an answer, one function each."""
+"""The warnings of an answer: one function each, and the table of them."""
 
 from __future__ import annotations
 
@@ -21,48 +21,50 @@ from hpo.analysis.trials import (
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
-EDGE_FACTOR = 1.1  # as near as that to the end of the range is at the end
-MIN_CURVE_EPOCHS = 4  # of a curve, to say whether it still rises
+EDGE_FACTOR = 1.1  # a rate within this factor of an end of the range counts as being at that end
+MIN_CURVE_EPOCHS = 4  # of a curve, to tell whether it still rises
 
 
 @dataclass(frozen=True)
 class StudyWarning:
-    """What there is to beware of, in a sentence; `kind` is one of the keys of `WARNINGS`."""
+    """A warning in one sentence; `kind` is one of the keys of `WARNINGS`."""
 
     kind: str
     text: str
 
 
 def find_warnings(
-    study: StudyRecord, trials: Sequence[TrialRecord], winner: TrialRecord, found: Response | None
+    study: StudyRecord, trials: Sequence[TrialRecord], winner: TrialRecord, response: Response | None
 ) -> list[StudyWarning]:
-    """What there is to beware of in an answer; `found` is the response of the winner's like, where there is one."""
+    """Return the warnings of an answer; `response` is that of the trials like the winner, if there is one."""
     alike = [trial for trial in search_trials(trials) if has_rate(trial) and are_alike(study, trial, winner)]
-    evidence = WarningContext(study, alike, winner, found, latest(trials))
-    return [StudyWarning(kind, text) for kind, check in WARNINGS.items() if (text := check(evidence))]
+    context = WarningContext(study, alike, winner, response, latest(trials))
+    return [StudyWarning(kind, text) for kind, check in WARNINGS.items() if (text := check(context))]
 
 
 @dataclass(frozen=True)
 class WarningContext:
-    """What a warning is given for: the trials with a learning rate that are like the winner, and their response."""
+    """What a warning is decided by: the trials with a learning rate that are like the winner, and their response."""
 
     study: StudyRecord
     trials: Sequence[TrialRecord]
     winner: TrialRecord
     response: Response | None
-    confirming: Sequence[TrialRecord] = ()  # of whatever combination
+    confirming: Sequence[TrialRecord] = ()  # of any combination of listed parameters
 
     @property
     def complete(self) -> list[TrialRecord]:
+        """The complete trials that have a value."""
         return [trial for trial in self.trials if trial.state == "complete" and trial.value is not None]
 
     @property
     def ended(self) -> list[TrialRecord]:
+        """The trials whose end says something about their learning rate."""
         return [trial for trial in self.trials if trial.state in TRAINED]
 
     @property
     def noise(self) -> float | None:
-        """The standard deviation of one trial's value: the response's, or else what the pictures alone give."""
+        """The standard deviation of one trial's value: the response's, else the part due to the number of images."""
         num_val = self.study.facts.get("num_val")
         if self.response is not None:
             return self.response.noise
@@ -70,43 +72,45 @@ class WarningContext:
 
     @property
     def plateau(self) -> tuple[float, float]:
-        """The best learning rates; the winner's alone where there is no response."""
+        """The best learning rates: the response's plateau, or the winner's rate alone if there is no response."""
         rate = float(self.winner.params["lr"]) if has_rate(self.winner) else math.nan
         return self.response.plateau if self.response else (rate, rate)
 
 
-def _guessing(evidence: WarningContext) -> str | None:
-    classes, value = evidence.study.facts.get("num_classes"), value_of(evidence.winner)
-    if not classes or value > 1 / classes + standard_error(1 / classes, evidence.study.facts["num_val"]):
+def _guessing(context: WarningContext) -> str | None:
+    classes, value = context.study.facts.get("num_classes"), value_of(context.winner)
+    if not classes or value > 1 / classes + standard_error(1 / classes, context.study.facts["num_val"]):
         return None
     return f"the best trial is no better than guessing among {classes} classes: give it more epochs, or other rates"
 
 
-def _not_enough(evidence: WarningContext) -> str | None:
-    known = len({trial.params["lr"] for trial in evidence.complete})
-    if evidence.response is not None or not known:
+def _not_enough(context: WarningContext) -> str | None:
+    known = len({trial.params["lr"] for trial in context.complete})
+    if context.response is not None or not known:
         return None
     have = "rate has" if known == 1 else "rates have"
     return f"{known} learning {have} a value, which is not enough for a curve; {MIN_RATES} are"
 
 
-def _edge_of_range(evidence: WarningContext) -> str | None:
-    if len({trial.params["lr"] for trial in evidence.ended}) < 2:
+def _edge_of_range(context: WarningContext) -> str | None:
+    if len({trial.params["lr"] for trial in context.ended}) < 2:
         return None
-    low, high = rate_bounds(evidence.study, evidence.trials)
-    first, last = evidence.plateau
-    at = "low" if first <= low * EDGE_FACTOR else "high" if last >= high / EDGE_FACTOR else None
-    if at is None:
+    low, high = rate_bounds(context.study, context.trials)
+    first, last = context.plateau
+    if first <= low * EDGE_FACTOR:
+        at, end, wider = "low", low, low / 10
+    elif last >= high / EDGE_FACTOR:
+        at, end, wider = "high", high, high * 10
+    else:
         return None
-    end, wider = (low, low / 10) if at == "low" else (high, high * 10)
     return (
         f"the best learning rate may lie beyond {end:.3g}, the {at} end of what was searched: "
         f"widen search.space.lr to {wider:.3g}"
     )
 
 
-def _most_diverged(evidence: WarningContext) -> str | None:
-    ended = evidence.ended
+def _most_diverged(context: WarningContext) -> str | None:
+    ended = context.ended
     diverged = [trial for trial in ended if trial.state == "diverged"]
     if len(diverged) <= len(ended) / 2:
         return None
@@ -114,14 +118,15 @@ def _most_diverged(evidence: WarningContext) -> str | None:
     return f"{len(diverged)} of {len(ended)} trials diverged, from {lowest:.3g} on: search lower learning rates"
 
 
-def _tied(evidence: WarningContext) -> str | None:
-    complete, ended, (first, last) = evidence.complete, evidence.ended, evidence.plateau
-    if evidence.response is not None:
+def _tied(context: WarningContext) -> str | None:
+    complete, ended, (first, last) = context.complete, context.ended, context.plateau
+    if context.response is not None:
         tied = [trial for trial in complete if first <= trial.params["lr"] <= last]
     else:
-        margin = math.sqrt(2) * (evidence.noise or 0.0)  # of a difference of two
-        tied = [trial for trial in complete if abs(value_of(trial) - value_of(evidence.winner)) <= margin]
-    rates, tied_rates = ({float(trial.params["lr"]) for trial in some} for some in (ended, tied))
+        margin = math.sqrt(2) * (context.noise or 0.0)  # of a difference of two
+        tied = [trial for trial in complete if abs(value_of(trial) - value_of(context.winner)) <= margin]
+    rates = {float(trial.params["lr"]) for trial in ended}
+    tied_rates = {float(trial.params["lr"]) for trial in tied}
     if len(tied_rates) <= len(rates) / 2 or len(rates) < 2:
         return None
     return (
@@ -130,24 +135,25 @@ def _tied(evidence: WarningContext) -> str | None:
     )
 
 
-def _still_rising(evidence: WarningContext) -> str | None:
-    first, last = evidence.plateau
-    near = [trial for trial in evidence.complete if first <= trial.params["lr"] <= last] or [evidence.winner]
-    sign, gains, rises = direction_sign(evidence.study), [], []
+def _still_rising(context: WarningContext) -> str | None:
+    first, last = context.plateau
+    near = [trial for trial in context.complete if first <= trial.params["lr"] <= last] or [context.winner]
+    sign = direction_sign(context.study)
+    gains, rises = [], []
     for trial in near:
-        curve = [value for value in trial.curves.get(evidence.study.spec.metric, ()) if value is not None]
+        curve = [value for value in trial.curves.get(context.study.spec.metric, ()) if value is not None]
         if len(curve) >= MIN_CURVE_EPOCHS:
             gains.append(sign * (curve[-1] - curve[-1 - len(curve) // 4]))
             rises.append(sign * (curve[-1] - curve[0]))
-    noise = (evidence.noise or 0.0) * math.sqrt(2 / max(1, len(gains)))  # of a mean difference
+    noise = (context.noise or 0.0) * math.sqrt(2 / max(1, len(gains)))  # of a mean difference
     if not gains or statistics.fmean(gains) <= max(2 * noise, statistics.fmean(rises) / 10):
         return None
     return "the curves are still rising at the end: with more epochs the best learning rate may move up or down"
 
 
-def _pruned_away(evidence: WarningContext) -> str | None:
-    first, last = evidence.plateau
-    near = [trial for trial in evidence.trials if first <= trial.params["lr"] <= last]
+def _pruned_away(context: WarningContext) -> str | None:
+    first, last = context.plateau
+    near = [trial for trial in context.trials if first <= trial.params["lr"] <= last]
     pruned = sum(trial.state == "pruned" for trial in near)
     complete = sum(trial.state == "complete" for trial in near)
     if pruned < 2 or pruned <= complete:
@@ -158,20 +164,20 @@ def _pruned_away(evidence: WarningContext) -> str | None:
     )
 
 
-def _not_confirmed(evidence: WarningContext) -> str | None:
-    return _all_failed(evidence.confirming, "confirm", "the trials that were to confirm it")
+def _not_confirmed(context: WarningContext) -> str | None:
+    return _all_failed(context.confirming, "confirm", "the trials that were to confirm it")
 
 
-def _not_tested(evidence: WarningContext) -> str | None:
-    return _all_failed(evidence.confirming, "test", "the test set could not be measured; its trials")
+def _not_tested(context: WarningContext) -> str | None:
+    return _all_failed(context.confirming, "test", "the test set could not be measured; its trials")
 
 
 def _all_failed(trials: Sequence[TrialRecord], kind: str, what: str) -> str | None:
-    mine = [trial for trial in trials if trial.kind == kind]
-    if not mine or any(trial.state not in ENDED or trial.state == "complete" for trial in mine):
+    of_kind = [trial for trial in trials if trial.kind == kind]
+    if not of_kind or any(trial.state not in ENDED or trial.state == "complete" for trial in of_kind):
         return None
-    ends = sorted({f"{trial.state}: {trial.reason}" for trial in mine})
-    return f"{what} did not complete, none of {len(mine)} ({'; '.join(ends[:2])})"
+    ends = sorted({f"{trial.state}: {trial.reason}" for trial in of_kind})
+    return f"{what} did not complete, none of {len(of_kind)} ({'; '.join(ends[:2])})"
 
 
 WARNINGS: dict[str, Callable[[WarningContext], str | None]] = {

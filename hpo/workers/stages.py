@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hpo.analysis import answer, confirmation
+from hpo.analysis.answer import find_best
+from hpo.analysis.due_trials import plan_due_trials
 from hpo.store.studies import Store
 from hpo.study.records import StudyRecord
 
@@ -15,7 +16,7 @@ def add_due_trials(store: Store, study: StudyRecord) -> bool:
     if store.stage_due(study) is None:
         return store.num_left(study) > 0
     trials = store.trials(study)
-    found = answer.find_best(study, trials)
-    planned = confirmation.plan_due_trials(study, trials, found) if found is not None else []
+    found = find_best(study, trials)
+    planned = plan_due_trials(study, trials, found) if found is not None else []
     store.add_planned(study, planned, after=len(trials))
     return bool(planned)

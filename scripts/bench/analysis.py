@@ -43,7 +43,8 @@ from threadpoolctl import threadpool_limits
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hpo.analysis import answer as analysis
-from hpo.analysis.confirmation import find_confirmation, plan_due_trials
+from hpo.analysis.confirmation import find_confirmation
+from hpo.analysis.due_trials import plan_due_trials
 from hpo.config.study_spec import StudySpec
 from hpo.study.records import StudyRecord, TrialRecord
 
@@ -214,7 +215,7 @@ def confirm(task: Task, trials: list[TrialRecord], random: np.random.Generator) 
                 kind=planned.kind, replicate=planned.replicate,
             )
         )  # fmt: skip
-    confirmed = find_confirmation(study, trials + again, first=found.value)
+    confirmed = find_confirmation(study, trials + again, search_value=found.value)
     if confirmed is None or confirmed.standard_error is None:
         return {}
     x = math.log10(confirmed.winner.params["lr"])
@@ -303,7 +304,7 @@ def shrunk(apart: float) -> dict[str, float]:
                         kind="confirm", replicate=seed,
                     )
                 )  # fmt: skip
-        found = find_confirmation(study, trials, first=0.8)
+        found = find_confirmation(study, trials, search_value=0.8)
         assert found is not None
         assert found.standard_error is not None
         assert found.winner.mean is not None

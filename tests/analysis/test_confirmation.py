@@ -21,7 +21,8 @@ import pytest
 
 import hpo as api
 from hpo.analysis.answer import find_best
-from hpo.analysis.confirmation import Confirmation, candidates, find_confirmation, plan_due_trials
+from hpo.analysis.confirmation import Confirmation, find_confirmation
+from hpo.analysis.due_trials import candidates, plan_due_trials
 from hpo.analysis.text import answer_lines
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
@@ -74,7 +75,7 @@ def confirmed(study: StudyRecord, *values: list[float | str]) -> Confirmation:
     """The confirmation of 1e-3, 1e-2... with these values."""
     searched = make_trials((1e-4, 0.5), (1e-3, 0.9), (1e-2, 0.8), (1e-1, 0.4))
     params = [{"lr": rate} for rate in (1e-3, 1e-2, 1e-4)[: len(values)]]
-    found = find_confirmation(study, searched + again(searched, *values, params=params), first=0.9)
+    found = find_confirmation(study, searched + again(searched, *values, params=params), search_value=0.9)
     assert found is not None
     return found
 
@@ -174,8 +175,8 @@ def test_nothing_is_said_before_all_have_ended_or_where_none_completed() -> None
     searched = make_trials((1e-3, 0.9), (1e-2, 0.8))
     for values in ([0.8, "running"], ["failed", "failed"]):
         trials = searched + again(searched, values, params=[{"lr": 1e-3}])
-        assert find_confirmation(make_study(), trials, first=0.9) is None
-    assert find_confirmation(make_study(), searched, first=0.9) is None
+        assert find_confirmation(make_study(), trials, search_value=0.9) is None
+    assert find_confirmation(make_study(), searched, search_value=0.9) is None
 
 
 def test_one_seed_that_completed_gives_a_mean_without_an_error() -> None:
