@@ -96,8 +96,8 @@ def _key_figures(report: StudyReport) -> list[tuple[str, str, str]]:
         (f"{CONFIDENCE:.0%} interval", interval_text(found.interval), "holds the best learning rate"),
         *([value] if best.confirmation is None else _confirmed_figures(study, best.confirmation)),
     ]
-    if found.edge is not None:
-        key.append(("half diverge at", rate_text(found.edge.lr), interval_text(found.edge.interval)))
+    if found.divergence_lr is not None:
+        key.append(("half diverge at", rate_text(found.divergence_lr.lr), interval_text(found.divergence_lr.interval)))
     return key
 
 

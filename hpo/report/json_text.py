@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from hpo.study.records import trial_as_dict
@@ -16,7 +15,7 @@ from hpo.report.study_report import StudyReport, provenance_rows
 def render_json(report: StudyReport, _figure: str) -> bytes:
     found = report.best
     answer = found.as_dict() if found else {"trial": None, "warnings": []}
-    curves = [{"params": dict(params), **asdict(curve)} for params, curve in found.responses] if found else []
+    curves = [{"params": dict(params), **curve.as_dict()} for params, curve in found.responses] if found else []
     told = {
         "what": f"hpo report of study {report.study.name}",
         "study": report.study.name,

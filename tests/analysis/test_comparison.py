@@ -57,13 +57,13 @@ def told(*answers: Answer) -> tuple[Comparison, str]:
 
 def test_best_rates_whose_ratio_is_not_1_are_told_apart() -> None:
     found, text = told(answer(-3.0), answer(-1.0, name="t", training={"optimizer": "sgd", "momentum": 0.9}))
-    first, second = found.sides
+    first, second = found.studies
     assert first.lr == pytest.approx(1e-3, rel=0.5)
     assert second.lr == pytest.approx(1e-1, rel=0.5)
     assert changed_settings(first, second) == {"training.optimizer": "sgd"}  # momentum and beta1 follow from it
     assert "t, with training.optimizer sgd instead of adam, has its best learning rate at" in text
     assert "times 0.001 of s" in text
-    low, high = found.sides[1].ratio or (0, 0)
+    low, high = found.studies[1].ratio or (0, 0)
     assert 10 < low < 100 < high < 1000
     assert "no learning rate is as good as the best in all of these 2" in text
     assert "cannot be told" not in text
@@ -73,9 +73,9 @@ def test_those_whose_ratio_may_be_1_are_not_and_the_factor_between_them_is_bound
     found, text = told(answer(-3.0), answer(-3.0, name="t", training={"batch_size": 64}))
     assert "not told apart from" in text
     assert "are not told apart from the best in any of these 2" in text
-    low, high = found.sides[1].ratio or (0, 0)
+    low, high = found.studies[1].ratio or (0, 0)
     assert 0.3 < low < 1 < high < 3
-    assert changed_settings(*found.sides) == {"training.batch_size": 64}
+    assert changed_settings(*found.studies) == {"training.batch_size": 64}
 
 
 def test_two_changes_at_once_cannot_be_told_from_each_other() -> None:
@@ -91,14 +91,14 @@ def test_how_it_was_searched_is_no_difference() -> None:
             data={"split_seed": 3, "train_samples": 1000, "validation_fraction": 0.2},
         ),
     )  # fmt: skip
-    assert [side.factors for side in found.sides] == [{}, {}]
+    assert [side.factors for side in found.studies] == [{}, {}]
 
 
 def test_the_combinations_of_a_list_are_sides_of_their_own() -> None:
     tops = {"adam": -3.0, "sgd": -1.0}
     found, text = told(answer(lambda params: tops[params["optimizer"]], space={"optimizer": ["adam", "sgd"]}))
-    assert [side.factors["training.optimizer"] for side in found.sides] == ["adam", "sgd"]
-    assert [side.num_trials for side in found.sides] == [26, 26]
+    assert [side.factors["training.optimizer"] for side in found.studies] == ["adam", "sgd"]
+    assert [side.num_trials for side in found.studies] == [26, 26]
     assert "s (optimizer sgd), with training.optimizer sgd instead of adam, has its best" in text
 
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_said_is_said() -> None:
     few = answer(-3.0, num=3, name="few")
     edge = answer(0.5, name="edge")
     found, text = told(answer(-3.0), few, edge)
-    assert found.sides[1].interval is None
+    assert found.studies[1].interval is None
     assert "few cannot be compared: too few of its learning rates or of s's have a value" in text
     assert "edge: the best rate may lie beyond what was searched; its interval is a bound" in text
     assert json.loads(json.dumps(found.as_dict()))["sides"][2]["study"] == "edge"

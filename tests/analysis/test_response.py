@@ -47,7 +47,7 @@ def test_the_top_of_a_smooth_response_is_found_and_held() -> None:
     assert low < 1e-3 < high < 5 * low
     assert found.plateau[0] <= found.best <= found.plateau[1]
     assert found.noise == pytest.approx(0.005, abs=0.004)
-    assert found.edge is None
+    assert found.divergence_lr is None
 
 
 def test_the_band_holds_most_of_the_response() -> None:
@@ -79,9 +79,9 @@ def test_too_few_learning_rates_give_no_response(lrs: Any) -> None:
 def test_a_diverging_rate_is_not_recommended_and_the_edge_lies_between_what_trained_and_what_did_not() -> None:
     rising = make_trials(np.geomspace(LOW, 1e-3, 12), lambda x: 0.9 + 0.1 * x, diverged=np.geomspace(3e-3, HIGH, 6))
     found = response(rising)
-    assert found.edge is not None
-    assert 1e-3 < found.edge.lr < 3e-3
-    assert found.edge.interval[0] < found.edge.lr < found.edge.interval[1]
+    assert found.divergence_lr is not None
+    assert 1e-3 < found.divergence_lr.lr < 3e-3
+    assert found.divergence_lr.interval[0] < found.divergence_lr.lr < found.divergence_lr.interval[1]
     assert found.interval[1] < 3.5e-3
     assert found.diverging[at(found, HIGH)] > 0.95
     assert found.diverging[at(found, LOW)] < 0.05
@@ -151,7 +151,7 @@ def test_mirrored_is_the_same_seen_from_below() -> None:
 
 
 def test_in_figures_is_plain_data_without_the_curves() -> None:
-    figures = response(make_trials(EVENLY, hill, diverged=[0.5])).in_figures()
+    figures = response(make_trials(EVENLY, hill, diverged=[0.5])).summary_dict()
     assert figures.keys() == {"best", "value", "interval", "plateau", "edge", "sensitivity", "noise"}
     assert figures["edge"].keys() == {"lr", "interval"}
 
@@ -180,4 +180,4 @@ def test_one_huge_loss_moves_nothing(huge: float) -> None:
 
 @pytest.mark.parametrize("diverged", [[1e-3], [1e-5, 2e-5, 4e-5]])
 def test_where_only_rates_below_others_diverge_there_is_no_edge(diverged: list[float]) -> None:
-    assert response(make_trials(np.geomspace(6e-5, HIGH, 14), hill, diverged=diverged)).edge is None
+    assert response(make_trials(np.geomspace(6e-5, HIGH, 14), hill, diverged=diverged)).divergence_lr is None

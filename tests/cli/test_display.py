@@ -82,13 +82,13 @@ def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_
     found = find_best(study, numbered(*adam, *diverging, *sgd))
     assert found is not None
     assert found.response is not None
-    assert found.response.edge is not None
+    assert found.response.divergence_lr is not None
     answer, confidence, expected, edge, trial, other = answer_lines(study, found)
     low, high = found.interval or (0, 0)
     assert answer == f"best learning rate: {found.response.best:.2g} (optimizer adam)"
     assert confidence.startswith(f"with 90% confidence the best one is between {low:.2g} and {high:.2g}; not told")
     assert f"val_accuracy {found.response.value:.2%}, give or take {found.response.noise:.2%}" in expected
-    assert edge.startswith(f"half of the trials diverge at {found.response.edge.lr:.2g} (")
+    assert edge.startswith(f"half of the trials diverge at {found.response.divergence_lr.lr:.2g} (")
     assert trial.startswith(f"the best trial: learning rate {found.params['lr']:.4g}, val_accuracy {found.value:.2%}")
     (_, sgd_response) = found.responses[1]
     assert other.startswith(f"with optimizer=sgd: {sgd_response.best:.2g} (")
@@ -97,4 +97,4 @@ def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_
 def test_the_warnings_of_an_answer_come_last() -> None:
     found = find_best(make_study(), numbered(*complete()[5:8]))
     assert found is not None
-    assert answer_lines(make_study(), found)[-1].startswith("beware: ")
+    assert answer_lines(make_study(), found)[-1].startswith("warning: ")

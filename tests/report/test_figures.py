@@ -85,8 +85,8 @@ def test_the_response_shows_every_trial_once_by_its_state_and_what_the_answer_sa
     shaded = [(shape.x0, shape.x1) for shape in entry.figure.layout.shapes if shape.type == "rect"]
     for _, response in answer.responses:
         assert response.plateau in shaded
-        assert response.edge is not None
-        assert response.edge.interval in shaded
+        assert response.divergence_lr is not None
+        assert response.divergence_lr.interval in shaded
 
 
 def test_the_confirmation_shows_every_seed_its_mean_and_the_test_set(large: Any) -> None:

@@ -123,7 +123,7 @@ def check_words(page: Page, small: StudyReport) -> None:
     first, *others = answer_lines(small.study, small.best)
     assert page.inner_text("h1") == first.capitalize()
     for line in others:
-        assert line.removeprefix("beware: ") in text
+        assert line.removeprefix("warning: ") in text
     for what in ("seeds", "git revision", "versions", "machines"):
         assert what in page.inner_text("#made")
     assert "learning rate" in (page.locator("thead").text_content() or "")
@@ -439,7 +439,7 @@ def test_the_command_writes_a_page_that_says_what_best_says(hpo: Any, trained: S
     assert hpo.run("report", "s") == (0, "wrote s.html\n")
     page = (tmp_path / "s.html").read_text()
     for line in hpo.run("best", "s")[1].splitlines():
-        assert line.removeprefix("beware: ")[1:] in page
+        assert line.removeprefix("warning: ")[1:] in page
 
 
 def test_the_format_is_what_the_file_ends_in_or_as_said(trained: Store, tmp_path: Path) -> None:

@@ -125,14 +125,18 @@ def _add_response(figure: go.Figure, findings: FigureData, found: Response, row:
     )  # fmt: skip
     # After the traces: Plotly shades no panel that is empty.
     figure.add_vrect(*found.plateau, fillcolor=with_opacity(GREEN, 0.12), line_width=0, layer="below", **place)
-    if found.edge is not None:
+    if found.divergence_lr is not None:
         figure.add_vrect(
-            *found.edge.interval, fillcolor=with_opacity(VERMILLION, 0.08), line_width=0, layer="below", **place
+            *found.divergence_lr.interval,
+            fillcolor=with_opacity(VERMILLION, 0.08),
+            line_width=0,
+            layer="below",
+            **place,
         )
-        figure.add_vline(found.edge.lr, line={"color": VERMILLION, "dash": "dash", "width": 1.5}, **place)
+        figure.add_vline(found.divergence_lr.lr, line={"color": VERMILLION, "dash": "dash", "width": 1.5}, **place)
     # What is shaded has no trace of its own, and so no place in the legend without these.
     for name, colour, symbol in (("plateau", GREEN, "square"), ("half diverge", VERMILLION, "line-ns-open")):
-        if first and (name == "plateau" or found.edge is not None):
+        if first and (name == "plateau" or found.divergence_lr is not None):
             marker = {
                 "symbol": symbol,
                 "size": 12,
