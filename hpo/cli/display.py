@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.analysis.answer import Best
-from hpo.analysis.comparison import ComparedStudy, Comparison, changed_settings, compared_name
+from hpo.analysis.comparison import ComparedStudy, Comparison, changed_settings
 from hpo.analysis.peak import find_peak
 from hpo.analysis.range_text import range_test_lines
 from hpo.analysis.text import (
@@ -154,39 +154,41 @@ def print_answer(
 
 def print_comparison(found: Comparison) -> None:
     """Print studies side by side, each with its interval on a common scale, then the conclusions and caveats."""
-    ends = [end for side in found.sides if side.interval for end in (*side.interval, side.lr or side.interval[0])]
+    ends = [
+        end for study in found.studies if study.interval for end in (*study.interval, study.lr or study.interval[0])
+    ]
     low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
     rows = [
         [
-            compared_name(side),
-            "" if side is found.sides[0] else params_text(changed_settings(found.sides[0], side)),
-            cell_text(side.lr and rate_text(side.lr)),
-            cell_text(side.interval and interval_text(side.interval)),
-            _strip(side, low, high),
-            cell_text(side.plateau and interval_text(side.plateau)),
-            cell_text(side.edge and rate_text(side.edge)),
-            cell_text(side.value),
+            study.label,
+            "" if study is found.studies[0] else params_text(changed_settings(found.studies[0], study)),
+            cell_text(study.lr and rate_text(study.lr)),
+            cell_text(study.interval and interval_text(study.interval)),
+            _strip(study, low, high),
+            cell_text(study.plateau and interval_text(study.plateau)),
+            cell_text(study.divergence_lr and rate_text(study.divergence_lr)),
+            cell_text(study.value),
         ]
-        for side in found.sides
+        for study in found.studies
     ]
-    columns = ["study", "with", "best rate", "90 % interval", "", "as good", "diverges at", found.sides[0].metric]
+    columns = ["study", "with", "best rate", "90 % interval", "", "as good", "diverges at", found.studies[0].metric]
     print_table(columns, rows)
     console = make_console()
     for line in found.conclusions:
         console.print(line, style="bold", highlight=False, soft_wrap=True)
     for line in found.caveats:
-        console.print(f"beware: {line}", highlight=False, soft_wrap=True)
+        console.print(f"warning: {line}", highlight=False, soft_wrap=True)
 
 
-def _strip(side: ComparedStudy, low: float, high: float) -> str:
+def _strip(study: ComparedStudy, low: float, high: float) -> str:
     """Draw the interval of a best rate and its middle, on a scale between log10 of two learning rates."""
-    if side.interval is None or side.lr is None:
+    if study.interval is None or study.lr is None:
         return ""
 
     def cell(rate: float) -> int:
         return round((STRIP_WIDTH - 1) * (math.log10(rate) - low) / ((high - low) or 1.0))
 
-    first, best, last = cell(side.interval[0]), cell(side.lr), cell(side.interval[1])
+    first, best, last = cell(study.interval[0]), cell(study.lr), cell(study.interval[1])
     cells = ["━" if first <= index <= last else "·" for index in range(STRIP_WIDTH)]
     cells[best] = "●"
     return "".join(cells)
