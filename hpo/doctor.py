@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpo.api.stores import storage_url
 from hpo.errors import UserError
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.system import provenance
 from hpo.system.devices import list_devices, num_cores
 
@@ -85,7 +85,7 @@ def _data() -> list[Finding]:
 def _store(url: str) -> Finding:
     try:
         store = Store(url)
-        names = [study.name for study in store.studies()]
+        names = [study.name for study in store.studies.get_all()]
     except UserError as error:
         advice = "" if "there is no store" in str(error) else "name another with --storage or HPO_STORAGE"
         return Finding("store", str(error), advice)

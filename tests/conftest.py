@@ -28,7 +28,7 @@ from sqlalchemy.engine import URL
 
 from hpo.cli.app import main
 from hpo.config.study_spec import StudySpec
-from hpo.store.studies import Store
+from hpo.store.store import Store
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -98,7 +98,7 @@ def write_report(
     form = form or path.suffix[1:]
     report.check_request(form, figure)
     store, study = open_study(name, storage=storage)
-    all_trials = store.trials(study)
+    all_trials = store.trials.get_all(study)
     made = study_report.make_report(study, all_trials, analysis.find_best(study, all_trials), storage=str(store.url))
     output_file.write_report_file(path, report.render_report(made, form, figure=figure))
     with suppress(*STORE_ERRORS):  # a store that can only be read has a report all the same
@@ -109,11 +109,11 @@ def write_report(
 def _answer_and_settings(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
     """Return the answer and the settings that train the best trial again, from one look at the study."""
     store, study = open_study(name, storage=storage)
-    all_trials = store.trials(study)
+    all_trials = store.trials.get_all(study)
     found = answer_of(study, all_trials)
     numbers = [found.trial] if found.confirmation is None else found.confirmation.winner.trials
     best = next(trial for trial in all_trials if trial.number in numbers and trial.state == "complete")
-    stacked = any(agreed["convolution"] for agreed in store.shared_values(study).values())
+    stacked = any(agreed["convolution"] for agreed in store.studies.shared_values(study).values())
     again = study.spec.single_trial_spec(
         best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked
     )

@@ -16,7 +16,7 @@ from hpo.analysis.text import no_answer_text
 from hpo.api.stores import open_study, storage_url
 from hpo.errors import StudyStopped, UserError
 from hpo.store.retry import STORE_ERRORS
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord, TrialRecord, trial_as_dict
 
 
@@ -44,7 +44,8 @@ def studies(*, storage: str | None = None) -> list[dict[str, Any]]:
     """
     store = Store(storage_url(storage))
     return [
-        {"study": study.name, "trials": store.counts(study.study_id), "stop": study.stop} for study in store.studies()
+        {"study": study.name, "trials": store.trials.counts(study.study_id), "stop": study.stop}
+        for study in store.studies.get_all()
     ]
 
 
@@ -65,13 +66,13 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
     """
     store, study = open_study(name, storage=storage)
     with suppress(*STORE_ERRORS):  # a store that can only be read has a status all the same
-        store.reap(study)
-    all_trials = store.trials(study)
+        store.workers.reap(study)
+    all_trials = store.trials.get_all(study)
     found, peak = analysis.find_best(study, all_trials), find_peak(study, all_trials)
     return {
         "study": name,
         "storage": str(store.url),
-        "trials": store.counts(study.study_id),
+        "trials": store.trials.counts(study.study_id),
         "stop": study.stop,
         "stop_reason": study.stop_reason,
         "best": found.as_dict() if found else None,
@@ -97,7 +98,7 @@ def _workers(store: Store, study: StudyRecord, all_trials: Sequence[TrialRecord]
             "lanes": lanes.get(worker.worker_id, []),
             "seen_s": round(worker.seen_s, 1),
         }
-        for worker in store.workers(study)
+        for worker in store.workers.get_all(study)
         if worker.alive
     ]
 
@@ -117,7 +118,7 @@ def trials(name: str, *, storage: str | None = None) -> list[dict[str, Any]]:
         UserError: There is no such study.
     """
     store, study = open_study(name, storage=storage)
-    return [trial_as_dict(trial) for trial in store.trials(study)]
+    return [trial_as_dict(trial) for trial in store.trials.get_all(study)]
 
 
 def best(name: str, *, storage: str | None = None) -> Best:
@@ -135,7 +136,7 @@ def best(name: str, *, storage: str | None = None) -> Best:
         StudyStopped: No trial has completed.
     """
     store, study = open_study(name, storage=storage)
-    return answer_of(study, store.trials(study))
+    return answer_of(study, store.trials.get_all(study))
 
 
 def compare(names: Sequence[str], *, storage: str | None = None) -> Comparison:
@@ -155,7 +156,7 @@ def compare(names: Sequence[str], *, storage: str | None = None) -> Comparison:
     if len(set(names)) < len(names):
         raise UserError(f"each study must be named once, got {' '.join(names)}")
     store = Store(storage_url(storage))
-    found = [(study, store.trials(study)) for study in [store.study(name) for name in names]]
+    found = [(study, store.trials.get_all(study)) for study in [store.studies.get(name) for name in names]]
     return comparison.compare_answers(
         [(study, all_trials, answer_of(study, all_trials)) for study, all_trials in found]
     )
@@ -163,7 +164,7 @@ def compare(names: Sequence[str], *, storage: str | None = None) -> Comparison:
 
 def result_of(store: Store, study: StudyRecord) -> Result:
     """Return the result of a study; raise StudyStopped where no trial has completed."""
-    all_trials = store.trials(study)
+    all_trials = store.trials.get_all(study)
     return Result(study.name, answer_of(study, all_trials), all_trials)
 
 

@@ -19,7 +19,7 @@ from hpo.lr_range import resolve as ranges
 from hpo.report.publisher import Publisher
 from hpo.store.database import Unreachable
 from hpo.store.retry import OUTAGE_S, STORE_ERRORS
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import ENDED, StudyRecord
 from hpo.system.devices import choose_devices
 from hpo.workers import preflight
@@ -156,11 +156,11 @@ def join(
         StudyStopped: The study cannot finish, or was interrupted.
     """
     store, study = open_study(name, storage=storage)
-    if not store.num_left(study):
+    if not store.trials.num_left(study):
         return result_of(store, study)
 
     def join_it(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
-        store.check_joins(study, study.spec, facts=facts)
+        store.studies.check_joins(study, study.spec, facts=facts)
         return store, study
 
     allowed = ImportAllowlist.parse(allow)
@@ -255,15 +255,15 @@ def resume(
         StudyStopped: The study cannot finish, or was interrupted.
     """
     store, study = open_study(name, storage=storage)
-    if trials is None and not store.num_left(study):
+    if trials is None and not store.trials.num_left(study):
         return result_of(store, study)
 
     def open_again(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
-        store.check_joins(study, study.spec, facts=facts)
+        store.studies.check_joins(study, study.spec, facts=facts)
         if trials is not None:
-            store.enlarge(study, trials)
-        store.start(study)
-        return store, store.study(name)
+            store.studies.enlarge(study, trials)
+        store.studies.start(study)
+        return store, store.studies.get(name)
 
     allowed = ImportAllowlist.parse(allow)
     launcher = make_launcher(executor or Local(), study.spec, allowed, url=storage_url(storage))
@@ -284,9 +284,9 @@ def stop(name: str, *, storage: str | None = None) -> bool:
         UserError: There is no such study.
     """
     store, study = open_study(name, storage=storage)
-    if not store.num_left(study):
+    if not store.trials.num_left(study):
         return False
-    store.request_stop(study)
+    store.studies.request_stop(study)
     return True
 
 
@@ -298,8 +298,8 @@ def _create(spec: StudySpec, url: str, launcher: Launcher, facts: Mapping[str, A
         stored=lambda: _find(spec.name, url)[1],
     )
     store = Store(url, create=True)
-    study = store.create_study(closed, facts={**facts, **found})
-    store.start(study)
+    study = store.studies.create(closed, facts={**facts, **found})
+    store.studies.start(study)
     return store, study
 
 
@@ -307,7 +307,7 @@ def _find(name: str, url: str) -> tuple[Store, StudyRecord] | tuple[None, None]:
     """Return the store and the study, where both are there."""
     try:
         store = Store(url)
-        return store, store.study(name)
+        return store, store.studies.get(name)
     except UserError:
         return None, None  # whatever else may be wrong is told when the store is opened for writing
 
@@ -318,10 +318,10 @@ def _find_finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | Non
     if store is None or study is None:
         return None
     spec = ranges.adopt_stored_ranges(spec, study)
-    counts = store.counts(study.study_id)
+    counts = store.trials.counts(study.study_id)
     if set(counts) - set(ENDED) or study.spec.differences(spec) or study.spec.num_trials < spec.num_trials:
         return None
-    if store.num_left(replace(study, spec=spec)):  # a confirmation, which the study may not have had before
+    if store.trials.num_left(replace(study, spec=spec)):  # a confirmation, which the study may not have had before
         return None
     return store, study
 
@@ -341,8 +341,7 @@ def _opened(
     """Check everything, then open the study with the facts that were found."""
     with _checked(spec, allowed, launcher) as facts:
         store, study = opener(launcher, facts)
-        store.patience_s = OUTAGE_S
-        yield store, study
+        yield store.retrying(for_s=OUTAGE_S), study
 
 
 def _run_to_end(
@@ -350,15 +349,16 @@ def _run_to_end(
 ) -> Result:
     """Open the study and train until nothing of it is left."""
     with _opened(spec, allowed, opener, launcher) as (store, study), Publisher(store, study) as publisher:
-        watch = watcher(store, study) if watcher else lambda: None
+        watch = watcher(store, study) if watcher else None
 
-        def look() -> None:
+        def look(store: Store) -> None:
             publisher.look()
-            watch()
+            if watch is not None:
+                watch(store)
 
         launcher.run(store, study, watch=look)
-    study = store.study(study.name)
-    left = store.num_left(study)
+    study = store.studies.get(study.name)
+    left = store.trials.num_left(study)
     if study.stop == "failure":
         raise StudyStopped(f"study {study.name!r} was stopped: {study.stop_reason}", can_resume=left > 0)
     if left:
@@ -370,7 +370,7 @@ def _next_study(store: Store, first: str | None, passed_over: Container[tuple[in
     """Return the study to serve: the one named first, else the one that was started first; None where none has work."""
     waiting = [
         study
-        for study in store.studies()
+        for study in store.studies.get_all()
         if study.stop is None and (study.study_id, study.started) not in passed_over and _has_work(store, study)
     ]
     return min(waiting, key=lambda study: (study.name != first, study.started), default=None)
@@ -378,5 +378,5 @@ def _next_study(store: Store, first: str | None, passed_over: Container[tuple[in
 
 def _has_work(store: Store, study: StudyRecord) -> bool:
     """Return whether a new worker would find a trial to take."""
-    counts = store.counts(study.study_id)
-    return "waiting" in counts or ("running" not in counts and store.num_left(study) > 0)
+    counts = store.trials.counts(study.study_id)
+    return "waiting" in counts or ("running" not in counts and store.trials.num_left(study) > 0)

@@ -15,7 +15,7 @@ from hpo.errors import UserError
 from hpo.store import database
 from hpo.store.database import parse_url
 from hpo.store.retry import STORE_ERRORS
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 
 DEFAULT_STORAGE = "sqlite:///hpo.db"
@@ -37,7 +37,7 @@ def open_study(name: str, *, storage: str | None) -> tuple[Store, StudyRecord]:
         UserError: There is no such store, or no such study in it.
     """
     store = Store(storage_url(storage))
-    return store, store.study(name)
+    return store, store.studies.get(name)
 
 
 def copy(
@@ -62,19 +62,19 @@ def copy(
     """
     source, study = open_study(name, storage=storage)
     with suppress(*STORE_ERRORS):  # from a store that can only be read, too
-        source.reap(study)
-    if running := source.counts(study.study_id).get("running", 0):
+        source.workers.reap(study)
+    if running := source.trials.counts(study.study_id).get("running", 0):
         raise UserError(f"study {name!r} has {running} trials in training; end them with: hpo stop {name}")
     try:
         target = Store(to, create=True)
     except UserError as error:
         raise type(error)(str(error).replace("--storage", "--to")) from None
-    target.check_absent(name)
+    target.studies.check_absent(name)
     # Files first: a study in a store has its files, whenever the copy is interrupted.
     copied = replace(study, facts={**study.facts, "uid": uuid.uuid4().hex[:8], "origin": study.origin})
     _copy_files(source.checkpoints_url(study), target.checkpoints_url(copied))
     _copy_files(str(source.folder(study) / "trials"), str(target.folder(copied) / "trials"))
-    target.copy_from(source, study, facts=copied.facts, progress=progress)
+    target.studies.copy_from(source.studies, study, facts=copied.facts, progress=progress)
     return str(target.url)
 
 
@@ -113,5 +113,5 @@ def check_storage(*, storage: str | None = None) -> tuple[list[str], list[str]]:
         UserError: There is no such store.
     """
     store = Store(storage_url(storage))
-    problems = [problem for study in store.studies() for problem in store.problems(study)]
-    return store.describe(), store.damages() + problems
+    problems = [problem for study in store.studies.get_all() for problem in store.problems(study)]
+    return store.describe(), store.studies.damages() + problems

@@ -30,7 +30,7 @@ from hpo.analysis.text import (
     value_text,
 )
 from hpo.analysis.trials import best_trial, search_trials
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
@@ -80,7 +80,8 @@ class LiveDisplay:
     def __exit__(self, *_: object) -> None:
         self._next_read = 0.0  # to show what has ended since the last update
         try:
-            self.update()
+            if self._store is not None:
+                self.update(self._store)
         finally:
             if self._live is not None:
                 self._live.stop()
@@ -91,7 +92,7 @@ class LiveDisplay:
         self._console.print(heading(study))
         for line in range_test_lines(study):
             self._console.print(line, highlight=False, soft_wrap=True)
-        trials = store.trials(study)
+        trials = store.trials.get_all(study)
         if done := sum(trial.state in ENDED for trial in trials):
             self._console.print(f"going on: {done} of {len(trials)} trials are done already")
         self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
@@ -100,16 +101,17 @@ class LiveDisplay:
         }
         return self.update
 
-    def update(self) -> None:
-        """Show what has changed, if the last update is long enough ago."""
-        if time.monotonic() < self._next_read or self._store is None or self._study is None:
+    def update(self, store: Store) -> None:
+        """Show what has changed in the store, if the last update is long enough ago."""
+        self._store = store
+        if time.monotonic() < self._next_read or self._study is None:
             return
         began = time.monotonic()
-        for key, shared in self._store.shared_values(self._study).items():
+        for key, shared in store.studies.shared_values(self._study).items():
             if key not in self._announced:
                 self._announced.add(key)
                 self._console.print(shared["reason"], highlight=False, soft_wrap=True)
-        trials = self._store.trials(self._study)
+        trials = store.trials.get_all(self._study)
         for key, members in _stages(trials).items():
             if key not in self._announced:
                 self._announced.add(key)

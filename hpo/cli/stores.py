@@ -108,7 +108,7 @@ def dashboard_command(
         click.echo(f"{auth_file}: {add_user} can log in; a dashboard that runs already must be started again")
         return
 
-    from hpo.store.studies import Store
+    from hpo.store.store import Store
 
     def ready(url: str) -> None:
         click.echo(f"dashboard: {url} (Ctrl-C ends it)")

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from hpo.analysis import answer as analysis
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def publish_report(store: Store, report: StudyReport) -> None:
             figures[drawn.name] = text
     note = [*markdown_answer(report), "", *(f"**{drawn.title}.** {drawn.text}\n" for drawn in report.drawn)]
     note += [f"All of it as one page: `hpo report {report.study.name}`"]
-    store.show(report.study, figures, note="\n".join(note))
+    store.studies.show(report.study, figures, note="\n".join(note))
 
 
 class Publisher:
@@ -99,10 +99,10 @@ class Publisher:
 
         self._store = self._store or Store(self._url)
         store, study = self._store, self._study
-        state = store.counts(study.study_id), store.num_epochs(study)
+        state = store.trials.counts(study.study_id), store.trials.num_epochs(study)
         if state == self._published:
             return
-        trials = store.trials(study)
+        trials = store.trials.get_all(study)
         found = analysis.find_best(study, trials)
         publish_report(store, study_report.make_report(study, trials, found, storage=str(store.url)))
         self._published = state

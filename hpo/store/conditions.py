@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from hpo.store.schema import attempts, slots, workers
+from hpo.system import processes as liveness
 
 if TYPE_CHECKING:
     from hpo.study.records import Claim
@@ -46,3 +47,13 @@ def on_same_device(worker_id: str) -> sa.Select[Any]:
         .join(mine, sa.and_(mine.c.machine == other.c.machine, mine.c.device == other.c.device))
         .where(mine.c.worker_id == worker_id, slots.c.state == "running")
     )
+
+
+def is_gone(worker: Any) -> bool:
+    """Whether a row of hpo_workers is of a process of this machine that no longer runs; elsewhere a lease must tell."""
+    here = worker.machine == liveness.machine_id()
+    return here and not liveness.is_running(worker.pid, started=worker.pid_started)
+
+
+def is_lost(row: Any, at: float) -> bool:
+    return row.lease_until < at or row.left is not None or is_gone(row)

@@ -11,16 +11,18 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.orm import Session, scoped_session
 
 from hpo.errors import UserError
 from hpo.store import schema
+from hpo.store.retry import STORE_ERRORS, RetryPolicy, StoreFailed, plain
 
 POSTGRES = "postgresql+psycopg"
 PASSWORD_FILE = "HPO_STORAGE_PASSWORD_FILE"  # environment variable: a file with the password of a Postgres URL
@@ -45,6 +47,9 @@ class JoinedStorage(RDBStorage):
     """Optuna's storage on an engine of ours; inside `transaction()` its calls become part of that transaction.
 
     The connection belongs to the thread that opened the transaction; other threads are not affected. Do not nest.
+
+    Attributes:
+        cached: The same storage, which reads each finished trial from the database once.
     """
 
     def __init__(self, url: URL, *, skip_compatibility_check: bool = False) -> None:
@@ -55,7 +60,12 @@ class JoinedStorage(RDBStorage):
             skip_table_creation=True,
         )
         self._joined = threading.local()
+        self.cached = get_storage(self)
         self.scoped_session = scoped_session(self._session)  # type: ignore[arg-type]
+
+    def drop_cache(self) -> None:
+        """Forget the trials that were read so far."""
+        self.cached = get_storage(self)
 
     def _session(self) -> Session:
         connection: Connection | None = getattr(self._joined, "connection", None)
@@ -77,6 +87,45 @@ class JoinedStorage(RDBStorage):
             finally:
                 self._joined.connection = None
                 self.scoped_session.remove()
+
+
+@dataclass(frozen=True)
+class Database:
+    """An open database and how calls to it are retried; any number of threads and of stores may share it."""
+
+    url: URL
+    storage: JoinedStorage
+    retry: RetryPolicy
+
+    @property
+    def cached(self) -> BaseStorage:
+        """Optuna's storage, which reads each finished trial from the database once."""
+        return self.storage.cached
+
+    def connect(self) -> Connection:
+        """Return a connection for reading, to be closed by the caller."""
+        return self.storage.engine.connect()
+
+    def now(self, connection: Connection) -> float:
+        """Return the seconds since 1970 by the database's clock, the only one that leases are measured by."""
+        sqlite = connection.dialect.name == "sqlite"
+        clock = "(julianday('now') - 2440587.5) * 86400.0" if sqlite else "extract(epoch from clock_timestamp())"
+        return float(connection.exec_driver_sql(f"SELECT {clock}").scalar_one())
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Open a write transaction that Optuna's calls join; it commits at the end, or rolls back if the block raises.
+
+        Raises StoreFailed where the database is at fault.
+        """
+        try:
+            with self.storage.transaction() as connection:
+                yield connection
+        except BaseException as error:
+            self.storage.drop_cache()  # it may have cached what was rolled back
+            if isinstance(error, STORE_ERRORS):
+                raise StoreFailed(plain(error)) from error
+            raise
 
 
 class BufferedStorage:
@@ -109,13 +158,6 @@ def exclude_others(connection: Connection) -> None:
     """Lets no other transaction pass this point until the caller's has ended. SQLite's write lock does so already."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
-
-
-def now(connection: Connection) -> float:
-    """Seconds since 1970 by the database's clock, the only one that leases are measured by."""
-    sqlite = connection.dialect.name == "sqlite"
-    clock = "(julianday('now') - 2440587.5) * 86400.0" if sqlite else "extract(epoch from clock_timestamp())"
-    return float(connection.exec_driver_sql(f"SELECT {clock}").scalar_one())
 
 
 def parse_url(url: str) -> URL:

@@ -1,4 +1,4 @@
-"""Databases that do not answer: which errors say so, and methods that are tried again until it has passed."""
+"""Outages of the database: the errors that show one, and the retrying of methods until it has passed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import optuna
@@ -28,24 +29,34 @@ class StoreFailed(Exception):
 STORE_ERRORS = (StoreFailed, sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
-class Patient(Protocol):
-    """What has methods that are tried again: for how long, and a question that ends it earlier."""
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long calls are retried while the database does not answer: `for_s` seconds, or until `until()` is true."""
 
-    patience_s: float
-    give_up: Callable[[], bool]
+    for_s: float = 0.0
+    until: Callable[[], bool] = lambda: False
+
+
+class HasRetryPolicy(Protocol):
+    """An object whose methods may be decorated with `retry_on_outage`."""
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """How its methods are retried."""
 
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
-Self = TypeVar("Self", bound="Patient")
+Self = TypeVar("Self", bound="HasRetryPolicy")
 
 
 def retry_on_outage(
     method: Callable[Concatenate[Self, Arguments], Answer],
 ) -> Callable[Concatenate[Self, Arguments], Answer]:
-    """A method that is tried again, after longer and longer pauses, while the database does not answer.
+    """Retry a method, after longer and longer pauses, while the database does not answer.
 
-    Safe for each of them: it changes all or nothing, and where its success was not heard of, it finds that done.
+    This is safe for methods that change all or nothing, and that find their work done where a commit succeeded and its
+    answer was lost.
     """
 
     @functools.wraps(method)
@@ -55,7 +66,7 @@ def retry_on_outage(
             try:
                 return method(self, *args, **kwargs)
             except STORE_ERRORS as error:
-                if not is_outage(error) or time.monotonic() - began > self.patience_s or self.give_up():
+                if not is_outage(error) or time.monotonic() - began > self.retry.for_s or self.retry.until():
                     raise StoreFailed(plain(error)) from error
                 if pause_s == FIRST_PAUSE_S:
                     logger.warning("the store does not answer, waiting for it: %s", plain(error))

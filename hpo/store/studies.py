@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy as sa
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.search import proposals
-from hpo.store.database import CONNECTIONS_PER_WORKER, database_path, exclude_others, now
-from hpo.store.ledger import LEASE_S, is_gone
+from hpo.store.database import Database, exclude_others
 from hpo.store.retry import retry_on_outage
-from hpo.store.schema import attempts, epochs, schema_version, slots, studies, workers
-from hpo.store.slots import Slots, new_slot
-from hpo.study.records import StudyRecord, WorkerRecord
-from hpo.system import processes as liveness
+from hpo.store.schema import attempts, epochs, slots, studies, workers
+from hpo.store.slots import add_slots, drop_unclaimed, lock_study, new_slot, num_slots
+from hpo.study.records import StudyRecord
 
 AGREEMENT = "hpo: "  # begins the names of Optuna's study attributes that are ours
 FIGURE, NOTE = "dashboard:plot_data:", "dashboard:note_"  # begin the names of optuna-dashboard's
@@ -35,41 +29,20 @@ NO_FIGURE = '{"data":[],"layout":{}}'
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
 
 
-class Store(Slots):
-    """A database of studies: their creation, their workers, and what there is to read of them."""
+class Studies:
+    """The studies in a database. Every method may be called from any thread and any process."""
 
-    def folder(self, study: StudyRecord) -> Path:
-        """Where on this machine a study's logs and its trials' own files go.
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.retry = database.retry
 
-        Beside an SQLite database; for a server, in HPO_FILES or else hpo_files in the working directory. No other study
-        has it, not even one of the same name in another database, or after this one was deleted: a user's loop must
-        never go on from a stranger's checkpoint.
-        """
-        path = database_path(self.url)
-        root = path.parent / "hpo_files" if path else Path(os.environ.get("HPO_FILES") or "hpo_files").absolute()
-        return root / study.key
-
-    def checkpoints_url(self, study: StudyRecord) -> str:
-        """The folder, or the URL of one, with a folder for each trial's checkpoints."""
-        root = study.spec.checkpoints.url
-        if root is None:
-            return str(self.folder(study) / "checkpoints")
-        return f"{root if '://' in root else Path(root).expanduser()}/{study.key}"
-
-    @property
-    def storage(self) -> optuna.storages.BaseStorage:
-        """The Optuna storage, for Optuna's own tools."""
-        return self._storage
-
-    # Studies
-
-    def create_study(self, spec: StudySpec, *, facts: Mapping[str, Any]) -> StudyRecord:
+    def create(self, spec: StudySpec, *, facts: Mapping[str, Any]) -> StudyRecord:
         """Creates the study with its slots, or joins the one of that name; a larger `search.trials` enlarges it.
 
         Raises UserError where the spec, or what the preflight found (`facts`), differs from the study's in anything
         that would change a result.
         """
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             exclude_others(connection)  # who might create it at the same time
             study_id = self._find_id(connection, spec.name)
             if study_id is None:
@@ -90,7 +63,7 @@ class Store(Slots):
         ]
         if differences:
             raise UserError(
-                f"study {spec.name!r} exists in {self.url} with other settings; give this one another name, "
+                f"study {spec.name!r} exists in {self._database.url} with other settings; give this one another name, "
                 "or undo: "
                 + "; ".join(differences[:MAX_DIFFERENCES])
                 + (f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else "")
@@ -99,13 +72,13 @@ class Store(Slots):
     def _insert_study(self, connection: Connection, spec: StudySpec, facts: str) -> int:
         direction = StudyDirection.MAXIMIZE if spec.direction == "maximize" else StudyDirection.MINIMIZE
         try:
-            study_id = self._storage.create_new_study([direction], spec.name)
+            study_id = self._database.storage.create_new_study([direction], spec.name)
         except optuna.exceptions.DuplicatedStudyError:
             raise UserError(
-                f"{self.url} holds a study {spec.name!r} that hpo did not make; choose another name"
+                f"{self._database.url} holds a study {spec.name!r} that hpo did not make; choose another name"
             ) from None
-        optuna.load_study(study_name=spec.name, storage=self._storage).set_metric_names([spec.metric])
-        created = now(connection)
+        optuna.load_study(study_name=spec.name, storage=self._database.storage).set_metric_names([spec.metric])
+        created = self._database.now(connection)
         connection.execute(
             studies.insert().values(
                 study_id=study_id,
@@ -115,20 +88,20 @@ class Store(Slots):
                 started_at=created,
             )
         )
-        self._add_slots(connection, study_id, [new_slot(spec, values) for values in proposals.fixed_values(spec)])
+        add_slots(connection, study_id, [new_slot(spec, values) for values in proposals.fixed_values(spec)])
         return study_id
 
     @retry_on_outage
-    def study(self, name: str) -> StudyRecord:
+    def get(self, name: str) -> StudyRecord:
         """The study of this name. Raises UserError, listing those that exist, where there is none."""
-        with self._storage.engine.connect() as connection:
+        with self._database.connect() as connection:
             study_id = self._find_id(connection, name)
             if study_id is None:
                 names = ", ".join(sorted(self._names(connection).values())) or "none"
-                raise UserError(f"there is no study {name!r} in {self.url}; there are: {names}")
+                raise UserError(f"there is no study {name!r} in {self._database.url}; there are: {names}")
             return self._load(connection, study_id, name)
 
-    def studies(self) -> list[StudyRecord]:
+    def get_all(self) -> list[StudyRecord]:
         """The studies that can be read; what is wrong with others, `damages` tells."""
         return self._load_all()[0]
 
@@ -138,7 +111,7 @@ class Store(Slots):
 
     def _load_all(self) -> tuple[list[StudyRecord], list[str]]:
         found, damages = [], []
-        with self._storage.engine.connect() as connection:
+        with self._database.connect() as connection:
             for study_id, name in self._names(connection).items():
                 try:
                     found.append(self._load(connection, study_id, name))
@@ -150,20 +123,20 @@ class Store(Slots):
         """Gives the study a budget of `trials`; what was trained stays. Raises UserError for a grid or for fewer."""
         if study.spec.search.sampler == "grid":
             raise UserError(f"--trials cannot enlarge a grid; study {study.name!r} has {study.spec.num_trials} points")
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             exclude_others(connection)
             study = self._load(connection, study.study_id, study.name)
-            if trials < (count := self._num_slots(connection, study, kind="search")):
+            if trials < (count := num_slots(connection, study.study_id, kind="search")):
                 raise UserError(f"--trials must be at least {count}, which study {study.name!r} has, got {trials}")
             self._save(connection, study, study.spec, trials=trials)
 
     def _save(self, connection: Connection, study: StudyRecord, spec: StudySpec, *, trials: int) -> None:
         """Makes `spec` the study's, with a budget of `trials` or what it has already."""
-        self._lock(connection, study.study_id)
-        count = self._num_slots(connection, study, kind="search")
+        lock_study(connection, study.study_id)
+        count = num_slots(connection, study.study_id, kind="search")
         if trials > count:
-            self._drop_unclaimed(connection, study.study_id)
-        self._add_slots(connection, study.study_id, [new_slot(spec, {})] * (trials - count))
+            drop_unclaimed(connection, study.study_id)
+        add_slots(connection, study.study_id, [new_slot(spec, {})] * (trials - count))
         frozen = spec.frozen()
         if spec.search.sampler != "grid":
             frozen["search"]["trials"] = max(trials, count)
@@ -172,12 +145,12 @@ class Store(Slots):
 
     def check_absent(self, name: str) -> None:
         """Raises UserError where this store has a study of that name."""
-        if name in {study.study_name for study in self._storage.get_all_studies()}:
-            raise UserError(f"{self.url} holds a study {name!r} already")
+        if name in {study.study_name for study in self._database.storage.get_all_studies()}:
+            raise UserError(f"{self._database.url} holds a study {name!r} already")
 
     def copy_from(
         self,
-        source: Store,
+        source: Studies,
         study: StudyRecord,
         *,
         facts: Mapping[str, Any],
@@ -188,26 +161,28 @@ class Store(Slots):
         `facts` are the copy's. `progress(done, of)` is called as trials are copied. Raises UserError where this store
         has a study of that name, and where trials of it were in training meanwhile.
         """
-        theirs = source.storage
+        theirs = source._database.storage
         rows = {table: source.rows(table, study) for table in (slots, studies, epochs, attempts, workers)}
         trials = theirs.get_all_trials(study.study_id)
         if rows[slots] != source.rows(slots, study) or any(row["state"] == "running" for row in rows[slots]):
             raise UserError(f"study {study.name!r} is in training; end that with: hpo stop {study.name}")
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             exclude_others(connection)
-            at = now(connection)
+            at = self._database.now(connection)
             try:
-                study_id = self._storage.create_new_study(theirs.get_study_directions(study.study_id), study.name)
+                study_id = self._database.storage.create_new_study(
+                    theirs.get_study_directions(study.study_id), study.name
+                )
             except optuna.exceptions.DuplicatedStudyError:
-                raise UserError(f"{self.url} holds a study {study.name!r} already") from None
+                raise UserError(f"{self._database.url} holds a study {study.name!r} already") from None
             assert facts["uid"] != study.facts["uid"]
             for key, value in theirs.get_study_system_attrs(study.study_id).items():
-                self._storage.set_study_system_attr(study_id, key, value)
+                self._database.storage.set_study_system_attr(study_id, key, value)
             for key, value in theirs.get_study_user_attrs(study.study_id).items():
-                self._storage.set_study_user_attr(study_id, key, value)
+                self._database.storage.set_study_user_attr(study_id, key, value)
             trial_ids: dict[int | None, int | None] = {None: None}
             for trial in trials:
-                trial_ids[trial._trial_id] = self._storage.create_new_trial(study_id, template_trial=trial)
+                trial_ids[trial._trial_id] = self._database.storage.create_new_trial(study_id, template_trial=trial)
                 progress(trial.number + 1, len(trials))
             known = set(connection.execute(sa.select(workers.c.worker_id)).scalars())
             rows[workers] = [row for row in rows[workers] if row["worker_id"] not in known]
@@ -224,31 +199,38 @@ class Store(Slots):
 
     def rows(self, table: sa.Table, study: StudyRecord) -> list[dict[str, Any]]:
         """Every row of one of our tables that belongs to a study."""
-        with self._storage.engine.connect() as connection:
+        with self._database.connect() as connection:
             query = sa.select(table).where(table.c.study_id == study.study_id)
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def request_stop(self, study: StudyRecord) -> None:
         """Every worker lets go of its trial at its next report and leaves."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 studies.update()
                 .where(studies.c.study_id == study.study_id, studies.c.stop.is_(None))
                 .values(stop="requested", stop_reason="hpo stop")
             )
 
+    @retry_on_outage
+    def is_stopping(self, study_id: int) -> bool:
+        """Return whether the study was asked, or has itself decided, to stop."""
+        with self._database.connect() as connection:
+            query = sa.select(studies.c.stop).where(studies.c.study_id == study_id)
+            return connection.execute(query).scalar_one() is not None
+
     def start(self, study: StudyRecord) -> None:
         """Takes back a stop, whatever its reason; failures are counted from now on."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 studies.update()
                 .where(studies.c.study_id == study.study_id)
-                .values(stop=None, stop_reason=None, started_at=now(connection))
+                .values(stop=None, stop_reason=None, started_at=self._database.now(connection))
             )
 
     def _names(self, connection: Connection) -> dict[int, str]:
         ours = set(connection.execute(sa.select(studies.c.study_id)).scalars())
-        return {s._study_id: s.study_name for s in self._storage.get_all_studies() if s._study_id in ours}
+        return {s._study_id: s.study_name for s in self._database.storage.get_all_studies() if s._study_id in ours}
 
     def _find_id(self, connection: Connection, name: str) -> int | None:
         return next((study_id for study_id, other in self._names(connection).items() if other == name), None)
@@ -258,31 +240,31 @@ class Store(Slots):
         try:
             settings, facts = json.loads(row.spec), dict(json.loads(row.facts))
         except (ValueError, TypeError) as error:
-            raise UserError(f"study {name!r} in {self.url} is damaged: {error}") from None
-        spec = StudySpec.from_dict(settings, source=f"study {name!r} in {self.url}")
+            raise UserError(f"study {name!r} in {self._database.url} is damaged: {error}") from None
+        spec = StudySpec.from_dict(settings, source=f"study {name!r} in {self._database.url}")
         # Name and uid become part of a path: a store must not be able to name any folder of this machine.
         if spec.name != name or not re.fullmatch(r"[0-9a-f]{8}", str(facts.get("uid"))):
             raise UserError(
-                f"study {name!r} in {self.url} is damaged: its spec names it {spec.name!r}, its uid is "
+                f"study {name!r} in {self._database.url} is damaged: its spec names it {spec.name!r}, its uid is "
                 f"{facts.get('uid')!r}"
             )
         return StudyRecord(study_id, name, spec, facts, row.stop, row.stop_reason, row.started_at)
 
     @retry_on_outage
-    def agree(self, study: StudyRecord, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    def get_or_set_shared(self, study: StudyRecord, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
         """What holds for the study under this name from now on: `value`, or what an earlier caller gave."""
         name = f"{AGREEMENT}{key}"
-        with self._transaction() as connection:
-            self._lock(connection, study.study_id)
-            known = self._storage.get_study_user_attrs(study.study_id)
+        with self._database.transaction() as connection:
+            lock_study(connection, study.study_id)
+            known = self._database.storage.get_study_user_attrs(study.study_id)
             if name not in known:
-                self._storage.set_study_user_attr(study.study_id, name, dict(value))
+                self._database.storage.set_study_user_attr(study.study_id, name, dict(value))
             return dict(known.get(name, value))
 
     @retry_on_outage
     def shared_values(self, study: StudyRecord) -> dict[str, Any]:
         """All that was agreed on, by name."""
-        attributes = self._storage.get_study_user_attrs(study.study_id)
+        attributes = self._database.storage.get_study_user_attrs(study.study_id)
         return {key.removeprefix(AGREEMENT): attributes[key] for key in attributes if key.startswith(AGREEMENT)}
 
     def show(self, study: StudyRecord, figures: Mapping[str, str | None], *, note: str) -> None:
@@ -293,9 +275,9 @@ class Store(Slots):
         functions cut them into pieces of 2,045 characters for MySQL, a transaction each, which another writer's pieces
         could come between.
         """
-        with self._transaction() as connection:
-            self._lock(connection, study.study_id)
-            known = self._storage.get_study_system_attrs(study.study_id)
+        with self._database.transaction() as connection:
+            lock_study(connection, study.study_id)
+            known = self._database.storage.get_study_system_attrs(study.study_id)
             wanted: dict[str, Any] = {f"{NOTE}str:0": note}
             for title, figure in figures.items():
                 if figure is not None or f"{FIGURE}{title}:0" in known:
@@ -306,81 +288,4 @@ class Store(Slots):
             if changed:
                 changed[f"{NOTE}ver"] = known.get(f"{NOTE}ver", 0) + 1
             for key, value in changed.items():
-                self._storage.set_study_system_attr(study.study_id, key, value)
-
-    # Workers
-
-    @retry_on_outage
-    def add_worker(self, study_id: int, *, device: str, host: str | None = None) -> str:
-        """Registers the calling process as a worker and returns its id; `host` is by default the machine's name."""
-        worker_id = uuid.uuid4().hex[:12]
-        with self._transaction() as connection:
-            at = now(connection)
-            connection.execute(
-                workers.insert().values(
-                    worker_id=worker_id,
-                    study_id=study_id,
-                    host=host or socket.gethostname(),
-                    machine=liveness.machine_id(),
-                    pid=os.getpid(),
-                    pid_started=liveness.process_start_s(),
-                    device=device,
-                    started_at=at,
-                    seen_at=at,
-                )
-            )
-        return worker_id
-
-    @retry_on_outage
-    def remove_worker(self, worker_id: str) -> None:
-        with self._transaction() as connection:
-            connection.execute(
-                workers.update().where(workers.c.worker_id == worker_id).values(ended_at=now(connection))
-            )
-
-    def workers(self, study: StudyRecord) -> list[WorkerRecord]:
-        """The workers that have not left, with how long ago each gave a sign of life."""
-        with self._storage.engine.connect() as connection:
-            at = now(connection)
-            rows = connection.execute(
-                sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
-            )
-            return [
-                WorkerRecord(
-                    row.worker_id, row.host, row.pid, row.device, at - row.seen_at,
-                    alive=not is_gone(row) and at - row.seen_at < LEASE_S,
-                )
-                for row in rows.all()
-            ]  # fmt: skip
-
-    # The store as a whole
-
-    def describe(self) -> list[str]:
-        """What the store is, in a few lines."""
-        with self._storage.engine.connect() as connection:
-            version = schema_version(connection)
-        lines = [
-            f"{self.url}: {self._storage.engine.dialect.name}, schema version {version}, "
-            f"Optuna's {self._storage.get_current_version()}",
-            f"{len(self.studies())} studies",
-        ]
-        if database_path(self.url) is None:
-            lines.append(f"a worker process has up to {CONNECTIONS_PER_WORKER} connections open")
-        return lines
-
-    def problems(self, study: StudyRecord) -> list[str]:
-        """Where the ledger and Optuna's tables do not agree about a study; there is no such place, unless of others'
-        making."""
-        states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "waiting": TrialState.RUNNING}
-        states |= {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
-        theirs = {trial._trial_id: trial for trial in self._storage.get_all_trials(study.study_id, deepcopy=False)}
-        claimed = [row for row in self.rows(slots, study) if row["trial_id"] is not None]
-        found = []
-        for row in claimed:
-            trial = theirs.pop(row["trial_id"], None)
-            name = f"trial {row['number']} of study {study.name!r}"
-            if trial is None:
-                found.append(f"{name} is not among Optuna's trials")
-            elif trial.number != row["number"] or trial.state is not states[row["state"]]:
-                found.append(f"{name} is {row['state']}, and to Optuna trial {trial.number}, {trial.state.name}")
-        return found + [f"Optuna's trial {t.number} of study {study.name!r} has no slot" for t in theirs.values()]
+                self._database.storage.set_study_system_attr(study.study_id, key, value)

@@ -8,7 +8,7 @@ import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.train.checkpoint import Checkpoint, CheckpointFolder, list_folders
 from hpo.train.config import TrialConfig
@@ -49,7 +49,7 @@ class StudyCheckpoints:
                 notes += more
         except OSError as error:
             notes = [f"its checkpoints in {self._url} could not be read: {error}"]
-        last_epoch, _ = self._store.last_report(claim) or (0, math.nan)
+        last_epoch, _ = self._store.trials.last_report(claim) or (0, math.nan)
         if checkpoint is None and claim.tested is not None:
             notes.append(f"trained again: {socket.gethostname()} finds no checkpoint of trial {claim.tested}")
         elif checkpoint is None and last_epoch:
@@ -58,10 +58,10 @@ class StudyCheckpoints:
             )
         for note in notes:
             logger.warning("trial %d: %s", claim.number, note)
-        self._store.begin(claim, resumed_from=checkpoint.epoch if checkpoint else 0, notes=notes)
+        self._store.trials.begin(claim, resumed_from=checkpoint.epoch if checkpoint else 0, notes=notes)
         for result in checkpoint.results if checkpoint else ():
             if result.epoch > last_epoch:
-                self._store.report(
+                self._store.trials.report(
                     claim, self._study.spec, epoch=result.epoch, metrics=result.metrics(), value=result.val_accuracy,
                     may_prune=False,
                 )  # fmt: skip
@@ -90,14 +90,14 @@ class StudyCheckpoints:
             self._folder(claim.number).save(checkpoint)
         except OSError as error:
             logger.warning("trial %d: no checkpoint of epoch %d: %s", claim.number, checkpoint.epoch, error)
-            self._store.note(claim, f"a checkpoint could not be written: {error.strerror or error}")
+            self._store.trials.note(claim, f"a checkpoint could not be written: {error.strerror or error}")
 
     def may_be_kept(self, number: int, value: float) -> bool:
         """Return whether a trial that completes with this value is one of the best, whose last checkpoint is kept.
 
-        Of equal trials the one with the lower number is better, as in `best_trials`.
+        Of equal trials the one with the lower number is better, as in `Trials.best`.
         """
-        best = self._store.best_trials(self._study, self._keep)
+        best = self._store.trials.best(self._study, self._keep)
         sign = 1 if self._study.spec.direction == "maximize" else -1
         return len(best) < self._keep or any((sign * value, -number) > (sign * v, -n) for n, v in best)
 
@@ -105,15 +105,15 @@ class StudyCheckpoints:
         """Remove what a trial that has ended no longer needs, and the checkpoint of the one that it displaced."""
         with suppress(Exception):  # what is still being written of it must not appear after this
             self.wait(number)
-        best = [other for other, _ in self._store.best_trials(self._study, self._keep + 1)]
-        for unneeded in {number, *best} - {*best[: self._keep]} - self._store.untested(self._study):
+        best = [other for other, _ in self._store.trials.best(self._study, self._keep + 1)]
+        for unneeded in {number, *best} - {*best[: self._keep]} - self._store.trials.untested(self._study):
             self._remove(unneeded)
 
     def tidy(self) -> None:
         """Remove what workers that were killed, or that had lost their trial, have left of trials that have ended."""
-        ended = self._store.ended_numbers(self._study)  # first: a trial may end meanwhile, as the best one
-        unneeded = ended - {number for number, _ in self._store.best_trials(self._study, self._keep)}
-        unneeded -= self._store.untested(self._study)
+        ended = self._store.trials.ended_numbers(self._study)  # first: a trial may end meanwhile, as the best one
+        unneeded = ended - {number for number, _ in self._store.trials.best(self._study, self._keep)}
+        unneeded -= self._store.trials.untested(self._study)
         with suppress(OSError):
             for name in list_folders(self._url):
                 if name.isdecimal() and int(name) in unneeded:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpo.errors import UserError
 from hpo.objective import Trial
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.train.imports import import_object
 from hpo.workers.held_trials import HeldTrials
@@ -89,7 +89,7 @@ class FunctionRunner:
 
         Its last report may be an earlier attempt's, which was killed after it and left nothing to train.
         """
-        last = self._store.last_report(claim)
+        last = self._store.trials.last_report(claim)
         if last is None:
             raise UserError(f"{self._function} returned without a trial.report(...)")
         epoch, value = last
@@ -117,7 +117,7 @@ class FunctionAttempt:
             return True  # it was told to return and reports all the same: nothing more is recorded
         value = metrics[self._spec.metric]
         is_finite, is_last = math.isfinite(value), epoch >= self._spec.max_epochs
-        verdict = self._store.report(
+        verdict = self._store.trials.report(
             self._claim,
             self._spec,
             epoch=epoch,

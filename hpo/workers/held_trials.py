@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from hpo.store.ledger import OUT_OF_MEMORY, ClaimLost, Verdict
 from hpo.store.retry import StoreFailed
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.system import provenance
 from hpo.train.config import derive_seed
@@ -70,17 +70,17 @@ class HeldTrials:
 
     def register(self) -> None:
         """Add the worker to the study."""
-        self._worker_id = self._store.add_worker(self._study.study_id, device=self._device, host=self._host)
+        self._worker_id = self._store.workers.add(self._study.study_id, device=self._device, host=self._host)
 
     def renew(self) -> None:
         """Renew the leases of all trials held."""
-        self._store.renew(list(self._claims), self._worker_id)
+        self._store.workers.renew(list(self._claims), self._worker_id)
 
     def leave(self) -> None:
         """Release what is held and remove the worker from the study; from any thread."""
         for claim in list(self._claims):
             self.release(claim)
-        self._store.remove_worker(self._worker_id)
+        self._store.workers.remove(self._worker_id)
 
     def look_after(self, checkpoints: CheckpointFiles) -> None:
         """From now on, finish writing a trial's checkpoint before giving it up, and remove it when the trial ends."""
@@ -109,7 +109,7 @@ class HeldTrials:
         """Claim a trial of the study; None where none waits for this worker, or the worker should leave."""
         if self._stop.is_set():
             return None
-        claim = self._store.claim(self._study, self._worker_id, beside=num_held)
+        claim = self._store.trials.claim(self._study, self._worker_id, num_held=num_held)
         if claim is not None:
             self._claims.add(claim)
             if claim.is_suspect:
@@ -127,7 +127,7 @@ class HeldTrials:
             stream = ("trial", claim.number) if claim.replicate is None else ("confirm", claim.replicate)
             return int(values.get("seed", derive_seed(self._spec.training.seed, *stream)))
 
-        values = self._store.suggest(
+        values = self._store.trials.suggest(
             claim,
             self._spec,
             attributes=lambda values: provenance.trial_metadata(
@@ -148,7 +148,7 @@ class HeldTrials:
 
     def finish(self, claim: Claim, end: TrialEnd) -> None:
         """End a trial for good, other than by a failure."""
-        self._store.finish(claim, end.state, reason=end.reason)
+        self._store.trials.finish(claim, end.state, reason=end.reason)
         logger.info("%s: %s, %s", self._name(claim), end.state, end.reason)
         self._claims.discard(claim)
         self._checkpoints.forget(claim.number)
@@ -158,7 +158,7 @@ class HeldTrials:
         self._end_writing(claim)
         self._claims.discard(claim)
         with suppress(ClaimLost):
-            self._store.release(claim)
+            self._store.trials.release(claim)
 
     @contextmanager
     def dropping_lost_claims(self, claim: Claim) -> Iterator[None]:
@@ -197,13 +197,13 @@ class HeldTrials:
         for claim in claims:
             self._end_writing(claim)
             with self.dropping_lost_claims(claim):
-                is_final = self._store.fail(
+                is_final = self._store.trials.fail(
                     claim,
                     self._spec,
                     reason=reason,
                     error=text,
                     failure_key=failure_key(error),
-                    beside=len(claims) > 1,
+                    alongside_others=len(claims) > 1,
                 )
                 self._claims.discard(claim)
                 if is_final:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from hpo.config.study_spec import StudySpec
 from hpo.search.pruners import INTERLEAVED_TRIALS, PRUNERS, may_prune_after
 from hpo.store.ledger import ClaimLost, Verdict
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
@@ -145,13 +145,13 @@ class LaneRunner:
             return True
         if self._held.has_suspect():
             return False
-        counts = self._store.counts(self._study.study_id)
+        counts = self._store.trials.counts(self._study.study_id)
         if not counts.get("waiting"):
             return False
         num_open = counts.get("waiting", 0) + counts.get("running", 0)
         if self._engine.is_interleaving:
             num_open = min(num_open, INTERLEAVED_TRIALS)  # trials of all workers are compared
-        num_workers = sum(worker.alive for worker in self._store.workers(self._study))
+        num_workers = sum(worker.alive for worker in self._store.workers.get_all(self._study))
         return len(self._lanes) < math.ceil(num_open / max(1, num_workers))
 
     def _evict_dropped(self) -> None:
@@ -216,7 +216,7 @@ class LaneRunner:
         outcomes = [outcome for outcome in outcomes if outcome.claim in self._held]
         if not outcomes:  # none of them could be saved
             return
-        verdicts = self._store.report_all([outcome.report() for outcome in outcomes], self._spec)
+        verdicts = self._store.trials.report_all([outcome.report() for outcome in outcomes], self._spec)
         for outcome, verdict in zip(outcomes, verdicts, strict=True):
             with self._held.dropping_lost_claims(outcome.claim):
                 self._settle(outcome, verdict)
@@ -243,7 +243,7 @@ class LaneRunner:
         """Measure the accuracy on the test set of a trial that has had its epochs, and add it to the last one."""
         last = checkpoint.results[-1]
         metrics = last.metrics() | {"test_accuracy": self._engine.test_accuracy(config, checkpoint)}
-        self._store.report(
+        self._store.trials.report(
             claim, self._spec, epoch=last.epoch, metrics=metrics, value=last.val_accuracy, may_prune=False
         )
 
@@ -278,12 +278,12 @@ def _has_many_kinds(spec: StudySpec) -> bool:
 def _agree_on_plan(store: Store, study: StudyRecord, device: str, measure: Callable[[], LanePlan]) -> LanePlan:
     """Return the plan of all of the study's workers on devices of this name, which the first of them measured."""
     key = f"lanes {study.spec.engine.lanes} on {device}"
-    known = store.shared_values(study).get(key)
+    known = store.studies.shared_values(study).get(key)
     if known is None:
         plan = measure()
         if plan.is_passing:
             return plan
-        known = store.agree(study, key, asdict(plan))
+        known = store.studies.get_or_set_shared(study, key, asdict(plan))
     return LanePlan(**known)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self, TypeVar
 
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 from hpo.workers.supervisor import Watch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from hpo.config.import_policy import ImportAllowlist
 from hpo.errors import StudyStopped, UserError
 from hpo.store.database import PASSWORD_FILE
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.processes import Process
 from hpo.study.records import StudyRecord
 from hpo.system.devices import Device, choose_devices, num_cores, threads_per_worker, torch_device
@@ -38,11 +38,11 @@ class InProcessLauncher(Launcher):
                 nonlocal last_watch
                 if time.monotonic() - last_watch > TICK_S:
                     last_watch = time.monotonic()
-                    watch()
+                    watch(store)
                 return bool(interrupted)
 
-            store.give_up = lambda: bool(interrupted)
-            store.reap(study)
+            store = store.retrying(until=lambda: bool(interrupted))
+            store.workers.reap(study)
             if study.spec.objective is None:
                 import torch
 
@@ -62,7 +62,7 @@ class InProcessLauncher(Launcher):
                 raise StudyStopped(
                     f"the device {self._device.name} is unusable in this process", can_resume=True
                 ) from None
-            watch()
+            watch(store)
             if interrupted:
                 raise StudyStopped("interrupted", can_resume=True, interrupted=True)
 
@@ -82,7 +82,7 @@ class LocalLauncher(Launcher):
     def run(self, store: Store, study: StudyRecord, *, watch: Watch) -> None:
         """Run the worker processes, as `Launcher.run` says."""
         with interrupts() as interrupted:
-            store.reap(study)
+            store.workers.reap(study)
             add_due_trials(store, study)  # the trial that ended last may have ended without adding them
             supervise(store, study, self._pool(store, study), interrupted=interrupted, watch=watch)
         if interrupted:
@@ -96,7 +96,7 @@ class LocalLauncher(Launcher):
             raise UserError(f"the folder {logs} for the workers' logs cannot be made: {error.strerror}") from None
         places = [
             LocalWorker(self._task(store, study, device), device, logs / f"worker-{index}.log")
-            for index in range(min(self._workers, max(1, store.most_at_once(study))))
+            for index in range(min(self._workers, max(1, store.trials.most_at_once(study))))
             for device in [self._devices[index % len(self._devices)]]
         ]
         return LocalPool(places)

@@ -284,18 +284,18 @@ class StudyController:
     def _supervise(self) -> None:
         from hpo.report.publisher import Publisher
         from hpo.store.retry import OUTAGE_S
-        from hpo.store.studies import Store
+        from hpo.store.store import Store
         from hpo.workers.supervisor import supervise
 
-        store = Store(self._request.storage, patience_s=OUTAGE_S, give_up=lambda: bool(self._interrupted))
-        study = store.study(self._request.study)
-        store.reap(study)
+        store = Store(self._request.storage).retrying(for_s=OUTAGE_S, until=lambda: bool(self._interrupted))
+        study = store.studies.get(self._request.study)
+        store.workers.reap(study)
         add_due_trials(store, study)  # the trial that ended last may have ended without adding them
         if not self._request.publishes:
-            supervise(store, study, self._pool, interrupted=self._interrupted, watch=lambda: None)
+            supervise(store, study, self._pool, interrupted=self._interrupted, watch=lambda _: None)
             return
         with Publisher(store, study) as publisher:
-            supervise(store, study, self._pool, interrupted=self._interrupted, watch=publisher.look)
+            supervise(store, study, self._pool, interrupted=self._interrupted, watch=lambda _: publisher.look())
 
 
 class RayPool:
@@ -316,8 +316,8 @@ class RayPool:
     def adjust(self, store: Any, study: Any) -> None:
         """Add workers while trials wait, and let idle ones leave."""
         self.places = [place for place in self.places if place.is_running() or not place.leaves]
-        counts = store.counts(study.study_id)
-        training = store.in_training(study)
+        counts = store.trials.counts(study.study_id)
+        training = store.workers.in_training(study)
         for place in self.places:
             place.show(training.get(place.process, ()) if place.process is not None else ())
         waiting = counts.get("waiting", 0)

@@ -27,7 +27,7 @@ from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.store.database import database_path
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import ENDED, StudyRecord
 from hpo.system import provenance
 from hpo.system.devices import choose_devices, num_cores
@@ -104,18 +104,18 @@ class RayLauncher(Launcher):
         with interrupts() as interrupted:
             controller, is_new = self._controller(store, study)
             try:
-                end = self._follow(ray, controller, interrupted, watch)
+                end = self._follow(ray, controller, interrupted, partial(watch, store))
             except (ray.exceptions.RayError, ConnectionError, *_grpc_errors()) as error:
                 raise _as_our_error(error) from None
             if is_new:  # a detached one ends by itself, once others that watch it have seen its end
                 ray.kill(controller)
-        watch()
+        watch(store)
         if end.problem is not None:
             raise StudyStopped(end.problem, can_resume=True)
         if interrupted:
             raise StudyStopped("interrupted", can_resume=True, interrupted=True)
 
-    def _follow(self, ray: Any, controller: Any, interrupted: list[int], watch: Watch) -> PoolSnapshot:
+    def _follow(self, ray: Any, controller: Any, interrupted: list[int], watch: Callable[[], None]) -> PoolSnapshot:
         """Wait for the end of the study's supervisor, and pass interruptions on to it."""
         num_passed_on, has_warned = 0, False
         began = answered = time.monotonic()
@@ -249,7 +249,7 @@ class RayLauncher(Launcher):
             environment=self._environment(),
             options=self._options(),
             max_workers=self._executor.workers,
-            num_open=sum(count for state, count in store.counts(study.study_id).items() if state not in ENDED),
+            num_open=sum(count for state, count in store.trials.counts(study.study_id).items() if state not in ENDED),
             publishes=publishes,
         )
 

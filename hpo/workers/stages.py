@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hpo.analysis.answer import find_best
 from hpo.analysis.due_trials import plan_due_trials
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 
 
@@ -13,10 +13,10 @@ def add_due_trials(store: Store, study: StudyRecord) -> bool:
 
     Any number of workers may call it at once: the first one adds them, and nobody adds them a second time.
     """
-    if store.stage_due(study) is None:
-        return store.num_left(study) > 0
-    trials = store.trials(study)
+    if store.trials.stage_due(study) is None:
+        return store.trials.num_left(study) > 0
+    trials = store.trials.get_all(study)
     found = find_best(study, trials)
     planned = plan_due_trials(study, trials, found) if found is not None else []
-    store.add_planned(study, planned, after=len(trials))
+    store.trials.add_planned(study, planned, after=len(trials))
     return bool(planned)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 from hpo.errors import StudyStopped
 from hpo.store.retry import STORE_ERRORS
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.processes import Process
 from hpo.study.records import ENDED, StudyRecord
 from hpo.workers.worker_handle import DRAIN_S, EXIT_RESTART, cause_of_death
@@ -19,7 +20,9 @@ REAP_S = 5.0  # between looks for workers that died elsewhere, and for room for 
 KILL_S = DRAIN_S + 10.0  # after being asked to leave, a worker that is still there is killed
 MAX_CRASHES = 5  # for each worker: processes that died one after the other without an epoch in between
 
-Watch = Callable[[], None]  # called several times a second while workers run: the place to show progress
+# Called several times a second while workers run, to show progress. The store that it is given waits for an outage to
+# pass until the run is interrupted.
+Watch = Callable[[Store], None]
 
 
 class WorkerSlot(Protocol):
@@ -64,21 +67,20 @@ def supervise(store: Store, study: StudyRecord, crew: WorkerPool, *, interrupted
     A second interruption while workers leave kills them. No worker is left when it returns or raises. Raises
     StudyStopped where workers die again and again.
     """
-    store.give_up = lambda: bool(interrupted)  # an outage is waited out, unless somebody does not want to
+    waiting = store.retrying(until=lambda: bool(interrupted))  # an outage is waited out, unless somebody interrupts
+    leaving = store.retrying(until=lambda: True)
     try:
-        crew.adjust(store, study)
+        crew.adjust(waiting, study)
         for place in crew.places:
             if not place.is_running():
                 place.start()
-        _look_after(store, study, crew, interrupted, watch)
+        _look_after(waiting, study, crew, interrupted, watch)
     finally:
-        store.give_up = lambda: True
-        _drain(crew.places, interrupted, watch)
+        _drain(crew.places, interrupted, partial(watch, leaving))
         with suppress(*STORE_ERRORS):  # who goes on with the study does it too
             ended = [place.process for place in crew.places if place.process is not None]
-            store.reap(study, dead=dict.fromkeys(ended, "gone"))
-        store.give_up = lambda: False
-    watch()
+            leaving.workers.reap(study, dead=dict.fromkeys(ended, "gone"))
+    watch(store)
 
 
 def _look_after(store: Store, study: StudyRecord, crew: WorkerPool, interrupted: Sequence[int], watch: Watch) -> None:
@@ -86,15 +88,15 @@ def _look_after(store: Store, study: StudyRecord, crew: WorkerPool, interrupted:
     while not interrupted:
         running = [place for place in crew.places if place.is_running()]
         look = time.monotonic() > next_look or len(running) < len(crew.places)
-        if look and store.num_left(study) == 0:
+        if look and store.trials.num_left(study) == 0:
             return  # who is still here is idle, or hangs
-        over = look and store.is_stopping(study.study_id)
+        over = look and store.studies.is_stopping(study.study_id)
         if over and all(place.process is None for place in running):
             return  # nobody trains, though somebody may wait for room
         empty = [] if over else [place for place in crew.places if place not in running]
         if empty:  # while there is work left
             dead = {place.process: cause_of_death(place.exit_code) for place in empty if place.process is not None}
-            store.reap(study, dead=dead)
+            store.workers.reap(study, dead=dead)
         for place in empty:
             progress = _progress(store, study)
             is_asked = place.exit_code == EXIT_RESTART or place.process is None
@@ -107,15 +109,15 @@ def _look_after(store: Store, study: StudyRecord, crew: WorkerPool, interrupted:
                 )
             place.start()
         if time.monotonic() > next_look:
-            store.reap(study)
+            store.workers.reap(study)
             if not over:
                 crew.adjust(store, study)
             next_look = time.monotonic() + REAP_S
-        watch()
+        watch(store)
         time.sleep(TICK_S)
 
 
-def _drain(places: Sequence[WorkerSlot], interrupted: Sequence[int], watch: Watch) -> None:
+def _drain(places: Sequence[WorkerSlot], interrupted: Sequence[int], watch: Callable[[], None]) -> None:
     """Asks every worker to leave and waits; kills those that are still there after KILL_S or a second interruption."""
     for place in places:
         place.ask_to_leave()
@@ -131,6 +133,6 @@ def _drain(places: Sequence[WorkerSlot], interrupted: Sequence[int], watch: Watc
 
 def _progress(store: Store, study: StudyRecord) -> int:
     """Grows with every epoch that a trial comes further, and with every trial that ends."""
-    return store.num_epochs(study) + sum(
-        count for state, count in store.counts(study.study_id).items() if state in ENDED
+    return store.trials.num_epochs(study) + sum(
+        count for state, count in store.trials.counts(study.study_id).items() if state in ENDED
     )

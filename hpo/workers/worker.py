@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from hpo.store.ledger import LEASE_S
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 from hpo.system.processes import heartbeat
 from hpo.workers.held_trials import HeldTrials
@@ -101,9 +101,9 @@ class Worker:
             if not add_due_trials(self._store, self._study):
                 return
             if time.monotonic() > next_reap_s:
-                self._store.reap(self._study)
+                self._store.workers.reap(self._study)
                 next_reap_s = time.monotonic() + REAP_S
-            if self._store.is_stopping(self._study.study_id):
+            if self._store.studies.is_stopping(self._study.study_id):
                 self._stop.study_is_stopping()
             self._pause(pause_s)
             pause_s = min(2 * pause_s, LONGEST_POLL_S)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from hpo.store.database import Unreachable
 from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.workers.worker import Worker
 from hpo.workers.worker_handle import DRAIN_S, EXIT_RESTART, LEAVE, TASK_VARIABLE, WorkerTask
 
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 LEAVE_S = 5.0  # how long releasing trials and signing off may take when an epoch is left in its middle
 
 
-def _open_patiently(url: str, *, give_up: Callable[[], bool]) -> Store:
+def _open_once_up(url: str, *, until: Callable[[], bool]) -> Store:
     """Open the store once its database answers: a worker may be started while that is down."""
     began = time.monotonic()
     while True:
         try:
-            return Store(url, patience_s=OUTAGE_S, give_up=give_up)
+            return Store(url).retrying(for_s=OUTAGE_S, until=until)
         except Unreachable as error:
-            if time.monotonic() - began > OUTAGE_S or give_up():
+            if time.monotonic() - began > OUTAGE_S or until():
                 raise
             logger.warning("%s; trying again", error)
             time.sleep(LONGEST_PAUSE_S / 5)
@@ -43,8 +43,8 @@ def run_worker_process() -> None:
     # Processes that the user's code forks must die of SIGTERM: multiprocessing sends it to its own and waits for them.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    store = _open_patiently(task.storage, give_up=stop.is_set)
-    study = store.study(task.study)
+    store = _open_once_up(task.storage, until=stop.is_set)
+    study = store.studies.get(task.study)
     task.allowed.check(study.spec)
     worker = Worker(
         store,

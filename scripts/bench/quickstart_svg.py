@@ -16,7 +16,7 @@ from rich.terminal_theme import MONOKAI
 from hpo.analysis.answer import find_best
 from hpo.api.stores import storage_url
 from hpo.cli.display import heading, print_answer
-from hpo.store.studies import Store
+from hpo.store.store import Store
 
 
 def main() -> None:
@@ -27,8 +27,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     store = Store(storage_url(arguments.storage))
-    study = store.study(arguments.study)
-    trials = store.trials(study)
+    study = store.studies.get(arguments.study)
+    trials = store.trials.get_all(study)
     found = find_best(study, trials)
     assert found is not None, "the study has no complete trial"
     console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)

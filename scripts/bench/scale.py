@@ -38,7 +38,7 @@ from scipy.optimize import nnls
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hpo.config.study_spec import StudySpec
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 from hpo.system import provenance
 from hpo.workers.stages import add_due_trials
@@ -88,7 +88,7 @@ def spec(trials: int, *, pruner: str = "median", confirm: bool = False) -> Study
 
 def fill(store: Store, size: Size, *, waiting: int) -> StudyRecord:
     """A study of this size, with all that the ledger and Optuna keep of a trial, and `waiting` slots."""
-    study = store.create_study(spec(size.ended + size.running + waiting), facts={})
+    study = store.studies.create(spec(size.ended + size.running + waiting), facts={})
     distribution = distribution_to_json(FloatDistribution(1e-5, 1e-1, log=True))
     known = provenance.trial_metadata(device="cpu", seed=1) | {"ended": "complete: trained for 10 epochs"}
     values = {
@@ -219,46 +219,46 @@ class Meter:
 
 def keep(store: Store, study: StudyRecord, claim: Any) -> None:
     """What hpo.workers.checkpoints asks and tells the store of a trial, from its begin to its end."""
-    store.last_report(claim)
-    store.begin(claim, resumed_from=0)
+    store.trials.last_report(claim)
+    store.trials.begin(claim, resumed_from=0)
     for count in (1, 2, 1):
-        store.best_trials(study, count)
-    store.untested(study)
+        store.trials.best(study, count)
+    store.trials.untested(study)
 
 
 def use(store: Store, study: StudyRecord, meter: Meter, *, trials: int) -> None:
     """Every call of a worker's, over and over."""
-    worker = store.add_worker(study.study_id, device="cpu")
+    worker = store.workers.add(study.study_id, device="cpu")
     unjudged = spec(study.spec.num_trials, pruner="none")
 
     def attributes(_: Mapping[str, Any]) -> Mapping[str, Any]:
         return provenance.trial_metadata(device="cpu", seed=1)
 
     for _ in range(trials):
-        claim = meter("claim", lambda: store.claim(study, worker))
-        meter("suggest", lambda claim=claim: store.suggest(claim, study.spec, attributes=attributes))
+        claim = meter("claim", lambda: store.trials.claim(study, worker))
+        meter("suggest", lambda claim=claim: store.trials.suggest(claim, study.spec, attributes=attributes))
         meter("keep", lambda claim=claim: keep(store, study, claim))
         for epoch in range(1, 5):
             told: dict[str, Any] = {"epoch": epoch, "metrics": METRICS, "value": VALUE}
             name, judge = ("judged", study.spec) if epoch % 2 else ("report", unjudged)
-            meter(name, lambda claim=claim, judge=judge, told=told: store.report(claim, judge, **told))
-            meter("renew", lambda claim=claim: store.renew([claim], worker))
-        meter("finish", lambda claim=claim: store.finish(claim, "complete", reason="trained for 4 epochs"))
+            meter(name, lambda claim=claim, judge=judge, told=told: store.trials.report(claim, judge, **told))
+            meter("renew", lambda claim=claim: store.workers.renew([claim], worker))
+        meter("finish", lambda claim=claim: store.trials.finish(claim, "complete", reason="trained for 4 epochs"))
     with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.exec_driver_sql("UPDATE hpo_slots SET state = 'complete' WHERE state = 'waiting'")
     confirmed = replace(study, spec=spec(study.spec.num_trials, confirm=True))
 
     def look(study: StudyRecord) -> None:  # as hpo.workers.worker's loop where no slot is left for it
-        assert store.claim(study, worker) is None
+        assert store.trials.claim(study, worker) is None
         add_due_trials(store, study)
-        store.is_stopping(study.study_id)
+        store.studies.is_stopping(study.study_id)
 
     for _ in range(trials):
         meter("poll", lambda: look(study))
-        if store.counts(study.study_id).get("running"):
+        if store.trials.counts(study.study_id).get("running"):
             meter("poll, confirm", lambda: look(confirmed))
-        meter("reap", lambda: store.reap(study))
-        meter("share", lambda: (store.counts(study.study_id), store.workers(study)))  # of hpo.workers.worker's lanes
+        meter("reap", lambda: store.workers.reap(study))
+        meter("share", lambda: (store.trials.counts(study.study_id), store.workers.get_all(study)))  # of hpo.workers.worker's lanes
 
 
 def measure_calls(make: Any, size: Size, *, trials: int) -> dict[str, list[Cost]]:
@@ -267,7 +267,7 @@ def measure_calls(make: Any, size: Size, *, trials: int) -> dict[str, list[Cost]
         store = Store(make(), create=True)
         study = fill(store, size, waiting=number + 8)
         meter = Meter(store, counts=counts)
-        store._cached.get_all_trials(study.study_id, deepcopy=False)  # the first look is a worker's start
+        store.database.cached.get_all_trials(study.study_id, deepcopy=False)  # the first look is a worker's start
         use(store, study, meter, trials=number)
         store.storage.engine.dispose()  # type: ignore[attr-defined]
         if not counts:
@@ -285,7 +285,7 @@ def measure_start(make: Any, size: Size) -> Cost:
     study = fill(Store(url, create=True), size, waiting=1)
     store = Store(url)
     meter = Meter(store)
-    meter("start", lambda: store._cached.get_all_trials(study.study_id, deepcopy=False))
+    meter("start", lambda: store.database.cached.get_all_trials(study.study_id, deepcopy=False))
     return meter.samples["start"][0]
 
 
@@ -309,11 +309,11 @@ def fitted(measured: Mapping[Size, Cost]) -> Line:
 
 def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any) -> None:
     """A worker that sleeps where it would train; puts (call, when it began, seconds) of all calls."""
-    store = Store(url, patience_s=60)
-    study = store.study("scale")
+    store = Store(url).retrying(for_s=60)
+    study = store.studies.get("scale")
     judge = spec(study.spec.num_trials, pruner=pruner)
-    worker = store.add_worker(study.study_id, device=f"cpu:{seed}")
-    store._cached.get_all_trials(study.study_id, deepcopy=False)  # the first look is a worker's start
+    worker = store.workers.add(study.study_id, device=f"cpu:{seed}")
+    store.database.cached.get_all_trials(study.study_id, deepcopy=False)  # the first look is a worker's start
     draw = random.Random(seed)
     calls: list[tuple[str, float, float]] = []
 
@@ -324,9 +324,9 @@ def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any
         return answer
 
     def begin() -> Any:
-        claim = timed("claim", store.claim, study, worker)
+        claim = timed("claim", store.trials.claim, study, worker)
         described = provenance.trial_metadata(device="cpu", seed=1)
-        timed("suggest", store.suggest, claim, study.spec, attributes=lambda _: described)
+        timed("suggest", store.trials.suggest, claim, study.spec, attributes=lambda _: described)
         timed("keep", keep, store, study, claim)
         return claim
 
@@ -341,11 +341,11 @@ def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any
                 results.put(calls)
                 return
             if time.monotonic() - beaten > model.BEAT_S:
-                timed("renew", store.renew, [claim], worker)
+                timed("renew", store.workers.renew, [claim], worker)
                 beaten = time.monotonic()
             told: dict[str, Any] = {"epoch": epoch, "metrics": METRICS, "value": VALUE}
-            timed("report", store.report, claim, judge, **told, may_prune=epoch < EPOCHS)
-        timed("finish", store.finish, claim, "complete", reason="trained")
+            timed("report", store.trials.report, claim, judge, **told, may_prune=epoch < EPOCHS)
+        timed("finish", store.trials.finish, claim, "complete", reason="trained")
         claim, first = begin(), 1
 
 
@@ -420,10 +420,10 @@ def crowded(make: Any, *, blocks: int) -> tuple[Cost, list[float]]:
     """
     store = Store(make(), create=True)
     study = fill(store, Size(200, 1, 1), waiting=4)
-    worker = store.add_worker(study.study_id, device="cpu")
-    claim = store.claim(study, worker)
+    worker = store.workers.add(study.study_id, device="cpu")
+    claim = store.trials.claim(study, worker)
     assert claim is not None
-    store.suggest(claim, study.spec, attributes=lambda _: {"seed": 1})
+    store.trials.suggest(claim, study.spec, attributes=lambda _: {"seed": 1})
     unjudged, meter, epochs = spec(study.spec.num_trials, pruner="none"), Meter(store), iter(range(1, 1_000_000))
     context = multiprocessing.get_context("spawn")
     go = context.Event()
@@ -438,7 +438,7 @@ def crowded(make: Any, *, blocks: int) -> tuple[Cost, list[float]]:
             time.sleep(0.3)
             for _ in range(10):
                 told: dict[str, Any] = {"epoch": next(epochs), "metrics": METRICS, "value": VALUE}
-                meter(name, lambda told=told: store.report(claim, unjudged, **told))
+                meter(name, lambda told=told: store.trials.report(claim, unjudged, **told))
         alone, beside = (median(meter.samples[name][-10:]) for name in ("alone", "crowded"))
         ratios.append((beside.client_s + beside.server_s) / (alone.client_s + alone.server_s))
     for spinner in spinners:

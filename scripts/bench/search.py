@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import hpo
 from hpo.analysis.peak import find_peak
 from hpo.config.study_spec import StudySpec
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
@@ -231,7 +231,7 @@ class Replay(PlainEngine):
 
 
 def look(store: Store, study: StudyRecord, *, began: float) -> Step:
-    trials = store.trials(study)
+    trials = store.trials.get_all(study)
     epochs, peak = sum(len(trial.epochs) for trial in trials), find_peak(study, trials)
     return Step(epochs, peak.lr if peak else None, time.perf_counter() - began)
 
@@ -257,7 +257,7 @@ def ours_replayed(landscape: Landscape) -> list[Step]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(lanes, "LaneEngine", ReplayLanes):
         store = Store(f"sqlite:///{folder}/ours.db", create=True)
-        study = store.create_study(spec, facts={})
+        study = store.studies.create(spec, facts={})
         Worker(store, study, device="cpu", torch_device="cpu", should_stop=lambda: False).run()
         return [*steps, look(store, study, began=began)]
 
@@ -301,7 +301,7 @@ def ours_live(landscape: Landscape) -> list[Step]:
             time.sleep(LOOK_S)
             with contextlib.suppress(hpo.UserError):  # there is no study yet
                 store = Store(url)
-                steps.append(look(store, store.study("ours"), began=began))
+                steps.append(look(store, store.studies.get("ours"), began=began))
         process.join()
         return steps
 

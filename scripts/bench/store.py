@@ -31,7 +31,7 @@ from optuna.trial import TrialState, create_trial
 from hpo.config.study_spec import StudySpec
 from hpo.store import schema
 from hpo.store.ledger import ClaimLost
-from hpo.store.studies import Store
+from hpo.store.store import Store
 
 EPOCHS = 10
 STEPS = ("claim", "suggest", "report", "finish")
@@ -59,10 +59,10 @@ def curve(lr: float, seed: int) -> list[float]:
 
 def fill(store: Store, trials: int, *, more: int) -> None:
     """A study with this many ended trials, and `more` waiting ones; written directly, as the ledger leaves it."""
-    study = store.create_study(spec(trials + more), facts={})
+    study = store.studies.create(spec(trials + more), facts={})
     distribution = FloatDistribution(1e-5, 1e-1, log=True)
     draw = random.Random(0)
-    with store._transaction() as connection:
+    with store.database.transaction() as connection:
         for number in range(trials):
             lr = 10 ** draw.uniform(-5, -1)
             values = curve(lr, number)
@@ -94,15 +94,15 @@ def work(url: str, deadline: float, threads: int, epoch_s: float, results: Any) 
     timings: dict[str, list[float]] = {step: [] for step in STEPS}
 
     def one() -> None:
-        store = Store(url, patience_s=60)
-        study = store.study("load")
-        worker = store.add_worker(study.study_id, device=f"cpu:{os.getpid()}")
+        store = Store(url).retrying(for_s=60)
+        study = store.studies.get("load")
+        worker = store.workers.add(study.study_id, device=f"cpu:{os.getpid()}")
         draw = random.Random(worker)
-        store.trials(study)  # the cold read of all trials is a worker's start, not a step
+        store.trials.get_all(study)  # the cold read of all trials is a worker's start, not a step
 
         def timed(step: str, *arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
-            answer = getattr(store, step)(*arguments, **options)
+            answer = getattr(store.trials, step)(*arguments, **options)
             timings[step].append(time.perf_counter() - began)
             return answer
 

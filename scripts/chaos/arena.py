@@ -277,7 +277,7 @@ class Arena:
         self._write_pictures()
         (self.folder / "study.toml").write_text(tomli_w.dumps(self.problem.settings(self.disk)))
         self.database = SQLite(self.folder) if server is None else Postgres(server)
-        from hpo.store.studies import Store
+        from hpo.store.store import Store
 
         engine = Store(self.database.url, create=True).storage.engine  # type: ignore[attr-defined]
         self.database.audit(engine)

@@ -7,15 +7,16 @@ SABOTAGE = {
     # 1: a trial that has ended is given out once more.
     "counts": """
 import os
-from hpo.store.ledger import Ledger, slots
-finish = Ledger.finish
+from hpo.store.schema import slots
+from hpo.store.trials import Trials
+finish = Trials.finish
 def again(self, claim, state, **rest):
     finish(self, claim, state, **rest)
     if claim.number == 1 and not os.path.exists("given out again"):
         open("given out again", "x").close()
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(slots.update().where(slots.c.number == 1).values(state="waiting"))
-Ledger.finish = again
+Trials.finish = again
 """,
     # 2: one parameter of each checkpoint is read as the next larger number.
     "bits": """
@@ -37,20 +38,20 @@ CheckpointFolder.load = lambda self, config: (None, [])
 """,
     # 4: whoever has ever had a slot may write to it.
     "stale": """
-from hpo import ledger
-ledger._is_held = lambda claim: (
+from hpo.store import ledger
+ledger.is_held = lambda claim: (
     (ledger.slots.c.study_id == claim.study_id) & (ledger.slots.c.number == claim.number)
 )
 """,
     # 4: workers leave processes behind.
     "left": """
 import os, subprocess, sys
-from hpo.store.ledger import Ledger
-finish = Ledger.finish
+from hpo.store.trials import Trials
+finish = Trials.finish
 def leave_one(self, claim, state, **rest):
     finish(self, claim, state, **rest)
     environment = {**os.environ, "HPO_WORKER": "left behind", "PYTHONPATH": ""}
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environment, start_new_session=True)
-Ledger.finish = leave_one
+Trials.finish = leave_one
 """,
 }

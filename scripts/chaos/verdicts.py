@@ -36,10 +36,10 @@ class Evidence:
 
 def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
     from hpo.store.schema import attempts, epochs, slots
-    from hpo.store.studies import Store
+    from hpo.store.store import Store
 
     store = Store(arena.database.url)
-    study = store.study("chaos")
+    study = store.studies.get("chaos")
     with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
         reports, states = (
             [dict(row) for row in connection.execute(sa.text(f"SELECT * FROM {name} ORDER BY id")).mappings()]
@@ -50,13 +50,13 @@ def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
             **{key: row[key] for key in ("number", "epoch", "attempt")},
             "metrics": {k: v for k, v in _metrics(row).items() if k != "seconds"},
         }
-        for row in sorted(store.rows(epochs, study), key=lambda row: (row["number"], row["epoch"]))
+        for row in sorted(store.studies.rows(epochs, study), key=lambda row: (row["number"], row["epoch"]))
     ]
     theirs = optuna.load_study(study_name="chaos", storage=store.storage).trials
-    numbers = range(len(store.rows(slots, study)))
+    numbers = range(len(store.studies.rows(slots, study)))
     return Evidence(
-        slots=store.rows(slots, study),
-        attempts=store.rows(attempts, study),
+        slots=store.studies.rows(slots, study),
+        attempts=store.studies.rows(attempts, study),
         epochs=curves,
         reports=reports,
         states=states,
@@ -85,7 +85,7 @@ def _final(arena: Arena, store: Any, study: Any, number: int) -> str | None:
     """What the product itself reads as the trial's last checkpoint."""
     from hpo.train.checkpoint import CheckpointFolder
 
-    trial = store.trials(study)[number]
+    trial = store.trials.get_all(study)[number]
     if "seed" not in trial.attributes:
         return None
     config = study.spec.trial_config(trial.params, seed=trial.attributes["seed"])

@@ -96,7 +96,7 @@ def install() -> None:  # noqa: PLR0915
     import sqlalchemy as sa
 
     from hpo.store.database import JoinedStorage
-    from hpo.store.ledger import Ledger
+    from hpo.store.trials import Trials
     from hpo.train import checkpoint
     from hpo.train.checkpoint import CheckpointFolder
     from hpo.train.engines.plain import PlainEngine
@@ -111,7 +111,7 @@ def install() -> None:  # noqa: PLR0915
         if self.engine.dialect.name == "postgresql" and take("a commit's answer is lost"):
             raise sa.exc.OperationalError("COMMIT", {}, ConnectionError("chaos: the answer to a commit was lost"))
 
-    claim = Ledger.claim
+    claim = Trials.claim
 
     def claim_with_faults(self: Any, study: Any, worker_id: str, **rest: Any) -> Any:
         claimed = claim(self, study, worker_id, **rest)
@@ -120,13 +120,13 @@ def install() -> None:  # noqa: PLR0915
             moment("claimed, not begun")
         return claimed
 
-    begin = Ledger.begin
+    begin = Trials.begin
 
     def begin_recorded(self: Any, claimed: Any, *, resumed_from: int, **rest: Any) -> None:
         begin(self, claimed, resumed_from=resumed_from, **rest)
         record("began", **current, epoch=resumed_from)
 
-    report_all = Ledger.report_all
+    report_all = Trials.report_all
 
     def report_all_with_faults(self: Any, reports: Any, spec: Any) -> Any:
         verdicts = report_all(self, reports, spec)
@@ -137,7 +137,7 @@ def install() -> None:  # noqa: PLR0915
             moment("reported, not saved")
         return verdicts
 
-    finish = Ledger.finish
+    finish = Trials.finish
 
     def finish_with_faults(self: Any, claimed: Any, state: str, **rest: Any) -> None:
         moment("reported, not finished")
@@ -175,8 +175,8 @@ def install() -> None:  # noqa: PLR0915
         return results
 
     JoinedStorage.transaction = transaction_with_faults
-    Ledger.claim, Ledger.begin, Ledger.report_all = claim_with_faults, begin_recorded, report_all_with_faults
-    Ledger.finish, CheckpointFolder.save = finish_with_faults, save_recorded
+    Trials.claim, Trials.begin, Trials.report_all = claim_with_faults, begin_recorded, report_all_with_faults
+    Trials.finish, CheckpointFolder.save = finish_with_faults, save_recorded
     PlainEngine.step, PlainEngine.run_epoch = step_with_faults, run_epoch_recorded
     checkpoint.open = HalfWay
     checkpoint.os = types.SimpleNamespace(**{**vars(os), "replace": replace})

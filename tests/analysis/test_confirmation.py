@@ -28,7 +28,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.search.samplers import SAMPLERS
 from hpo.search.study_views import RoundStudy
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord, TrialRecord
 from hpo.workers.stages import add_due_trials
 
@@ -270,17 +270,17 @@ def test_a_confirmation_that_failed_is_said() -> None:
 
 
 def finish(store: Store, study: StudyRecord, worker: str, value: float) -> Claim | None:
-    held = store.claim(study, worker)
+    held = store.trials.claim(study, worker)
     if held is not None:
-        store.suggest(held, study.spec, attributes=lambda values: {})
-        store.report(held, study.spec, epoch=1, metrics={"val_accuracy": value}, value=value)
-        store.finish(held, "complete", reason="")
+        store.trials.suggest(held, study.spec, attributes=lambda values: {})
+        store.trials.report(held, study.spec, epoch=1, metrics={"val_accuracy": value}, value=value)
+        store.trials.finish(held, "complete", reason="")
     return held
 
 
 def run(store: Store, study: StudyRecord) -> list[Claim]:
     """All trials that there are to train, each with its learning rate as its value."""
-    worker, done = store.add_worker(study.study_id, device="cpu"), []
+    worker, done = store.workers.add(study.study_id, device="cpu"), []
     while add_due_trials(store, study):
         value = 0.1 * len(done) / 100
         claim = finish(store, study, worker, value)
@@ -290,29 +290,29 @@ def run(store: Store, study: StudyRecord) -> list[Claim]:
 
 
 def begin(store: Store, spec: StudySpec) -> StudyRecord:
-    return store.create_study(spec, facts={"has_test": False})
+    return store.studies.create(spec, facts={"has_test": False})
 
 
 def kinds(store: Store, study: StudyRecord) -> Counter[str]:
-    return Counter(trial.kind for trial in store.trials(study))
+    return Counter(trial.kind for trial in store.trials.get_all(study))
 
 
 def test_what_is_due_is_added_once_the_search_is_done_and_once_only(store: Store, make_spec: MakeSpec) -> None:
     study = begin(store, make_spec(0.1, 0.2, 0.5, confirm={"top": 2, "seeds": 2}))
-    worker = store.add_worker(study.study_id, device="cpu")
+    worker = store.workers.add(study.study_id, device="cpu")
     for value in (0.3, 0.5, 0.4):
         assert add_due_trials(store, study)
         assert kinds(store, study) == {"search": 3}
         finish(store, study, worker, value)
-    assert store.num_left(study) == 4
+    assert store.trials.num_left(study) == 4
     assert add_due_trials(store, study)
     assert add_due_trials(store, study)
     assert kinds(store, study) == {"search": 3, "confirm": 4}
     confirming = [finish(store, study, worker, value) for value in (0.4, 0.4, 0.45, 0.45)]
     assert not add_due_trials(store, study)
-    assert store.num_left(study) == 0
+    assert store.trials.num_left(study) == 0
     assert [(claim.kind, claim.replicate) for claim in confirming if claim] == [("confirm", 0), ("confirm", 1)] * 2
-    trials = store.trials(study)
+    trials = store.trials.get_all(study)
     assert [trial.params["lr"] for trial in trials[3:]] == [0.2, 0.2, 0.5, 0.5]
     found = find_best(study, trials)
     assert found is not None
@@ -322,12 +322,12 @@ def test_what_is_due_is_added_once_the_search_is_done_and_once_only(store: Store
 
 FOUR_PROCESSES = """
 import sys, multiprocessing
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.workers.stages import add_due_trials
 
 def ask(url, barrier):
     store = Store(url)
-    study = store.study("s")
+    study = store.studies.get("s")
     barrier.wait()
     add_due_trials(store, study)
 
@@ -345,7 +345,7 @@ def test_processes_that_ask_at_the_same_time_add_it_once(
     store: Store, url: str, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
     study = begin(store, make_spec(0.1, 0.2, 0.5, confirm={"top": 2, "seeds": 3}))
-    worker = store.add_worker(study.study_id, device="cpu")
+    worker = store.workers.add(study.study_id, device="cpu")
     for value in (0.3, 0.5, 0.4):
         finish(store, study, worker, value)
     script = tmp_path / "ask.py"
@@ -357,31 +357,31 @@ def test_processes_that_ask_at_the_same_time_add_it_once(
 def test_a_larger_search_is_confirmed_anew(store: Store, make_spec: MakeSpec) -> None:
     study = begin(store, make_spec(search={"trials": 3}, confirm={"top": 1, "seeds": 2}))
     assert [claim.number for claim in run(store, study)] == [0, 1, 2, 3, 4]
-    store.enlarge(study, 5)
-    study = store.study(study.name)
-    assert store.num_left(study) == 2
+    store.studies.enlarge(study, 5)
+    study = store.studies.get(study.name)
+    assert store.trials.num_left(study) == 2
     assert [claim.number for claim in run(store, study)] == [5, 6, 7, 8]
-    assert [trial.kind[0] for trial in store.trials(study)] == list("sssccsscc")
+    assert [trial.kind[0] for trial in store.trials.get_all(study)] == list("sssccsscc")
     assert study.spec.num_trials == 5
-    found = find_best(study, store.trials(study))
+    found = find_best(study, store.trials.get_all(study))
     assert found is not None
     assert found.confirmation is not None
     assert found.confirmation.winner.trials == [7, 8]
     with pytest.raises(UserError, match="--trials must be at least 5"):
-        store.enlarge(study, 4)
+        store.studies.enlarge(study, 4)
 
 
 def test_enlarging_takes_back_what_nobody_has_begun_to_confirm(store: Store, make_spec: MakeSpec) -> None:
     study = begin(store, make_spec(search={"trials": 3}, confirm={"top": 1, "seeds": 3}))
-    worker = store.add_worker(study.study_id, device="cpu")
+    worker = store.workers.add(study.study_id, device="cpu")
     for value in (0.1, 0.3, 0.2, 0.25):
         assert add_due_trials(store, study)
         finish(store, study, worker, value)
-    store.enlarge(study, 5)
-    study = store.study("s")
-    assert [trial.kind[0] for trial in store.trials(study)] == list("ssscss")
+    store.studies.enlarge(study, 5)
+    study = store.studies.get("s")
+    assert [trial.kind[0] for trial in store.trials.get_all(study)] == list("ssscss")
     run(store, study)
-    trials = store.trials(study)
+    trials = store.trials.get_all(study)
     assert [trial.kind[0] for trial in trials] == list("ssscssccc")
     assert [trial.replicate for trial in trials if trial.kind == "confirm"] == [0, 1, 2, 3]  # each a seed of its own
     assert store.problems(study) == []
@@ -394,13 +394,13 @@ def test_an_end_of_the_range_with_many_digits_is_confirmed(
     store: Store, make_spec: MakeSpec, lr: dict[str, Any]
 ) -> None:
     study = begin(store, make_spec(search={"trials": 8, "space": {"lr": lr}}, confirm={"top": 1, "seeds": 2}))
-    worker = store.add_worker(study.study_id, device="cpu")
+    worker = store.workers.add(study.study_id, device="cpu")
     while add_due_trials(store, study):
-        held = store.claim(study, worker)
+        held = store.trials.claim(study, worker)
         assert held is not None
-        value = store.suggest(held, study.spec, attributes=lambda values: {})["lr"]  # the higher, the better
-        store.report(held, study.spec, epoch=1, metrics={"val_accuracy": value}, value=value)
-        store.finish(held, "complete", reason="")
+        value = store.trials.suggest(held, study.spec, attributes=lambda values: {})["lr"]  # the higher, the better
+        store.trials.report(held, study.spec, epoch=1, metrics={"val_accuracy": value}, value=value)
+        store.trials.finish(held, "complete", reason="")
     assert kinds(store, study) == {"search": 8, "confirm": 2}
 
 
@@ -408,7 +408,7 @@ def test_it_can_be_added_to_a_finished_study_and_not_changed(store: Store, make_
     study = begin(store, make_spec(0.1, 0.2))
     run(store, study)
     study = begin(store, make_spec(0.1, 0.2, confirm={"top": 1, "seeds": 2}))
-    assert store.num_left(study) == 2
+    assert store.trials.num_left(study) == 2
     with pytest.raises(UserError, match=r"confirm\.seeds: 2 in the study, 3 here"):
         begin(store, make_spec(0.1, 0.2, confirm={"top": 1, "seeds": 3}))
     with pytest.raises(UserError, match=r"confirm\.top: 1 in the study, None here"):
@@ -417,12 +417,12 @@ def test_it_can_be_added_to_a_finished_study_and_not_changed(store: Store, make_
 
 def test_nothing_to_confirm_is_the_end(store: Store, make_spec: MakeSpec) -> None:
     study = begin(store, make_spec(0.1, confirm={"top": 1, "seeds": 2}))
-    worker = store.add_worker(study.study_id, device="cpu")
-    held = store.claim(study, worker)
+    worker = store.workers.add(study.study_id, device="cpu")
+    held = store.trials.claim(study, worker)
     assert held is not None
-    store.finish(held, "failed", reason="")
+    store.trials.finish(held, "failed", reason="")
     assert not add_due_trials(store, study)
-    assert store.num_left(study) == 0
+    assert store.trials.num_left(study) == 0
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
@@ -432,13 +432,13 @@ def test_no_sampler_and_no_pruner_is_shown_what_confirms(tmp_path: Path, make_sp
     search = {"sampler": sampler, "trials": 4, "space": space}
     study = begin(store, make_spec(search=search, confirm={"top": 2, "seeds": 2}))
     run(store, study)
-    assert len(store.trials(study)) == 8
+    assert len(store.trials.get_all(study)) == 8
     for shown in (SAMPLERS[sampler].study(), RoundStudy):
         numbers = [trial.number for trial in shown(study.name, store.storage).get_trials(deepcopy=False)]
         assert numbers == [0, 1, 2, 3]
     assert len(optuna.load_study(study_name="s", storage=store.storage).trials) == 8  # the dashboard shows them
-    store.enlarge(study, 6)
-    run(store, store.study("s"))
+    store.studies.enlarge(study, 6)
+    run(store, store.studies.get("s"))
 
 
 def test_cases_and_lists_are_confirmed_as_they_are(store: Store, make_spec: MakeSpec) -> None:
@@ -458,7 +458,7 @@ def test_cases_and_lists_are_confirmed_as_they_are(store: Store, make_spec: Make
     }
     study = begin(store, StudySpec.from_dict(settings))
     run(store, study)
-    trials = store.trials(study)
+    trials = store.trials.get_all(study)
     for trial in trials[6:]:
         assert {key: trial.params[key] for key in ("optimizer", "batch_size", "lr")} == trial.params
     assert store.problems(study) == []
@@ -479,14 +479,14 @@ def test_a_loop_of_ones_own_is_confirmed_on_fresh_seeds_that_the_rates_share(hpo
     exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu", "--workers", "2")
     assert exit_code == 0, output
     assert "the search is done; trained again on fresh seeds: lr=0.2; lr=0.1" in output
-    trials = Store(hpo.url).trials(Store(hpo.url).study("s"))
+    trials = Store(hpo.url).trials.get_all(Store(hpo.url).studies.get("s"))
     seeds = [trial.attributes["seed"] for trial in trials]
     assert seeds[3:5] == seeds[5:7]
     assert len(set(seeds)) == 5
     assert hpo.here("best", "s")[1].startswith("best learning rate: 0.2, confirmed on 2 fresh seeds")
     exit_code, output = hpo.here("run", "study.toml", "--devices", "cpu")
     assert exit_code == 0
-    assert len(Store(hpo.url).trials(Store(hpo.url).study("s"))) == 7
+    assert len(Store(hpo.url).trials.get_all(Store(hpo.url).studies.get("s"))) == 7
     assert hpo.here("export", "s", "--output", "best.toml")[0] == 0
     assert StudySpec.from_toml(hpo.folder / "best.toml").search.space["seed"] == [seeds[3]]
 
@@ -502,8 +502,8 @@ def test_a_study_that_is_killed_while_it_is_confirmed_goes_on_to_the_same_counts
     def num_confirmed() -> int:
         if not (hpo.folder / "hpo.db").exists():
             return 0
-        with_study = [study for study in Store(hpo.url, create=True).studies() if study.name == "s"]
-        trials = Store(hpo.url).trials(with_study[0]) if with_study else []
+        with_study = [study for study in Store(hpo.url, create=True).studies.get_all() if study.name == "s"]
+        trials = Store(hpo.url).trials.get_all(with_study[0]) if with_study else []
         return sum(trial.kind == "confirm" and trial.state == "complete" for trial in trials)
 
     for wanted in (1, 4):
@@ -514,7 +514,7 @@ def test_a_study_that_is_killed_while_it_is_confirmed_goes_on_to_the_same_counts
         process.wait()
     exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu")
     assert exit_code == 0, output
-    trials = Store(hpo.url).trials(Store(hpo.url).study("s"))
+    trials = Store(hpo.url).trials.get_all(Store(hpo.url).studies.get("s"))
     assert Counter((trial.kind, trial.state) for trial in trials) == {
         ("search", "complete"): 3,
         ("confirm", "complete"): 6,

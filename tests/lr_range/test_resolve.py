@@ -17,7 +17,7 @@ from hpo.errors import UserError
 from hpo.lr_range import resolve as ranges
 from hpo.lr_range.resolve import Ramp, adopt_stored_ranges, fill_in_ranges, needs_range_test
 from hpo.lr_range.subprocess import range_test_in_subprocess
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 from hpo.system.devices import choose_devices
 from hpo.train.lr_ramp import RangeTest, run_range_test
@@ -133,7 +133,7 @@ def test_a_study_finds_its_range_once_and_keeps_it(tmp_path: Path, monkeypatch: 
     storage = f"sqlite:///{tmp_path}/hpo.db"
     first = running.run(make_spec(), storage=storage, executor=InProcess("cpu"))
     store = Store(storage)
-    study = store.study("s")
+    study = store.studies.get("s")
     (fact,) = study.facts["range_test"]
     lr = study.spec.search.space["lr"]
     assert (lr["low"], lr["high"]) == (float(f"{fact['low']:.2g}"), float(f"{fact['high']:.2g}"))
@@ -145,7 +145,7 @@ def test_a_study_finds_its_range_once_and_keeps_it(tmp_path: Path, monkeypatch: 
     assert running.run(make_spec(), storage=storage, executor=Local("cpu")).trials == first.trials
     more = running.run(make_spec(search={"trials": 3}), storage=storage, executor=InProcess("cpu"))
     assert len(more.trials) == 3
-    assert store.study("s").spec.search.space["lr"] == lr
+    assert store.studies.get("s").spec.search.space["lr"] == lr
 
 
 def test_nothing_is_written_where_the_range_test_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

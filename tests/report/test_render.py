@@ -30,7 +30,8 @@ from hpo.report.output_file import is_report, write_report_file
 from hpo.report.publisher import Publisher, publish_report
 from hpo.report.render import FORMATS, render_report
 from hpo.report.study_report import StudyReport, make_report
-from hpo.store.studies import Store
+from hpo.store.store import Store
+from hpo.store.studies import Studies
 from hpo.study.records import StudyRecord, TrialRecord
 from hpo.workers.executors import InProcess
 from scripts.bench.report import make_study as make_large
@@ -340,7 +341,7 @@ def trained(tmp_path: Path, make_spec: Callable[..., StudySpec]) -> Store:
 
 def shown(store: Store, name: str = "s") -> tuple[dict[str, Any], str]:
     """The figures and the note that optuna-dashboard shows with the study."""
-    attributes = store.storage.get_study_system_attrs(store.study(name).study_id)
+    attributes = store.storage.get_study_system_attrs(store.studies.get(name).study_id)
     note = optuna_dashboard.get_note(optuna.load_study(study_name=name, storage=store.storage))
     return {title: json.loads(text) for title, text in get_plotly_graph_objects(attributes).items()}, note
 
@@ -349,26 +350,26 @@ def test_a_study_that_has_run_is_in_the_dashboard_with_its_figures_and_its_answe
     figures, note = shown(trained)
     assert figures.keys() == {"response", "curves", "history", "epochs", "timeline"}
     answer = reading.best("s", storage=str(trained.url))
-    assert note.startswith(f"**{answer_lines(trained.study('s'), answer)[0]}**")
-    assert trained.problems(trained.study("s")) == []
-    assert trained.shared_values(trained.study("s")) == {}
+    assert note.startswith(f"**{answer_lines(trained.studies.get('s'), answer)[0]}**")
+    assert trained.problems(trained.studies.get("s")) == []
+    assert trained.studies.shared_values(trained.studies.get("s")) == {}
 
 
 def test_figures_are_replaced_by_later_ones_and_other_peoples_stay(trained: Store) -> None:
-    study = trained.study("s")
+    study = trained.studies.get("s")
     theirs = optuna.load_study(study_name="s", storage=trained.storage)
     for title in ("response", "mine"):
         figure = go.Figure(layout={"title": "x" * 9000})
         optuna_dashboard.save_plotly_graph_object(theirs, figure, graph_object_id=title)
     optuna_dashboard.save_note(theirs, "y" * 9000)
-    trained.show(study, {"response": '{"data": [1]}', "curves": None, "importance": None}, note="short")
+    trained.studies.show(study, {"response": '{"data": [1]}', "curves": None, "importance": None}, note="short")
     figures, note = shown(trained)
     assert (figures["response"], note) == ({"data": [1]}, "short")
     assert figures["curves"] == {"data": [], "layout": {}}
     assert "importance" not in figures
     assert len(str(figures["mine"])) > 9000
     before = trained.storage.get_study_system_attrs(study.study_id)
-    trained.show(study, {"response": '{"data": [1]}'}, note="short")
+    trained.studies.show(study, {"response": '{"data": [1]}'}, note="short")
     assert trained.storage.get_study_system_attrs(study.study_id) == before, "nothing new is not written"
 
 
@@ -378,7 +379,7 @@ def test_a_copy_of_a_study_keeps_what_is_shown_of_it(trained: Store, tmp_path: P
 
 
 def test_several_may_publish_at_once(store: Store, make_spec: Callable[..., StudySpec]) -> None:
-    study = store.create_study(make_spec(0.1, 0.2), facts={})
+    study = store.studies.create(make_spec(0.1, 0.2), facts={})
     url = store.url.render_as_string(hide_password=False)
     stores = [Store(url) for _ in range(4)]
     errors: list[Exception] = []
@@ -386,7 +387,7 @@ def test_several_may_publish_at_once(store: Store, make_spec: Callable[..., Stud
     def show(index: int) -> None:
         try:
             for _ in range(5):
-                stores[index].show(study, {"a": json.dumps(index), "b": json.dumps(index)}, note=str(index))
+                stores[index].studies.show(study, {"a": json.dumps(index), "b": json.dumps(index)}, note=str(index))
         except Exception as error:
             errors.append(error)
 
@@ -406,8 +407,8 @@ def test_what_keeps_the_dashboard_from_being_renewed_ends_no_study_and_is_said_o
     def fail(*_: Any, **__: Any) -> None:
         raise sqlite3.OperationalError("attempt to write a readonly database")
 
-    monkeypatch.setattr(Store, "show", fail)
-    with Publisher(trained, trained.study("s")) as publisher:
+    monkeypatch.setattr(Studies, "show", fail)
+    with Publisher(trained, trained.studies.get("s")) as publisher:
         publisher._next = 0.0
         publisher.look()
     assert caplog.text.count("not renewed: attempt to write a readonly database") == 1
@@ -421,8 +422,8 @@ def test_a_look_returns_at_once_and_publishes_rarely(trained: Store, monkeypatch
         begun.append(1)
         went_on.wait()
 
-    monkeypatch.setattr(Store, "show", slow)
-    publisher = Publisher(trained, trained.study("s"))
+    monkeypatch.setattr(Studies, "show", slow)
+    publisher = Publisher(trained, trained.studies.get("s"))
     publisher.look()
     assert publisher._thread is None, "not before FIRST_S"
     publisher._next = 0.0
@@ -464,7 +465,7 @@ def test_a_store_that_can_only_be_read_is_reported_on(trained: Store, tmp_path: 
 
 
 def test_a_published_report_is_that_of_its_moment(trained: Store) -> None:
-    study = trained.study("s")
+    study = trained.studies.get("s")
     publish_report(trained, make_report(study, [], None, storage=""))
     figures, note = shown(trained)
     assert all(figure["data"] == [] for figure in figures.values())

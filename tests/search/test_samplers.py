@@ -21,7 +21,7 @@ from optuna.samplers import CmaEsSampler, GPSampler, TPESampler
 from hpo.config.study_spec import StudySpec
 from hpo.search import proposals, pruners
 from hpo.search import samplers as search
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 
 RANGES = {"lr": {"low": 1e-5, "high": 1.0, "log": True}, "weight_decay": {"low": 1e-6, "high": 1e-2, "log": True}}
@@ -30,20 +30,20 @@ RANGES = {"lr": {"low": 1e-5, "high": 1.0, "log": True}, "weight_decay": {"low":
 def make_study(tmp_path: Path, name: str = "s", **sections: Any) -> tuple[Store, StudyRecord]:
     store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
     sections.setdefault("search", {"space": RANGES})
-    return store, store.create_study(StudySpec.from_dict({"name": name, **sections}), facts={})
+    return store, store.studies.create(StudySpec.from_dict({"name": name, **sections}), facts={})
 
 
 def run_trials(store: Store, study: StudyRecord, count: int, accuracy: Any, *, epochs: int = 1) -> list[dict[str, Any]]:
     """Claims and ends trials one after the other; `accuracy(values, epoch)` is None for a trial that diverges."""
-    worker, ended = store.add_worker(study.study_id, device="cpu"), []
+    worker, ended = store.workers.add(study.study_id, device="cpu"), []
     for _ in range(count):
-        claim = store.claim(study, worker)
+        claim = store.trials.claim(study, worker)
         assert claim is not None
-        values = store.suggest(claim, study.spec, attributes=lambda values: {})
+        values = store.trials.suggest(claim, study.spec, attributes=lambda values: {})
         state = "complete"
         for epoch in range(1, epochs + 1):
             value = accuracy(values, epoch)
-            verdict = store.report(
+            verdict = store.trials.report(
                 claim,
                 study.spec,
                 epoch=epoch,
@@ -57,7 +57,7 @@ def run_trials(store: Store, study: StudyRecord, count: int, accuracy: Any, *, e
             if verdict == "prune":
                 state = "pruned"
                 break
-        store.finish(claim, state, reason="test")
+        store.trials.finish(claim, state, reason="test")
         ended.append({**values, "state": state, "epochs": epoch})
     return ended
 
@@ -75,7 +75,7 @@ def test_every_sampler_draws_each_trial_from_the_space(sampler: str, tmp_path: P
         assert 1e-5 <= values["lr"] <= 1.0
         assert 1e-6 <= values["weight_decay"] <= 1e-2
     assert len({values["lr"] for values in drawn}) == 8, "no learning rate is drawn twice"
-    assert store.claim(study, "worker") is None, "the budget is exact"
+    assert store.trials.claim(study, "worker") is None, "the budget is exact"
 
 
 @pytest.mark.parametrize("sampler", sorted(set(search.SAMPLERS) - {"grid"}))
@@ -97,7 +97,7 @@ def test_a_study_that_is_interrupted_draws_what_it_would_have_drawn(tmp_path: Pa
     store, study = make_study(tmp_path, "cut", search=settings)
     half = run_trials(store, study, 7, peak)
     store = Store(f"sqlite:///{tmp_path}/cut.db")
-    assert half + run_trials(store, store.study("cut"), 7, peak) == whole
+    assert half + run_trials(store, store.studies.get("cut"), 7, peak) == whole
 
 
 def test_sobol_points_are_the_sequence_whichever_worker_draws_them(tmp_path: Path) -> None:
@@ -161,18 +161,18 @@ def test_cmaes_is_told_alike_by_every_worker_and_a_generation_that_is_full_stays
     monkeypatch.setattr(cmaes.CMA, "ask", spied)
     _, study = make_study(tmp_path, search={**CMAES, "trials": 60})
     stores = [Store(f"sqlite:///{tmp_path}/s.db") for _ in range(9)]
-    workers = [store.add_worker(study.study_id, device="cpu") for store in stores]
+    workers = [store.workers.add(study.study_id, device="cpu") for store in stores]
     running: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def begin(i: int) -> None:
-        claim = stores[i].claim(study, workers[i])
+        claim = stores[i].trials.claim(study, workers[i])
         assert claim is not None
-        running[i] = (claim, stores[i].suggest(claim, study.spec, attributes=lambda values: {}))
+        running[i] = (claim, stores[i].trials.suggest(claim, study.spec, attributes=lambda values: {}))
 
     def end(i: int) -> None:
         claim, values = running.pop(i)
-        stores[i].report(claim, study.spec, epoch=1, metrics={}, value=peak(values), may_prune=False)
-        stores[i].finish(claim, "complete", reason="test")
+        stores[i].trials.report(claim, study.spec, epoch=1, metrics={}, value=peak(values), may_prune=False)
+        stores[i].trials.finish(claim, "complete", reason="test")
 
     for i in range(9):
         begin(i)
@@ -230,7 +230,7 @@ def test_a_pickle_that_somebody_planted_in_the_store_is_not_loaded(cmaes_of: str
             )
     store = Store(f"sqlite:///{tmp_path}/s.db")  # a worker that has not read the trials yet
     try:
-        run_trials(store, store.study("s"), 3, peak)
+        run_trials(store, store.studies.get("s"), 3, peak)
     except AttributeError:
         assert cmaes_of == "optuna"  # what it unpickled is no optimizer
     assert (tmp_path / "executed").exists() == (cmaes_of == "optuna")
@@ -294,12 +294,12 @@ def test_tpe_learns_from_what_trials_in_training_report(tmp_path: Path) -> None:
     for seed in range(8):
         spec = {"sampler": "tpe", "trials": 24, "space": space, "seed": seed}
         store, study = make_study(tmp_path, f"s{seed}", search=spec, training={"epochs": 9})
-        worker = store.add_worker(study.study_id, device="cpu")
+        worker = store.workers.add(study.study_id, device="cpu")
         for _ in range(9):
-            claim = store.claim(study, worker)
+            claim = store.trials.claim(study, worker)
             assert claim is not None
-            lr = store.suggest(claim, study.spec, attributes=lambda values: {})["lr"]
-            store.report(claim, study.spec, epoch=1, metrics={}, value=0.9 if lr < 1e-4 else 0.1)
+            lr = store.trials.suggest(claim, study.spec, attributes=lambda values: {})["lr"]
+            store.trials.report(claim, study.spec, epoch=1, metrics={}, value=0.9 if lr < 1e-4 else 0.1)
         proposed.append(lr)
     assert sum(lr < 1e-4 for lr in proposed) >= 6  # a quarter of the range
 
@@ -323,12 +323,12 @@ def test_a_sampler_is_shown_what_is_known_whatever_the_pruner(
         tmp_path, search={"sampler": sampler, "trials": 24, "space": RANGES}, pruner={"name": pruner}
     )
     run_trials(store, study, 2, lambda values, epoch: None)
-    worker = store.add_worker(study.study_id, device="cpu")
+    worker = store.workers.add(study.study_id, device="cpu")
     for _ in range(2):
-        claim = store.claim(study, worker)
+        claim = store.trials.claim(study, worker)
         assert claim is not None
-        store.suggest(claim, study.spec, attributes=lambda values: {})
-        store.report(claim, study.spec, epoch=1, metrics={}, value=0.5)
+        store.trials.suggest(claim, study.spec, attributes=lambda values: {})
+        store.trials.report(claim, study.spec, epoch=1, metrics={}, value=0.5)
     known, training = {"tpe": ("PRUNED", "PRUNED")}.get(sampler, ("COMPLETE", "RUNNING"))
     assert shown[-1] == [known, known, training, "RUNNING"]
 
@@ -371,7 +371,7 @@ def test_a_parameter_with_cases_has_its_own_range_for_each(tmp_path: Path) -> No
         low, high = (1e-4, 1e-3) if values["optimizer"] == "adam" else (0.1, 1.0)
         assert low <= values["lr"] <= high
     assert {values["optimizer"] for values in drawn} == {"adam", "sgd"}
-    assert store.trials(study)[0].params.keys() == {"optimizer", "lr"}
+    assert store.trials.get_all(study)[0].params.keys() == {"optimizer", "lr"}
 
 
 # A good trial first, then ever worse ones: (options, epoch at which a hopeless trial is dropped)

@@ -28,7 +28,7 @@ from hpo.errors import UserError
 from hpo.store import database, schema
 from hpo.store.ledger import LEASE_S, MAX_LOSSES, OUT_OF_MEMORY, ClaimLost
 from hpo.store.retry import StoreFailed, is_outage
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import Claim, EpochReport, StudyRecord, TrialRecord
 from hpo.system import processes as liveness
 
@@ -47,25 +47,27 @@ ANY_SPEC = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": [0.1, 0.
 
 
 def begin(store: Store, spec: StudySpec) -> tuple[StudyRecord, str]:
-    study = store.create_study(spec, facts={})
-    return study, store.add_worker(study.study_id, device="cpu")
+    study = store.studies.create(spec, facts={})
+    return study, store.workers.add(study.study_id, device="cpu")
 
 
 def claim(store: Store, study: StudyRecord, worker_id: str) -> Claim:
     """A claim whose parameters are chosen, as a worker has it before it trains."""
-    claimed = store.claim(study, worker_id)
+    claimed = store.trials.claim(study, worker_id)
     assert claimed is not None
-    store.suggest(claimed, study.spec, attributes=lambda _: {})
+    store.trials.suggest(claimed, study.spec, attributes=lambda _: {})
     return claimed
 
 
 def report(store: Store, claimed: Claim, *values: float, first: int = 1) -> None:
     for epoch, value in enumerate(values, start=first):
-        store.report(claimed, ANY_SPEC, epoch=epoch, metrics={"val_accuracy": value}, value=value, may_prune=False)
+        store.trials.report(
+            claimed, ANY_SPEC, epoch=epoch, metrics={"val_accuracy": value}, value=value, may_prune=False
+        )
 
 
 def trial(store: Store, study: StudyRecord, number: int = 0) -> TrialRecord:
-    return store.trials(study)[number]
+    return store.trials.get_all(study)[number]
 
 
 def url_of(store: Store) -> str:
@@ -79,7 +81,7 @@ def optuna_trials(store: Store, name: str = "s") -> list[optuna.trial.FrozenTria
 
 def everything(store: Store) -> dict[str, list[Any]]:
     """Every row of every table."""
-    with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.connect() as connection:
         tables = sa.inspect(connection).get_table_names()
         return {table: sorted(map(str, connection.exec_driver_sql(f"SELECT * FROM {table}"))) for table in tables}
 
@@ -104,72 +106,72 @@ def move_elsewhere(store: Store, worker_id: str, change: Change) -> None:
 
 def test_a_created_study_is_read_back_with_its_spec_and_facts(store: Store, make_spec: MakeSpec) -> None:
     spec = make_spec(0.1, 0.2, pruner={"name": "median"})
-    store.create_study(spec, facts={"num_val": 7})
-    study = Store(url_of(store)).study("s")
+    store.studies.create(spec, facts={"num_val": 7})
+    study = Store(url_of(store)).studies.get("s")
     assert (study.spec, study.facts["num_val"], study.stop) == (spec, 7, None)
-    assert store.counts(study.study_id) == {"waiting": 2}
+    assert store.trials.counts(study.study_id) == {"waiting": 2}
 
 
 def test_joining_the_same_spec_gives_the_same_study_and_changes_no_slot(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(0.1, 0.2))
     claim(store, study, worker)
-    assert store.create_study(make_spec(0.1, 0.2), facts={}).study_id == study.study_id
-    assert store.counts(study.study_id) == {"running": 1, "waiting": 1}
+    assert store.studies.create(make_spec(0.1, 0.2), facts={}).study_id == study.study_id
+    assert store.trials.counts(study.study_id) == {"running": 1, "waiting": 1}
 
 
 def test_joining_with_other_settings_is_refused_with_each_difference_and_nothing_written(
     store: Store, make_spec: MakeSpec
 ) -> None:
-    store.create_study(make_spec(0.1, 0.2), facts={})
+    store.studies.create(make_spec(0.1, 0.2), facts={})
     before = everything(store)
     with pytest.raises(UserError, match=r"training\.epochs: 3 in the study, 5 here") as refusal:
-        store.create_study(make_spec(0.1, 0.2, epochs=5, pruner={"name": "asha"}), facts={})
+        store.studies.create(make_spec(0.1, 0.2, epochs=5, pruner={"name": "asha"}), facts={})
     assert "pruner.name: 'none' in the study, 'asha' here" in str(refusal.value)
     assert everything(store) == before
 
 
 def test_an_unknown_study_is_refused_with_the_names_of_the_others(store: Store, make_spec: MakeSpec) -> None:
     for name in ("b", "a"):
-        store.create_study(make_spec(0.1, name=name), facts={})
+        store.studies.create(make_spec(0.1, name=name), facts={})
     with pytest.raises(UserError, match=r"no study 'c' in .*; there are: a, b$"):
-        store.study("c")
-    assert sorted(study.name for study in store.studies()) == ["a", "b"]
+        store.studies.get("c")
+    assert sorted(study.name for study in store.studies.get_all()) == ["a", "b"]
 
 
 def test_a_study_that_only_optuna_knows_is_left_alone(store: Store, make_spec: MakeSpec) -> None:
     optuna.create_study(study_name="s", storage=url_of(store))
     with pytest.raises(UserError, match="holds a study 's' that hpo did not make"):
-        store.create_study(make_spec(0.1), facts={})
-    assert store.studies() == []
+        store.studies.create(make_spec(0.1), facts={})
+    assert store.studies.get_all() == []
 
 
 def test_enlarging_adds_waiting_slots_and_keeps_what_was_trained(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(search={"trials": 2}))
     done = claim(store, study, worker)
     report(store, done, 0.5)
-    store.finish(done, "complete", reason="")
-    store.enlarge(study, 4)
-    study = store.study("s")
+    store.trials.finish(done, "complete", reason="")
+    store.studies.enlarge(study, 4)
+    study = store.studies.get("s")
     assert study.spec.num_trials == 4
-    assert [t.state for t in store.trials(study)] == ["complete", "waiting", "waiting", "waiting"]
+    assert [t.state for t in store.trials.get_all(study)] == ["complete", "waiting", "waiting", "waiting"]
     with pytest.raises(UserError, match=r"at least 4.* got 3"):
-        store.enlarge(study, 3)
-    grid = store.create_study(make_spec(0.1, name="grid"), facts={})
+        store.studies.enlarge(study, 3)
+    grid = store.studies.create(make_spec(0.1, name="grid"), facts={})
     with pytest.raises(UserError, match="cannot enlarge a grid"):
-        store.enlarge(grid, 4)
+        store.studies.enlarge(grid, 4)
 
 
 def test_a_stopped_study_gives_no_slot_until_it_is_started_again(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(0.1, 0.2))
     held = claim(store, study, worker)
-    store.request_stop(study)
-    assert store.is_stopping(study.study_id)
-    assert store.claim(study, worker) is None
+    store.studies.request_stop(study)
+    assert store.studies.is_stopping(study.study_id)
+    assert store.trials.claim(study, worker) is None
     report(store, held, 0.5)  # who holds a slot may still end it
-    store.finish(held, "complete", reason="")
-    store.start(study)
-    assert not store.is_stopping(study.study_id)
-    assert store.claim(study, worker) is not None
+    store.trials.finish(held, "complete", reason="")
+    store.studies.start(study)
+    assert not store.studies.is_stopping(study.study_id)
+    assert store.trials.claim(study, worker) is not None
 
 
 # Claims
@@ -181,12 +183,12 @@ def test_slots_are_optuna_trials_of_the_same_number(store: Store, make_spec: Mak
     spec = make_spec(*lrs) if sampler == "grid" else make_spec(search={"trials": 3})
     study, worker = begin(store, spec)
     claims = [claim(store, study, worker) for _ in range(3)]
-    assert store.claim(study, worker) is None
+    assert store.trials.claim(study, worker) is None
     theirs = optuna_trials(store)
     assert [(t.number, t._trial_id, t.state) for t in theirs] == [
         (c.number, c.trial_id, TrialState.RUNNING) for c in claims
     ]
-    assert [t.params for t in theirs] == [t.params for t in store.trials(study)]
+    assert [t.params for t in theirs] == [t.params for t in store.trials.get_all(study)]
     if sampler == "grid":
         assert tuple(t.params["lr"] for t in theirs) == lrs
 
@@ -196,10 +198,10 @@ def test_eight_threads_share_out_every_slot_once(store: Store, make_spec: MakeSp
 
     def work(_: int) -> list[int]:
         numbers = []
-        while (claimed := store.claim(study, worker)) is not None:
-            store.suggest(claimed, study.spec, attributes=lambda _: {"pid": 1})
+        while (claimed := store.trials.claim(study, worker)) is not None:
+            store.trials.suggest(claimed, study.spec, attributes=lambda _: {"pid": 1})
             report(store, claimed, 0.5)
-            store.finish(claimed, "complete", reason="")
+            store.trials.finish(claimed, "complete", reason="")
             numbers.append(claimed.number)
         return numbers
 
@@ -207,22 +209,22 @@ def test_eight_threads_share_out_every_slot_once(store: Store, make_spec: MakeSp
         numbers = sorted(number for found in pool.map(work, range(8)) for number in found)
     assert numbers == list(range(40))
     assert [t.number for t in optuna_trials(store)] == numbers
-    assert store.counts(study.study_id) == {"complete": 40}
+    assert store.trials.counts(study.study_id) == {"complete": 40}
 
 
 EIGHT_PROCESSES = """
 import json, os, sys, traceback
 from hpo.config.study_spec import StudySpec
-from hpo.store.studies import Store
+from hpo.store.store import Store
 
 def work():
     store = Store(sys.argv[1], create=True)
-    study = store.create_study(StudySpec.from_dict(json.loads(sys.argv[2])), facts={})
-    worker = store.add_worker(study.study_id, device="cpu")
-    while (claim := store.claim(study, worker)) is not None:
-        lr = store.suggest(claim, study.spec, attributes=lambda _: {})["lr"]
-        store.report(claim, study.spec, epoch=1, metrics={"val_accuracy": lr}, value=lr)
-        store.finish(claim, "complete", reason="")
+    study = store.studies.create(StudySpec.from_dict(json.loads(sys.argv[2])), facts={})
+    worker = store.workers.add(study.study_id, device="cpu")
+    while (claim := store.trials.claim(study, worker)) is not None:
+        lr = store.trials.suggest(claim, study.spec, attributes=lambda _: {})["lr"]
+        store.trials.report(claim, study.spec, epoch=1, metrics={"val_accuracy": lr}, value=lr)
+        store.trials.finish(claim, "complete", reason="")
         os.write(1, f"{claim.number} {lr}\\n".encode())
 
 gate, gate_holder = os.pipe()
@@ -269,7 +271,7 @@ def interrupted(store: Store, *, at: int) -> Iterator[None]:
         if count - 1 == at:
             raise Interruption(statement)
 
-    engine = store.storage.engine  # type: ignore[attr-defined]
+    engine = store.storage.engine
     sa.event.listen(engine, "before_cursor_execute", before)
     try:
         yield
@@ -284,19 +286,19 @@ def test_an_interruption_at_any_statement_leaves_all_or_nothing(
     study, worker = begin(store, make_spec(search={"trials": 3}))
     first = claim(store, study, worker)
     report(store, first, 0.5, 0.6)
-    second = store.claim(study, worker)
+    second = store.trials.claim(study, worker)
     assert second is not None
     if action == "reap":
         expire(store, first, change)
         expire(store, second, change)
     actions: dict[str, Callable[[], Any]] = {
-        "create_study": lambda: store.create_study(make_spec(0.1, 0.2, name="other"), facts={}),
-        "claim": lambda: store.claim(study, worker),
-        "suggest": lambda: store.suggest(second, study.spec, attributes=lambda _: {"seed": 1, "device": "cpu"}),
-        "report": lambda: store.report(first, study.spec, epoch=2, metrics={"val_accuracy": 0.7}, value=0.7),
-        "finish": lambda: store.finish(first, "failed", reason="x", error="y", failure_key="z"),
-        "release": lambda: store.release(first),
-        "reap": lambda: store.reap(study),
+        "create_study": lambda: store.studies.create(make_spec(0.1, 0.2, name="other"), facts={}),
+        "claim": lambda: store.trials.claim(study, worker),
+        "suggest": lambda: store.trials.suggest(second, study.spec, attributes=lambda _: {"seed": 1, "device": "cpu"}),
+        "report": lambda: store.trials.report(first, study.spec, epoch=2, metrics={"val_accuracy": 0.7}, value=0.7),
+        "finish": lambda: store.trials.finish(first, "failed", reason="x", error="y", failure_key="z"),
+        "release": lambda: store.trials.release(first),
+        "reap": lambda: store.workers.reap(study),
     }
     before, num_interruptions = everything(store), 0
     for at in range(200):
@@ -313,14 +315,14 @@ KILLED = """
 import os, signal, sys
 import sqlalchemy as sa
 from hpo.study.records import Claim
-from hpo.store.studies import Store
+from hpo.store.store import Store
 store = Store(sys.argv[1])
-study = store.study("s")
+study = store.studies.get("s")
 sa.event.listen(store.storage.engine, "commit", lambda _: os.kill(os.getpid(), signal.SIGKILL))
 if sys.argv[2] == "claim":
-    store.claim(study, "w")
+    store.trials.claim(study, "w")
 else:
-    store.finish(Claim(study.study_id, 0, 1, 1, sys.argv[2]), "failed", reason="")
+    store.trials.finish(Claim(study.study_id, 0, 1, 1, sys.argv[2]), "failed", reason="")
 """
 
 
@@ -349,12 +351,12 @@ def test_a_trial_whose_worker_died_before_its_values_were_chosen_gets_the_same_o
     undisturbed, _ = begin(Store(url, create=True), spec("undisturbed"))
     expected = claim(Store(url), undisturbed, "w")
     study, _ = begin(Store(url), spec("s"))
-    lost = Store(url).claim(study, "w")  # a store of its own: another process
+    lost = Store(url).trials.claim(study, "w")  # a store of its own: another process
     assert lost is not None
     first = Store(url)
     with suppress(Interruption), interrupted(first, at=20):
-        first.suggest(lost, study.spec, attributes=lambda _: {"seed": 1})
-    Store(url).release(lost)
+        first.trials.suggest(lost, study.spec, attributes=lambda _: {"seed": 1})
+    Store(url).trials.release(lost)
     again = claim(Store(url), study, "w")
     assert (again.trial_id, again.attempt) == (lost.trial_id, 2)
     assert expected.number == again.number
@@ -375,31 +377,31 @@ def test_a_stale_claim_can_do_nothing(
     for value in range(12):  # so that the sampler has something to learn from
         done = claim(store, study, worker)
         report(store, done, value / 20)
-        store.finish(done, "complete", reason="")
-    stale = store.claim(study, worker)
+        store.trials.finish(done, "complete", reason="")
+    stale = store.trials.claim(study, worker)
     assert stale is not None
     expire(store, stale, change)
-    assert store.reap(study) == 1
-    current = store.claim(study, store.add_worker(study.study_id, device="cpu"))
+    assert store.workers.reap(study) == 1
+    current = store.trials.claim(study, store.workers.add(study.study_id, device="cpu"))
     assert current is not None
     assert (current.number, current.trial_id, current.attempt) == (stale.number, stale.trial_id, 2)
     before = everything(store)
     for action in (
-        lambda: store.suggest(stale, study.spec, attributes=lambda _: {"seed": 1}),
-        lambda: store.report(stale, study.spec, epoch=1, metrics={}, value=0.5),
-        lambda: store.finish(stale, "complete", reason=""),
-        lambda: store.release(stale),
+        lambda: store.trials.suggest(stale, study.spec, attributes=lambda _: {"seed": 1}),
+        lambda: store.trials.report(stale, study.spec, epoch=1, metrics={}, value=0.5),
+        lambda: store.trials.finish(stale, "complete", reason=""),
+        lambda: store.trials.release(stale),
     ):
         with pytest.raises(ClaimLost):
             action()
         assert everything(store) == before
     lease = before["hpo_slots"]
-    store.renew([stale], worker)
+    store.workers.renew([stale], worker)
     assert everything(store)["hpo_slots"] == lease
     report(store, current, 0.5)
-    store.finish(current, "complete", reason="")
+    store.trials.finish(current, "complete", reason="")
     with pytest.raises(ClaimLost):
-        store.finish(current, "failed", reason="twice")
+        store.trials.finish(current, "failed", reason="twice")
 
 
 def test_a_claim_whose_lease_ran_out_unnoticed_is_still_held(store: Store, make_spec: MakeSpec, change: Change) -> None:
@@ -407,7 +409,7 @@ def test_a_claim_whose_lease_ran_out_unnoticed_is_still_held(store: Store, make_
     held = claim(store, study, worker)
     expire(store, held, change)
     report(store, held, 0.5)
-    assert store.reap(study) == 0
+    assert store.workers.reap(study) == 0
 
 
 # Reaping
@@ -418,13 +420,16 @@ def test_the_slot_of_a_dead_process_of_this_machine_is_freed_at_once(
 ) -> None:
     study, worker = begin(store, make_spec(0.1, 0.2))
     lost = claim(store, study, worker)
-    kept = claim(store, study, store.add_worker(study.study_id, device="cpu"))
-    assert store.reap(study) == 0
+    kept = claim(store, study, store.workers.add(study.study_id, device="cpu"))
+    assert store.workers.reap(study) == 0
     end_worker_process(store, worker, change)
-    assert [row.alive for row in store.workers(study)] == [False, True]
-    assert store.reap(study) == 1
-    assert [row.worker_id for row in store.workers(study)] == [kept.worker_id]
-    assert [(t.number, t.state) for t in store.trials(study)] == [(lost.number, "waiting"), (kept.number, "running")]
+    assert [row.alive for row in store.workers.get_all(study)] == [False, True]
+    assert store.workers.reap(study) == 1
+    assert [row.worker_id for row in store.workers.get_all(study)] == [kept.worker_id]
+    assert [(t.number, t.state) for t in store.trials.get_all(study)] == [
+        (lost.number, "waiting"),
+        (kept.number, "running"),
+    ]
 
 
 def test_the_slot_of_a_worker_elsewhere_is_freed_when_its_lease_runs_out(
@@ -434,13 +439,13 @@ def test_the_slot_of_a_worker_elsewhere_is_freed_when_its_lease_runs_out(
     held = claim(store, study, worker)
     move_elsewhere(store, worker, change)
     end_worker_process(store, worker, change)  # a pid of another machine says nothing here
-    assert store.reap(study) == 0
+    assert store.workers.reap(study) == 0
     change(store, schema.workers.update().values(seen_at=LONG_AGO))
     report(store, held, 0.5)  # it reports, so its lease is fresh whatever its heartbeat does
-    assert store.reap(study) == 0
+    assert store.workers.reap(study) == 0
     expire(store, held, change)
-    assert store.reap(study) == 1
-    assert [row.alive for row in store.workers(study)] == [False]
+    assert store.workers.reap(study) == 1
+    assert [row.alive for row in store.workers.get_all(study)] == [False]
 
 
 def test_a_worker_elsewhere_that_was_given_up_works_on_when_it_comes_back(
@@ -451,19 +456,19 @@ def test_a_worker_elsewhere_that_was_given_up_works_on_when_it_comes_back(
     move_elsewhere(store, worker, change)
     expire(store, lost, change)
     change(store, schema.workers.update().values(seen_at=LONG_AGO))
-    assert store.reap(study) == 1
+    assert store.workers.reap(study) == 1
     again = claim(store, study, worker)
-    assert store.reap(study) == 0
-    store.renew([again], worker)
-    assert store.reap(study) == 0
-    assert [row.alive for row in store.workers(study)] == [True]
+    assert store.workers.reap(study) == 0
+    store.workers.renew([again], worker)
+    assert store.workers.reap(study) == 0
+    assert [row.alive for row in store.workers.get_all(study)] == [True]
 
 
 def test_a_worker_that_left_without_its_slot_does_not_keep_it(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(0.1))
     claim(store, study, worker)
-    store.remove_worker(worker)
-    assert store.reap(study) == 1
+    store.workers.remove(worker)
+    assert store.workers.reap(study) == 1
 
 
 def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: MakeSpec, change: Change) -> None:
@@ -472,7 +477,7 @@ def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: M
         lost = claim(store, study, worker)
         assert (lost.number, lost.attempt) == (0, attempt)
         expire(store, lost, change)
-        assert store.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"}) == 1
+        assert store.workers.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"}) == 1
     ended = trial(store, study)
     assert (ended.state, ended.reason) == ("failed", f"its worker died {MAX_LOSSES} times")
     assert optuna_trials(store)[0].state is TrialState.FAIL
@@ -488,7 +493,7 @@ def test_deaths_of_workers_count_only_while_the_trial_comes_no_further(
         lost = claim(store, study, worker)
         report(store, lost, *[0.5] * furthest)
         expire(store, lost, change)
-        assert store.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"}) == 1
+        assert store.workers.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"}) == 1
     assert trial(store, study).state == "waiting"
 
 
@@ -497,7 +502,7 @@ def test_deaths_that_no_supervisor_saw_do_not_count(store: Store, make_spec: Mak
     study, worker = begin(store, make_spec(0.1))
     for _ in range(2 * MAX_LOSSES):
         expire(store, claim(store, study, worker), change)
-        assert store.reap(study, dead={(liveness.machine_id(), os.getpid() + 1): "crashed"}) == 1
+        assert store.workers.reap(study, dead={(liveness.machine_id(), os.getpid() + 1): "crashed"}) == 1
     assert trial(store, study).state == "waiting"
 
 
@@ -505,11 +510,11 @@ def test_three_trials_that_kill_their_workers_stop_the_study(store: Store, make_
     study, worker = begin(store, make_spec(0.1, 0.2, 0.3, 0.4))
     for _ in range(3 * MAX_LOSSES):
         expire(store, claim(store, study, worker), change)
-        store.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"})
-    stopped = store.study("s")
+        store.workers.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"})
+    stopped = store.studies.get("s")
     assert stopped.stop == "failure"
     assert "3 trials failed the same way" in str(stopped.stop_reason)
-    assert store.claim(study, worker) is None
+    assert store.trials.claim(study, worker) is None
 
 
 @pytest.mark.parametrize("pruner", ["median", "asha"])
@@ -521,22 +526,22 @@ def test_a_kill_changes_nothing_in_what_the_pruner_has_said(
     spec = make_spec(search={"trials": 12}, epochs=8, pruner={"name": pruner, **options})
     study, worker = begin(store, spec)
     passed = claim(store, study, worker)
-    assert store.report(passed, spec, epoch=1, metrics={}, value=0.1) == "go on"
+    assert store.trials.report(passed, spec, epoch=1, metrics={}, value=0.1) == "go on"
     for _ in range(8):
         better = claim(store, study, worker)
         for epoch in range(1, 9):
-            store.report(better, spec, epoch=epoch, metrics={}, value=0.5 + epoch / 100, may_prune=epoch < 8)
-        store.finish(better, "complete", reason="")
+            store.trials.report(better, spec, epoch=epoch, metrics={}, value=0.5 + epoch / 100, may_prune=epoch < 8)
+        store.trials.finish(better, "complete", reason="")
     dropped = claim(store, study, worker)
     epochs = iter(range(1, 8))
-    at = next(n for n in epochs if store.report(dropped, spec, epoch=n, metrics={}, value=0.1) == "prune")
+    at = next(n for n in epochs if store.trials.report(dropped, spec, epoch=n, metrics={}, value=0.1) == "prune")
     for lost in (passed, dropped):
         expire(store, lost, change)
-    store.reap(study)
+    store.workers.reap(study)
     again = [claim(store, study, worker) for _ in range(2)]
     assert [c.number for c in again] == [passed.number, dropped.number]
-    assert store.report(again[0], spec, epoch=1, metrics={}, value=0.1) == "go on"
-    assert store.report(again[1], spec, epoch=at, metrics={}, value=0.1) == "prune"
+    assert store.trials.report(again[0], spec, epoch=1, metrics={}, value=0.1) == "go on"
+    assert store.trials.report(again[1], spec, epoch=at, metrics={}, value=0.1) == "prune"
 
 
 @pytest.mark.parametrize("pruner", ["none", "asha", "median", "patient"])  # Hyperband's brackets hang on the name
@@ -555,10 +560,10 @@ def test_trials_that_report_together_are_told_what_they_are_told_one_by_one(
             for epoch in range(1, 10):
                 reports = [EpochReport(c, epoch, {}, values[c.number, epoch], may_prune=epoch < 9) for c in held]
                 parts = [reports] if together else [[report] for report in reports]
-                found = [verdict for part in parts if part for verdict in store.report_all(part, spec)]
+                found = [verdict for part in parts if part for verdict in store.trials.report_all(part, spec)]
                 told |= {(c.number, epoch): verdict for c, verdict in zip(held, found, strict=True)}
                 for c in [c for c in held if told[c.number, epoch] == "prune" or epoch == 9]:
-                    store.finish(c, "pruned" if told[c.number, epoch] == "prune" else "complete", reason="")
+                    store.trials.finish(c, "pruned" if told[c.number, epoch] == "prune" else "complete", reason="")
                     held.remove(c)
         return told
 
@@ -574,10 +579,10 @@ def test_a_lost_trial_does_not_keep_those_that_report_with_it_from_theirs(
     study, worker = begin(store, spec)
     held = [claim(store, study, worker) for _ in range(3)]
     expire(store, held[1], change)
-    store.reap(study)
+    store.workers.reap(study)
     reports = [EpochReport(c, 1, {"val_accuracy": 0.5}, 0.5) for c in reversed(held)]
-    assert store.report_all(reports, spec) == ["go on", None, "go on"]
-    assert [list(trial.epochs) for trial in store.trials(study)] == [[1], [], [1]]
+    assert store.trials.report_all(reports, spec) == ["go on", None, "go on"]
+    assert [list(trial.epochs) for trial in store.trials.get_all(study)] == [[1], [], [1]]
 
 
 def test_a_round_of_reports_reads_the_study_once(
@@ -589,12 +594,14 @@ def test_a_round_of_reports_reads_the_study_once(
     study, worker = begin(store, spec)
     held = [claim(store, study, worker) for _ in range(8)]
     reads: list[int] = []
-    get_all_trials = type(store._cached).get_all_trials
+    get_all_trials = type(store.database.cached).get_all_trials
     monkeypatch.setattr(
-        type(store._cached), "get_all_trials", lambda *args, **rest: reads.append(0) or get_all_trials(*args, **rest)
+        type(store.database.cached),
+        "get_all_trials",
+        lambda *args, **rest: reads.append(0) or get_all_trials(*args, **rest),
     )
     for epoch in (1, 2, 3):
-        store.report_all([EpochReport(c, epoch, {}, 0.5) for c in held], spec)
+        store.trials.report_all([EpochReport(c, epoch, {}, 0.5) for c in held], spec)
     assert len(reads) == 3
 
 
@@ -608,7 +615,7 @@ def test_reports_and_the_heartbeat_do_not_wait_for_each_other(store: Store, make
     def beat() -> None:
         try:
             while not ended.is_set():
-                store.renew(random.sample(held, len(held)), worker)
+                store.workers.renew(random.sample(held, len(held)), worker)
         except Exception as error:
             failed.append(error)
 
@@ -617,7 +624,7 @@ def test_reports_and_the_heartbeat_do_not_wait_for_each_other(store: Store, make
     try:
         for epoch in range(1, 41):
             assert (
-                store.report_all([EpochReport(c, epoch, {}, 0.5) for c in random.sample(held, 8)], spec)
+                store.trials.report_all([EpochReport(c, epoch, {}, 0.5) for c in random.sample(held, 8)], spec)
                 == ["go on"] * 8
             )
     finally:
@@ -630,9 +637,9 @@ def test_a_stop_does_not_keep_the_pruner_from_its_word(store: Store, make_spec: 
     spec = make_spec(0.1, 0.2, epochs=9, pruner={"name": "threshold", "lower": 0.5, "warmup_epochs": 0})
     study, worker = begin(store, spec)
     bad, good = claim(store, study, worker), claim(store, study, worker)
-    store.request_stop(study)
-    assert store.report(bad, spec, epoch=1, metrics={}, value=0.1) == "prune"
-    assert store.report(good, spec, epoch=1, metrics={}, value=0.9) == "stop"
+    store.studies.request_stop(study)
+    assert store.trials.report(bad, spec, epoch=1, metrics={}, value=0.1) == "prune"
+    assert store.trials.report(good, spec, epoch=1, metrics={}, value=0.9) == "stop"
 
 
 def test_a_process_is_told_from_a_later_one_of_the_same_pid_whatever_the_clock_does() -> None:
@@ -651,12 +658,12 @@ def test_a_report_replaces_this_and_later_epochs_of_earlier_attempts(store: Stor
     study, worker = begin(store, make_spec(0.1, epochs=9))
     first = claim(store, study, worker)
     report(store, first, 0.1, 0.2, 0.3, 0.4)
-    store.release(first)
+    store.trials.release(first)
     second = claim(store, study, worker)
     report(store, second, 0.25, first=2)
     assert (trial(store, study).epochs, trial(store, study).curves["val_accuracy"]) == ([1, 2], [0.1, 0.25])
     assert optuna_trials(store)[0].intermediate_values == {1: 0.1, 2: 0.25}
-    store.finish(second, "complete", reason="it stopped earlier this time")
+    store.trials.finish(second, "complete", reason="it stopped earlier this time")
     assert trial(store, study).value == optuna_trials(store)[0].value == 0.25
 
 
@@ -664,8 +671,8 @@ def test_numbers_that_are_not_finite_are_null_in_json(store: Store, make_spec: M
     study, worker = begin(store, make_spec(0.1))
     held = claim(store, study, worker)
     metrics = {"val_accuracy": math.nan, "train_loss": math.inf, "other": 1.0}
-    store.report(held, study.spec, epoch=1, metrics=metrics, value=math.nan)
-    store.finish(held, "diverged", reason="nan")
+    store.trials.report(held, study.spec, epoch=1, metrics=metrics, value=math.nan)
+    store.trials.finish(held, "diverged", reason="nan")
     ended = trial(store, study)
     assert ended.curves == {"val_accuracy": [None], "train_loss": [None], "other": [1.0]}
     assert ended.value is None
@@ -687,7 +694,7 @@ def test_how_a_trial_ended_is_told_to_optuna(
     study, worker = begin(store, make_spec(0.1))
     held = claim(store, study, worker)
     report(store, held, 0.5, 0.6)
-    store.finish(held, state, reason="because", error="Traceback" if state == "failed" else None)
+    store.trials.finish(held, state, reason="because", error="Traceback" if state == "failed" else None)
     ended = trial(store, study)
     assert (ended.state, ended.reason, ended.value) == (state, "because", value)
     assert ended.error == ("Traceback" if state == "failed" else None)
@@ -705,16 +712,16 @@ def test_a_diverged_trial_is_never_best(store: Store, make_spec: MakeSpec, direc
     study, worker = begin(store, make_spec(0.1, 0.2, objective=objective))
     diverged, good = claim(store, study, worker), claim(store, study, worker)
     report(store, diverged, last)
-    store.finish(diverged, "diverged", reason="")
+    store.trials.finish(diverged, "diverged", reason="")
     report(store, good, 0.5)
-    store.finish(good, "complete", reason="")
+    store.trials.finish(good, "complete", reason="")
     assert optuna.load_study(study_name="s", storage=url_of(store)).best_trial.number == good.number
 
 
 def test_any_text_that_an_exception_can_hold_is_kept(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(0.1))
     held = claim(store, study, worker)
-    store.finish(held, "failed", reason="no file 'caf\udce9'", error="\udce9 \x00 \N{SNOWMAN}" * 10_000)
+    store.trials.finish(held, "failed", reason="no file 'caf\udce9'", error="\udce9 \x00 \N{SNOWMAN}" * 10_000)
     ended = trial(store, study)
     assert ended.reason == r"no file 'caf\udce9'"
     assert ended.error is not None
@@ -722,7 +729,7 @@ def test_any_text_that_an_exception_can_hold_is_kept(store: Store, make_spec: Ma
 
 
 def fail(store: Store, study: StudyRecord, worker: str, key: str) -> None:
-    store.finish(claim(store, study, worker), "failed", reason="", error=f"traceback of {key}", failure_key=key)
+    store.trials.finish(claim(store, study, worker), "failed", reason="", error=f"traceback of {key}", failure_key=key)
 
 
 def test_three_equal_failures_stop_the_study_with_their_traceback(store: Store, make_spec: MakeSpec) -> None:
@@ -731,19 +738,19 @@ def test_three_equal_failures_stop_the_study_with_their_traceback(store: Store, 
     fail(store, study, worker, "b")
     fail(store, study, worker, "a")
     fail(store, study, worker, "c")
-    assert store.study("s").stop is None
+    assert store.studies.get("s").stop is None
     fail(store, study, worker, "a")
-    stopped = store.study("s")
+    stopped = store.studies.get("s")
     assert stopped.stop == "failure"
     assert stopped.stop_reason == "3 trials failed the same way\ntraceback of a"
-    store.request_stop(study)
-    assert store.study("s") == stopped  # `hpo stop` does not hide why it had stopped already
-    store.start(study)
+    store.studies.request_stop(study)
+    assert store.studies.get("s") == stopped  # `hpo stop` does not hide why it had stopped already
+    store.studies.start(study)
     fail(store, study, worker, "a")
     fail(store, study, worker, "a")
-    assert store.study("s").stop is None, "failures before the restart were counted"
+    assert store.studies.get("s").stop is None, "failures before the restart were counted"
     fail(store, study, worker, "a")
-    assert store.study("s").stop == "failure"
+    assert store.studies.get("s").stop == "failure"
 
 
 def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: MakeSpec) -> None:
@@ -751,10 +758,10 @@ def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: Make
 
     def work() -> None:
         writer = Store(url_of(store))
-        while (claimed := writer.claim(study, worker)) is not None:
-            value = writer.suggest(claimed, study.spec, attributes=lambda _: {})["lr"]
+        while (claimed := writer.trials.claim(study, worker)) is not None:
+            value = writer.trials.suggest(claimed, study.spec, attributes=lambda _: {})["lr"]
             report(writer, claimed, value / 2, value)
-            writer.finish(claimed, "complete", reason="")
+            writer.trials.finish(claimed, "complete", reason="")
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
@@ -779,7 +786,7 @@ def test_any_file_name_will_do(tmp_path: Path, make_spec: MakeSpec, name: str) -
     study, worker = begin(store, make_spec(0.1))
     claim(store, study, worker)
     assert (tmp_path / name).exists()
-    assert store.folder(store.study("s")).parent == tmp_path / "hpo_files"
+    assert store.folder(store.studies.get("s")).parent == tmp_path / "hpo_files"
 
 
 @pytest.mark.parametrize(
@@ -849,8 +856,8 @@ def test_a_database_of_optunas_alone_becomes_a_store_only_for_writing(url: str, 
     with pytest.raises(UserError, match="holds no study of ours; `hpo run` adds one"):
         Store(url)
     store = Store(url, create=True)
-    store.create_study(make_spec(0.1), facts={})
-    assert [study.name for study in store.studies()] == ["s"]
+    store.studies.create(make_spec(0.1), facts={})
+    assert [study.name for study in store.studies.get_all()] == ["s"]
     assert optuna.get_all_study_names(url) == ["theirs", "s"]
 
 
@@ -860,8 +867,8 @@ def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(store:
     report(store, claim(store, study, worker), 0.5)
     read_only = f"sqlite:///file:{store.url.database}?mode=ro&uri=true"
     reader = Store(read_only)
-    assert reader.trials(reader.study("s")) == store.trials(study)
-    assert reader.folder(reader.study("s")) == store.folder(store.study("s"))
+    assert reader.trials.get_all(reader.studies.get("s")) == store.trials.get_all(study)
+    assert reader.folder(reader.studies.get("s")) == store.folder(store.studies.get("s"))
     with pytest.raises(UserError, match="cannot be opened for writing: it is read-only"):
         Store(read_only, create=True)
 
@@ -873,22 +880,22 @@ def test_a_store_that_another_process_has_locked_says_so(store: Store, monkeypat
     connection.execute("BEGIN IMMEDIATE")
     with pytest.raises(UserError, match="cannot be opened for writing: it is locked by another process"):
         Store(url_of(store), create=True)
-    assert Store(url_of(store)).studies() == []  # a writer does not keep readers out
+    assert Store(url_of(store)).studies.get_all() == []  # a writer does not keep readers out
     connection.close()
 
 
 def test_times_are_the_databases(store: Store) -> None:
-    with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.connect() as connection:
         query = "strftime('%s', 'now')" if connection.dialect.name == "sqlite" else "extract(epoch from now())"
         expected = float(connection.exec_driver_sql(f"SELECT {query}").scalar_one())
-        assert database.now(connection) == pytest.approx(expected, abs=LEASE_S / 10)
+        assert store.database.now(connection) == pytest.approx(expected, abs=LEASE_S / 10)
 
 
 # Retries by cause
 
 
 def fail_once(store: Store, claimed: Claim, spec: StudySpec, key: str = "ValueError here") -> bool:
-    return store.fail(claimed, spec, reason="ValueError: no luck", error="Traceback", failure_key=key)
+    return store.trials.fail(claimed, spec, reason="ValueError: no luck", error="Traceback", failure_key=key)
 
 
 @pytest.mark.parametrize("retries", [0, 1, 2])
@@ -913,9 +920,9 @@ def test_what_ran_out_of_memory_is_tried_once_more_alone_on_its_device(
 ) -> None:
     spec = make_spec(0.1, 0.2, 0.3, search={"retries": 5})
     study, first = begin(store, spec)
-    second = store.add_worker(study.study_id, device="cpu")
-    other_device = store.add_worker(study.study_id, device="cuda:1")
-    elsewhere = store.add_worker(study.study_id, device="cpu")
+    second = store.workers.add(study.study_id, device="cpu")
+    other_device = store.workers.add(study.study_id, device="cuda:1")
+    elsewhere = store.workers.add(study.study_id, device="cpu")
     move_elsewhere(store, elsewhere, change)
 
     hungry = claim(store, study, first)
@@ -923,18 +930,18 @@ def test_what_ran_out_of_memory_is_tried_once_more_alone_on_its_device(
     assert not fail_once(store, hungry, spec, key=OUT_OF_MEMORY)
     third = claim(store, study, first)
     assert third.number == 2, "those that fit come first"
-    store.finish(third, "diverged", reason="")
-    assert store.claim(study, first) is None, "it was begun beside another trial"
-    store.finish(beside, "diverged", reason="")
+    store.trials.finish(third, "diverged", reason="")
+    assert store.trials.claim(study, first) is None, "it was begun beside another trial"
+    store.trials.finish(beside, "diverged", reason="")
     alone = claim(store, study, first)
     assert (alone.number, alone.attempt) == (0, 2)
 
     change(store, schema.slots.update().where(schema.slots.c.number == 2).values(state="waiting"))
-    assert store.claim(study, second) is None, "another trial was begun beside it"
+    assert store.trials.claim(study, second) is None, "another trial was begun beside it"
     for worker in (other_device, elsewhere):
-        held = store.claim(study, worker)
+        held = store.trials.claim(study, worker)
         assert held is not None
-        store.release(held)
+        store.trials.release(held)
     assert fail_once(store, alone, spec, key=OUT_OF_MEMORY), "it was tried a third time"
     assert trial(store, study).state == "failed"
 
@@ -944,18 +951,18 @@ def test_each_attempt_is_kept_with_where_it_went_on_and_how_it_ended(
 ) -> None:
     study, worker = begin(store, make_spec(0.1, epochs=9))
     first = claim(store, study, worker)
-    store.begin(first, resumed_from=0)
+    store.trials.begin(first, resumed_from=0)
     report(store, first, 0.1, 0.2)
-    store.note(first, "the disk was full")
-    store.note(first, "the disk was full")
+    store.trials.note(first, "the disk was full")
+    store.trials.note(first, "the disk was full")
     expire(store, first, change)
-    store.reap(study)
+    store.workers.reap(study)
     second = claim(store, study, worker)
-    store.begin(second, resumed_from=1, notes=["the newest was torn"])
+    store.trials.begin(second, resumed_from=1, notes=["the newest was torn"])
     assert trial(store, study).epochs == [1], "shown before it is trained again"
-    store.release(second)
+    store.trials.release(second)
     third = claim(store, study, worker)
-    store.finish(third, "pruned", reason="")
+    store.trials.finish(third, "pruned", reason="")
     found = [(a.attempt, a.furthest, a.resumed_from, a.outcome, a.note) for a in trial(store, study).attempts]
     assert found == [
         (1, 0, 0, "lost", "the disk was full"),
@@ -972,11 +979,11 @@ def test_the_best_trials_are_the_complete_ones_in_the_studys_direction(store: St
         for value, state in ((0.1, "complete"), (0.5, "complete"), (0.9, "pruned"), (0.7, "complete")):
             held = claim(store, study, worker)
             report(store, held, value)
-            store.finish(held, state, reason="")
-        assert [number for number, _ in store.best_trials(study, 9)] == expected
-        assert store.best_trials(study, 1) == [(expected[0], 0.7 if name == "up" else 0.1)]
-        assert store.best_trials(study, 0) == []
-        assert store.ended_numbers(study) == {0, 1, 2, 3}
+            store.trials.finish(held, state, reason="")
+        assert [number for number, _ in store.trials.best(study, 9)] == expected
+        assert store.trials.best(study, 1) == [(expected[0], 0.7 if name == "up" else 0.1)]
+        assert store.trials.best(study, 0) == []
+        assert store.trials.ended_numbers(study) == {0, 1, 2, 3}
 
 
 # Leases against stalled workers
@@ -988,10 +995,10 @@ def test_a_slot_that_is_being_reported_on_is_not_freed(store: Store, make_spec: 
     study, worker = begin(store, make_spec(0.1))
     held = claim(store, study, worker)
     expire(store, held, change)
-    with store.storage.engine.begin() as reporting:  # type: ignore[attr-defined]
+    with store.storage.engine.begin() as reporting:
         reporting.execute(schema.slots.update().values(furthest=1))
-        assert Store(url_of(store)).reap(study) == 0
-    assert store.reap(study) == 1
+        assert Store(url_of(store)).workers.reap(study) == 0
+    assert store.workers.reap(study) == 1
 
 
 @only_postgres
@@ -1001,10 +1008,10 @@ def test_a_client_that_stops_in_the_middle_of_a_transaction_blocks_nobody_for_lo
     study, worker = begin(store, make_spec(0.1, 0.2))
     monkeypatch.setattr(database, "ABANDONED_S", 1)
     stopped = Store(url_of(store))
-    transaction = stopped._transaction()
+    transaction = stopped.database.transaction()
     connection = transaction.__enter__()
     connection.execute(sa.select(schema.studies).with_for_update())
-    assert store.claim(study, worker) is not None  # waits until the server has ended the other one
+    assert store.trials.claim(study, worker) is not None  # waits until the server has ended the other one
     with pytest.raises(sa.exc.DBAPIError, match="idle-in-transaction") as ended:
         connection.execute(sa.select(schema.studies))
     assert is_outage(ended.value)
@@ -1020,12 +1027,12 @@ def test_a_restarted_server_is_waited_for_and_nothing_is_lost(
     store: Store, make_spec: MakeSpec, stoppable_postgres: Postgres
 ) -> None:
     study, worker = begin(store, make_spec(0.1))
-    patient = Store(url_of(store), patience_s=600)
+    patient = Store(url_of(store)).retrying(for_s=600)
     held = claim(patient, study, worker)
     stoppable_postgres.stop()
     try:
         with pytest.raises(StoreFailed):
-            store.report(held, ANY_SPEC, epoch=1, metrics={}, value=0.5)
+            store.trials.report(held, ANY_SPEC, epoch=1, metrics={}, value=0.5)
         with pytest.raises(database.Unreachable, match="cannot be opened"):
             Store(url_of(store))
         reporting = threading.Thread(target=lambda: report(patient, held, 0.5, 0.6))
@@ -1036,19 +1043,19 @@ def test_a_restarted_server_is_waited_for_and_nothing_is_lost(
         stoppable_postgres.start()
     reporting.join(timeout=180)
     assert not reporting.is_alive()
-    store.finish(held, "complete", reason="")  # the store that was refused is of use again
+    store.trials.finish(held, "complete", reason="")  # the store that was refused is of use again
     assert (trial(store, study).epochs, trial(store, study).value) == ([1, 2], 0.6)
 
 
 @only_sqlite
 def test_a_lock_that_outlasts_the_timeout_is_waited_for(url: str, make_spec: MakeSpec) -> None:
     study, worker = begin(Store(url, create=True), make_spec(0.1))
-    patient, impatient = Store(f"{url}?timeout=0.1", patience_s=600), Store(f"{url}?timeout=0.1")
+    patient, impatient = Store(f"{url}?timeout=0.1").retrying(for_s=600), Store(f"{url}?timeout=0.1")
     held = claim(patient, study, worker)
     writer = sqlite3.connect(patient.url.database or "")
     writer.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreFailed, match="locked"):
-        impatient.report(held, ANY_SPEC, epoch=1, metrics={}, value=0.5)
+        impatient.trials.report(held, ANY_SPEC, epoch=1, metrics={}, value=0.5)
     reporting = threading.Thread(target=lambda: report(patient, held, 0.5))
     reporting.start()
     reporting.join(timeout=0.5)
@@ -1062,7 +1069,7 @@ def test_a_lock_that_outlasts_the_timeout_is_waited_for(url: str, make_spec: Mak
 def test_a_worker_that_is_told_to_leave_waits_no_longer(url: str, make_spec: MakeSpec) -> None:
     study, worker = begin(Store(url, create=True), make_spec(0.1))
     told = threading.Event()
-    patient = Store(url, patience_s=600, give_up=told.is_set)
+    patient = Store(url).retrying(for_s=600, until=told.is_set)
     held = claim(patient, study, worker)
     broken = sa.exc.OperationalError("SELECT", {}, Exception("the server went away"))
     calls = []
@@ -1073,27 +1080,27 @@ def test_a_worker_that_is_told_to_leave_waits_no_longer(url: str, make_spec: Mak
             told.set()
         raise broken
 
-    sa.event.listen(patient.storage.engine, "before_cursor_execute", fails)  # type: ignore[attr-defined]
+    sa.event.listen(patient.storage.engine, "before_cursor_execute", fails)
     with pytest.raises(StoreFailed):
         report(patient, held, 0.5)
     assert len(calls) >= 3
 
 
 def test_a_request_that_is_wrong_is_not_tried_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    patient = Store(url, create=True, patience_s=600)
-    with patient.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+    patient = Store(url, create=True).retrying(for_s=600)
+    with patient.storage.engine.begin() as connection:
         connection.exec_driver_sql("DROP TABLE hpo_attempts")
         connection.exec_driver_sql("DROP TABLE hpo_slots")
     monkeypatch.setattr("hpo.store.retry.time.sleep", lambda _: pytest.fail("it is tried again"))
     with pytest.raises(StoreFailed):
-        patient.counts(1)
+        patient.trials.counts(1)
 
 
 # Other versions, other stores
 
 
 def make_version_1(store: Store) -> None:
-    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.begin() as connection:
         for statement in (
             "ALTER TABLE hpo_slots DROP COLUMN kind",
             "ALTER TABLE hpo_slots DROP COLUMN replicate",
@@ -1118,7 +1125,7 @@ def test_a_store_of_an_older_version_is_refused_until_it_is_upgraded_and_then_go
             Store(url, create=create)
     assert database.upgrade(database.parse_url(url)) == [
         "our tables: from version 1 to 3",
-        f"Optuna's tables: version {store.storage.get_current_version()} already",  # type: ignore[attr-defined]
+        f"Optuna's tables: version {store.storage.get_current_version()} already",
     ]
     assert database.upgrade(database.parse_url(url))[0] == "our tables: version 3 already"
     upgraded = Store(url)
@@ -1131,7 +1138,7 @@ def test_upgrading_an_empty_database_makes_the_tables(url: str) -> None:
     assert database.upgrade(database.parse_url(url)) == [
         f"made the tables of {database.parse_url(url)}, schema version {schema.SCHEMA_VERSION}"
     ]
-    assert Store(url).studies() == []
+    assert Store(url).studies.get_all() == []
 
 
 def test_what_ledger_and_optuna_do_not_agree_on_is_found(store: Store, make_spec: MakeSpec, change: Change) -> None:
@@ -1139,7 +1146,7 @@ def test_what_ledger_and_optuna_do_not_agree_on_is_found(store: Store, make_spec
     for _ in range(2):
         held = claim(store, study, worker)
         report(store, held, 0.5)
-        store.finish(held, "complete", reason="")
+        store.trials.finish(held, "complete", reason="")
     assert store.problems(study) == []
     change(store, schema.slots.update().where(schema.slots.c.number == 0).values(state="failed"))
     change(store, schema.slots.update().where(schema.slots.c.number == 1).values(trial_id=None))
@@ -1158,38 +1165,38 @@ def test_a_copied_study_is_the_same_and_goes_on_in_the_other_store(
     for value, state in ((0.5, "complete"), (0.4, "pruned"), (math.nan, "diverged"), (0.7, "failed")):
         held = claim(store, study, worker)
         report(store, held, 0.3, value)
-        store.finish(held, state, reason="because")
+        store.trials.finish(held, state, reason="because")
     running = claim(store, study, worker)
     report(store, running, 0.3)
     target = Store(f"sqlite:///{tmp_path}/other.db", create=True)
     begin(target, make_spec(0.1, name="another"))  # so that no id is the same by chance
     with pytest.raises(UserError, match="is in training"):
-        target.copy_from(store, study, facts={**study.facts, "uid": "0123abcd"})
-    store.release(running)
-    copied = target.copy_from(store, study, facts={**study.facts, "uid": "0123abcd"})
-    before, after = store.trials(study), target.trials(copied)
+        target.studies.copy_from(store.studies, study, facts={**study.facts, "uid": "0123abcd"})
+    store.trials.release(running)
+    copied = target.studies.copy_from(store.studies, study, facts={**study.facts, "uid": "0123abcd"})
+    before, after = store.trials.get_all(study), target.trials.get_all(copied)
     assert [(t.state, t.params, t.value, t.curves) for t in before] == [
         (t.state, t.params, t.value, t.curves) for t in after
     ]
     assert [t.params for t in optuna_trials(target)] == [t.params for t in optuna_trials(store)]
     assert target.problems(copied) == []
     assert (copied.spec, copied.key) == (study.spec, "s-0123abcd")
-    again = claim(target, copied, target.add_worker(copied.study_id, device="cpu"))
+    again = claim(target, copied, target.workers.add(copied.study_id, device="cpu"))
     assert (again.number, again.attempt) == (4, 2)
     with pytest.raises(UserError, match="holds a study 's' already"):
-        target.copy_from(store, study, facts={**study.facts, "uid": "0123abce"})
+        target.studies.copy_from(store.studies, study, facts={**study.facts, "uid": "0123abce"})
 
 
 def test_a_copy_that_is_interrupted_leaves_nothing(store: Store, make_spec: MakeSpec, tmp_path: Path) -> None:
     study, worker = begin(store, make_spec(0.1, 0.2))
     held = claim(store, study, worker)
     report(store, held, 0.3)
-    store.release(held)
+    store.trials.release(held)
     target = Store(f"sqlite:///{tmp_path}/other.db", create=True)
     before = everything(target)
     for at in range(200):
         with suppress(Interruption), interrupted(target, at=at):
-            target.copy_from(store, study, facts={**study.facts, "uid": "0123abcd"})
+            target.studies.copy_from(store.studies, study, facts={**study.facts, "uid": "0123abcd"})
             break
         assert everything(target) == before
     assert at > 5
@@ -1202,26 +1209,26 @@ def test_a_connection_that_is_cut_at_any_statement_is_replaced_and_the_call_succ
     store: Store, make_spec: MakeSpec, postgres: Any, action: str
 ) -> None:
     study, worker = begin(store, make_spec(search={"trials": 60, "sampler": "tpe"}, pruner={"name": "median"}))
-    patient = Store(url_of(store), patience_s=600)
+    patient = Store(url_of(store)).retrying(for_s=600)
     cut = postgres.execute
-    engine = patient.storage.engine  # type: ignore[attr-defined]
+    engine = patient.storage.engine
 
     def prepared() -> Claim | None:
         if action == "claim":
             return None
-        held = patient.claim(study, worker)
+        held = patient.trials.claim(study, worker)
         assert held is not None
         if action in ("report", "finish"):
-            patient.suggest(held, study.spec, attributes=lambda _: {})
+            patient.trials.suggest(held, study.spec, attributes=lambda _: {})
         if action == "finish":
             report(patient, held, 0.5)
         return held
 
     actions: dict[str, Callable[[Any], Any]] = {
-        "claim": lambda _: patient.claim(study, worker),
-        "suggest": lambda held: patient.suggest(held, study.spec, attributes=lambda _: {"seed": 1}),
-        "report": lambda held: patient.report(held, study.spec, epoch=1, metrics={}, value=0.5),
-        "finish": lambda held: patient.finish(held, "complete", reason=""),
+        "claim": lambda _: patient.trials.claim(study, worker),
+        "suggest": lambda held: patient.trials.suggest(held, study.spec, attributes=lambda _: {"seed": 1}),
+        "report": lambda held: patient.trials.report(held, study.spec, epoch=1, metrics={}, value=0.5),
+        "finish": lambda held: patient.trials.finish(held, "complete", reason=""),
     }
     for at in range(0, 60, 3):
         held = prepared()
@@ -1252,9 +1259,9 @@ def test_an_error_of_the_database_is_never_the_trials(
     def breaks(*_: Any, **__: Any) -> None:
         raise optuna.exceptions.StorageInternalError("x")
 
-    monkeypatch.setattr(type(store._cached), "get_trial", breaks)
+    monkeypatch.setattr(type(store.database.cached), "get_trial", breaks)
     with pytest.raises(StoreFailed):
-        store.last_report(held)
+        store.trials.last_report(held)
 
 
 def test_a_dead_trial_of_another_study_does_not_keep_a_device(
@@ -1265,29 +1272,29 @@ def test_a_dead_trial_of_another_study_does_not_keep_a_device(
     fail_once(store, hungry, make_spec(0.1), key=OUT_OF_MEMORY)
     assert claim(store, other, gone).attempt == 2
     study, worker = begin(store, make_spec(0.1))
-    assert store.claim(study, worker) is None
+    assert store.trials.claim(study, worker) is None
     end_worker_process(store, gone, change)
-    assert store.claim(study, worker) is not None
+    assert store.trials.claim(study, worker) is not None
 
 
 def test_a_name_from_a_store_cannot_name_a_folder_elsewhere(store: Store, make_spec: MakeSpec) -> None:
-    store.create_study(make_spec(0.1), facts={})
-    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+    store.studies.create(make_spec(0.1), facts={})
+    with store.storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE studies SET study_name = '../../evil'")
     with pytest.raises(UserError, match=r"study '../../evil' in .* is damaged: its spec names it 's'"):
-        store.study("../../evil")
+        store.studies.get("../../evil")
 
 
 def test_several_may_enlarge_a_study_at_once(store: Store, make_spec: MakeSpec) -> None:
     study, _ = begin(store, make_spec(search={"trials": 2}))
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: Store(url_of(store)).enlarge(study, 9), range(4)))
-    assert store.counts(study.study_id) == {"waiting": 9}
-    assert store.study("s").spec.num_trials == 9
+        list(pool.map(lambda _: Store(url_of(store)).studies.enlarge(study, 9), range(4)))
+    assert store.trials.counts(study.study_id) == {"waiting": 9}
+    assert store.studies.get("s").spec.num_trials == 9
 
 
 def test_a_store_of_a_newer_version_is_not_upgraded(store: Store) -> None:
-    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE hpo_meta SET value = '99' WHERE key = 'schema_version'")
     with pytest.raises(UserError, match=r"schema version 99, and this hpo knows up to 3: upgrade hpo"):
         database.upgrade(store.url)
@@ -1298,12 +1305,12 @@ def test_a_store_of_a_newer_version_is_not_upgraded(store: Store) -> None:
 def test_one_damaged_study_does_not_keep_anybody_from_the_others(
     store: Store, make_spec: MakeSpec, column: str, content: str
 ) -> None:
-    store.create_study(make_spec(0.1, name="good"), facts={})
-    bad = store.create_study(make_spec(0.1, name="bad"), facts={})
-    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+    store.studies.create(make_spec(0.1, name="good"), facts={})
+    bad = store.studies.create(make_spec(0.1, name="bad"), facts={})
+    with store.storage.engine.begin() as connection:
         connection.execute(schema.studies.update().where(schema.studies.c.study_id == bad.study_id), {column: content})
-    assert [study.name for study in store.studies()] == ["good"]
-    (damage,) = store.damages()
+    assert [study.name for study in store.studies.get_all()] == ["good"]
+    (damage,) = store.studies.damages()
     assert "study 'bad'" in damage
     with pytest.raises(UserError, match="study 'bad'"):
-        store.study("bad")
+        store.studies.get("bad")

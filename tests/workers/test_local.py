@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from hpo.config.study_spec import StudySpec
 from hpo.store.ledger import MAX_KILLS, MAX_LOSSES
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import TrialRecord
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ RUN = ("run", "study.toml", "--devices", "cpu")
 
 def trials(hpo: Hpo) -> list[TrialRecord]:
     store = Store(hpo.url)
-    return store.trials(store.study("s"))
+    return store.trials.get_all(store.studies.get("s"))
 
 
 def states(hpo: Hpo) -> Counter[str]:
@@ -68,9 +68,9 @@ def num_held(hpo: Hpo) -> int:
     if not (hpo.folder / "hpo.db").exists():
         return 0
     store = Store(hpo.url, create=True)
-    if not store.studies():
+    if not store.studies.get_all():
         return 0
-    return sum(trial.state == "running" and 2 in trial.epochs for trial in store.trials(store.study("s")))
+    return sum(trial.state == "running" and 2 in trial.epochs for trial in store.trials.get_all(store.studies.get("s")))
 
 
 def go(hpo: Hpo) -> None:
@@ -338,7 +338,7 @@ engine = { lanes = 1 }  # how many are fastest is measured, never twice the same
     for url in urls:
         exit_code, output = hpo.run(*RUN, "--storage", url)
         assert exit_code == 0, output
-    found = [Store(url).trials(Store(url).study("s")) for url in urls]
+    found = [Store(url).trials.get_all(Store(url).studies.get("s")) for url in urls]
     first, second = ([(t.state, t.params, t.value, t.attributes["seed"], t.epochs) for t in ts] for ts in found)
     assert first == second
     assert len({str(trial.params) for trial in found[0]}) == 5

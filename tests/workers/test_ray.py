@@ -20,7 +20,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store import schema
 from hpo.store.ledger import MAX_LOSSES
-from hpo.store.studies import Store
+from hpo.store.store import Store
 from hpo.study.records import TrialRecord
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'hpo-studies[ray]')")
@@ -130,7 +130,7 @@ def living_actors(cluster: Cluster) -> list[Any]:
 
 def trials(hpo: Hpo) -> list[TrialRecord]:
     store = Store(hpo.url)
-    return store.trials(store.study("s"))
+    return store.trials.get_all(store.studies.get("s"))
 
 
 def trained(hpo: Hpo) -> list[list[Any]]:
@@ -195,7 +195,7 @@ def test_a_study_on_three_nodes_loses_a_node_gains_one_and_loses_its_command(
 
 def workers(hpo: Hpo) -> list[dict[str, Any]]:
     store = Store(hpo.url)
-    return store.rows(schema.workers, store.study("s"))
+    return store.studies.rows(schema.workers, store.studies.get("s"))
 
 
 def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and_taken_up_from_elsewhere(

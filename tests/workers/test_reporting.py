@@ -17,7 +17,8 @@ import torch
 from hpo.config.study_spec import StudySpec
 from hpo.store import ledger, schema
 from hpo.store.retry import StoreFailed
-from hpo.store.studies import Store
+from hpo.store.store import Store
+from hpo.store.trials import Trials
 from hpo.study.records import StudyRecord
 from hpo.train.checkpoint import Checkpoint, CheckpointFolder
 from hpo.train.engines.plain import PlainEngine
@@ -38,7 +39,7 @@ def slow_reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Or once the worker waits for the answer, so that training cannot begin.
     """
     events: list[str] = []
-    run_epoch, report_all, wait, check = PlainEngine.run_epoch, Store.report_all, Reporter.wait, Reporter.check
+    run_epoch, report_all, wait, check = PlainEngine.run_epoch, Trials.report_all, Reporter.wait, Reporter.check
     changed, is_waiting = threading.Condition(), threading.Event()
 
     def noting_training(self: Any) -> Any:
@@ -63,7 +64,7 @@ def slow_reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         with waiting():
             check(self)
 
-    def slow_report(self: Store, reports: Any, spec: StudySpec) -> Any:
+    def slow_report(self: Trials, reports: Any, spec: StudySpec) -> Any:
         verdicts = report_all(self, reports, spec)
         with changed:
             changed.wait_for(lambda: f"training {reports[0].epoch + 1}" in events or is_waiting.is_set())
@@ -73,7 +74,7 @@ def slow_reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(PlainEngine, "run_epoch", noting_training)
     monkeypatch.setattr(Reporter, "wait", noting_wait)
     monkeypatch.setattr(Reporter, "check", noting_check)
-    monkeypatch.setattr(Store, "report_all", slow_report)
+    monkeypatch.setattr(Trials, "report_all", slow_report)
     return events
 
 
@@ -123,18 +124,18 @@ def test_an_epoch_that_fails_while_the_one_before_is_reported_takes_nothing_from
 def test_what_goes_wrong_with_a_report_ends_the_worker_and_not_the_trial(
     store: Store, slow_reports: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Store.report_all
+    slow = Trials.report_all
 
-    def failing(self: Store, reports: Any, spec: StudySpec) -> Any:
+    def failing(self: Trials, reports: Any, spec: StudySpec) -> Any:
         slow(self, reports, spec)
         raise StoreFailed("no answer")
 
-    monkeypatch.setattr(Store, "report_all", failing)
+    monkeypatch.setattr(Trials, "report_all", failing)
     study = engine_study(store, 1e-3, epochs=3)
     with pytest.raises(StoreFailed, match="no answer"):
         work(store, study)
     assert slow_reports == ["training 1", "training 2", "reported 1"]
-    assert [(trial.state, trial.epochs) for trial in store.trials(study)] == [("waiting", [1])]
+    assert [(trial.state, trial.epochs) for trial in store.trials.get_all(study)] == [("waiting", [1])]
 
 
 @pytest.fixture
@@ -169,11 +170,11 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
 
 def take_away(store: Store, study: StudyRecord) -> None:
     """Another worker takes trial 0, as after a lease that ran out."""
-    other = store.add_worker(study.study_id, device="elsewhere")
+    other = store.workers.add(study.study_id, device="elsewhere")
     with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.execute(schema.slots.update().where(schema.slots.c.number == 0).values(lease_until=0))
-    store.reap(study)
-    assert store.claim(study, other) is not None
+    store.workers.reap(study)
+    assert store.trials.claim(study, other) is not None
 
 
 def test_an_attempt_that_fails_while_its_checkpoint_is_written_is_gone_on_from_there(
@@ -199,16 +200,16 @@ def test_a_worker_that_learns_late_that_it_lost_a_trial_writes_no_checkpoint(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, lost, written = engine_study(store, 1e-3, epochs=9, checkpoint_epochs=3), threading.Event(), []
-    report_all = Store.report_all
+    report_all = Trials.report_all
 
-    def slow_report(self: Store, reports: Any, spec: StudySpec) -> Any:
+    def slow_report(self: Trials, reports: Any, spec: StudySpec) -> Any:
         if reports[0].epoch == 2:
             take_away(store, study)
             lost.set()
             time.sleep(0.5)
         return report_all(self, reports, spec)
 
-    monkeypatch.setattr(Store, "report_all", slow_report)
+    monkeypatch.setattr(Trials, "report_all", slow_report)
     monkeypatch.setattr(CheckpointFolder, "save", lambda self, checkpoint: written.append(checkpoint.epoch))
     (trial,) = work(store, study, should_stop=lost.is_set)
     assert [attempt.outcome for attempt in trial.attempts] == ["lost", None]

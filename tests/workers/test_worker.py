@@ -22,7 +22,8 @@ from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store import database, schema
 from hpo.store import ledger as ledger_module
-from hpo.store.studies import Store
+from hpo.store.store import Store
+from hpo.store.trials import Trials
 from hpo.study.records import StudyRecord, TrialRecord
 from hpo.train.checkpoint import Checkpoint, CheckpointFolder
 from hpo.workers import lane_runner
@@ -49,7 +50,7 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteLoop]
 
 def work(store: Store, study: StudyRecord, *, should_stop: Callable[[], bool] = lambda: False) -> list[TrialRecord]:
     Worker(store, study, device="cpu", torch_device="cpu", should_stop=should_stop).run()
-    return store.trials(study)
+    return store.trials.get_all(study)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ if trial.params["lr"] == 0.1:
     raise ValueError("no such\\nluck")
 trial.report(1, val_accuracy=0.5)
 """)
-    study = store.create_study(make_spec(0.1, 0.2), facts={})
+    study = store.studies.create(make_spec(0.1, 0.2), facts={})
     failed, fine = work(store, study)
     assert (failed.state, failed.reason, failed.value) == ("failed", "ValueError: no such", None)
     assert failed.error is not None
@@ -110,7 +111,7 @@ def test_whatever_a_function_does_wrong_fails_its_trial_and_not_the_worker(
     store: Store, make_spec: MakeSpec, loop: WriteLoop, statement: str, reason: str
 ) -> None:
     loop(statement)
-    (failed,) = work(store, store.create_study(make_spec(0.1), facts={}))
+    (failed,) = work(store, store.studies.create(make_spec(0.1), facts={}))
     assert failed.state == "failed"
     assert failed.reason is not None
     assert failed.reason.startswith(reason)
@@ -124,7 +125,7 @@ assert not trial.report(1, val_accuracy=0.5)
 assert trial.report(2, val_accuracy=math.nan)
 assert trial.report(3, val_accuracy=0.9)
 """)
-    (diverged,) = work(store, store.create_study(make_spec(0.1), facts={}))
+    (diverged,) = work(store, store.studies.create(make_spec(0.1), facts={}))
     assert (diverged.state, diverged.reason) == ("diverged", "val_accuracy = nan in epoch 2")
     assert (diverged.value, diverged.curves["val_accuracy"]) == (None, [0.5, None])
 
@@ -137,7 +138,7 @@ for epoch in range(1, trial.epochs + 1):
     trial.report(epoch, val_accuracy=epoch / 100)
 """)
     pruner = {"name": "threshold", "lower": 0.5, "warmup_epochs": 2}
-    (pruned,) = work(store, store.create_study(make_spec(0.1, epochs=9, pruner=pruner), facts={}))
+    (pruned,) = work(store, store.studies.create(make_spec(0.1, epochs=9, pruner=pruner), facts={}))
     assert pruned.state == "pruned"
     assert pruned.reason == f"threshold pruner after epoch {pruned.epochs[-1]}"
     assert pruned.epochs[-1] < 5
@@ -149,13 +150,13 @@ def test_a_trial_that_was_killed_after_its_last_report_ends_with_it(
     store: Store, make_spec: MakeSpec, loop: WriteLoop, last: float, state: str, value: float | None
 ) -> None:
     loop("return  # the checkpoint says that nothing is left to train")
-    study = store.create_study(make_spec(0.1, epochs=2), facts={})
-    killed = store.claim(study, store.add_worker(study.study_id, device="cpu"))
+    study = store.studies.create(make_spec(0.1, epochs=2), facts={})
+    killed = store.trials.claim(study, store.workers.add(study.study_id, device="cpu"))
     assert killed is not None
-    store.suggest(killed, study.spec, attributes=lambda _: {})
+    store.trials.suggest(killed, study.spec, attributes=lambda _: {})
     for epoch, number in ((1, 0.6), (2, last)):
-        store.report(killed, study.spec, epoch=epoch, metrics={"val_accuracy": number}, value=number)
-    store.release(killed)
+        store.trials.report(killed, study.spec, epoch=epoch, metrics={"val_accuracy": number}, value=number)
+    store.trials.release(killed)
     (ended,) = work(store, study)
     assert (ended.state, ended.value, ended.attempt) == (state, value, 2)
 
@@ -169,7 +170,7 @@ assert trial.checkpoint_dir.is_dir() and not list(trial.checkpoint_dir.iterdir()
 (trial.checkpoint_dir / "seed").write_text(str(trial.seed))
 trial.report(1, val_accuracy=trial.params["lr"])
 """)
-    study = store.create_study(make_spec(0.1, 0.2), facts={})
+    study = store.studies.create(make_spec(0.1, 0.2), facts={})
     trials = work(store, study)
     for trial in trials:
         folder = store.folder(study) / "trials" / f"{trial.number:04d}"
@@ -196,14 +197,17 @@ def test_a_worker_that_is_to_stop_gives_its_trial_back_at_the_next_report(
     store: Store, make_spec: MakeSpec, loop: WriteLoop, tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
     loop(HELD)
-    study = store.create_study(make_spec(0.1, 0.2), facts={})
+    study = store.studies.create(make_spec(0.1, 0.2), facts={})
     with working(store, study):
-        wait_for(lambda: store.trials(study)[0].epochs)
-        store.request_stop(study)
+        wait_for(lambda: store.trials.get_all(study)[0].epochs)
+        store.studies.request_stop(study)
         (tmp_path / "go").touch()
-    assert [(trial.state, trial.epochs) for trial in store.trials(study)] == [("waiting", [1, 2]), ("waiting", [])]
-    assert store.workers(study) == []
-    store.start(study)
+    assert [(trial.state, trial.epochs) for trial in store.trials.get_all(study)] == [
+        ("waiting", [1, 2]),
+        ("waiting", []),
+    ]
+    assert store.workers.get_all(study) == []
+    store.studies.start(study)
     assert [(trial.state, trial.attempt) for trial in work(store, study)] == [("complete", 2), ("complete", 1)]
 
 
@@ -211,8 +215,8 @@ def test_a_trial_that_had_its_last_epoch_is_complete_even_where_the_worker_is_to
     store: Store, make_spec: MakeSpec, loop: WriteLoop
 ) -> None:
     loop("trial.report(trial.epochs, val_accuracy=0.5)")
-    study = store.create_study(make_spec(0.1, 0.2), facts={})
-    trials = work(store, study, should_stop=lambda: store.trials(study)[0].state != "waiting")
+    study = store.studies.create(make_spec(0.1, 0.2), facts={})
+    trials = work(store, study, should_stop=lambda: store.trials.get_all(study)[0].state != "waiting")
     assert [trial.state for trial in trials] == ["complete", "waiting"]
 
 
@@ -228,10 +232,10 @@ def test_a_lease_is_renewed_during_a_long_epoch_also_after_database_errors(
         monkeypatch.setattr(module, "LEASE_S", 0.4)
     monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.1)
     loop(HELD)
-    study = store.create_study(make_spec(0.1), facts={})
+    study = store.studies.create(make_spec(0.1), facts={})
     impatient = Store(store.url.render_as_string(hide_password=False))
     with working(impatient, study):
-        wait_for(lambda: store.trials(study)[0].epochs)
+        wait_for(lambda: store.trials.get_all(study)[0].epochs)
         first = lease(store)
         wait_for(lambda: lease(store) > first)
         writer = sqlite3.connect(store.url.database or "")
@@ -241,7 +245,7 @@ def test_a_lease_is_renewed_during_a_long_epoch_also_after_database_errors(
         blocked = lease(store)
         wait_for(lambda: lease(store) > blocked)
         (tmp_path / "go").touch()
-    (trial,) = store.trials(study)
+    (trial,) = store.trials.get_all(study)
     assert (trial.state, trial.attempt) == ("complete", 1)
 
 
@@ -262,19 +266,19 @@ def test_a_trial_that_was_given_to_another_worker_is_dropped_without_a_trace(
     wait_for: Callable[..., Any], change: Callable[..., None], code: str,
 ) -> None:  # fmt: skip
     loop(code)
-    study = store.create_study(make_spec(0.1), facts={})
-    other = store.add_worker(study.study_id, device="cpu")
+    study = store.studies.create(make_spec(0.1), facts={})
+    other = store.workers.add(study.study_id, device="cpu")
     with working(store, study):
-        wait_for(lambda: store.trials(study)[0].epochs)
+        wait_for(lambda: store.trials.get_all(study)[0].epochs)
         change(store, schema.slots.update().values(lease_until=0))
-        store.reap(study)
-        taken = store.claim(study, other)
+        store.workers.reap(study)
+        taken = store.trials.claim(study, other)
         assert taken is not None
         (tmp_path / "go").touch()
-        wait_for(lambda: len(store.workers(study)) == 2)
-        store.report(taken, study.spec, epoch=1, metrics={"val_accuracy": 0.9}, value=0.9)
-        store.finish(taken, "complete", reason="by the other")
-    (trial,) = store.trials(study)
+        wait_for(lambda: len(store.workers.get_all(study)) == 2)
+        store.trials.report(taken, study.spec, epoch=1, metrics={"val_accuracy": 0.9}, value=0.9)
+        store.trials.finish(taken, "complete", reason="by the other")
+    (trial,) = store.trials.get_all(study)
     assert (trial.state, trial.attempt, trial.value, trial.epochs) == ("complete", 2, 0.9, [1])
 
 
@@ -302,7 +306,7 @@ def engine_study(
             "checkpoints": {"keep_best": keep_best},
         }
     )
-    return store.create_study(spec, facts={})
+    return store.studies.create(spec, facts={})
 
 
 def test_the_engine_reports_every_epoch_of_every_trial(store: Store) -> None:
@@ -323,7 +327,7 @@ def test_a_claim_that_is_lost_before_training_begins_does_not_end_the_worker(sto
             "WHEN new.number = 0 AND new.attempt = 1 "
             "BEGIN UPDATE hpo_slots SET attempt = 2, worker_id = 'another' WHERE number = 0; END"
         )
-    trials = work(store, study, should_stop=lambda: store.trials(study)[1].state == "complete")
+    trials = work(store, study, should_stop=lambda: store.trials.get_all(study)[1].state == "complete")
     assert [(trial.state, trial.worker_id == "another") for trial in trials] == [("running", True), ("complete", False)]
 
 
@@ -343,7 +347,7 @@ def test_whatever_a_loop_raises_ends_its_trial_and_not_the_study(
     store: Store, make_spec: MakeSpec, loop: WriteLoop, line: str, reason: str
 ) -> None:
     loop(f"if trial.number == 0: {line}\ntrial.report(1, val_accuracy=0.5)")
-    first, second = work(store, store.create_study(make_spec(0.1, 0.2), facts={}))
+    first, second = work(store, store.studies.create(make_spec(0.1, 0.2), facts={}))
     assert (first.state, second.state) == ("failed", "complete")
     assert str(first.reason).startswith(reason)
 
@@ -358,7 +362,7 @@ trial.report(1, val_accuracy=0.5)
     for name in ("a", "b", "a"):
         (tmp_path / f"{name}.db").unlink(missing_ok=True)
         store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
-        (trial,) = work(store, store.create_study(make_spec(0.1), facts={}))
+        (trial,) = work(store, store.studies.create(make_spec(0.1), facts={}))
         assert trial.state == "complete", trial.error
 
 
@@ -373,7 +377,7 @@ trial.report(1, val_accuracy=trial.attempt)
 
 def test_a_trial_that_an_exception_ended_is_tried_again(store: Store, make_spec: MakeSpec, loop: WriteLoop) -> None:
     loop(NUMBER_OF_ITS_ATTEMPTS)
-    (trial,) = work(store, store.create_study(make_spec(0.1), facts={}))
+    (trial,) = work(store, store.studies.create(make_spec(0.1), facts={}))
     assert (trial.state, trial.value, trial.error) == ("complete", 2.0, None)
     assert [attempt.outcome for attempt in trial.attempts] == ["ValueError: this time", "complete"]
     assert "raise ValueError" in str(trial.attempts[0].error)
@@ -387,7 +391,7 @@ if trial.attempt == 1 and trial.number == 0:
     raise MemoryError
 trial.report(1, val_accuracy=time.time())
 """)
-    trials = work(store, store.create_study(make_spec(0.1, 0.2, 0.3, search={"retries": 0}), facts={}))
+    trials = work(store, store.studies.create(make_spec(0.1, 0.2, 0.3, search={"retries": 0}), facts={}))
     assert [trial.state for trial in trials] == ["complete"] * 3
     assert [attempt.outcome for attempt in trials[0].attempts] == ["out of memory", "complete"]
     assert (trials[0].value or 0) > max(trial.value or 0 for trial in trials[1:])
@@ -401,7 +405,7 @@ def uninterrupted(tmp_path: Path, *lrs: float, **settings: Any) -> tuple[list[Tr
 
 def final_checkpoints(store: Store, study: StudyRecord) -> dict[int, Checkpoint]:
     found = {}
-    for trial in store.trials(study):
+    for trial in store.trials.get_all(study):
         config = study.spec.trial_config(trial.params, seed=trial.attributes["seed"])
         url = f"{store.checkpoints_url(study)}/{trial.number:06d}"
         identity = {"study": study.facts["uid"], "trial": trial.number}
@@ -430,7 +434,9 @@ def test_a_trial_that_is_let_go_is_saved_and_goes_on_with_its_next_epoch_bit_for
     (expected,), expected_final = uninterrupted(tmp_path, 1e-3, **settings)
     study = engine_study(store, 1e-3, **settings)
     for epochs in (1, 2, 4):
-        (interrupted,) = work(store, study, should_stop=lambda n=epochs: len(store.trials(study)[0].epochs) >= n)
+        (interrupted,) = work(
+            store, study, should_stop=lambda n=epochs: len(store.trials.get_all(study)[0].epochs) >= n
+        )
         assert (interrupted.state, interrupted.epochs) == ("waiting", list(range(1, epochs + 1)))
     (trial,) = work(store, study)
     assert [attempt.resumed_from for attempt in trial.attempts] == [0, 1, 2, 4]
@@ -451,7 +457,7 @@ def test_a_trial_that_was_lost_between_its_last_epoch_and_its_end_is_not_trained
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "finish", killed)
+        patch.setattr(Trials, "finish", killed)
         with pytest.raises(KeyboardInterrupt):
             work(store, study)
     (trial,) = work(store, study)
@@ -464,7 +470,7 @@ def test_a_trial_whose_checkpoints_are_elsewhere_starts_again_and_the_store_says
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = engine_study(store, 1e-3)
-    work(store, study, should_stop=lambda: len(store.trials(study)[0].epochs) >= 1)
+    work(store, study, should_stop=lambda: len(store.trials.get_all(study)[0].epochs) >= 1)
     monkeypatch.setattr(Store, "folder", lambda self, study: tmp_path / "another machine")
     (trial,) = work(store, study)
     assert (trial.state, trial.epochs) == ("complete", [1, 2])
@@ -481,8 +487,8 @@ def test_an_epoch_that_the_database_has_lost_is_reported_from_the_checkpoint(
 ) -> None:
     """As SQLite may in a power cut: the checkpoint is on disk, the report is not."""
     study = engine_study(store, 1e-3, epochs=3)
-    work(store, study, should_stop=lambda: len(store.trials(study)[0].epochs) >= 2)
-    before = store.trials(study)[0]
+    work(store, study, should_stop=lambda: len(store.trials.get_all(study)[0].epochs) >= 2)
+    before = store.trials.get_all(study)[0]
     change(store, schema.epochs.delete().where(schema.epochs.c.epoch == 2))
     change(store, schema.intermediate_values.delete().where(schema.intermediate_values.c.step == 2))
     (trial,) = work(Store(store.url.render_as_string(hide_password=False)), study)
@@ -501,7 +507,7 @@ def test_of_trials_that_have_ended_only_the_best_keep_a_checkpoint(store: Store)
 
 def test_what_killed_workers_have_left_is_removed_by_the_next_one(store: Store) -> None:
     study = engine_study(store, 1e-3, 1e-30, keep_best=1)
-    work(store, study, should_stop=lambda: store.trials(study)[0].state == "complete")
+    work(store, study, should_stop=lambda: store.trials.get_all(study)[0].state == "complete")
     root = Path(store.checkpoints_url(study))
     assert sorted(path.name for path in root.iterdir()) == ["000000"]
     shutil.copytree(root / "000000", root / "000001")  # as of a trial that is still to be trained
@@ -525,14 +531,14 @@ def test_a_checkpoint_that_cannot_be_written_is_noted_and_training_goes_on(store
 def test_of_equal_trials_the_one_that_is_called_best_keeps_its_last_checkpoint(
     store: Store, make_spec: MakeSpec
 ) -> None:
-    study = store.create_study(make_spec(0.1, 0.2, 0.3), facts={})
-    worker = store.add_worker(study.study_id, device="cpu")
-    claims = [store.claim(study, worker) for _ in range(3)]
+    study = store.studies.create(make_spec(0.1, 0.2, 0.3), facts={})
+    worker = store.workers.add(study.study_id, device="cpu")
+    claims = [store.trials.claim(study, worker) for _ in range(3)]
     for claim in claims[1:]:
         assert claim is not None
-        store.report(claim, study.spec, epoch=1, metrics={}, value=0.5)
+        store.trials.report(claim, study.spec, epoch=1, metrics={}, value=0.5)
     assert claims[1] is not None
-    store.finish(claims[1], "complete", reason="")
+    store.trials.finish(claims[1], "complete", reason="")
     checkpoints = StudyCheckpoints(store, study)
     assert checkpoints.may_be_kept(0, 0.5)
     assert not checkpoints.may_be_kept(2, 0.5)
@@ -555,7 +561,7 @@ def test_a_checkpoint_is_written_while_the_next_epoch_trains_and_before_that_is_
 
     events: list[str] = []
     training_second = threading.Event()
-    save, run_epoch, report_all = CheckpointFolder.save, PlainEngine.run_epoch, Store.report_all
+    save, run_epoch, report_all = CheckpointFolder.save, PlainEngine.run_epoch, Trials.report_all
 
     def slow_save(self: CheckpointFolder, checkpoint: Any) -> None:
         assert checkpoint.epoch > 1 or training_second.wait(timeout=180)
@@ -567,13 +573,13 @@ def test_a_checkpoint_is_written_while_the_next_epoch_trains_and_before_that_is_
             training_second.set()
         return run_epoch(self)
 
-    def noting_reports(self: Store, reports: Any, spec: StudySpec) -> Any:
+    def noting_reports(self: Trials, reports: Any, spec: StudySpec) -> Any:
         events.append(f"reported {reports[0].epoch}")
         return report_all(self, reports, spec)
 
     monkeypatch.setattr(CheckpointFolder, "save", slow_save)
     monkeypatch.setattr(PlainEngine, "run_epoch", noting_training)
-    monkeypatch.setattr(Store, "report_all", noting_reports)
+    monkeypatch.setattr(Trials, "report_all", noting_reports)
     (trial,) = work(store, engine_study(store, 1e-3, epochs=3))
     assert trial.state == "complete"
     assert events == ["reported 1", "saved 1", "reported 2", "saved 2", "reported 3", "saved 3"]
@@ -595,7 +601,7 @@ def test_a_network_that_cannot_be_saved_fails_its_trial_and_not_the_worker(
 @pytest.mark.usefixtures("prompt_reports")
 def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Path) -> None:
     study = engine_study(store, 1e-3, epochs=3)
-    work(store, study, should_stop=lambda: len(store.trials(study)[0].epochs) >= 2)
+    work(store, study, should_stop=lambda: len(store.trials.get_all(study)[0].epochs) >= 2)
     url = store.url.render_as_string(hide_password=False)
     (tmp_path / "elsewhere").mkdir()
     other = f"sqlite:///{tmp_path}/elsewhere/other.db"
@@ -605,13 +611,13 @@ def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Pat
     with pytest.raises(UserError, match="holds a study 'digits' already"):
         stores.copy("digits", to=other, storage=url)
     target = Store(other)
-    (trial,) = work(target, target.study("digits"))
+    (trial,) = work(target, target.studies.get("digits"))
     assert (trial.state, trial.epochs) == ("complete", [1, 2, 3])
     assert (trial.attempts[-1].resumed_from, trial.attempts[-1].note) == (2, None)
-    (untouched,) = store.trials(study)
+    (untouched,) = store.trials.get_all(study)
     assert (untouched.state, untouched.epochs) == ("waiting", [1, 2])
     assert sorted(path.name for path in (tmp_path / "elsewhere" / "hpo_files").iterdir()) == [
-        target.study("digits").key
+        target.studies.get("digits").key
     ]
 
 
@@ -636,7 +642,7 @@ def test_trials_in_lanes_end_as_they_do_one_at_a_time(store: Store) -> None:
         for name in ("train_loss", "val_loss", "val_accuracy", "lr"):
             pairs = zip(beside.curves[name], alone.curves[name], strict=True)
             assert all(one == pytest.approx(other, rel=1e-3) for one, other in pairs if None not in (one, other))
-    (agreed,) = store.shared_values(studies[3]).values()
+    (agreed,) = store.studies.shared_values(studies[3]).values()
     assert agreed["reason"] == "3 trials at once on the CPU: engine.lanes = 3"
 
 
@@ -656,9 +662,9 @@ def test_trials_in_lanes_go_on_bit_for_bit(store: Store) -> None:
     """Whatever is in the other lanes then: the interrupted study is gone on with by a worker of more lanes."""
     expected = work(store, engine_study(store, *SEVERAL, epochs=4, lanes=2, name="whole"))
     study = engine_study(store, *SEVERAL, epochs=4, lanes=2, name="cut")
-    work(store, study, should_stop=lambda: sum(len(trial.epochs) for trial in store.trials(study)) >= 3)
-    assert {trial.state for trial in store.trials(study)} >= {"waiting"}
-    study = store.create_study(StudySpec.from_dict(study.spec.frozen() | {"engine": {"lanes": 4}}), facts={})
+    work(store, study, should_stop=lambda: sum(len(trial.epochs) for trial in store.trials.get_all(study)) >= 3)
+    assert {trial.state for trial in store.trials.get_all(study)} >= {"waiting"}
+    study = store.studies.create(StudySpec.from_dict(study.spec.frozen() | {"engine": {"lanes": 4}}), facts={})
     found = work(store, study)
     assert curves_of(found) == curves_of(expected)
     assert max(trial.attempt for trial in found) == 2
@@ -712,7 +718,7 @@ def test_an_exception_is_charged_to_the_trial_that_raises_it_alone(
     study = engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4)
     trials = work(store, study)
     assert [trial.state for trial in trials] == ["complete", "failed", "complete", "complete"]
-    assert store.study("digits").stop is None
+    assert store.studies.get("digits").stop is None
     outcomes = [[attempt.outcome for attempt in trial.attempts] for trial in trials]
     assert outcomes[0] == ["beside others: RuntimeError: a bad trial", "complete"]
     assert outcomes[1] == ["beside others: RuntimeError: a bad trial", "RuntimeError: a bad trial", "failed"]
@@ -726,9 +732,9 @@ def test_trials_that_cannot_be_stacked_with_each_other_are_not(store: Store) -> 
         "data": {"name": "digits", "train_samples": 200, "validation_fraction": 0.2},
         "training": {"epochs": 1},
     }
-    study = store.create_study(StudySpec.from_dict(settings), facts={})
+    study = store.studies.create(StudySpec.from_dict(settings), facts={})
     assert [trial.state for trial in work(store, study)] == ["complete", "complete"]
-    assert store.shared_values(study) == {}  # it holds for this space, and was not measured
+    assert store.studies.shared_values(study) == {}  # it holds for this space, and was not measured
 
 
 def test_an_exported_trial_is_trained_as_it_was(store: Store) -> None:
@@ -737,32 +743,32 @@ def test_an_exported_trial_is_trained_as_it_was(store: Store) -> None:
     trials = work(store, study)
     settings = exporting.export("digits", storage=url)
     best = reading.best("digits", storage=url)
-    again = work(store, store.create_study(StudySpec.from_dict(settings), facts={}))
+    again = work(store, store.studies.create(StudySpec.from_dict(settings), facts={}))
     assert curves_of(again) == curves_of([trials[best.trial]])
 
 
 def test_a_suspect_trains_alone(store: Store) -> None:
     """A crash of a worker with several trials does not tell whose doing it was; the next one does. For an epoch."""
     study = engine_study(store, 1e-4, 3e-4, 1e-3, lanes=3)
-    worker_id = store.add_worker(study.study_id, device="cpu")
-    held = [store.claim(study, worker_id, beside=beside) for beside in range(2)]
+    worker_id = store.workers.add(study.study_id, device="cpu")
+    held = [store.trials.claim(study, worker_id, num_held=num_held) for num_held in range(2)]
     assert None not in held
-    with store._transaction() as connection:  # as after a crash that was seen
+    with store.database.transaction() as connection:  # as after a crash that was seen
         connection.execute(schema.slots.update().where(schema.slots.c.number < 2).values(losses=1))
     for claim in held:
         assert claim is not None
-        store.release(claim)
-    store.remove_worker(worker_id)
+        store.trials.release(claim)
+    store.workers.remove(worker_id)
     beside: dict[tuple[int, int], list[int]] = {}  # which trials ran at the report of a trial's epoch
-    report_all = Store.report_all
+    report_all = Trials.report_all
 
-    def noting(self: Store, reports: Any, spec: StudySpec) -> Any:
-        running = [trial.number for trial in store.trials(study) if trial.state == "running"]
+    def noting(self: Trials, reports: Any, spec: StudySpec) -> Any:
+        running = [trial.number for trial in store.trials.get_all(study) if trial.state == "running"]
         beside.update({(report.claim.number, report.epoch): running for report in reports})
         return report_all(self, reports, spec)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "report_all", noting)
+        patch.setattr(Trials, "report_all", noting)
         trials = work(store, study)
     assert [trial.state for trial in trials] == ["complete"] * 3
     assert (beside[0, 1], beside[1, 1]) == ([0], [1])
@@ -772,12 +778,12 @@ def test_a_suspect_trains_alone(store: Store) -> None:
 def test_workers_share_what_is_left(store: Store) -> None:
     """Four trials and two workers: neither takes more than two, however many lanes it has."""
     study = engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4)
-    store.add_worker(study.study_id, device="cpu")  # the other one, which has not come to claim yet
+    store.workers.add(study.study_id, device="cpu")  # the other one, which has not come to claim yet
     most = 0
 
     def watching() -> bool:
         nonlocal most
-        most = max(most, store.counts(study.study_id).get("running", 0))
+        most = max(most, store.trials.counts(study.study_id).get("running", 0))
         return False
 
     trials = work(store, study, should_stop=watching)
@@ -788,15 +794,15 @@ def test_workers_share_what_is_left(store: Store) -> None:
 def rounds(store: Store, study: StudyRecord) -> list[list[int]]:
     """The epochs that each trial, waiting ones left out, had reported when another one was reported."""
     seen: list[list[int]] = []
-    report_all = Store.report_all
+    report_all = Trials.report_all
 
-    def noting(self: Store, *args: Any) -> Any:
+    def noting(self: Trials, *args: Any) -> Any:
         verdict = report_all(self, *args)
-        seen.append([max(trial.epochs, default=0) for trial in store.trials(study) if trial.state != "waiting"])
+        seen.append([max(trial.epochs, default=0) for trial in store.trials.get_all(study) if trial.state != "waiting"])
         return verdict
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "report_all", noting)
+        patch.setattr(Trials, "report_all", noting)
         work(store, study)
     return seen
 
@@ -810,7 +816,7 @@ def test_trials_take_turns_where_the_pruner_compares_them_early(store: Store, mo
     asha = {"name": "asha", "min_epochs": 2, "reduction_factor": 4}
     study = engine_study(store, *SEVERAL[:3], epochs=3, lanes="auto", name="turns", pruner=asha)
     assert rounds(store, study)[:4] == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [2, 1, 1]]
-    (agreed,) = store.shared_values(study).values()
+    (agreed,) = store.studies.shared_values(study).values()
     assert agreed["reason"].startswith("3 trials in turns on the CPU: times as fast as one after another: 2 at once")
     median = engine_study(store, *SEVERAL[:3], epochs=2, lanes="auto", name="one-by-one", pruner={"name": "median"})
     assert rounds(store, median)[:3] == [[1], [2], [2, 1]]
@@ -825,8 +831,8 @@ def test_trials_that_take_turns_are_all_saved_when_the_worker_leaves(
     settings = {"lanes": "auto", "pruner": {"name": "asha", "min_epochs": 3}, "checkpoint_epochs": 3}
     expected = work(store, engine_study(store, *SEVERAL[:3], epochs=3, name="whole", **settings))
     study = engine_study(store, *SEVERAL[:3], epochs=3, name="cut", **settings)
-    work(store, study, should_stop=lambda: sum(len(trial.epochs) for trial in store.trials(study)) >= 5)
-    assert [trial.epochs for trial in store.trials(study)] == [[1, 2], [1, 2], [1]]
+    work(store, study, should_stop=lambda: sum(len(trial.epochs) for trial in store.trials.get_all(study)) >= 5)
+    assert [trial.epochs for trial in store.trials.get_all(study)] == [[1, 2], [1, 2], [1]]
     found = work(store, study)
     assert [trial.attempts[-1].resumed_from for trial in found] == [2, 2, 1]
     assert curves_of(found) == curves_of(expected)
@@ -837,7 +843,7 @@ def test_workers_whose_trials_take_turns_share_them(store: Store, monkeypatch: p
     one_at_a_time_is_fastest(monkeypatch)
     lrs = [1e-4 * (number + 1) for number in range(12)]
     study = engine_study(store, *lrs, epochs=1, lanes="auto", pruner={"name": "asha"})
-    store.add_worker(study.study_id, device="cpu")
+    store.workers.add(study.study_id, device="cpu")
     seen = rounds(store, study)
     assert len(seen[0]) == 4
 
@@ -845,7 +851,10 @@ def test_workers_whose_trials_take_turns_share_them(store: Store, monkeypatch: p
 def test_what_the_first_worker_chose_holds_for_all(store: Store) -> None:
     study = engine_study(store, 1e-4)
     store.storage.set_study_user_attr(study.study_id, "owner", "somebody")  # with Optuna's own tools
-    assert store.agree(study, "lanes auto on the CPU", {"lanes": 8}) == {"lanes": 8}
-    assert store.agree(study, "lanes auto on the CPU", {"lanes": 2}) == {"lanes": 8}
-    assert store.agree(study, "lanes auto on some GPU", {"lanes": 2}) == {"lanes": 2}
-    assert store.shared_values(study) == {"lanes auto on the CPU": {"lanes": 8}, "lanes auto on some GPU": {"lanes": 2}}
+    assert store.studies.get_or_set_shared(study, "lanes auto on the CPU", {"lanes": 8}) == {"lanes": 8}
+    assert store.studies.get_or_set_shared(study, "lanes auto on the CPU", {"lanes": 2}) == {"lanes": 8}
+    assert store.studies.get_or_set_shared(study, "lanes auto on some GPU", {"lanes": 2}) == {"lanes": 2}
+    assert store.studies.shared_values(study) == {
+        "lanes auto on the CPU": {"lanes": 8},
+        "lanes auto on some GPU": {"lanes": 2},
+    }

@@ -1,0 +1,74 @@
+"""Claiming: which slot a worker is given, and the rows that give it to the worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from hpo.store.conditions import is_lost, is_slot, on_same_device
+from hpo.store.ledger import LEASE_S, MAX_LOSSES
+from hpo.store.schema import attempts, slots
+from hpo.study.records import Claim
+
+
+def choose_slot(connection: Connection, study_id: int, worker_id: str, *, num_held: int, at: float) -> Any | None:
+    """Return the row of the waiting slot that the worker should claim, or None where none suits it.
+
+    A trial that keeps killing workers is claimed after those that do not, so that it does not keep the study from them,
+    and never alongside others, which would pay for it. One that ran out of memory is claimed last, and only by a worker
+    that has its device to itself; no other worker then claims a trial on that device.
+    """
+    neighbours = [row for row in connection.execute(on_same_device(worker_id)) if not is_lost(row, at)]
+    if any(row.alone for row in neighbours):
+        return None
+    waiting = sa.select(slots).where(slots.c.study_id == study_id, slots.c.state == "waiting")
+    fits = slots.c.alone == 0
+    kinds: list[sa.ColumnElement[bool]]
+    if num_held:
+        kinds = [fits & (slots.c.losses == 0)]
+    else:
+        kinds = [fits & (slots.c.losses < MAX_LOSSES), fits]
+        if not neighbours:
+            kinds.append(slots.c.alone == 1)
+    # One after the other, not one ORDER BY, so that the index gives the first at once and nothing is sorted.
+    for kind in kinds:
+        row = connection.execute(waiting.where(kind).order_by(slots.c.number).limit(1)).first()
+        if row is not None:
+            return row
+    return None
+
+
+def take_slot(connection: Connection, row: Any, *, trial_id: int, worker_id: str, at: float) -> Claim:
+    """Give the slot of `row` to the worker under a new lease, and add the row of its attempt."""
+    claim = Claim(
+        row.study_id,
+        row.number,
+        row.attempt + 1,
+        trial_id,
+        worker_id,
+        is_suspect=row.losses > 0,
+        kind=row.kind,
+        replicate=row.replicate,
+        tested=row.tested,
+    )
+    taken = {
+        "state": "running",
+        "attempt": claim.attempt,
+        "trial_id": trial_id,
+        "worker_id": worker_id,
+        "claimed_at": at,
+        "lease_until": at + LEASE_S,
+    }
+    connection.execute(slots.update().where(is_slot(claim)).values(taken))
+    attempt = {
+        "study_id": claim.study_id,
+        "number": claim.number,
+        "attempt": claim.attempt,
+        "worker_id": worker_id,
+        "began_at": at,
+        "furthest": row.furthest,
+    }
+    connection.execute(attempts.insert().values(attempt))
+    return claim

@@ -1,0 +1,138 @@
+"""The workers of a study in their database: registered, renewed, and reaped once they are gone."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from hpo.store.conditions import is_gone, is_held, is_lost
+from hpo.store.database import Database
+from hpo.store.ledger import LEASE_S, MAX_KILLS, MAX_LOSSES, Ledger
+from hpo.store.retry import retry_on_outage
+from hpo.store.schema import slots, workers
+from hpo.study.processes import Cause, Process
+from hpo.study.records import Claim, StudyRecord, WorkerRecord
+from hpo.system import processes as liveness
+
+
+class Workers:
+    """The workers of the studies in a database. Every method may be called from any thread and any process."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._ledger = Ledger(database)
+        self.retry = database.retry
+
+    @retry_on_outage
+    def add(self, study_id: int, *, device: str, host: str | None = None) -> str:
+        """Registers the calling process as a worker and returns its id; `host` is by default the machine's name."""
+        worker_id = uuid.uuid4().hex[:12]
+        with self._database.transaction() as connection:
+            at = self._database.now(connection)
+            connection.execute(
+                workers.insert().values(
+                    worker_id=worker_id,
+                    study_id=study_id,
+                    host=host or socket.gethostname(),
+                    machine=liveness.machine_id(),
+                    pid=os.getpid(),
+                    pid_started=liveness.process_start_s(),
+                    device=device,
+                    started_at=at,
+                    seen_at=at,
+                )
+            )
+        return worker_id
+
+    @retry_on_outage
+    def remove(self, worker_id: str) -> None:
+        with self._database.transaction() as connection:
+            connection.execute(
+                workers.update().where(workers.c.worker_id == worker_id).values(ended_at=self._database.now(connection))
+            )
+
+    def get_all(self, study: StudyRecord) -> list[WorkerRecord]:
+        """The workers that have not left, with how long ago each gave a sign of life."""
+        with self._database.connect() as connection:
+            at = self._database.now(connection)
+            rows = connection.execute(
+                sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
+            )
+            return [
+                WorkerRecord(
+                    row.worker_id, row.host, row.pid, row.device, at - row.seen_at,
+                    alive=not is_gone(row) and at - row.seen_at < LEASE_S,
+                )
+                for row in rows.all()
+            ]  # fmt: skip
+
+    @retry_on_outage
+    def in_training(self, study: StudyRecord) -> dict[Process, list[tuple[int, int]]]:
+        """Which trials each process has in training: their numbers and attempts."""
+        query = (
+            sa.select(slots.c.number, slots.c.attempt, workers.c.machine, workers.c.pid)
+            .join(workers, workers.c.worker_id == slots.c.worker_id)
+            .where(slots.c.study_id == study.study_id, slots.c.state == "running")
+            .order_by(slots.c.number)
+        )
+        found: dict[Process, list[tuple[int, int]]] = {}
+        with self._database.connect() as connection:
+            for row in connection.execute(query):
+                found.setdefault((row.machine, row.pid), []).append((row.number, row.attempt))
+        return found
+
+    def renew(self, claims: Sequence[Claim], worker_id: str) -> None:
+        """Extends the leases of the claims that are still this worker's, and records that it lives."""
+        with self._database.transaction() as connection:
+            at = self._database.now(connection)
+            connection.execute(workers.update().where(workers.c.worker_id == worker_id).values(seen_at=at))
+            for claim in sorted(claims, key=lambda claim: claim.number):
+                connection.execute(slots.update().where(is_held(claim)).values(lease_until=at + LEASE_S))
+
+    @retry_on_outage
+    def reap(self, study: StudyRecord, *, dead: Mapping[Process, Cause] = {}) -> int:
+        """Frees the slots of workers that died or lost their lease; returns how many.
+
+        A worker of this machine is looked up by its process; one elsewhere is given up when its lease has run out, or
+        when its supervisor has seen it die: `dead` has those, with the cause. Where they have died by themselves, or of
+        SIGKILL, as a kernel without memory sends it, that counts against the trials they had, until these come an epoch
+        further. The end of a whole machine, or of everything at once, does not count.
+        """
+
+        def is_dead(row: Any) -> bool:
+            return (row.machine, row.pid) in dead or is_gone(row)
+
+        ours = (slots.c.study_id == study.study_id) & (slots.c.state == "running")
+        columns = (workers.c.machine, workers.c.pid, workers.c.pid_started, workers.c.ended_at.label("left"))
+        running = sa.select(slots, *columns).join(workers, workers.c.worker_id == slots.c.worker_id).where(ours)
+        living = sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
+        with self._database.connect() as connection:  # asked often: no write lock where there is nothing to do
+            at = self._database.now(connection)
+            any_lost = any(is_dead(row) or is_lost(row, at) for row in connection.execute(running))
+            if not any_lost and not any(is_dead(row) for row in connection.execute(living)):
+                return 0
+        with self._database.transaction() as connection:
+            at = self._database.now(connection)
+            # A slot that is locked is being reported on at this moment: its worker lives.
+            rows = connection.execute(running.with_for_update(of=slots, skip_locked=True)).all()
+            lost = [row for row in rows if is_dead(row) or is_lost(row, at)]
+            for row in lost:
+                claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
+                cause = dead.get((row.machine, row.pid), "gone")
+                losses = row.losses + (cause != "gone")
+                connection.execute(slots.update().where(is_held(claim)).values(losses=losses))
+                if losses >= {"crashed": MAX_LOSSES, "killed": MAX_KILLS, "gone": math.inf}[cause]:
+                    reason = f"its worker died {losses} times"
+                    self._ledger.end(connection, claim, "failed", reason, failure_key="its worker died")
+                else:
+                    self._ledger.free(connection, claim, "lost")
+            for row in connection.execute(living).all():
+                if is_dead(row):
+                    connection.execute(workers.update().where(workers.c.worker_id == row.worker_id).values(ended_at=at))
+            return len(lost)
