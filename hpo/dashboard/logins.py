@@ -7,10 +7,8 @@ import hmac
 import os
 import re
 import secrets
-import tempfile
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -18,6 +16,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 import bcrypt
 
 from hpo.errors import UserError
+from hpo.system.files import replace_file
 
 if TYPE_CHECKING:
     pass
@@ -127,28 +126,10 @@ def add_login(path: Path, name: str, password: str) -> None:
         path = path.resolve()  # what a link leads to is replaced, not the link
         old = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else ""
         kept = [other for other in old.split("\n") if old and other.strip().partition(":")[0] != name]
-        _replace_file(path, "\n".join([*kept, line, ""]))
+        # A server that starts meanwhile finds the old file or the new one, whole.
+        replace_file(path, "\n".join([*kept, line, ""]).encode(), is_private=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--auth-file {path} cannot be written: {_why(error)}") from None
-
-
-def _replace_file(path: Path, text: str) -> None:
-    """Writes it aside and renames it: a server that starts meanwhile finds the old file or the new one, whole."""
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # for its owner only
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-            if path.exists():
-                found = path.stat()
-                with suppress(PermissionError):  # root may add a login to a file that is another's
-                    os.fchown(descriptor, found.st_uid, found.st_gid)
-                os.fchmod(descriptor, found.st_mode & 0o777)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
 
 
 def _why(error: OSError | UnicodeDecodeError) -> str:

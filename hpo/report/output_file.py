@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.errors import UserError
+from hpo.system.files import replace_file
 
 if TYPE_CHECKING:
     pass
@@ -30,17 +29,7 @@ def write_report_file(path: Path, content: bytes) -> None:
         path = path.resolve()  # what a link leads to is replaced, not the link
         if path.exists() and not is_report(path.read_bytes()):
             raise UserError(f"--output {path} exists and is no report of ours; name another file")
-        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(aside, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        replace_file(path, content)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from None
 

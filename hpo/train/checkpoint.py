@@ -1,4 +1,4 @@
-"""Checkpoints of a trial after whole epochs, in a folder or an object store: what is read is whole and its own."""
+"""Checkpoints of a trial after whole epochs, in a folder or an object store; only whole files of the trial are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import secrets
 import struct
 import time
 from collections import OrderedDict
@@ -22,31 +21,30 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from hpo.errors import UserError
+from hpo.system.files import replace_file, target_of_temporary
 from hpo.train.config import TRIAL_NEUTRAL_KEYS, EpochResult, TrialConfig
 
 MAGIC = b"hpo checkpoint\n"
 FORMAT_VERSION = 1
 _HEADER = struct.Struct(f">{len(MAGIC)}sI32sQ")  # magic, format version, SHA-256 and length in bytes of the payload
 _CHECKPOINT = re.compile(r"epoch-(\d{6,})\.ckpt")
-_TEMPORARY = re.compile(r"\.epoch-\d{6,}\.ckpt\.[0-9a-f]{16}\.tmp")
-ABANDONED_TEMPORARY_S = 3600.0  # a temporary file that nobody has written to for so long has no writer any more
+ABANDONED_TEMPORARY_S = 3600.0  # a temporary file that nobody wrote to for so long has lost its writer
 _EXTRAS = {"s3": "hpo[s3]", "s3a": "hpo[s3]", "gs": "hpo[gs]", "gcs": "hpo[gs]"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A trial after a whole number of epochs: all that an engine needs to go on exactly as if it had never stopped."""
+    """A trial after a whole number of epochs: all that an engine needs to resume it as if it had never stopped."""
 
     config_digest: str  # of the trial's TrialConfig
     epoch: int  # how many are finished
-    state: Mapping[
-        str, Any
-    ]  # the engine's own, as `copied` makes it: tensors on the CPU, numbers, strings, lists, dicts
+    # The engine's own, as `storable_copy` makes it: tensors on the CPU, numbers, strings, lists and dicts of them.
+    state: Mapping[str, Any]
     results: Sequence[EpochResult]  # of the epochs 1 to `epoch`
 
 
 def config_digest(config: TrialConfig) -> str:
-    """The same for two configurations whose trials give the same results, on every machine."""
+    """Return a digest that is the same, on every machine, for configurations whose trials give the same results."""
     content = dataclasses.asdict(config)
     for key in TRIAL_NEUTRAL_KEYS:
         section, _, name = key.partition(".")
@@ -54,23 +52,24 @@ def config_digest(config: TrialConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def copied(value: Any, *, setting: str, where: str = "state") -> Any:
-    """A copy with its tensors on the CPU, strides kept, that torch reads again without unpickling objects.
+def storable_copy(value: Any, *, setting: str, where: str = "state") -> Any:
+    """Return a copy that torch can read again without unpickling objects; tensors are on the CPU, strides kept.
 
-    Raises UserError, naming `setting` and the place in the state, for what cannot be read again so.
+    Raises UserError, naming `setting` and the place in the state, for a value that cannot be stored so.
     """
     if type(value) in (Tensor, nn.Parameter):
         return value.detach().to("cpu", copy=True)
     if type(value) in (dict, OrderedDict):
         copy = type(value)()
         for key, item in value.items():
-            there = f"{where}[{key!r}]"
-            copy[copied(key, setting=setting, where=there)] = copied(item, setting=setting, where=there)
+            item_where = f"{where}[{key!r}]"
+            stored_key = storable_copy(key, setting=setting, where=item_where)
+            copy[stored_key] = storable_copy(item, setting=setting, where=item_where)
         if isinstance(value, OrderedDict):  # state_dict() notes the versions of its modules as an attribute
-            vars(copy).update(copied(vars(value), setting=setting, where=where))
+            vars(copy).update(storable_copy(vars(value), setting=setting, where=where))
         return copy
     if type(value) in (list, tuple):
-        return type(value)(copied(item, setting=setting, where=f"{where}[{i}]") for i, item in enumerate(value))
+        return type(value)(storable_copy(item, setting=setting, where=f"{where}[{i}]") for i, item in enumerate(value))
     if value is None or type(value) in (bool, int, float, str):
         return value
     buffer = io.BytesIO()
@@ -86,27 +85,32 @@ def copied(value: Any, *, setting: str, where: str = "state") -> Any:
 
 
 class CheckpointFolder:
-    """Where one trial's checkpoints are: a local folder, or one of an object store; it holds nothing else.
+    """The folder of one trial's checkpoints, local or in an object store; it holds nothing else.
 
-    At most one process trains the trial, yet one that lost its claim without noticing may still write here: it replaces
-    nothing by anything but a whole checkpoint of the same trial and epoch, and removes only what is older than its own.
-    All calls raise OSError where the folder, the disk or the network fails.
+    At most one process trains the trial, yet another that lost its claim without noticing may still write here. It
+    replaces a file only by a whole checkpoint of the same trial and epoch, and removes only what is older than its
+    own. All calls raise OSError where the folder, the disk or the network fails.
     """
 
     def __init__(self, url: str, *, identity: Mapping[str, str | int]) -> None:
-        """`url` is a folder or an fsspec URL of an object store; `identity` tells this trial from every other one.
+        """Open a folder, which need not exist yet.
 
-        An s3:// URL takes its credentials and its server from where the AWS command line does: AWS_ACCESS_KEY_ID,
-        AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, ~/.aws. Raises UserError, naming checkpoints.url,
-        where the URL cannot be used.
+        Args:
+            url: A folder, or an fsspec URL of an object store. An s3:// URL takes its credentials and its server from
+                where the AWS command line does: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION,
+                AWS_ENDPOINT_URL, ~/.aws.
+            identity: What tells this trial from every other one; it is stored in each checkpoint.
+
+        Raises:
+            UserError: The URL cannot be used; the message names checkpoints.url.
         """
         self.url, self.identity = url, dict(identity)
         self._filesystem, self._path = _open(self.url)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint, then remove all older ones but one: what there is should this one be torn later.
+        """Store a checkpoint, then remove all older ones but one, which stays in case this one is torn later.
 
-        After an exception what was there before is there, whole, and no temporary file beside it.
+        After an exception the earlier checkpoints are still there, whole, and no temporary file is left.
         """
         content = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
         content |= {"identity": self.identity, "results": [dataclasses.asdict(result) for result in checkpoint.results]}
@@ -118,18 +122,19 @@ class CheckpointFolder:
         _HEADER.pack_into(data, 0, MAGIC, FORMAT_VERSION, hashlib.sha256(payload).digest(), len(payload))
         with _raises_os_error(self.url):
             if isinstance(self._filesystem, LocalFileSystem):
-                _write(self._path_of(checkpoint.epoch), data=data)
-            else:  # one upload shows whole or not at all, and an object store needs no folder made
+                _write_local(self._path_of(checkpoint.epoch), data=data)
+            else:  # an upload is visible whole or not at all, and an object store needs no folder made
                 self._filesystem.pipe_file(self._path_of(checkpoint.epoch), bytes(data))
-        # Not the two highest are kept: those may be torn, which is why the trial is back at an earlier epoch.
+        # Kept are this epoch and the one below it, not the two highest: those may be torn, and the trial back at an
+        # earlier epoch for that reason.
         for epoch in sorted(epoch for epoch in self._epochs() if epoch < checkpoint.epoch)[:-1]:
-            with suppress(FileNotFoundError), _raises_os_error(self.url):  # somebody else removed it
+            with suppress(FileNotFoundError), _raises_os_error(self.url):  # another process removed it
                 self._filesystem.rm_file(self._path_of(epoch))
 
     def load(self, config: TrialConfig) -> tuple[Checkpoint | None, list[str]]:
-        """This trial's newest whole checkpoint as it is configured, and a sentence for each newer file passed over.
+        """Return the newest whole checkpoint of this trial and configuration, or None.
 
-        (None, []) where there is no folder.
+        Also return a sentence for each newer file that was passed over; none where there is no folder.
         """
         passed_over: list[str] = []
         for epoch in sorted(self._epochs(), reverse=True):
@@ -143,27 +148,29 @@ class CheckpointFolder:
                 reason = f"it could not be read: {error}"
             except _Unusable as error:
                 reason = str(error)
-            passed_over.append(f"the checkpoint {self.url.rstrip('/')}/{_name(epoch)} was passed over: {reason}")
+            passed_over.append(f"the checkpoint {self.url.rstrip('/')}/{_file_name(epoch)} was passed over: {reason}")
         return None, passed_over
 
     def remove(self) -> None:
-        """Delete the checkpoints, and the folder where it holds nothing else: a wrong URL costs nobody their files."""
+        """Delete the checkpoints, and the folder if it is then empty: a wrong URL costs nobody their files."""
         with _raises_os_error(self.url):
-            for name in _names(self._filesystem, self._path):
-                if _CHECKPOINT.fullmatch(name) or _TEMPORARY.fullmatch(name):
-                    with suppress(FileNotFoundError):  # somebody else removed it
+            for name in _names_in(self._filesystem, self._path):
+                if _CHECKPOINT.fullmatch(name) or _is_temporary(name):
+                    with suppress(FileNotFoundError):  # another process removed it
                         self._filesystem.rm_file(f"{self._path}/{name}")
             if isinstance(self._filesystem, LocalFileSystem):
                 with suppress(OSError):
                     os.rmdir(self._path)
 
     def _path_of(self, epoch: int) -> str:
-        return f"{self._path}/{_name(epoch)}"
+        return f"{self._path}/{_file_name(epoch)}"
 
     def _epochs(self) -> list[int]:
         with _raises_os_error(self.url):
             return [
-                int(match[1]) for name in _names(self._filesystem, self._path) if (match := _CHECKPOINT.fullmatch(name))
+                int(match[1])
+                for name in _names_in(self._filesystem, self._path)
+                if (match := _CHECKPOINT.fullmatch(name))
             ]
 
     def _parse(self, data: bytes, *, epoch: int, config: TrialConfig) -> Checkpoint:
@@ -199,22 +206,25 @@ class CheckpointFolder:
 
 
 def list_folders(url: str) -> list[str]:
-    """The names of the folders, each a trial's, below a folder or a URL; none where that is not. Raises OSError."""
+    """Return the names of the folders, each a trial's, below a folder or a URL; none where that does not exist.
+
+    Raises OSError where it cannot be read.
+    """
     filesystem, path = _open(url)
     with _raises_os_error(url):
-        return _names(filesystem, path)
+        return _names_in(filesystem, path)
 
 
 class _Unusable(Exception):
-    """Why a file is passed over."""
+    """A file is not this trial's whole checkpoint; the message says why."""
 
 
-def _name(epoch: int) -> str:
+def _file_name(epoch: int) -> str:
     return f"epoch-{epoch:06d}.ckpt"
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """The file system that a URL is in, and the path there."""
+    """Return the file system of a URL, and the path in it."""
     protocol, separator, rest = url.partition("://")
     if not separator:
         return LocalFileSystem(), os.path.abspath(url)
@@ -237,7 +247,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def _raises_os_error(url: str) -> Iterator[None]:
-    """The libraries of object stores have exceptions of their own, for missing credentials for instance."""
+    """Turn the exceptions of object stores' libraries, for missing credentials for instance, into OSError."""
     try:
         yield
     except OSError:
@@ -246,42 +256,34 @@ def _raises_os_error(url: str) -> Iterator[None]:
         raise OSError(f"{url} failed with {type(error).__name__}: {error}") from error
 
 
-def _names(filesystem: Any, path: str) -> list[str]:
-    """What is in a folder; nothing where there is none."""
-    filesystem.invalidate_cache()  # of listings: somebody else may have written
+def _names_in(filesystem: Any, path: str) -> list[str]:
+    """Return the names in a folder; none where there is no folder."""
+    filesystem.invalidate_cache()  # drops old listings: another process may have written
     try:
         return [name.rstrip("/").rpartition("/")[2] for name in filesystem.ls(path, detail=False)]
     except FileNotFoundError:
         return []
 
 
-def _write(path: str, *, data: memoryview) -> None:
+def _write_local(path: str, *, data: memoryview) -> None:
     """Write a local file so that it is there whole or not at all, whatever is killed or fails."""
-    folder, name = os.path.split(path)
+    folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     _remove_abandoned(folder)
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")  # no two processes choose the same
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # or a power cut could undo the rename after the older checkpoints are gone
-    finally:
-        os.close(descriptor)
+    # The folder too is flushed, or a power cut could undo the rename after the older checkpoints are gone.
+    replace_file(path, data, sync_folder=True)
+
+
+def _is_temporary(name: str) -> bool:
+    """Return whether a file name is that of a checkpoint that is being written."""
+    target = target_of_temporary(name)
+    return target is not None and bool(_CHECKPOINT.fullmatch(target))
 
 
 def _remove_abandoned(folder: str) -> None:
     """Remove what killed writers left; a file that somebody still writes to is not touched."""
     for entry in os.scandir(folder):
-        if _TEMPORARY.fullmatch(entry.name):
+        if _is_temporary(entry.name):
             with suppress(FileNotFoundError):
                 if time.time() - entry.stat().st_mtime > ABANDONED_TEMPORARY_S:
                     os.unlink(entry)

@@ -1,9 +1,10 @@
-"""Pictures as batches: a stratified seeded split, kept on the device or streamed, augmented and normalised there.
+"""Batches of one split: shuffled, augmented and normalised on the device.
 
-Both placements give the same batches bit for bit: everything random in an epoch (order, flips, crops) is drawn on the
-CPU before it starts, from the trial's seed and the epoch, and the pixels go through the same operations on the device.
-Shapes: N pictures of a part, B batch, C H W picture; uint8 pictures are (N, H, W, C), batches float32 (B, C, H, W) in
-channels_last memory format.
+Both placements of images give the same batches bit for bit. Everything random in an epoch (order, flips, crops) is
+drawn on the CPU before it starts, from the trial's seed and the epoch. The pixels go through the same operations on the
+device.
+Shapes: K lanes, N images of a split, B batch, C H W image. Pixels are uint8 (N, H, W, C); batches are float32
+(B, C, H, W) in channels_last memory format.
 """
 
 from __future__ import annotations
@@ -20,26 +21,28 @@ from hpo.train.data.sources import ImageSource, batch_bounds
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLoader:
-    """The training, validation or test pictures of a data set, as normalised batches on the device."""
+    """A loader of the training, validation or test images of a dataset, as normalised batches on the device."""
 
     source: ImageSource
     labels_N: Tensor  # int64, on the device
-    mean_C11: Tensor  # of the training pictures, in units of a pixel's 0 to 255, on the device
+    mean_C11: Tensor  # of the training images, in units of a pixel's 0 to 255, on the device
     std_C11: Tensor
     flip: bool = False
     crop: int = 0  # pixels of zero padding
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self.labels_N)
 
     def num_batches(self, batch_size: int) -> int:
+        """Return the number of batches of an epoch."""
         return len(batch_bounds(len(self), batch_size))
 
     def batches(self, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of images float32 (B, C, H, W) and labels int64 (B,); every picture once, without host synchronisation.
+        """Yield images float32 (B, C, H, W) and labels int64 (B,), each image once, without synchronising the host.
 
-        With a seed the pictures are shuffled and augmented, the same way for the same (seed, epoch); without, they come
-        as they are in their fixed order.
+        With a seed the images are shuffled and augmented, the same way for the same (seed, epoch). Without one they
+        come as they are, in their fixed order.
         """
         order_1N, augment = torch.arange(len(self))[None], None
         if seed is not None:
@@ -48,14 +51,14 @@ class BatchLoader:
             yield images_1BCHW[0], labels_1B[0]
 
     def stacked_batches(self, batch_size: int, epochs: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of K epochs at once, each a (seed, epoch) with the batches that it has alone.
+        """Yield the batches of K epochs, each a (seed, epoch), at once: images (K, B, C, H, W) and labels (K, B).
 
-        Pairs of images float32 (K, B, C, H, W) and labels int64 (K, B).
+        Each lane gets the batches that `batches` gives for its seed and epoch.
         """
         return self._read(batch_size, *self._shuffled(epochs))
 
     def _shuffled(self, epochs: Sequence[tuple[int, int]]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """For each epoch its order (K, N), and its flips (K, N) and offsets (K, N, 2) where pictures are augmented."""
+        """Return the order of each epoch (K, N), and its flips (K, N) and offsets (K, N, 2) where it is augmented."""
         orders, flips, offsets = [], [], []
         for seed, epoch in epochs:
             generator = torch.Generator().manual_seed(derive_seed(seed, "data", epoch))
@@ -74,8 +77,9 @@ class BatchLoader:
         labels_KN = self.labels_N[order_KN.to(device)]
         if augment is not None:
             flips_KN, offsets_KN2 = (drawn.to(device) for drawn in augment)
+        # Each read has the batches of all lanes, one lane after the other.
         stored = self.source.read([order_KN[:, start:end].flatten() for start, end in bounds])
-        for (start, end), images_BHWC in zip(bounds, stored, strict=True):  # the batch of each lane after the other's
+        for (start, end), images_BHWC in zip(bounds, stored, strict=True):
             images = images_BHWC
             if augment is not None:
                 flips_B, offsets_B2 = flips_KN[:, start:end].flatten(), offsets_KN2[:, start:end].flatten(0, 1)
@@ -89,12 +93,19 @@ class BatchLoader:
 
 
 def flip_and_crop(images_BHWC: Tensor, *, flips_B: Tensor, offsets_B2: Tensor, padding: int) -> Tensor:
-    """Mirror the pictures where `flips_B` and cut each out of its zero-bordered self at its offset, in one gather."""
+    """Return the images mirrored where `flips_B`, then padded with zeros and cut out at their offsets, in one gather.
+
+    Args:
+        images_BHWC: The images.
+        flips_B: Whether each image is mirrored left-right (bool).
+        offsets_B2: The row and the column in the padded image where each result begins, 0 to 2 * padding.
+        padding: Pixels of zeros on each side.
+    """
     batch, height, width, _ = images_BHWC.shape
     device = images_BHWC.device
     padded = torch.nn.functional.pad(images_BHWC, (0, 0, padding, padding, padding, padding))
     columns_W = torch.arange(width, device=device)
     columns_BW = torch.where(flips_B[:, None], columns_W.flip(0), columns_W) + offsets_B2[:, 1:]
     rows_BH = torch.arange(height, device=device) + offsets_B2[:, :1]
-    pictures_B = torch.arange(batch, device=device)
-    return padded[pictures_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
+    indices_B = torch.arange(batch, device=device)
+    return padded[indices_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]

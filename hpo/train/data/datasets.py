@@ -1,7 +1,7 @@
-"""The data sets: where each is looked for, how it is opened, and what is said where it is absent or damaged.
+"""Datasets by name: where each is looked for, how it is opened, and what the user reads where it is absent or damaged.
 
-A loader opens the training pictures at once and the test pictures only when asked: a search never reads them.
-Shapes: N pictures, B batch, H W C picture (channels last, as decoders give them and as the network's memory format is).
+A loader opens the training images at once and the test images only when asked: a search never reads them.
+Shapes: N images, C H W image.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedDataset:
-    """An opened data set; `open_test` reads nothing until it is called and is None where there is no test part."""
+    """A dataset as it was found: not yet split, and its test images not yet read."""
 
-    train: LabeledImages
-    open_test: Callable[[], LabeledImages] | None
+    train: LabeledImages  # to be split into training and validation images
+    open_test: Callable[[], LabeledImages] | None  # None: there are no test images
     num_classes: int
 
 
 def open_dataset(config: DataConfig) -> OpenedDataset:
-    """Open the data set that `config` names. Raises UserError where it is unknown, absent, damaged or malformed."""
+    """Open the dataset that `config` names. Raises UserError where it is unknown, absent, damaged or malformed."""
     if config.name in DATASETS:
         if config.options:
             raise UserError(f"data.{min(config.options)} is not an option of data.name = {config.name!r}")
@@ -49,42 +49,43 @@ def open_dataset(config: DataConfig) -> OpenedDataset:
 
 
 def _candidates(config: DataConfig) -> list[Path]:
-    """The folders in which a data set is looked for, in that order."""
+    """Return the folders that may hold a dataset, in the order in which they are searched."""
     return [folder for base in _bases(config) for folder in (base, base / config.name)]
 
 
 def _bases(config: DataConfig) -> list[Path]:
+    """Return the folders of datasets: `data.root` alone, or else $HPO_DATA and ./data."""
     if config.root is not None:
         return [Path(config.root)]
     environment = os.environ.get("HPO_DATA")
     return [*([Path(environment)] if environment else []), Path("data")]
 
 
-def _not_found_error(config: DataConfig, holds: str, reason: str) -> UserError:
-    looked = ", ".join(str(folder.absolute() / holds) for folder in _candidates(config))
+def _not_found_error(config: DataConfig, subfolder: str, reason: str) -> UserError:
+    looked = ", ".join(str(folder.absolute() / subfolder) for folder in _candidates(config))
     return UserError(
         f"data.name = {config.name!r} was not found (looked for {looked}){reason}; "
         f"set data.root or the environment variable HPO_DATA to the folder that holds it"
     )
 
 
-def _torchvision(class_name: str, holds: str) -> Callable[[DataConfig], OpenedDataset]:
-    """A loader of one of torchvision's data sets, whose files lie in the folder `holds` below its root."""
+def _torchvision_loader(class_name: str, subfolder: str) -> Callable[[DataConfig], OpenedDataset]:
+    """Return the loader of a dataset of torchvision's, whose files are in `subfolder` of its root."""
 
     def load(config: DataConfig) -> OpenedDataset:
         from torchvision import datasets
 
         dataset_class = getattr(datasets, class_name)
-        root = next((folder for folder in _candidates(config) if (folder / holds).is_dir()), None)
+        root = next((folder for folder in _candidates(config) if (folder / subfolder).is_dir()), None)
         if root is None:
-            root = _download(dataset_class, holds, config)
+            root = _download(dataset_class, subfolder, config)
 
         def open_part(train: bool) -> tuple[Any, LabeledImages]:
             try:
                 dataset = dataset_class(root, train=train, download=False)
             except Exception as error:  # torchvision raises RuntimeError, ValueError, AssertionError and others
                 raise UserError(
-                    f"data.name = {config.name!r}: the files in {root / holds} are damaged or incomplete "
+                    f"data.name = {config.name!r}: the files in {root / subfolder} are damaged or incomplete "
                     f"({' '.join(str(error).split()) or type(error).__name__}); "
                     "delete that folder to have them downloaded again"
                 ) from error
@@ -99,11 +100,11 @@ def _torchvision(class_name: str, holds: str) -> Callable[[DataConfig], OpenedDa
     return load
 
 
-def _download(dataset_class: Any, holds: str, config: DataConfig) -> Path:
-    """Download into the first folder that can be written; returns the root to open.
+def _download(dataset_class: Any, subfolder: str, config: DataConfig) -> Path:
+    """Download into the first folder that can be written; return the root to open.
 
-    The files arrive in a temporary folder beside their place and are moved there whole, so that an interrupted download
-    is never taken for a data set and two workers do not write over each other.
+    The files arrive in a temporary folder and move to their place whole. An interrupted download is therefore never
+    taken for a dataset, and two workers do not write over each other.
     """
     failures = []
     for base in _bases(config):
@@ -120,13 +121,13 @@ def _download(dataset_class: Any, holds: str, config: DataConfig) -> Path:
             continue
         try:
             dataset_class(temporary, download=True)
-            (root / holds).parent.mkdir(exist_ok=True)
-            if not (root / holds).is_dir():  # else another worker was first
-                os.rename(Path(temporary) / holds, root / holds)
+            (root / subfolder).parent.mkdir(exist_ok=True)
+            if not (root / subfolder).is_dir():  # else another worker was first
+                os.rename(Path(temporary) / subfolder, root / subfolder)
             return root
         except (OSError, RuntimeError) as error:
             raise _not_found_error(
-                config, holds, f" and cannot be downloaded ({' '.join(str(error).split())})"
+                config, subfolder, f" and cannot be downloaded ({' '.join(str(error).split())})"
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
@@ -134,11 +135,11 @@ def _download(dataset_class: Any, holds: str, config: DataConfig) -> Path:
             for folder in created:  # a failed download leaves nothing behind
                 with suppress(OSError):
                     folder.rmdir()
-    raise _not_found_error(config, holds, f" and cannot be downloaded, as {' and '.join(failures)}")
+    raise _not_found_error(config, subfolder, f" and cannot be downloaded, as {' and '.join(failures)}")
 
 
 def _digits(config: DataConfig) -> OpenedDataset:
-    """scikit-learn's 1,797 scanned digits, 8x8 with 17 levels of grey, enlarged to 32x32; a fixed fifth is the test."""
+    """Open scikit-learn's 1,797 scanned digits: 8x8 with 17 levels of grey, enlarged to 32x32; a fifth is the test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -156,7 +157,7 @@ def _digits(config: DataConfig) -> OpenedDataset:
 
 
 def _image_folder(config: DataConfig) -> OpenedDataset:
-    """ROOT/train/<class>/* and, where there is one, ROOT/test/<class>/*."""
+    """Open ROOT/train/<class>/* and, where that folder exists, ROOT/test/<class>/*."""
     root = next((folder for folder in _candidates(config) if (folder / "train").is_dir()), None)
     if root is None:
         raise _not_found_error(config, "train", "")
@@ -190,21 +191,22 @@ def _is_class(folder: Path) -> bool:
 
 
 def _user_dataset(config: DataConfig) -> OpenedDataset:
-    """A user's factory: called with the options, it returns (train, test), and test may be None."""
+    """Open what a user's factory returns when called with the options: (train, test), where test may be None."""
     factory = import_object(config.name, setting="data.name")
     parts = call_factory(factory, section="data", name=config.name, options=config.options, fixed={})
     if not isinstance(parts, tuple | list) or len(parts) != 2:
         raise UserError(f"data.name = {config.name!r} must return (train, test), got {type(parts).__name__}")
     train, test = parts
-    pictures = _user_images(train, config.name)
+    images = _user_images(train, config.name)
     return OpenedDataset(
-        train=pictures,
+        train=images,
         open_test=None if test is None else lambda: _user_images(test, config.name),
-        num_classes=int(pictures.labels_N.max()) + 1 if len(pictures.labels_N) else 0,
+        num_classes=int(images.labels_N.max()) + 1 if len(images.labels_N) else 0,
     )
 
 
 def _user_images(part: Any, name: str) -> LabeledImages:
+    """Return the images of one part: a pair of arrays (images, labels), or a map-style Dataset."""
     if not isinstance(part, tuple | list):
         if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
             raise UserError(
@@ -227,10 +229,10 @@ def _user_images(part: Any, name: str) -> LabeledImages:
 
 
 DATASETS: dict[str, Callable[[DataConfig], OpenedDataset]] = {
-    "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": _torchvision("CIFAR100", "cifar-100-python"),
-    "mnist": _torchvision("MNIST", "MNIST/raw"),
-    "fashion_mnist": _torchvision("FashionMNIST", "FashionMNIST/raw"),
+    "cifar10": _torchvision_loader("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": _torchvision_loader("CIFAR100", "cifar-100-python"),
+    "mnist": _torchvision_loader("MNIST", "MNIST/raw"),
+    "fashion_mnist": _torchvision_loader("FashionMNIST", "FashionMNIST/raw"),
     "digits": _digits,
     "image_folder": _image_folder,
 }

@@ -1,4 +1,7 @@
-"""Labeled images, read by index: from memory, from files or from a user's dataset."""
+"""Labeled images, read by index: from memory, from files or from a user's dataset.
+
+Shapes: N images, B batch, H W C image (channels last, as decoders give them and as the network's memory format is).
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,23 @@ from hpo.train.imports import describe_error
 
 
 class LabeledImages(ABC):
-    """Labelled pictures of one size, read by index; `labels_N` is int64."""
+    """Labeled images of one size, read by index."""
 
-    labels_N: Tensor
+    labels_N: Tensor  # int64
     reads_files = True  # whether reading takes long enough to be worth several processes
 
     @abstractmethod
     def read(self, indices_B: Tensor) -> Tensor:
-        """The pictures as uint8 (B, H, W, C). Raises UserError where one cannot be read."""
+        """Return the images as uint8 (B, H, W, C). Raises UserError where one cannot be read."""
 
     def shape_HWC(self) -> tuple[int, int, int]:
+        """Return height, width and channels, by reading the first image."""
         _, height, width, channels = self.read(torch.zeros(1, dtype=torch.int64)).shape
         return height, width, channels
 
 
 class ArrayImages(LabeledImages):
-    """Pictures in memory."""
+    """Images in memory."""
 
     reads_files = False
 
@@ -38,16 +42,18 @@ class ArrayImages(LabeledImages):
         self.images_NHWC, self.labels_N = images_NHWC, labels_N
 
     def read(self, indices_B: Tensor) -> Tensor:
+        """Return the images at these indices."""
         return self.images_NHWC[indices_B]
 
 
 class FileImages(LabeledImages):
-    """Picture files, decoded as RGB and resized to a square when they are read."""
+    """Image files, decoded as RGB and resized to a square when they are read."""
 
     def __init__(self, paths: Sequence[Path], labels_N: Tensor, *, image_size: int) -> None:
         self.paths, self.labels_N, self.image_size = paths, labels_N, image_size
 
     def read(self, indices_B: Tensor) -> Tensor:
+        """Return the images at these indices. Raises UserError for a damaged file."""
         return torch.stack([self._read_one(self.paths[index]) for index in indices_B.tolist()])
 
     def _read_one(self, path: Path) -> Tensor:
@@ -66,11 +72,11 @@ class FileImages(LabeledImages):
 
 
 class DatasetImages(LabeledImages):
-    """A user's map-style Dataset of (PIL picture or uint8 (C, H, W) tensor, int label)."""
+    """Images of a user's map-style Dataset, whose items are (PIL image or uint8 (C, H, W) tensor, int label)."""
 
     def __init__(self, dataset: Any, *, name: str) -> None:
         self.dataset, self.name = dataset, name
-        # Without `targets`, torchvision's name for them, every picture has to be read once for its label.
+        # Without `targets`, torchvision's name for the labels, every item has to be read once for its label.
         labels = getattr(dataset, "targets", None)
         if labels is None:
             labels = [self._item(index)[1] for index in range(len(dataset))]
@@ -83,14 +89,15 @@ class DatasetImages(LabeledImages):
 
     def _item(self, index: int) -> tuple[Any, int]:
         try:
-            picture, label = self.dataset[index]
-            return picture, int(label)
-        except Exception as error:  # whatever the user's data set does
+            image, label = self.dataset[index]
+            return image, int(label)
+        except Exception as error:  # whatever the user's dataset does
             raise UserError(
                 f"data.name = {self.name!r} cannot give picture {index}: {describe_error(error)}"
             ) from error
 
     def read(self, indices_B: Tensor) -> Tensor:
+        """Return the images at these indices. Raises UserError where the dataset fails or they differ in size."""
         images = [self._image(index) for index in indices_B.tolist()]
         if len({image.shape for image in images}) > 1:
             sizes = ", ".join(sorted({str(tuple(image.shape)) for image in images}))
@@ -98,20 +105,20 @@ class DatasetImages(LabeledImages):
         return torch.stack(images)
 
     def _image(self, index: int) -> Tensor:
-        picture = self._item(index)[0]
-        if isinstance(picture, Tensor):
-            if picture.dtype != torch.uint8 or picture.dim() != 3:
+        image = self._item(index)[0]
+        if isinstance(image, Tensor):
+            if image.dtype != torch.uint8 or image.dim() != 3:
                 raise UserError(
                     f"data.name = {self.name!r} must give uint8 pictures (C, H, W) or PIL pictures, "
-                    f"got {picture.dtype} of shape {tuple(picture.shape)}"
+                    f"got {image.dtype} of shape {tuple(image.shape)}"
                 )
-            return picture.permute(1, 2, 0)
-        return _to_tensor(picture)
+            return image.permute(1, 2, 0)
+        return _to_tensor(image)
 
 
-def _to_tensor(picture: Any) -> Tensor:
-    """A PIL picture as uint8 (H, W, C)."""
+def _to_tensor(image: Any) -> Tensor:
+    """Return a PIL image as uint8 (H, W, C)."""
     import numpy
 
-    image = torch.from_numpy(numpy.array(picture, dtype=numpy.uint8))
-    return image if image.dim() == 3 else image.unsqueeze(2)
+    pixels = torch.from_numpy(numpy.array(image, dtype=numpy.uint8))
+    return pixels if pixels.dim() == 3 else pixels.unsqueeze(2)

@@ -1,4 +1,7 @@
-"""Sources of images"""
+"""Sources of image batches: on the device from the start, or streamed to it in each epoch.
+
+Shapes: N images of a split, B batch, H W C image; pixels are uint8.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +17,45 @@ from hpo.errors import UserError
 from hpo.train.config import DataConfig
 from hpo.train.data.images import LabeledImages
 
-MAX_FREE_MEMORY_FRACTION = 0.25  # of the device's free memory that pictures may take with placement "auto"
-READING_BATCH = 512  # pictures at a time where all are read once
+MAX_FREE_MEMORY_FRACTION = 0.25  # of the device's free memory, that images may take with placement "auto"
+READING_BATCH_SIZE = 512  # images at a time where all are read once
 
 
-def batch_bounds(num_pictures: int, batch_size: int) -> list[tuple[int, int]]:
-    """Where batches start and end. The last one may be smaller, but a single picture joins the batch before it.
+def batch_bounds(num_images: int, batch_size: int) -> list[tuple[int, int]]:
+    """Return where each batch starts and ends.
 
-    BatchNorm cannot train on one picture, and dropping it would train on less data than was asked for.
+    The last batch may be smaller, but a single image joins the batch before it: BatchNorm cannot train on one image,
+    and dropping it would train on less data than was asked for.
     """
-    starts = list(range(0, num_pictures, batch_size))
-    if batch_size > 1 and len(starts) > 1 and num_pictures - starts[-1] == 1:
+    starts = list(range(0, num_images, batch_size))
+    if batch_size > 1 and len(starts) > 1 and num_images - starts[-1] == 1:
         starts.pop()
-    return list(zip(starts, [*starts[1:], num_pictures], strict=True))
+    return list(zip(starts, [*starts[1:], num_images], strict=True))
+
+
+def reading_batches(num_images: int) -> list[Tensor]:
+    """Return the positions of all images, in batches to read once."""
+    return [torch.arange(start, end) for start, end in batch_bounds(num_images, READING_BATCH_SIZE)]
 
 
 class ImageSource(Protocol):
-    """Where the pictures of one part are."""
+    """A source of the images of one split."""
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """For each batch of positions in the part (int64, CPU), its uint8 pictures (B, H, W, C) on the device."""
+        """Yield the uint8 images (B, H, W, C) of each batch of positions in the split, on the device.
+
+        Positions are int64 on the CPU. Raises UserError where an image cannot be read.
+        """
 
 
 class DeviceSource:
-    """All pictures of a part on the device."""
+    """A source whose images are all on the device."""
 
     def __init__(self, images_NHWC: Tensor) -> None:
         self.images_NHWC = images_NHWC
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the images of each batch; see `ImageSource`."""
         positions = torch.cat(list(batches)).to(self.images_NHWC.device)  # one transfer, not one a batch
         start = 0
         for batch in batches:
@@ -51,19 +64,21 @@ class DeviceSource:
 
 
 class StreamSource:
-    """Pictures that are read again in each epoch, by worker processes where they come from files."""
+    """A source that reads its images again in each epoch, in worker processes where they come from files."""
 
-    def __init__(self, pictures: LabeledImages, indices_N: Tensor, *, device: torch.device) -> None:
-        self.pictures, self.indices_N, self.device = pictures, indices_N, device
+    def __init__(self, images: LabeledImages, indices_N: Tensor, *, device: torch.device) -> None:
+        self.images, self.indices_N, self.device = images, indices_N, device
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the images of each batch; see `ImageSource`."""
         loader = DataLoader(
-            _BatchReader(self.pictures, self.indices_N),
+            _BatchReader(self.images, self.indices_N),
             batch_size=None,
             sampler=batches,
             num_workers=self._num_workers(len(batches)),
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own, or it would draw from the one that gives the trial its dropout
+            # Its own generator, or it would draw from the one that gives the trial its dropout.
+            generator=torch.Generator(),
         )
         for images_BHWC in loader:
             if isinstance(images_BHWC, UserError):
@@ -71,46 +86,30 @@ class StreamSource:
             yield images_BHWC.to(self.device, non_blocking=True)
 
     def _num_workers(self, num_batches: int) -> int:
-        if not self.pictures.reads_files or multiprocessing.current_process().daemon:  # daemons may not have children
+        # Daemons may not have children.
+        if not self.images.reads_files or multiprocessing.current_process().daemon:
             return 0
-        return min(torch.get_num_threads(), num_batches)  # of the cores that this worker has for itself
+        return min(torch.get_num_threads(), num_batches)  # the threads are this worker's share of the cores
 
 
 class _BatchReader(Dataset[Any]):
-    """Reads one batch per item; a user's mistake is returned, since a DataLoader rewrites what its workers raise."""
+    """A dataset whose items are whole batches.
 
-    def __init__(self, pictures: LabeledImages, indices_N: Tensor) -> None:
-        self.pictures, self.indices_N = pictures, indices_N
+    It returns a user's mistake, because a DataLoader rewrites what its workers raise.
+    """
+
+    def __init__(self, images: LabeledImages, indices_N: Tensor) -> None:
+        self.images, self.indices_N = images, indices_N
 
     def __getitem__(self, positions_B: Tensor) -> Tensor | UserError:
         try:
-            return self.pictures.read(self.indices_N[positions_B])
+            return self.images.read(self.indices_N[positions_B])
         except UserError as error:
             return error
 
 
-def channel_statistics(source: ImageSource, *, num_pictures: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel (float64, CPU), in units of a pixel's 0 to 255.
-
-    Taken from counts of the 256 values, and so the same on every device and for every placement. A channel that is the
-    same everywhere gets a deviation of 1, not 0.
-    """
-    counts_C256 = torch.zeros((channels, 256), dtype=torch.int64)
-    for images_BHWC in source.read(reading_batches(num_pictures)):
-        counts = [torch.bincount(pixels.flatten(), minlength=256) for pixels in images_BHWC.unbind(-1)]
-        counts_C256 += torch.stack(counts).cpu()
-    shares_C256 = counts_C256.double() / counts_C256.sum(1, keepdim=True)
-    values_256 = torch.arange(256, dtype=torch.float64)
-    mean_C = (shares_C256 * values_256).sum(1)
-    variance_C = (shares_C256 * (values_256 - mean_C[:, None]).square()).sum(1)
-    return mean_C, torch.where(variance_C > 0, variance_C, 1.0).sqrt()
-
-
-def reading_batches(num_pictures: int) -> list[Tensor]:
-    return [torch.arange(start, end) for start, end in batch_bounds(num_pictures, READING_BATCH)]
-
-
 def fits_on_device(config: DataConfig, *, num_bytes: int, device: torch.device) -> bool:
+    """Return whether images of `num_bytes` go to the device, by `data.placement` or the memory that is free."""
     if config.placement != "auto":
         return config.placement == "device"
     if device.type == "cuda":
@@ -120,3 +119,39 @@ def fits_on_device(config: DataConfig, *, num_bytes: int, device: torch.device) 
 
         free_bytes = psutil.virtual_memory().available
     return num_bytes < MAX_FREE_MEMORY_FRACTION * free_bytes
+
+
+def place_images(
+    images: LabeledImages,
+    indices_N: Tensor,
+    *,
+    shape_HWC: tuple[int, int, int],
+    on_device: bool,
+    device: torch.device,
+) -> ImageSource:
+    """Return a source of the images at these indices; with `on_device` read them all to the device now."""
+    stream = StreamSource(images, indices_N, device=device)
+    if not on_device:
+        return stream
+    images_NHWC = torch.empty((len(indices_N), *shape_HWC), dtype=torch.uint8, device=device)
+    bounds = batch_bounds(len(indices_N), READING_BATCH_SIZE)
+    for (start, end), images_BHWC in zip(bounds, stream.read(reading_batches(len(indices_N))), strict=True):
+        images_NHWC[start:end] = images_BHWC
+    return DeviceSource(images_NHWC)
+
+
+def channel_statistics(source: ImageSource, *, num_images: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of each channel (float64, CPU), in units of a pixel's 0 to 255.
+
+    They come from counts of the 256 values, and so are the same on every device and for every placement. A channel
+    that is the same everywhere gets a deviation of 1, not 0.
+    """
+    counts_C256 = torch.zeros((channels, 256), dtype=torch.int64)
+    for images_BHWC in source.read(reading_batches(num_images)):
+        counts = [torch.bincount(pixels.flatten(), minlength=256) for pixels in images_BHWC.unbind(-1)]
+        counts_C256 += torch.stack(counts).cpu()
+    shares_C256 = counts_C256.double() / counts_C256.sum(1, keepdim=True)
+    values_256 = torch.arange(256, dtype=torch.float64)
+    mean_C = (shares_C256 * values_256).sum(1)
+    variance_C = (shares_C256 * (values_256 - mean_C[:, None]).square()).sum(1)
+    return mean_C, torch.where(variance_C > 0, variance_C, 1.0).sqrt()

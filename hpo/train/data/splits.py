@@ -1,4 +1,7 @@
-"""Splits of labeled images into training and validation images, stratified by class and seeded."""
+"""Splits of labeled images into training and validation images: stratified by class, drawn from a seed.
+
+Shapes: N images.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from hpo.train.config import DataConfig, derive_seed
 
 
 def stratified_order(labels_N: Tensor, *, seed: int) -> Tensor:
-    """A random order of which every prefix holds each class in its share, up to one picture."""
+    """Return a random order of which every prefix holds each class in its share, up to one image."""
     shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
     labels = labels_N[shuffled]
     class_sizes = torch.bincount(labels)
@@ -23,34 +26,45 @@ def stratified_order(labels_N: Tensor, *, seed: int) -> Tensor:
 
 
 def split_indices(labels_N: Tensor, config: DataConfig, *, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The indices of the training and the validation pictures; they depend on the labels and `split_seed` alone.
+    """Return the indices of the training and of the validation images.
 
-    Raises UserError where the settings leave a class out of either.
+    They depend on the labels, the sizes that `config` asks for and its `split_seed` alone. Raises UserError where a
+    size is out of its range, or leaves a class out of either split.
     """
     if not 0 < config.validation_fraction < 1:
         raise UserError(f"data.validation_fraction must be between 0 and 1, got {config.validation_fraction}")
     order = stratified_order(labels_N, seed=derive_seed(config.split_seed, "split"))
     num_val = round(config.validation_fraction * len(order))
     val, rest = order[:num_val], order[num_val:]
-    num_train, setting = len(rest), "data.validation_fraction"
+    num_train, setting = _num_train(config, num_available=len(rest))
+    train = rest[:num_train]
+    _check_has_every_class(labels_N[val], "validation", "data.validation_fraction", config, num_classes=num_classes)
+    _check_has_every_class(labels_N[train], "training", setting, config, num_classes=num_classes)
+    return train, val
+
+
+def _num_train(config: DataConfig, *, num_available: int) -> tuple[int, str]:
+    """Return the number of training images and the setting that gives it; raise UserError for one out of range."""
     if config.train_samples is not None:
-        num_train, setting = config.train_samples, "data.train_samples"
-        if not 0 < num_train <= len(rest):
+        if not 0 < config.train_samples <= num_available:
             raise UserError(
-                f"data.train_samples must be between 1 and the {len(rest)} pictures that the validation split leaves, "
-                f"got {num_train}"
+                f"data.train_samples must be between 1 and the {num_available} pictures that the validation split "
+                f"leaves, got {config.train_samples}"
             )
-    elif config.train_fraction is not None:
-        num_train, setting = round(config.train_fraction * len(rest)), "data.train_fraction"
+        return config.train_samples, "data.train_samples"
+    if config.train_fraction is not None:
         if not 0 < config.train_fraction <= 1:
             raise UserError(f"data.train_fraction must be above 0 and at most 1, got {config.train_fraction}")
-    train = rest[:num_train]
-    for part, name, key in ((val, "validation", "data.validation_fraction"), (train, "training", setting)):
-        missing = torch.bincount(labels_N[part], minlength=num_classes).eq(0).nonzero().flatten().tolist()
-        if missing:
-            raise UserError(
-                f"{key} must leave a picture of each of the {num_classes} classes in the {name} part, got "
-                f"{getattr(config, key.removeprefix('data.'))}, which leaves {len(part)} pictures and none of "
-                f"class {missing[0]}"
-            )
-    return train, val
+        return round(config.train_fraction * num_available), "data.train_fraction"
+    return num_available, "data.validation_fraction"
+
+
+def _check_has_every_class(labels_N: Tensor, split: str, setting: str, config: DataConfig, *, num_classes: int) -> None:
+    """Raise UserError, naming `setting`, where a split leaves a class out."""
+    missing = torch.bincount(labels_N, minlength=num_classes).eq(0).nonzero().flatten().tolist()
+    if missing:
+        raise UserError(
+            f"{setting} must leave a picture of each of the {num_classes} classes in the {split} part, got "
+            f"{getattr(config, setting.removeprefix('data.'))}, which leaves {len(labels_N)} pictures and none of "
+            f"class {missing[0]}"
+        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import UserError
-from hpo.train.checkpoint import Checkpoint, config_digest, copied
+from hpo.train.checkpoint import Checkpoint, config_digest, storable_copy
 from hpo.train.config import EpochResult, TrainingConfig, TrialConfig
 from hpo.train.data.loading import SplitDataset
 from hpo.train.data.sources import batch_bounds
@@ -122,7 +122,7 @@ def make_checkpoint(lane: LaneState, *, model: Mapping[str, Any], optimizer: Map
     return Checkpoint(
         config_digest=config_digest(lane.config),
         epoch=lane.epoch,
-        state=copied(state, setting=f"model.name = {lane.config.model.name!r}"),
+        state=storable_copy(state, setting=f"model.name = {lane.config.model.name!r}"),
         results=tuple(lane.results),
     )
 

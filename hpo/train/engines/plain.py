@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpo.errors import UserError
-from hpo.train.checkpoint import Checkpoint, config_digest, copied
+from hpo.train.checkpoint import Checkpoint, config_digest, storable_copy
 from hpo.train.config import EpochResult, TrialConfig
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache, SplitDataset
@@ -169,7 +169,9 @@ def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device)
 
 def restore(lane: PlainLaneState, checkpoint: Checkpoint) -> None:
     """Bring a trial just set up to where its checkpoint is; raises UserError where the network does not fit."""
-    state = copied(checkpoint.state, setting="the checkpoint")  # an optimizer would train on the checkpoint's tensors
+    state = storable_copy(
+        checkpoint.state, setting="the checkpoint"
+    )  # an optimizer would train on the checkpoint's tensors
     optimizer = lane.optimizer
     try:
         lane.model.load_state_dict(state["model"])
