@@ -10,7 +10,7 @@ from typing import Any
 
 from hpo.errors import UserError
 
-# What `hpo trials --json` says of every trial beside its metrics.
+# The keys of every trial in `hpo trials --json`, which no metric can have.
 RESERVED_METRICS = frozenset(
     {"number", "state", "params", "value", "attempt", "epochs", "reason", "error", "seed", "device"}
 )
@@ -18,14 +18,16 @@ RESERVED_METRICS = frozenset(
 
 @dataclass
 class Trial:
-    """What a training function gets: values to train with, a device, a folder, and `report`.
+    """One trial, as your training function gets it: values to train with, a device, a folder, and `report`.
 
-    params: the values that the search chose, by the keys of [search.space]
-    device: where to train, as torch names it: "cuda:0", "mps" or "cpu"
-    epochs: training.epochs of the study file
-    seed: a seed of this trial's own
-    checkpoint_dir: a folder of this trial's own, the same when it is trained again after an interruption
-    number, attempt: which trial of the study, and which time it is being trained (1 is the first)
+    Attributes:
+        params: The values that the search chose, by the keys of [search.space].
+        device: Where to train, as torch names it: "cuda:0", "mps" or "cpu".
+        epochs: `training.epochs` of the study file.
+        seed: A seed of this trial's own.
+        checkpoint_dir: A folder of this trial's own, the same when it is resumed after an interruption.
+        number: The trial's number in the study.
+        attempt: The number of this attempt at the trial; 1 is the first.
     """
 
     params: Mapping[str, Any]
@@ -39,9 +41,17 @@ class Trial:
     _on_report: Callable[[int, dict[str, float]], bool] = field(repr=False)
 
     def report(self, epoch: int, **metrics: float) -> bool:
-        """Records an epoch (counted from 1) and returns True where training must end now: return from the function.
+        """Record an epoch.
 
-        `metrics` must hold the study's objective.metric; every number is kept and shown. Raises UserError otherwise.
+        Args:
+            epoch: The epoch, counted from 1.
+            **metrics: What you measured, by name; among them the study's `objective.metric`. All are kept and shown.
+
+        Returns:
+            True where training must end now: return from your function.
+
+        Raises:
+            UserError: `epoch` is no such number, the study's metric is missing, or a name is reserved.
         """
         try:
             number = operator.index(epoch)

@@ -87,7 +87,7 @@ def _check_sampler(search: SearchSpec) -> None:
 
 
 def _check_cases(search: SearchSpec) -> None:
-    """Each case of a parameter must be a value of the list on which the parameter depends."""
+    """Refuse cases that are no values of the list on which the parameter depends."""
     for key, parameter in search.parameters.items():
         if not isinstance(parameter, Conditional):
             continue
@@ -225,7 +225,7 @@ def check_training(parameters: Mapping[str, Parameter], *, data: DataConfig, tra
 
 
 def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:
-    """A value that the search may give to a setting must be one that the setting itself could have."""
+    """Refuse a value of the space that the setting itself could not have."""
     section, name = section_and_name(key)
     if section == "model" and name != "name":
         return  # an option of the network: its own constructor judges it, in the preflight

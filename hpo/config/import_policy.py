@@ -1,4 +1,4 @@
-"""Whose code a worker may import: a study that is read from a store names modules, and not everyone may choose them."""
+"""Which modules a worker may import: a study from a store names modules, and not everyone may choose them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hpo.errors import UserError
 
 @dataclass(frozen=True)
 class ImportAllowlist:
-    """What this machine's user has allowed: modules by name, with what is inside them, and folders of modules."""
+    """What this machine's user allows: modules by name, with everything inside them, and folders of modules."""
 
     modules: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, allow: Iterable[str]) -> ImportAllowlist:
-        """From the values of --allow: the name of a module, or the path of a folder, which has a slash or a dot in it.
+        """Read the values of --allow: names of modules, and paths of folders, which have a slash or a dot in them.
 
-        Raises UserError for neither.
+        Raises UserError for a value that is neither.
         """
         modules, folders = [], []
         for value in allow:
@@ -41,7 +41,7 @@ class ImportAllowlist:
         return cls(tuple(modules), tuple(folders))
 
     def check(self, spec: StudySpec) -> None:
-        """Raises UserError, naming the module, where the study names one that is not allowed; imports nothing."""
+        """Raise UserError, naming the module, where the study names one that is not allowed; import nothing."""
         for module, setting in spec.modules().items():
             if not self._is_allowed(module):
                 raise UserError(
@@ -52,39 +52,39 @@ class ImportAllowlist:
     def _is_allowed(self, module: str) -> bool:
         if any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.modules):
             return True
-        places = self._places(module)
-        return bool(places) and all(
-            any(Path(place).resolve().is_relative_to(folder) for folder in self.folders) for place in places
+        locations = self._locations(module)
+        return bool(locations) and all(
+            any(Path(location).resolve().is_relative_to(folder) for folder in self.folders) for location in locations
         )
 
-    def _places(self, module: str) -> list[str]:
-        """The files or folders that a module's top-level package would be loaded from; imports nothing."""
+    def _locations(self, module: str) -> list[str]:
+        """Return the files or folders that a module's top-level package would be loaded from; import nothing."""
         with self.importable():
             try:
-                found = importlib.util.find_spec(module.partition(".")[0])
+                spec = importlib.util.find_spec(module.partition(".")[0])
             except (ImportError, ValueError):
                 return []
-        if found is None:
+        if spec is None:
             return []
-        return [found.origin] if found.has_location and found.origin else list(found.submodule_search_locations or ())
+        return [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
 
     def folder_of(self, module: str) -> Path | None:
-        """The folder in which a module is looked for and found; None where it is installed, or nowhere."""
+        """Return the folder in which a module is found; None where it is installed, or found nowhere."""
         sys.path.append(os.getcwd())  # as hpo.train.imports does
         try:
-            places = self._places(module)
+            locations = self._locations(module)
         finally:
             sys.path.remove(os.getcwd())
-        if not places:
+        if not locations:
             return None
-        place = Path(places[0]).resolve()
-        folder = (place.parent if place.name == "__init__.py" else place).parent
+        location = Path(locations[0]).resolve()
+        folder = (location.parent if location.name == "__init__.py" else location).parent
         installed = {Path(path).resolve() for key, path in sysconfig.get_paths().items() if "lib" in key}
         return None if any(folder.is_relative_to(path) for path in installed) else folder
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """Modules of the allowed folders can be imported inside, as they can in a worker process."""
+        """Make modules of the allowed folders importable for a while, as they are in a worker process."""
         sys.path[:0] = self.folders
         importlib.invalidate_caches()
         try:
@@ -94,15 +94,15 @@ class ImportAllowlist:
                 sys.path.remove(folder)
 
     def python_path(self) -> Sequence[str]:
-        """What a worker process looks for the modules in, first: the folders, and where this command was given."""
+        """Return where a worker process looks for modules first: the folders, and where this command was given."""
         return [*self.folders, *([os.getcwd()] if self.modules else [])]
 
 
 def load_own_spec(spec: StudySpec | str | Path, *, folder: str | Path | None) -> tuple[StudySpec, ImportAllowlist]:
-    """A study's spec, as given or read from a study file, and what its author allows: its modules, and a folder's.
+    """Return a study's spec and what its author allows: the modules that it names, and those of a folder.
 
-    By default the folder is that of the study file, or of the running script for a StudySpec. Raises UserError for a
-    study file that is none.
+    The spec is given, or read from a study file. By default the folder is that of the study file or, for a StudySpec,
+    that of the running script. Raises UserError for a study file that is none.
     """
     if not isinstance(spec, StudySpec):
         folder = folder or Path(spec).parent

@@ -1,4 +1,4 @@
-"""A study file as nested dictionaries: read, changed by `--set`, and with one of them for each table of [[compare]]."""
+"""A study file as nested dictionaries: read, changed by `--set`, and expanded by the tables of [[compare]]."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from hpo.errors import UserError
 
 
 def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The settings of a study file; `overrides` are `section.key=value` with the value written as in TOML."""
+    """Read the settings of a study file; `overrides` are `section.key=value` with the value written as in TOML."""
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the study file {path} cannot be read: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no TOML, no UTF-8, or an integer of thousands of digits
         raise UserError(f"the study file {path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"the study file {path} is nested too deeply") from None
     for override in overrides:
         apply_override(settings, override)
     return settings
 
 
 def expand_compare(settings: Mapping[str, Any], *, source: str) -> list[dict[str, Any]]:
-    """The settings without [[compare]] and, for each table of that, the same with the table's in their place.
+    """Return the settings without [[compare]] and, for each table of [[compare]], the settings with its changes.
 
-    A variant is named NAME-VARIANT by the `name` in its table. A table within a table is merged with what it changes;
-    one in [search.space], which is one parameter, takes its place, and so does a [model] with a name: its options would
-    not fit.
+    A variant is named NAME-VARIANT by the `name` in its table. A table within a table is merged with what it changes.
+    Two kinds of table replace it instead: a parameter of [search.space], and a [model] with a name, as the options of
+    another model would not fit.
     """
     base = {key: value for key, value in settings.items() if key != "compare"}
     tables = settings.get("compare", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"compare must be a list of tables, [[compare]], got {tables!r} ({source})")
-    found, names = [base], set()
+    studies, names = [base], set()
     for table in tables:
         name = table.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
@@ -45,12 +47,12 @@ def expand_compare(settings: Mapping[str, Any], *, source: str) -> list[dict[str
             raise UserError(f"compare.name = {name!r} must be a name of its own, with settings beside it ({source})")
         names.add(name)
         changes = {key: value for key, value in table.items() if key != "name"}
-        found.append(_merged(base, changes) | {"name": f"{base.get('name')}-{name}"})
-    return found
+        studies.append(_merged(base, changes) | {"name": f"{base.get('name')}-{name}"})
+    return studies
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting as `section.key` with its value."""
+    """Yield each setting as `section.key` with its value."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -58,28 +60,29 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
+def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
     merged = copy.deepcopy(dict(settings))
     for key, value in changes.items():
         old = merged.get(key)
-        is_other = where == "search.space." or (where + key == "model" and isinstance(value, dict) and "name" in value)
-        if isinstance(old, dict) and isinstance(value, dict) and not is_other:
-            merged[key] = _merged(old, value, where=f"{where}{key}.")
+        is_parameter = prefix == "search.space."
+        is_other_model = prefix + key == "model" and isinstance(value, dict) and "name" in value
+        if isinstance(old, dict) and isinstance(value, dict) and not is_parameter and not is_other_model:
+            merged[key] = _merged(old, value, prefix=f"{prefix}{key}.")
         else:
             merged[key] = copy.deepcopy(value)
     return merged
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
-    """Puts the value of a `section.key=value` where it belongs."""
+    """Set the value of a `section.key=value` in the settings."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise UserError(f"--set must be written section.key=value, got {override!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a text: --set training.optimizer=sgd
+    except (ValueError, RecursionError):  # a bare word is a text: --set training.optimizer=sgd
+        value = text.strip()
     for key in keys[:-1]:
         settings = settings.setdefault(key, {})
         if not isinstance(settings, dict):

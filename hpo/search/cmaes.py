@@ -1,8 +1,8 @@
-"""CMA-ES (Hansen, arXiv:1604.00772) through Optuna's sampler, whose state is told again and never kept in the store.
+"""CMA-ES (Hansen, arXiv:1604.00772) through Optuna's sampler, with its state replayed and never kept in the store.
 
 Optuna pickles its optimizer into the trials of a study and unpickles what it finds there: whoever can write to the
-store could run code on every worker. What the optimizer has learnt follows from the trials alone, so it is made anew
-for each trial (all begin at the same mean and step size, whatever their seed) and told one generation after the other.
+store could run code on every worker. The optimizer's state follows from the trials alone. So each trial gets a fresh
+optimizer (all start at the same mean and step size, whatever their seed), which is told one generation after the other.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from optuna.trial import FrozenTrial
 class ReplayedCmaEsSampler(CmaEsSampler):
     """Optuna's CMA-ES without its pickles; one sampler is used for one trial, from one thread.
 
-    A generation is told with the first of its trials to complete: those that complete once it is full change nothing,
-    and every worker tells it alike.
+    A generation consists of the first of its trials to complete. Trials that complete once it is full change nothing,
+    so that every worker tells the same generation.
     """
 
     _completed: Sequence[FrozenTrial] = ()
 
     def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> None:
-        self._completed = completed_trials  # for `_init_optimizer`: Optuna calls it next, as nothing is restored
+        self._completed = completed_trials  # Optuna calls `_init_optimizer` next, as nothing is restored
 
     def _init_optimizer(self, trans: Any, direction: StudyDirection) -> Any:
         optimizer: Any = super()._init_optimizer(trans, direction)
@@ -36,9 +36,9 @@ class ReplayedCmaEsSampler(CmaEsSampler):
             generations[trial.system_attrs.get(self._attr_key_generation)].append(trial)
         sign = 1.0 if direction == StudyDirection.MINIMIZE else -1.0
         while len(full := generations[optimizer.generation]) >= optimizer.population_size:
-            told = full[: optimizer.population_size]
-            optimizer.tell([(trans.transform(trial.params), sign * trial.values[0]) for trial in told])
+            generation = full[: optimizer.population_size]
+            optimizer.tell([(trans.transform(trial.params), sign * trial.values[0]) for trial in generation])
         return optimizer
 
     def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
-        return {}  # what Optuna would write to the store, where it tells a generation itself
+        return {}  # Optuna would write these to the store when it tells a generation

@@ -1,4 +1,4 @@
-"""The values of trials: given beforehand, or asked of Optuna, under its names and ours."""
+"""The values of trials: fixed beforehand, or drawn by Optuna, under its names and ours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hpo.search.samplers import SAMPLERS, num_startup
 from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, point_at
 from hpo.train.config import derive_seed
 
@@ -14,44 +15,43 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from hpo.search.config import SearchSettings
-from hpo.search.samplers import SAMPLERS, num_startup
 
 
 def fixed_values(spec: SearchSettings) -> list[dict[str, Scalar]]:
-    """What is given of each trial's parameters before it is claimed: all of a grid point, nothing of a sampled one."""
+    """Return the values of each trial that are fixed before it is claimed: all for a grid, none where it is sampled."""
     if spec.search.sampler == "grid":
         return spec.search.grid
     first = spec.search.try_first
     if SAMPLERS[spec.search.sampler].begins_spread:
-        first = first + _spread(spec, max(0, num_startup(spec) - len(first)))
+        first = first + _spread_points(spec, max(0, num_startup(spec) - len(first)))
     return first + [{} for _ in range(spec.num_trials - len(first))]
 
 
-def _spread(spec: SearchSettings, count: int) -> list[dict[str, Scalar]]:
-    """The first points of a scrambled Sobol sequence: random ones leave gaps, and in a gap may lie the best rate."""
+def _spread_points(spec: SearchSettings, count: int) -> list[dict[str, Scalar]]:
+    """Return the first points of a scrambled Sobol sequence; random points leave gaps, which may hold the best rate."""
     from scipy.stats import qmc
 
     sequence = qmc.Sobol(len(spec.search.parameters), rng=derive_seed(spec.search.seed, "spread"))
-    # Drawn by powers of two, as many as are balanced; the first of them are as good for any count.
-    shares = sequence.random_base2(max(0, count - 1).bit_length())[:count]
-    return [point_at(spec.search.parameters, row.tolist()) for row in shares]
+    # A Sobol sequence is balanced by powers of two; the first of its points are as good for any count.
+    fractions = sequence.random_base2(max(0, count - 1).bit_length())[:count]
+    return [point_at(spec.search.parameters, row.tolist()) for row in fractions]
 
 
 def optuna_params(spec: SearchSettings, values: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """The same values under the names that the Optuna study knows them by."""
+    """Return the values under the names that the Optuna study knows them by."""
     return {_optuna_name(key, spec.search.parameters[key], values): value for key, value in values.items()}
 
 
 def values_from_optuna(params: Mapping[str, Any]) -> dict[str, Scalar]:
-    """The inverse of `optuna_params`: `lr[adam]` is `lr`."""
+    """Return Optuna's values under our names, the inverse of `optuna_params`: `lr[adam]` is `lr`."""
     return {name.partition("[")[0]: value for name, value in params.items()}
 
 
 def new_trial(spec: SearchSettings, slot: Any) -> FrozenTrial:
-    """Optuna's trial for a row of hpo_slots that is claimed for the first time.
+    """Return Optuna's trial for a row of hpo_slots that is claimed for the first time.
 
-    What is given of a trial of the search, its sampler will not draw; of one that confirms, everything is given but a
-    searched seed.
+    Of a trial of the search, the sampler will draw what is not given. Of a trial that confirms, everything is given but
+    a searched seed.
     """
     from optuna.trial import FixedTrial, TrialState, create_trial
 
@@ -71,22 +71,22 @@ def new_trial(spec: SearchSettings, slot: Any) -> FrozenTrial:
 
 
 def suggest(trial: optuna.trial.BaseTrial, spec: SearchSettings, *, without: Collection[str] = ()) -> dict[str, Scalar]:
-    """Asks Optuna for every parameter of the space; those on which others depend come first."""
+    """Draw a value from Optuna for every parameter of the space; those on which others depend come first."""
     values: dict[str, Scalar] = {}
     parameters = spec.search.parameters
-    wanted = [key for key in parameters if key not in without]
-    for key in sorted(wanted, key=lambda key: isinstance(parameters[key], Conditional)):
+    keys = [key for key in parameters if key not in without]
+    for key in sorted(keys, key=lambda key: isinstance(parameters[key], Conditional)):
         parameter = parameters[key]
         name = _optuna_name(key, parameter, values)
         if isinstance(parameter, Conditional):
             if str(values[parameter.by]) not in parameter.cases:
                 continue
             parameter = parameter.cases[str(values[parameter.by])]
-        values[key] = _suggest(trial, name, parameter, grid=spec.search.sampler == "grid")
+        values[key] = _suggest_value(trial, name, parameter, grid=spec.search.sampler == "grid")
     return values
 
 
-def _suggest(trial: optuna.trial.BaseTrial, name: str, parameter: Range | Categorical, *, grid: bool) -> Scalar:
+def _suggest_value(trial: optuna.trial.BaseTrial, name: str, parameter: Range | Categorical, *, grid: bool) -> Scalar:
     if isinstance(parameter, Categorical):
         numbers = [
             value for value in parameter.values if isinstance(value, int | float) and not isinstance(value, bool)
@@ -104,5 +104,5 @@ def _suggest(trial: optuna.trial.BaseTrial, name: str, parameter: Range | Catego
 
 
 def _optuna_name(key: str, parameter: Parameter, values: Mapping[str, Scalar]) -> str:
-    # A parameter of its own for each case: what is learnt about SGD's rates says nothing about Adam's.
+    # Each case is a parameter of its own: SGD's learning rates say nothing about Adam's.
     return f"{key}[{values[parameter.by]}]" if isinstance(parameter, Conditional) else key

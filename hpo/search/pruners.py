@@ -1,4 +1,4 @@
-"""The pruners by name, their options, and how each is built; importing this loads no Optuna."""
+"""The pruners as a lookup table: their options and how each is built; importing this loads no Optuna."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ if TYPE_CHECKING:
 
     from hpo.search.config import SearchSettings
 
-
-INTERLEAVED_TRIALS = 8  # trials that take turns of an epoch where the pruner compares them early: it knows more sooner
+INTERLEAVED_TRIALS = 8  # trials that take turns of an epoch where the pruner compares them early: it learns sooner
 
 
 @dataclass(frozen=True)
 class PrunerEntry:
-    """A pruner: its options with their defaults (None: see `build`), and how it is built from them and max_epochs.
+    """One entry of PRUNERS: its options with their defaults (None: see `build`), built from them and max_epochs.
 
-    `judges` says whether it drops trials after an epoch; after the others nobody waits for its word, which counts all
-    the same: a rung that was passed unjudged, in an epoch reported late, is judged with the next one.
+    `judges` tells whether the pruner may stop trials after an epoch. After other epochs nobody waits for it. A rung
+    that was passed unjudged, in an epoch reported late, is judged with the next one.
     """
 
     defaults: Mapping[str, Any]
     build: Callable[[dict[str, Any], int], BasePruner]
     judges: Callable[[dict[str, Any], int], bool] = lambda options, epoch: True
-    compares_early: bool = False  # with trials in training, so that it does better with several of them side by side
+    compares_early: bool = False  # compares trials in training, and does better with several of them alongside
 
 
 def _none(options: dict[str, Any], max_epochs: int) -> BasePruner:
@@ -38,7 +37,7 @@ def _none(options: dict[str, Any], max_epochs: int) -> BasePruner:
 def _percentile(options: dict[str, Any], max_epochs: int) -> BasePruner:
     from optuna.pruners import PercentilePruner
 
-    # Optuna's percentile keeps that share of the trials; so does ours.
+    # Optuna's percentile keeps that percentage of the trials; so does ours.
     return PercentilePruner(
         options.get("percentile", 50.0),
         n_startup_trials=options["startup_trials"],
@@ -78,7 +77,7 @@ def _threshold(options: dict[str, Any], max_epochs: int) -> BasePruner:
 
 
 def _at_rungs(options: dict[str, Any], epoch: int) -> bool:
-    """Whether epoch is min_epochs x reduction_factor^k, for k = 0, 1, ..."""
+    """Return whether epoch is min_epochs x reduction_factor^k, for k = 0, 1, ..."""
     rung = options["min_epochs"]
     while rung < epoch:
         rung *= options["reduction_factor"]
@@ -97,12 +96,12 @@ PRUNERS: dict[str, PrunerEntry] = {
 
 
 def build_pruner(spec: SearchSettings) -> BasePruner:
-    """The study's pruner, with our defaults where the study file is silent."""
+    """Return the study's pruner, with our defaults where the study file is silent."""
     return PRUNERS[spec.pruner.name].build(_pruner_options(spec), spec.max_epochs)
 
 
 def may_prune_after(epoch: int, spec: SearchSettings) -> bool:
-    """Whether the study's pruner may drop a trial that has come to this epoch."""
+    """Return whether the study's pruner may stop a trial that has reached this epoch."""
     return PRUNERS[spec.pruner.name].judges(_pruner_options(spec), epoch)
 
 

@@ -1,7 +1,7 @@
-"""SearchSettings -> Optuna sampler, pruner and suggestions, by lookup tables; importing this loads no Optuna.
+"""The samplers as a lookup table: how each is built and what it needs; importing this loads no Optuna.
 
-Every claim of a trial gets a sampler of its own, seeded from the study's seed and the trial's number: no two workers
-draw the same numbers, and a study that is interrupted draws the same ones when it goes on.
+Every claim of a trial gets a sampler of its own, seeded from the study's seed and the trial's number. So no two workers
+draw the same numbers, and an interrupted study draws the same ones when it is resumed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpo.search.pruners import INTERLEAVED_TRIALS, PRUNERS
 from hpo.search.space import Conditional
 from hpo.train.config import derive_seed
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from hpo.search.config import SearchSettings
-from hpo.search.pruners import INTERLEAVED_TRIALS, PRUNERS
 
 
 def _search_study() -> type[optuna.Study]:
@@ -41,17 +41,17 @@ def _values_study() -> type[optuna.Study]:
 
 @dataclass(frozen=True)
 class SamplerEntry:
-    """A sampler: how it is built, and what a space must be for it.
+    """One entry of SAMPLERS: how the sampler is built, and what it asks of a space.
 
     `build(seed, study_seed, spec)`: `seed` differs from trial to trial, `study_seed` does not.
     """
 
     build: Callable[[int, int, SearchSettings], BaseSampler]
-    takes_cases: bool = False  # can it search a parameter that depends on another one?
+    takes_cases: bool = False  # can search a parameter that depends on another one
     min_ranges: int = 0
-    counts: bool = False  # keeps a counter in the study, which one trial at a time may read and write
-    begins_spread: bool = False  # needs some trials to learn from, which are spread over the space
-    study: Callable[[], type[optuna.Study]] = _search_study  # how it is shown the trials before
+    has_counter: bool = False  # keeps a counter in the study, which one trial at a time may read and write
+    begins_spread: bool = False  # learns from its first trials, which are spread over the space
+    study_view: Callable[[], type[optuna.Study]] = _search_study  # how the sampler sees the trials before
 
 
 def _random(seed: int, study_seed: int, spec: SearchSettings) -> BaseSampler:
@@ -74,9 +74,12 @@ def _qmc(seed: int, study_seed: int, spec: SearchSettings) -> BaseSampler:
 
     # One scrambled Sobol sequence for the whole study: every worker must scramble it alike.
     return QMCSampler(
-        qmc_type="sobol", scramble=True, seed=study_seed,
-        independent_sampler=RandomSampler(seed=seed), warn_independent_sampling=False,
-    )  # fmt: skip
+        qmc_type="sobol",
+        scramble=True,
+        seed=study_seed,
+        independent_sampler=RandomSampler(seed=seed),
+        warn_independent_sampling=False,
+    )
 
 
 def _gp(seed: int, study_seed: int, spec: SearchSettings) -> BaseSampler:
@@ -100,22 +103,21 @@ SAMPLERS: dict[str, SamplerEntry] = {
         _random, takes_cases=True
     ),  # a grid's points are given with its slots; nothing is left to sample
     "random": SamplerEntry(_random, takes_cases=True),
-    "tpe": SamplerEntry(_tpe, takes_cases=True, begins_spread=True, study=_reports_study),
-    "qmc": SamplerEntry(_qmc, counts=True),
-    "gp": SamplerEntry(_gp, begins_spread=True, study=_values_study),
-    "cmaes": SamplerEntry(_cmaes, min_ranges=2, study=_values_study),
+    "tpe": SamplerEntry(_tpe, takes_cases=True, begins_spread=True, study_view=_reports_study),
+    "qmc": SamplerEntry(_qmc, has_counter=True),
+    "gp": SamplerEntry(_gp, begins_spread=True, study_view=_values_study),
+    "cmaes": SamplerEntry(_cmaes, min_ranges=2, study_view=_values_study),
 }
 
 
 def build_sampler(spec: SearchSettings, *, number: int) -> BaseSampler:
-    """The study's sampler for the trial of this number."""
+    """Return the study's sampler for the trial of this number."""
     study_seed = derive_seed(spec.search.seed, "study")
     return SAMPLERS[spec.search.sampler].build(derive_seed(spec.search.seed, "trial", number), study_seed, spec)
 
 
 def num_startup(spec: SearchSettings) -> int:
-    """How many trials a sampler that learns begins with; Optuna's ten would be half of a usual study."""
-    least = (
-        INTERLEAVED_TRIALS if PRUNERS[spec.pruner.name].compares_early else 4
-    )  # who take turns are proposed before any reports
+    """Return how many trials a sampler that learns begins with; Optuna's ten would be half of a usual study."""
+    # Trials that take turns are all proposed before any of them reports.
+    least = INTERLEAVED_TRIALS if PRUNERS[spec.pruner.name].compares_early else 4
     return min(spec.num_trials, max(least, min(10, spec.num_trials // 3)))

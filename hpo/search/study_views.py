@@ -1,4 +1,4 @@
-"""The study as it is shown to samplers, so that they learn from all of the search, and to pruners, read once."""
+"""Views of a study: for samplers, so that they learn from the whole search, and for pruners, to read it once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-DIVERGED_PREFIX = "diverged"  # how the user attribute "ended" of such a trial begins
-KIND_ATTRIBUTE = "kind"  # the user attribute that a trial has which is not of the search
+DIVERGED_PREFIX = "diverged"  # the user attribute "ended" of a diverged trial begins with it
+KIND_ATTRIBUTE = "kind"  # the user attribute of trials that are not of the search
 
 
 class SearchStudy(optuna.Study):
-    """An Optuna study without the trials that confirm what was found: they teach nobody."""
+    """An Optuna study without the trials that confirm its answer: no sampler learns from them."""
 
     def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy=False, use_cache=use_cache)
@@ -23,9 +23,9 @@ class SearchStudy(optuna.Study):
 
 
 class ReportsStudy(SearchStudy):
-    """An Optuna study in which a trial in training counts by its last report, as a pruned one does, for TPE.
+    """An Optuna study for TPE, in which a trial in training counts by its last report, as a pruned one does.
 
-    TPE counts what is in training among the worst, whatever it has reported: with many trials at once it would keep
+    TPE itself counts trials in training among the worst, whatever they report. With many trials at once it would keep
     away from where they do best.
     """
 
@@ -39,10 +39,10 @@ class ReportsStudy(SearchStudy):
 
 
 class ValuesStudy(SearchStudy):
-    """An Optuna study in which every trial that was dropped counts as complete, for GP and CMA-ES.
+    """An Optuna study for GP and CMA-ES, in which every pruned or diverged trial counts as complete.
 
-    They would not see a pruned or diverged trial and go back to its learning rate for ever. Here a pruned trial counts
-    with its last report, a diverged one with the worst value of all.
+    GP and CMA-ES do not see such trials otherwise, and would return to their learning rates for ever. A pruned trial
+    counts with its last report, a diverged one with the worst value of all.
     """
 
     def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
@@ -57,8 +57,8 @@ class ValuesStudy(SearchStudy):
 class RoundStudy(SearchStudy):
     """An Optuna study that is read once to judge several trials, one after the other.
 
-    Every look at a study reads all its trials in training again, so that judging so many of them grew as their square;
-    with Hyperband it still does, which looks at a study of its own making.
+    Optuna reads all trials in training again for each trial that it judges, so that the time grows as their square. It
+    still does with Hyperband, which makes a study of its own.
     """
 
     _round: dict[int, FrozenTrial] | None = None  # by number
@@ -69,8 +69,9 @@ class RoundStudy(SearchStudy):
         return _of_states(self._round.values(), states)
 
     def should_prune(self, trial_id: int) -> bool:
+        """Return whether the study's pruner stops this trial now."""
         pruned = self.pruner.prune(self, self._storage.get_trial(trial_id))
-        if self._round is not None:  # what the pruner has noted of this trial, the next one is judged by
+        if self._round is not None:  # the next trial is judged by what the pruner notes of this one
             judged = self._storage.get_trial(trial_id)
             self._round[judged.number] = judged
         return pruned
@@ -95,7 +96,7 @@ def _as_complete(trial: FrozenTrial, worst: float) -> FrozenTrial:
 
 
 def _worst_value(direction: str, values: list[float]) -> float:
-    """What a diverged trial counts as for a sampler that learns from values only: no better than the worst one seen."""
+    """Return the value that a diverged trial counts with: no better than the worst one seen."""
     finite = [value for value in values if math.isfinite(value)]
     if direction == "maximize":
         return min([0.0, *finite])

@@ -99,12 +99,12 @@ class Trials:
             return values
         sampler = samplers.SAMPLERS[spec.search.sampler]
         draft = BufferedStorage(self._database.cached)
-        study = sampler.study()(
+        study = sampler.study_view()(
             spec.name, cast(optuna.storages.BaseStorage, draft), samplers.build_sampler(spec, number=claim.number),
             NopPruner(),  # Optuna's Hyperband would show the sampler a study of its own, of one bracket's trials
         )  # fmt: skip
         study.get_trials(deepcopy=False)  # the cache refuses parameters of a trial that it has not seen
-        trial = None if sampler.counts else optuna.Trial(study, claim.trial_id)
+        trial = None if sampler.has_counter else optuna.Trial(study, claim.trial_id)
         with self._ledger.locked_claim(claim) as connection:
             if trial is None:  # it reads and writes an attribute of the study's in two steps
                 connection.execute(

@@ -433,7 +433,7 @@ def test_no_sampler_and_no_pruner_is_shown_what_confirms(tmp_path: Path, make_sp
     study = begin(store, make_spec(search=search, confirm={"top": 2, "seeds": 2}))
     run(store, study)
     assert len(store.trials.get_all(study)) == 8
-    for shown in (SAMPLERS[sampler].study(), RoundStudy):
+    for shown in (SAMPLERS[sampler].study_view(), RoundStudy):
         numbers = [trial.number for trial in shown(study.name, store.storage).get_trials(deepcopy=False)]
         assert numbers == [0, 1, 2, 3]
     assert len(optuna.load_study(study_name="s", storage=store.storage).trials) == 8  # the dashboard shows them

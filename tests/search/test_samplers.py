@@ -318,7 +318,7 @@ def test_a_sampler_is_shown_what_is_known_whatever_the_pruner(
         return infer(self, study, trial)
 
     monkeypatch.setattr(kind, "infer_relative_search_space", noting)
-    monkeypatch.setattr(search, "_spread", lambda *_: [])  # where a trial is given, no sampler is asked
+    monkeypatch.setattr(proposals, "_spread_points", lambda *_: [])  # where a trial is given, no sampler is asked
     store, study = make_study(
         tmp_path, search={"sampler": sampler, "trials": 24, "space": RANGES}, pruner={"name": pruner}
     )
