@@ -20,7 +20,10 @@ class Section(BaseModel):
 
 
 class SearchSpec(Section):
-    """What is searched: the sampler, the number of trials, and the space (`parameters` is the space, parsed)."""
+    """What is searched: the sampler, the number of trials, and the search space.
+
+    `space` is as in the study file; `parameters` is the space, parsed.
+    """
 
     sampler: Annotated[str, Field(description="How values are drawn.")] = "tpe"
     trials: Annotated[
@@ -71,7 +74,10 @@ class SearchSpec(Section):
 
 
 class PrunerSpec(Section):
-    """Which trials are stopped early. None means the pruner's own default, listed in `hpo.search.pruners.PRUNERS`."""
+    """Which trials are stopped early.
+
+    None means the pruner's own default, listed in `hpo.search.pruners.PRUNERS`.
+    """
 
     name: Annotated[str, Field(description="Name of the pruner.")] = "none"
     startup_trials: Annotated[

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from hpo.cli.app import main
+from hpo.config.schema import study_schema
 from hpo.config.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec
 from hpo.config.study_file import expand_compare
 from hpo.config.study_spec import StudySpec
@@ -28,7 +30,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def section(title: str) -> str:
-    """The README from a heading to the next of its level or above."""
+    """Return the README from a heading to the next of its level or above."""
     level = title.partition(" ")[0]
     start = README.index(f"\n{title}\n")
     end = re.compile(rf"\n#{{2,{len(level)}}} ").search(README, start + len(title) + 1)
@@ -65,6 +67,34 @@ def test_it_is_documented_in_its_section(title: str, name: str) -> None:
 )
 def test_every_option_is_documented_or_speaks_for_itself(option: str) -> None:
     assert option in README or option in ("--host", "--port")
+
+
+def reference_rows(title: str) -> dict[str, str]:
+    """Return the keys of a section's reference table with the texts of their defaults."""
+    table = section(title).partition("| key | default | meaning |\n")[2].partition("\n\n")[0]
+    defaults: dict[str, str] = {}
+    for line in table.splitlines()[1:]:
+        keys, texts = (cell.strip() for cell in line.split("|")[1:3])
+        names = re.findall(r"`(\w+)`", keys)
+        defaults |= zip(names, texts.split(", ") if texts else [""] * len(names), strict=True)
+    return defaults
+
+
+@pytest.mark.parametrize("name", ["search", "data", "training", "objective", "engine", "checkpoints", "confirm"])
+def test_the_reference_table_has_the_keys_and_defaults_of_the_schema(name: str) -> None:
+    schema = study_schema()["definitions"][name]["properties"]
+    rows = reference_rows(f"### `[{name}]`")
+    assert rows.keys() == schema.keys()
+    for key, field in schema.items():
+        if "default" in field:
+            assert rows[key].strip("`") == json.dumps(field["default"]), key
+
+
+def test_every_key_of_the_schema_is_in_its_section() -> None:
+    for name, table in study_schema()["definitions"].items():
+        for key in table.get("properties", {}):
+            is_row = (name, key) == ("pruner", "name")  # the first column of the table of pruners
+            assert is_row or f"`{key}`" in section(f"### `[{name}]`"), f"{name}.{key}"
 
 
 def test_defaults_of_pruners_are_those_documented() -> None:
