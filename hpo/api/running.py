@@ -26,12 +26,12 @@ from hpo.workers import preflight
 from hpo.workers.executors import Executor, Local, Ray
 from hpo.workers.launcher import Launcher
 from hpo.workers.launching import make_launcher
-from hpo.workers.supervisor import Watch
+from hpo.workers.supervisor import OnTick
 
 SERVE_POLL_S = 2.0  # between looks for a study that has trials waiting
 
 # Called with the store and the study once before training; returns a function that is called while it goes on.
-Watcher = Callable[[Store, StudyRecord], Watch]
+Watcher = Callable[[Store, StudyRecord], OnTick]
 # Called with what runs the workers, and with what the preflight found; opens or creates the study.
 Opener = Callable[[Launcher, Mapping[str, Any]], tuple[Store, StudyRecord]]
 
@@ -356,7 +356,7 @@ def _run_to_end(
             if watch is not None:
                 watch(store)
 
-        launcher.run(store, study, watch=look)
+        launcher.run(store, study, on_tick=look)
     study = store.studies.get(study.name)
     left = store.trials.num_left(study)
     if study.stop == "failure":

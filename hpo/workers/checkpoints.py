@@ -62,9 +62,13 @@ class StudyCheckpoints:
         for result in checkpoint.results if checkpoint else ():
             if result.epoch > last_epoch:
                 self._store.trials.report(
-                    claim, self._study.spec, epoch=result.epoch, metrics=result.metrics(), value=result.val_accuracy,
+                    claim,
+                    self._study.spec,
+                    epoch=result.epoch,
+                    metrics=result.metrics(),
+                    value=result.val_accuracy,
                     may_prune=False,
-                )  # fmt: skip
+                )
         return checkpoint
 
     def save(self, claim: Claim, checkpoint: Checkpoint) -> None:

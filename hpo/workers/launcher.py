@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord
-from hpo.workers.supervisor import Watch
+from hpo.workers.supervisor import OnTick
 
 Returned = TypeVar("Returned")
 
@@ -36,7 +36,7 @@ class Launcher(ABC):
         return None
 
     @abstractmethod
-    def run(self, store: Store, study: StudyRecord, *, watch: Watch) -> None:
+    def run(self, store: Store, study: StudyRecord, *, on_tick: OnTick) -> None:
         """Run workers until no slot of the study is left or the study is stopped.
 
         No worker is left when it returns or raises.
@@ -44,7 +44,7 @@ class Launcher(ABC):
         Args:
             store: The store of the study.
             study: The study.
-            watch: Called several times a second meanwhile.
+            on_tick: Called several times a second meanwhile.
 
         Raises:
             StudyStopped: Workers die again and again, or Ctrl-C or SIGTERM interrupt the process.

@@ -17,9 +17,9 @@ from hpo.system.devices import Device, choose_devices, num_cores, threads_per_wo
 from hpo.system.processes import machine_id
 from hpo.workers.launcher import Launcher, interrupts
 from hpo.workers.stages import add_due_trials
-from hpo.workers.supervisor import TICK_S, Watch, supervise
+from hpo.workers.supervisor import TICK_S, OnTick, supervise
 from hpo.workers.worker import Worker
-from hpo.workers.worker_handle import WorkerProcess, WorkerTask, ending
+from hpo.workers.worker_handle import WorkerProcess, WorkerTask, describe_exit_code
 
 
 class InProcessLauncher(Launcher):
@@ -29,16 +29,16 @@ class InProcessLauncher(Launcher):
         self._device = choose_devices(devices)[0]
         super().__init__(devices, device_kinds={self._device.kind})
 
-    def run(self, store: Store, study: StudyRecord, *, watch: Watch) -> None:
+    def run(self, store: Store, study: StudyRecord, *, on_tick: OnTick) -> None:
         """Run the worker, as `Launcher.run` says."""
         with interrupts() as interrupted:
-            last_watch = 0.0
+            last_tick = 0.0
 
             def should_stop() -> bool:  # called before every step of training
-                nonlocal last_watch
-                if time.monotonic() - last_watch > TICK_S:
-                    last_watch = time.monotonic()
-                    watch(store)
+                nonlocal last_tick
+                if time.monotonic() - last_tick > TICK_S:
+                    last_tick = time.monotonic()
+                    on_tick(store)
                 return bool(interrupted)
 
             store = store.retrying(until=lambda: bool(interrupted))
@@ -62,7 +62,7 @@ class InProcessLauncher(Launcher):
                 raise StudyStopped(
                     f"the device {self._device.name} is unusable in this process", can_resume=True
                 ) from None
-            watch(store)
+            on_tick(store)
             if interrupted:
                 raise StudyStopped("interrupted", can_resume=True, interrupted=True)
 
@@ -79,12 +79,12 @@ class LocalLauncher(Launcher):
         self._workers = workers or len(self._devices)
         self._allowed = allowed
 
-    def run(self, store: Store, study: StudyRecord, *, watch: Watch) -> None:
+    def run(self, store: Store, study: StudyRecord, *, on_tick: OnTick) -> None:
         """Run the worker processes, as `Launcher.run` says."""
         with interrupts() as interrupted:
             store.workers.reap(study)
             add_due_trials(store, study)  # the trial that ended last may have ended without adding them
-            supervise(store, study, self._pool(store, study), interrupted=interrupted, watch=watch)
+            supervise(store, study, self._pool(store, study), interrupted=interrupted, on_tick=on_tick)
         if interrupted:
             raise StudyStopped("interrupted", can_resume=True, interrupted=True)
 
@@ -94,19 +94,18 @@ class LocalLauncher(Launcher):
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the folder {logs} for the workers' logs cannot be made: {error.strerror}") from None
-        places = [
+        workers = [
             LocalWorker(self._task(store, study, device), device, logs / f"worker-{index}.log")
             for index in range(min(self._workers, max(1, store.trials.most_at_once(study))))
             for device in [self._devices[index % len(self._devices)]]
         ]
-        return LocalPool(places)
+        return LocalPool(workers)
 
     def _task(self, store: Store, study: StudyRecord, device: Device) -> WorkerTask:
         # The worker reads a password from the same file again, so that its environment does not show it.
         url = store.url.set(password=None) if os.environ.get(PASSWORD_FILE) else store.url
-        threads = threads_per_worker(
-            self._workers
-        )  # even if fewer workers run: with more threads the digits would differ
+        # The same however many workers are needed: with another number of threads the digits would differ.
+        threads = threads_per_worker(self._workers)
         storage = url.render_as_string(hide_password=False)
         return WorkerTask(storage, study.name, device.name, torch_device(device), threads, self._allowed)
 
@@ -114,8 +113,8 @@ class LocalLauncher(Launcher):
 class LocalPool:
     """The workers of this machine, whose number does not change."""
 
-    def __init__(self, places: Sequence[LocalWorker]) -> None:
-        self.places = places
+    def __init__(self, workers: Sequence[LocalWorker]) -> None:
+        self.workers = workers
 
     def adjust(self, store: Store, study: StudyRecord) -> None:
         """Do nothing: the pool keeps its size."""
@@ -146,7 +145,8 @@ class LocalWorker:
         with self._log.open("ab") as log:
             self._worker.start(output=log)
 
-    def last_words(self) -> str:
+    def describe_end(self) -> str:
         """Describe how the last process ended, with the end of its log."""
         tail = self._log.read_text(errors="replace")[-3000:]
-        return f"{ending(self._worker.exit_code or 0)}; the end of its log, {self._log}:\n{tail}"
+        end = describe_exit_code(self._worker.exit_code or 0)
+        return f"{end}; the end of its log, {self._log}:\n{tail}"

@@ -33,7 +33,7 @@ from hpo.study.processes import Process
 from hpo.system.devices import Device, choose_devices, torch_device
 from hpo.system.processes import machine_id
 from hpo.workers.stages import add_due_trials
-from hpo.workers.worker_handle import WorkerProcess, WorkerTask, ending
+from hpo.workers.worker_handle import WorkerProcess, WorkerTask, describe_exit_code
 
 IDLE_S = 30.0  # after so long without a trial, a worker gives back what Ray gave it
 MAX_SHOWN_TRIALS = 16  # of a worker, in Ray's lists at once: each takes a thread of the actor
@@ -292,17 +292,17 @@ class StudyController:
         store.workers.reap(study)
         add_due_trials(store, study)  # the trial that ended last may have ended without adding them
         if not self._request.publishes:
-            supervise(store, study, self._pool, interrupted=self._interrupted, watch=lambda _: None)
+            supervise(store, study, self._pool, interrupted=self._interrupted, on_tick=lambda _: None)
             return
         with Publisher(store, study) as publisher:
-            supervise(store, study, self._pool, interrupted=self._interrupted, watch=lambda _: publisher.look())
+            supervise(store, study, self._pool, interrupted=self._interrupted, on_tick=lambda _: publisher.look())
 
 
 class RayPool:
     """As many workers as a study can use and the cluster has room for, and some that wait, so that it may grow."""
 
     def __init__(self, request: WorkerRequest) -> None:
-        self.places: list[RayWorker] = []
+        self.workers: list[RayWorker] = []
         self._request = request
         self._idle_since: dict[Process, float] = {}
         self._num_made = 0
@@ -311,39 +311,39 @@ class RayPool:
     @property
     def num_placed(self) -> int:
         """Number of workers that have a node."""
-        return sum(place.process is not None for place in list(self.places))
+        return sum(worker.process is not None for worker in list(self.workers))
 
     def adjust(self, store: Any, study: Any) -> None:
         """Add workers while trials wait, and let idle ones leave."""
-        self.places = [place for place in self.places if place.is_running() or not place.leaves]
+        self.workers = [worker for worker in self.workers if worker.is_running() or not worker.leaves]
         counts = store.trials.counts(study.study_id)
         training = store.workers.in_training(study)
-        for place in self.places:
-            place.show(training.get(place.process, ()) if place.process is not None else ())
+        for worker in self.workers:
+            worker.show(training.get(worker.process, ()) if worker.process is not None else ())
         waiting = counts.get("waiting", 0)
         if waiting:
             self._add(waiting + counts.get("running", 0))
-        self._release_idle([place for place in self.places if not place.leaves], waiting, set(training))
+        self._release_idle([worker for worker in self.workers if not worker.leaves], waiting, set(training))
 
     def _add(self, num_open: int) -> None:
         """Start workers for so many trials, and some more than there is room for."""
         room = self._request.max_workers or self.num_placed + max(1, self.num_placed, _room(self._request.options))
-        for _ in range(min(num_open, room) - sum(not place.leaves for place in self.places)):
-            self.places.append(RayWorker(self._request, self._num_made))
-            self.places[-1].start()
+        for _ in range(min(num_open, room) - sum(not worker.leaves for worker in self.workers)):
+            self.workers.append(RayWorker(self._request, self._num_made))
+            self.workers[-1].start()
             self._num_made += 1
 
     def _release_idle(self, staying: Sequence[RayWorker], waiting: int, busy: set[Process]) -> None:
         now = time.monotonic()
-        idle = [place for place in staying if place.process not in busy and not waiting]
+        idle = [worker for worker in staying if worker.process not in busy and not waiting]
         self._idle_since = {
-            place.process: self._idle_since.get(place.process, now) for place in idle if place.process is not None
+            worker.process: self._idle_since.get(worker.process, now) for worker in idle if worker.process is not None
         }
-        for place in idle[: len(staying) - 1]:  # one waits for what may follow the last trial
-            since = now - IDLE_S if place.process is None else self._idle_since[place.process]
+        for worker in idle[: len(staying) - 1]:  # one waits for what may follow the last trial
+            since = now - IDLE_S if worker.process is None else self._idle_since[worker.process]
             if now - since >= IDLE_S:
-                place.leaves = True
-                place.ask_to_leave()
+                worker.leaves = True
+                worker.ask_to_leave()
 
 
 def _room(options: Mapping[str, Any]) -> int:
@@ -429,11 +429,11 @@ class RayWorker:
             ray.kill(self._actor)
             self._actor = None
 
-    def last_words(self) -> str:
+    def describe_end(self) -> str:
         """Describe how the last process ended, with the end of its output."""
         if self.exit_code is None:
             return f"with its node: {self._output}"
-        return f"{ending(self.exit_code)}; the end of its output:\n{self._output[-3000:]}"
+        return f"{describe_exit_code(self.exit_code)}; the end of its output:\n{self._output[-3000:]}"
 
     def _get(self, reference: Any) -> Any:
         """Return an actor's answer; None where it could not be made, or it or its node is gone."""

@@ -33,7 +33,7 @@ from hpo.system import provenance
 from hpo.system.devices import choose_devices, num_cores
 from hpo.workers.executors import OWN_RAY, PLACEMENTS, RAY_CLIENT, RUNNING_RAY, Ray
 from hpo.workers.launcher import Launcher, Returned, interrupts
-from hpo.workers.supervisor import TICK_S, Watch
+from hpo.workers.supervisor import TICK_S, OnTick
 
 if TYPE_CHECKING:
     from hpo.workers.ray_actors import PoolSnapshot, WorkerEnvironment, WorkerRequest
@@ -98,24 +98,24 @@ class RayLauncher(Launcher):
         if self._has_connected:
             _import_ray().shutdown()
 
-    def run(self, store: Store, study: StudyRecord, *, watch: Watch) -> None:
+    def run(self, store: Store, study: StudyRecord, *, on_tick: OnTick) -> None:
         """Run workers on the cluster, as `Launcher.run` says; attach to a supervisor that is there already."""
         ray = _import_ray()
         with interrupts() as interrupted:
             controller, is_new = self._controller(store, study)
             try:
-                end = self._follow(ray, controller, interrupted, partial(watch, store))
+                end = self._follow(ray, controller, interrupted, partial(on_tick, store))
             except (ray.exceptions.RayError, ConnectionError, *_grpc_errors()) as error:
                 raise _as_our_error(error) from None
             if is_new:  # a detached one ends by itself, once others that watch it have seen its end
                 ray.kill(controller)
-        watch(store)
+        on_tick(store)
         if end.problem is not None:
             raise StudyStopped(end.problem, can_resume=True)
         if interrupted:
             raise StudyStopped("interrupted", can_resume=True, interrupted=True)
 
-    def _follow(self, ray: Any, controller: Any, interrupted: list[int], watch: Callable[[], None]) -> PoolSnapshot:
+    def _follow(self, ray: Any, controller: Any, interrupted: list[int], on_tick: Callable[[], None]) -> PoolSnapshot:
         """Wait for the end of the study's supervisor, and pass interruptions on to it."""
         num_passed_on, has_warned = 0, False
         began = answered = time.monotonic()
@@ -128,7 +128,7 @@ class RayLauncher(Launcher):
                     "workers save their trials and leave, which may take half a minute; again ends them at once"
                 )
             num_passed_on = len(interrupted)
-            watch()
+            on_tick()
             if not ray.wait([asked], timeout=TICK_S)[0]:
                 if time.monotonic() - answered > MAX_SILENCE_S:
                     raise StudyStopped("the study's supervisor on the cluster does not answer", can_resume=True)

@@ -136,6 +136,6 @@ def cause_of_death(exit_code: int | None) -> Cause:
     return "killed" if exit_code == -signal.SIGKILL else "crashed"
 
 
-def ending(exit_code: int) -> str:
+def describe_exit_code(exit_code: int) -> str:
     """Return how a process ended, in words."""
     return f"by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"with exit code {exit_code}"

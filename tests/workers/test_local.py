@@ -19,7 +19,7 @@ from hpo.store.store import Store
 from hpo.study.records import TrialRecord
 
 if TYPE_CHECKING:
-    from conftest import Hpo
+    from tests.conftest import Hpo
 
 MakeSpec = Callable[..., StudySpec]
 WaitFor = Callable[..., Any]

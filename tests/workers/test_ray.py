@@ -376,7 +376,7 @@ def crew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Counts, Ca
             nonlocal at
             at += seconds
             made.adjust(store, type("Study", (), {"study_id": 1})())
-            return [worker for worker in made.places if worker.is_running() and worker.process is not None]
+            return [worker for worker in made.workers if worker.is_running() and worker.process is not None]
 
         return made, store, after
 
@@ -388,7 +388,7 @@ def test_a_crew_takes_all_room_and_asks_for_more_so_that_a_cluster_may_grow(crew
     store.waiting = 100
     assert len(after(0)) == 4
     after(5)
-    assert len(made.places) == 8  # as many again wait, which an autoscaler sees
+    assert len(made.workers) == 8  # as many again wait, which an autoscaler sees
     FakeWorker.room = 20
     assert len(after(5)) == 24  # the waiting ones and new ones fill the room
 
@@ -399,7 +399,7 @@ def test_there_are_never_more_workers_than_trials_nor_than_were_asked_for(
 ) -> None:
     made, store, after = crew(limit=limit, room=10)
     store.waiting = 3
-    assert len(after(0)) == len(made.places) == expected
+    assert len(after(0)) == len(made.workers) == expected
 
 
 def test_idle_workers_leave_but_the_last_one_waits_for_what_may_follow(crew: Any) -> None:
@@ -421,7 +421,7 @@ def test_workers_that_wait_for_room_are_not_waited_for(crew: Any) -> None:
     store.waiting = 10
     workers_placed = after(0)
     after(5)
-    assert len(made.places) == 4
+    assert len(made.workers) == 4
     store.waiting, store.busy = 0, {worker.process for worker in workers_placed}
     after(5)
-    assert [worker for worker in made.places if not worker.leaves] == workers_placed
+    assert [worker for worker in made.workers if not worker.leaves] == workers_placed

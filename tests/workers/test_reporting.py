@@ -24,7 +24,7 @@ from hpo.train.checkpoint import Checkpoint, CheckpointFolder
 from hpo.train.engines.plain import PlainEngine
 from hpo.workers import worker
 from hpo.workers.reporting import Reporter
-from tests.workers.test_worker import engine_study, work
+from tests.workers.training import engine_study, work
 
 
 @pytest.fixture
@@ -85,10 +85,15 @@ def test_a_slow_store_keeps_training_waiting_only_for_what_may_end_a_trial(
     (trial,) = work(store, study)
     assert (trial.state, trial.epochs) == ("complete", [1, 2, 3, 4])
     assert slow_reports == [
-        "training 1", "training 2", "reported 1",
-        "reported 2", "training 3",  # epoch 2 is a rung
-        "training 4", "reported 3", "reported 4",
-    ]  # fmt: skip
+        "training 1",
+        "training 2",
+        "reported 1",
+        "reported 2",
+        "training 3",  # epoch 2 is a rung
+        "training 4",
+        "reported 3",
+        "reported 4",
+    ]
 
 
 def test_a_worker_that_is_told_to_leave_while_an_epoch_is_reported_keeps_it(
@@ -140,7 +145,7 @@ def test_what_goes_wrong_with_a_report_ends_the_worker_and_not_the_trial(
 
 @pytest.fixture
 def slow_saves(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes writing the checkpoint of an epoch take half a second, and fail with `error` after that."""
+    """Make writing the checkpoint of an epoch take half a second, and fail with `error` after that."""
     save = CheckpointFolder.save
 
     def slow(epoch: int, error: OSError | None = None) -> None:
@@ -171,7 +176,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
 def take_away(store: Store, study: StudyRecord) -> None:
     """Another worker takes trial 0, as after a lease that ran out."""
     other = store.workers.add(study.study_id, device="elsewhere")
-    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.begin() as connection:
         connection.execute(schema.slots.update().where(schema.slots.c.number == 0).values(lease_until=0))
     store.workers.reap(study)
     assert store.trials.claim(study, other) is not None
@@ -222,7 +227,7 @@ def test_a_lease_is_renewed_until_the_last_checkpoint_of_a_trial_that_is_given_b
     from hpo.train.engines.stack import TrialStack
 
     def lease(number: int) -> float:
-        with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
+        with store.storage.engine.connect() as connection:
             rows = connection.execute(sa.select(schema.slots.c.lease_until).where(schema.slots.c.number == number))
             return float(rows.scalar() or 0)
 

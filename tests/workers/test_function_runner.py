@@ -1,0 +1,152 @@
+"""A user's own function: what it is given, and how its trials end, whatever it does."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpo.config.study_spec import StudySpec
+from hpo.store.store import Store
+from tests.workers.training import work
+
+MakeSpec = Callable[..., StudySpec]
+WriteLoop = Callable[[str], None]
+
+
+def test_an_exception_fails_its_trial_with_the_traceback_and_the_study_goes_on(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+if trial.params["lr"] == 0.1:
+    raise ValueError("no such\\nluck")
+trial.report(1, val_accuracy=0.5)
+""")
+    study = store.studies.create(make_spec(0.1, 0.2), facts={})
+    failed, fine = work(store, study)
+    assert (failed.state, failed.reason, failed.value) == ("failed", "ValueError: no such", None)
+    assert failed.error is not None
+    assert 'loop.py", line 4, in train' in failed.error
+    assert (fine.state, fine.value) == ("complete", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("sys.exit('enough')", "SystemExit: enough"),
+        ("sys.exit(0)", "SystemExit: 0"),
+        ("raise MemoryError", "out of memory"),
+        ("return", "UserError: loop:train returned without a trial.report(...)"),
+        ("trial.report(1)", "UserError: trial.report must be given val_accuracy=..."),
+        ("trial.report(0, val_accuracy=1)", "UserError: trial.report: epoch must be an integer of at least 1, got 0"),
+        ("trial.report(1, val_accuracy='high')", "ValueError: could not convert string to float: 'high'"),
+    ],
+)
+def test_whatever_a_function_does_wrong_fails_its_trial_and_not_the_worker(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, statement: str, reason: str
+) -> None:
+    loop(statement)
+    (failed,) = work(store, store.studies.create(make_spec(0.1), facts={}))
+    assert failed.state == "failed"
+    assert failed.reason is not None
+    assert failed.reason.startswith(reason)
+
+
+def test_a_value_that_is_not_finite_ends_the_trial_as_diverged(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+assert not trial.report(1, val_accuracy=0.5)
+assert trial.report(2, val_accuracy=math.nan)
+assert trial.report(3, val_accuracy=0.9)
+""")
+    (diverged,) = work(store, store.studies.create(make_spec(0.1), facts={}))
+    assert (diverged.state, diverged.reason) == ("diverged", "val_accuracy = nan in epoch 2")
+    assert (diverged.value, diverged.curves["val_accuracy"]) == (None, [0.5, None])
+
+
+def test_a_loop_that_is_told_to_end_and_goes_on_records_nothing_more(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+for epoch in range(1, trial.epochs + 1):
+    trial.report(epoch, val_accuracy=epoch / 100)
+""")
+    pruner = {"name": "threshold", "lower": 0.5, "warmup_epochs": 2}
+    (pruned,) = work(store, store.studies.create(make_spec(0.1, epochs=9, pruner=pruner), facts={}))
+    assert pruned.state == "pruned"
+    assert pruned.reason == f"threshold pruner after epoch {pruned.epochs[-1]}"
+    assert pruned.epochs[-1] < 5
+    assert pruned.value == pruned.epochs[-1] / 100
+
+
+@pytest.mark.parametrize(("last", "state", "value"), [(0.7, "complete", 0.7), (float("nan"), "diverged", None)])
+def test_a_trial_that_was_killed_after_its_last_report_ends_with_it(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, last: float, state: str, value: float | None
+) -> None:
+    loop("return  # the checkpoint says that nothing is left to train")
+    study = store.studies.create(make_spec(0.1, epochs=2), facts={})
+    killed = store.trials.claim(study, store.workers.add(study.study_id, device="cpu"))
+    assert killed is not None
+    store.trials.suggest(killed, study.spec, attributes=lambda _: {})
+    for epoch, number in ((1, 0.6), (2, last)):
+        store.trials.report(killed, study.spec, epoch=epoch, metrics={"val_accuracy": number}, value=number)
+    store.trials.release(killed)
+    (ended,) = work(store, study)
+    assert (ended.state, ended.value, ended.attempt) == (state, value, 2)
+
+
+def test_a_trial_is_given_and_recorded_with_what_it_depends_on(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, tmp_path: Path
+) -> None:
+    loop("""
+assert (trial.device, trial.epochs, trial.attempt) == ("cpu", 3, 1)
+assert trial.checkpoint_dir.is_dir() and not list(trial.checkpoint_dir.iterdir())
+(trial.checkpoint_dir / "seed").write_text(str(trial.seed))
+trial.report(1, val_accuracy=trial.params["lr"])
+""")
+    study = store.studies.create(make_spec(0.1, 0.2), facts={})
+    trials = work(store, study)
+    for trial in trials:
+        folder = store.folder(study) / "trials" / f"{trial.number:04d}"
+        assert (folder / "seed").read_text() == str(trial.attributes["seed"])
+        assert (trial.attributes["device"], trial.attributes["pid"]) == ("cpu", os.getpid())
+        assert trial.attributes["host"] == socket.gethostname()
+        assert {"python", "optuna", "torch"} <= trial.attributes["versions"].keys()
+        assert "git_revision" in trial.attributes
+    assert len({trial.attributes["seed"] for trial in trials}) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
+        ("raise GeneratorExit", "GeneratorExit: "),
+        ("raise __import__('sqlalchemy').exc.OperationalError('mine', {}, Exception('mine'))", "OperationalError: "),
+        ("raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})", "Mute: "),
+    ],
+)
+def test_whatever_a_loop_raises_ends_its_trial_and_not_the_study(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, line: str, reason: str
+) -> None:
+    loop(f"if trial.number == 0: {line}\ntrial.report(1, val_accuracy=0.5)")
+    first, second = work(store, store.studies.create(make_spec(0.1, 0.2), facts={}))
+    assert (first.state, second.state) == ("failed", "complete")
+    assert str(first.reason).startswith(reason)
+
+
+def test_a_loop_is_never_given_another_studys_checkpoints(tmp_path: Path, make_spec: MakeSpec, loop: WriteLoop) -> None:
+    """Not those of a study of the same name in another database beside it, nor of one that was deleted."""
+    loop("""
+assert not list(trial.checkpoint_dir.iterdir())
+(trial.checkpoint_dir / "last.pt").touch()
+trial.report(1, val_accuracy=0.5)
+""")
+    for name in ("a", "b", "a"):
+        (tmp_path / f"{name}.db").unlink(missing_ok=True)
+        store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
+        (trial,) = work(store, store.studies.create(make_spec(0.1), facts={}))
+        assert trial.state == "complete", trial.error
