@@ -107,7 +107,7 @@ def find_best(study: StudyRecord, trials: Sequence[TrialRecord]) -> Best | None:
         response=response,
         warnings=find_warnings(study, trials, leader, response),
         confirmation=confirmation,
-        range_test=study.facts.get("range_test"),
+        range_test=study.metadata.get("range_test"),
     )
 
 
@@ -127,7 +127,7 @@ def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response
         return None
     lrs, values, doubts = np.array(seen).T
     diverged = [float(trial.params["lr"]) for trial in rated if trial.state == "diverged"]
-    classes = None if study.spec.objective else study.facts.get("num_classes")
+    classes = None if study.spec.objective else study.metadata.get("num_classes")
     low, high = rate_bounds(study, trials)
     response = fit_response(
         Observations(np.log10(lrs), values, doubts, np.log10(diverged), floor=1 / classes if classes else math.inf),
@@ -175,7 +175,7 @@ def learning_rate_interval(
     worse, was pruned, or diverged. Trials that differ from the winner in a listed parameter (optimizer, batch size...)
     do not count; those that differ in a range count all the same.
     """
-    num_val = study.facts.get("num_val")
+    num_val = study.metadata.get("num_val")
     if not has_rate(winner) or not num_val:
         return None
     least = value_of(winner) - standard_error(value_of(winner), num_val)

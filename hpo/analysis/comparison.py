@@ -101,9 +101,9 @@ def compare_answers(answers: Sequence[tuple[StudyRecord, Sequence[TrialRecord], 
     compared, settings, responses = [], [], []
     for study, trials, answer in answers:
         of_study = {key: value for key, value in flatten(study.spec.frozen()) if _is_compared(key)}
-        if "num_train" in study.facts:
+        if "num_train" in study.metadata:
             # Two settings can say it, or neither.
-            of_study["data.train_samples"] = study.facts["num_train"]
+            of_study["data.train_samples"] = study.metadata["num_train"]
         for params, response in _responses(study, answer):
             listed = {_setting_key(key): value for key, value in params.items()}
             settings.append(_used_settings(of_study | listed))

@@ -87,7 +87,7 @@ def find_confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, sear
     measured = [candidate for candidate in candidates if candidate.mean is not None]
     ranked = sorted(measured, key=lambda candidate: (candidate.num_diverged, -sign * _mean_of(candidate)))
     rivals = [candidate for candidate in ranked if candidate.num_diverged == ranked[0].num_diverged]
-    num_val = study.facts.get("num_val")
+    num_val = study.metadata.get("num_val")
     grain = 1 / num_val if num_val and not study.spec.objective else 0.0  # of an accuracy: one image
     value, error = _expected_value(rivals, grain=grain)
     tests = [

@@ -22,7 +22,7 @@ def range_test_lines(
     The sentence of the test that `params` belong to also says where the learning rate `best` is in its range.
     """
     lines = []
-    for test in study.facts.get(RANGE_TEST_KEY, ()):
+    for test in study.metadata.get(RANGE_TEST_KEY, ()):
         subject = "the range of learning rates"
         if test["params"]:
             subject += f" with {', '.join(f'{key} {value}' for key, value in test['params'].items())}"

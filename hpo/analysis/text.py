@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 def study_text(study: StudyRecord) -> str:
     """Return what a study searches, and on what data."""
-    spec, facts = study.spec, study.facts
+    spec, metadata = study.spec, study.metadata
     text = f"{spec.num_trials} trials, {spec.search.sampler} over {', '.join(spec.search.parameters)}"
     if spec.confirm:
         text += f", then the best {spec.confirm.top} on {spec.confirm.seeds} seeds each"
-    if "num_parameters" in facts:
+    if "num_parameters" in metadata:
         text += (
-            f"; {spec.model.name} ({facts['num_parameters']:,} parameters) on {spec.data.name} "
-            f"({facts['num_train']:,} training, {facts['num_val']:,} validation pictures, "
-            f"{facts['num_classes']} classes)"
+            f"; {spec.model.name} ({metadata['num_parameters']:,} parameters) on {spec.data.name} "
+            f"({metadata['num_train']:,} training, {metadata['num_val']:,} validation pictures, "
+            f"{metadata['num_classes']} classes)"
         )
     return text
 

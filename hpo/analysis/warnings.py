@@ -65,7 +65,7 @@ class WarningContext:
     @property
     def noise(self) -> float | None:
         """The standard deviation of one trial's value: the response's, else the part due to the number of images."""
-        num_val = self.study.facts.get("num_val")
+        num_val = self.study.metadata.get("num_val")
         if self.response is not None:
             return self.response.noise
         return standard_error(value_of(self.winner), num_val) if num_val else None
@@ -78,8 +78,8 @@ class WarningContext:
 
 
 def _guessing(context: WarningContext) -> str | None:
-    classes, value = context.study.facts.get("num_classes"), value_of(context.winner)
-    if not classes or value > 1 / classes + standard_error(1 / classes, context.study.facts["num_val"]):
+    classes, value = context.study.metadata.get("num_classes"), value_of(context.winner)
+    if not classes or value > 1 / classes + standard_error(1 / classes, context.study.metadata["num_val"]):
         return None
     return f"the best trial is no better than guessing among {classes} classes: give it more epochs, or other rates"
 

@@ -159,8 +159,8 @@ def join(
     if not store.trials.num_left(study):
         return result_of(store, study)
 
-    def join_it(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
-        store.studies.check_joins(study, study.spec, facts=facts)
+    def join_it(_: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
+        store.studies.check_joins(study, study.spec, metadata=metadata)
         return store, study
 
     allowed = ImportAllowlist.parse(allow)
@@ -258,8 +258,8 @@ def resume(
     if trials is None and not store.trials.num_left(study):
         return result_of(store, study)
 
-    def open_again(_: Launcher, facts: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
-        store.studies.check_joins(study, study.spec, facts=facts)
+    def open_again(_: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
+        store.studies.check_joins(study, study.spec, metadata=metadata)
         if trials is not None:
             store.studies.enlarge(study, trials)
         store.studies.start(study)
@@ -290,7 +290,7 @@ def stop(name: str, *, storage: str | None = None) -> bool:
     return True
 
 
-def _create(spec: StudySpec, url: str, launcher: Launcher, facts: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
+def _create(spec: StudySpec, url: str, launcher: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
     """Create the study, with the learning rates that a range test finds where the spec asks for one."""
     closed, found = ranges.resolve(
         spec,
@@ -298,7 +298,7 @@ def _create(spec: StudySpec, url: str, launcher: Launcher, facts: Mapping[str, A
         stored=lambda: _find(spec.name, url)[1],
     )
     store = Store(url, create=True)
-    study = store.studies.create(closed, facts={**facts, **found})
+    study = store.studies.create(closed, metadata={**metadata, **found})
     store.studies.start(study)
     return store, study
 
@@ -328,7 +328,7 @@ def _find_finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | Non
 
 @contextmanager
 def _checked(spec: StudySpec, allowed: ImportAllowlist, launcher: Launcher) -> Iterator[dict[str, Any]]:
-    """Enter the launcher, let modules of the user's own be imported, check everything; give the facts found."""
+    """Enter the launcher, let modules of the user's own be imported, check everything; give the metadata found."""
     allowed.check(spec)
     with launcher, allowed.importable():
         yield launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
@@ -338,9 +338,9 @@ def _checked(spec: StudySpec, allowed: ImportAllowlist, launcher: Launcher) -> I
 def _opened(
     spec: StudySpec, allowed: ImportAllowlist, opener: Opener, launcher: Launcher
 ) -> Iterator[tuple[Store, StudyRecord]]:
-    """Check everything, then open the study with the facts that were found."""
-    with _checked(spec, allowed, launcher) as facts:
-        store, study = opener(launcher, facts)
+    """Check everything, then open the study with the metadata that was found."""
+    with _checked(spec, allowed, launcher) as metadata:
+        store, study = opener(launcher, metadata)
         yield store.retrying(for_s=OUTAGE_S), study
 
 

@@ -71,10 +71,10 @@ def copy(
         raise type(error)(str(error).replace("--storage", "--to")) from None
     target.studies.check_absent(name)
     # Files first: a study in a store has its files, whenever the copy is interrupted.
-    copied = replace(study, facts={**study.facts, "uid": uuid.uuid4().hex[:8], "origin": study.origin})
+    copied = replace(study, metadata={**study.metadata, "uid": uuid.uuid4().hex[:8], "origin": study.origin})
     _copy_files(source.checkpoints_url(study), target.checkpoints_url(copied))
     _copy_files(str(source.folder(study) / "trials"), str(target.folder(copied) / "trials"))
-    target.studies.copy_from(source.studies, study, facts=copied.facts, progress=progress)
+    target.studies.copy_from(source.studies, study, metadata=copied.metadata, progress=progress)
     return str(target.url)
 
 

@@ -96,7 +96,7 @@ def _run_range_test(config: TrialConfig, device: Device, progress: Callable[[int
 def resolve(
     spec: StudySpec, *, measure: Callable[[StudySpec], Sequence[Ramp]], stored: Callable[[], StudyRecord | None]
 ) -> tuple[StudySpec, dict[str, Any]]:
-    """The spec without `"auto"` and the facts of the tests that were made, none where `stored()` has the study."""
+    """The spec without `"auto"` and the metadata of the tests that were made, none where `stored()` has the study."""
     if not needs_range_test(spec) or not needs_range_test(spec := adopt_stored_ranges(spec, stored())):
         return spec, {}
     tested = measure(spec)
@@ -105,7 +105,7 @@ def resolve(
 
 
 def fill_in_ranges(spec: StudySpec, tested: Sequence[Ramp]) -> tuple[StudySpec, dict[str, Any]]:
-    """The spec with the range that was found in place of each `lr = "auto"`, and the facts that say so.
+    """The spec with the range that was found in place of each `lr = "auto"`, and the metadata that says so.
 
     A range holds what each test proposes for it, and the learning rates of `search.try_first`. Raises UserError where a
     test found no learning rate that trains.
@@ -125,7 +125,7 @@ def fill_in_ranges(spec: StudySpec, tested: Sequence[Ramp]) -> tuple[StudySpec, 
 
 def adopt_stored_ranges(spec: StudySpec, study: StudyRecord | None) -> StudySpec:
     """The spec with the stored study's ranges in place of `"auto"`, where range tests found those; no test is made."""
-    if study is None or RANGE_TEST_KEY not in study.facts or not needs_range_test(spec):
+    if study is None or RANGE_TEST_KEY not in study.metadata or not needs_range_test(spec):
         return spec
     settings = spec.frozen()
     here, there = settings["search"]["space"], study.spec.frozen()["search"]["space"].get("lr")

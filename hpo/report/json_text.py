@@ -24,7 +24,7 @@ def render_json(report: StudyReport, _figure: str) -> bytes:
         "responses": curves,
         "figures": {entry.name: entry.text for entry in report.drawn},
         "trials": [trial_as_dict(trial) for trial in report.trials],
-        "facts": dict(report.study.facts),
+        "facts": dict(report.study.metadata),
         "provenance": dict(provenance_rows(report)),
         "spec": report.study.spec.frozen(),
     }

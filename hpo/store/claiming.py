@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hpo.store.conditions import is_lost, is_slot, on_same_device
-from hpo.store.ledger import LEASE_S, MAX_LOSSES
-from hpo.store.schema import attempts, slots
+from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES
+from hpo.store.schema import attempts_table, select_all, slots_table
 from hpo.study.records import Claim
 
 
@@ -21,20 +21,20 @@ def choose_slot(connection: Connection, study_id: int, worker_id: str, *, num_he
     that has its device to itself; no other worker then claims a trial on that device.
     """
     neighbours = [row for row in connection.execute(on_same_device(worker_id)) if not is_lost(row, at)]
-    if any(row.alone for row in neighbours):
+    if any(row.exclusive for row in neighbours):
         return None
-    waiting = sa.select(slots).where(slots.c.study_id == study_id, slots.c.state == "waiting")
-    fits = slots.c.alone == 0
+    waiting = select_all(slots_table).where(slots_table.c.study_id == study_id, slots_table.c.state == "waiting")
+    fits = slots_table.c.exclusive == 0
     kinds: list[sa.ColumnElement[bool]]
     if num_held:
-        kinds = [fits & (slots.c.losses == 0)]
+        kinds = [fits & (slots_table.c.crashes == 0)]
     else:
-        kinds = [fits & (slots.c.losses < MAX_LOSSES), fits]
+        kinds = [fits & (slots_table.c.crashes < MAX_TRIAL_CRASHES), fits]
         if not neighbours:
-            kinds.append(slots.c.alone == 1)
+            kinds.append(slots_table.c.exclusive == 1)
     # One after the other, not one ORDER BY, so that the index gives the first at once and nothing is sorted.
     for kind in kinds:
-        row = connection.execute(waiting.where(kind).order_by(slots.c.number).limit(1)).first()
+        row = connection.execute(waiting.where(kind).order_by(slots_table.c.number).limit(1)).first()
         if row is not None:
             return row
     return None
@@ -48,7 +48,7 @@ def take_slot(connection: Connection, row: Any, *, trial_id: int, worker_id: str
         row.attempt + 1,
         trial_id,
         worker_id,
-        is_suspect=row.losses > 0,
+        is_suspect=row.crashes > 0,
         kind=row.kind,
         replicate=row.replicate,
         tested=row.tested,
@@ -61,14 +61,14 @@ def take_slot(connection: Connection, row: Any, *, trial_id: int, worker_id: str
         "claimed_at": at,
         "lease_until": at + LEASE_S,
     }
-    connection.execute(slots.update().where(is_slot(claim)).values(taken))
+    connection.execute(slots_table.update().where(is_slot(claim)).values(taken))
     attempt = {
         "study_id": claim.study_id,
         "number": claim.number,
         "attempt": claim.attempt,
         "worker_id": worker_id,
         "began_at": at,
-        "furthest": row.furthest,
+        "last_epoch": row.last_epoch,
     }
-    connection.execute(attempts.insert().values(attempt))
+    connection.execute(attempts_table.insert().values(attempt))
     return claim

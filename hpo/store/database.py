@@ -224,7 +224,7 @@ def open_storage(url: URL, *, create: bool) -> JoinedStorage:
             raise UserError(f"--storage: the folder {path.parent} does not exist or cannot be written to")
     with _explained(url, writing=create):
         with _probing(url) as engine:
-            schema.check(engine, url, create=create)
+            schema.check_tables(engine, url, create=create)
             if create:
                 _create_tables(engine)
         return _joined_storage(url)
@@ -237,7 +237,7 @@ def upgrade(url: URL) -> list[str]:
         is_ours = False
         if path is None or path.exists():
             with _probing(url) as engine:
-                is_ours = schema.meta.name in sa.inspect(engine).get_table_names()
+                is_ours = schema.meta_table.name in sa.inspect(engine).get_table_names()
         if not is_ours:
             open_storage(url, create=True).engine.dispose()
             return [f"made the tables of {url}, schema version {schema.SCHEMA_VERSION}"]

@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection
 from hpo.errors import UserError
 from hpo.store.conditions import is_attempt, is_held
 from hpo.store.database import Database
-from hpo.store.schema import attempts, slots, studies
+from hpo.store.schema import attempts_table, slots_table, studies_table
 from hpo.study.records import ENDED, Claim
 
 
@@ -35,8 +35,8 @@ def _lease_s() -> float:
 
 
 LEASE_S = _lease_s()  # a claim that is not renewed for this long may be taken by another worker
-MAX_LOSSES = 3  # a trial whose worker crashed this often without an epoch in between is failed: it kills them
-MAX_KILLS = 10  # the same for a worker that was killed from outside, which need not be the trial's doing
+MAX_TRIAL_CRASHES = 3  # a trial whose worker crashed this often without an epoch in between is failed: it kills them
+MAX_TRIAL_KILLS = 10  # the same for a worker that was killed from outside, which need not be the trial's doing
 OUT_OF_MEMORY = "out of memory"  # the failure key of what ran out of it, wherever it did
 SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
@@ -64,7 +64,7 @@ class Ledger:
 
     def extend(self, connection: Connection, claim: Claim) -> bool:
         """Extends the lease, where it is still the claim's, and locks the slot."""
-        held = slots.update().where(is_held(claim)).values(lease_until=self._database.now(connection) + LEASE_S)
+        held = slots_table.update().where(is_held(claim)).values(lease_until=self._database.now(connection) + LEASE_S)
         return bool(connection.execute(held).rowcount == 1)
 
     def describe(self, claim: Claim, attributes: Mapping[str, Any]) -> None:
@@ -72,16 +72,16 @@ class Ledger:
             self._database.cached.set_trial_user_attr(claim.trial_id, key, value)
 
     def note(self, connection: Connection, claim: Claim, texts: Sequence[str]) -> None:
-        before = connection.execute(sa.select(attempts.c.note).where(is_attempt(claim))).scalar()
+        before = connection.execute(sa.select(attempts_table.c.note).where(is_attempt(claim))).scalar()
         new = [
             text for text in map(storable_text, texts) if text not in (before or "")
         ]  # a full disk is full every epoch
         if new:
             note = "\n".join([*([before] if before else []), *new])
-            connection.execute(attempts.update().where(is_attempt(claim)).values(note=note))
+            connection.execute(attempts_table.update().where(is_attempt(claim)).values(note=note))
 
     def free(self, connection: Connection, claim: Claim, outcome: str, *, error: str | None = None) -> None:
-        free = slots.update().where(is_held(claim)).values(state="waiting", worker_id=None, lease_until=None)
+        free = slots_table.update().where(is_held(claim)).values(state="waiting", worker_id=None, lease_until=None)
         connection.execute(free)
         self._end_attempt(connection, claim, outcome, error)
 
@@ -104,7 +104,7 @@ class Ledger:
             "reason": reason,
             "error": error,
         }
-        connection.execute(slots.update().where(is_held(claim)).values(**end, failure_key=failure_key))
+        connection.execute(slots_table.update().where(is_held(claim)).values(**end, failure_key=failure_key))
         self._end_attempt(connection, claim, state, error)
         trial = self._database.cached.get_trial(claim.trial_id)
         last = math.nan if trial.last_step is None else trial.intermediate_values[trial.last_step]
@@ -119,19 +119,25 @@ class Ledger:
 
     def _end_attempt(self, connection: Connection, claim: Claim, outcome: str, error: str | None) -> None:
         end = {"ended_at": self._database.now(connection), "outcome": outcome, "error": error}
-        connection.execute(attempts.update().where(is_attempt(claim)).values(**end))
+        connection.execute(attempts_table.update().where(is_attempt(claim)).values(**end))
 
     def _stop_on_same_failures(self, connection: Connection, study_id: int, failure_key: str, error: str) -> None:
-        started = sa.select(studies.c.started_at).where(studies.c.study_id == study_id).scalar_subquery()
+        started = sa.select(studies_table.c.started_at).where(studies_table.c.study_id == study_id).scalar_subquery()
         same = connection.execute(
             sa.select(sa.func.count())
-            .select_from(slots)
-            .where(slots.c.study_id == study_id, slots.c.failure_key == failure_key, slots.c.ended_at >= started)
+            .select_from(slots_table)
+            .where(
+                slots_table.c.study_id == study_id,
+                slots_table.c.failure_key == failure_key,
+                slots_table.c.ended_at >= started,
+            )
         ).scalar_one()
         if same >= SAME_FAILURE_LIMIT:
             reason = f"{same} trials failed the same way\n{error}"
             connection.execute(
-                studies.update().where(studies.c.study_id == study_id).values(stop="failure", stop_reason=reason)
+                studies_table.update()
+                .where(studies_table.c.study_id == study_id)
+                .values(stop="failure", stop_reason=reason)
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from hpo.store.schema import attempts, epochs, slots, workers
+from hpo.store.schema import attempts_table, epochs_table, labelled, select_all, slots_table, workers_table
 from hpo.study.records import Attempt, read_attempt
 
 Reports = list[tuple[int, dict[str, float | None]]]  # of one trial, in order: epoch and metrics
@@ -16,7 +16,11 @@ Reports = list[tuple[int, dict[str, float | None]]]  # of one trial, in order: e
 
 def read_rows(connection: Connection, study_id: int) -> tuple[list[Any], dict[int, Reports], dict[int, list[Attempt]]]:
     """Return the rows of the study's slots in order, and their reports and attempts by the slot's number."""
-    rows = list(connection.execute(sa.select(slots).where(slots.c.study_id == study_id).order_by(slots.c.number)))
+    rows = list(
+        connection.execute(
+            select_all(slots_table).where(slots_table.c.study_id == study_id).order_by(slots_table.c.number)
+        )
+    )
     reports, latest = _reports(connection, study_id)
     tries = _attempts(connection, study_id)
     for row in rows:  # a trial that has just been begun again has the epochs up to the one that it resumed from
@@ -30,7 +34,11 @@ def _reports(connection: Connection, study_id: int) -> tuple[dict[int, Reports],
     """Return the reports of each slot, and the attempt that reported last."""
     reports: dict[int, Reports] = {}
     latest: dict[int, int] = {}
-    query = sa.select(epochs).where(epochs.c.study_id == study_id).order_by(epochs.c.number, epochs.c.epoch)
+    query = (
+        select_all(epochs_table)
+        .where(epochs_table.c.study_id == study_id)
+        .order_by(epochs_table.c.number, epochs_table.c.epoch)
+    )
     for row in connection.execute(query):
         reports.setdefault(row.number, []).append((row.epoch, json.loads(row.metrics)))
         latest[row.number] = row.attempt
@@ -40,10 +48,10 @@ def _reports(connection: Connection, study_id: int) -> tuple[dict[int, Reports],
 def _attempts(connection: Connection, study_id: int) -> dict[int, list[Attempt]]:
     found: dict[int, list[Attempt]] = {}
     query = (
-        sa.select(attempts, workers.c.host, workers.c.device)
-        .outerjoin(workers, workers.c.worker_id == attempts.c.worker_id)
-        .where(attempts.c.study_id == study_id)
-        .order_by(attempts.c.number, attempts.c.attempt)
+        sa.select(*labelled(attempts_table), workers_table.c.host, workers_table.c.device)
+        .outerjoin(workers_table, workers_table.c.worker_id == attempts_table.c.worker_id)
+        .where(attempts_table.c.study_id == study_id)
+        .order_by(attempts_table.c.number, attempts_table.c.attempt)
     )
     for row in connection.execute(query):
         found.setdefault(row.number, []).append(read_attempt(row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import sqlalchemy as sa
@@ -18,28 +19,28 @@ from hpo.errors import UserError
 
 SCHEMA_VERSION = 3
 
-metadata = sa.MetaData()
+our_tables = sa.MetaData()
 
-meta = sa.Table(
+meta_table = sa.Table(
     "hpo_meta",
-    metadata,
+    our_tables,
     sa.Column("key", sa.String(64), primary_key=True),
     sa.Column("value", sa.Text, nullable=False),
 )
-studies = sa.Table(
+studies_table = sa.Table(
     "hpo_studies",
-    metadata,
+    our_tables,
     sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),  # Optuna's
     sa.Column("spec", sa.Text, nullable=False),  # StudySpec.frozen() as JSON
-    sa.Column("facts", sa.Text, nullable=False),  # what the preflight found, as JSON
+    sa.Column("facts", sa.Text, nullable=False, key="metadata"),  # what the preflight found, as JSON
     sa.Column("created_at", sa.Float, nullable=False),  # every time: seconds since 1970 by the database's clock
     sa.Column("started_at", sa.Float, nullable=False),  # of the latest `hpo run` or `hpo resume`
     sa.Column("stop", sa.String(16)),  # None | "requested" | "failure"
     sa.Column("stop_reason", sa.Text),
 )
-slots = sa.Table(
+slots_table = sa.Table(
     "hpo_slots",
-    metadata,
+    our_tables,
     sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),  # also the Optuna trial's number
     sa.Column("kind", sa.String(16), nullable=False, server_default="search"),  # search | confirm | test
@@ -49,11 +50,13 @@ slots = sa.Table(
     sa.Column("given", sa.Text, nullable=False),  # parameters fixed beforehand, under Optuna's names, as JSON
     sa.Column("trial_id", sa.Integer),  # Optuna's, from the first claim on
     sa.Column("attempt", sa.Integer, nullable=False),  # 0 before the first claim; fences out whoever lost the slot
-    sa.Column("furthest", sa.Integer, nullable=False),  # the highest epoch that any attempt reported
+    sa.Column("furthest", sa.Integer, nullable=False, key="last_epoch"),  # the highest epoch that any attempt reported
     sa.Column("pruned_at", sa.Integer),  # the epoch after which the pruner said to drop it
-    sa.Column("losses", sa.Integer, nullable=False),  # attempts whose worker crashed since `furthest` last rose
+    sa.Column("losses", sa.Integer, nullable=False, key="crashes"),  # of workers at it, since `last_epoch` last rose
     sa.Column("failures", sa.Integer, nullable=False, server_default="0"),  # attempts that an exception ended
-    sa.Column("alone", sa.Integer, nullable=False, server_default="0"),  # 1: ran out of memory, has a device to itself
+    sa.Column(
+        "alone", sa.Integer, nullable=False, server_default="0", key="exclusive"
+    ),  # 1: ran out of memory, has a device to itself
     sa.Column("worker_id", sa.String(64)),
     sa.Column("claimed_at", sa.Float),  # by the latest attempt
     sa.Column("lease_until", sa.Float),
@@ -63,33 +66,37 @@ slots = sa.Table(
     sa.Column("failure_key", sa.Text),  # equal for two trials that failed the same way
     sa.Index("hpo_slots_by_state", "study_id", "state", "number"),
 )
-attempts = sa.Table(
+attempts_table = sa.Table(
     "hpo_attempts",
-    metadata,
+    our_tables,
     sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("worker_id", sa.String(64), nullable=False),
     sa.Column("began_at", sa.Float, nullable=False),
     sa.Column("ended_at", sa.Float),
-    sa.Column("furthest", sa.Integer, nullable=False),  # epochs that earlier attempts had reported when it began
-    sa.Column("went_on_from", sa.Integer),  # the epoch of the checkpoint it went on from; 0: none, from the start
+    sa.Column(
+        "furthest", sa.Integer, nullable=False, key="last_epoch"
+    ),  # epochs that earlier attempts had reported when it began
+    sa.Column(
+        "went_on_from", sa.Integer, key="resumed_from"
+    ),  # the epoch of the checkpoint it resumed from; 0: none, from the start
     sa.Column("outcome", sa.Text),  # how it ended: a final state, "released", "lost", or an exception in a line
     sa.Column("error", sa.Text),  # traceback, where an exception ended it
     sa.Column("note", sa.Text),  # what went wrong on the way without ending it, such as a torn checkpoint
 )
-epochs = sa.Table(
+epochs_table = sa.Table(
     "hpo_epochs",
-    metadata,
+    our_tables,
     sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("metrics", sa.Text, nullable=False),  # JSON; null stands for a number that is not finite
 )
-workers = sa.Table(
+workers_table = sa.Table(
     "hpo_workers",
-    metadata,
+    our_tables,
     sa.Column("worker_id", sa.String(64), primary_key=True),
     sa.Column("study_id", sa.Integer, nullable=False),
     sa.Column("host", sa.Text, nullable=False),
@@ -106,7 +113,17 @@ intermediate_values = TrialIntermediateValueModel.__table__  # Optuna's
 trial_values = TrialValueModel.__table__  # Optuna's
 
 
-def check(engine: Engine, url: URL, *, create: bool) -> bool:
+def select_all(table: sa.Table) -> sa.Select[Any]:
+    """Return a query of all columns of a table, whose rows have the names that the code uses, not those on disk."""
+    return sa.select(*labelled(table))
+
+
+def labelled(table: sa.Table) -> list[sa.Label[Any]]:
+    """Return the columns of a table under the names that the code uses: older names stay on disk."""
+    return [column.label(column.key) for column in table.c]
+
+
+def check_tables(engine: Engine, url: URL, *, create: bool) -> bool:
     """Whether the database holds our tables; `create` allows that it does not.
 
     Raises UserError where it is somebody else's, or of a version that this code does not know.
@@ -116,7 +133,7 @@ def check(engine: Engine, url: URL, *, create: bool) -> bool:
         raise UserError(
             f"the database {url} is no store of ours nor of Optuna's; its tables: {', '.join(sorted(tables)[:5])}"
         )
-    if meta.name not in tables:
+    if meta_table.name not in tables:
         if not create:
             raise UserError(f"the database {url} holds no study of ours; `hpo run` adds one")
         return False
@@ -135,7 +152,7 @@ def check(engine: Engine, url: URL, *, create: bool) -> bool:
 
 
 def schema_version(connection: Connection) -> int:
-    version = connection.execute(sa.select(meta.c.value).where(meta.c.key == "schema_version")).scalar()
+    version = connection.execute(sa.select(meta_table.c.value).where(meta_table.c.key == "schema_version")).scalar()
     return SCHEMA_VERSION if version is None else int(version)
 
 
@@ -149,11 +166,11 @@ def create_tables(connection: Connection) -> None:
         migrations = Path(optuna.storages.__file__).parent / "_rdb" / "alembic"
         MigrationContext.configure(connection).stamp(ScriptDirectory(str(migrations)), "heads")
     BaseModel.metadata.create_all(connection)
-    metadata.create_all(connection)
+    our_tables.create_all(connection)
     # The update changes nothing, and fails where the database is read-only.
-    known = meta.update().where(meta.c.key == "schema_version").values(value=meta.c.value)
+    known = meta_table.update().where(meta_table.c.key == "schema_version").values(value=meta_table.c.value)
     if connection.execute(known).rowcount == 0:
-        connection.execute(meta.insert().values(key="schema_version", value=str(SCHEMA_VERSION)))
+        connection.execute(meta_table.insert().values(key="schema_version", value=str(SCHEMA_VERSION)))
 
 
 def _to_2(operations: Operations) -> None:
@@ -161,7 +178,7 @@ def _to_2(operations: Operations) -> None:
     for name in ("failures", "alone"):
         operations.add_column("hpo_slots", sa.Column(name, sa.Integer, nullable=False, server_default="0"))
     operations.add_column("hpo_slots", sa.Column("pruned_at", sa.Integer))
-    attempts.create(operations.get_bind())
+    attempts_table.create(operations.get_bind())
 
 
 def _to_3(operations: Operations) -> None:
@@ -188,7 +205,7 @@ def upgrade_tables(connection: Connection) -> tuple[int, int]:
     while version in UPGRADES:
         UPGRADES[version](operations)
         version += 1
-        connection.execute(meta.update().where(meta.c.key == "schema_version").values(value=str(version)))
+        connection.execute(meta_table.update().where(meta_table.c.key == "schema_version").values(value=str(version)))
     return found, version
 
 

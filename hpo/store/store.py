@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL
 
 from hpo.store.database import CONNECTIONS_PER_WORKER, Database, JoinedStorage, database_path, open_storage, parse_url
 from hpo.store.retry import RetryPolicy
-from hpo.store.schema import schema_version, slots
+from hpo.store.schema import schema_version, slots_table
 from hpo.store.studies import Studies
 from hpo.store.trials import Trials
 from hpo.store.workers import Workers
@@ -105,7 +105,7 @@ class Store:
         states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "waiting": TrialState.RUNNING}
         states |= {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
         theirs = {trial._trial_id: trial for trial in self.storage.get_all_trials(study.study_id, deepcopy=False)}
-        claimed = [row for row in self.studies.rows(slots, study) if row["trial_id"] is not None]
+        claimed = [row for row in self.studies.rows(slots_table, study) if row["trial_id"] is not None]
         found = []
         for row in claimed:
             trial = theirs.pop(row["trial_id"], None)

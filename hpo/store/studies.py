@@ -19,7 +19,7 @@ from hpo.errors import UserError
 from hpo.search import proposals
 from hpo.store.database import Database, exclude_others
 from hpo.store.retry import retry_on_outage
-from hpo.store.schema import attempts, epochs, slots, studies, workers
+from hpo.store.schema import attempts_table, epochs_table, select_all, slots_table, studies_table, workers_table
 from hpo.store.slots import add_slots, drop_unclaimed, lock_study, new_slot, num_slots
 from hpo.study.records import StudyRecord
 
@@ -36,30 +36,30 @@ class Studies:
         self._database = database
         self.retry = database.retry
 
-    def create(self, spec: StudySpec, *, facts: Mapping[str, Any]) -> StudyRecord:
+    def create(self, spec: StudySpec, *, metadata: Mapping[str, Any]) -> StudyRecord:
         """Creates the study with its slots, or joins the one of that name; a larger `search.trials` enlarges it.
 
-        Raises UserError where the spec, or what the preflight found (`facts`), differs from the study's in anything
+        Raises UserError where the spec, or what the preflight found (`metadata`), differs from the study's in anything
         that would change a result.
         """
         with self._database.transaction() as connection:
             exclude_others(connection)  # who might create it at the same time
             study_id = self._find_id(connection, spec.name)
             if study_id is None:
-                study_id = self._insert_study(connection, spec, json.dumps({**facts, "uid": uuid.uuid4().hex[:8]}))
+                study_id = self._insert_study(connection, spec, json.dumps({**metadata, "uid": uuid.uuid4().hex[:8]}))
             else:
                 study = self._load(connection, study_id, spec.name)
-                self.check_joins(study, spec, facts=facts)
-                study = replace(study, facts={**facts, **study.facts})  # an older hpo may have found fewer
+                self.check_joins(study, spec, metadata=metadata)
+                study = replace(study, metadata={**metadata, **study.metadata})  # an older hpo may have found fewer
                 self._save(connection, study, spec, trials=spec.num_trials)
             return self._load(connection, study_id, spec.name)
 
-    def check_joins(self, study: StudyRecord, spec: StudySpec, *, facts: Mapping[str, Any]) -> None:
+    def check_joins(self, study: StudyRecord, spec: StudySpec, *, metadata: Mapping[str, Any]) -> None:
         """Raises UserError, with the differences, where trials of this spec do not belong into the study."""
         differences = study.spec.differences(spec) + [
-            f"{name} is {study.facts[name]} in the study, {value} here"
-            for name, value in facts.items()
-            if name in study.facts and study.facts[name] != value
+            f"{name} is {study.metadata[name]} in the study, {value} here"
+            for name, value in metadata.items()
+            if name in study.metadata and study.metadata[name] != value
         ]
         if differences:
             raise UserError(
@@ -69,7 +69,7 @@ class Studies:
                 + (f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else "")
             )
 
-    def _insert_study(self, connection: Connection, spec: StudySpec, facts: str) -> int:
+    def _insert_study(self, connection: Connection, spec: StudySpec, metadata: str) -> int:
         direction = StudyDirection.MAXIMIZE if spec.direction == "maximize" else StudyDirection.MINIMIZE
         try:
             study_id = self._database.storage.create_new_study([direction], spec.name)
@@ -80,10 +80,10 @@ class Studies:
         optuna.load_study(study_name=spec.name, storage=self._database.storage).set_metric_names([spec.metric])
         created = self._database.now(connection)
         connection.execute(
-            studies.insert().values(
+            studies_table.insert().values(
                 study_id=study_id,
                 spec=json.dumps(spec.frozen()),
-                facts=facts,
+                metadata=metadata,
                 created_at=created,
                 started_at=created,
             )
@@ -140,8 +140,8 @@ class Studies:
         frozen = spec.frozen()
         if spec.search.sampler != "grid":
             frozen["search"]["trials"] = max(trials, count)
-        saved = {"spec": json.dumps(frozen), "facts": json.dumps(dict(study.facts))}
-        connection.execute(studies.update().where(studies.c.study_id == study.study_id).values(**saved))
+        saved = {"spec": json.dumps(frozen), "metadata": json.dumps(dict(study.metadata))}
+        connection.execute(studies_table.update().where(studies_table.c.study_id == study.study_id).values(**saved))
 
     def check_absent(self, name: str) -> None:
         """Raises UserError where this store has a study of that name."""
@@ -153,18 +153,23 @@ class Studies:
         source: Studies,
         study: StudyRecord,
         *,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> StudyRecord:
         """Copies a study of another store into this one, all of it or nothing; trials keep numbers, values and curves.
 
-        `facts` are the copy's. `progress(done, of)` is called as trials are copied. Raises UserError where this store
+        `metadata` are the copy's. `progress(done, of)` is called as trials are copied. Raises UserError where this store
         has a study of that name, and where trials of it were in training meanwhile.
         """
         theirs = source._database.storage
-        rows = {table: source.rows(table, study) for table in (slots, studies, epochs, attempts, workers)}
+        rows = {
+            table: source.rows(table, study)
+            for table in (slots_table, studies_table, epochs_table, attempts_table, workers_table)
+        }
         trials = theirs.get_all_trials(study.study_id)
-        if rows[slots] != source.rows(slots, study) or any(row["state"] == "running" for row in rows[slots]):
+        if rows[slots_table] != source.rows(slots_table, study) or any(
+            row["state"] == "running" for row in rows[slots_table]
+        ):
             raise UserError(f"study {study.name!r} is in training; end that with: hpo stop {study.name}")
         with self._database.transaction() as connection:
             exclude_others(connection)
@@ -175,7 +180,7 @@ class Studies:
                 )
             except optuna.exceptions.DuplicatedStudyError:
                 raise UserError(f"{self._database.url} holds a study {study.name!r} already") from None
-            assert facts["uid"] != study.facts["uid"]
+            assert metadata["uid"] != study.metadata["uid"]
             for key, value in theirs.get_study_system_attrs(study.study_id).items():
                 self._database.storage.set_study_system_attr(study_id, key, value)
             for key, value in theirs.get_study_user_attrs(study.study_id).items():
@@ -184,13 +189,13 @@ class Studies:
             for trial in trials:
                 trial_ids[trial._trial_id] = self._database.storage.create_new_trial(study_id, template_trial=trial)
                 progress(trial.number + 1, len(trials))
-            known = set(connection.execute(sa.select(workers.c.worker_id)).scalars())
-            rows[workers] = [row for row in rows[workers] if row["worker_id"] not in known]
-            for row in rows[studies]:
-                row["facts"] = json.dumps(dict(facts))
-            for row in rows[slots]:
+            known = set(connection.execute(sa.select(workers_table.c.worker_id)).scalars())
+            rows[workers_table] = [row for row in rows[workers_table] if row["worker_id"] not in known]
+            for row in rows[studies_table]:
+                row["metadata"] = json.dumps(dict(metadata))
+            for row in rows[slots_table]:
                 row["trial_id"] = trial_ids[row["trial_id"]]
-            for row in rows[attempts] + rows[workers]:
+            for row in rows[attempts_table] + rows[workers_table]:
                 row["ended_at"] = row["ended_at"] or at
             for table, copied in rows.items():
                 if copied:
@@ -200,15 +205,15 @@ class Studies:
     def rows(self, table: sa.Table, study: StudyRecord) -> list[dict[str, Any]]:
         """Every row of one of our tables that belongs to a study."""
         with self._database.connect() as connection:
-            query = sa.select(table).where(table.c.study_id == study.study_id)
+            query = select_all(table).where(table.c.study_id == study.study_id)
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def request_stop(self, study: StudyRecord) -> None:
         """Every worker lets go of its trial at its next report and leaves."""
         with self._database.transaction() as connection:
             connection.execute(
-                studies.update()
-                .where(studies.c.study_id == study.study_id, studies.c.stop.is_(None))
+                studies_table.update()
+                .where(studies_table.c.study_id == study.study_id, studies_table.c.stop.is_(None))
                 .values(stop="requested", stop_reason="hpo stop")
             )
 
@@ -216,39 +221,39 @@ class Studies:
     def is_stopping(self, study_id: int) -> bool:
         """Return whether the study was asked, or has itself decided, to stop."""
         with self._database.connect() as connection:
-            query = sa.select(studies.c.stop).where(studies.c.study_id == study_id)
+            query = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study_id)
             return connection.execute(query).scalar_one() is not None
 
     def start(self, study: StudyRecord) -> None:
         """Takes back a stop, whatever its reason; failures are counted from now on."""
         with self._database.transaction() as connection:
             connection.execute(
-                studies.update()
-                .where(studies.c.study_id == study.study_id)
+                studies_table.update()
+                .where(studies_table.c.study_id == study.study_id)
                 .values(stop=None, stop_reason=None, started_at=self._database.now(connection))
             )
 
     def _names(self, connection: Connection) -> dict[int, str]:
-        ours = set(connection.execute(sa.select(studies.c.study_id)).scalars())
+        ours = set(connection.execute(sa.select(studies_table.c.study_id)).scalars())
         return {s._study_id: s.study_name for s in self._database.storage.get_all_studies() if s._study_id in ours}
 
     def _find_id(self, connection: Connection, name: str) -> int | None:
         return next((study_id for study_id, other in self._names(connection).items() if other == name), None)
 
     def _load(self, connection: Connection, study_id: int, name: str) -> StudyRecord:
-        row = connection.execute(sa.select(studies).where(studies.c.study_id == study_id)).one()
+        row = connection.execute(select_all(studies_table).where(studies_table.c.study_id == study_id)).one()
         try:
-            settings, facts = json.loads(row.spec), dict(json.loads(row.facts))
+            settings, metadata = json.loads(row.spec), dict(json.loads(row.metadata))
         except (ValueError, TypeError) as error:
             raise UserError(f"study {name!r} in {self._database.url} is damaged: {error}") from None
         spec = StudySpec.from_dict(settings, source=f"study {name!r} in {self._database.url}")
         # Name and uid become part of a path: a store must not be able to name any folder of this machine.
-        if spec.name != name or not re.fullmatch(r"[0-9a-f]{8}", str(facts.get("uid"))):
+        if spec.name != name or not re.fullmatch(r"[0-9a-f]{8}", str(metadata.get("uid"))):
             raise UserError(
                 f"study {name!r} in {self._database.url} is damaged: its spec names it {spec.name!r}, its uid is "
-                f"{facts.get('uid')!r}"
+                f"{metadata.get('uid')!r}"
             )
-        return StudyRecord(study_id, name, spec, facts, row.stop, row.stop_reason, row.started_at)
+        return StudyRecord(study_id, name, spec, metadata, row.stop, row.stop_reason, row.started_at)
 
     @retry_on_outage
     def get_or_set_shared(self, study: StudyRecord, key: str, value: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hpo.store.ledger import ERROR_CHARACTERS, OUT_OF_MEMORY, ClaimLost, Ledger,
 from hpo.store.reading import read_rows
 from hpo.store.reports import record_epoch
 from hpo.store.retry import retry_on_outage
-from hpo.store.schema import attempts, slots, studies, trial_values
+from hpo.store.schema import attempts_table, slots_table, studies_table, trial_values
 from hpo.store.slots import add_slots, lock_study, new_slot, num_slots
 from hpo.study import stages
 from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord, read_trial
@@ -51,13 +51,15 @@ class Trials:
 
         Return None where no such slot waits, or the study should stop. See `claiming.choose_slot` for which slot suits.
         """
-        waiting = sa.select(slots.c.number).where(slots.c.study_id == study.study_id, slots.c.state == "waiting")
+        waiting = sa.select(slots_table.c.number).where(
+            slots_table.c.study_id == study.study_id, slots_table.c.state == "waiting"
+        )
         with self._database.connect() as connection:  # idle workers ask often: no write lock for a no
             if connection.execute(waiting.limit(1)).first() is None:
                 return None
         with self._database.transaction() as connection:
             # The lock on the study's row lets one worker claim at a time, so that slot n becomes Optuna's trial n.
-            stop = sa.select(studies.c.stop).where(studies.c.study_id == study.study_id).with_for_update()
+            stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study.study_id).with_for_update()
             if connection.execute(stop).scalar_one() is not None:
                 return None
             at = self._database.now(connection)
@@ -74,7 +76,7 @@ class Trials:
     def begin(self, claim: Claim, *, resumed_from: int, notes: Sequence[str] = ()) -> None:
         """Records from which epoch's checkpoint an attempt goes on, 0 for none, and what was wrong with others."""
         with self._ledger.locked_claim(claim) as connection:
-            connection.execute(attempts.update().where(is_attempt(claim)).values(went_on_from=resumed_from))
+            connection.execute(attempts_table.update().where(is_attempt(claim)).values(resumed_from=resumed_from))
             self._ledger.note(connection, claim, notes)
 
     @retry_on_outage
@@ -108,7 +110,9 @@ class Trials:
         with self._ledger.locked_claim(claim) as connection:
             if trial is None:  # it reads and writes an attribute of the study's in two steps
                 connection.execute(
-                    sa.select(studies.c.study_id).where(studies.c.study_id == claim.study_id).with_for_update()
+                    sa.select(studies_table.c.study_id)
+                    .where(studies_table.c.study_id == claim.study_id)
+                    .with_for_update()
                 )
                 trial = optuna.Trial(study, claim.trial_id)
             values = proposals.suggest(trial, spec)
@@ -146,21 +150,21 @@ class Trials:
             for report in sorted(reports, key=lambda report: report.claim.number):  # as `renew`, lest both wait
                 if self._ledger.extend(connection, report.claim):
                     known[report.claim] = record_epoch(self._database, connection, report)
-            stop = sa.select(studies.c.stop).where(studies.c.study_id == reports[0].claim.study_id)
+            stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == reports[0].claim.study_id)
             otherwise: Verdict = "go on" if connection.execute(stop).scalar_one() is None else "stop"
             judge: RoundStudy | None = None  # made where it is needed
             for report in reports:
                 claim = report.claim
                 if claim not in known:
                     continue
-                furthest, pruned_at = known[claim]
+                last_epoch, pruned_at = known[claim]
                 pruned = pruned_at == report.epoch
-                if report.epoch > furthest:
+                if report.epoch > last_epoch:
                     if report.may_prune:
                         judge = judge or RoundStudy(spec.name, self._database.cached, pruner=pruners.build_pruner(spec))
                         pruned = judge.should_prune(claim.trial_id)
-                    reached = {"furthest": report.epoch, "losses": 0, "pruned_at": report.epoch if pruned else None}
-                    connection.execute(slots.update().where(is_slot(claim)).values(**reached))
+                    reached = {"last_epoch": report.epoch, "crashes": 0, "pruned_at": report.epoch if pruned else None}
+                    connection.execute(slots_table.update().where(is_slot(claim)).values(**reached))
                 verdicts[claim] = "prune" if pruned and report.may_prune else otherwise
         return [verdicts.get(report.claim) for report in reports]
 
@@ -203,17 +207,19 @@ class Trials:
             mine = is_slot(claim)
             ended = {"error": storable_text(error)[-ERROR_CHARACTERS:]}
             if alongside_others:
-                connection.execute(slots.update().where(mine, slots.c.losses == 0).values(losses=1))
+                connection.execute(slots_table.update().where(mine, slots_table.c.crashes == 0).values(crashes=1))
                 self._ledger.free(connection, claim, f"beside others: {storable_text(reason)}", **ended)
                 return False
-            row = connection.execute(sa.select(slots.c.failures, slots.c.alone).where(mine)).one()
+            row = connection.execute(
+                sa.select(slots_table.c.failures, slots_table.c.exclusive.label("exclusive")).where(mine)
+            ).one()
             out_of_memory = failure_key == OUT_OF_MEMORY
-            if row.alone if out_of_memory else row.failures >= spec.search.retries:
+            if row.exclusive if out_of_memory else row.failures >= spec.search.retries:
                 key = None if claim.kind == "test" else failure_key  # the study has its answer all the same
                 self._ledger.end(connection, claim, "failed", reason, error=error, failure_key=key)
                 return True
-            tried = {"alone": 1} if out_of_memory else {"failures": row.failures + 1}
-            connection.execute(slots.update().where(mine).values(**tried))
+            tried = {"exclusive": 1} if out_of_memory else {"failures": row.failures + 1}
+            connection.execute(slots_table.update().where(mine).values(**tried))
             self._ledger.free(connection, claim, storable_text(reason), **ended)
             return False
 
@@ -241,9 +247,9 @@ class Trials:
         """How many slots are in each state; states that no slot is in are left out."""
         with self._database.connect() as connection:
             query = (
-                sa.select(slots.c.state, sa.func.count().label("num"))
-                .where(slots.c.study_id == study_id)
-                .group_by(slots.c.state)
+                sa.select(slots_table.c.state, sa.func.count().label("num"))
+                .where(slots_table.c.study_id == study_id)
+                .group_by(slots_table.c.state)
             )
             return {row.state: row.num for row in connection.execute(query)}
 
@@ -251,7 +257,7 @@ class Trials:
     def num_epochs(self, study: StudyRecord) -> int:
         """How many epochs its trials have come to, all together."""
         with self._database.connect() as connection:
-            query = sa.select(sa.func.sum(slots.c.furthest)).where(slots.c.study_id == study.study_id)
+            query = sa.select(sa.func.sum(slots_table.c.last_epoch)).where(slots_table.c.study_id == study.study_id)
             return connection.execute(query).scalar_one() or 0
 
     @retry_on_outage
@@ -260,10 +266,14 @@ class Trials:
         value = trial_values.c.value
         order = value.desc() if study.spec.direction == "maximize" else value.asc()
         query = (
-            sa.select(slots.c.number, value)
-            .join(trial_values, trial_values.c.trial_id == slots.c.trial_id)
-            .where(slots.c.study_id == study.study_id, slots.c.state == "complete", slots.c.kind == "search")
-            .order_by(order, slots.c.number)
+            sa.select(slots_table.c.number, value)
+            .join(trial_values, trial_values.c.trial_id == slots_table.c.trial_id)
+            .where(
+                slots_table.c.study_id == study.study_id,
+                slots_table.c.state == "complete",
+                slots_table.c.kind == "search",
+            )
+            .order_by(order, slots_table.c.number)
             .limit(count)
         )
         with self._database.connect() as connection:
@@ -272,7 +282,9 @@ class Trials:
     @retry_on_outage
     def ended_numbers(self, study: StudyRecord) -> set[int]:
         """The numbers of the trials that have ended, in whatever way."""
-        query = sa.select(slots.c.number).where(slots.c.study_id == study.study_id, slots.c.state.in_(ENDED))
+        query = sa.select(slots_table.c.number).where(
+            slots_table.c.study_id == study.study_id, slots_table.c.state.in_(ENDED)
+        )
         with self._database.connect() as connection:
             return set(connection.execute(query).scalars())
 
@@ -300,8 +312,8 @@ class Trials:
         return stages.untested(study, self._positions(study)) if study.spec.confirm else set()
 
     def _positions(self, study: StudyRecord) -> list[SlotState]:
-        columns = (slots.c.number, slots.c.kind, slots.c.state)
-        query = sa.select(*columns).where(slots.c.study_id == study.study_id).order_by(slots.c.number)
+        columns = (slots_table.c.number, slots_table.c.kind, slots_table.c.state)
+        query = sa.select(*columns).where(slots_table.c.study_id == study.study_id).order_by(slots_table.c.number)
         with self._database.connect() as connection:
             return [SlotState(*row) for row in connection.execute(query)]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from hpo.store.conditions import is_gone, is_held, is_lost
+from hpo.store.conditions import is_held, is_lost, process_is_gone
 from hpo.store.database import Database
-from hpo.store.ledger import LEASE_S, MAX_KILLS, MAX_LOSSES, Ledger
+from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS, Ledger
 from hpo.store.retry import retry_on_outage
-from hpo.store.schema import slots, workers
+from hpo.store.schema import labelled, select_all, slots_table, workers_table
 from hpo.study.processes import Cause, Process
 from hpo.study.records import Claim, StudyRecord, WorkerRecord
 from hpo.system import processes as liveness
@@ -36,7 +36,7 @@ class Workers:
         with self._database.transaction() as connection:
             at = self._database.now(connection)
             connection.execute(
-                workers.insert().values(
+                workers_table.insert().values(
                     worker_id=worker_id,
                     study_id=study_id,
                     host=host or socket.gethostname(),
@@ -54,7 +54,9 @@ class Workers:
     def remove(self, worker_id: str) -> None:
         with self._database.transaction() as connection:
             connection.execute(
-                workers.update().where(workers.c.worker_id == worker_id).values(ended_at=self._database.now(connection))
+                workers_table.update()
+                .where(workers_table.c.worker_id == worker_id)
+                .values(ended_at=self._database.now(connection))
             )
 
     def get_all(self, study: StudyRecord) -> list[WorkerRecord]:
@@ -62,12 +64,14 @@ class Workers:
         with self._database.connect() as connection:
             at = self._database.now(connection)
             rows = connection.execute(
-                sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
+                select_all(workers_table).where(
+                    workers_table.c.study_id == study.study_id, workers_table.c.ended_at.is_(None)
+                )
             )
             return [
                 WorkerRecord(
                     row.worker_id, row.host, row.pid, row.device, at - row.seen_at,
-                    alive=not is_gone(row) and at - row.seen_at < LEASE_S,
+                    alive=not process_is_gone(row) and at - row.seen_at < LEASE_S,
                 )
                 for row in rows.all()
             ]  # fmt: skip
@@ -76,10 +80,10 @@ class Workers:
     def in_training(self, study: StudyRecord) -> dict[Process, list[tuple[int, int]]]:
         """Which trials each process has in training: their numbers and attempts."""
         query = (
-            sa.select(slots.c.number, slots.c.attempt, workers.c.machine, workers.c.pid)
-            .join(workers, workers.c.worker_id == slots.c.worker_id)
-            .where(slots.c.study_id == study.study_id, slots.c.state == "running")
-            .order_by(slots.c.number)
+            sa.select(slots_table.c.number, slots_table.c.attempt, workers_table.c.machine, workers_table.c.pid)
+            .join(workers_table, workers_table.c.worker_id == slots_table.c.worker_id)
+            .where(slots_table.c.study_id == study.study_id, slots_table.c.state == "running")
+            .order_by(slots_table.c.number)
         )
         found: dict[Process, list[tuple[int, int]]] = {}
         with self._database.connect() as connection:
@@ -91,9 +95,9 @@ class Workers:
         """Extends the leases of the claims that are still this worker's, and records that it lives."""
         with self._database.transaction() as connection:
             at = self._database.now(connection)
-            connection.execute(workers.update().where(workers.c.worker_id == worker_id).values(seen_at=at))
+            connection.execute(workers_table.update().where(workers_table.c.worker_id == worker_id).values(seen_at=at))
             for claim in sorted(claims, key=lambda claim: claim.number):
-                connection.execute(slots.update().where(is_held(claim)).values(lease_until=at + LEASE_S))
+                connection.execute(slots_table.update().where(is_held(claim)).values(lease_until=at + LEASE_S))
 
     @retry_on_outage
     def reap(self, study: StudyRecord, *, dead: Mapping[Process, Cause] = {}) -> int:
@@ -106,12 +110,23 @@ class Workers:
         """
 
         def is_dead(row: Any) -> bool:
-            return (row.machine, row.pid) in dead or is_gone(row)
+            return (row.machine, row.pid) in dead or process_is_gone(row)
 
-        ours = (slots.c.study_id == study.study_id) & (slots.c.state == "running")
-        columns = (workers.c.machine, workers.c.pid, workers.c.pid_started, workers.c.ended_at.label("left"))
-        running = sa.select(slots, *columns).join(workers, workers.c.worker_id == slots.c.worker_id).where(ours)
-        living = sa.select(workers).where(workers.c.study_id == study.study_id, workers.c.ended_at.is_(None))
+        ours = (slots_table.c.study_id == study.study_id) & (slots_table.c.state == "running")
+        columns = (
+            workers_table.c.machine,
+            workers_table.c.pid,
+            workers_table.c.pid_started,
+            workers_table.c.ended_at.label("left"),
+        )
+        running = (
+            sa.select(*labelled(slots_table), *columns)
+            .join(workers_table, workers_table.c.worker_id == slots_table.c.worker_id)
+            .where(ours)
+        )
+        living = select_all(workers_table).where(
+            workers_table.c.study_id == study.study_id, workers_table.c.ended_at.is_(None)
+        )
         with self._database.connect() as connection:  # asked often: no write lock where there is nothing to do
             at = self._database.now(connection)
             any_lost = any(is_dead(row) or is_lost(row, at) for row in connection.execute(running))
@@ -120,19 +135,21 @@ class Workers:
         with self._database.transaction() as connection:
             at = self._database.now(connection)
             # A slot that is locked is being reported on at this moment: its worker lives.
-            rows = connection.execute(running.with_for_update(of=slots, skip_locked=True)).all()
+            rows = connection.execute(running.with_for_update(of=slots_table, skip_locked=True)).all()
             lost = [row for row in rows if is_dead(row) or is_lost(row, at)]
             for row in lost:
                 claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
                 cause = dead.get((row.machine, row.pid), "gone")
-                losses = row.losses + (cause != "gone")
-                connection.execute(slots.update().where(is_held(claim)).values(losses=losses))
-                if losses >= {"crashed": MAX_LOSSES, "killed": MAX_KILLS, "gone": math.inf}[cause]:
-                    reason = f"its worker died {losses} times"
+                crashes = row.crashes + (cause != "gone")
+                connection.execute(slots_table.update().where(is_held(claim)).values(crashes=crashes))
+                if crashes >= {"crashed": MAX_TRIAL_CRASHES, "killed": MAX_TRIAL_KILLS, "gone": math.inf}[cause]:
+                    reason = f"its worker died {crashes} times"
                     self._ledger.end(connection, claim, "failed", reason, failure_key="its worker died")
                 else:
                     self._ledger.free(connection, claim, "lost")
             for row in connection.execute(living).all():
                 if is_dead(row):
-                    connection.execute(workers.update().where(workers.c.worker_id == row.worker_id).values(ended_at=at))
+                    connection.execute(
+                        workers_table.update().where(workers_table.c.worker_id == row.worker_id).values(ended_at=at)
+                    )
             return len(lost)

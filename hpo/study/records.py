@@ -23,7 +23,7 @@ class StudyRecord:
     study_id: int
     name: str
     spec: StudySpec
-    facts: Mapping[str, Any]  # what the preflight found: num_train, num_val, num_classes, num_parameters...
+    metadata: Mapping[str, Any]  # what the preflight found: num_train, num_val, num_classes, num_parameters...
     stop: str | None  # None | "requested" | "failure"
     stop_reason: str | None
     started: float  # by the latest `hpo run` or `hpo resume`, as times in `TrialRecord`
@@ -31,12 +31,12 @@ class StudyRecord:
     @property
     def origin(self) -> str:
         """The uid of the study that it is a copy of, or else its own: names its checkpoints, which move with it."""
-        return str(self.facts.get("origin", self.facts["uid"]))
+        return str(self.metadata.get("origin", self.metadata["uid"]))
 
     @property
     def key(self) -> str:
         """Its name and its uid, which no other study of the same name has: names its folders."""
-        return f"{self.name}-{self.facts['uid']}"
+        return f"{self.name}-{self.metadata['uid']}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Attempt:
     device: str | None
     began: float
     ended: float | None
-    furthest: int  # the epochs that earlier attempts had come to
+    last_epoch: int  # the last epoch that earlier attempts had reported
     resumed_from: int | None  # the epoch of the checkpoint it went on from; 0: from the start; None: not known (yet)
     outcome: str | None  # a final state, "released", "lost", or an exception in a line; None while it goes on
     error: str | None
@@ -119,7 +119,7 @@ def read_attempt(row: Any) -> Attempt:
     """An attempt from its row of hpo_attempts, with host and device of its worker."""
     return Attempt(
         row.attempt, row.worker_id, row.host, row.device, row.began_at, row.ended_at,
-        row.furthest, row.went_on_from, row.outcome, row.error, row.note,
+        row.last_epoch, row.resumed_from, row.outcome, row.error, row.note,
     )  # fmt: skip
 
 
@@ -183,4 +183,5 @@ def trial_as_dict(trial: TrialRecord) -> dict[str, Any]:
 
 def _attempt_as_dict(attempt: Attempt) -> dict[str, Any]:
     """As `hpo trials --json` names its keys."""
-    return {{"resumed_from": "went_on_from"}.get(key, key): value for key, value in asdict(attempt).items()}
+    json_keys = {"last_epoch": "furthest", "resumed_from": "went_on_from"}
+    return {json_keys.get(key, key): value for key, value in asdict(attempt).items()}

@@ -45,7 +45,7 @@ def due(study: StudyRecord, slots: Sequence[Slot]) -> str | None:
     if not found:
         return "confirm" if any(slot.state == "complete" for slot in slots) else None
     complete = any(slot.state == "complete" for slot in found)
-    return "test" if complete and study.facts.get("has_test") and found[-1].kind == "confirm" else None
+    return "test" if complete and study.metadata.get("has_test") and found[-1].kind == "confirm" else None
 
 
 def num_due(study: StudyRecord, slots: Sequence[Slot]) -> int:
@@ -65,5 +65,5 @@ def untested(study: StudyRecord, slots: Sequence[Slot]) -> set[int]:
     found = latest(slots)
     tests = [slot for slot in found if slot.kind == "test"]
     is_over = bool(tests) and all(slot.state in ENDED for slot in tests)
-    wanted = study.spec.confirm is not None and study.facts.get("has_test") and not is_over
+    wanted = study.spec.confirm is not None and study.metadata.get("has_test") and not is_over
     return {slot.number for slot in found if slot.kind == "confirm"} if wanted else set()

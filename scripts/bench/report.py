@@ -35,12 +35,12 @@ def make_study(trials: int, epochs: int) -> tuple[StudyRecord, list[TrialRecord]
     lr = {"low": 1e-5, "high": 1.0, "log": True}
     space = {"lr": lr, "optimizer": list(TOPS), "batch_size": {"low": 32, "high": 256, "log": True}}
     settings = {"search": {"trials": trials, "space": space}, "training": {"epochs": epochs}}
-    facts = {"num_train": 45_000, "num_val": 5_000, "num_classes": 10, "num_parameters": 5_200_000}
+    metadata = {"num_train": 45_000, "num_val": 5_000, "num_classes": 10, "num_parameters": 5_200_000}
     spec = StudySpec.from_dict({"name": "made-up", **settings})
     free = [1.7e9] * 8
     draw = random.Random(0)
     made = [_trial(number, epochs, draw, free) for number in range(trials)]
-    return StudyRecord(1, spec.name, spec, facts | {"uid": "00000000"}, None, None, 1.7e9), made
+    return StudyRecord(1, spec.name, spec, metadata | {"uid": "00000000"}, None, None, 1.7e9), made
 
 
 def _trial(number: int, epochs: int, draw: random.Random, free: list[float]) -> TrialRecord:

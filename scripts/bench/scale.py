@@ -88,7 +88,7 @@ def spec(trials: int, *, pruner: str = "median", confirm: bool = False) -> Study
 
 def fill(store: Store, size: Size, *, waiting: int) -> StudyRecord:
     """A study of this size, with all that the ledger and Optuna keep of a trial, and `waiting` slots."""
-    study = store.studies.create(spec(size.ended + size.running + waiting), facts={})
+    study = store.studies.create(spec(size.ended + size.running + waiting), metadata={})
     distribution = distribution_to_json(FloatDistribution(1e-5, 1e-1, log=True))
     known = provenance.trial_metadata(device="cpu", seed=1) | {"ended": "complete: trained for 10 epochs"}
     values = {

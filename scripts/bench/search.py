@@ -257,7 +257,7 @@ def ours_replayed(landscape: Landscape) -> list[Step]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(lanes, "LaneEngine", ReplayLanes):
         store = Store(f"sqlite:///{folder}/ours.db", create=True)
-        study = store.studies.create(spec, facts={})
+        study = store.studies.create(spec, metadata={})
         Worker(store, study, device="cpu", torch_device="cpu", should_stop=lambda: False).run()
         return [*steps, look(store, study, began=began)]
 

@@ -59,7 +59,7 @@ def curve(lr: float, seed: int) -> list[float]:
 
 def fill(store: Store, trials: int, *, more: int) -> None:
     """A study with this many ended trials, and `more` waiting ones; written directly, as the ledger leaves it."""
-    study = store.studies.create(spec(trials + more), facts={})
+    study = store.studies.create(spec(trials + more), metadata={})
     distribution = FloatDistribution(1e-5, 1e-1, log=True)
     draw = random.Random(0)
     with store.database.transaction() as connection:
@@ -76,15 +76,15 @@ def fill(store: Store, trials: int, *, more: int) -> None:
                 ),
             )  # fmt: skip
             connection.execute(
-                schema.slots.update()
-                .where(schema.slots.c.study_id == study.study_id, schema.slots.c.number == number)
-                .values(state="pruned" if pruned else "complete", trial_id=trial_id, attempt=1, furthest=max(reported))
+                schema.slots_table.update()
+                .where(schema.slots_table.c.study_id == study.study_id, schema.slots_table.c.number == number)
+                .values(state="pruned" if pruned else "complete", trial_id=trial_id, attempt=1, last_epoch=max(reported))
             )
             rows = [
                 {"study_id": study.study_id, "number": number, "epoch": epoch, "attempt": 1, "metrics": "{}"}
                 for epoch in reported
             ]
-            connection.execute(schema.epochs.insert(), rows)
+            connection.execute(schema.epochs_table.insert(), rows)
 
 
 def work(url: str, deadline: float, threads: int, epoch_s: float, results: Any) -> None:

@@ -7,7 +7,7 @@ SABOTAGE = {
     # 1: a trial that has ended is given out once more.
     "counts": """
 import os
-from hpo.store.schema import slots
+from hpo.store.schema import slots_table
 from hpo.store.trials import Trials
 finish = Trials.finish
 def again(self, claim, state, **rest):
@@ -15,7 +15,7 @@ def again(self, claim, state, **rest):
     if claim.number == 1 and not os.path.exists("given out again"):
         open("given out again", "x").close()
         with self._database.transaction() as connection:
-            connection.execute(slots.update().where(slots.c.number == 1).values(state="waiting"))
+            connection.execute(slots_table.update().where(slots_table.c.number == 1).values(state="waiting"))
 Trials.finish = again
 """,
     # 2: one parameter of each checkpoint is read as the next larger number.
@@ -40,7 +40,7 @@ CheckpointFolder.load = lambda self, config: (None, [])
     "stale": """
 from hpo.store import ledger
 ledger.is_held = lambda claim: (
-    (ledger.slots.c.study_id == claim.study_id) & (ledger.slots.c.number == claim.number)
+    (ledger.slots_table.c.study_id == claim.study_id) & (ledger.slots_table.c.number == claim.number)
 )
 """,
     # 4: workers leave processes behind.

@@ -35,7 +35,7 @@ class Evidence:
 
 
 def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
-    from hpo.store.schema import attempts, epochs, slots
+    from hpo.store.schema import attempts_table, epochs_table, slots_table
     from hpo.store.store import Store
 
     store = Store(arena.database.url)
@@ -50,13 +50,13 @@ def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
             **{key: row[key] for key in ("number", "epoch", "attempt")},
             "metrics": {k: v for k, v in _metrics(row).items() if k != "seconds"},
         }
-        for row in sorted(store.studies.rows(epochs, study), key=lambda row: (row["number"], row["epoch"]))
+        for row in sorted(store.studies.rows(epochs_table, study), key=lambda row: (row["number"], row["epoch"]))
     ]
     theirs = optuna.load_study(study_name="chaos", storage=store.storage).trials
-    numbers = range(len(store.studies.rows(slots, study)))
+    numbers = range(len(store.studies.rows(slots_table, study)))
     return Evidence(
-        slots=store.studies.rows(slots, study),
-        attempts=store.studies.rows(attempts, study),
+        slots=store.studies.rows(slots_table, study),
+        attempts=store.studies.rows(attempts_table, study),
         epochs=curves,
         reports=reports,
         states=states,
@@ -90,7 +90,7 @@ def _final(arena: Arena, store: Any, study: Any, number: int) -> str | None:
         return None
     config = study.spec.trial_config(trial.params, seed=trial.attributes["seed"])
     folder = CheckpointFolder(
-        f"{store.checkpoints_url(study)}/{number:06d}", identity={"study": study.facts["uid"], "trial": number}
+        f"{store.checkpoints_url(study)}/{number:06d}", identity={"study": study.metadata["uid"], "trial": number}
     )
     found, _ = folder.load(config)
     return digest(found.state, found.results) if found is not None and found.epoch == arena.problem.epochs else None
@@ -171,7 +171,7 @@ def redone(seen: Evidence) -> list[tuple[Row, int]]:
         reported[key] = max(reported[key], row["epoch"])
     found, reached = [], defaultdict[int, int](int)
     for row in sorted(seen.attempts, key=lambda row: (row["number"], row["attempt"])):
-        number, start = row["number"], row["went_on_from"]
+        number, start = row["number"], row["resumed_from"]
         if start is None:
             continue  # ended before it began
         found.append((row, reached[number] - start))
@@ -187,7 +187,7 @@ def check_redone(seen: Evidence, reference: Evidence, problem: Problem) -> Itera
     """
     damaged = {(line["number"], line["epoch"]) for line in seen.record if line["what"] in ("torn", "unsaved")}
     for row, num_epochs in redone(seen):
-        number, start = row["number"], row["went_on_from"]
+        number, start = row["number"], row["resumed_from"]
         num_damaged = sum(other == number and start < epoch <= start + num_epochs for other, epoch in damaged)
         if num_epochs > problem.checkpoint_epochs * (1 + num_damaged):
             yield (

@@ -327,7 +327,7 @@ def tilted(slope: float) -> list[TrialRecord]:
 )
 def test_warnings_come_where_they_should_and_nowhere_else(trials: list[TrialRecord], expected: set[str]) -> None:
     study = make_study(**SEARCHED)
-    study = replace(study, facts={**study.facts, "num_classes": 10})
+    study = replace(study, metadata={**study.metadata, "num_classes": 10})
     found = find_best(study, numbered(*trials))
     assert found is not None
     assert {warning.kind for warning in found.warnings} == expected

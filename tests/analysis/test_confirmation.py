@@ -130,7 +130,7 @@ def test_a_searched_seed_is_left_out_and_its_trials_count_with_their_mean() -> N
 
 def test_every_rate_gets_the_same_seeds_and_the_winners_networks_are_tested() -> None:
     study = make_study(top=2, seeds=3)
-    study = replace(study, facts={**study.facts, "has_test": True})
+    study = replace(study, metadata={**study.metadata, "has_test": True})
     trials = make_trials((1e-4, 0.5), (1e-3, 0.9), (1e-2, 0.8))
     found = find_best(study, trials)
     assert found is not None
@@ -290,7 +290,7 @@ def run(store: Store, study: StudyRecord) -> list[Claim]:
 
 
 def begin(store: Store, spec: StudySpec) -> StudyRecord:
-    return store.studies.create(spec, facts={"has_test": False})
+    return store.studies.create(spec, metadata={"has_test": False})
 
 
 def kinds(store: Store, study: StudyRecord) -> Counter[str]:

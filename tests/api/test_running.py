@@ -58,8 +58,8 @@ def test_a_store_is_served_study_by_study_and_what_cannot_be_trained_is_passed_o
     storage = f"sqlite:///{tmp_path}/hpo.db"
     store = Store(storage, create=True)
     for name in ("early", "late"):
-        store.studies.create(make_spec(0.1, name=name), facts={})
-    store.studies.create(make_spec(0.1, name="foreign", objective={"function": "elsewhere:train"}), facts={})
+        store.studies.create(make_spec(0.1, name=name), metadata={})
+    store.studies.create(make_spec(0.1, name="foreign", objective={"function": "elsewhere:train"}), metadata={})
     messages: list[str] = []
 
     def say(message: str) -> None:

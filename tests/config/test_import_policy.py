@@ -93,7 +93,7 @@ def test_a_command_that_reads_a_study_from_the_store_imports_only_what_it_is_tol
     hpo: Hpo, make_spec: MakeSpec
 ) -> None:
     hpo.write(make_spec(0.1), "open('imported', 'w')\ndef train(trial):\n    trial.report(1, val_accuracy=1)\n")
-    Store(hpo.url, create=True).studies.create(make_spec(0.1), facts={})
+    Store(hpo.url, create=True).studies.create(make_spec(0.1), metadata={})
     for command in ("worker", "resume"):
         exit_code, output = hpo.here(command, "s", "--devices", "cpu")
         assert (exit_code, output.strip()) == (
@@ -112,14 +112,14 @@ def test_what_was_checked_is_what_is_imported(hpo: Hpo, make_spec: MakeSpec) -> 
     hpo.write(make_spec(0.1), "def train(trial):\n    open('wrong', 'w')\n    trial.report(1, val_accuracy=1)\n")
     (hpo.folder / "trusted").mkdir()
     (hpo.folder / "trusted" / "loop.py").write_text("def train(trial):\n    trial.report(1, val_accuracy=1)\n")
-    Store(hpo.url, create=True).studies.create(make_spec(0.1), facts={})
+    Store(hpo.url, create=True).studies.create(make_spec(0.1), metadata={})
     exit_code, output = hpo.run("worker", "s", "--devices", "cpu", "--allow", "./trusted")
     assert exit_code == 0, output
     assert not (hpo.folder / "wrong").exists()
 
 
 def test_a_uid_from_a_store_cannot_name_a_folder_elsewhere(store: Store, make_spec: MakeSpec) -> None:
-    study = store.studies.create(make_spec(0.1), facts={})
+    study = store.studies.create(make_spec(0.1), metadata={})
     with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.exec_driver_sql('UPDATE hpo_studies SET facts = \'{"uid": "../../x"}\'')
     with pytest.raises(UserError, match=rf"study '{study.name}' in .* is damaged: .* its uid is '../../x'"):

@@ -52,8 +52,8 @@ def found(low: float | None = 1e-4, high: float | None = 1e-2, **params: Any) ->
     return Ramp(params, test)
 
 
-def study_of(spec: StudySpec, facts: Mapping[str, Any]) -> StudyRecord:
-    return StudyRecord(1, spec.name, spec, facts, None, None, 0.0)
+def study_of(spec: StudySpec, metadata: Mapping[str, Any]) -> StudyRecord:
+    return StudyRecord(1, spec.name, spec, metadata, None, None, 0.0)
 
 
 def values_tested(spec: StudySpec) -> list[dict[str, Any]]:
@@ -85,12 +85,12 @@ def test_too_many_combinations_are_refused() -> None:
 
 def test_the_range_holds_those_of_all_tests_and_what_is_tried_first() -> None:
     spec = make_spec(optimizer=["adam", "sgd"], search={"try_first": [{"lr": 2.0}]})
-    closed, facts = fill_in_ranges(spec, [found(1.234e-4, 1e-2, optimizer="adam"), found(1e-2, 0.5, optimizer="sgd")])
+    closed, metadata = fill_in_ranges(spec, [found(1.234e-4, 1e-2, optimizer="adam"), found(1e-2, 0.5, optimizer="sgd")])
     assert closed.search.space["lr"] == {"low": 1.2e-4, "high": 2.0, "log": True}
     assert not needs_range_test(closed)
-    assert [one["params"] for one in facts["range_test"]] == [{"optimizer": "adam"}, {"optimizer": "sgd"}]
-    json.dumps(facts, allow_nan=False)
-    assert len(facts["range_test"][0]["lrs"]) <= ranges.MAX_STORED_POINTS
+    assert [one["params"] for one in metadata["range_test"]] == [{"optimizer": "adam"}, {"optimizer": "sgd"}]
+    json.dumps(metadata, allow_nan=False)
+    assert len(metadata["range_test"][0]["lrs"]) <= ranges.MAX_STORED_POINTS
 
 
 def test_cases_get_ranges_of_their_own() -> None:
@@ -108,8 +108,8 @@ def test_a_network_for_which_no_rate_works_is_refused_in_a_sentence() -> None:
 @pytest.mark.parametrize(("lr", "listed"), [("auto", {}), (CASES, {"optimizer": ["adam", "sgd"]})])
 def test_the_same_file_again_is_the_stored_study(lr: Any, listed: dict[str, Any]) -> None:
     spec = make_spec(lr, **listed)
-    closed, facts = fill_in_ranges(spec, [found(optimizer="adam") if listed else found()])
-    again = adopt_stored_ranges(spec, study_of(closed, facts))
+    closed, metadata = fill_in_ranges(spec, [found(optimizer="adam") if listed else found()])
+    again = adopt_stored_ranges(spec, study_of(closed, metadata))
     assert closed.differences(again) == []
     assert adopt_stored_ranges(spec, None) == spec
 
@@ -121,8 +121,8 @@ def test_a_study_whose_range_was_given_is_not_joined_by_auto() -> None:
 
 
 def test_the_answer_says_where_the_best_rate_is_in_the_range() -> None:
-    closed, facts = fill_in_ranges(make_spec(), [found()])
-    (line,) = range_test_lines(study_of(closed, facts), best=1e-3, params={"lr": 1e-3})
+    closed, metadata = fill_in_ranges(make_spec(), [found()])
+    (line,) = range_test_lines(study_of(closed, metadata), best=1e-3, params={"lr": 1e-3})
     assert "comes from a range test of 0.9 epochs: 0.0001 to 0.01 (breaks at 0.002, leaps from 0.003)" in line
     assert line.endswith("the best one is 1.0 decades above its low end and 1.0 below its high end")
     assert position_text(0.1, 1e-4, 1e-2) == "the best one, 0.1, is outside of that"
@@ -134,7 +134,7 @@ def test_a_study_finds_its_range_once_and_keeps_it(tmp_path: Path, monkeypatch: 
     first = running.run(make_spec(), storage=storage, executor=InProcess("cpu"))
     store = Store(storage)
     study = store.studies.get("s")
-    (fact,) = study.facts["range_test"]
+    (fact,) = study.metadata["range_test"]
     lr = study.spec.search.space["lr"]
     assert (lr["low"], lr["high"]) == (float(f"{fact['low']:.2g}"), float(f"{fact['high']:.2g}"))
     assert all(lr["low"] <= trial.params["lr"] <= lr["high"] for trial in first.trials)

@@ -44,7 +44,7 @@ def traces(entry: DrawnFigure, name: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def large() -> tuple[StudyRecord, list[TrialRecord], dict[str, DrawnFigure]]:
     study, trials = make_large(90, 20)
-    study = replace(study, facts={**study.facts, "range_test": [RAMP]})
+    study = replace(study, metadata={**study.metadata, "range_test": [RAMP]})
     best_two = sorted((t for t in trials if t.state == "complete"), key=lambda t: t.value or 0)[-2:]
     trials += [
         replace(trial, number=90 + 3 * index + seed, kind="confirm", replicate=seed, value=value)

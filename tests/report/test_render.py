@@ -379,7 +379,7 @@ def test_a_copy_of_a_study_keeps_what_is_shown_of_it(trained: Store, tmp_path: P
 
 
 def test_several_may_publish_at_once(store: Store, make_spec: Callable[..., StudySpec]) -> None:
-    study = store.studies.create(make_spec(0.1, 0.2), facts={})
+    study = store.studies.create(make_spec(0.1, 0.2), metadata={})
     url = store.url.render_as_string(hide_password=False)
     stores = [Store(url) for _ in range(4)]
     errors: list[Exception] = []

@@ -54,7 +54,7 @@ def evidence(verdicts: Any, *, with_faults: bool) -> Any:
                     record.append({"what": "saved", **whose, "epoch": epoch})
             outcome = "complete" if attempt == len(tries) else "lost"
             states.append({**whose, "old": "running", "new": "complete" if outcome == "complete" else "waiting"})
-            attempts.append({**whose, "furthest": reached, "went_on_from": start, "outcome": outcome, "error": None})
+            attempts.append({**whose, "last_epoch": reached, "resumed_from": start, "outcome": outcome, "error": None})
             reached = end
         epochs += [{"number": number, "epoch": e, "attempt": 1, "metrics": {"loss": 1.0 / e}} for e in range(1, 5)]
     return verdicts.Evidence(
@@ -96,7 +96,7 @@ WRONGS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "Optuna has another value": (2, lambda seen: seen.optuna[0].update(value=1.0 + 2**-52)),
     "a final checkpoint has another bit": (2, lambda seen: seen.finals.update({1: "?"})),
     "a final checkpoint is missing": (2, lambda seen: seen.finals.update({1: None})),
-    "two epochs are trained again": (3, lambda seen: seen.attempts[1].update(went_on_from=0)),
+    "two epochs are trained again": (3, lambda seen: seen.attempts[1].update(resumed_from=0)),
     "a whole checkpoint was not gone on from": (
         3, lambda seen: seen.record.insert(6, {"what": "saved", "number": 0, "attempt": 1, "epoch": 2})),
     "a stale worker's report was accepted": (4, lambda seen: seen.reports[0].update(holder=2)),

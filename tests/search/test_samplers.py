@@ -30,7 +30,7 @@ RANGES = {"lr": {"low": 1e-5, "high": 1.0, "log": True}, "weight_decay": {"low":
 def make_study(tmp_path: Path, name: str = "s", **sections: Any) -> tuple[Store, StudyRecord]:
     store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
     sections.setdefault("search", {"space": RANGES})
-    return store, store.studies.create(StudySpec.from_dict({"name": name, **sections}), facts={})
+    return store, store.studies.create(StudySpec.from_dict({"name": name, **sections}), metadata={})
 
 
 def run_trials(store: Store, study: StudyRecord, count: int, accuracy: Any, *, epochs: int = 1) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store import database, schema
-from hpo.store.ledger import LEASE_S, MAX_LOSSES, OUT_OF_MEMORY, ClaimLost
+from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES, OUT_OF_MEMORY, ClaimLost
 from hpo.store.retry import StoreFailed, is_outage
 from hpo.store.store import Store
 from hpo.study.records import Claim, EpochReport, StudyRecord, TrialRecord
@@ -47,7 +47,7 @@ ANY_SPEC = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": [0.1, 0.
 
 
 def begin(store: Store, spec: StudySpec) -> tuple[StudyRecord, str]:
-    study = store.studies.create(spec, facts={})
+    study = store.studies.create(spec, metadata={})
     return study, store.workers.add(study.study_id, device="cpu")
 
 
@@ -87,18 +87,27 @@ def everything(store: Store) -> dict[str, list[Any]]:
 
 
 def expire(store: Store, claimed: Claim, change: Change) -> None:
-    change(store, schema.slots.update().where(schema.slots.c.number == claimed.number).values(lease_until=LONG_AGO))
+    change(
+        store,
+        schema.slots_table.update().where(schema.slots_table.c.number == claimed.number).values(lease_until=LONG_AGO),
+    )
 
 
 def end_worker_process(store: Store, worker_id: str, change: Change) -> None:
     """The worker's row as a process leaves it that was killed: its pid is nobody's any more."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    change(store, schema.workers.update().where(schema.workers.c.worker_id == worker_id).values(pid=process.pid))
+    change(
+        store,
+        schema.workers_table.update().where(schema.workers_table.c.worker_id == worker_id).values(pid=process.pid),
+    )
 
 
 def move_elsewhere(store: Store, worker_id: str, change: Change) -> None:
-    change(store, schema.workers.update().where(schema.workers.c.worker_id == worker_id).values(machine="elsewhere"))
+    change(
+        store,
+        schema.workers_table.update().where(schema.workers_table.c.worker_id == worker_id).values(machine="elsewhere"),
+    )
 
 
 # Studies
@@ -106,33 +115,33 @@ def move_elsewhere(store: Store, worker_id: str, change: Change) -> None:
 
 def test_a_created_study_is_read_back_with_its_spec_and_facts(store: Store, make_spec: MakeSpec) -> None:
     spec = make_spec(0.1, 0.2, pruner={"name": "median"})
-    store.studies.create(spec, facts={"num_val": 7})
+    store.studies.create(spec, metadata={"num_val": 7})
     study = Store(url_of(store)).studies.get("s")
-    assert (study.spec, study.facts["num_val"], study.stop) == (spec, 7, None)
+    assert (study.spec, study.metadata["num_val"], study.stop) == (spec, 7, None)
     assert store.trials.counts(study.study_id) == {"waiting": 2}
 
 
 def test_joining_the_same_spec_gives_the_same_study_and_changes_no_slot(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(0.1, 0.2))
     claim(store, study, worker)
-    assert store.studies.create(make_spec(0.1, 0.2), facts={}).study_id == study.study_id
+    assert store.studies.create(make_spec(0.1, 0.2), metadata={}).study_id == study.study_id
     assert store.trials.counts(study.study_id) == {"running": 1, "waiting": 1}
 
 
 def test_joining_with_other_settings_is_refused_with_each_difference_and_nothing_written(
     store: Store, make_spec: MakeSpec
 ) -> None:
-    store.studies.create(make_spec(0.1, 0.2), facts={})
+    store.studies.create(make_spec(0.1, 0.2), metadata={})
     before = everything(store)
     with pytest.raises(UserError, match=r"training\.epochs: 3 in the study, 5 here") as refusal:
-        store.studies.create(make_spec(0.1, 0.2, epochs=5, pruner={"name": "asha"}), facts={})
+        store.studies.create(make_spec(0.1, 0.2, epochs=5, pruner={"name": "asha"}), metadata={})
     assert "pruner.name: 'none' in the study, 'asha' here" in str(refusal.value)
     assert everything(store) == before
 
 
 def test_an_unknown_study_is_refused_with_the_names_of_the_others(store: Store, make_spec: MakeSpec) -> None:
     for name in ("b", "a"):
-        store.studies.create(make_spec(0.1, name=name), facts={})
+        store.studies.create(make_spec(0.1, name=name), metadata={})
     with pytest.raises(UserError, match=r"no study 'c' in .*; there are: a, b$"):
         store.studies.get("c")
     assert sorted(study.name for study in store.studies.get_all()) == ["a", "b"]
@@ -141,7 +150,7 @@ def test_an_unknown_study_is_refused_with_the_names_of_the_others(store: Store, 
 def test_a_study_that_only_optuna_knows_is_left_alone(store: Store, make_spec: MakeSpec) -> None:
     optuna.create_study(study_name="s", storage=url_of(store))
     with pytest.raises(UserError, match="holds a study 's' that hpo did not make"):
-        store.studies.create(make_spec(0.1), facts={})
+        store.studies.create(make_spec(0.1), metadata={})
     assert store.studies.get_all() == []
 
 
@@ -156,7 +165,7 @@ def test_enlarging_adds_waiting_slots_and_keeps_what_was_trained(store: Store, m
     assert [t.state for t in store.trials.get_all(study)] == ["complete", "waiting", "waiting", "waiting"]
     with pytest.raises(UserError, match=r"at least 4.* got 3"):
         store.studies.enlarge(study, 3)
-    grid = store.studies.create(make_spec(0.1, name="grid"), facts={})
+    grid = store.studies.create(make_spec(0.1, name="grid"), metadata={})
     with pytest.raises(UserError, match="cannot enlarge a grid"):
         store.studies.enlarge(grid, 4)
 
@@ -219,7 +228,7 @@ from hpo.store.store import Store
 
 def work():
     store = Store(sys.argv[1], create=True)
-    study = store.studies.create(StudySpec.from_dict(json.loads(sys.argv[2])), facts={})
+    study = store.studies.create(StudySpec.from_dict(json.loads(sys.argv[2])), metadata={})
     worker = store.workers.add(study.study_id, device="cpu")
     while (claim := store.trials.claim(study, worker)) is not None:
         lr = store.trials.suggest(claim, study.spec, attributes=lambda _: {})["lr"]
@@ -292,7 +301,7 @@ def test_an_interruption_at_any_statement_leaves_all_or_nothing(
         expire(store, first, change)
         expire(store, second, change)
     actions: dict[str, Callable[[], Any]] = {
-        "create_study": lambda: store.studies.create(make_spec(0.1, 0.2, name="other"), facts={}),
+        "create_study": lambda: store.studies.create(make_spec(0.1, 0.2, name="other"), metadata={}),
         "claim": lambda: store.trials.claim(study, worker),
         "suggest": lambda: store.trials.suggest(second, study.spec, attributes=lambda _: {"seed": 1, "device": "cpu"}),
         "report": lambda: store.trials.report(first, study.spec, epoch=2, metrics={"val_accuracy": 0.7}, value=0.7),
@@ -440,7 +449,7 @@ def test_the_slot_of_a_worker_elsewhere_is_freed_when_its_lease_runs_out(
     move_elsewhere(store, worker, change)
     end_worker_process(store, worker, change)  # a pid of another machine says nothing here
     assert store.workers.reap(study) == 0
-    change(store, schema.workers.update().values(seen_at=LONG_AGO))
+    change(store, schema.workers_table.update().values(seen_at=LONG_AGO))
     report(store, held, 0.5)  # it reports, so its lease is fresh whatever its heartbeat does
     assert store.workers.reap(study) == 0
     expire(store, held, change)
@@ -455,7 +464,7 @@ def test_a_worker_elsewhere_that_was_given_up_works_on_when_it_comes_back(
     lost = claim(store, study, worker)
     move_elsewhere(store, worker, change)
     expire(store, lost, change)
-    change(store, schema.workers.update().values(seen_at=LONG_AGO))
+    change(store, schema.workers_table.update().values(seen_at=LONG_AGO))
     assert store.workers.reap(study) == 1
     again = claim(store, study, worker)
     assert store.workers.reap(study) == 0
@@ -473,13 +482,13 @@ def test_a_worker_that_left_without_its_slot_does_not_keep_it(store: Store, make
 
 def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: MakeSpec, change: Change) -> None:
     study, worker = begin(store, make_spec(0.1, 0.2))
-    for attempt in range(1, MAX_LOSSES + 1):
+    for attempt in range(1, MAX_TRIAL_CRASHES + 1):
         lost = claim(store, study, worker)
         assert (lost.number, lost.attempt) == (0, attempt)
         expire(store, lost, change)
         assert store.workers.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"}) == 1
     ended = trial(store, study)
-    assert (ended.state, ended.reason) == ("failed", f"its worker died {MAX_LOSSES} times")
+    assert (ended.state, ended.reason) == ("failed", f"its worker died {MAX_TRIAL_CRASHES} times")
     assert optuna_trials(store)[0].state is TrialState.FAIL
     assert claim(store, study, worker).number == 1
 
@@ -489,9 +498,9 @@ def test_deaths_of_workers_count_only_while_the_trial_comes_no_further(
 ) -> None:
     """A trial of many epochs may well see three crashes."""
     study, worker = begin(store, make_spec(0.1))
-    for furthest in range(1, 2 * MAX_LOSSES):
+    for last_epoch in range(1, 2 * MAX_TRIAL_CRASHES):
         lost = claim(store, study, worker)
-        report(store, lost, *[0.5] * furthest)
+        report(store, lost, *[0.5] * last_epoch)
         expire(store, lost, change)
         assert store.workers.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"}) == 1
     assert trial(store, study).state == "waiting"
@@ -500,7 +509,7 @@ def test_deaths_of_workers_count_only_while_the_trial_comes_no_further(
 def test_deaths_that_no_supervisor_saw_do_not_count(store: Store, make_spec: MakeSpec, change: Change) -> None:
     """Power cuts, and kills of everything at once, are no fault of the trial."""
     study, worker = begin(store, make_spec(0.1))
-    for _ in range(2 * MAX_LOSSES):
+    for _ in range(2 * MAX_TRIAL_CRASHES):
         expire(store, claim(store, study, worker), change)
         assert store.workers.reap(study, dead={(liveness.machine_id(), os.getpid() + 1): "crashed"}) == 1
     assert trial(store, study).state == "waiting"
@@ -508,7 +517,7 @@ def test_deaths_that_no_supervisor_saw_do_not_count(store: Store, make_spec: Mak
 
 def test_three_trials_that_kill_their_workers_stop_the_study(store: Store, make_spec: MakeSpec, change: Change) -> None:
     study, worker = begin(store, make_spec(0.1, 0.2, 0.3, 0.4))
-    for _ in range(3 * MAX_LOSSES):
+    for _ in range(3 * MAX_TRIAL_CRASHES):
         expire(store, claim(store, study, worker), change)
         store.workers.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"})
     stopped = store.studies.get("s")
@@ -856,7 +865,7 @@ def test_a_database_of_optunas_alone_becomes_a_store_only_for_writing(url: str, 
     with pytest.raises(UserError, match="holds no study of ours; `hpo run` adds one"):
         Store(url)
     store = Store(url, create=True)
-    store.studies.create(make_spec(0.1), facts={})
+    store.studies.create(make_spec(0.1), metadata={})
     assert [study.name for study in store.studies.get_all()] == ["s"]
     assert optuna.get_all_study_names(url) == ["theirs", "s"]
 
@@ -936,7 +945,7 @@ def test_what_ran_out_of_memory_is_tried_once_more_alone_on_its_device(
     alone = claim(store, study, first)
     assert (alone.number, alone.attempt) == (0, 2)
 
-    change(store, schema.slots.update().where(schema.slots.c.number == 2).values(state="waiting"))
+    change(store, schema.slots_table.update().where(schema.slots_table.c.number == 2).values(state="waiting"))
     assert store.trials.claim(study, second) is None, "another trial was begun beside it"
     for worker in (other_device, elsewhere):
         held = store.trials.claim(study, worker)
@@ -963,7 +972,7 @@ def test_each_attempt_is_kept_with_where_it_went_on_and_how_it_ended(
     store.trials.release(second)
     third = claim(store, study, worker)
     store.trials.finish(third, "pruned", reason="")
-    found = [(a.attempt, a.furthest, a.resumed_from, a.outcome, a.note) for a in trial(store, study).attempts]
+    found = [(a.attempt, a.last_epoch, a.resumed_from, a.outcome, a.note) for a in trial(store, study).attempts]
     assert found == [
         (1, 0, 0, "lost", "the disk was full"),
         (2, 2, 1, "released", "the newest was torn"),
@@ -996,7 +1005,7 @@ def test_a_slot_that_is_being_reported_on_is_not_freed(store: Store, make_spec: 
     held = claim(store, study, worker)
     expire(store, held, change)
     with store.storage.engine.begin() as reporting:
-        reporting.execute(schema.slots.update().values(furthest=1))
+        reporting.execute(schema.slots_table.update().values(last_epoch=1))
         assert Store(url_of(store)).workers.reap(study) == 0
     assert store.workers.reap(study) == 1
 
@@ -1010,10 +1019,10 @@ def test_a_client_that_stops_in_the_middle_of_a_transaction_blocks_nobody_for_lo
     stopped = Store(url_of(store))
     transaction = stopped.database.transaction()
     connection = transaction.__enter__()
-    connection.execute(sa.select(schema.studies).with_for_update())
+    connection.execute(sa.select(schema.studies_table).with_for_update())
     assert store.trials.claim(study, worker) is not None  # waits until the server has ended the other one
     with pytest.raises(sa.exc.DBAPIError, match="idle-in-transaction") as ended:
-        connection.execute(sa.select(schema.studies))
+        connection.execute(sa.select(schema.studies_table))
     assert is_outage(ended.value)
     with pytest.raises(StoreFailed):
         transaction.__exit__(None, None, None)
@@ -1148,8 +1157,8 @@ def test_what_ledger_and_optuna_do_not_agree_on_is_found(store: Store, make_spec
         report(store, held, 0.5)
         store.trials.finish(held, "complete", reason="")
     assert store.problems(study) == []
-    change(store, schema.slots.update().where(schema.slots.c.number == 0).values(state="failed"))
-    change(store, schema.slots.update().where(schema.slots.c.number == 1).values(trial_id=None))
+    change(store, schema.slots_table.update().where(schema.slots_table.c.number == 0).values(state="failed"))
+    change(store, schema.slots_table.update().where(schema.slots_table.c.number == 1).values(trial_id=None))
     assert store.problems(study) == [
         "trial 0 of study 's' is failed, and to Optuna trial 0, COMPLETE",
         "Optuna's trial 1 of study 's' has no slot",
@@ -1171,9 +1180,9 @@ def test_a_copied_study_is_the_same_and_goes_on_in_the_other_store(
     target = Store(f"sqlite:///{tmp_path}/other.db", create=True)
     begin(target, make_spec(0.1, name="another"))  # so that no id is the same by chance
     with pytest.raises(UserError, match="is in training"):
-        target.studies.copy_from(store.studies, study, facts={**study.facts, "uid": "0123abcd"})
+        target.studies.copy_from(store.studies, study, metadata={**study.metadata, "uid": "0123abcd"})
     store.trials.release(running)
-    copied = target.studies.copy_from(store.studies, study, facts={**study.facts, "uid": "0123abcd"})
+    copied = target.studies.copy_from(store.studies, study, metadata={**study.metadata, "uid": "0123abcd"})
     before, after = store.trials.get_all(study), target.trials.get_all(copied)
     assert [(t.state, t.params, t.value, t.curves) for t in before] == [
         (t.state, t.params, t.value, t.curves) for t in after
@@ -1184,7 +1193,7 @@ def test_a_copied_study_is_the_same_and_goes_on_in_the_other_store(
     again = claim(target, copied, target.workers.add(copied.study_id, device="cpu"))
     assert (again.number, again.attempt) == (4, 2)
     with pytest.raises(UserError, match="holds a study 's' already"):
-        target.studies.copy_from(store.studies, study, facts={**study.facts, "uid": "0123abce"})
+        target.studies.copy_from(store.studies, study, metadata={**study.metadata, "uid": "0123abce"})
 
 
 def test_a_copy_that_is_interrupted_leaves_nothing(store: Store, make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -1196,7 +1205,7 @@ def test_a_copy_that_is_interrupted_leaves_nothing(store: Store, make_spec: Make
     before = everything(target)
     for at in range(200):
         with suppress(Interruption), interrupted(target, at=at):
-            target.studies.copy_from(store.studies, study, facts={**study.facts, "uid": "0123abcd"})
+            target.studies.copy_from(store.studies, study, metadata={**study.metadata, "uid": "0123abcd"})
             break
         assert everything(target) == before
     assert at > 5
@@ -1278,7 +1287,7 @@ def test_a_dead_trial_of_another_study_does_not_keep_a_device(
 
 
 def test_a_name_from_a_store_cannot_name_a_folder_elsewhere(store: Store, make_spec: MakeSpec) -> None:
-    store.studies.create(make_spec(0.1), facts={})
+    store.studies.create(make_spec(0.1), metadata={})
     with store.storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE studies SET study_name = '../../evil'")
     with pytest.raises(UserError, match=r"study '../../evil' in .* is damaged: its spec names it 's'"):
@@ -1300,15 +1309,17 @@ def test_a_store_of_a_newer_version_is_not_upgraded(store: Store) -> None:
         database.upgrade(store.url)
 
 
-@pytest.mark.parametrize("column", ["spec", "facts"])
+@pytest.mark.parametrize("column", ["spec", "metadata"])
 @pytest.mark.parametrize("content", ["{broken", "[1]", "{}"])
 def test_one_damaged_study_does_not_keep_anybody_from_the_others(
     store: Store, make_spec: MakeSpec, column: str, content: str
 ) -> None:
-    store.studies.create(make_spec(0.1, name="good"), facts={})
-    bad = store.studies.create(make_spec(0.1, name="bad"), facts={})
+    store.studies.create(make_spec(0.1, name="good"), metadata={})
+    bad = store.studies.create(make_spec(0.1, name="bad"), metadata={})
     with store.storage.engine.begin() as connection:
-        connection.execute(schema.studies.update().where(schema.studies.c.study_id == bad.study_id), {column: content})
+        connection.execute(
+            schema.studies_table.update().where(schema.studies_table.c.study_id == bad.study_id), {column: content}
+        )
     assert [study.name for study in store.studies.get_all()] == ["good"]
     (damage,) = store.studies.damages()
     assert "study 'bad'" in damage

@@ -37,7 +37,7 @@ def final_checkpoints(store: Store, study: StudyRecord) -> dict[int, Checkpoint]
     for trial in store.trials.get_all(study):
         config = study.spec.trial_config(trial.params, seed=trial.attributes["seed"])
         url = f"{store.checkpoints_url(study)}/{trial.number:06d}"
-        identity = {"study": study.facts["uid"], "trial": trial.number}
+        identity = {"study": study.metadata["uid"], "trial": trial.number}
         checkpoint, notes = CheckpointFolder(url, identity=identity).load(config)
         assert notes == []
         if checkpoint is not None:
@@ -116,7 +116,7 @@ def test_an_epoch_that_the_database_has_lost_is_reported_from_the_checkpoint(
     study = engine_study(store, 1e-3, epochs=3)
     work(store, study, should_stop=lambda: len(store.trials.get_all(study)[0].epochs) >= 2)
     before = store.trials.get_all(study)[0]
-    change(store, schema.epochs.delete().where(schema.epochs.c.epoch == 2))
+    change(store, schema.epochs_table.delete().where(schema.epochs_table.c.epoch == 2))
     change(store, schema.intermediate_values.delete().where(schema.intermediate_values.c.step == 2))
     (trial,) = work(Store(store.url.render_as_string(hide_password=False)), study)
     assert trial.epochs == [1, 2, 3]
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_written_is_noted_and_training_goes_on(store
 def test_of_equal_trials_the_one_that_is_called_best_keeps_its_last_checkpoint(
     store: Store, make_spec: MakeSpec
 ) -> None:
-    study = store.studies.create(make_spec(0.1, 0.2, 0.3), facts={})
+    study = store.studies.create(make_spec(0.1, 0.2, 0.3), metadata={})
     worker = store.workers.add(study.study_id, device="cpu")
     claims = [store.trials.claim(study, worker) for _ in range(3)]
     for claim in claims[1:]:

@@ -25,7 +25,7 @@ if trial.params["lr"] == 0.1:
     raise ValueError("no such\\nluck")
 trial.report(1, val_accuracy=0.5)
 """)
-    study = store.studies.create(make_spec(0.1, 0.2), facts={})
+    study = store.studies.create(make_spec(0.1, 0.2), metadata={})
     failed, fine = work(store, study)
     assert (failed.state, failed.reason, failed.value) == ("failed", "ValueError: no such", None)
     assert failed.error is not None
@@ -49,7 +49,7 @@ def test_whatever_a_function_does_wrong_fails_its_trial_and_not_the_worker(
     store: Store, make_spec: MakeSpec, loop: WriteLoop, statement: str, reason: str
 ) -> None:
     loop(statement)
-    (failed,) = work(store, store.studies.create(make_spec(0.1), facts={}))
+    (failed,) = work(store, store.studies.create(make_spec(0.1), metadata={}))
     assert failed.state == "failed"
     assert failed.reason is not None
     assert failed.reason.startswith(reason)
@@ -63,7 +63,7 @@ assert not trial.report(1, val_accuracy=0.5)
 assert trial.report(2, val_accuracy=math.nan)
 assert trial.report(3, val_accuracy=0.9)
 """)
-    (diverged,) = work(store, store.studies.create(make_spec(0.1), facts={}))
+    (diverged,) = work(store, store.studies.create(make_spec(0.1), metadata={}))
     assert (diverged.state, diverged.reason) == ("diverged", "val_accuracy = nan in epoch 2")
     assert (diverged.value, diverged.curves["val_accuracy"]) == (None, [0.5, None])
 
@@ -76,7 +76,7 @@ for epoch in range(1, trial.epochs + 1):
     trial.report(epoch, val_accuracy=epoch / 100)
 """)
     pruner = {"name": "threshold", "lower": 0.5, "warmup_epochs": 2}
-    (pruned,) = work(store, store.studies.create(make_spec(0.1, epochs=9, pruner=pruner), facts={}))
+    (pruned,) = work(store, store.studies.create(make_spec(0.1, epochs=9, pruner=pruner), metadata={}))
     assert pruned.state == "pruned"
     assert pruned.reason == f"threshold pruner after epoch {pruned.epochs[-1]}"
     assert pruned.epochs[-1] < 5
@@ -88,7 +88,7 @@ def test_a_trial_that_was_killed_after_its_last_report_ends_with_it(
     store: Store, make_spec: MakeSpec, loop: WriteLoop, last: float, state: str, value: float | None
 ) -> None:
     loop("return  # the checkpoint says that nothing is left to train")
-    study = store.studies.create(make_spec(0.1, epochs=2), facts={})
+    study = store.studies.create(make_spec(0.1, epochs=2), metadata={})
     killed = store.trials.claim(study, store.workers.add(study.study_id, device="cpu"))
     assert killed is not None
     store.trials.suggest(killed, study.spec, attributes=lambda _: {})
@@ -108,7 +108,7 @@ assert trial.checkpoint_dir.is_dir() and not list(trial.checkpoint_dir.iterdir()
 (trial.checkpoint_dir / "seed").write_text(str(trial.seed))
 trial.report(1, val_accuracy=trial.params["lr"])
 """)
-    study = store.studies.create(make_spec(0.1, 0.2), facts={})
+    study = store.studies.create(make_spec(0.1, 0.2), metadata={})
     trials = work(store, study)
     for trial in trials:
         folder = store.folder(study) / "trials" / f"{trial.number:04d}"
@@ -133,7 +133,7 @@ def test_whatever_a_loop_raises_ends_its_trial_and_not_the_study(
     store: Store, make_spec: MakeSpec, loop: WriteLoop, line: str, reason: str
 ) -> None:
     loop(f"if trial.number == 0: {line}\ntrial.report(1, val_accuracy=0.5)")
-    first, second = work(store, store.studies.create(make_spec(0.1, 0.2), facts={}))
+    first, second = work(store, store.studies.create(make_spec(0.1, 0.2), metadata={}))
     assert (first.state, second.state) == ("failed", "complete")
     assert str(first.reason).startswith(reason)
 
@@ -148,5 +148,5 @@ trial.report(1, val_accuracy=0.5)
     for name in ("a", "b", "a"):
         (tmp_path / f"{name}.db").unlink(missing_ok=True)
         store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
-        (trial,) = work(store, store.studies.create(make_spec(0.1), facts={}))
+        (trial,) = work(store, store.studies.create(make_spec(0.1), metadata={}))
         assert trial.state == "complete", trial.error

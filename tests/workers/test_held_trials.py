@@ -23,7 +23,7 @@ WriteLoop = Callable[[str], None]
 
 def lease(store: Store) -> float:
     with store.storage.engine.connect() as connection:
-        return float(connection.execute(sa.select(schema.slots.c.lease_until)).scalars().first() or 0)
+        return float(connection.execute(sa.select(schema.slots_table.c.lease_until)).scalars().first() or 0)
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
@@ -40,7 +40,7 @@ def test_a_lease_is_renewed_during_a_long_epoch_also_after_database_errors(
         monkeypatch.setattr(module, "LEASE_S", 0.4)
     monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.1)
     loop(HELD)
-    study = store.studies.create(make_spec(0.1), facts={})
+    study = store.studies.create(make_spec(0.1), metadata={})
     impatient = Store(store.url.render_as_string(hide_password=False))
     with working(impatient, study):
         wait_for(lambda: store.trials.get_all(study)[0].epochs)
@@ -79,11 +79,11 @@ def test_a_trial_that_was_given_to_another_worker_is_dropped_without_a_trace(
     code: str,
 ) -> None:
     loop(code)
-    study = store.studies.create(make_spec(0.1), facts={})
+    study = store.studies.create(make_spec(0.1), metadata={})
     other = store.workers.add(study.study_id, device="cpu")
     with working(store, study):
         wait_for(lambda: store.trials.get_all(study)[0].epochs)
-        change(store, schema.slots.update().values(lease_until=0))
+        change(store, schema.slots_table.update().values(lease_until=0))
         store.workers.reap(study)
         taken = store.trials.claim(study, other)
         assert taken is not None
@@ -117,7 +117,7 @@ trial.report(1, val_accuracy=trial.attempt)
 
 def test_a_trial_that_an_exception_ended_is_tried_again(store: Store, make_spec: MakeSpec, loop: WriteLoop) -> None:
     loop(NUMBER_OF_ITS_ATTEMPTS)
-    (trial,) = work(store, store.studies.create(make_spec(0.1), facts={}))
+    (trial,) = work(store, store.studies.create(make_spec(0.1), metadata={}))
     assert (trial.state, trial.value, trial.error) == ("complete", 2.0, None)
     assert [attempt.outcome for attempt in trial.attempts] == ["ValueError: this time", "complete"]
     assert "raise ValueError" in str(trial.attempts[0].error)
@@ -131,7 +131,7 @@ if trial.attempt == 1 and trial.number == 0:
     raise MemoryError
 trial.report(1, val_accuracy=time.time())
 """)
-    trials = work(store, store.studies.create(make_spec(0.1, 0.2, 0.3, search={"retries": 0}), facts={}))
+    trials = work(store, store.studies.create(make_spec(0.1, 0.2, 0.3, search={"retries": 0}), metadata={}))
     assert [trial.state for trial in trials] == ["complete"] * 3
     assert [attempt.outcome for attempt in trials[0].attempts] == ["out of memory", "complete"]
     assert (trials[0].value or 0) > max(trial.value or 0 for trial in trials[1:])

@@ -54,7 +54,7 @@ def test_trials_in_lanes_go_on_bit_for_bit(store: Store) -> None:
     study = engine_study(store, *SEVERAL, epochs=4, lanes=2, name="cut")
     work(store, study, should_stop=lambda: sum(len(trial.epochs) for trial in store.trials.get_all(study)) >= 3)
     assert {trial.state for trial in store.trials.get_all(study)} >= {"waiting"}
-    study = store.studies.create(StudySpec.from_dict(study.spec.frozen() | {"engine": {"lanes": 4}}), facts={})
+    study = store.studies.create(StudySpec.from_dict(study.spec.frozen() | {"engine": {"lanes": 4}}), metadata={})
     found = work(store, study)
     assert curves_of(found) == curves_of(expected)
     assert max(trial.attempt for trial in found) == 2
@@ -90,7 +90,7 @@ def test_trials_that_cannot_be_stacked_with_each_other_are_not(store: Store) -> 
         "data": {"name": "digits", "train_samples": 200, "validation_fraction": 0.2},
         "training": {"epochs": 1},
     }
-    study = store.studies.create(StudySpec.from_dict(settings), facts={})
+    study = store.studies.create(StudySpec.from_dict(settings), metadata={})
     assert [trial.state for trial in work(store, study)] == ["complete", "complete"]
     assert store.studies.shared_values(study) == {}  # it holds for this space, and was not measured
 
@@ -101,7 +101,7 @@ def test_an_exported_trial_is_trained_as_it_was(store: Store) -> None:
     trials = work(store, study)
     settings = exporting.export("digits", storage=url)
     best = reading.best("digits", storage=url)
-    again = work(store, store.studies.create(StudySpec.from_dict(settings), facts={}))
+    again = work(store, store.studies.create(StudySpec.from_dict(settings), metadata={}))
     assert curves_of(again) == curves_of([trials[best.trial]])
 
 
@@ -112,7 +112,7 @@ def test_a_suspect_trains_alone(store: Store) -> None:
     held = [store.trials.claim(study, worker_id, num_held=num_held) for num_held in range(2)]
     assert None not in held
     with store.database.transaction() as connection:  # as after a crash that was seen
-        connection.execute(schema.slots.update().where(schema.slots.c.number < 2).values(losses=1))
+        connection.execute(schema.slots_table.update().where(schema.slots_table.c.number < 2).values(crashes=1))
     for claim in held:
         assert claim is not None
         store.trials.release(claim)

@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.config.study_spec import StudySpec
-from hpo.store.ledger import MAX_KILLS, MAX_LOSSES
+from hpo.store.ledger import MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS
 from hpo.store.store import Store
 from hpo.study.records import TrialRecord
 
@@ -191,7 +191,7 @@ def test_trials_that_crash_their_process_fail_and_the_others_finish(hpo: Hpo, ma
     assert exit_code == 0, output
     assert [trial.state for trial in trials(hpo)] == ["failed"] * 2 + ["complete"] * 2
     # At least: a slot that somebody else than the supervisor frees first is not counted.
-    assert all(MAX_LOSSES <= trial.attempt <= 3 * MAX_LOSSES for trial in trials(hpo)[:2])
+    assert all(MAX_TRIAL_CRASHES <= trial.attempt <= 3 * MAX_TRIAL_CRASHES for trial in trials(hpo)[:2])
     assert hpo.worker_pids() == []
 
 
@@ -215,7 +215,7 @@ def test_a_trial_that_gets_its_worker_killed_keeps_the_study_neither_from_the_ot
     exit_code, output = hpo.run(*RUN)
     assert exit_code == 0, output
     assert [(trial.state, trial.reason) for trial in trials(hpo)] == [
-        ("failed", f"its worker died {MAX_KILLS} times"),
+        ("failed", f"its worker died {MAX_TRIAL_KILLS} times"),
         ("complete", "trained for 1 epochs"),
     ]
 

@@ -19,7 +19,7 @@ import pytest
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store import schema
-from hpo.store.ledger import MAX_LOSSES
+from hpo.store.ledger import MAX_TRIAL_CRASHES
 from hpo.store.store import Store
 from hpo.study.records import TrialRecord
 
@@ -195,7 +195,7 @@ def test_a_study_on_three_nodes_loses_a_node_gains_one_and_loses_its_command(
 
 def workers(hpo: Hpo) -> list[dict[str, Any]]:
     store = Store(hpo.url)
-    return store.studies.rows(schema.workers, store.studies.get("s"))
+    return store.studies.rows(schema.workers_table, store.studies.get("s"))
 
 
 def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and_taken_up_from_elsewhere(
@@ -289,7 +289,7 @@ def test_a_process_that_dies_on_a_node_is_replaced_there_and_counts_against_its_
     assert exit_code == 0, output
     found = trials(hpo)
     assert [trial.state for trial in found] == ["failed", "complete", "complete"]
-    assert found[0].attempt == MAX_LOSSES
+    assert found[0].attempt == MAX_TRIAL_CRASHES
     assert {row["device"] for row in workers(hpo)} == {"cpu for GPU 0"}
 
 

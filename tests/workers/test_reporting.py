@@ -177,7 +177,7 @@ def take_away(store: Store, study: StudyRecord) -> None:
     """Another worker takes trial 0, as after a lease that ran out."""
     other = store.workers.add(study.study_id, device="elsewhere")
     with store.storage.engine.begin() as connection:
-        connection.execute(schema.slots.update().where(schema.slots.c.number == 0).values(lease_until=0))
+        connection.execute(schema.slots_table.update().where(schema.slots_table.c.number == 0).values(lease_until=0))
     store.workers.reap(study)
     assert store.trials.claim(study, other) is not None
 
@@ -228,7 +228,7 @@ def test_a_lease_is_renewed_until_the_last_checkpoint_of_a_trial_that_is_given_b
 
     def lease(number: int) -> float:
         with store.storage.engine.connect() as connection:
-            rows = connection.execute(sa.select(schema.slots.c.lease_until).where(schema.slots.c.number == number))
+            rows = connection.execute(sa.select(schema.slots_table.c.lease_until).where(schema.slots_table.c.number == number))
             return float(rows.scalar() or 0)
 
     study = engine_study(store, 1e-4, 1e-3, epochs=3, lanes=2)

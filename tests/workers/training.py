@@ -55,7 +55,7 @@ def engine_study(
             "checkpoints": {"keep_best": keep_best},
         }
     )
-    return store.studies.create(spec, facts={})
+    return store.studies.create(spec, metadata={})
 
 
 SEVERAL = (1e-4, 3e-4, 1e-3, 3e-3, 1e30)

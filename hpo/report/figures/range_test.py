@@ -28,7 +28,7 @@ LINE_DASHES = ("solid", "dash", "dot", "dashdot")
 
 def draw_range_test(findings: FigureData) -> go.Figure | None:
     """The ramps that set the range of the search."""
-    tested = findings.study.facts.get(range_text.RANGE_TEST_KEY)
+    tested = findings.study.metadata.get(range_text.RANGE_TEST_KEY)
     return draw_ramps(tested) if tested else None
 
 
