@@ -28,11 +28,11 @@ class StudyCheckpoints:
         self._store = store
         self._study = study
         self._url = store.checkpoints_url(study)
-        self._keep = study.spec.checkpoints.keep_best
+        self._num_kept = study.spec.checkpoints.keep_best
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: dict[int, Future[None]] = {}  # by trial
 
-    def begin(self, claim: Claim, config: TrialConfig) -> Checkpoint | None:
+    def resume(self, claim: Claim, config: TrialConfig) -> Checkpoint | None:
         """Return the trial's newest whole checkpoint, or None where it starts from its first epoch; tell the store.
 
         Where the store lacks epochs that the checkpoint has, report them now: a power cut may have cost the database
@@ -40,15 +40,7 @@ class StudyCheckpoints:
         """
         with suppress(Exception):  # what was being written for an earlier attempt at it, by this worker
             self.wait(claim.number)
-        checkpoint: Checkpoint | None = None
-        notes: list[str] = []
-        try:
-            checkpoint, notes = self._folder(claim.number).load(config)
-            if checkpoint is None and claim.tested is not None:
-                checkpoint, more = self._folder(claim.tested).load(config)
-                notes += more
-        except OSError as error:
-            notes = [f"its checkpoints in {self._url} could not be read: {error}"]
+        checkpoint, notes = self._load(claim, config)
         last_epoch, _ = self._store.trials.last_report(claim) or (0, math.nan)
         if checkpoint is None and claim.tested is not None:
             notes.append(f"trained again: {socket.gethostname()} finds no checkpoint of trial {claim.tested}")
@@ -59,7 +51,24 @@ class StudyCheckpoints:
         for note in notes:
             logger.warning("trial %d: %s", claim.number, note)
         self._store.trials.begin(claim, resumed_from=checkpoint.epoch if checkpoint else 0, notes=notes)
-        for result in checkpoint.results if checkpoint else ():
+        if checkpoint is not None:
+            self._report_missing(claim, checkpoint, last_epoch=last_epoch)
+        return checkpoint
+
+    def _load(self, claim: Claim, config: TrialConfig) -> tuple[Checkpoint | None, list[str]]:
+        """Load the newest whole checkpoint of the trial, or else of the one that it tests; note what was wrong."""
+        try:
+            checkpoint, notes = self._folder(claim.number).load(config)
+            if checkpoint is None and claim.tested is not None:
+                checkpoint, notes_of_tested = self._folder(claim.tested).load(config)
+                notes += notes_of_tested
+        except OSError as error:
+            return None, [f"its checkpoints in {self._url} could not be read: {error}"]
+        return checkpoint, notes
+
+    def _report_missing(self, claim: Claim, checkpoint: Checkpoint, *, last_epoch: int) -> None:
+        """Report the epochs of a checkpoint after the last one that the store knows."""
+        for result in checkpoint.results:
             if result.epoch > last_epoch:
                 self._store.trials.report(
                     claim,
@@ -69,7 +78,6 @@ class StudyCheckpoints:
                     value=result.val_accuracy,
                     may_prune=False,
                 )
-        return checkpoint
 
     def save(self, claim: Claim, checkpoint: Checkpoint) -> None:
         """Begin to write a trial's checkpoint. Where that fails, the checkpoint before it is still there."""
@@ -101,22 +109,22 @@ class StudyCheckpoints:
 
         Of equal trials the one with the lower number is better, as in `Trials.best`.
         """
-        best = self._store.trials.best(self._study, self._keep)
+        best = self._store.trials.best(self._study, self._num_kept)
         sign = 1 if self._study.spec.direction == "maximize" else -1
-        return len(best) < self._keep or any((sign * value, -number) > (sign * v, -n) for n, v in best)
+        return len(best) < self._num_kept or any((sign * value, -number) > (sign * v, -n) for n, v in best)
 
     def forget(self, number: int) -> None:
         """Remove what a trial that has ended no longer needs, and the checkpoint of the one that it displaced."""
         with suppress(Exception):  # what is still being written of it must not appear after this
             self.wait(number)
-        best = [other for other, _ in self._store.trials.best(self._study, self._keep + 1)]
-        for unneeded in {number, *best} - {*best[: self._keep]} - self._store.trials.untested(self._study):
+        best = [other for other, _ in self._store.trials.best(self._study, self._num_kept + 1)]
+        for unneeded in {number, *best} - {*best[: self._num_kept]} - self._store.trials.untested(self._study):
             self._remove(unneeded)
 
     def tidy(self) -> None:
         """Remove what workers that were killed, or that had lost their trial, have left of trials that have ended."""
-        ended = self._store.trials.ended_numbers(self._study)  # first: a trial may end meanwhile, as the best one
-        unneeded = ended - {number for number, _ in self._store.trials.best(self._study, self._keep)}
+        ended = self._store.trials.ended_numbers(self._study)  # read first: a trial may end meanwhile, and be the best
+        unneeded = ended - {number for number, _ in self._store.trials.best(self._study, self._num_kept)}
         unneeded -= self._store.trials.untested(self._study)
         with suppress(OSError):
             for name in list_folders(self._url):

@@ -127,7 +127,7 @@ class LaneRunner:
         """Resume a trial in a free lane, or end it where an earlier attempt was killed between last epoch and end."""
         values, seed = self._held.suggest(claim)
         config = self._spec.trial_config(values, seed=seed)
-        checkpoint = self._checkpoints.begin(claim, config)
+        checkpoint = self._checkpoints.resume(claim, config)
         if checkpoint is not None and checkpoint.epoch >= config.training.epochs:
             if claim.kind == "test":
                 self._measure_test(claim, config, checkpoint)
