@@ -220,7 +220,9 @@ def plan_lanes(
     if lanes is None and max_lanes == 1:
         return plan("they have nothing to share, or there is but one", is_passing=True)
     try:
-        methods = CONVOLUTIONS if device.type == "cuda" else CONVOLUTIONS[:1]  # products lose on every CPU tried
+        methods = list(CONVOLUTIONS)
+        if device.type != "cuda":
+            methods = methods[:1]  # products lose on every CPU tried
         stacks = [TrialStack(config, data=data, device=device, convolution=method) for method in methods]
     except NotStackable as error:
         return plan(f"its network trains alone, {error}", lanes=min(lanes or num_interleaved, num_interleaved))

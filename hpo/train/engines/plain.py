@@ -1,6 +1,6 @@
-"""The Engine contract and the plain engine: one lane, torch.optim, meant to be read; other engines are held to it.
+"""The plain engine: one lane and torch.optim, meant to be read; other engines are held to its results.
 
-Shapes: B batch, C H W picture, L classes, S steps of an epoch.
+Shapes: B batch, C H W image, L classes, S steps of an epoch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hpo.train.seeding import seed_generators
 
 @dataclass(kw_only=True)
 class PlainLaneState(LaneState):
-    """A trial that has its network and its optimizer to itself."""
+    """The state of a trial that has its network and its optimizer to itself."""
 
     model: nn.Module
     forward: Callable[[Tensor], Tensor]  # the model, compiled where that was asked for
@@ -45,12 +45,18 @@ class PlainLaneState(LaneState):
 
 
 class PlainEngine:
-    """One lane on one device: as simple as a training loop can be, and the reference for every other engine."""
+    """An engine of one lane: as simple as a training loop can be, and the reference for every other engine."""
 
     def __init__(
         self, *, device: str, should_stop: Callable[[], bool] = lambda: False, dataset_cache: DatasetCache | None = None
     ) -> None:
-        """`should_stop` is asked before each step, from the training thread, and has to be quick."""
+        """Make an engine without a trial.
+
+        Args:
+            device: The device, as torch names it.
+            should_stop: Asked before each step, from the training thread; it has to be quick.
+            dataset_cache: Where datasets on this device are kept; None: a cache of its own.
+        """
         self.device = torch.device(device)
         self._should_stop = should_stop
         self._lane: PlainLaneState | None = None
@@ -58,9 +64,11 @@ class PlainEngine:
 
     @property
     def free_lanes(self) -> int:
+        """Return 1, or 0 while there is a trial."""
         return 1 if self._lane is None else 0
 
     def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None) -> int:
+        """Set a trial up, ready for its next epoch; see `Engine`."""
         assert self._lane is None, "the plain engine has one lane, and it is taken"
         assert checkpoint is None or checkpoint.config_digest == config_digest(config), "another trial's checkpoint"
         lane = build_lane(config, data=self._dataset_cache.get(config.data), device=self.device)
@@ -70,16 +78,19 @@ class PlainEngine:
         return 0
 
     def evict(self, lane: int) -> None:
+        """Forget the trial; see `Engine`."""
         assert self._lane is not None, "there is no trial in this lane"
         self._lane = None
 
     def checkpoint(self, lane: int) -> Checkpoint:
+        """Return the trial after its last epoch; see `Engine`."""
         assert self._lane is not None, "there is no trial in this lane"
         assert self._lane.is_whole, "the trial is in the middle of an epoch"
         trial = self._lane
         return make_checkpoint(trial, model=trial.model.state_dict(), optimizer=trial.optimizer.state_dict())
 
     def run_epoch(self) -> list[EpochResult]:
+        """Train the trial for one epoch; see `Engine`."""
         assert self._lane is not None, "there is no trial to train"
         lane, data = self._lane, self._lane.data
         start_s = time.perf_counter()
@@ -96,7 +107,7 @@ class PlainEngine:
         return [result]
 
     def test_accuracy(self, config: TrialConfig, checkpoint: Checkpoint) -> float:
-        """The accuracy on the test set of a trial as its checkpoint has it; see `LaneEngine`."""
+        """Return the test accuracy, a fraction, of the network in a checkpoint; see `LaneEngine`."""
         lane = build_lane(config, data=self._dataset_cache.get(config.data), device=self.device)
         restore(lane, checkpoint)
         if lane.data.test is None:
@@ -104,9 +115,9 @@ class PlainEngine:
         return self._evaluate(lane, lane.data.test)[1]
 
     def _train(self, lane: PlainLaneState) -> tuple[Tensor, int]:
-        """One epoch: the loss of each step (S,), on the CPU, and how many pictures were classified correctly.
+        """Train one epoch; return the loss of each step (S,), on the CPU, and how many images were correct.
 
-        The device is not waited for until the epoch ends: losses and hits stay on it.
+        Losses and hits stay on the device until the epoch ends, so that no step waits for it.
         """
         training, data, seed = lane.config.training, lane.data, lane.config.seed
         num_steps = data.train.num_batches(training.batch_size)
@@ -125,7 +136,7 @@ class PlainEngine:
         return losses_S.cpu(), int(hits)
 
     def step(self, lane: PlainLaneState, images_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Trains on a batch; its mean loss and its correct pictures stay on the device."""
+        """Train on a batch; return its mean loss and its number of correct images, both on the device."""
         training = lane.config.training
         with autocast(self.device, lane.amp_dtype):
             logits_BL = lane.forward(images_BCHW)
@@ -138,16 +149,16 @@ class PlainEngine:
         return loss.detach(), (logits_BL.detach().argmax(1) == labels_B).sum()
 
     @torch.no_grad()
-    def _evaluate(self, lane: PlainLaneState, part: BatchLoader) -> tuple[float, float]:
-        """Mean loss and accuracy per picture, from float32 sums."""
+    def _evaluate(self, lane: PlainLaneState, loader: BatchLoader) -> tuple[float, float]:
+        """Return the mean loss and the accuracy over a split, from float32 sums."""
         lane.model.eval()
         sums = torch.zeros(2, device=self.device)  # loss, hits
-        for images_BCHW, labels_B in part.batches(evaluation_batch_size(lane)):
+        for images_BCHW, labels_B in loader.batches(evaluation_batch_size(lane)):
             with autocast(self.device, lane.amp_dtype):
                 logits_BL = lane.model(images_BCHW).float()
             hits = (logits_BL.argmax(1) == labels_B).sum()
             sums += torch.stack([F.cross_entropy(logits_BL, labels_B, reduction="sum"), hits])
-        loss, accuracy = (sums / len(part)).tolist()
+        loss, accuracy = (sums / len(loader)).tolist()
         return loss, accuracy
 
 
@@ -168,26 +179,25 @@ def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device)
 
 
 def restore(lane: PlainLaneState, checkpoint: Checkpoint) -> None:
-    """Bring a trial just set up to where its checkpoint is; raises UserError where the network does not fit."""
-    state = storable_copy(
-        checkpoint.state, setting="the checkpoint"
-    )  # an optimizer would train on the checkpoint's tensors
+    """Bring a trial that was just set up to its checkpoint; raise UserError where the network does not fit."""
+    # A copy, because the optimizer would train on the checkpoint's own tensors.
+    state = storable_copy(checkpoint.state, setting="the checkpoint")
     optimizer = lane.optimizer
     try:
         lane.model.load_state_dict(state["model"])
-        # The settings of the groups are those of this device, such as `fused`, which says where `step` is.
+        # The groups keep the settings of this device, such as `fused`, which decides where `step` is stored.
         groups = zip(optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
-        groups_here = [{**here, "lr": there["lr"]} for here, there in groups]
-        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups_here})
+        new_groups = [{**group, "lr": saved["lr"]} for group, saved in groups]
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": new_groups})
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a user's module does, beside torch's own checks
+    except Exception as error:  # whatever a user's module raises, besides torch's own checks
         raise UserError(
             f"model.name = {lane.config.model.name!r} must be the network that it was when its checkpoint of epoch "
             f"{checkpoint.epoch} was made; it raised {describe_error(error)}"
         ) from error
     for moments in optimizer.state.values():
-        if "mu_product" in moments:  # NAdam's, which torch would leave on a GPU and wait for in each step
+        if "mu_product" in moments:  # NAdam's; torch would leave it on a GPU and wait for it in each step
             moments["mu_product"] = moments["mu_product"].cpu()
     lane.first_loss = state["first_loss"]
     lane.results = [replace(result, lane=0) for result in checkpoint.results]

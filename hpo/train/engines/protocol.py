@@ -9,44 +9,45 @@ from hpo.train.config import EpochResult, TrialConfig
 
 
 class Stopped(Exception):
-    """Training was asked to stop in the middle of an epoch, of which nothing is kept."""
+    """Training was asked to stop in the middle of an epoch; nothing of that epoch is kept."""
 
 
 class Engine(Protocol):
     """A set of lanes on one device, each of which trains one trial.
 
-    The worker's loop is the same for every engine: admit trials while there are free lanes, run an epoch, report each
-    result, evict what the pruner drops, what diverged and what has had its epochs. All calls come from one thread.
-    A trial's numbers do not depend on what shares the device with it: on a CPU they follow from its TrialConfig and the
-    number of threads, digit for digit; on a GPU up to the order in which its kernels add.
+    The worker's loop is the same for every engine. It admits trials while there are free lanes, runs an epoch, reports
+    each result, and evicts the trials that are pruned, diverged or at their last epoch. All calls come from one thread.
+
+    A trial's numbers do not depend on what shares the device with it. On a CPU they follow digit for digit from its
+    TrialConfig and the number of threads; on a GPU they do up to the order in which its kernels add.
     """
 
     @property
     def free_lanes(self) -> int:
-        """How many more trials can be admitted now."""
+        """Return how many more trials can be admitted now."""
 
     def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None) -> int:
         """Set a trial up, ready for its next epoch, and return the number of its lane.
 
-        With a checkpoint, which has to be of this configuration, the trial goes on after `checkpoint.epoch` as if it
+        With a checkpoint, which has to be of this configuration, the trial resumes after `checkpoint.epoch` as if it
         had never stopped: on a CPU digit for digit, in any process with the same number of threads.
-        Call it only where `free_lanes` > 0. Raises UserError where the trial cannot be trained as it is configured,
-        or its network is no longer the checkpoint's; the lane is then still free, as after any other exception.
+        Call it only while `free_lanes` > 0. Raises UserError where the trial cannot be trained as it is configured, or
+        its network is no longer the checkpoint's. The lane is then still free, as after any other exception.
         """
 
     def run_epoch(self) -> list[EpochResult]:
         """Train the trials whose turn it is for one epoch, validate them, and return one result for each.
 
-        No trial has its second turn before every other admitted one has had its first. Raises Stopped where the engine
-        was told to stop; the trials whose turn it was are then in the middle of an epoch and good only for `evict`.
-        Call it neither for a trial that diverged nor past its last epoch.
+        No trial has its second turn before every other admitted one has had its first. Call it neither for a trial
+        that diverged nor past a trial's last epoch. Raises Stopped where the engine was told to stop; the trials whose
+        turn it was are then in the middle of an epoch, and only `evict` may be called for them.
         """
 
     def checkpoint(self, lane: int) -> Checkpoint:
-        """The trial in a lane after its last epoch, as a copy that later training does not change.
+        """Return the trial in a lane after its last epoch, as a copy that later training does not change.
 
         Of a network it holds what state_dict() gives: parameters, persistent buffers and get_extra_state(). Raises
-        UserError where that cannot be stored. Call it between epochs, not after run_epoch raised.
+        UserError where that cannot be stored. Call it between epochs, not after `run_epoch` raised.
         """
 
     def evict(self, lane: int) -> None:

@@ -1,36 +1,35 @@
-"""Many networks of one architecture run as one: their parameters stacked, the forward pass mapped over them.
+"""Operations for many networks at once: what torch.vmap runs in the place of some of torch's own.
 
-torch.vmap does the mapping; some operations are ours. Dropout is drawn for each network from its own generator, as
-alone. Convolutions are grouped ones or products of matrices; they, pooling and batch norm keep a fast layout,
-and they and linear layers the precision of autocast, which does not reach what vmap makes of them.
-Shapes: K lanes (networks), B batch, C H W picture, O output channels, L classes; F values under a kernel.
+Dropout is drawn for each network from its own generator, as it would be alone. Convolutions are grouped ones, or
+products of matrices. They, pooling and batch norm keep a fast memory layout. They and linear layers keep the precision
+of autocast, which does not reach what vmap makes of them.
+Shapes: K lanes (networks), B batch, C H W image, O output channels, N rows, F values under a kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-CONVOLUTIONS = ("grouped", "products")
 POOLINGS = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
 class LaneGenerators:
-    """A random stream for each lane: the state of the device's generator that the lane would have alone."""
+    """A random generator for each lane, in the state that the device's generator would have if the lane were alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._states: list[Tensor] = []
 
     def seed(self, seeds: Sequence[int]) -> None:
-        """One stream for each seed, as `torch.manual_seed(seed)` begins it."""
+        """Have one generator for each seed, in the state after `torch.manual_seed(seed)`."""
         with self._restored():
             self._states = []
             for seed in seeds:
@@ -38,11 +37,12 @@ class LaneGenerators:
                 self._states.append(self._get())
 
     def __len__(self) -> int:
+        """Return the number of lanes."""
         return len(self._states)
 
     @contextmanager
     def of(self, lane: int) -> Iterator[None]:
-        """torch draws from this lane's stream."""
+        """Make torch draw from this lane's generator."""
         with self._restored():
             self._set(self._states[lane])
             yield
@@ -74,7 +74,7 @@ class LaneGenerators:
 
 
 class _FunctionMode(TorchFunctionMode):
-    """Is asked for every function of torch's that is called while it is entered."""
+    """A mode in which every call of a function of torch's goes through `call`."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -82,41 +82,42 @@ class _FunctionMode(TorchFunctionMode):
         return self.call(function, args, kwargs or {})
 
     def call(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what the function returns."""
         return function(*args, **kwargs)
 
 
 class DropoutLayouts(_FunctionMode):
-    """Notes the memory format of what is given to each dropout, in whose order it draws."""
+    """A mode that notes the memory format of each dropout's input, because dropout draws in that order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[torch.memory_format] = []
 
     def call(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Note the format of a dropout's input, and call the function."""
         if function in DROPOUTS:
             inputs = args[0] if args else kwargs["input"]
-            is_pictures = inputs.dim() == 4 and not inputs.is_contiguous()
-            self.seen.append(torch.channels_last if is_pictures else torch.contiguous_format)
+            is_channels_last = inputs.dim() == 4 and not inputs.is_contiguous()
+            self.seen.append(torch.channels_last if is_channels_last else torch.contiguous_format)
         return super().call(function, args, kwargs)
 
 
 class CustomOps(_FunctionMode):
-    """Puts our operations in the place of torch's for as long as it is entered."""
+    """A mode that puts our operations in the place of torch's."""
 
-    def __init__(
-        self, streams: LaneGenerators, *, convolution: type[GroupedConvolution] | type[MatmulConvolution]
-    ) -> None:
+    def __init__(self, generators: LaneGenerators, *, convolution: type[GroupedConvolution]) -> None:
         super().__init__()
-        self.layouts: list[torch.memory_format] = []  # of the dropouts, in the order of their calls
-        self._streams, self._convolution = streams, convolution
+        self.layouts: list[torch.memory_format] = []  # of the dropouts' inputs, in the order of their calls
+        self._generators, self._convolution = generators, convolution
         self._num_dropouts = 0
 
-    def __enter__(self) -> CustomOps:
+    def __enter__(self) -> Self:
         self._num_dropouts = 0
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def call(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call our operation where there is one, else the function itself."""
         if function in DROPOUTS:
             return self._dropout(function, *args, **kwargs)
         if function is F.conv2d:
@@ -132,7 +133,7 @@ class CustomOps(_FunctionMode):
     def _dropout(
         self,
         function: Callable[..., Tensor],
-        input: Tensor,  # as torch names it, whose callers may
+        input: Tensor,  # torch's names of the arguments, which callers may use
         p: float = 0.5,
         training: bool = True,
         inplace: bool = False,
@@ -141,7 +142,7 @@ class CustomOps(_FunctionMode):
             return function(input, p, training, inplace)
         layout = self.layouts[self._num_dropouts]
         self._num_dropouts += 1
-        dropped: Tensor = _Dropout.apply(input, lambda ones: function(ones, p), layout, self._streams)
+        dropped: Tensor = _Dropout.apply(input, lambda ones: function(ones, p), layout, self._generators)
         return input.copy_(dropped) if inplace else dropped
 
 
@@ -185,7 +186,7 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
     *,
-    convolution: type[GroupedConvolution] | type[MatmulConvolution],
+    convolution: type[GroupedConvolution],
 ) -> Tensor:
     result: Tensor
     if input.dim() != 4:
@@ -195,56 +196,67 @@ def _conv2d(
     return result
 
 
-class _Lanewise(torch.autograd.Function):
+class _LanewiseFunction(torch.autograd.Function):
     """An operation with a rule for vmap; autograd records what the rule does.
 
-    `forward` is what happens to what is the same for all lanes, such as pictures in validation before the first layer.
+    `forward` runs where the input is the same for all lanes, as images are in validation before the first layer.
     """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        """Keep nothing: autograd differentiates the rule itself."""
 
 
-class _Dropout(_Lanewise):
-    """Dropout of every lane from that lane's stream."""
+class _Dropout(_LanewiseFunction):
+    """Dropout of every lane from that lane's generator."""
 
     @staticmethod
-    def forward(inputs: Tensor, drop: Any, layout: torch.memory_format, streams: LaneGenerators) -> Tensor:
+    def forward(inputs: Tensor, drop: Any, layout: torch.memory_format, generators: LaneGenerators) -> Tensor:
+        """Raise RuntimeError: lanes that share an input would have to draw different masks for it."""
         raise RuntimeError("dropout of what is the same for all lanes")
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, inputs: Tensor, drop: Any, layout: torch.memory_format, streams: LaneGenerators
+        info: Any, in_dims: Any, inputs: Tensor, drop: Any, layout: torch.memory_format, generators: LaneGenerators
     ) -> tuple[Tensor, int]:
+        """Return each lane's input times a mask that is drawn as it would be alone."""
         lanes_K = inputs.movedim(in_dims[0], 0)
-        assert len(lanes_K) == len(streams)
+        assert len(lanes_K) == len(generators)
         masks = []
         for lane, activations in enumerate(lanes_K.detach()):
-            with streams.of(lane):
+            with generators.of(lane):
                 masks.append(drop(torch.ones_like(activations, memory_format=layout)))
         return lanes_K * torch.stack(masks), 0
 
 
-class GroupedConvolution(_Lanewise):
-    """A convolution of every lane's pictures with that lane's kernels, as one whose groups are the lanes.
+class GroupedConvolution(_LanewiseFunction):
+    """A convolution of every lane's images with that lane's kernels, as one whose groups are the lanes.
 
-    With their channels side by side in channels_last it is faster on a CPU than what vmap makes of it.
+    With the lanes' channels next to each other in channels_last it is faster on a CPU than what vmap makes of it.
     """
 
     @staticmethod
     def forward(images: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        """Return the convolution of images with kernels that are the same for all lanes."""
         return F.conv2d(images, weight, bias, *settings)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor | None,
-        stride: Any, padding: Any, dilation: Any, groups: int,
-    ) -> tuple[Tensor, int]:  # fmt: skip
+        info: Any,
+        in_dims: Any,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+    ) -> tuple[Tensor, int]:
+        """Return (B, K, O, H, W) from one grouped convolution."""
         weight_KOCHW, bias_KO = _lanes_first(info, in_dims[1], weight), _lanes_first(info, in_dims[2], bias)
         if in_dims[0] is not None:
             images, groups = _lanes_as_channels(images, in_dims[0]), groups * info.batch_size
-        elif groups > 1:  # the same pictures for all lanes, in groups
+        elif groups > 1:  # the same images for all lanes, in groups
             images, groups = images.repeat(1, info.batch_size, 1, 1), groups * info.batch_size
         bias_O = None if bias_KO is None else bias_KO.flatten()
         result = F.conv2d(images, weight_KOCHW.flatten(0, 1), bias_O, stride, padding, dilation, groups)
@@ -252,20 +264,28 @@ class GroupedConvolution(_Lanewise):
 
 
 class MatmulConvolution(GroupedConvolution):
-    """The same as a product of matrices for each lane, where that can be."""
+    """The same convolution as a product of matrices for each lane, where that is possible."""
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor | None,
-        stride: Any, padding: Any, dilation: Any, groups: int,
-    ) -> tuple[Tensor, int]:  # fmt: skip
+        info: Any,
+        in_dims: Any,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+    ) -> tuple[Tensor, int]:
+        """Return (K, B, O, H, W) from products of the patches under the kernel with the kernels."""
         if groups > 1 or dilation != (1, 1) or isinstance(padding, str):
             return GroupedConvolution.vmap(info, in_dims, images, weight, bias, stride, padding, dilation, groups)
         weight_KOCHW, bias_KO = _lanes_first(info, in_dims[1], weight), _lanes_first(info, in_dims[2], bias)
         height, width = weight_KOCHW.shape[-2:]
-        is_shared = in_dims[0] is None  # the same pictures for all lanes
-        pictures = images if is_shared else images.movedim(in_dims[0], 0).flatten(0, 1)
-        padded = F.pad(pictures, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
+        is_shared = in_dims[0] is None  # the same images for all lanes
+        all_images = images if is_shared else images.movedim(in_dims[0], 0).flatten(0, 1)
+        padded = F.pad(all_images, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
         places = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1])  # B H W C kernel's H W
         filters_KFO = weight_KOCHW.flatten(2).mT
         patches = places.reshape(1 if is_shared else info.batch_size, -1, filters_KFO.shape[1])  # K BN F
@@ -277,28 +297,35 @@ class MatmulConvolution(GroupedConvolution):
         return result_KBHWO.permute(0, 1, 4, 2, 3), 0
 
 
-class _Pooling(_Lanewise):
-    """A pooling of pictures, in the layout of the convolutions."""
+CONVOLUTIONS: dict[str, type[GroupedConvolution]] = {"grouped": GroupedConvolution, "products": MatmulConvolution}
+
+
+class _Pooling(_LanewiseFunction):
+    """A pooling of images, in the memory layout of the convolutions."""
 
     @staticmethod
     def forward(images: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the pooled images that are the same for all lanes."""
         return pool(images)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, images: Tensor, pool: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        """Return (B, K, C, H, W), pooled with the lanes as channels."""
         result = pool(_lanes_as_channels(images, in_dims[0]))
         return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
 
 
-class _Linear(_Lanewise):
+class _Linear(_LanewiseFunction):
     """A linear layer of every lane, as a product of matrices each; under autocast in its precision, unlike vmap's."""
 
     @staticmethod
     def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the layer's output for inputs and weights that are the same for all lanes."""
         return F.linear(inputs, weight, bias)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+        """Return (K, ..., O) from one product of matrices a lane."""
         inputs, weight_KOF = _lanes_first(info, in_dims[0], inputs), _lanes_first(info, in_dims[1], weight)
         bias_KO = _lanes_first(info, in_dims[2], bias)
         rows_KNF, weight_KFO = inputs.flatten(1, -2), weight_KOF.mT
@@ -309,37 +336,41 @@ class _Linear(_Lanewise):
         return result.view(*inputs.shape[:-1], -1), 0
 
 
-class _BatchNorm(_Lanewise):
-    """A batch norm over the lanes' channels side by side; running statistics are changed in place."""
+class _BatchNorm(_LanewiseFunction):
+    """A batch norm over the channels of all lanes at once; it changes running statistics in place."""
 
     @staticmethod
     def forward(inputs: Tensor, *rest: Any) -> Tensor:
+        """Return the normalised inputs that are the same for all lanes."""
         *given, normalise = rest
         return normalise(inputs, *given)  # type: ignore[no-any-return]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, inputs: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        """Return (B, K, C, ...), normalised with the lanes as channels."""
         *given, normalise = rest
         stacked = [_lanes_first(info, dim, tensor) for dim, tensor in zip(in_dims[1:], given, strict=False)]
         channels = _lanes_first(info, in_dims[0], inputs).movedim(0, 1).flatten(1, 2)
-        if channels.device.type == "cpu":  # where in channels_last the sums depend on the number of lanes
+        if channels.device.type == "cpu":  # in channels_last the sums would depend on the number of lanes
             channels = channels.contiguous()
         result = normalise(channels, *(None if tensor is None else tensor.flatten() for tensor in stacked))
         return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
 
 
 def _lanes_as_channels(images: Tensor, lane_dim: int) -> Tensor:
-    """(B, K C, H, W) in channels_last."""
+    """Return the images as (B, K C, H, W) in channels_last."""
     return images.movedim(lane_dim, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def _lanes_first(info: Any, lane_dim: int | None, tensor: Tensor | None) -> Any:
-    """With the lanes in front, also where it is the same for all of them; None stays None."""
+    """Return a tensor with the lanes in front, repeated where it is the same for all of them; None stays None."""
     if tensor is None:
         return None
     return tensor.expand(info.batch_size, *tensor.shape) if lane_dim is None else tensor.movedim(lane_dim, 0)
 
 
 def _pair(value: Any) -> Any:
-    """One number for both directions as two; a padding may also be a word."""
-    return (value, value) if isinstance(value, int) else value if isinstance(value, str) else tuple(value)
+    """Return one number for both directions as two; a padding may also be a word, which stays."""
+    if isinstance(value, int):
+        return value, value
+    return value if isinstance(value, str) else tuple(value)
