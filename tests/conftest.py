@@ -102,6 +102,8 @@ def pytest_configure(config: pytest.Config) -> None:
     shared: str | None = getattr(config, "workerinput", {}).get("servers")
     # Not one of pytest's folders, which it closes to other users: run by root, Postgres has a user of its own.
     config.stash[SERVERS] = Path(shared or tempfile.mkdtemp(prefix="hpo-tests-"))
+    if shared is None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, with all fixtures
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -111,7 +113,7 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End what a test process that was killed has left, and remove the folder; this runs after Ctrl-C, too."""
+    """Stop servers that a killed test process has left, and remove the folder; this runs after Ctrl-C, too."""
     if hasattr(config, "workerinput"):
         return
     for pid_file in config.stash[SERVERS].glob("*/postmaster.pid"):
@@ -334,7 +336,7 @@ def change() -> Callable[..., None]:
     """Return a function that changes a store behind its back, as another machine would."""
 
     def execute(store: Store, statement: sa.Update) -> None:
-        with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+        with store.storage.engine.begin() as connection:
             connection.execute(statement)
 
     return execute
