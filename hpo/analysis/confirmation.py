@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RunnerUp:
-    """The second best mean compared with the winner's by the differences of equal seeds, positive if the winner leads."""
+    """The second best mean compared with the winner's, by the differences of equal seeds: positive if the winner leads."""
 
     params: Mapping[str, Any]
     difference: float
@@ -144,11 +144,15 @@ def _expected_value(rivals: Sequence[Candidate], *, grain: float) -> tuple[float
     middle = statistics.fmean(means)
     noise = deviation / math.sqrt(len(known[0]))  # of the winner's mean
     spread = math.hypot(*(mean - middle for mean in means)) / math.sqrt(max(1, len(means) - 1))
-    if len(means) == 1 or noise == 0:
-        share = 1.0
-    else:
-        share = 1 - min(1.0, noise / spread) ** 2 if spread else 0.0
+    share = 1.0 if len(means) == 1 else _signal_share(noise, spread)
     return middle + share * (means[0] - middle), _student_error(deviation, len(known[0]), freedom=freedom)
+
+
+def _signal_share(noise: float, spread: float) -> float:
+    """Return the share of a spread, a standard deviation, that noise does not explain."""
+    if noise == 0:
+        return 1.0
+    return 1 - min(1.0, noise / spread) ** 2 if spread else 0.0
 
 
 def _runner_up(rivals: Sequence[Candidate], *, sign: int, grain: float) -> RunnerUp | None:

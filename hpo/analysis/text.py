@@ -196,3 +196,8 @@ def cell_text(value: Any) -> str:
 def plural(count: int, noun: str) -> str:
     """Return "1 epoch", "2 epochs"..."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def paragraph_text(lines: Sequence[str]) -> str:
+    """Return lines of the answer as the sentences of one paragraph."""
+    return " ".join(f"{line[0].upper()}{line[1:]}." for line in lines)

@@ -352,7 +352,7 @@ def _run_to_end(
         watch = watcher(store, study) if watcher else None
 
         def look(store: Store) -> None:
-            publisher.look()
+            publisher.publish_if_due()
             if watch is not None:
                 watch(store)
 

@@ -1,4 +1,8 @@
-"""A report as a page."""
+"""A report as one HTML page that holds all it needs, Plotly too, and asks nothing of any network.
+
+Its Content-Security-Policy forbids requests and lets only the two scripts run whose hashes it names. What comes from
+users and from the store (values, metrics, tracebacks) is data in the page, never markup or script.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +11,25 @@ import hashlib
 import json
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpo.analysis.confirmation import Confirmation
-from hpo.analysis.response import CONFIDENCE
-from hpo.analysis.text import (
-    cell_text,
-    interval_text,
-    number_text,
-    rate_text,
-    study_text,
-    value_text,
-)  # fmt: skip
+from hpo.analysis.response import CONFIDENCE, Response
+from hpo.analysis.text import cell_text, interval_text, number_text, rate_text, study_text, value_text
 from hpo.report.figures.style import THEMES, line_colours
+from hpo.report.study_report import MAX_LISTED_TRIALS, StudyReport, provenance_rows, spec_toml, trial_table
 from hpo.study.records import StudyRecord
 
 if TYPE_CHECKING:
     from jinja2 import Template
-from hpo.report.study_report import MAX_LISTED_TRIALS, StudyReport, provenance_rows, spec_toml, trial_table
 
-MAX_FAILURES = 20  # whose tracebacks are shown
+MAX_FAILURES = 20  # failed trials whose tracebacks are shown
 SYMBOLS = {"complete": "●", "pruned": "▼", "diverged": "✕", "failed": "■", "running": "◆", "waiting": "○"}
-NUMERIC = ("trial", "epochs", "train_loss", "attempt", "seconds")
+NUMERIC = ("trial", "epochs", "train_loss", "attempt", "seconds")  # columns
 
 
 def render_html(report: StudyReport, _figure: str) -> bytes:
+    """Return the report as an HTML page."""
     scripts = {"plotly": _plotly_js(), "page": _resource("report.js")}
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts.values()]
     columns, rows = trial_table(report)
@@ -40,7 +38,7 @@ def render_html(report: StudyReport, _figure: str) -> bytes:
         study=report.study,
         headline=report.answer[0][0].upper() + report.answer[0][1:],
         searched=study_text(report.study),
-        key_figures=_key_figures(report),
+        key_numbers=_key_numbers(report),
         columns=columns,
         rows=rows[:MAX_LISTED_TRIALS],
         num_rows=len(rows),
@@ -52,64 +50,91 @@ def render_html(report: StudyReport, _figure: str) -> bytes:
         scripts=scripts,
         hashes=hashes,
         style=_resource("report.css"),
-        data=_embedded(_figures_data(report)),
+        data=_embeddable_json(_script_data(report)),
     )
     return page.encode()
 
 
-def _figures_data(report: StudyReport) -> dict[str, Any]:
-    """What the page's script draws; the labels of trials, which several figures show, are there once."""
+# The data of the page's script
+
+
+def _script_data(report: StudyReport) -> dict[str, Any]:
+    """Return what the page's script draws; labels of trials, which several figures show, are in it only once."""
     figures: dict[str, Any] = {}
     labels: dict[int, str] = {}
-    for entry in report.drawn:
-        figure = json.loads(entry.figure.to_json())
+    for drawn in report.figures:
+        figure = json.loads(drawn.figure.to_json())
         figure["layout"].pop("template")  # the page has one for each theme
         for trace in figure["data"]:
             if trace.get("meta", {}).get("labelled"):
                 labels.update(zip(trace["customdata"], trace.pop("text"), strict=True))
-        figures[entry.name] = figure
+        figures[drawn.name] = figure
     lines = {theme: line_colours(theme) for theme in THEMES}
     return {"figures": figures, "labels": labels, "themes": THEMES, "lines": lines}
 
 
-def _embedded(value: Any) -> str:
-    """JSON that can stand inside a script element: whatever it holds, it cannot end it."""
+def _embeddable_json(value: Any) -> str:
+    """Return JSON for a script element; no text in it can end that element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _key_figures(report: StudyReport) -> list[tuple[str, str, str]]:
-    """(what, its figure, its doubt) of the answer, for the head of the page."""
+# The numbers at the head of the page
+
+
+class KeyNumber(NamedTuple):
+    """A number of the answer with its label and its doubt."""
+
+    label: str
+    number: str
+    doubt: str
+
+
+def _key_numbers(report: StudyReport) -> list[KeyNumber]:
     study, best = report.study, report.best
     if best is None:
         return []
-    if (found := best.response) is None:
-        value = (f"best {study.spec.metric}", value_text(best.value, study), f"trial {best.trial}")
-        rate = [("best learning rate", cell_text(best.lr), "of those tried")] if best.lr is not None else []
-        return [*rate, value]
-    value = (f"expected {study.spec.metric}", value_text(found.value, study),
-             f"give or take {value_text(found.noise, study)}")  # fmt: skip
-    key = [
-        ("best learning rate", rate_text(best.lr or found.best), f"plateau {interval_text(found.plateau)}"),
-        (f"{CONFIDENCE:.0%} interval", interval_text(found.interval), "holds the best learning rate"),
-        *([value] if best.confirmation is None else _confirmed_figures(study, best.confirmation)),
+    response = best.response
+    if response is None:
+        value = KeyNumber(f"best {study.spec.metric}", value_text(best.value, study), f"trial {best.trial}")
+        if best.lr is None:
+            return [value]
+        return [KeyNumber("best learning rate", cell_text(best.lr), "of those tried"), value]
+    plateau, interval = interval_text(response.plateau), interval_text(response.interval)
+    numbers = [
+        KeyNumber("best learning rate", rate_text(best.lr or response.best), f"plateau {plateau}"),
+        KeyNumber(f"{CONFIDENCE:.0%} interval", interval, "holds the best learning rate"),
     ]
-    if found.divergence_lr is not None:
-        key.append(("half diverge at", rate_text(found.divergence_lr.lr), interval_text(found.divergence_lr.interval)))
-    return key
+    if best.confirmation is None:
+        numbers.append(_expected_value(study, response))
+    else:
+        numbers += _confirmed_values(study, best.confirmation)
+    if response.divergence_lr is not None:
+        lr, interval = rate_text(response.divergence_lr.lr), interval_text(response.divergence_lr.interval)
+        numbers.append(KeyNumber("half diverge at", lr, interval))
+    return numbers
 
 
-def _confirmed_figures(study: StudyRecord, found: Confirmation) -> list[tuple[str, str, str]]:
-    error = found.standard_error
-    doubt = f"± {value_text(error, study)}, {len(found.winner.values)} fresh seeds" if error is not None else ""
-    figures = [(f"confirmed {study.spec.metric}", value_text(found.value, study), doubt)]
-    if found.test_value is not None:
-        error = found.test_standard_error
+def _expected_value(study: StudyRecord, response: Response) -> KeyNumber:
+    doubt = f"give or take {value_text(response.noise, study)}"
+    return KeyNumber(f"expected {study.spec.metric}", value_text(response.value, study), doubt)
+
+
+def _confirmed_values(study: StudyRecord, confirmation: Confirmation) -> list[KeyNumber]:
+    error = confirmation.standard_error
+    seeds = len(confirmation.winner.values)
+    doubt = f"± {value_text(error, study)}, {seeds} fresh seeds" if error is not None else ""
+    numbers = [KeyNumber(f"confirmed {study.spec.metric}", value_text(confirmation.value, study), doubt)]
+    if confirmation.test_value is not None:
+        error = confirmation.test_standard_error
         doubt = f"± {value_text(error, study)}" if error is not None else ""
-        figures.append(("on the test set", value_text(found.test_value, study), doubt))
-    return figures
+        numbers.append(KeyNumber("on the test set", value_text(confirmation.test_value, study), doubt))
+    return numbers
+
+
+# The files of the page
 
 
 @cache
@@ -119,10 +144,10 @@ def _resource(name: str) -> str:
 
 @cache
 def _plotly_js() -> str:
-    """Plotly for browsers, as it stands inside a script element."""
+    """Return Plotly for browsers, fit for a script element."""
     from plotly.offline import get_plotlyjs
 
-    text: str = get_plotlyjs().replace("\r\n", "\n")  # as a browser reads it, which the hash is of
+    text: str = get_plotlyjs().replace("\r\n", "\n")  # as a browser reads it: the hash is of that
     assert "</script" not in text.lower()
     return text
 

@@ -1,46 +1,36 @@
-"""A report as Markdown."""
+"""A report as Markdown. Text from users and from the store is escaped, so that it shows as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 from hpo.report.output_file import REPORT_MARK
 from hpo.report.study_report import MAX_LISTED_TRIALS, StudyReport, provenance_rows, spec_toml, trial_table
 
 
 def render_markdown(report: StudyReport, _figure: str) -> bytes:
+    """Return the report as Markdown, with a caption in place of each figure."""
     lines = [REPORT_MARK, f"# Study {escape_markdown(report.study.name)}", "", *markdown_answer(report), ""]
-    for entry in report.drawn:
-        lines += [f"## {entry.title}", "", escape_markdown(entry.text), ""]
+    for figure in report.figures:
+        lines += [f"## {figure.title}", "", escape_markdown(figure.caption), ""]
     columns, rows = trial_table(report)
     lines += ["## Trials", "", f"{report.counts}.", ""]
     if len(rows) > MAX_LISTED_TRIALS:
         lines += [f"The best {MAX_LISTED_TRIALS} of {len(rows)}:", ""]
     lines += [_markdown_row(columns), _markdown_row(["---"] * len(columns))]
-    lines += [_markdown_row([shown for shown, _ in cells]) for _, cells in rows[:MAX_LISTED_TRIALS]]
-    lines += [
-        "",
-        "## How it was made",
-        "",
-        *(f"- {what}: {escape_markdown(how)}" for what, how in provenance_rows(report)),
-        "",
-    ]
-    lines += ["```toml", spec_toml(report.study).strip().replace("```", "'''"), "```", ""]
+    lines += [_markdown_row([cell.text for cell in row.cells]) for row in rows[:MAX_LISTED_TRIALS]]
+    lines += ["", "## How it was made", ""]
+    lines += [f"- {what}: {escape_markdown(how)}" for what, how in provenance_rows(report)]
+    lines += ["", "```toml", spec_toml(report.study).strip().replace("```", "'''"), "```", ""]
     return "\n".join(lines).encode()
 
 
 def markdown_answer(report: StudyReport) -> list[str]:
-    """The answer and its warnings as lines of Markdown."""
+    """Return the answer and its warnings as lines of Markdown."""
     first, *others = map(escape_markdown, report.answer)
-    return [
-        f"**{first}**",
-        "",
-        *(f"- {line}" for line in others),
-        *(f"- beware: {escape_markdown(w)}" for w in report.warnings),
-    ]
+    lines = [f"- {line}" for line in others]
+    warnings = [f"- warning: {escape_markdown(warning)}" for warning in report.warnings]
+    return [f"**{first}**", "", *lines, *warnings]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -48,7 +38,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Return the text on one line, escaped so that Markdown shows it as it is."""
     text = " ".join(text.split())
     for character in "\\`*[]<>|":
         text = text.replace(character, f"\\{character}")

@@ -1,32 +1,33 @@
-"""The file of a report."""
+"""The file of a report: written whole or not at all, and never over a file that is no report.
+
+Reports are told from other files by how they begin or, if they are images, end. A report's words inside a file prove
+nothing: a database of studies holds them too, in the notes for optuna-dashboard.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hpo.errors import UserError
 from hpo.system.files import replace_file
 
-if TYPE_CHECKING:
-    pass
-
-
 REPORT_MARK = "<!-- hpo report -->"
-# How reports of ours begin or, those that are images, end: they alone may be written over. Anywhere inside, the words
-# prove nothing: a database of studies holds them too, in the notes for optuna-dashboard.
-BEGINS = (
+BEGINNINGS = (
     f"<!doctype html>\n{REPORT_MARK}\n".encode(),
     f"{REPORT_MARK}\n# Study ".encode(),
     b'{\n "what": "hpo report of study ',
 )
-PNG_TEXT = b"tEXtSoftware\0hpo report"
+PNG_TEXT = b"tEXtSoftware\0hpo report"  # the chunk before the last one of a PNG
 
 
 def write_report_file(path: Path, content: bytes) -> None:
-    """Puts a report there, all of it or nothing. Raises UserError where there is no report of ours."""
+    """Write a report to a file, all of it or nothing.
+
+    Raises:
+        UserError: The file exists and is no report, or it cannot be written.
+    """
     try:
-        path = path.resolve()  # what a link leads to is replaced, not the link
+        path = path.resolve()  # replace the target of a link, not the link
         if path.exists() and not is_report(path.read_bytes()):
             raise UserError(f"--output {path} exists and is no report of ours; name another file")
         replace_file(path, content)
@@ -35,7 +36,7 @@ def write_report_file(path: Path, content: bytes) -> None:
 
 
 def is_report(content: bytes) -> bool:
-    """Whether a file is a report that `render` made."""
+    """Return whether a file with this content is a report that `render_report` made."""
     is_svg = content.startswith(b"<svg") and content.endswith(f"{REPORT_MARK}\n".encode())
     is_png = content.startswith(b"\x89PNG") and content[:-16].endswith(PNG_TEXT)  # before its checksum and IEND
-    return content.startswith(BEGINS) or is_svg or is_png
+    return content.startswith(BEGINNINGS) or is_svg or is_png

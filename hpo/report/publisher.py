@@ -1,4 +1,4 @@
-"""The report's figures and answer in optuna-dashboard, renewed while a study trains; nothing waits for that."""
+"""The report's figures and answer in optuna-dashboard, renewed while a study trains; nothing waits for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from hpo.analysis import answer as analysis
+from hpo.analysis.answer import find_best
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 
@@ -16,36 +16,41 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FIRST_S, EVERY_S = 5.0, 30.0  # the first time loads what drawing needs, and the end need not
-MAX_TIME_SHARE = 0.05  # of the time, at most, goes into it
-END_S = 10.0  # how long a study's end waits for it
-MAX_FIGURE_CHARACTERS = 200_000  # of a figure: whoever looks for a study by its name reads all studies' figures
+FIRST_S, EVERY_S = 5.0, 30.0  # the first time loads what drawing needs, so that the end does not have to
+MAX_TIME_SHARE = 0.05  # of the study's time that goes into publishing
+END_S = 10.0  # how long a study's end waits for publishing
+MAX_FIGURE_CHARACTERS = 200_000  # of a figure; Optuna reads the figures of all studies to find one by its name
 
 
 def publish_report(store: Store, report: StudyReport) -> None:
-    """Has optuna-dashboard show the report's figures and, as the study's note, its answer. Raises STORE_ERRORS.
+    """Store the report's figures and, as the study's note, its answer for optuna-dashboard.
 
-    Takes the figures as they are: they have titles and the light theme from then on. Too large ones are left out.
+    Figures of more than MAX_FIGURE_CHARACTERS are left out. The report's own figures are changed: they get titles.
+
+    Raises:
+        STORE_ERRORS: The store cannot be written.
     """
     from hpo.report.figures.table import FIGURES
     from hpo.report.markdown import markdown_answer
 
     figures: dict[str, str | None] = dict.fromkeys(FIGURES)
-    for drawn in report.drawn:
+    for drawn in report.figures:
         drawn.figure.update_layout(title={"text": drawn.title}, margin={"t": 90})
         text = drawn.figure.to_json()
         if len(text) <= MAX_FIGURE_CHARACTERS:
             figures[drawn.name] = text
-    note = [*markdown_answer(report), "", *(f"**{drawn.title}.** {drawn.text}\n" for drawn in report.drawn)]
+    note = [*markdown_answer(report), ""]
+    note += [f"**{drawn.title}.** {drawn.caption}\n" for drawn in report.figures]
     note += [f"All of it as one page: `hpo report {report.study.name}`"]
     store.studies.show(report.study, figures, note="\n".join(note))
 
 
 class Publisher:
-    """Publishes a study from a thread of its own, every EVERY_S and once more at the end of the block.
+    """Publish a study from a thread of its own, every EVERY_S and once more at the end of the `with` block.
 
-    The thread has its own connections and never waits for an outage to pass; what goes wrong is logged, once. It is
-    started by `look`, which returns at once. Any number of processes may publish a study: the later one's is shown.
+    `publish_if_due` starts the thread and returns at once. The thread has its own connections to the store and never
+    waits for an outage to pass. The first error is logged, and none ends the study. Any number of processes may publish
+    a study: the latest one's report is shown.
     """
 
     def __init__(self, store: Store, study: StudyRecord) -> None:
@@ -61,16 +66,16 @@ class Publisher:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-        if error is None:  # who interrupts a study wants it to end
+        if error is None:  # whoever interrupts a study wants it to end
             self._join()
             self._start()
             self._join()
 
-    def look(self) -> None:
-        """To be called while the study trains, as often as one likes."""
+    def publish_if_due(self) -> None:
+        """Start to publish if EVERY_S have passed; call this as often as you like while the study trains."""
         is_busy = self._thread is not None and self._thread.is_alive()
         if not is_busy and time.monotonic() > self._next:
-            self._next = float("inf")  # until the thread knows how long it took
+            self._next = float("inf")  # until the thread knows how long publishing took
             self._start()
 
     def _start(self) -> None:
@@ -85,7 +90,7 @@ class Publisher:
         began = time.monotonic()
         try:
             self._publish_what_is_new()
-        except Exception as error:  # of the store, or of a figure: neither is a reason to end a study
+        except Exception as error:  # of the store, or of a figure; neither is a reason to end a study
             if not self._failed:
                 logger.warning("the dashboard's figures are not renewed: %s", error, exc_info=logger.isEnabledFor(10))
             self._failed = True
@@ -93,9 +98,9 @@ class Publisher:
         self._next = ended + max(EVERY_S, (ended - began) / MAX_TIME_SHARE)
 
     def _publish_what_is_new(self) -> None:
-        import sklearn.gaussian_process  # noqa: F401 (at first there is too little to fit, at the end no time to load it)
+        import sklearn.gaussian_process  # noqa: F401  loaded now: at first there is too little to fit, at the end no time
 
-        from hpo.report import study_report
+        from hpo.report.study_report import make_report
 
         self._store = self._store or Store(self._url)
         store, study = self._store, self._study
@@ -103,6 +108,5 @@ class Publisher:
         if state == self._published:
             return
         trials = store.trials.get_all(study)
-        found = analysis.find_best(study, trials)
-        publish_report(store, study_report.make_report(study, trials, found, storage=str(store.url)))
+        publish_report(store, make_report(study, trials, find_best(study, trials), storage=str(store.url)))
         self._published = state

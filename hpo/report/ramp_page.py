@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpo.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
 
 def check_ramp_output(output: str | Path) -> None:
-    """Raises UserError where no plot can be written there."""
+    """Raise UserError if no plot can be written there."""
     path = Path(output)
     if path.suffix != ".html":
         raise UserError(f"--output must end in .html, got {str(output)!r}")
@@ -22,13 +19,16 @@ def check_ramp_output(output: str | Path) -> None:
         raise UserError(f"--output must be in a folder that exists, got {str(output)!r}")
 
 
-def write_ramp_page(tested: Sequence[Mapping[str, Any]], output: str | Path, *, title: str) -> None:
-    """Writes the ramps as one HTML file that needs no network. Raises UserError where it cannot be written."""
+def write_ramp_page(tests: Sequence[Mapping[str, Any]], output: str | Path, *, title: str) -> None:
+    """Write the ramps of range tests, given as plain data, to an HTML file.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     from hpo.report.figures.range_test import draw_ramps
 
-    figure = draw_ramps(tested).update_layout(
-        title={"text": escape(title)}, paper_bgcolor="white", plot_bgcolor="white"
-    )
+    figure = draw_ramps(tests)
+    figure.update_layout(title={"text": escape(title)}, paper_bgcolor="white", plot_bgcolor="white")
     try:
         figure.write_html(str(output), include_plotlyjs=True)
     except OSError as error:

@@ -1,46 +1,34 @@
-"""A study at a moment: its answer, warnings, figures, table of trials and provenance."""
+"""What a report shows of a study at one moment: its answer, warnings, figures, table of trials and provenance."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
 from hpo.analysis.answer import Best
-from hpo.analysis.text import (
-    answer_lines,
-    cell_text,
-    counts_text,
-    no_answer_text,
-    study_text,
-    value_text,
-)  # fmt: skip
-from hpo.report.figures import table as figures
+from hpo.analysis.text import answer_lines, cell_text, counts_text, no_answer_text, study_text, value_text
 from hpo.report.figures.style import round_digits
-from hpo.report.figures.table import FIGURES, DrawnFigure
+from hpo.report.figures.table import FIGURES, DrawnFigure, draw_figures, make_figure_data
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.system import provenance
 
-if TYPE_CHECKING:
-    pass
-
-
-MAX_LISTED_TRIALS = 2000  # of the page's table of trials, and of Markdown's
+MAX_LISTED_TRIALS = 2000  # in the table of the page and of Markdown
 
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A study at a moment. `drawn` are the figures that were asked for and have something to show."""
+    """A study at one moment. `figures` are those that were asked for and have something to show."""
 
     study: StudyRecord
     trials: Sequence[TrialRecord]
     best: Best | None
     storage: str
     made: datetime
-    drawn: Sequence[DrawnFigure]
+    figures: Sequence[DrawnFigure]
 
     @property
     def answer(self) -> list[str]:
@@ -52,13 +40,15 @@ class StudyReport:
 
     @property
     def warnings(self) -> list[str]:
-        found = [warning.text for warning in self.best.warnings] if self.best else []
+        """The answer's warnings, and one more if the study is not finished."""
+        warnings = [warning.text for warning in self.best.warnings] if self.best else []
         if left := sum(trial.state not in ENDED for trial in self.trials):
-            found.append(f"the study is not finished: {left} of {len(self.trials)} trials are left")
-        return found
+            warnings.append(f"the study is not finished: {left} of {len(self.trials)} trials are left")
+        return warnings
 
     @property
     def counts(self) -> str:
+        """How many trials are in each state."""
         return counts_text(self.trials)
 
 
@@ -70,14 +60,33 @@ def make_report(
     storage: str,
     names: Sequence[str] = tuple(FIGURES),
 ) -> StudyReport:
-    """The report of these trials, with the figures of these names; `best` is their answer."""
-    drawn = figures.draw_figures(figures.make_figure_data(study, trials, best), names)
-    return StudyReport(study, trials, best, storage, datetime.now(UTC), drawn)
+    """Return the report of a study with these trials and this answer, with the figures of these names."""
+    figures = draw_figures(make_figure_data(study, trials, best), names)
+    return StudyReport(study, trials, best, storage, datetime.now(UTC), figures)
 
 
-def trial_table(report: StudyReport) -> tuple[list[str], list[tuple[TrialRecord, list[tuple[str, Any]]]]]:
-    """Its columns, and for each trial its cells: what is shown, and what it is sorted by; the best ones first where
-    there are more than fit."""
+# The table of trials
+
+
+class Cell(NamedTuple):
+    """A cell of the table: the text that is shown, and the key that its column is sorted by."""
+
+    text: str
+    key: Any
+
+
+class Row(NamedTuple):
+    """A trial and its cells, one for each column."""
+
+    trial: TrialRecord
+    cells: list[Cell]
+
+
+def trial_table(report: StudyReport) -> tuple[list[str], list[Row]]:
+    """Return the names of the columns and a row for each trial.
+
+    If there are more than MAX_LISTED_TRIALS, the best ones come first.
+    """
     study = report.study
     keys = list(dict.fromkeys(key for trial in report.trials for key in trial.params))
     trials = list(report.trials)
@@ -86,60 +95,75 @@ def trial_table(report: StudyReport) -> tuple[list[str], list[tuple[TrialRecord,
         trials.sort(key=lambda trial: (trial.value is None, sign * (trial.value or 0)))
     columns = ["trial", "state", "kind", *keys, study.spec.metric]
     columns += ["epochs", "train_loss", "attempt", "seconds", "device", "why it ended"]
-    rows = []
-    for trial in trials:
-        losses = [loss for loss in trial.curves.get("train_loss", ()) if loss is not None]
-        seconds = trial.ended - trial.started if trial.ended and trial.started else None
-        cells: list[tuple[str, Any]] = [(str(trial.number), trial.number), (trial.state, trial.state)]
-        cells += [(trial.kind, trial.kind)]
-        cells += [(cell_text(trial.params.get(key)), trial.params.get(key, "")) for key in keys]
-        cells += [
-            ("" if trial.value is None else value_text(trial.value, study), trial.value),
-            (str(len(trial.epochs)), len(trial.epochs)),
-            (f"{losses[-1]:.4g}" if losses else "", losses[-1] if losses else None),
-            (str(trial.attempt), trial.attempt),
-            ("" if seconds is None else f"{seconds:.1f}", seconds),
-            *[(place, place) for place in [_machine(trial.attributes)]],
-            (trial.reason or "", trial.reason or ""),
-        ]
-        rows.append((trial, [(shown, round_digits(key, 6) if isinstance(key, float) else key) for shown, key in cells]))
-    return columns, rows
+    return columns, [Row(trial, [_rounded(cell) for cell in _cells(study, trial, keys)]) for trial in trials]
+
+
+def _cells(study: StudyRecord, trial: TrialRecord, keys: Sequence[str]) -> Iterator[Cell]:
+    losses = [loss for loss in trial.curves.get("train_loss", ()) if loss is not None]
+    seconds = trial.ended - trial.started if trial.ended and trial.started else None
+    machine, reason = _machine(trial.attributes), trial.reason or ""
+    yield Cell(str(trial.number), trial.number)
+    yield Cell(trial.state, trial.state)
+    yield Cell(trial.kind, trial.kind)
+    for key in keys:
+        yield Cell(cell_text(trial.params.get(key)), trial.params.get(key, ""))
+    yield Cell("" if trial.value is None else value_text(trial.value, study), trial.value)
+    yield Cell(str(len(trial.epochs)), len(trial.epochs))
+    yield Cell(f"{losses[-1]:.4g}" if losses else "", losses[-1] if losses else None)
+    yield Cell(str(trial.attempt), trial.attempt)
+    yield Cell("" if seconds is None else f"{seconds:.1f}", seconds)
+    yield Cell(machine, machine)
+    yield Cell(reason, reason)
+
+
+def _rounded(cell: Cell) -> Cell:
+    return Cell(cell.text, round_digits(cell.key, 6)) if isinstance(cell.key, float) else cell
+
+
+# How it was made
+
+
+def provenance_rows(report: StudyReport) -> list[tuple[str, str]]:
+    """Return how the study and its report were made, as (what, how)."""
+    study, spec = report.study, report.study.spec
+    attributes = [trial.attributes for trial in report.trials if trial.attributes]
+    attempts = [attempt for trial in report.trials for attempt in trial.attempts]
+    workers = {attempt.worker_id for attempt in attempts}
+    times = [time for attempt in attempts for time in (attempt.began, attempt.ended) if time]
+    versions = [
+        ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+        for known in attributes
+        if known.get("versions")
+    ]
+    revisions = [str(known["git_revision"]) for known in attributes if known.get("git_revision")]
+    rows = {
+        "study": f"{study.name}, {study_text(study)}",
+        "trials": report.counts,
+        "seeds": f"search {spec.search.seed}, training {spec.training.seed}, split {spec.data.split_seed}; each "
+        "trial's own is in hpo trials --json",
+        "trained": f"{_utc_text(min(times))} to {_utc_text(max(times))}" if times else "",
+        "machines": _listed_once([machine for known in attributes if (machine := _machine(known))]),
+        "attempts": f"{len(attempts)} by {len(workers)} workers" if attempts else "",
+        "git revision": _listed_once(revisions),
+        "versions": _listed_once(versions),
+        "store": report.storage,
+        "report": f"hpo {provenance.versions().get('hpo', '')}, {report.made.isoformat(timespec='seconds')}",
+    }
+    return [(what, how) for what, how in rows.items() if how]
+
+
+def spec_toml(study: StudyRecord) -> str:
+    """Return the study file of a study, with every default."""
+    return tomli_w.dumps(study.spec.frozen())
 
 
 def _machine(attributes: Mapping[str, Any]) -> str:
     return f"{attributes.get('host', '')} {attributes.get('device', '')}".strip()
 
 
-def provenance_rows(report: StudyReport) -> list[tuple[str, str]]:
-    """How the study and its report were made, (what, how)."""
-    study, spec = report.study, report.study.spec
-    known = [{"git_revision": None, **trial.attributes} for trial in report.trials if trial.attributes]
-    attempts = [attempt for trial in report.trials for attempt in trial.attempts]
-    workers = {attempt.worker_id for attempt in attempts}
-    times = [time for attempt in attempts for time in (attempt.began, attempt.ended) if time]
-    versions = dict.fromkeys(
-        ", ".join(f"{name} {version}" for name, version in some["versions"].items())
-        for some in known if some.get("versions")
-    )  # fmt: skip
-    found = {
-        "study": f"{study.name}, {study_text(study)}",
-        "trials": report.counts,
-        "seeds": f"search {spec.search.seed}, training {spec.training.seed}, split {spec.data.split_seed}; each "
-        "trial's own is in hpo trials --json",
-        "trained": " to ".join(_utc_text(time) for time in (min(times), max(times))) if times else "",
-        "machines": "; ".join(dict.fromkeys(place for some in known if (place := _machine(some)))),
-        "attempts": f"{len(attempts)} by {len(workers)} workers" if attempts else "",
-        "git revision": "; ".join(dict.fromkeys(str(some["git_revision"]) for some in known if some["git_revision"])),
-        "versions": "; ".join(versions),
-        "store": report.storage,
-        "report": f"hpo {provenance.versions().get('hpo', '')}, {report.made.isoformat(timespec='seconds')}",
-    }  # fmt: skip
-    return [(what, how) for what, how in found.items() if how]
+def _listed_once(texts: Sequence[str]) -> str:
+    return "; ".join(dict.fromkeys(texts))
 
 
 def _utc_text(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def spec_toml(study: StudyRecord) -> str:
-    return tomli_w.dumps(study.spec.frozen())

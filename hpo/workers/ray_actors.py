@@ -295,7 +295,9 @@ class StudyController:
             supervise(store, study, self._pool, interrupted=self._interrupted, on_tick=lambda _: None)
             return
         with Publisher(store, study) as publisher:
-            supervise(store, study, self._pool, interrupted=self._interrupted, on_tick=lambda _: publisher.look())
+            supervise(
+                store, study, self._pool, interrupted=self._interrupted, on_tick=lambda _: publisher.publish_if_due()
+            )
 
 
 class RayPool:

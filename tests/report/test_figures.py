@@ -62,8 +62,8 @@ def large() -> tuple[StudyRecord, list[TrialRecord], dict[str, DrawnFigure]]:
 def test_a_study_of_several_parameters_has_every_figure_and_each_says_its_numbers(large: Any) -> None:
     assert list(large[2]) == list(FIGURES)
     for entry in large[2].values():
-        assert re.search(r"\d", entry.text), entry.name
-        assert entry.text.endswith(".")
+        assert re.search(r"\d", entry.caption), entry.name
+        assert entry.caption.endswith(".")
         assert entry.figure.layout.height
 
 
@@ -97,8 +97,8 @@ def test_the_confirmation_shows_every_seed_its_mean_and_the_test_set(large: Any)
     assert means.error_x.value > 0
     (tests,) = traces(entry, "on the test set")
     assert list(tests.x) == [0.5] * 3
-    assert "Best learning rate: " in entry.text
-    assert "is not told apart from it" in entry.text or "really is worse" in entry.text
+    assert "Best learning rate: " in entry.caption
+    assert "is not told apart from it" in entry.caption or "really is worse" in entry.text
 
 
 def test_a_range_test_shows_its_ramp_its_signs_and_the_range(large: Any) -> None:
@@ -107,7 +107,7 @@ def test_a_range_test_shows_its_ramp_its_signs_and_the_range(large: Any) -> None
     assert list(ramp.x) == RAMP["lrs"]
     assert list(ramp.y) == [2.3, 2.0, 3.45]  # what is not finite reaches to the top
     assert {(shape.x0, shape.x1) for shape in entry.figure.layout.shapes} >= {(1e-4, 1e-1), (1e-2, 1e-2)}
-    assert "comes from a range test of 0.9 epochs: 0.0001 to 0.1" in entry.text
+    assert "comes from a range test of 0.9 epochs: 0.0001 to 0.1" in entry.caption
 
 
 def test_every_state_has_a_symbol_and_a_pattern_of_its_own() -> None:
@@ -158,7 +158,7 @@ def test_of_very_many_trials_some_curves_are_drawn_and_that_is_said() -> None:
     entry = drawn(study, trials)["curves"]
     lines = {n for trace in entry.figure.data for n in trace.customdata or ()}
     assert len(lines) == MAX_CURVES
-    assert f"{MAX_CURVES} of them are drawn" in entry.text
+    assert f"{MAX_CURVES} of them are drawn" in entry.caption
 
 
 def test_the_epochs_are_all_accounted_for(large: Any) -> None:
@@ -232,7 +232,7 @@ def unusual() -> dict[str, tuple[StudyRecord, list[TrialRecord]]]:
 def test_whatever_a_study_is_like_its_figures_are_drawn_and_hold_only_numbers(name: str) -> None:
     study, trials = unusual()[name]
     for entry in drawn(study, trials).values():
-        assert entry.text
+        assert entry.caption
         json.dumps(json.loads(entry.figure.to_json()), allow_nan=False)
         for trace in entry.figure.data:
             for values in (trace.x, trace.y):

@@ -96,14 +96,14 @@ def test_every_figure_is_drawn_and_fits_the_screen(
     browser: Browser, page_file: Path, small: StudyReport, width: int
 ) -> None:
     with opened(browser, page_file, width=width) as page:
-        for drawn in small.drawn:
+        for drawn in small.figures:
             plot = page.locator(f"#plot-{drawn.name}")
             assert plot.locator(MARKS).count() > 0, drawn.name
             box = plot.locator("svg.main-svg").first.bounding_box()
             assert box is not None
             assert 0.7 * width < box["width"] + 64 <= width + 64 or width == 1280
             assert box["x"] + box["width"] <= width
-            assert page.locator(f"#text-{drawn.name}").inner_text() == drawn.text
+            assert page.locator(f"#text-{drawn.name}").inner_text() == drawn.caption
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         points = page.locator("#plot-response .scatterlayer .point")
         assert points.count() >= len(small.trials)
@@ -163,7 +163,7 @@ def test_on_paper_it_is_light_and_every_figure_is_there(browser: Browser, page_f
                       "[...document.querySelectorAll('.plot')].map(plot => [plot._fullLayout.font.color, "
                       "plot._fullLayout.width]) })")  # fmt: skip
         assert page.pdf(format="A4").startswith(b"%PDF")
-        assert page.evaluate("window.printed") == [["#1d2330", 660]] * len(small.drawn)
+        assert page.evaluate("window.printed") == [["#1d2330", 660]] * len(small.figures)
 
 
 def check_what_who_does_not_see_the_figures_finds(page: Page) -> None:
@@ -224,7 +224,7 @@ def test_a_study_with_little_to_show_has_a_page_too(browser: Browser, tmp_path: 
     made = reported(*unusual()[name])
     write_report_file(tmp_path / "report.html", render_report(made, "html"))
     with opened(browser, tmp_path / "report.html", width=390) as page:
-        assert page.locator(".plot .main-svg").count() >= len(made.drawn)
+        assert page.locator(".plot .main-svg").count() >= len(made.figures)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert page.inner_text("h1")
 
@@ -256,7 +256,7 @@ def test_json_has_the_answer_the_curves_of_the_responses_and_every_trial(small: 
     assert told["interval"] == list(small.best.interval or ())
     assert [len(response["mean"]) for response in told["responses"]] == [161] * 3
     assert [trial["number"] for trial in told["trials"]] == [trial.number for trial in small.trials]
-    assert told["figures"] == {drawn.name: drawn.text for drawn in small.drawn}
+    assert told["figures"] == {drawn.name: drawn.caption for drawn in small.figures}
     assert told["spec"]["name"] == small.study.name
 
 
@@ -264,7 +264,7 @@ def test_markdown_has_the_answer_a_text_for_each_figure_and_a_row_for_each_trial
     text = render_report(small, "md").decode()
     assert f"**{small.answer[0]}**" in text
     assert text.count("\n| ") == 2 + len(small.trials)
-    for drawn in small.drawn:
+    for drawn in small.figures:
         assert f"## {drawn.title}" in text
     evil = render_report(evil_report(), "md").decode()
     assert "<script" not in evil.replace("\\<script", "").partition("```toml")[0]
@@ -410,7 +410,7 @@ def test_what_keeps_the_dashboard_from_being_renewed_ends_no_study_and_is_said_o
     monkeypatch.setattr(Studies, "show", fail)
     with Publisher(trained, trained.studies.get("s")) as publisher:
         publisher._next = 0.0
-        publisher.look()
+        publisher.publish_if_due()
     assert caplog.text.count("not renewed: attempt to write a readonly database") == 1
 
 
@@ -424,15 +424,15 @@ def test_a_look_returns_at_once_and_publishes_rarely(trained: Store, monkeypatch
 
     monkeypatch.setattr(Studies, "show", slow)
     publisher = Publisher(trained, trained.studies.get("s"))
-    publisher.look()
+    publisher.publish_if_due()
     assert publisher._thread is None, "not before FIRST_S"
     publisher._next = 0.0
     for _ in range(100):
-        publisher.look()
+        publisher.publish_if_due()
     went_on.set()
     publisher._join()
     for _ in range(100):
-        publisher.look()
+        publisher.publish_if_due()
     assert len(begun) == 1
 
 

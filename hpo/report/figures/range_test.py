@@ -1,4 +1,4 @@
-"""The range tests."""
+"""The range tests that set the range of a search: the loss of each ramp, its signs, and the range that follows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from hpo.analysis import range_text
-from hpo.analysis.range_text import clip_losses
-from hpo.analysis.text import params_text
+from hpo.analysis.range_text import RANGE_TEST_KEY, clip_losses, range_test_lines
+from hpo.analysis.text import paragraph_text, params_text
 from hpo.report.figures.data import FigureData
 from hpo.report.figures.style import (
     BLUE,
@@ -24,55 +23,52 @@ from hpo.report.figures.style import (
 )
 
 LINE_DASHES = ("solid", "dash", "dot", "dashdot")
+SIGN_COLOURS = {"falls": GREEN, "breaks": STATE_STYLES["diverged"].colour, "leaps": ORANGE}
+LEGEND = {  # name of a sign, or the range: (text, colour, symbol)
+    "falls": ("the loss starts to fall", SIGN_COLOURS["falls"], "line-ns-open"),
+    "breaks": ("it explodes, or loses half of its fall", SIGN_COLOURS["breaks"], "line-ns-open"),
+    "leaps": ("a step changes 3 % of the weights", SIGN_COLOURS["leaps"], "line-ns-open"),
+    "range": ("the range to search", with_opacity(GREEN, 0.3), "square"),
+}
 
 
-def draw_range_test(findings: FigureData) -> go.Figure | None:
-    """The ramps that set the range of the search."""
-    tested = findings.study.metadata.get(range_text.RANGE_TEST_KEY)
-    return draw_ramps(tested) if tested else None
+def draw_range_test(data: FigureData) -> go.Figure | None:
+    """Draw the ramps that set the range of the search."""
+    tests = data.study.metadata.get(RANGE_TEST_KEY)
+    return draw_ramps(tests) if tests else None
 
 
-def range_test_caption(findings: FigureData) -> str:
-    best = findings.best
-    lines = range_text.range_test_lines(
-        findings.study, best=best.lr if best else None, params=best.recommended if best else None
-    )
-    return _sentences(lines)
+def range_test_caption(data: FigureData) -> str:
+    """Return what the answer says of the range tests."""
+    best = data.best
+    lines = range_test_lines(data.study, best=best.lr if best else None, params=best.recommended if best else None)
+    return paragraph_text(lines)
 
 
-def _sentences(lines: Sequence[str]) -> str:
-    return " ".join(f"{line[0].upper()}{line[1:]}." for line in lines)
-
-
-def draw_ramps(tested: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Range tests, as plain data: the smoothed loss over the learning rate, and the range that follows from it."""
+def draw_ramps(tests: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Draw range tests, given as plain data: the smoothed loss over the learning rate, and the range to search."""
     figure = go.Figure()
-    named: set[str] = set()
-    for index, found in enumerate(tested):
-        losses = clip_losses(found["losses"])
+    seen: set[str] = set()
+    for index, test in enumerate(tests):
+        losses = clip_losses(test["losses"])
         figure.add_scatter(
-            x=[round_digits(lr) for lr in found["lrs"]], y=[round_digits(loss) for loss in losses], mode="lines",
-            name=escape_plotly(params_text(found["params"])) or "loss",
+            x=[round_digits(lr) for lr in test["lrs"]],
+            y=[round_digits(loss) for loss in losses],
+            mode="lines",
+            name=escape_plotly(params_text(test["params"])) or "loss",
             line={"color": BLUE, "width": 2, "dash": LINE_DASHES[index % len(LINE_DASHES)]},
             hovertemplate="learning rate %{x:.2e}<br>loss %{y}<extra></extra>",
-        )  # fmt: skip
-        for what, colour in (("falls", GREEN), ("breaks", STATE_STYLES["diverged"].colour), ("leaps", ORANGE)):
-            if found[what] is not None:
-                figure.add_vline(found[what], line={"color": colour, "dash": "dot", "width": 1.5})
-                named.add(what)
-        if found["low"] is not None:
-            figure.add_vrect(
-                found["low"], found["high"], fillcolor=with_opacity(GREEN, 0.1), line_width=0, layer="below"
-            )
-            named.add("range")
-    legend = {
-        "falls": ("the loss starts to fall", GREEN, "line-ns-open"),
-        "breaks": ("it explodes, or loses half of its fall", STATE_STYLES["diverged"].colour, "line-ns-open"),
-        "leaps": ("a step changes 3 % of the weights", ORANGE, "line-ns-open"),
-        "range": ("the range to search", with_opacity(GREEN, 0.3), "square"),
-    }
-    for what, (name, colour, symbol) in legend.items():
-        if what in named:
+        )
+        for sign, colour in SIGN_COLOURS.items():
+            if test[sign] is not None:
+                figure.add_vline(test[sign], line={"color": colour, "dash": "dot", "width": 1.5})
+                seen.add(sign)
+        if test["low"] is not None:
+            fill = with_opacity(GREEN, 0.1)
+            figure.add_vrect(test["low"], test["high"], fillcolor=fill, line_width=0, layer="below")
+            seen.add("range")
+    for what, (name, colour, symbol) in LEGEND.items():
+        if what in seen:
             marker = {"symbol": symbol, "size": 12, "color": colour}
             figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker)
     figure.update_xaxes(**rate_axis())
