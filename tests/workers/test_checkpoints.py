@@ -112,7 +112,7 @@ def test_a_trial_whose_checkpoints_are_elsewhere_starts_again_and_the_store_says
 def test_an_epoch_that_the_database_has_lost_is_reported_from_the_checkpoint(
     store: Store, change: Callable[..., None]
 ) -> None:
-    """As SQLite may in a power cut: the checkpoint is on disk, the report is not."""
+    """Lose the epoch as SQLite may in a power cut: the checkpoint is on disk, the report is not."""
     study = engine_study(store, 1e-3, epochs=3)
     work(store, study, should_stop=lambda: len(store.trials.get_all(study)[0].epochs) >= 2)
     before = store.trials.get_all(study)[0]
@@ -137,7 +137,7 @@ def test_what_killed_workers_have_left_is_removed_by_the_next_one(store: Store) 
     work(store, study, should_stop=lambda: store.trials.get_all(study)[0].state == "complete")
     root = Path(store.checkpoints_url(study))
     assert sorted(path.name for path in root.iterdir()) == ["000000"]
-    shutil.copytree(root / "000000", root / "000001")  # as of a trial that is still to be trained
+    shutil.copytree(root / "000000", root / "000001")  # as if of a trial that has not been trained yet
     work(store, study)
     shutil.copytree(root / "000000", root / "000001")
     assert sorted(path.name for path in root.iterdir()) == ["000000", "000001"]

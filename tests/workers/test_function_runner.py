@@ -139,7 +139,7 @@ def test_whatever_a_loop_raises_ends_its_trial_and_not_the_study(
 
 
 def test_a_loop_is_never_given_another_studys_checkpoints(tmp_path: Path, make_spec: MakeSpec, loop: WriteLoop) -> None:
-    """Not those of a study of the same name in another database beside it, nor of one that was deleted."""
+    """Check it for a study of the same name in another database alongside, and for one that was deleted."""
     loop("""
 assert not list(trial.checkpoint_dir.iterdir())
 (trial.checkpoint_dir / "last.pt").touch()

@@ -27,17 +27,17 @@ def test_the_engine_reports_every_epoch_of_every_trial(store: Store) -> None:
 def test_trials_in_lanes_end_as_they_do_one_at_a_time(store: Store) -> None:
     studies = {lanes: engine_study(store, *SEVERAL, epochs=3, lanes=lanes, name=f"in-{lanes}") for lanes in (1, 3)}
     found = {lanes: work(store, study) for lanes, study in studies.items()}
-    for alone, beside in zip(found[1], found[3], strict=True):
-        assert (beside.state, beside.epochs, beside.attempt) == (alone.state, alone.epochs, 1)
+    for single, stacked in zip(found[1], found[3], strict=True):
+        assert (stacked.state, stacked.epochs, stacked.attempt) == (single.state, single.epochs, 1)
         for name in ("train_loss", "val_loss", "val_accuracy", "lr"):
-            pairs = zip(beside.curves[name], alone.curves[name], strict=True)
+            pairs = zip(stacked.curves[name], single.curves[name], strict=True)
             assert all(one == pytest.approx(other, rel=1e-3) for one, other in pairs if None not in (one, other))
     (agreed,) = store.studies.shared_values(studies[3]).values()
     assert agreed["reason"] == "3 trials at once on the CPU: engine.lanes = 3"
 
 
 def test_a_lane_is_filled_again_while_others_train(store: Store) -> None:
-    """The second trial is dropped after its first epoch, and the third is in training before the first has ended."""
+    """Check that the third trial takes the lane of the second, which diverges, before the first has ended."""
     pruner = {"name": "threshold", "upper": 1.0, "lower": 0.0, "warmup_epochs": 0}
     study = engine_study(store, 1e-3, 1e30, 1e-4, epochs=4, lanes=2, pruner=pruner)
     trials = work(store, study)
@@ -49,7 +49,7 @@ def test_a_lane_is_filled_again_while_others_train(store: Store) -> None:
 
 @pytest.mark.usefixtures("prompt_reports")
 def test_trials_in_lanes_go_on_bit_for_bit(store: Store) -> None:
-    """Whatever is in the other lanes then: the interrupted study is gone on with by a worker of more lanes."""
+    """Check it whatever is in the other lanes: a worker with more lanes resumes the interrupted study."""
     expected = work(store, engine_study(store, *SEVERAL, epochs=4, lanes=2, name="whole"))
     study = engine_study(store, *SEVERAL, epochs=4, lanes=2, name="cut")
     work(store, study, should_stop=lambda: sum(len(trial.epochs) for trial in store.trials.get_all(study)) >= 3)
@@ -92,7 +92,7 @@ def test_trials_that_cannot_be_stacked_with_each_other_are_not(store: Store) -> 
     }
     study = store.studies.create(StudySpec.from_dict(settings), metadata={})
     assert [trial.state for trial in work(store, study)] == ["complete", "complete"]
-    assert store.studies.shared_values(study) == {}  # it holds for this space, and was not measured
+    assert store.studies.shared_values(study) == {}  # the plan follows from this space, and was not measured
 
 
 def test_an_exported_trial_is_trained_as_it_was(store: Store) -> None:
@@ -106,37 +106,37 @@ def test_an_exported_trial_is_trained_as_it_was(store: Store) -> None:
 
 
 def test_a_suspect_trains_alone(store: Store) -> None:
-    """A crash of a worker with several trials does not tell whose doing it was; the next one does. For an epoch."""
+    """Check that it trains alone for an epoch: a crash with several trials does not tell which one caused it."""
     study = engine_study(store, 1e-4, 3e-4, 1e-3, lanes=3)
     worker_id = store.workers.add(study.study_id, device="cpu")
     held = [store.trials.claim(study, worker_id, num_held=num_held) for num_held in range(2)]
     assert None not in held
-    with store.database.transaction() as connection:  # as after a crash that was seen
+    with store.database.transaction() as connection:  # as after a crash that its supervisor saw
         connection.execute(schema.slots_table.update().where(schema.slots_table.c.number < 2).values(crashes=1))
     for claim in held:
         assert claim is not None
         store.trials.release(claim)
     store.workers.remove(worker_id)
-    beside: dict[tuple[int, int], list[int]] = {}  # which trials ran at the report of a trial's epoch
+    running_at: dict[tuple[int, int], list[int]] = {}  # the trials in training when a trial's epoch was reported
     report_all = Trials.report_all
 
     def noting(self: Trials, reports: Any, spec: StudySpec) -> Any:
         running = [trial.number for trial in store.trials.get_all(study) if trial.state == "running"]
-        beside.update({(report.claim.number, report.epoch): running for report in reports})
+        running_at.update({(report.claim.number, report.epoch): running for report in reports})
         return report_all(self, reports, spec)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trials, "report_all", noting)
         trials = work(store, study)
     assert [trial.state for trial in trials] == ["complete"] * 3
-    assert (beside[0, 1], beside[1, 1]) == ([0], [1])
-    assert beside[0, 2] == [0, 2]
+    assert (running_at[0, 1], running_at[1, 1]) == ([0], [1])
+    assert running_at[0, 2] == [0, 2]
 
 
 def test_workers_share_what_is_left(store: Store) -> None:
-    """Four trials and two workers: neither takes more than two, however many lanes it has."""
+    """Check that of two workers neither takes more than two of four trials, however many lanes it has."""
     study = engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4)
-    store.workers.add(study.study_id, device="cpu")  # the other one, which has not come to claim yet
+    store.workers.add(study.study_id, device="cpu")  # the other one, which has claimed nothing yet
     most = 0
 
     def watching() -> bool:
@@ -180,7 +180,7 @@ def test_trials_take_turns_where_the_pruner_compares_them_early(store: Store, mo
 def test_trials_that_take_turns_are_all_saved_when_the_worker_leaves(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what has trained an epoch since it was last saved: nothing is trained twice."""
+    """Check that those that trained an epoch since they were last saved are saved too: no epoch is trained twice."""
     one_at_a_time_is_fastest(monkeypatch)
     settings: dict[str, Any] = {"lanes": "auto", "pruner": {"name": "asha", "min_epochs": 3}, "checkpoint_epochs": 3}
     expected = work(store, engine_study(store, *SEVERAL[:3], epochs=3, name="whole", **settings))
@@ -193,7 +193,7 @@ def test_trials_that_take_turns_are_all_saved_when_the_worker_leaves(
 
 
 def test_workers_whose_trials_take_turns_share_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight are compared, whoever trains them: two workers have four each."""
+    """Check that two workers take four each of the eight trials that are compared at once."""
     one_at_a_time_is_fastest(monkeypatch)
     lrs = [1e-4 * (number + 1) for number in range(12)]
     study = engine_study(store, *lrs, epochs=1, lanes="auto", pruner={"name": "asha"})

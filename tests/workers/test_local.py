@@ -1,4 +1,4 @@
-"""`hpo run` as users run it, with the faults that they meet: killed, interrupted, started twice, crashing workers."""
+"""`hpo run` as users run it, with the faults that they meet: kills, interruptions, crashes, two runs at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def optuna_states(hpo: Hpo) -> Counter[TrialState]:
 
 
 def num_held(hpo: Hpo) -> int:
-    """How many trials have come to the epoch in which HELD keeps them."""
+    """Return how many trials have reached the epoch in which HELD keeps them."""
     if not (hpo.folder / "hpo.db").exists():
         return 0
     store = Store(hpo.url, create=True)
@@ -78,7 +78,7 @@ def go(hpo: Hpo) -> None:
 
 
 def is_finished(hpo: Hpo, num_trials: int) -> bool:
-    """Every trial complete, in the ledger and for Optuna, and no process left."""
+    """Return whether every trial is complete, in the ledger and for Optuna, and no process is left."""
     complete = states(hpo) == {"complete": num_trials}
     return complete and optuna_states(hpo) == {TrialState.COMPLETE: num_trials} and not hpo.worker_pids()
 
@@ -178,7 +178,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_trained_again(
 
 
 def test_trials_that_crash_their_process_fail_and_the_others_finish(hpo: Hpo, make_spec: MakeSpec) -> None:
-    """Both workers die of both trials in turn: more often without a trial ending than one worker may."""
+    """Check it with two workers, which die of both trials in turn: more often in a row than one worker may."""
     hpo.write(
         make_spec(0.1, 0.2, 0.3, 0.4),
         "import os, signal\n"
@@ -190,7 +190,7 @@ def test_trials_that_crash_their_process_fail_and_the_others_finish(hpo: Hpo, ma
     exit_code, output = hpo.run(*RUN, "--workers", "2")
     assert exit_code == 0, output
     assert [trial.state for trial in trials(hpo)] == ["failed"] * 2 + ["complete"] * 2
-    # At least: a slot that somebody else than the supervisor frees first is not counted.
+    # At least so often, because a slot that somebody else frees before the supervisor does is not counted.
     assert all(MAX_TRIAL_CRASHES <= trial.attempt <= 3 * MAX_TRIAL_CRASHES for trial in trials(hpo)[:2])
     assert hpo.worker_pids() == []
 
@@ -198,7 +198,7 @@ def test_trials_that_crash_their_process_fail_and_the_others_finish(hpo: Hpo, ma
 def test_a_trial_that_gets_its_worker_killed_keeps_the_study_neither_from_the_others_nor_for_ever(
     hpo: Hpo, make_spec: MakeSpec
 ) -> None:
-    """As the kernel does it where a trial needs more memory than there is; a kill may also be nobody's fault."""
+    """Kill it as the kernel does when memory runs out; a kill may also have nothing to do with the trial."""
     hpo.write(
         make_spec(0.1, 0.2),
         "import os, signal\n"
@@ -244,7 +244,7 @@ def test_workers_that_die_at_their_start_stop_the_study_with_the_end_of_their_lo
     hpo: Hpo, make_spec: MakeSpec
 ) -> None:
     hpo.write(make_spec(0.1), QUICK)
-    # Python runs this file in the workers alone, on whose path the study file's folder is from the start.
+    # Python runs this file only in the workers, which have the study file's folder on their path from the start.
     (hpo.folder / "sitecustomize.py").write_text("import os\nprint('no licence', flush=True)\nos._exit(3)\n")
     exit_code, output = hpo.run(*RUN)
     assert exit_code == 1
@@ -309,7 +309,7 @@ def test_a_trial_that_never_comes_to_its_next_report_is_left_and_given_back(
         make_spec(0.1),
         "import sys, threading\n"
         "def train(trial):\n"
-        "    sys.modules['__main__'].DRAIN_S = 0.5  # what would be half a minute\n"
+        "    sys.modules['__main__'].DRAIN_S = 0.5  # instead of half a minute\n"
         "    trial.report(1, val_accuracy=1)\n"
         "    trial.report(2, val_accuracy=1)\n"
         "    threading.Event().wait()\n",

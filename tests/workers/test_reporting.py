@@ -1,4 +1,4 @@
-"""What goes on behind training's back: reports and checkpoints, made while the next epoch trains, whatever happens."""
+"""Reports and checkpoints that are made while the next epoch trains, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
 
 
 def take_away(store: Store, study: StudyRecord) -> None:
-    """Another worker takes trial 0, as after a lease that ran out."""
+    """Let another worker claim trial 0, as after its lease ran out."""
     other = store.workers.add(study.study_id, device="elsewhere")
     with store.storage.engine.begin() as connection:
         connection.execute(schema.slots_table.update().where(schema.slots_table.c.number == 0).values(lease_until=0))
@@ -228,7 +228,9 @@ def test_a_lease_is_renewed_until_the_last_checkpoint_of_a_trial_that_is_given_b
 
     def lease(number: int) -> float:
         with store.storage.engine.connect() as connection:
-            rows = connection.execute(sa.select(schema.slots_table.c.lease_until).where(schema.slots_table.c.number == number))
+            rows = connection.execute(
+                sa.select(schema.slots_table.c.lease_until).where(schema.slots_table.c.number == number)
+            )
             return float(rows.scalar() or 0)
 
     study = engine_study(store, 1e-4, 1e-3, epochs=3, lanes=2)
@@ -262,7 +264,7 @@ def test_a_lease_is_renewed_until_the_last_checkpoint_of_a_trial_that_is_given_b
 def test_a_process_that_users_code_forks_and_that_comes_back_ends(
     store: Store, slow_reports: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a report is under way, which in that process nobody makes."""
+    """Fork while a report is under way; in the new process nobody makes it."""
     run_epoch, ends = PlainEngine.run_epoch, []
 
     def forking(self: Any) -> Any:
