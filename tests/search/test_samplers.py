@@ -23,6 +23,7 @@ from hpo.search import proposals, pruners
 from hpo.search import samplers as search
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord
+from tests.rows import slow_except
 
 RANGES = {"lr": {"low": 1e-5, "high": 1.0, "log": True}, "weight_decay": {"low": 1e-6, "high": 1e-2, "log": True}}
 
@@ -392,7 +393,7 @@ def make_pruned_study(tmp_path: Path, pruner: str) -> tuple[Store, StudyRecord]:
     return make_study(tmp_path, search=search_settings, pruner=settings, training={"epochs": 8})
 
 
-@pytest.mark.parametrize("pruner", sorted(pruners.PRUNERS))
+@pytest.mark.parametrize("pruner", slow_except(sorted(pruners.PRUNERS), "asha", "median", "threshold"))
 def test_every_pruner_drops_a_hopeless_trial_when_its_options_say_so_and_not_before(
     pruner: str, tmp_path: Path
 ) -> None:
@@ -408,7 +409,7 @@ def test_every_pruner_drops_a_hopeless_trial_when_its_options_say_so_and_not_bef
         assert len(dropped) >= 6
 
 
-@pytest.mark.parametrize("pruner", sorted(pruners.PRUNERS))
+@pytest.mark.parametrize("pruner", slow_except(sorted(pruners.PRUNERS), "asha", "median"))
 def test_no_pruner_drops_a_trial_that_leads(pruner: str, tmp_path: Path) -> None:
     store, study = make_pruned_study(tmp_path, pruner)
     leading = itertools.count()
@@ -416,7 +417,7 @@ def test_no_pruner_drops_a_trial_that_leads(pruner: str, tmp_path: Path) -> None
     assert [trial["state"] for trial in ended] == ["complete"] * 10
 
 
-@pytest.mark.parametrize("pruner", sorted(pruners.PRUNERS))
+@pytest.mark.parametrize("pruner", slow_except(sorted(pruners.PRUNERS), "hyperband", "none"))
 def test_a_pruner_drops_trials_only_after_epochs_at_which_it_is_said_to_judge(pruner: str, tmp_path: Path) -> None:
     store, study = make_pruned_study(tmp_path, pruner)
     random = Random(0)

@@ -27,6 +27,7 @@ from hpo.train.engines.stack import TrialStack, with_eps
 from hpo.train.engines.stacked_network import StackedNetwork
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer
+from tests.rows import slow_except
 
 EPOCHS = 3
 CPU = torch.device("cpu")
@@ -37,6 +38,9 @@ EPS = 1e-4
 SETTINGS = [{"optimizer": name, "momentum": MOMENTUM.get(name, 0.0), "eps": EPS} for name in OPTIMIZERS] + [
     {"optimizer": "sgd", "momentum": 0.9, "schedule": name, "warmup_epochs": 0.5, "step_epochs": 1, "milestones": (1,)}
     for name in SCHEDULES
+]
+QUICK_SETTINGS = [
+    given for given in SETTINGS if given["optimizer"] == "adam" or given.get("schedule") in ("one_cycle", "plateau")
 ]
 
 # Convolutions without a bias in front of a batch norm: the gradient of that would be rounding and nothing else.
@@ -121,6 +125,14 @@ ARTICLE = ModelConfig(options={"width": 0.05})
 BATCH_NORM = ModelConfig(name="own_lane_networks:batch_norm")
 DROPOUT = ModelConfig(name="own_lane_networks:dropout")
 UNUSUAL = ModelConfig(name="own_lane_networks:unusual")
+NETWORKS_OF_EVERY_KIND = {"article": ARTICLE, "batch_norm": BATCH_NORM, "dropout": DROPOUT, "unusual": UNUSUAL}
+EVERY_NETWORK_EVERY_WAY = [
+    pytest.param(
+        model, convolution, id=f"{name}-{convolution}", marks=[] if (row + column) % 2 == 0 else [pytest.mark.slow]
+    )
+    for row, (name, model) in enumerate(NETWORKS_OF_EVERY_KIND.items())
+    for column, convolution in enumerate(CONVOLUTIONS)
+]
 
 
 def trial(
@@ -199,7 +211,9 @@ def assert_equal(one: Checkpoint, other: Checkpoint) -> None:
 # The same trial
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda given: given.get("schedule", given["optimizer"]))
+@pytest.mark.parametrize(
+    "settings", slow_except(SETTINGS, *QUICK_SETTINGS), ids=lambda given: given.get("schedule", given["optimizer"])
+)
 def test_every_optimizer_and_schedule_is_the_plain_engines(settings: dict[str, Any]) -> None:
     config = trial(**settings, weight_decay=1e-2, gradient_clip=1.0, label_smoothing=0.1)
     plain = train(PlainEngine(device="cpu"), config)
@@ -209,10 +223,7 @@ def test_every_optimizer_and_schedule_is_the_plain_engines(settings: dict[str, A
         assert_equal(checkpoint, among[1])
 
 
-@pytest.mark.parametrize("convolution", CONVOLUTIONS)
-@pytest.mark.parametrize(
-    "model", [ARTICLE, BATCH_NORM, DROPOUT, UNUSUAL], ids=["article", "batch_norm", "dropout", "unusual"]
-)
+@pytest.mark.parametrize(("model", "convolution"), EVERY_NETWORK_EVERY_WAY)
 def test_every_kind_of_network_is_the_plain_engines(
     model: ModelConfig, convolution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,10 +238,7 @@ def test_every_kind_of_network_is_the_plain_engines(
             assert_equal(checkpoint, among[1])
 
 
-@pytest.mark.parametrize("convolution", CONVOLUTIONS)
-@pytest.mark.parametrize(
-    "model", [ARTICLE, BATCH_NORM, DROPOUT, UNUSUAL], ids=["article", "batch_norm", "dropout", "unusual"]
-)
+@pytest.mark.parametrize(("model", "convolution"), EVERY_NETWORK_EVERY_WAY)
 def test_networks_stack_in_mixed_precision(model: ModelConfig, convolution: str) -> None:
     """As on a GPU, here with the CPU's autocast: the probe finds the results that the network has alone."""
     config = trial(model=model)
@@ -359,7 +367,14 @@ def test_stops_before_the_next_step_and_forgets_what_was_begun() -> None:
 
 @pytest.mark.parametrize(
     ("model", "settings"),
-    [(ARTICLE, given) for given in SETTINGS[: len(OPTIMIZERS)]] + [(BATCH_NORM, SETTINGS[0]), (DROPOUT, SETTINGS[0])],
+    [
+        *[
+            pytest.param(ARTICLE, given, marks=[] if given in QUICK_SETTINGS else [pytest.mark.slow])
+            for given in SETTINGS[: len(OPTIMIZERS)]
+        ],
+        (BATCH_NORM, SETTINGS[0]),
+        (DROPOUT, SETTINGS[0]),
+    ],
     ids=lambda given: given.name if isinstance(given, ModelConfig) else given["optimizer"],
 )
 def test_checkpoints_go_on_in_either_engine(model: ModelConfig, settings: dict[str, Any]) -> None:
