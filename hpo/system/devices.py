@@ -1,6 +1,6 @@
-"""Which devices there are, which are free, how a worker is pinned to one, and how the CPU's cores are divided.
+"""Devices of this machine: which there are, which are free, how to pin a worker to one, how to divide the CPU's cores.
 
-NVML is asked for the CUDA devices, as it starts no CUDA context; torch is imported only where NVML does not answer.
+NVML lists the CUDA devices, because it starts no CUDA context; torch is imported only where NVML does not answer.
 NVML counts in PCI order while CUDA may count the fastest first, so a worker is pinned by UUID and never by index.
 """
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Device:
-    """A place to train. `name` is what users type and what trials record: "cuda:0", "mps" or "cpu"."""
+    """A device to train on; `name` is what users type and what trials record: "cuda:0", "mps" or "cpu"."""
 
     name: str
     kind: Literal["cuda", "mps", "cpu"]
@@ -32,39 +32,39 @@ class Device:
     memory_bytes: int | None
     uuid: str | None = None
     occupied_by: tuple[int, ...] = ()
-    """The pids of compute processes other than ours; empty also where the driver does not tell (WSL, a container)."""
+    """The pids of compute processes other than ours; empty too where the driver hides them (WSL, a container)."""
 
 
 def list_devices() -> list[Device]:
-    """Every device that this process may use: CUDA devices in PCI order, then MPS, and the CPU always last."""
+    """Return every device that this process may use: CUDA devices in PCI order, then MPS, and the CPU always last."""
     return [*_cuda_devices(), *_mps_devices(), _cpu_device()]
 
 
 def choose_devices(request: str) -> list[Device]:
-    """The devices that `--devices` asks for, in the order of the request.
+    """Return the devices that `--devices` asks for, in the order of the request.
 
     "auto" is every CUDA device that no other process occupies, else MPS, else the CPU. Anything else is a comma list of
     names, where "cuda" stands for all CUDA devices; a device that is named is used, occupied or not. Raises UserError
-    for a device that is not there, for one named twice, and for "auto" where every CUDA device is occupied.
+    for a device that does not exist, for one named twice, and for "auto" where every CUDA device is occupied.
     """
     names = [part.strip() for part in request.split(",")]
-    devices = [_cpu_device()] if set(names) == {"cpu"} else list_devices()  # without what may have to load torch
+    devices = [_cpu_device()] if set(names) == {"cpu"} else list_devices()  # listing all may load torch
     if names == ["auto"]:
         return _choose_free(devices)
     chosen: list[Device] = []
     for name in names:
-        found = [device for device in devices if name in (device.name, device.kind)]
-        if not found:
+        matches = [device for device in devices if name in (device.name, device.kind)]
+        if not matches:
             raise _unknown_device_error(name, devices)
-        for device in found:
+        for device in matches:
             if device in chosen:
                 raise UserError(f"--devices must name each device once; {device.name} comes twice in {request!r}")
-        chosen += found
+        chosen += matches
     return chosen
 
 
 def worker_environment(device: Device, *, threads: int) -> dict[str, str]:
-    """The variables that pin a worker process to `device`; to be set before that process starts."""
+    """Return the environment variables that pin a worker to `device`; they must be set before its process starts."""
     return {
         "CUDA_VISIBLE_DEVICES": device.uuid or "",
         "OMP_NUM_THREADS": str(threads),
@@ -73,22 +73,23 @@ def worker_environment(device: Device, *, threads: int) -> dict[str, str]:
 
 
 def torch_device(device: Device) -> str:
-    """What torch calls the device inside a worker pinned to it, where the one visible GPU is always the first."""
+    """Return torch's name of the device inside a worker that is pinned to it: the one GPU it sees is the first."""
     return "cuda:0" if device.kind == "cuda" else device.kind
 
 
 def num_cores() -> int:
-    """How many CPU cores this process may use: its affinity, further limited by a container's CPU quota."""
+    """Return how many CPU cores this process may use: its affinity, further limited by a container's CPU quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *_cgroup_cores(Path("/"))]))
 
 
 def threads_per_worker(num_workers: int) -> int:
-    """The CPU threads each of `num_workers` gets, so that together they do not ask for more than there is."""
+    """Return how many CPU threads each of `num_workers` gets, so that together they fit the cores."""
     return max(1, num_cores() // num_workers)
 
 
 def _choose_free(devices: list[Device]) -> list[Device]:
+    """Return the devices that "auto" stands for."""
     cuda = [device for device in devices if device.kind == "cuda"]
     free = [device for device in cuda if not device.occupied_by]
     occupied = [
@@ -101,14 +102,14 @@ def _choose_free(devices: list[Device]) -> list[Device]:
         )
     if occupied:
         logger.warning("--devices auto passes over what other processes occupy: %s", "; ".join(occupied))
-    return free or devices[:1]  # MPS stands before the CPU
+    return free or devices[:1]  # MPS comes before the CPU
 
 
 def _unknown_device_error(name: str, devices: list[Device]) -> UserError:
-    here = ", ".join(["auto", *sorted({name for device in devices for name in (device.name, device.kind)})])
+    available = ", ".join(["auto", *sorted({name for device in devices for name in (device.name, device.kind)})])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
-    return UserError(f"--devices must name devices that are here, which leaves {here}{hidden}; got {name!r}")
+    return UserError(f"--devices must name devices that are here, which leaves {available}{hidden}; got {name!r}")
 
 
 def _cuda_devices() -> list[Device]:
@@ -150,10 +151,10 @@ def _nvml_device(pynvml: Any, index: int, uuid: str) -> Device:
 
 
 def _visible_uuids(uuids: list[str]) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES leaves of `uuids`, by the rules of the CUDA C++ programming guide.
+    """Return the `uuids` that CUDA_VISIBLE_DEVICES leaves visible, by the rules of the CUDA C++ programming guide.
 
     Entries are indices, GPU UUIDs or unique beginnings of one, or UUIDs of MIG instances. An invalid entry hides itself
-    and all after it; a device that comes twice hides all.
+    and all after it; a device that is named twice hides all.
     """
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     if variable is None:
@@ -175,15 +176,15 @@ def _visible_uuids(uuids: list[str]) -> list[str]:
 
 
 def _torch_cuda_devices() -> list[Device]:
-    """The CUDA devices where NVML is not to be had (some containers, Jetson); who else uses them is then unknown."""
+    """Return the CUDA devices where NVML is missing (some containers, Jetson); who else uses them is then unknown."""
     import torch
 
     if torch.version.cuda is None or not torch.cuda.is_available():
         return []
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    all_properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
         Device(f"cuda:{index}", "cuda", properties.name, properties.total_memory, f"GPU-{properties.uuid}")
-        for index, properties in enumerate(found)
+        for index, properties in enumerate(all_properties)
     ]
 
 
@@ -198,13 +199,13 @@ def _mps_devices() -> list[Device]:
 def _cpu_device() -> Device:
     import psutil
 
-    model = re.search(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
+    model = re.search(r"model name\s*:\s*(.+)", _text_of(Path("/proc/cpuinfo")))
     label = model[1] if model else platform.processor() or platform.machine()
     return Device("cpu", "cpu", label, psutil.virtual_memory().total)
 
 
 def _own_process_tree() -> set[int]:
-    """This process, those that started it (a notebook that holds a GPU, say) and those it started."""
+    """Return the pids of this process, its ancestors (such as a notebook that holds a GPU) and its descendants."""
     import psutil
 
     me = psutil.Process()
@@ -212,18 +213,19 @@ def _own_process_tree() -> set[int]:
 
 
 def _cgroup_cores(root: Path) -> Iterator[int]:
-    """The CPU quotas that bind this process, in cores rounded up: its cgroup's and those around it (v2), or v1's."""
-    own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    """Yield the CPU quotas that bind this process, in cores rounded up: of its cgroup and the parents (v2), or of v1."""
+    own = re.search(r"^0::/(.*)$", _text_of(root / "proc/self/cgroup"), re.MULTILINE)
     v1, v2 = root / "sys/fs/cgroup/cpu", root / "sys/fs/cgroup" / (own[1] if own else "")
-    limits = [_read(folder / "cpu.max") for folder in (v2, *v2.parents)]
-    limits.append(_read(v1 / "cpu.cfs_quota_us") + " " + _read(v1 / "cpu.cfs_period_us"))
+    limits = [_text_of(folder / "cpu.max") for folder in (v2, *v2.parents)]
+    limits.append(_text_of(v1 / "cpu.cfs_quota_us") + " " + _text_of(v1 / "cpu.cfs_period_us"))
     for limit in limits:
         match limit.split():
             case [quota, period] if quota.isdecimal():  # no limit is "max" in v2, -1 in v1
                 yield math.ceil(int(quota) / int(period))
 
 
-def _read(file: Path) -> str:
+def _text_of(file: Path) -> str:
+    """Return the text of a file, or nothing where it cannot be read."""
     try:
         return file.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Whether the process behind a worker still runs, told from its machine, its pid and its start; signs of life."""
+"""Processes: whether the one behind a worker still runs, by its machine, its pid and its start; and heartbeats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def machine_id() -> str:
-    """Which process table a pid belongs to: the boot of a machine and, in containers, the namespace of its pids."""
+    """Return an id of the process table that pids belong to: a machine's boot and, in containers, its pid namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -25,35 +25,35 @@ def machine_id() -> str:
 
 
 def process_start_s() -> float:
-    """When this process was started, which tells it from a later one of the same pid."""
-    return _started(psutil.Process())
+    """Return when this process started, in seconds from the boot; a later process with its pid has another start."""
+    return _start_s(psutil.Process())
 
 
 def is_running(pid: int, *, started: float) -> bool:
-    """Whether the process that had this pid and start runs on this machine."""
+    """Return whether the process with this pid and this start, in seconds from the boot, runs on this machine."""
     try:
         process = psutil.Process(pid)
-        return abs(_started(process) - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        return abs(_start_s(process) - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def _started(process: psutil.Process) -> float:
-    """Seconds from the boot of the machine: a time of day would move when its clock is set."""
+def _start_s(process: psutil.Process) -> float:
+    """Return the start in seconds from the boot of the machine: a time of day would move when its clock is set."""
     boot_time = psutil.boot_time()
     return process.create_time() - boot_time
 
 
 @contextmanager
 def heartbeat(beat: Callable[[], None], *, every_s: float) -> Iterator[None]:
-    """Calls `beat` every so many seconds from a thread, whatever it raises: a dead thread would lose the leases."""
+    """Call `beat` every so many seconds from a thread, whatever it raises: a dead thread would lose the leases."""
     ended = threading.Event()
 
     def run() -> None:
         while not ended.wait(every_s):
             try:
                 beat()
-            except Exception:  # the database may be back at the next beat
+            except Exception:  # the database may answer again at the next beat
                 logger.exception("the leases could not be renewed")
 
     thread = threading.Thread(target=run, daemon=True, name="heartbeat")

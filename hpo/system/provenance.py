@@ -1,4 +1,4 @@
-"""Where a result came from: host, process, git revision of the caller's tree, and the versions that trained it."""
+"""Provenance of a result: host, process, git revision of the caller's tree, and the versions that trained it."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ PACKAGES = ("hpo", "optuna", "torch", "torchvision", "numpy")
 
 @cache
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that a result depends on."""
+    versions_by_name = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions_by_name[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions_by_name
 
 
 @cache
 def git_revision() -> str | None:
-    """The commit of the working directory's tree, with `-dirty` where tracked files differ; None outside git.
+    """Return the commit of the working directory's tree, with `-dirty` where tracked files differ; None outside git.
 
-    A worker that has a copy of that folder alone is told it in HPO_GIT_REVISION.
+    A worker that has only a copy of that folder gets the revision in HPO_GIT_REVISION.
     """
-    if told := os.environ.get("HPO_GIT_REVISION"):
-        return told
+    if given := os.environ.get("HPO_GIT_REVISION"):
+        return given
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None
 
 
 def trial_metadata(*, device: str, host: str, seed: int) -> dict[str, Any]:
-    """What is recorded with every trial."""
+    """Return what every trial records of how it was run."""
     return {
         "seed": seed,
         "device": device,

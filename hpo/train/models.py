@@ -1,6 +1,6 @@
-"""The networks a study can train: the article's CNN, any torchvision classifier, and any factory of the user's.
+"""Networks that a study can train: the article's CNN, any torchvision classifier, and any factory of the user's.
 
-Shapes: B batch, C channels, H W picture, L classes.
+Shapes: B batch, C channels, H W image, L classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ARTICLE_IMAGE_SIZE = 32
 
 
 def article_cnn(*, channels: int, num_classes: int, width: float = 1.0) -> nn.Sequential:
-    """The article's 7-layer CNN for 32x32 pictures, 5.2 M parameters at 100 classes; `width` scales its channels."""
+    """Return the article's 7-layer CNN for 32x32 images, 5.2 M parameters at 100 classes; `width` scales channels."""
     if not width > 0:
         raise UserError(f"model.width must be > 0, got {width}")
 
@@ -47,22 +47,23 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"article_cnn": article_cnn}
 
 
 class RepeatChannels(nn.Module):
-    """Shows pictures of one channel to a network that takes three."""
+    """A network that shows images of one channel to a network that takes three."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images_B1HW: Tensor) -> Tensor:
+        """Return the logits (B, L)."""
         logits_BL: Tensor = self.model(images_B1HW.expand(-1, 3, -1, -1))
         return logits_BL
 
 
 def build_model(config: ModelConfig, *, channels: int, num_classes: int, image_size: int) -> nn.Module:
-    """The network that `config` names, on the CPU, with its parameters drawn from torch's global generator.
+    """Return the network that `config` names, on the CPU, with parameters drawn from torch's global generator.
 
-    Raises UserError for an unknown name, a factory that cannot be imported or does not return an nn.Module, and options
-    that it does not take.
+    Raises UserError for an unknown name, for options that the network does not take, and for a factory that cannot be
+    imported or does not return an nn.Module.
     """
     shape = {"channels": channels, "num_classes": num_classes}
     for key in config.options.keys() & shape.keys():
@@ -92,7 +93,7 @@ def _torchvision_model(config: ModelConfig, *, channels: int, num_classes: int) 
     if "weights" in config.options:
         raise UserError(f"model.weights cannot be set: networks are trained from scratch; got {config.options!r}")
     fixed: dict[str, Any] = {"num_classes": num_classes, "weights": None}
-    if name in ("googlenet", "inception_v3"):  # otherwise a tuple in training, and a warning about the initialisation
+    if name in ("googlenet", "inception_v3"):  # else they return a tuple in training, and warn
         fixed |= {"aux_logits": False, "init_weights": True}
     model = _call(lambda **arguments: models.get_model(name, **arguments), config, fixed)
     return RepeatChannels(model) if channels == 1 else model
@@ -106,9 +107,9 @@ def _call(factory: Callable[..., Any], config: ModelConfig, fixed: Mapping[str, 
 
 
 def check_model(model: nn.Module, *, batch: Tensor, num_classes: int) -> None:
-    """Run the network once, as in validation, on a batch of real pictures (B, C, H, W) on the network's device.
+    """Run the network once, as in validation, on a batch of real images (B, C, H, W) on the network's device.
 
-    Raises UserError where the network cannot take the pictures or its output is not a float tensor (B, num_classes).
+    Raises UserError where the network cannot take the images, or its output is not a float tensor (B, num_classes).
     """
     if any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters()):
         raise UserError("model.name must name a network whose layers all have their sizes; it has lazy ones")
@@ -119,7 +120,7 @@ def check_model(model: nn.Module, *, batch: Tensor, num_classes: int) -> None:
             logits_BL = model(batch)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the user's network does
+    except Exception as error:  # whatever the user's network raises
         raise UserError(
             f"model.name must name a network that takes pictures of shape {tuple(batch.shape)} (B, C, H, W); "
             f"it raised {describe_error(error)}"

@@ -1,8 +1,9 @@
-"""Optimizers and learning-rate schedules as tables: what each is called, which keys of [training] it understands.
+"""Optimizers and learning-rate schedules as tables: the name of each, and the keys of [training] that it understands.
 
-A schedule is a pure function of explicit state, the position in the training and the validation losses so far, so that
-a resumed trial needs no scheduler object restored. Each is held to its torch.optim.lr_scheduler counterpart by tests.
-torch is imported only where an optimizer is built: the reader of study files needs the tables without it.
+A schedule is a pure function of explicit state: the position in the training, and the validation losses so far. A
+resumed trial therefore needs no scheduler object restored. Tests hold each schedule to its counterpart in
+torch.optim.lr_scheduler. torch is imported only to build an optimizer, because reading a study file needs the tables
+without it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """One entry of OPTIMIZERS: `keys` are the keys of [training] that it understands beyond `lr`."""
+    """An entry of OPTIMIZERS; `keys` are the keys of [training] that it understands beyond `lr`."""
 
     torch_class: str  # name in torch.optim
     keys: frozenset[str]
     update: Update  # the same rule for many trials at once
-    fused_on_cuda: bool = False  # has one kernel that updates all parameters
+    fused_on_cuda: bool = False  # one kernel can update all parameters
 
 
 _ADAM_KEYS = frozenset({"beta1", "beta2", "eps", "weight_decay"})
@@ -55,7 +56,10 @@ OPTIMIZERS: dict[str, Optimizer] = {
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], training: TrainingConfig, *, device_type: str
 ) -> torch.optim.Optimizer:
-    """The torch optimizer that `training` describes; keys that the optimizer does not understand are not passed."""
+    """Return the torch optimizer that `training` describes; keys that it does not understand are not passed.
+
+    Raises UserError for an unknown optimizer, a learning rate that is not set, and settings that torch refuses.
+    """
     import torch
 
     entry = OPTIMIZERS.get(training.optimizer)
@@ -81,7 +85,7 @@ def build_optimizer(
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulePosition:
-    """Where a schedule stands: everything that its factor may depend on, counted from the end of the warm-up."""
+    """The position in a schedule, counted from the end of the warm-up: all that the schedule's factor may depend on."""
 
     epoch: float  # steps done / steps per epoch
     epochs: float  # length of the schedule
@@ -90,28 +94,34 @@ class SchedulePosition:
 
     @property
     def share(self) -> float:
-        """Position as a share of the schedule, 0 to 1."""
+        """Return the position as a share of the schedule, 0 to 1."""
         return self.epoch / self.epochs
 
     @property
     def finished_epochs(self) -> int:
-        return _whole_epochs(self.epoch)
+        """Return the number of whole epochs behind the position."""
+        return _robust_floor(self.epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """One entry of SCHEDULES: `factor` multiplies `lr`, `keys` are the keys of [training] that it reads."""
+    """An entry of SCHEDULES; `factor` multiplies `lr`, `keys` are the keys of [training] that it reads."""
 
     factor: Callable[[TrainingConfig, SchedulePosition], float]
     keys: frozenset[str] = frozenset()
 
 
 def lr_factor(training: TrainingConfig, *, epoch: float, steps_per_epoch: int, val_losses: Sequence[float]) -> float:
-    """The multiplier of `training.lr` for the step at `epoch` = steps done / steps per epoch, counted from 0.
+    """Return the multiplier of `training.lr` for one step.
 
-    The warm-up rises linearly over `warmup_epochs`, from one step's worth at the first step to 1 at its last; the
+    The warm-up rises linearly over `warmup_epochs`, from one step's worth at the first step to 1 at its last. The
     schedule runs over the epochs that remain and, as in torch's SequentialLR, counts its own epochs from there.
-    `val_losses` holds the validation loss of each finished epoch.
+
+    Args:
+        training: The settings of the schedule.
+        epoch: The position of the step: steps done / steps per epoch, so 0 for the first one.
+        steps_per_epoch: The number of steps of an epoch.
+        val_losses: The validation loss of each finished epoch.
     """
     schedule = SCHEDULES.get(training.schedule)
     if schedule is None:
@@ -119,53 +129,53 @@ def lr_factor(training: TrainingConfig, *, epoch: float, steps_per_epoch: int, v
     warmup = training.warmup_epochs
     if epoch < warmup:
         return min(1.0, (epoch + 1 / steps_per_epoch) / warmup)
-    progress = SchedulePosition(
+    position = SchedulePosition(
         epoch=epoch - warmup,
         epochs=max(training.epochs - warmup, 1 / steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
-        val_losses=val_losses[_whole_epochs(warmup) :],
+        val_losses=val_losses[_robust_floor(warmup) :],
     )
-    return schedule.factor(training, progress)
+    return schedule.factor(training, position)
 
 
-def _whole_epochs(position: float) -> int:
-    """floor() that forgives the rounding of a division: 2.9999999999 epochs are 3."""
+def _robust_floor(position: float) -> int:
+    """Return floor(), forgiving the rounding of a division: 2.9999999999 epochs are 3."""
     return math.floor(position + 1e-9)
 
 
 def _cosine_from(start: float, end: float, share: float) -> float:
-    """Half a cosine from `start` at share 0 to `end` at share 1."""
+    """Return the point at `share` of half a cosine from `start` at share 0 to `end` at share 1."""
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _constant(training: TrainingConfig, progress: SchedulePosition) -> float:
+def _constant(training: TrainingConfig, position: SchedulePosition) -> float:
     return 1.0
 
 
-def _step_decay(training: TrainingConfig, progress: SchedulePosition) -> float:
-    return training.gamma ** (progress.finished_epochs // training.step_epochs)
+def _step_decay(training: TrainingConfig, position: SchedulePosition) -> float:
+    return training.gamma ** (position.finished_epochs // training.step_epochs)
 
 
-def _multistep(training: TrainingConfig, progress: SchedulePosition) -> float:
-    return training.gamma ** sum(milestone <= progress.finished_epochs for milestone in training.milestones)
+def _multistep(training: TrainingConfig, position: SchedulePosition) -> float:
+    return training.gamma ** sum(milestone <= position.finished_epochs for milestone in training.milestones)
 
 
-def _exponential(training: TrainingConfig, progress: SchedulePosition) -> float:
-    return training.gamma**progress.finished_epochs
+def _exponential(training: TrainingConfig, position: SchedulePosition) -> float:
+    return training.gamma**position.finished_epochs
 
 
-def _cosine(training: TrainingConfig, progress: SchedulePosition) -> float:
-    return _cosine_from(1.0, training.final_lr_fraction, progress.share)
+def _cosine(training: TrainingConfig, position: SchedulePosition) -> float:
+    return _cosine_from(1.0, training.final_lr_fraction, position.share)
 
 
-def _cosine_restarts(training: TrainingConfig, progress: SchedulePosition) -> float:
-    cycles = progress.share * training.restarts
-    return _cosine_from(1.0, training.final_lr_fraction, max(0.0, cycles - _whole_epochs(cycles)))
+def _cosine_restarts(training: TrainingConfig, position: SchedulePosition) -> float:
+    cycles = position.share * training.restarts
+    return _cosine_from(1.0, training.final_lr_fraction, max(0.0, cycles - _robust_floor(cycles)))
 
 
-def _one_cycle(training: TrainingConfig, progress: SchedulePosition) -> float:
-    """Smith and Topin, "Super-Convergence" (2018), with torch's two cosine phases and its end at 1e-4 of the start."""
-    step, last_step = progress.epoch * progress.steps_per_epoch, progress.epochs * progress.steps_per_epoch - 1
+def _one_cycle(training: TrainingConfig, position: SchedulePosition) -> float:
+    """Follow Smith and Topin, "Super-Convergence" (2018), in torch's two cosine phases, to 1e-4 of the start."""
+    step, last_step = position.epoch * position.steps_per_epoch, position.epochs * position.steps_per_epoch - 1
     peak_step = training.peak_fraction * (last_step + 1) - 1
     if step <= peak_step:
         return _cosine_from(training.initial_lr_fraction, 1.0, step / peak_step if peak_step > 0 else 1.0)
@@ -173,15 +183,15 @@ def _one_cycle(training: TrainingConfig, progress: SchedulePosition) -> float:
     return _cosine_from(1.0, training.initial_lr_fraction * 1e-4, min(1.0, share))
 
 
-def _polynomial(training: TrainingConfig, progress: SchedulePosition) -> float:
+def _polynomial(training: TrainingConfig, position: SchedulePosition) -> float:
     final = training.final_lr_fraction
-    return final + (1 - final) * math.pow(max(0.0, 1 - progress.share), training.power)
+    return final + (1 - final) * math.pow(max(0.0, 1 - position.share), training.power)
 
 
-def _plateau(training: TrainingConfig, progress: SchedulePosition) -> float:
-    """A replay of torch's ReduceLROnPlateau: lower means lower by more than 1e-4 of the best so far."""
+def _plateau(training: TrainingConfig, position: SchedulePosition) -> float:
+    """Replay torch's ReduceLROnPlateau, where lower means lower by more than 1e-4 of the best so far."""
     factor, best, bad_epochs = 1.0, math.inf, 0
-    for loss in progress.val_losses:
+    for loss in position.val_losses:
         if loss < best * (1 - 1e-4):
             best, bad_epochs = loss, 0
         else:

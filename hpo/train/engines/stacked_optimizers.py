@@ -1,8 +1,8 @@
-"""The optimizers' update rules for K trials at once, each with learning rate, momentum and the rest of its own.
+"""Update rules of the optimizers for K trials at once, each with its own learning rate, momentum and other settings.
 
 Each is the rule of the torch.optim class of the same name, written over rows: row k of every tensor belongs to lane k.
-What depends on settings and on the step alone is worked out on the host in double precision, as torch.optim does it.
-Shapes: K lanes, P parameters of a network. torch itself is not imported: readers of study files see these tables.
+What depends only on the settings and the step is computed on the host in double precision, as torch.optim does it.
+Shapes: K lanes, P parameters of a network. This module does not import torch, because reading a study file loads it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 Factors: TypeAlias = "Mapping[str, Tensor]"  # each (K, 1)
 Moments: TypeAlias = "Mapping[str, Tensor]"  # each (K, P), changed in place
 
-RMSPROP_ALPHA = 0.99  # torch's defaults, which are no settings of ours
+RMSPROP_ALPHA = 0.99  # torch's defaults; studies cannot set them
 ADADELTA_RHO = 0.9
 NADAM_MOMENTUM_DECAY = 4e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One optimizer's rule.
+    """One optimizer's update rule.
 
-    `factors(training, lr, step)` are a lane's numbers for a step counted from 1; `training.eps` is given.
+    `factors(training, lr, step)` returns a lane's numbers for a step counted from 1; `training.eps` must be set.
     `apply(params_KP, grads_KP, moments, factors)` makes the step in place; it may overwrite the gradients.
     """
 
@@ -93,7 +93,7 @@ def _average_factors(training: TrainingConfig) -> dict[str, float]:
 
 
 def _averages(grads_KP: Tensor, moments: Moments, factors: Factors) -> tuple[Tensor, Tensor]:
-    """The running averages of the gradient and of its square, brought up to date."""
+    """Update the running averages of the gradient and of its square, and return both."""
     average, square = moments["exp_avg"], moments["exp_avg_sq"]
     average.lerp_(grads_KP, factors["new_average"])
     square.mul_(factors["old_square"]).addcmul_(grads_KP * factors["new_square"], grads_KP)
@@ -116,7 +116,7 @@ def _nadam_momentum(beta1: float, step: int) -> float:
 
 
 def nadam_momentum_product(beta1: float, step: int) -> float:
-    """The product of NAdam's momenta of the steps 1 to `step`, which torch.optim keeps as `mu_product`."""
+    """Return the product of NAdam's momenta of the steps 1 to `step`, which torch.optim keeps as `mu_product`."""
     products = _nadam_products(beta1)
     while len(products) <= step:
         products.append(products[-1] * _nadam_momentum(beta1, len(products)))
@@ -125,7 +125,7 @@ def nadam_momentum_product(beta1: float, step: int) -> float:
 
 @functools.cache
 def _nadam_products(beta1: float) -> list[float]:
-    """The products that were needed so far, of 0 steps, 1 step..."""
+    """Return the products of 0 steps, 1 step..., as many as were needed so far; the caller appends to them."""
     return [1.0]
 
 
@@ -141,7 +141,7 @@ def _radam_factors(training: TrainingConfig, lr: float, step: int) -> dict[str, 
     bias = 1 - training.beta2**step
     longest = 2 / (1 - training.beta2) - 1
     length = longest - 2 * step * training.beta2**step / bias
-    rectified, of_square = 1.0, 0.0  # too few steps for a variance: an average of gradients alone
+    rectified, of_square = 1.0, 0.0  # too few steps for a variance: use the average of gradients alone
     if length > 5:
         ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
         rectified, of_square = math.sqrt(ratio) * math.sqrt(bias), 1.0
