@@ -51,9 +51,17 @@ CHROMIUM_FLAGS = [
 ]
 
 
-# A test that asks for one of these fixtures has this mark, and all of a mark run in one process: they share its server.
-MARK_OF_FIXTURE = {"cluster": "cluster", "browser": "browser", "mnist_root": "data", "cifar10_root": "data"}
-CLUSTER_TIMEOUT_S = 900.0  # a test with a cluster may take, on a machine that does much else
+# A test that asks for one of these fixtures has this mark.
+MARK_OF_FIXTURE = {
+    "cluster": "cluster",
+    "stack": "cluster",
+    "scripts": "cluster",
+    "browser": "browser",
+    "mnist_root": "data",
+    "cifar10_root": "data",
+}
+SHARED_BY_ALL = {"cluster", "browser"}  # fixtures that start a server: all tests that ask for it run in one process
+SLOW_TIMEOUT_S = 900.0  # for a slow test or one with a cluster, on a machine that does much else
 WAIT_S = 180.0  # how long anything is waited for: minutes, since a busy machine is no failure
 
 
@@ -65,16 +73,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     on_sqlite = {_without_row(item) for item in items if _store_of(item) == "sqlite"}
     for item in items:
-        marks = {MARK_OF_FIXTURE[name] for name in getattr(item, "fixturenames", ()) if name in MARK_OF_FIXTURE}
-        for mark in sorted(marks):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        for mark in {MARK_OF_FIXTURE[name] for name in fixtures & MARK_OF_FIXTURE.keys()}:
             item.add_marker(mark)
-        shared = sorted(marks & {"cluster", "browser"})
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(shared[0]))
+        if servers := sorted(fixtures & SHARED_BY_ALL):
+            item.add_marker(pytest.mark.xdist_group(servers[0]))
         elif isinstance(item, pytest.Function) and _has_module_fixture(item):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-        if item.get_closest_marker("cluster") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(CLUSTER_TIMEOUT_S))
+        if item.get_closest_marker("cluster") or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
         # tests/store holds what the two kinds of store have in common.
         if _store_of(item) == "postgres" and _without_row(item) in on_sqlite and item.path.parent.name != "store":
             item.add_marker(pytest.mark.slow)

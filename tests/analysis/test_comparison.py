@@ -18,7 +18,7 @@ from hpo.errors import UserError
 from hpo.study.records import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
-    from conftest import Hpo
+    from tests.conftest import Hpo
 
 RATES = np.logspace(-5, 0, 26)
 Answer = tuple[StudyRecord, list[TrialRecord], Best]

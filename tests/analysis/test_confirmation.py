@@ -33,7 +33,7 @@ from hpo.study.records import Claim, StudyRecord, TrialRecord
 from hpo.workers.stages import add_due_trials
 
 if TYPE_CHECKING:
-    from conftest import Hpo
+    from tests.conftest import Hpo
 
 MakeSpec = Callable[..., StudySpec]
 WaitFor = Callable[..., Any]

@@ -14,7 +14,7 @@ from hpo.errors import UserError
 from hpo.store.store import Store
 
 if TYPE_CHECKING:
-    from conftest import Hpo
+    from tests.conftest import Hpo
 
 MakeSpec = Callable[..., StudySpec]
 

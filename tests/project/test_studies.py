@@ -102,6 +102,7 @@ def test_the_articles_study_runs_on_an_archive_in_cifar100s_layout(
         assert len(trial.curves["test_accuracy"]) == 1
 
 
+@pytest.mark.slow
 def test_the_script_launches_a_study(tmp_path: Path) -> None:
     arguments = ["--trials", "2", "--epochs", "1"]
     result = subprocess.run(

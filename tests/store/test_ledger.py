@@ -34,7 +34,7 @@ from hpo.system import processes as liveness
 from tests.rows import slow_except
 
 if TYPE_CHECKING:
-    from conftest import Postgres
+    from tests.conftest import Postgres
 
 MakeSpec = Callable[..., StudySpec]
 Change = Callable[..., None]

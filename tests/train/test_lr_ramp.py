@@ -15,6 +15,7 @@ from hpo.train import lr_ramp as module
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data.loading import DatasetCache
 from hpo.train.lr_ramp import RangeTest, plan_ramp, read_ramp
+from tests.rows import slow_except
 
 LRS = [1e-5 * 10 ** (step / 50) for step in range(201)]  # to 1e-1
 DIGITS = DataConfig(name="digits", validation_fraction=0.2, train_samples=300)
@@ -186,12 +187,13 @@ def test_a_rate_at_which_weights_explode_ends_the_ramp() -> None:
     assert len(found.lrs) < plan_ramp(300, batch_size=32)[0]
 
 
-@pytest.mark.parametrize("optimizer", BEST)
+@pytest.mark.parametrize("optimizer", slow_except(BEST, "adam"))
 def test_it_brackets_the_best_of_a_dense_grid_on_digits(optimizer: str) -> None:
     found = range_test(make_config(optimizer, data=replace(DIGITS, train_samples=None), width=0.25))
     check(found, *BEST[optimizer])
 
 
+@pytest.mark.slow
 def test_it_brackets_the_best_of_a_dense_grid_on_mnist(mnist_root: Path) -> None:
     data = DataConfig(name="mnist", root=str(mnist_root), train_samples=2000, validation_fraction=0.02)
     check(range_test(make_config(data=data, width=0.25)), MNIST_BEST, MNIST_BEST)

@@ -325,6 +325,7 @@ def test_a_trial_that_never_comes_to_its_next_report_is_left_and_given_back(
 # Reproducibility, with the engine
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_identical_digit_for_digit(hpo: Hpo) -> None:
     (hpo.folder / "study.toml").write_text("""
 name = "s"

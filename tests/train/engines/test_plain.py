@@ -415,6 +415,7 @@ def test_trains_on_mnist(mnist_root: Path) -> None:
     assert results[-1].diverged is None
 
 
+@pytest.mark.slow
 def test_cifar10_learns_and_collapses(cifar10_root: Path) -> None:
     """The article's finding on real pictures: Adam at 1e-3 learns, at 1e-1 every picture gets the same output."""
     data = DataConfig(name="image_folder", root=str(cifar10_root), train_samples=1500, validation_fraction=0.01)
