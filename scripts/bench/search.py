@@ -50,9 +50,9 @@ from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
-from hpo.train.engines import lanes
 from hpo.train.engines.lanes import LaneEngine, LanePlan
 from hpo.train.engines.plain import PlainEngine
+from hpo.workers import lane_runner
 from hpo.workers.worker import Worker
 from scripts.bench.record_curves import CURVES, tasks
 
@@ -255,7 +255,7 @@ def ours_replayed(landscape: Landscape) -> list[Step]:
             return super().run_epoch()
 
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(lanes, "LaneEngine", ReplayLanes):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(lane_runner, "LaneEngine", ReplayLanes):
         store = Store(f"sqlite:///{folder}/ours.db", create=True)
         study = store.studies.create(spec, metadata={})
         Worker(store, study, device="cpu", torch_device="cpu", should_stop=lambda: False).run()

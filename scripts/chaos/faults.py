@@ -16,7 +16,7 @@ from typing import Any
 
 from scripts.chaos.arena import LEASE_S, Arena, Command, Postgres, SQLite
 
-REAP_S = 5.0  # how often a supervisor looks for lost leases (hpo.workers.local)
+REAP_S = 5.0  # how often a supervisor looks for lost leases (CHECK_S of hpo.workers.supervisor)
 PAST_LEASE_S = LEASE_S + 1.0
 TAKEN_AWAY_S = LEASE_S + REAP_S + 2.0  # after which a stopped worker's trial is certainly somebody else's
 MAX_ORDERS = 4  # given to workers and not yet carried out
