@@ -1,4 +1,4 @@
-"""Which rows of our tables a claim or a worker means, as conditions and queries."""
+"""Conditions on our tables: the rows of a claim or a worker, and whether a row is of a worker that is gone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def is_slot(claim: Claim) -> sa.ColumnElement[bool]:
-    """The slot of the claim, whoever has it."""
+    """Return the condition for the slot of the claim, whoever holds it."""
     return sa.and_(slots_table.c.study_id == claim.study_id, slots_table.c.number == claim.number)
 
 
 def is_attempt(claim: Claim) -> sa.ColumnElement[bool]:
-    """The row of the claim's attempt."""
+    """Return the condition for the row of the claim's attempt."""
     return sa.and_(
         attempts_table.c.study_id == claim.study_id,
         attempts_table.c.number == claim.number,
@@ -28,7 +28,7 @@ def is_attempt(claim: Claim) -> sa.ColumnElement[bool]:
 
 
 def is_held(claim: Claim) -> sa.ColumnElement[bool]:
-    """The slot of the claim, where that still holds it."""
+    """Return the condition for the slot of the claim, as long as the claim holds it."""
     return sa.and_(
         is_slot(claim),
         slots_table.c.attempt == claim.attempt,
@@ -38,7 +38,7 @@ def is_held(claim: Claim) -> sa.ColumnElement[bool]:
 
 
 def on_same_device(worker_id: str) -> sa.Select[Any]:
-    """The trials, of whatever study, that are in training on this worker's device, with what tells if that is true."""
+    """Return a query of the trials in training on this worker's device, of any study, for `is_lost` to judge."""
     mine, other = workers_table.alias("mine"), workers_table.alias("other")
     columns = (other.c.machine, other.c.pid, other.c.pid_started, other.c.ended_at.label("left"))
     return (
@@ -50,10 +50,11 @@ def on_same_device(worker_id: str) -> sa.Select[Any]:
 
 
 def process_is_gone(worker: Any) -> bool:
-    """Whether a row of hpo_workers is of a process of this machine that no longer runs; elsewhere a lease must tell."""
-    here = worker.machine == liveness.machine_id()
-    return here and not liveness.is_running(worker.pid, started=worker.pid_started)
+    """Return whether a row of hpo_workers is of a process of this machine that has ended; elsewhere a lease tells."""
+    is_here = worker.machine == liveness.machine_id()
+    return is_here and not liveness.is_running(worker.pid, started=worker.pid_started)
 
 
 def is_lost(row: Any, at: float) -> bool:
+    """Return whether a running slot has lost its worker: its lease is over, or the worker has left or ended."""
     return row.lease_until < at or row.left is not None or process_is_gone(row)

@@ -1,8 +1,8 @@
-"""The database: opening it with every check, and transactions that Optuna's calls join.
+"""The database: opened with every check, and its transactions, which Optuna's calls join.
 
-Optuna's `RDBStorage` commits each call by itself. Here the session it works in belongs to the transaction that the
-calling thread has open (SQLAlchemy, "Joining a Session into an External Transaction"), so that a slot and its trial
-change together or not at all, whatever instruction the process is killed at.
+Optuna's `RDBStorage` commits each call by itself. Here its session belongs to the transaction that the calling thread
+has open (SQLAlchemy, "Joining a Session into an External Transaction"). So a slot and its trial change together or not
+at all, whatever instruction the process is killed at.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from sqlalchemy.orm import Session, scoped_session
 
 from hpo.errors import UserError
 from hpo.store import schema
-from hpo.store.retry import STORE_ERRORS, RetryPolicy, StoreFailed, plain
+from hpo.store.retry import STORE_ERRORS, RetryPolicy, StoreFailed, database_message
 
 POSTGRES = "postgresql+psycopg"
 PASSWORD_FILE = "HPO_STORAGE_PASSWORD_FILE"  # environment variable: a file with the password of a Postgres URL
-BUSY_TIMEOUT_S = 60.0  # how long a writer waits for SQLite's one write lock; `?timeout=` in the URL says otherwise
-OPEN_TIMEOUT_S = 10.0  # the same while opening, where a lock held that long is somebody's mistake
-# For the threads that train, report, write checkpoints and renew leases, none of which must wait for another.
+BUSY_TIMEOUT_S = 60.0  # how long a writer waits for SQLite's one write lock, unless the URL has `?timeout=`
+OPEN_TIMEOUT_S = 10.0  # the same while opening, where a lock held for longer is a mistake
+# For the threads that train, report, write checkpoints and renew leases: none must wait for another.
 CONNECTIONS_PER_WORKER = 4
-MAX_THREADS = 10  # that one process may use a store from, the dashboard's 8 among them; each needs a connection
+MAX_THREADS = 10  # of one process that may use a store, the dashboard's 8 included; each needs a connection
 ABANDONED_S = 60  # Postgres ends a transaction that its client, stopped or cut off, has left open this long
-# What Postgres says to who asks for something wrong; whatever else keeps a connection from being made may pass.
+# Postgres's words for a wrong request; any other reason why no connection can be made may pass.
 REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no pg_hba.conf entry")
 ADVISORY_LOCK = 0x68706F  # "hpo": held in Postgres while tables or studies are made
 
 
 class Unreachable(UserError):
-    """The database does not answer; it may at another time."""
+    """The database does not answer, but may do so later."""
 
     exit_code = 1
 
 
 class JoinedStorage(RDBStorage):
-    """Optuna's storage on an engine of ours; inside `transaction()` its calls become part of that transaction.
+    """Optuna's storage on an engine of ours; inside `transaction()` its calls are part of that transaction.
 
-    The connection belongs to the thread that opened the transaction; other threads are not affected. Do not nest.
+    The connection belongs to the thread that opened the transaction, and other threads are not affected. Transactions
+    must not be nested.
 
     Attributes:
         cached: The same storage, which reads each finished trial from the database once.
@@ -75,7 +76,7 @@ class JoinedStorage(RDBStorage):
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """One atomic write transaction: commits at the end of the block, rolls back if it raises."""
+        """Open an atomic write transaction: it commits at the end of the block, or rolls back if that raises."""
         with self.engine.connect() as connection:
             begin(connection)
             self.scoped_session.remove()
@@ -124,46 +125,31 @@ class Database:
         except BaseException as error:
             self.storage.drop_cache()  # it may have cached what was rolled back
             if isinstance(error, STORE_ERRORS):
-                raise StoreFailed(plain(error)) from error
+                raise StoreFailed(database_message(error)) from error
             raise
 
 
-class BufferedStorage:
-    """A storage as a sampler sees it while it thinks, outside any transaction: its notes on trials wait for `write`."""
-
-    def __init__(self, storage: BaseStorage) -> None:
-        self._storage = storage
-        self._notes: list[tuple[int, str, Any]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._notes.append((trial_id, key, value))
-
-    def write(self) -> None:
-        for note in self._notes:
-            self._storage.set_trial_system_attr(*note)
-        self._notes.clear()
-
-
 def begin(connection: Connection) -> None:
-    """Starts a transaction that will write. SQLite must take its write lock now: a reader that turns into a writer
-    after another one has committed fails at once, whatever the timeout."""
+    """Start a transaction that will write.
+
+    SQLite must take its write lock now: a reader that becomes a writer after another one has committed fails at once,
+    whatever the timeout.
+    """
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def exclude_others(connection: Connection) -> None:
-    """Lets no other transaction pass this point until the caller's has ended. SQLite's write lock does so already."""
+    """Let no other transaction pass this point until the caller's has ended; SQLite's write lock does so already."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
 
 
 def parse_url(url: str) -> URL:
-    """The URL of a store: an SQLite path made absolute, a Postgres password read from its file.
+    """Return the URL of a store, with an SQLite path made absolute and a Postgres password read from its file.
 
-    Raises UserError for what is no such URL.
+    Raises:
+        UserError: The text is no URL of a store.
     """
     try:
         parsed = make_url(url)
@@ -206,15 +192,16 @@ def _parse_postgres(parsed: URL) -> URL:
 
 
 def database_path(url: URL) -> Path | None:
-    """The file of an SQLite database, whose URL may hold a URI: sqlite:///file:/x/hpo.db?mode=ro&uri=true."""
+    """Return the file of an SQLite database, whose URL may hold a URI: sqlite:///file:/x/hpo.db?mode=ro&uri=true."""
     return None if url.drivername == POSTGRES else Path((url.database or "").removeprefix("file:"))
 
 
 def open_storage(url: URL, *, create: bool) -> JoinedStorage:
-    """Opens the store after checking that it is one of ours; `create` makes what is missing.
+    """Open the store after checking that it is one of ours; `create` makes what is missing.
 
-    Raises UserError where it is absent (and not to be made), read-only, of another schema, or not ours; Unreachable
-    where it is locked, or its server does not answer.
+    Raises:
+        UserError: The store is absent (and `create` is false), read-only, of another schema, or not ours.
+        Unreachable: It is locked, or its server does not answer.
     """
     path = database_path(url)
     if path is not None and not path.exists():
@@ -222,7 +209,7 @@ def open_storage(url: URL, *, create: bool) -> JoinedStorage:
             raise UserError(f"there is no store at {path}; `hpo run` makes one, --storage or HPO_STORAGE names another")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise UserError(f"--storage: the folder {path.parent} does not exist or cannot be written to")
-    with _explained(url, writing=create):
+    with _explaining_errors(url, writing=create):
         with _probing(url) as engine:
             schema.check_tables(engine, url, create=create)
             if create:
@@ -231,8 +218,8 @@ def open_storage(url: URL, *, create: bool) -> JoinedStorage:
 
 
 def upgrade(url: URL) -> list[str]:
-    """Brings a store of an older version to ours, or makes an empty one; says what was done, in sentences."""
-    with _explained(url, writing=True):
+    """Upgrade a store of an older version to ours, or make an empty one; return what was done, a sentence each."""
+    with _explaining_errors(url, writing=True):
         path = database_path(url)
         is_ours = False
         if path is None or path.exists():
@@ -247,10 +234,13 @@ def upgrade(url: URL) -> list[str]:
             ours = schema.upgrade_tables(connection)
             connection.commit()
         theirs = schema.upgrade_optuna(JoinedStorage(url, skip_compatibility_check=True))
-    return [
-        f"{whose} tables: {f'from version {before} to {after}' if before != after else f'version {after} already'}"
-        for whose, (before, after) in (("our", ours), ("Optuna's", theirs))
-    ]
+    return [_upgrade_text("our", *ours), _upgrade_text("Optuna's", *theirs)]
+
+
+def _upgrade_text(whose: str, before: int | str, after: int | str) -> str:
+    if before == after:
+        return f"{whose} tables: version {after} already"
+    return f"{whose} tables: from version {before} to {after}"
 
 
 def _joined_storage(url: URL) -> JoinedStorage:
@@ -271,7 +261,7 @@ def _engine_options(url: URL) -> dict[str, Any]:
         "max_overflow": MAX_THREADS - CONNECTIONS_PER_WORKER,
         "connect_args": {
             "connect_timeout": 10,
-            # A peer that vanished without closing is noticed within about a minute, not after TCP's quarter of an hour.
+            # A peer that vanished without closing is noticed within a minute, not after TCP's quarter of an hour.
             "keepalives_idle": 30,
             "keepalives_interval": 5,
             "keepalives_count": 4,
@@ -282,15 +272,16 @@ def _engine_options(url: URL) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(url: URL, *, writing: bool) -> Iterator[None]:
-    """What opening a database may raise, as a sentence."""
+def _explaining_errors(url: URL, *, writing: bool) -> Iterator[None]:
+    """Raise what opening a database raises as a UserError or Unreachable, whose message is a sentence."""
     try:
         yield
     except sa.exc.DatabaseError as error:
-        said = _plain(error)
-        may_pass = isinstance(error, sa.exc.OperationalError) and not any(words in said for words in REFUSALS)
-        problem = f"the store {url} cannot be opened{' for writing' * writing}: {said}"
-        raise (Unreachable if may_pass else UserError)(problem) from None
+        message = _opening_message(error)
+        may_pass = isinstance(error, sa.exc.OperationalError) and not any(words in message for words in REFUSALS)
+        action = "opened for writing" if writing else "opened"
+        kind = Unreachable if may_pass else UserError
+        raise kind(f"the store {url} cannot be {action}: {message}") from None
     except ImportError:
         raise UserError(f"the store {url} needs the package psycopg: pip install 'hpo-studies[postgres]'") from None
     except ValueError as error:
@@ -301,6 +292,7 @@ def _explained(url: URL, *, writing: bool) -> Iterator[None]:
 
 @contextmanager
 def _probing(url: URL) -> Iterator[Engine]:
+    """Give an engine without a pool, which waits for a lock for OPEN_TIMEOUT_S at most."""
     options = {key: value for key, value in _engine_options(url).items() if key == "connect_args"}
     if url.drivername != POSTGRES:
         options["connect_args"]["timeout"] = OPEN_TIMEOUT_S
@@ -326,7 +318,7 @@ def _set_pragmas(connection: Any, _record: Any) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _plain(error: sa.exc.DatabaseError) -> str:
+def _opening_message(error: sa.exc.DatabaseError) -> str:
     text = " ".join(str(error.orig).split())
     if "locked" in text:
         return "it is locked by another process"

@@ -1,7 +1,7 @@
 """The ledger: the changes to one slot inside a transaction, each made with Optuna's tables.
 
-A slot is one trial of the study's budget; trial n of the Optuna study is slot n. It is claimed under a lease, reported
-on and ended exactly once. An attempt that has lost its slot can change nothing: its `Claim` no longer matches.
+A slot is one trial of the study's budget; slot n is trial n of the Optuna study. It is claimed under a lease, reported
+on, and ended exactly once. An attempt that has lost its slot can change nothing: its `Claim` no longer matches.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def _lease_s() -> float:
     return seconds
 
 
-LEASE_S = _lease_s()  # a claim that is not renewed for this long may be taken by another worker
-MAX_TRIAL_CRASHES = 3  # a trial whose worker crashed this often without an epoch in between is failed: it kills them
-MAX_TRIAL_KILLS = 10  # the same for a worker that was killed from outside, which need not be the trial's doing
-OUT_OF_MEMORY = "out of memory"  # the failure key of what ran out of it, wherever it did
+LEASE_S = _lease_s()  # another worker may take a trial whose claim was not renewed for this long
+MAX_TRIAL_CRASHES = 3  # a trial fails when its worker has crashed this often without an epoch in between
+MAX_TRIAL_KILLS = 10  # the same for workers that were killed from outside, perhaps not because of the trial
+OUT_OF_MEMORY = "out of memory"  # the failure key of every trial that ran out of memory, on whichever line
 SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
@@ -45,7 +45,7 @@ Verdict = Literal["go on", "prune", "stop"]
 
 
 class ClaimLost(Exception):
-    """The slot is no longer this attempt's: drop the trial, it is another worker's now."""
+    """The slot is no longer this attempt's: the worker should drop the trial, which another one may train by now."""
 
 
 class Ledger:
@@ -56,31 +56,33 @@ class Ledger:
 
     @contextmanager
     def locked_claim(self, claim: Claim) -> Iterator[Connection]:
-        """A transaction that the slot's holder alone can enter; extends the lease."""
+        """Open a transaction and extend the lease; raise ClaimLost if the claim no longer holds its slot."""
         with self._database.transaction() as connection:
             if not self.extend(connection, claim):
                 raise ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
             yield connection
 
     def extend(self, connection: Connection, claim: Claim) -> bool:
-        """Extends the lease, where it is still the claim's, and locks the slot."""
+        """Extend the lease and lock the slot; return False if the claim no longer holds it."""
         held = slots_table.update().where(is_held(claim)).values(lease_until=self._database.now(connection) + LEASE_S)
         return bool(connection.execute(held).rowcount == 1)
 
     def describe(self, claim: Claim, attributes: Mapping[str, Any]) -> None:
+        """Record attributes of the trial, such as its seed and its device."""
         for key, value in attributes.items():
             self._database.cached.set_trial_user_attr(claim.trial_id, key, value)
 
     def note(self, connection: Connection, claim: Claim, texts: Sequence[str]) -> None:
+        """Record problems of the attempt, each of them once."""
         before = connection.execute(sa.select(attempts_table.c.note).where(is_attempt(claim))).scalar()
-        new = [
-            text for text in map(storable_text, texts) if text not in (before or "")
-        ]  # a full disk is full every epoch
+        known = before or ""
+        new = [text for text in map(storable_text, texts) if text not in known]  # a full disk is full every epoch
         if new:
-            note = "\n".join([*([before] if before else []), *new])
+            note = "\n".join([before, *new] if before else new)
             connection.execute(attempts_table.update().where(is_attempt(claim)).values(note=note))
 
     def free(self, connection: Connection, claim: Claim, outcome: str, *, error: str | None = None) -> None:
+        """Give the slot back unfinished, and end the attempt."""
         free = slots_table.update().where(is_held(claim)).values(state="waiting", worker_id=None, lease_until=None)
         connection.execute(free)
         self._end_attempt(connection, claim, outcome, error)
@@ -95,6 +97,10 @@ class Ledger:
         error: str | None = None,
         failure_key: str | None = None,
     ) -> None:
+        """End the slot and its attempt for good, and Optuna's trial with them.
+
+        Optuna is given the value of a diverged trial too, because its tools hide a curve without one; we never show it.
+        """
         assert state in ENDED
         reason, error = storable_text(reason), error and storable_text(error)[-ERROR_CHARACTERS:]
         end = {
@@ -123,7 +129,7 @@ class Ledger:
 
     def _stop_on_same_failures(self, connection: Connection, study_id: int, failure_key: str, error: str) -> None:
         started = sa.select(studies_table.c.started_at).where(studies_table.c.study_id == study_id).scalar_subquery()
-        same = connection.execute(
+        num_same = connection.execute(
             sa.select(sa.func.count())
             .select_from(slots_table)
             .where(
@@ -132,8 +138,8 @@ class Ledger:
                 slots_table.c.ended_at >= started,
             )
         ).scalar_one()
-        if same >= SAME_FAILURE_LIMIT:
-            reason = f"{same} trials failed the same way\n{error}"
+        if num_same >= SAME_FAILURE_LIMIT:
+            reason = f"{num_same} trials failed the same way\n{error}"
             connection.execute(
                 studies_table.update()
                 .where(studies_table.c.study_id == study_id)
@@ -142,5 +148,5 @@ class Ledger:
 
 
 def storable_text(text: str) -> str:
-    """The text without what no database takes: halves of characters, as undecodable file names have, and NUL."""
+    """Return the text without what no database takes: NUL, and the half characters of undecodable file names."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")

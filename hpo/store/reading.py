@@ -1,58 +1,100 @@
-"""The rows of a study's trials: its slots, the epochs that they reported, and the attempts at them."""
+"""Reading studies and trials: from their rows to records."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from hpo.store.schema import attempts_table, epochs_table, labelled, select_all, slots_table, workers_table
-from hpo.study.records import Attempt, read_attempt
+from hpo.config.study_spec import StudySpec
+from hpo.errors import UserError
+from hpo.store.database import Database
+from hpo.store.schema import (
+    attempts_table,
+    epochs_table,
+    labelled,
+    select_all,
+    slots_table,
+    studies_table,
+    workers_table,
+)
+from hpo.study.records import Attempt, StudyRecord, TrialRecord, read_attempt, read_trial
 
 Reports = list[tuple[int, dict[str, float | None]]]  # of one trial, in order: epoch and metrics
 
 
-def read_rows(connection: Connection, study_id: int) -> tuple[list[Any], dict[int, Reports], dict[int, list[Attempt]]]:
-    """Return the rows of the study's slots in order, and their reports and attempts by the slot's number."""
-    rows = list(
-        connection.execute(
-            select_all(slots_table).where(slots_table.c.study_id == study_id).order_by(slots_table.c.number)
-        )
-    )
-    reports, latest = _reports(connection, study_id)
-    tries = _attempts(connection, study_id)
-    for row in rows:  # a trial that has just been begun again has the epochs up to the one that it resumed from
-        if row.state == "running" and latest.get(row.number) not in (None, row.attempt):
-            kept = next((a.resumed_from or 0 for a in tries.get(row.number, []) if a.attempt == row.attempt), 0)
-            reports[row.number] = [report for report in reports[row.number] if report[0] <= kept]
-    return rows, reports, tries
+def study_names(database: Database, connection: Connection) -> dict[int, str]:
+    """Return the names of our studies by their ids; the database may hold studies that others made with Optuna."""
+    ours = set(connection.execute(sa.select(studies_table.c.study_id)).scalars())
+    return {s._study_id: s.study_name for s in database.storage.get_all_studies() if s._study_id in ours}
 
 
-def _reports(connection: Connection, study_id: int) -> tuple[dict[int, Reports], dict[int, int]]:
-    """Return the reports of each slot, and the attempt that reported last."""
+def find_study_id(database: Database, connection: Connection, name: str) -> int | None:
+    """Return the id of our study of this name, or None if there is none."""
+    names = study_names(database, connection)
+    return next((study_id for study_id, other in names.items() if other == name), None)
+
+
+def load_study(database: Database, connection: Connection, study_id: int, name: str) -> StudyRecord:
+    """Return the study; raise UserError if its row is damaged."""
+    row = connection.execute(select_all(studies_table).where(studies_table.c.study_id == study_id)).one()
+    source = f"study {name!r} in {database.url}"
+    try:
+        settings, metadata = json.loads(row.spec), dict(json.loads(row.metadata))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source} is damaged: {error}") from None
+    spec = StudySpec.from_dict(settings, source=source)
+    uid = metadata.get("uid")
+    # Name and uid become part of a path: a store must not be able to name any folder of this machine.
+    if spec.name != name or not re.fullmatch(r"[0-9a-f]{8}", str(uid)):
+        raise UserError(f"{source} is damaged: its spec names it {spec.name!r}, its uid is {uid!r}")
+    return StudyRecord(study_id, name, spec, metadata, row.stop, row.stop_reason, row.started_at)
+
+
+def read_trials(database: Database, study_id: int) -> list[TrialRecord]:
+    """Return every slot of the study with what is known of it, in order."""
+    with database.connect() as connection:
+        query = select_all(slots_table).where(slots_table.c.study_id == study_id).order_by(slots_table.c.number)
+        rows = connection.execute(query).all()
+        reports, last_attempt = _read_reports(connection, study_id)
+        attempts = _read_attempts(connection, study_id)
+    for row in rows:
+        # A trial that has just been resumed has the epochs up to its checkpoint's: the later ones will be replaced.
+        if row.state == "running" and last_attempt.get(row.number) not in (None, row.attempt):
+            tries = attempts.get(row.number, [])
+            resumed_from = next((a.resumed_from or 0 for a in tries if a.attempt == row.attempt), 0)
+            reports[row.number] = [report for report in reports[row.number] if report[0] <= resumed_from]
+    frozen = {trial._trial_id: trial for trial in database.cached.get_all_trials(study_id, deepcopy=False)}
+    return [
+        read_trial(row, frozen.get(row.trial_id), reports.get(row.number, []), attempts.get(row.number, []))
+        for row in rows
+    ]
+
+
+def _read_reports(connection: Connection, study_id: int) -> tuple[dict[int, Reports], dict[int, int]]:
+    """Return the reports of each trial, and the attempt that reported last, both by the trial's number."""
     reports: dict[int, Reports] = {}
-    latest: dict[int, int] = {}
-    query = (
-        select_all(epochs_table)
-        .where(epochs_table.c.study_id == study_id)
-        .order_by(epochs_table.c.number, epochs_table.c.epoch)
-    )
-    for row in connection.execute(query):
+    last_attempt: dict[int, int] = {}
+    query = select_all(epochs_table).where(epochs_table.c.study_id == study_id)
+    for row in connection.execute(query.order_by(epochs_table.c.number, epochs_table.c.epoch)):
         reports.setdefault(row.number, []).append((row.epoch, json.loads(row.metrics)))
-        latest[row.number] = row.attempt
-    return reports, latest
+        last_attempt[row.number] = row.attempt
+    return reports, last_attempt
 
 
-def _attempts(connection: Connection, study_id: int) -> dict[int, list[Attempt]]:
-    found: dict[int, list[Attempt]] = {}
+def _read_attempts(connection: Connection, study_id: int) -> dict[int, list[Attempt]]:
+    """Return the attempts at each trial by its number."""
+    attempts: dict[int, list[Attempt]] = {}
     query = (
         sa.select(*labelled(attempts_table), workers_table.c.host, workers_table.c.device)
         .outerjoin(workers_table, workers_table.c.worker_id == attempts_table.c.worker_id)
         .where(attempts_table.c.study_id == study_id)
         .order_by(attempts_table.c.number, attempts_table.c.attempt)
     )
+    row: Any
     for row in connection.execute(query):
-        found.setdefault(row.number, []).append(read_attempt(row))
-    return found
+        attempts.setdefault(row.number, []).append(read_attempt(row))
+    return attempts

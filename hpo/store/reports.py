@@ -1,31 +1,70 @@
-"""The record of an epoch that a trial reports, in our tables and in Optuna's."""
+"""The reports of epochs: recorded in our tables and in Optuna's, and judged by the pruner."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from hpo.config.study_spec import StudySpec
+from hpo.search import pruners
+from hpo.search.study_views import RoundStudy
 from hpo.store.conditions import is_slot
 from hpo.store.database import Database
-from hpo.store.schema import epochs_table, intermediate_values, slots_table
+from hpo.store.ledger import Verdict
+from hpo.store.schema import epochs_table, intermediate_values, slots_table, studies_table
 from hpo.study.records import Claim, EpochReport
 
 
-def record_epoch(database: Database, connection: Connection, report: EpochReport) -> tuple[int, int | None]:
-    """Writes an epoch to our tables and Optuna's; returns how far the slot had come, and where it was pruned."""
+class SlotProgress(NamedTuple):
+    """How far a slot had come before a report."""
+
+    last_epoch: int
+    pruned_at: int | None
+
+
+def record_epoch(database: Database, connection: Connection, report: EpochReport) -> SlotProgress:
+    """Write an epoch to our tables and Optuna's, and return how far the slot had come before."""
     claim, epoch = report.claim, report.epoch
-    of_slot = sa.select(slots_table.c.last_epoch, slots_table.c.pruned_at).where(is_slot(claim))
-    last_epoch, pruned_at = connection.execute(of_slot).one()
+    columns = (slots_table.c.last_epoch, slots_table.c.pruned_at)
+    progress = SlotProgress(*connection.execute(sa.select(*columns).where(is_slot(claim))).one())
     _replace_epoch(connection, claim, epoch, report.metrics)
     theirs = intermediate_values.c
     later = (theirs.trial_id == claim.trial_id) & (theirs.step > epoch)
     connection.execute(intermediate_values.delete().where(later))
     database.cached.set_trial_intermediate_value(claim.trial_id, epoch, report.value)
-    return last_epoch, pruned_at
+    return progress
+
+
+def judge_epochs(
+    database: Database,
+    connection: Connection,
+    reports: Sequence[EpochReport],
+    progress: Mapping[Claim, SlotProgress],
+    spec: StudySpec,
+) -> dict[Claim, Verdict]:
+    """Return how the trials go on whose reports were recorded, and record the pruner's verdict on each new epoch."""
+    stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == reports[0].claim.study_id)
+    otherwise: Verdict = "go on" if connection.execute(stop).scalar_one() is None else "stop"
+    judge: RoundStudy | None = None  # is made where it is needed
+    verdicts: dict[Claim, Verdict] = {}
+    for report in reports:
+        claim = report.claim
+        if claim not in progress:
+            continue
+        is_pruned = progress[claim].pruned_at == report.epoch
+        if report.epoch > progress[claim].last_epoch:
+            if report.may_prune:
+                judge = judge or RoundStudy(spec.name, database.cached, pruner=pruners.build_pruner(spec))
+                is_pruned = judge.should_prune(claim.trial_id)
+            reached = {"last_epoch": report.epoch, "crashes": 0, "pruned_at": report.epoch if is_pruned else None}
+            connection.execute(slots_table.update().where(is_slot(claim)).values(reached))
+        verdicts[claim] = "prune" if is_pruned and report.may_prune else otherwise
+    return verdicts
 
 
 def _replace_epoch(connection: Connection, claim: Claim, epoch: int, metrics: Mapping[str, float]) -> None:

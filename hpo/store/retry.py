@@ -67,23 +67,23 @@ def retry_on_outage(
                 return method(self, *args, **kwargs)
             except STORE_ERRORS as error:
                 if not is_outage(error) or time.monotonic() - began > self.retry.for_s or self.retry.until():
-                    raise StoreFailed(plain(error)) from error
+                    raise StoreFailed(database_message(error)) from error
                 if pause_s == FIRST_PAUSE_S:
-                    logger.warning("the store does not answer, waiting for it: %s", plain(error))
+                    logger.warning("the store does not answer, waiting for it: %s", database_message(error))
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     return try_again
 
 
-def plain(error: BaseException) -> str:
-    """What the database said, in a line."""
+def database_message(error: BaseException) -> str:
+    """Return what the database said, in one line."""
     cause = getattr(error, "orig", None) or (None if isinstance(error, StoreFailed) else error.__cause__) or error
     return " ".join(str(getattr(cause, "orig", None) or cause).split())
 
 
 def is_outage(error: BaseException | None) -> bool:
-    """Whether the database was locked, cut off or shut down, which passes, rather than asked for something wrong."""
+    """Return whether the database was locked, cut off or shut down, which passes, and not the request wrong."""
     while error is not None:
         if isinstance(error, sa.exc.DBAPIError):
             if isinstance(error.orig, sqlite3.Error):  # which calls a missing table operational, too

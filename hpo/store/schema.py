@@ -1,4 +1,7 @@
-"""Our tables beside Optuna's: what they hold, how they are made, checked, and brought from an older version to ours."""
+"""Our tables alongside Optuna's: what they hold, and how they are made, checked and upgraded.
+
+Some columns have a name on disk from an older version, and another one in code: their key.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ slots_table = sa.Table(
     sa.Column("trial_id", sa.Integer),  # Optuna's, from the first claim on
     sa.Column("attempt", sa.Integer, nullable=False),  # 0 before the first claim; fences out whoever lost the slot
     sa.Column("furthest", sa.Integer, nullable=False, key="last_epoch"),  # the highest epoch that any attempt reported
-    sa.Column("pruned_at", sa.Integer),  # the epoch after which the pruner said to drop it
+    sa.Column("pruned_at", sa.Integer),  # the epoch after which the pruner stopped it
     sa.Column("losses", sa.Integer, nullable=False, key="crashes"),  # of workers at it, since `last_epoch` last rose
     sa.Column("failures", sa.Integer, nullable=False, server_default="0"),  # attempts that an exception ended
     sa.Column(
@@ -100,7 +103,7 @@ workers_table = sa.Table(
     sa.Column("worker_id", sa.String(64), primary_key=True),
     sa.Column("study_id", sa.Integer, nullable=False),
     sa.Column("host", sa.Text, nullable=False),
-    sa.Column("machine", sa.Text, nullable=False),  # tells whether `pid` can be looked up from here
+    sa.Column("machine", sa.Text, nullable=False),  # tells whether `pid` can be looked up on this machine
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("pid_started", sa.Float, nullable=False),
     sa.Column("device", sa.Text, nullable=False),
@@ -124,9 +127,10 @@ def labelled(table: sa.Table) -> list[sa.Label[Any]]:
 
 
 def check_tables(engine: Engine, url: URL, *, create: bool) -> bool:
-    """Whether the database holds our tables; `create` allows that it does not.
+    """Return whether the database holds our tables; `create` allows that it does not.
 
-    Raises UserError where it is somebody else's, or of a version that this code does not know.
+    Raises:
+        UserError: The database is somebody else's, or of a version that this code does not know.
     """
     tables = set(sa.inspect(engine).get_table_names())
     if tables and not {"studies", "trials", "version_info"} <= tables:
@@ -152,14 +156,15 @@ def check_tables(engine: Engine, url: URL, *, create: bool) -> bool:
 
 
 def schema_version(connection: Connection) -> int:
+    """Return the version of our tables."""
     version = connection.execute(sa.select(meta_table.c.value).where(meta_table.c.key == "schema_version")).scalar()
     return SCHEMA_VERSION if version is None else int(version)
 
 
 def create_tables(connection: Connection) -> None:
-    """Makes Optuna's tables and ours where they are not; also proves that the database can be written to.
+    """Make Optuna's tables and ours if they are absent, and prove that the database can be written to.
 
-    The caller has begun a transaction that no other one of this function runs beside.
+    The caller is in a transaction that excludes another one of this function.
     """
     if not sa.inspect(connection).get_table_names():
         # Optuna would do this later, outside our transaction, and fail where two processes do it at once.
@@ -174,7 +179,7 @@ def create_tables(connection: Connection) -> None:
 
 
 def _to_2(operations: Operations) -> None:
-    """Retries by cause, a pruner's word that is kept, and a row for each attempt."""
+    """Add retries by cause, the kept verdict of the pruner, and a row for each attempt."""
     for name in ("failures", "alone"):
         operations.add_column("hpo_slots", sa.Column(name, sa.Integer, nullable=False, server_default="0"))
     operations.add_column("hpo_slots", sa.Column("pruned_at", sa.Integer))
@@ -182,7 +187,7 @@ def _to_2(operations: Operations) -> None:
 
 
 def _to_3(operations: Operations) -> None:
-    """Trials that confirm what the search has found, and those that measure the test set."""
+    """Add trials that confirm the answer, and those that measure the test set."""
     operations.add_column("hpo_slots", sa.Column("kind", sa.String(16), nullable=False, server_default="search"))
     for name in ("replicate", "tested"):
         operations.add_column("hpo_slots", sa.Column(name, sa.Integer))
@@ -192,11 +197,12 @@ UPGRADES: dict[int, Callable[[Operations], None]] = {1: _to_2, 2: _to_3}  # from
 
 
 def upgrade_tables(connection: Connection) -> tuple[int, int]:
-    """Brings our tables to SCHEMA_VERSION, in the caller's transaction; returns the version before and after.
+    """Bring our tables to SCHEMA_VERSION in the caller's transaction, and return the version before and after.
 
-    Raises UserError for a version that this code does not know.
+    Raises:
+        UserError: This code does not know the version.
     """
-    found = version = schema_version(connection)
+    before = version = schema_version(connection)
     if version > SCHEMA_VERSION:
         raise UserError(
             f"the store has schema version {version}, and this hpo knows up to {SCHEMA_VERSION}: upgrade hpo"
@@ -206,11 +212,11 @@ def upgrade_tables(connection: Connection) -> tuple[int, int]:
         UPGRADES[version](operations)
         version += 1
         connection.execute(meta_table.update().where(meta_table.c.key == "schema_version").values(value=str(version)))
-    return found, version
+    return before, version
 
 
 def upgrade_optuna(storage: RDBStorage) -> tuple[str, str]:
-    """Brings Optuna's tables to the version of the Optuna that is installed; returns the version before and after."""
+    """Bring Optuna's tables to the version of the installed Optuna, and return the version before and after."""
     before, newest = str(storage.get_current_version()), str(storage.get_head_version())
     if before != newest:
         storage.upgrade()

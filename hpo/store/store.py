@@ -69,25 +69,25 @@ class Store:
         return self.database.storage
 
     def folder(self, study: StudyRecord) -> Path:
-        """Where on this machine a study's logs and its trials' own files go.
+        """Return where on this machine a study's logs and its trials' own files go.
 
-        Beside an SQLite database; for a server, in HPO_FILES or else hpo_files in the working directory. No other study
-        has it, not even one of the same name in another database, or after this one was deleted: a user's loop must
-        never go on from a stranger's checkpoint.
+        The folder is next to an SQLite database; for a server it is in HPO_FILES, or else in hpo_files in the working
+        directory. No other study has it, not even one of the same name in another database or made after this one was
+        deleted: a user's loop must never resume from another study's checkpoint.
         """
         path = database_path(self.url)
         root = path.parent / "hpo_files" if path else Path(os.environ.get("HPO_FILES") or "hpo_files").absolute()
         return root / study.key
 
     def checkpoints_url(self, study: StudyRecord) -> str:
-        """The folder, or the URL of one, with a folder for each trial's checkpoints."""
+        """Return the folder, or its URL, with a folder for each trial's checkpoints."""
         root = study.spec.checkpoints.url
         if root is None:
             return str(self.folder(study) / "checkpoints")
         return f"{root if '://' in root else Path(root).expanduser()}/{study.key}"
 
     def describe(self) -> list[str]:
-        """What the store is, in a few lines."""
+        """Return a few lines on what the store is."""
         with self.database.connect() as connection:
             version = schema_version(connection)
         lines = [
@@ -100,18 +100,17 @@ class Store:
         return lines
 
     def problems(self, study: StudyRecord) -> list[str]:
-        """Where the ledger and Optuna's tables do not agree about a study; there is no such place, unless of others'
-        making."""
+        """Return where the ledger and Optuna's tables disagree about a study: they do if others changed them."""
         states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "waiting": TrialState.RUNNING}
         states |= {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
         theirs = {trial._trial_id: trial for trial in self.storage.get_all_trials(study.study_id, deepcopy=False)}
         claimed = [row for row in self.studies.rows(slots_table, study) if row["trial_id"] is not None]
-        found = []
+        problems = []
         for row in claimed:
             trial = theirs.pop(row["trial_id"], None)
             name = f"trial {row['number']} of study {study.name!r}"
             if trial is None:
-                found.append(f"{name} is not among Optuna's trials")
+                problems.append(f"{name} is not among Optuna's trials")
             elif trial.number != row["number"] or trial.state is not states[row["state"]]:
-                found.append(f"{name} is {row['state']}, and to Optuna trial {trial.number}, {trial.state.name}")
-        return found + [f"Optuna's trial {t.number} of study {study.name!r} has no slot" for t in theirs.values()]
+                problems.append(f"{name} is {row['state']}, and to Optuna trial {trial.number}, {trial.state.name}")
+        return problems + [f"Optuna's trial {t.number} of study {study.name!r} has no slot" for t in theirs.values()]

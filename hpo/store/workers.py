@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from hpo.store.conditions import is_held, is_lost, process_is_gone
 from hpo.store.database import Database
@@ -31,7 +32,7 @@ class Workers:
 
     @retry_on_outage
     def add(self, study_id: int, *, device: str, host: str | None = None) -> str:
-        """Registers the calling process as a worker and returns its id; `host` is by default the machine's name."""
+        """Register the calling process as a worker and return its id; `host` is by default the machine's name."""
         worker_id = uuid.uuid4().hex[:12]
         with self._database.transaction() as connection:
             at = self._database.now(connection)
@@ -52,6 +53,7 @@ class Workers:
 
     @retry_on_outage
     def remove(self, worker_id: str) -> None:
+        """Record that the worker has left."""
         with self._database.transaction() as connection:
             connection.execute(
                 workers_table.update()
@@ -60,25 +62,25 @@ class Workers:
             )
 
     def get_all(self, study: StudyRecord) -> list[WorkerRecord]:
-        """The workers that have not left, with how long ago each gave a sign of life."""
+        """Return the workers that have not left, with the time since each gave a sign of life."""
         with self._database.connect() as connection:
             at = self._database.now(connection)
-            rows = connection.execute(
-                select_all(workers_table).where(
-                    workers_table.c.study_id == study.study_id, workers_table.c.ended_at.is_(None)
-                )
+            rows = connection.execute(_living(study.study_id)).all()
+        return [
+            WorkerRecord(
+                row.worker_id,
+                row.host,
+                row.pid,
+                row.device,
+                seen_s=at - row.seen_at,
+                alive=not process_is_gone(row) and at - row.seen_at < LEASE_S,
             )
-            return [
-                WorkerRecord(
-                    row.worker_id, row.host, row.pid, row.device, at - row.seen_at,
-                    alive=not process_is_gone(row) and at - row.seen_at < LEASE_S,
-                )
-                for row in rows.all()
-            ]  # fmt: skip
+            for row in rows
+        ]
 
     @retry_on_outage
     def in_training(self, study: StudyRecord) -> dict[Process, list[tuple[int, int]]]:
-        """Which trials each process has in training: their numbers and attempts."""
+        """Return the numbers and attempts of the trials that each process has in training."""
         query = (
             sa.select(slots_table.c.number, slots_table.c.attempt, workers_table.c.machine, workers_table.c.pid)
             .join(workers_table, workers_table.c.worker_id == slots_table.c.worker_id)
@@ -92,7 +94,7 @@ class Workers:
         return found
 
     def renew(self, claims: Sequence[Claim], worker_id: str) -> None:
-        """Extends the leases of the claims that are still this worker's, and records that it lives."""
+        """Extend the leases of the claims that still hold their slots, and record that the worker lives."""
         with self._database.transaction() as connection:
             at = self._database.now(connection)
             connection.execute(workers_table.update().where(workers_table.c.worker_id == worker_id).values(seen_at=at))
@@ -101,33 +103,24 @@ class Workers:
 
     @retry_on_outage
     def reap(self, study: StudyRecord, *, dead: Mapping[Process, Cause] = {}) -> int:
-        """Frees the slots of workers that died or lost their lease; returns how many.
+        """Free the slots of workers that died or lost their lease, and return how many there were.
 
-        A worker of this machine is looked up by its process; one elsewhere is given up when its lease has run out, or
-        when its supervisor has seen it die: `dead` has those, with the cause. Where they have died by themselves, or of
-        SIGKILL, as a kernel without memory sends it, that counts against the trials they had, until these come an epoch
-        further. The end of a whole machine, or of everything at once, does not count.
+        A worker on this machine is looked up by its process. One elsewhere is given up when its lease has run out, or
+        when its supervisor has seen it die. A worker that died by itself, or of SIGKILL, as a kernel without memory
+        sends it, counts against the trials that it had, until they reach another epoch. The end of a whole machine, or
+        of everything at once, does not count.
+
+        Args:
+            study: The study.
+            dead: The workers that were seen to die, with the cause.
         """
 
         def is_dead(row: Any) -> bool:
             return (row.machine, row.pid) in dead or process_is_gone(row)
 
-        ours = (slots_table.c.study_id == study.study_id) & (slots_table.c.state == "running")
-        columns = (
-            workers_table.c.machine,
-            workers_table.c.pid,
-            workers_table.c.pid_started,
-            workers_table.c.ended_at.label("left"),
-        )
-        running = (
-            sa.select(*labelled(slots_table), *columns)
-            .join(workers_table, workers_table.c.worker_id == slots_table.c.worker_id)
-            .where(ours)
-        )
-        living = select_all(workers_table).where(
-            workers_table.c.study_id == study.study_id, workers_table.c.ended_at.is_(None)
-        )
-        with self._database.connect() as connection:  # asked often: no write lock where there is nothing to do
+        running = _running_slots(study.study_id)
+        living = _living(study.study_id)
+        with self._database.connect() as connection:  # asked often: no write lock if there is nothing to do
             at = self._database.now(connection)
             any_lost = any(is_dead(row) or is_lost(row, at) for row in connection.execute(running))
             if not any_lost and not any(is_dead(row) for row in connection.execute(living)):
@@ -138,18 +131,37 @@ class Workers:
             rows = connection.execute(running.with_for_update(of=slots_table, skip_locked=True)).all()
             lost = [row for row in rows if is_dead(row) or is_lost(row, at)]
             for row in lost:
-                claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
-                cause = dead.get((row.machine, row.pid), "gone")
-                crashes = row.crashes + (cause != "gone")
-                connection.execute(slots_table.update().where(is_held(claim)).values(crashes=crashes))
-                if crashes >= {"crashed": MAX_TRIAL_CRASHES, "killed": MAX_TRIAL_KILLS, "gone": math.inf}[cause]:
-                    reason = f"its worker died {crashes} times"
-                    self._ledger.end(connection, claim, "failed", reason, failure_key="its worker died")
-                else:
-                    self._ledger.free(connection, claim, "lost")
+                self._take_back(connection, row, dead.get((row.machine, row.pid), "gone"))
             for row in connection.execute(living).all():
                 if is_dead(row):
-                    connection.execute(
-                        workers_table.update().where(workers_table.c.worker_id == row.worker_id).values(ended_at=at)
-                    )
+                    is_worker = workers_table.c.worker_id == row.worker_id
+                    connection.execute(workers_table.update().where(is_worker).values(ended_at=at))
             return len(lost)
+
+    def _take_back(self, connection: Connection, row: Any, cause: Cause) -> None:
+        """Free the slot of a worker that is gone, or fail its trial if it has killed too many."""
+        claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
+        num_crashes = row.crashes if cause == "gone" else row.crashes + 1
+        connection.execute(slots_table.update().where(is_held(claim)).values(crashes=num_crashes))
+        limits = {"crashed": MAX_TRIAL_CRASHES, "killed": MAX_TRIAL_KILLS, "gone": math.inf}
+        if num_crashes >= limits[cause]:
+            reason = f"its worker died {num_crashes} times"
+            self._ledger.end(connection, claim, "failed", reason, failure_key="its worker died")
+        else:
+            self._ledger.free(connection, claim, "lost")
+
+
+def _living(study_id: int) -> sa.Select[Any]:
+    """Return a query of the study's workers that have not left."""
+    return select_all(workers_table).where(workers_table.c.study_id == study_id, workers_table.c.ended_at.is_(None))
+
+
+def _running_slots(study_id: int) -> sa.Select[Any]:
+    """Return a query of the study's slots in training, with the columns of their workers that `is_lost` asks for."""
+    worker = workers_table.c
+    columns = (worker.machine, worker.pid, worker.pid_started, worker.ended_at.label("left"))
+    return (
+        sa.select(*labelled(slots_table), *columns)
+        .join(workers_table, worker.worker_id == slots_table.c.worker_id)
+        .where(slots_table.c.study_id == study_id, slots_table.c.state == "running")
+    )

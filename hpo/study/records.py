@@ -1,4 +1,4 @@
-"""What the store tells of studies, trials and workers, as plain frozen records."""
+"""Plain frozen records of what the store holds: studies, trials, attempts, reports and workers."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class StudyRecord:
 
     @property
     def origin(self) -> str:
-        """The uid of the study that it is a copy of, or else its own: names its checkpoints, which move with it."""
+        """The uid of the study that it is a copy of, or else its own: it names the checkpoints, which move with a copy."""
         return str(self.metadata.get("origin", self.metadata["uid"]))
 
     @property
     def key(self) -> str:
-        """Its name and its uid, which no other study of the same name has: names its folders."""
+        """Its name and its uid, which no other study of that name has: it names the study's folders."""
         return f"{self.name}-{self.metadata['uid']}"
 
 
@@ -48,7 +48,7 @@ class Claim:
     attempt: int
     trial_id: int
     worker_id: str
-    is_suspect: bool = field(default=False, compare=False)  # workers died of it or beside it: it trains alone
+    is_suspect: bool = field(default=False, compare=False)  # workers died of it or alongside it: it trains alone
     kind: str = field(default="search", compare=False)  # as in `TrialRecord`, with the two below
     replicate: int | None = field(default=None, compare=False)
     tested: int | None = field(default=None, compare=False)
@@ -56,7 +56,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What a trial reports of an epoch; `value` is what is searched for."""
+    """The report of an epoch of a trial; `value` is that of the metric which the search optimizes."""
 
     claim: Claim
     epoch: int  # counted from 1
@@ -67,7 +67,7 @@ class EpochReport:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at training a trial, from its claim to its end, whatever ended it. Times as in `TrialRecord`."""
+    """One attempt at training a trial, from its claim to its end, whatever ended it. Times as in `TrialRecord`."""
 
     attempt: int
     worker_id: str
@@ -76,15 +76,15 @@ class Attempt:
     began: float
     ended: float | None
     last_epoch: int  # the last epoch that earlier attempts had reported
-    resumed_from: int | None  # the epoch of the checkpoint it went on from; 0: from the start; None: not known (yet)
-    outcome: str | None  # a final state, "released", "lost", or an exception in a line; None while it goes on
+    resumed_from: int | None  # the epoch of its checkpoint; 0: it started anew; None: not known (yet)
+    outcome: str | None  # a final state, "released", "lost", or an exception in a line; None while it trains
     error: str | None
-    note: str | None  # what went wrong on the way, a line each
+    note: str | None  # problems that did not end it, a line each
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One slot as people see it. `curves[metric]` has one entry for each of `epochs`; None is a number not finite."""
+    """One trial as people see it. `curves[metric]` has one entry for each of `epochs`; None is a number not finite."""
 
     number: int
     state: str
@@ -107,6 +107,8 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class WorkerRecord:
+    """A worker process that has not left."""
+
     worker_id: str
     host: str
     pid: int
@@ -116,11 +118,20 @@ class WorkerRecord:
 
 
 def read_attempt(row: Any) -> Attempt:
-    """An attempt from its row of hpo_attempts, with host and device of its worker."""
+    """Return an attempt from its row of hpo_attempts, with host and device of its worker."""
     return Attempt(
-        row.attempt, row.worker_id, row.host, row.device, row.began_at, row.ended_at,
-        row.last_epoch, row.resumed_from, row.outcome, row.error, row.note,
-    )  # fmt: skip
+        attempt=row.attempt,
+        worker_id=row.worker_id,
+        host=row.host,
+        device=row.device,
+        began=row.began_at,
+        ended=row.ended_at,
+        last_epoch=row.last_epoch,
+        resumed_from=row.resumed_from,
+        outcome=row.outcome,
+        error=row.error,
+        note=row.note,
+    )
 
 
 def read_trial(
@@ -129,7 +140,7 @@ def read_trial(
     reports: list[tuple[int, dict[str, float | None]]],
     attempts: Sequence[Attempt],
 ) -> TrialRecord:
-    """A trial from its row of hpo_slots, its Optuna trial once it has one, and its (epoch, metrics) in order."""
+    """Return a trial from its row of hpo_slots, its Optuna trial if it has one, its (epoch, metrics) and attempts."""
     names = list(dict.fromkeys(name for _, metrics in reports for name in metrics))
     given = json.loads(row.given)
     value = frozen.value if frozen is not None and row.state in ("complete", "pruned") else None

@@ -1,27 +1,29 @@
-"""What is due once all trials of a study have ended: its confirmation, then its test."""
+"""What is due once all trials of a study have ended: the confirmation of the best, then the test of the winner."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from hpo.search.space import Scalar
 from hpo.study.records import ENDED, StudyRecord
 
-if TYPE_CHECKING:
-    pass
-
 
 class Slot(Protocol):
-    """What of a trial tells how far its study has come."""
+    """What this module needs to know of a trial."""
 
     @property
-    def number(self) -> int: ...
+    def number(self) -> int:
+        """From 0, in the order of the study."""
+
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """`search`, `confirm` or `test`."""
+
     @property
-    def state(self) -> str: ...
+    def state(self) -> str:
+        """`waiting`, `running`, or one of ENDED."""
 
 
 AnySlot = TypeVar("AnySlot", bound=Slot)
@@ -38,7 +40,7 @@ class Planned:
 
 
 def due(study: StudyRecord, slots: Sequence[Slot]) -> str | None:
-    """What is to follow the trials that a study has, once they all have ended: "confirm", "test" or None, nothing."""
+    """Return what follows a study's trials once all have ended: "confirm", "test", or None for nothing."""
     if study.spec.confirm is None or any(slot.state not in ENDED for slot in slots):
         return None
     found = latest(slots)
@@ -49,19 +51,19 @@ def due(study: StudyRecord, slots: Sequence[Slot]) -> str | None:
 
 
 def num_due(study: StudyRecord, slots: Sequence[Slot]) -> int:
-    """How many trials follow at most."""
+    """Return how many trials follow at most."""
     stage, spec = due(study, slots), study.spec.confirm
     return 0 if stage is None or spec is None else spec.seeds * (spec.top if stage == "confirm" else 1)
 
 
 def latest(slots: Sequence[AnySlot]) -> list[AnySlot]:
-    """The confirmation of all that was searched: those that follow the last trial of the search."""
+    """Return the trials that follow the last one of the search: they confirm all of it."""
     last = max((slot.number for slot in slots if slot.kind == "search"), default=-1)
     return sorted((slot for slot in slots if slot.number > last), key=lambda slot: slot.number)
 
 
 def untested(study: StudyRecord, slots: Sequence[Slot]) -> set[int]:
-    """The numbers of the trials whose networks the test set may yet be measured with."""
+    """Return the numbers of the trials whose networks the test set may yet be measured with."""
     found = latest(slots)
     tests = [slot for slot in found if slot.kind == "test"]
     is_over = bool(tests) and all(slot.state in ENDED for slot in tests)

@@ -13,10 +13,10 @@ def add_due_trials(store: Store, study: StudyRecord) -> bool:
 
     Any number of workers may call it at once: the first one adds them, and nobody adds them a second time.
     """
-    if store.trials.stage_due(study) is None:
+    if store.studies.stage_due(study) is None:
         return store.trials.num_left(study) > 0
     trials = store.trials.get_all(study)
     found = find_best(study, trials)
     planned = plan_due_trials(study, trials, found) if found is not None else []
-    store.trials.add_planned(study, planned, after=len(trials))
+    store.studies.add_planned(study, planned, after=len(trials))
     return bool(planned)
