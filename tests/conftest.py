@@ -248,9 +248,13 @@ class Hpo:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [Path(sys.executable).parent / "hpo", *arguments],
-            cwd=self.folder, env={**os.environ, "HPO_STORAGE": self.url, **self.environment}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            cwd=self.folder,
+            env={**os.environ, "HPO_STORAGE": self.url, **self.environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         self._started.append(process)
         return process
 

@@ -1,7 +1,7 @@
-"""docs/cluster.md and docs/cluster/: valid by schemas, in agreement with what hpo does, and run where possible.
+"""docs/cluster.md and docs/cluster/ satisfy the schemas, agree with what hpo does, and run where possible.
 
-Kubernetes' schemas come from the package kubernetes-validate. No package holds those of KubeRay: what stands here was
-written from its API reference, `ray.io/v1` as of KubeRay 1.3, with pods left to Kubernetes' schemas.
+Kubernetes' schemas come from the package kubernetes-validate. No package has those of KubeRay: the schemas here were
+written from its API reference, `ray.io/v1` as of KubeRay 1.3, and leave pods to Kubernetes' schemas.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SBATCH_OPTIONS = frozenset(
 
 
 def pod_of(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The specs of the pods that a document starts."""
+    """Yield the specs of the pods that a document starts."""
     if document["kind"] == "Job":
         yield document["spec"]["template"]["spec"]
     if document["kind"] == "RayCluster":
@@ -90,44 +90,70 @@ PODS = [
 
 
 def ray_schema(kind: str, definitions: str) -> dict[str, Any]:
-    """What may stand in a RayCluster or a RayJob; `definitions` is where Kubernetes' own types are."""
+    """Return the schema of a RayCluster or a RayJob; `definitions` names the file of Kubernetes' own types."""
 
     def kubernetes(name: str) -> dict[str, Any]:
         return {"$ref": f"{definitions}#/$defs/io.k8s.{name}"}
 
     def table(required: str = "", **properties: Any) -> dict[str, Any]:
-        return {
-            "type": "object", "properties": properties, "required": required.split(), "additionalProperties": False
-        }  # fmt: skip
+        return {"type": "object", "properties": properties, "required": required.split(), "additionalProperties": False}
 
     text, switch, count = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0}
     texts = {"type": "object", "additionalProperties": text}
     pod = kubernetes("api.core.v1.PodTemplateSpec")
     environment = {"type": "array", "items": kubernetes("api.core.v1.EnvVar")}
     autoscaler = table(
-        resources=kubernetes("api.core.v1.ResourceRequirements"), image=text, env=environment,
-        imagePullPolicy={"enum": ["Always", "IfNotPresent", "Never"]}, idleTimeoutSeconds=count,
+        resources=kubernetes("api.core.v1.ResourceRequirements"),
+        image=text,
+        env=environment,
+        imagePullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
+        idleTimeoutSeconds=count,
         upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
         securityContext=kubernetes("api.core.v1.SecurityContext"),
-    )  # fmt: skip
+    )
     head = table("rayStartParams template", rayStartParams=texts, template=pod, serviceType=text, enableIngress=switch)
     group = table(
-        "groupName minReplicas maxReplicas rayStartParams template", groupName=text, replicas=count, minReplicas=count,
-        maxReplicas=count, idleTimeoutSeconds=count, numOfHosts=count, rayStartParams=texts, template=pod,
-    )  # fmt: skip
+        "groupName minReplicas maxReplicas rayStartParams template",
+        groupName=text,
+        replicas=count,
+        minReplicas=count,
+        maxReplicas=count,
+        idleTimeoutSeconds=count,
+        numOfHosts=count,
+        rayStartParams=texts,
+        template=pod,
+    )
     cluster = table(
-        "headGroupSpec", rayVersion=text, enableInTreeAutoscaling=switch, autoscalerOptions=autoscaler,
-        headGroupSpec=head, workerGroupSpecs={"type": "array", "items": group}, suspend=switch,
+        "headGroupSpec",
+        rayVersion=text,
+        enableInTreeAutoscaling=switch,
+        autoscalerOptions=autoscaler,
+        headGroupSpec=head,
+        workerGroupSpecs={"type": "array", "items": group},
+        suspend=switch,
         headServiceAnnotations=texts,
-    )  # fmt: skip
+    )
     job = table(
-        "entrypoint", entrypoint=text, clusterSelector=texts, rayClusterSpec=cluster, runtimeEnvYAML=text,
-        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]}, submitterPodTemplate=pod,
-        submitterConfig=table(backoffLimit=count), shutdownAfterJobFinishes=switch, ttlSecondsAfterFinished=count,
-        activeDeadlineSeconds=count, backoffLimit=count, suspend=switch, jobId=text, metadata=texts,
-        entrypointNumCpus={"type": "number"}, entrypointNumGpus={"type": "number"}, entrypointResources=text,
-    )  # fmt: skip
-    # One or the other; and a cluster that is not the job's own is neither ended with it nor made anew to try again.
+        "entrypoint",
+        entrypoint=text,
+        clusterSelector=texts,
+        rayClusterSpec=cluster,
+        runtimeEnvYAML=text,
+        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]},
+        submitterPodTemplate=pod,
+        submitterConfig=table(backoffLimit=count),
+        shutdownAfterJobFinishes=switch,
+        ttlSecondsAfterFinished=count,
+        activeDeadlineSeconds=count,
+        backoffLimit=count,
+        suspend=switch,
+        jobId=text,
+        metadata=texts,
+        entrypointNumCpus={"type": "number"},
+        entrypointNumGpus={"type": "number"},
+        entrypointResources=text,
+    )
+    # Exactly one of the two. A cluster that is not the job's own is not shut down with it, nor made again for a retry.
     job["oneOf"] = [
         {"required": ["rayClusterSpec"]},
         {
@@ -138,15 +164,17 @@ def ray_schema(kind: str, definitions: str) -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **table(
-            "apiVersion kind metadata spec", apiVersion={"const": "ray.io/v1"}, kind={"const": kind},
+            "apiVersion kind metadata spec",
+            apiVersion={"const": "ray.io/v1"},
+            kind={"const": kind},
             metadata=kubernetes("apimachinery.pkg.apis.meta.v1.ObjectMeta"),
             spec={"RayCluster": cluster, "RayJob": job}[kind],
         ),
-    }  # fmt: skip
+    }
 
 
 def validator(document: dict[str, Any], version: str) -> jsonschema.Draft202012Validator:
-    """By the schema of its kind, strictly: a key that is not in the schema is an error."""
+    """Return a strict validator for documents of this kind: a key that is not in the schema is an error."""
     folder = resources.files("kubernetes_validate") / "kubernetes-json-schema" / f"v{version}.0-local-strict"
     definitions = Resource.from_contents(json.loads((folder / "_definitions.json").read_text()))
     if document["apiVersion"] == "ray.io/v1":
@@ -167,7 +195,7 @@ def test_every_document_satisfies_its_schema(document: dict[str, Any], version: 
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of everything in a document."""
+    """Yield the path of everything in a document."""
     yield path
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield from places(inner, (*path, key))
@@ -306,7 +334,7 @@ def test_the_ray_job_runs_on_the_cluster_of_its_file_and_asks_for_no_more_than_a
 
 
 def commands() -> Iterator[tuple[str, bool]]:
-    """Each `hpo ...` of the page and the manifests, and whether it must be complete: in running text it need not."""
+    """Yield each `hpo ...` of page and manifests, and whether it must be complete; in running text it need not."""
     for block in re.findall(r"^```\w*\n(.*?)^```", PAGE, re.M | re.S):
         for line in re.sub(r" +#.*", "", block.replace("\\\n", " "), flags=re.M).splitlines():
             yield from ((found, True) for found in re.findall(r"(?:^|-- |\$\()(hpo [a-z].*)", line))
@@ -364,7 +392,7 @@ checkpoints.url = "FOLDER/checkpoints"
 
 
 class Scripts:
-    """Starts the scripts as Kubernetes and Slurm would: each with the variables that these give it, and no others."""
+    """Starts the scripts as Kubernetes and Slurm would: each with the variables that these set, and no others."""
 
     def __init__(self, folder: Path, url: str, held_loop: str) -> None:
         self.folder, self.url = folder, url
@@ -374,7 +402,9 @@ class Scripts:
         (folder / "study/my_study.toml").write_text(HELD_STUDY.replace("FOLDER", str(folder)))
         (folder / "password").write_text("unused: this server trusts its users\n")
         (folder / "bin").mkdir()
-        self.tool("srun", 'shift; exec "$@"')  # without its first argument, an option; scontrol is only heard
+        self.tool(
+            "srun", 'shift; exec "$@"'
+        )  # drops its first argument, an option; scontrol only notes what it is told
         self.tool("scontrol", f'echo "$@" >> {folder}/scontrol.txt')
 
     def tool(self, name: str, script: str) -> None:
@@ -383,14 +413,23 @@ class Scripts:
 
     def start(self, command: list[str], **variables: str) -> subprocess.Popen[str]:
         given = {
-            "PATH": f"{self.folder}/bin:{BIN}:{os.defpath}", "HOME": str(self.folder), "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "HPO_STORAGE": self.url,
-            "HPO_STORAGE_PASSWORD_FILE": f"{self.folder}/password", **variables,
-        }  # fmt: skip
+            "PATH": f"{self.folder}/bin:{BIN}:{os.defpath}",
+            "HOME": str(self.folder),
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+            "HPO_STORAGE": self.url,
+            "HPO_STORAGE_PASSWORD_FILE": f"{self.folder}/password",
+            **variables,
+        }
         process = subprocess.Popen(
-            command, cwd=self.folder, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            cwd=self.folder,
+            env=given,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
         self.started.append(process)
         return process
 
@@ -406,12 +445,15 @@ class Scripts:
         script.write_text(TEXTS["slurm.sh"].replace("sleep 10", "sleep 2"))
         return self.start(
             ["bash", str(script), *(arguments or ("study/my_study.toml", "my-study"))],
-            SLURM_ARRAY_TASK_ID=str(index), SLURM_ARRAY_TASK_MIN="0", SLURM_JOB_ID=f"10{index}",
-            SLURM_CPUS_PER_TASK="1", SLURM_RESTART_COUNT=str(restarts),
-        )  # fmt: skip
+            SLURM_ARRAY_TASK_ID=str(index),
+            SLURM_ARRAY_TASK_MIN="0",
+            SLURM_JOB_ID=f"10{index}",
+            SLURM_CPUS_PER_TASK="1",
+            SLURM_RESTART_COUNT=str(restarts),
+        )
 
     def num_workers(self) -> int:
-        """How many train; 0 where there is no store or study yet."""
+        """Return how many workers train; 0 while there is no store or study."""
         try:
             return len([worker for worker in self.status()["workers"] if worker["trial"] is not None])
         except UserError:
@@ -447,7 +489,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def interrupt(task: subprocess.Popen[str]) -> None:
-    """SIGTERM to the hpo of a task alone: Slurm's signal goes to the step, and not to the script."""
+    """Send SIGTERM to the hpo of a task alone: Slurm's signal goes to the step, and not to the script."""
     (step,) = [child for child in psutil.Process(task.pid).children() if f"{BIN}/hpo" in child.cmdline()]
     step.terminate()
 

