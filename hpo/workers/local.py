@@ -94,12 +94,14 @@ class LocalLauncher(Launcher):
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the folder {logs} for the workers' logs cannot be made: {error.strerror}") from None
-        workers = [
-            LocalWorker(self._task(store, study, device), device, logs / f"worker-{index}.log")
-            for index in range(min(self._workers, max(1, store.trials.most_at_once(study))))
-            for device in [self._devices[index % len(self._devices)]]
-        ]
-        return LocalPool(workers)
+        num_workers = min(self._workers, max(1, store.trials.most_at_once(study)))
+        devices = [self._devices[index % len(self._devices)] for index in range(num_workers)]
+        return LocalPool(
+            [
+                LocalWorker(self._task(store, study, device), device, logs / f"worker-{index}.log")
+                for index, device in enumerate(devices)
+            ]
+        )
 
     def _task(self, store: Store, study: StudyRecord, device: Device) -> WorkerTask:
         # The worker reads a password from the same file again, so that its environment does not show it.
@@ -126,9 +128,6 @@ class LocalWorker:
     def __init__(self, task: WorkerTask, device: Device, log: Path) -> None:
         self._worker = WorkerProcess(task, device)
         self._log = log
-        self.is_running = self._worker.is_running
-        self.ask_to_leave = self._worker.ask_to_leave
-        self.kill = self._worker.kill
 
     @property
     def exit_code(self) -> int | None:
@@ -145,8 +144,20 @@ class LocalWorker:
         with self._log.open("ab") as log:
             self._worker.start(output=log)
 
+    def is_running(self) -> bool:
+        """Return whether the process runs."""
+        return self._worker.is_running()
+
+    def ask_to_leave(self) -> None:
+        """Have the process save and release its trials and end."""
+        self._worker.ask_to_leave()
+
+    def kill(self) -> None:
+        """Kill the process."""
+        self._worker.kill()
+
     def describe_end(self) -> str:
-        """Describe how the last process ended, with the end of its log."""
+        """Return how the last process ended, with the end of its log."""
         tail = self._log.read_text(errors="replace")[-3000:]
         end = describe_exit_code(self._worker.exit_code or 0)
         return f"{end}; the end of its log, {self._log}:\n{tail}"
