@@ -17,6 +17,7 @@ NUM_TRIALS, NUM_EPOCHS = 2, 4
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("chaos")  # one at a time: leases are of seconds there
 @pytest.mark.parametrize("store", ["sqlite", "postgres"])
 def test_a_study_under_faults_of_every_kind_ends_as_it_would_without_them(
     store: str, monkeypatch: pytest.MonkeyPatch
