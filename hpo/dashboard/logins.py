@@ -17,9 +17,6 @@ import bcrypt
 
 from hpo.errors import UserError
 from hpo.system.files import replace_file
-
-if TYPE_CHECKING:
-    pass
 from hpo.dashboard.middleware import refuse
 
 MAX_PASSWORD_BYTES = 72  # bcrypt looks at no more

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-if TYPE_CHECKING:
-    pass
-
 
 MAX_CONTOUR_TRIALS = 500
 

@@ -28,8 +28,10 @@ def range_test_in_subprocess(config: TrialConfig, device: Device, *, progress: C
     with subprocess.Popen(
         [sys.executable, "-m", "hpo.lr_range.subprocess"],
         env={**os.environ, **worker_environment(device, threads=num_cores())},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
 from hpo.analysis.range_text import clip_losses
 
 WIDTH, HEIGHT = 64, 10  # characters

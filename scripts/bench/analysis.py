@@ -134,14 +134,22 @@ def recorded(name: str, random: np.random.Generator) -> Task:
 
     means = finals.mean(axis=1)
     return Task(
-        float(rates[0]), float(rates[-1]), curve, lambda x: np.interp(x, rates, means), best,
+        float(rates[0]),
+        float(rates[-1]),
+        curve,
+        lambda x: np.interp(x, rates, means),
+        best,
         step=float(rates[1] - rates[0]),
-    )  # fmt: skip
+    )
 
 
 MADE: dict[str, Callable[[float, np.random.Generator], Task]] = {
-    "smooth": _smooth, "plateau": _plateau, "cliff": _cliff, "two peaks": _two_peaks, "noisy": _noisy,
-}  # fmt: skip
+    "smooth": _smooth,
+    "plateau": _plateau,
+    "cliff": _cliff,
+    "two peaks": _two_peaks,
+    "noisy": _noisy,
+}
 SCENARIOS: dict[str, tuple[str, str]] = {  # name: (task, pruner)
     **{name: (name, "none") for name in MADE},
     "smooth, ASHA": ("smooth", "asha"),
@@ -185,10 +193,21 @@ def run(task: Task, pruner: str, random: np.random.Generator, *, sampler: str) -
         study.tell(trial, curve[-1] if complete else None, state=None if complete else optuna.trial.TrialState.PRUNED)
         trials.append(
             TrialRecord(
-                number, state, {"lr": 10**x}, curve[-1] if curve else None, 1, None, None, None, {}, None, None,
-                list(range(1, seen + 1)), {"val_accuracy": curve},
+                number,
+                state,
+                {"lr": 10**x},
+                curve[-1] if curve else None,
+                1,
+                None,
+                None,
+                None,
+                {},
+                None,
+                None,
+                list(range(1, seen + 1)),
+                {"val_accuracy": curve},
             )
-        )  # fmt: skip
+        )
     return trials
 
 
@@ -210,11 +229,21 @@ def confirm(task: Task, trials: list[TrialRecord], random: np.random.Generator) 
         curve = task.curve(task.low + round((x - task.low) / task.step) * task.step if task.step else x, random)
         again.append(
             TrialRecord(
-                len(trials) + len(again), "complete" if curve else "diverged", dict(planned.params),
-                curve[-1] if curve else None, 1, None, None, None, {}, None, None,
-                kind=planned.kind, replicate=planned.replicate,
+                len(trials) + len(again),
+                "complete" if curve else "diverged",
+                dict(planned.params),
+                curve[-1] if curve else None,
+                1,
+                None,
+                None,
+                None,
+                {},
+                None,
+                None,
+                kind=planned.kind,
+                replicate=planned.replicate,
             )
-        )  # fmt: skip
+        )
     confirmed = find_confirmation(study, trials + again, search_value=found.value)
     if confirmed is None or confirmed.standard_error is None:
         return {}
@@ -300,10 +329,21 @@ def shrunk(apart: float) -> dict[str, float]:
             for seed, value in enumerate(truths[lr] + 0.01 * random.standard_normal(5)):
                 trials.append(
                     TrialRecord(
-                        len(trials), "complete", {"lr": lr}, float(value), 1, None, None, None, {}, None, None,
-                        kind="confirm", replicate=seed,
+                        len(trials),
+                        "complete",
+                        {"lr": lr},
+                        float(value),
+                        1,
+                        None,
+                        None,
+                        None,
+                        {},
+                        None,
+                        None,
+                        kind="confirm",
+                        replicate=seed,
                     )
-                )  # fmt: skip
+                )
         found = find_confirmation(study, trials, search_value=0.8)
         assert found is not None
         assert found.standard_error is not None

@@ -142,12 +142,20 @@ def run(way: str, *, address: str, storage: str) -> dict[str, float]:
         log = folder / "epochs.log"
         began = time.time()
         ended = subprocess.run(
-            WAYS[way], cwd=folder, capture_output=True, text=True, check=False,
+            WAYS[way],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
             env={
-                **os.environ, "RAY_ADDRESS": address, "HPO_STORAGE": storage, "HPO_BENCH_LOG": str(log),
-                "HPO_BENCH_FOLDER": str(folder), "HPO_FILES": str(folder / "files"),
+                **os.environ,
+                "RAY_ADDRESS": address,
+                "HPO_STORAGE": storage,
+                "HPO_BENCH_LOG": str(log),
+                "HPO_BENCH_FOLDER": str(folder),
+                "HPO_FILES": str(folder / "files"),
             },
-        )  # fmt: skip
+        )
         total = time.time() - began
         if ended.returncode:
             raise SystemExit(f"{way} ended with {ended.returncode}:\n{ended.stdout}\n{ended.stderr}")

@@ -60,14 +60,21 @@ def _trial(number: int, epochs: int, draw: random.Random, free: list[float]) -> 
     host, device = f"machine-{worker // 4}", f"cuda:{worker % 4}"
     curves = {"train_loss": [2.3 * (1 - value) for value in values], "val_accuracy": values}
     return TrialRecord(
-        number=number, state=state, value=values[-1] if state != "diverged" else None, attempt=1,
+        number=number,
+        state=state,
+        value=values[-1] if state != "diverged" else None,
+        attempt=1,
         params={"lr": lr, "optimizer": optimizer, "batch_size": draw.choice([32, 64, 128, 256])},
-        reason=f"{state} after epoch {last}", error=None, worker_id=f"worker{worker}",
+        reason=f"{state} after epoch {last}",
+        error=None,
+        worker_id=f"worker{worker}",
         attributes={"host": host, "device": device, "versions": {"torch": "2.8.0"}, "git_revision": "0" * 40},
-        started=began, ended=ended, epochs=range(1, last + 1),
+        started=began,
+        ended=ended,
+        epochs=range(1, last + 1),
         curves=curves | {"test_accuracy": [value - 0.01 for value in values]},
         attempts=[Attempt(1, f"worker{worker}", host, device, began, ended, 0, 0, state, None, None)],
-    )  # fmt: skip
+    )
 
 
 def ready(page_file: Path, chromium: str, *, width: int) -> tuple[float, float]:

@@ -221,10 +221,18 @@ class Replay(PlainEngine):
         is_over = self._diverges and self._epoch == len(self._curve)
         return [
             EpochResult(
-                lane=0, epoch=self._epoch, train_loss=0.0, train_accuracy=0.0, val_loss=0.0, val_accuracy=accuracy,
-                test_accuracy=None, lr=self._lr, seconds=EPOCH_S, diverged="as recorded" if is_over else None,
+                lane=0,
+                epoch=self._epoch,
+                train_loss=0.0,
+                train_accuracy=0.0,
+                val_loss=0.0,
+                val_accuracy=accuracy,
+                test_accuracy=None,
+                lr=self._lr,
+                seconds=EPOCH_S,
+                diverged="as recorded" if is_over else None,
             )
-        ]  # fmt: skip
+        ]
 
     def evict(self, lane: int) -> None:
         pass
@@ -388,8 +396,10 @@ def main() -> None:
     names = ["ours", "optuna"] + ["ray"] * (importlib.util.find_spec("ray") is not None)
     if "ray" not in names:
         print("Ray Tune is not installed and not measured: pip install 'ray[tune]'")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, optuna {optuna.__version__}, "
-          f"n = {arguments.repetitions}; medians and quartiles")  # fmt: skip
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, optuna {optuna.__version__}, "
+        f"n = {arguments.repetitions}; medians and quartiles"
+    )
     figures = []
     for task in [arguments.live] if arguments.live else recorded:
         landscapes = [Landscape(task, recorded[task], repetition) for repetition in range(arguments.repetitions)]

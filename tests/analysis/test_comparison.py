@@ -25,7 +25,7 @@ Answer = tuple[StudyRecord, list[TrialRecord], Best]
 
 
 def answer(top: float | Callable[[dict[str, Any]], float], *, num: int = 26, **settings: Any) -> Answer:
-    """A study whose value is highest at log10(lr) = top, with little noise."""
+    """Return a study whose value is highest at log10(lr) = top, with little noise."""
     space = settings.pop("space", {})
     lr = {"low": 1e-5, "high": 1.0, "log": True}
     spec = StudySpec.from_dict(
@@ -33,7 +33,7 @@ def answer(top: float | Callable[[dict[str, Any]], float], *, num: int = 26, **s
     )
     random = np.random.default_rng(0)
     combinations: list[dict[str, Any]] = [{key: value} for key, values in space.items() for value in values] or [{}]
-    trials = []
+    trials: list[TrialRecord] = []
     for params in combinations:
         peak = top(params) if callable(top) else top
         for rate in RATES[:num]:
@@ -87,10 +87,14 @@ def test_how_it_was_searched_is_no_difference() -> None:
     found, _ = told(
         answer(-3.0),
         answer(
-            -3.0, name="t", pruner={"name": "median"}, training={"seed": 4}, confirm={"seeds": 2},
+            -3.0,
+            name="t",
+            pruner={"name": "median"},
+            training={"seed": 4},
+            confirm={"seeds": 2},
             data={"split_seed": 3, "train_samples": 1000, "validation_fraction": 0.2},
         ),
-    )  # fmt: skip
+    )
     assert [side.factors for side in found.studies] == [{}, {}]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from hpo.analysis.answer import find_best
 from hpo.analysis.text import answer_lines
-from tests.analysis.test_answer import LOG_LR, complete, hill, make_study, numbered, trained
+from tests.analysis.examples import LOG_LR, complete, hill, make_study, numbered, trained
 
 LOOP = """
 import pathlib, time

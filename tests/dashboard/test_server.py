@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
 import os
@@ -13,282 +12,24 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from wsgiref.util import setup_testing_defaults
+from typing import TYPE_CHECKING
 
 import bcrypt
 import psutil
 import pytest
 
 import hpo
-from hpo.dashboard.logins import Login, add_login, read_logins
-from hpo.dashboard.middleware import MAX_CONTOUR_TRIALS, CapContour, ReadOnly
+from hpo.dashboard.logins import add_login, read_logins
 from hpo.dashboard.server import serve_dashboard
 from hpo.errors import UserError
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request
-
-HOST = "127.0.0.1:8080"
-SECRET = "corréct horse: battery"
-
-# --- the middleware ---
-
-
-def call(
-    app: Any, path: str, *, method: str = "GET", host: str | None = HOST, authorization: str | None = None
-) -> tuple[int, str]:
-    """The status and the reason of a refusal, or what the application answered."""
-    environ: dict[str, Any] = {"PATH_INFO": path, "REQUEST_METHOD": method}
-    if authorization is not None:
-        environ["HTTP_AUTHORIZATION"] = authorization
-    setup_testing_defaults(environ)
-    environ.pop("HTTP_HOST")
-    if host is not None:
-        environ["HTTP_HOST"] = host
-    statuses: list[str] = []
-    body = b"".join(app(environ, lambda status, headers: statuses.append(status)))
-    return int(statuses[0].split()[0]), body.decode()
-
-
-def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    start_response("200 OK", [])
-    return [b"through"]
-
-
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-@pytest.mark.parametrize("path", ["/", "/dashboard/studies/1", "/api/studies", "/static/bundle.js", "/csv/1"])
-def test_reads_pass(method: str, path: str) -> None:
-    assert call(ReadOnly(application, [HOST]), path, method=method) == (200, "through")
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("POST", "/api/studies"),
-        ("POST", "/api/trials/1/tell"),
-        ("POST", "/api/trials/1/user-attrs"),
-        ("POST", "/api/studies/1/rename"),
-        ("POST", "/incompatible-rdb-schema"),
-        ("PUT", "/api/studies/1/note"),
-        ("DELETE", "/api/studies/1"),
-        ("PATCH", "/"),
-        ("OPTIONS", "/"),
-        ("get", "/api/studies"),
-    ],
-)
-def test_anything_but_a_read_is_refused(method: str, path: str) -> None:
-    status, body = call(ReadOnly(application, [HOST]), path, method=method)
-    assert status == 405
-    assert "read-only" in json.loads(body)["reason"]
-
-
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example:8080", "127.0.0.1:9", "127.0.0.1", "", None]
-)
-def test_a_foreign_host_header_is_refused(host: str | None) -> None:
-    status, body = call(ReadOnly(application, [HOST, "localhost:8080"]), "/api/studies", host=host)
-    assert status == 403
-    assert f"not as {host or ''!r}" in json.loads(body)["reason"]
-    assert HOST not in body, "whoever asks has not logged in, and need not know the addresses of this machine"
-
-
-def test_an_allowed_name_is_answered_at_any_port_and_no_other_name_is() -> None:
-    app = ReadOnly(application, ["hpo.example.org", "[2001:db8::1]", HOST])
-    for host in ("hpo.example.org", "hpo.example.org:443", "HPO.example.org:8443", "[2001:db8::1]:80", "[2001:DB8::1]"):
-        assert call(app, "/", host=host)[0] == 200
-    for host in ("evil.hpo.example.org", "hpo.example.org.evil", "hpo.example.org:x", "evil@hpo.example.org", "[::1]"):
-        assert call(app, "/", host=host)[0] == 403
-
-
-def test_the_host_is_compared_without_regard_to_case() -> None:
-    assert call(ReadOnly(application, ["localhost:8080"]), "/", host="LocalHost:8080")[0] == 200
-
-
-@pytest.mark.parametrize(
-    ("path", "num_trials", "status"),
-    [
-        ("/api/studies/1/plot/contour", MAX_CONTOUR_TRIALS, 200),
-        ("/api/studies/1/plot/contour", MAX_CONTOUR_TRIALS + 1, 413),
-        ("/api/studies/1/plot/contour//", MAX_CONTOUR_TRIALS + 1, 413),
-        ("/api/studies/1/plot/slice", MAX_CONTOUR_TRIALS + 1, 200),
-        ("/api/studies/1", MAX_CONTOUR_TRIALS + 1, 200),
-    ],
-)
-def test_the_contour_plot_of_a_large_study_is_refused(path: str, num_trials: int, status: int) -> None:
-    assert call(CapContour(application, {1: num_trials}.__getitem__), path)[0] == status
-
-
-# --- the login ---
-
-
-def basic(name: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
-
-
-def hashed(password: str, *, kind: str = "2b") -> str:
-    return f"${kind}" + bcrypt.hashpw(password.encode(), bcrypt.gensalt(4)).decode().removeprefix("$2b")
-
-
-@pytest.fixture
-def login() -> Login:
-    return Login(application, {"ada": hashed(SECRET).encode(), "bob": hashed("other").encode()})
-
-
-@pytest.mark.parametrize("path", ["/", "/api/studies", "/static/bundle.js"])
-def test_the_right_password_passes_and_none_does_not(login: Login, path: str) -> None:
-    assert call(login, path, authorization=basic("ada", SECRET)) == (200, "through")
-    assert call(login, path)[0] == 401
-    assert call(login, path, authorization=basic("ada", SECRET).replace("Basic", "bASIC"))[0] == 200
-
-
-@pytest.mark.parametrize(
-    "authorization",
-    [
-        "",
-        "Basic",
-        "Basic !",
-        "Basic " + base64.b64encode(b"\xff:\xff").decode(),
-        "Basic " + base64.b64encode(b"ada").decode(),
-        "Bearer " + basic("ada", SECRET).removeprefix("Basic "),
-        basic("ada", ""),
-        basic("ada", "other"),
-        basic("ada", SECRET + " "),
-        basic("ada", SECRET + "\0"),
-        basic("Ada", SECRET),
-        basic("", SECRET),
-        basic("nobody", SECRET),
-        basic("ada", SECRET * 9),
-    ],
-)
-def test_any_other_login_is_asked_again(login: Login, authorization: str) -> None:
-    for _ in range(2):
-        status, body = call(login, "/", authorization=authorization)
-        assert status == 401
-        assert json.loads(body)["reason"] == "The dashboard asks for a name and a password."
-    assert call(login, "/", authorization=basic("ada", SECRET))[0] == 200
-
-
-def test_a_refused_login_says_how_to_log_in() -> None:
-    answered: list[list[tuple[str, str]]] = []
-    b"".join(Login(application, {"ada": b"$2b$04$"})({}, lambda status, headers: answered.append(headers)))  # type: ignore[arg-type, func-returns-value]
-    assert ("WWW-Authenticate", 'Basic realm="hpo", charset="UTF-8"') in answered[0]
-
-
-def test_a_name_that_is_not_there_costs_what_a_wrong_password_costs(
-    login: Login, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    costs: list[bytes] = []
-    monkeypatch.setattr(bcrypt, "checkpw", lambda password, hashed: costs.append(hashed[:7]))
-    for name in ("ada", "nobody"):
-        call(login, "/", authorization=basic(name, "wrong"))
-    assert costs == [b"$2b$04$"] * 2
-
-
-def test_a_password_that_was_right_is_not_hashed_again_nor_kept(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(login, "/", authorization=basic("ada", SECRET))[0] == 200
-    kept = repr(vars(login)).encode()
-    assert SECRET.encode() not in kept
-    assert basic("ada", SECRET).encode() not in kept
-    monkeypatch.setattr(bcrypt, "checkpw", lambda password, hashed: False)
-    assert call(login, "/", authorization=basic("ada", SECRET))[0] == 200
-    assert call(login, "/", authorization=basic("bob", "other"))[0] == 401
-
-
-def test_a_file_of_bcrypt_hashes_is_read_whatever_wrote_it(tmp_path: Path) -> None:
-    lines = ["# who may look", "", f"ada:{hashed(SECRET, kind='2y')}\r", f"bob:{hashed('b', kind='2a')}", " "]
-    lines += [f"eve d'or:{hashed('c')}"]
-    (tmp_path / "logins").write_text("\n".join(lines))
-    login = Login(application, read_logins(tmp_path / "logins"))
-    for name, password in {"ada": SECRET, "bob": "b", "eve d'or": "c"}.items():
-        assert call(login, "/", authorization=basic(name, password))[0] == 200
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "eve:$apr1$r31xnYk0$0SYSnkMSuBGJu8nBxHVPv/",
-        "eve:{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g=",
-        "eve:plain text",
-        "eve:rqXexS6ZhobKA",
-        "eve:$6$rounds=5000$salt$0123456789",
-        "eve:$2x$05$abcdefghijklmnopqrstuOZ3bTk4l2T8P5kFRMrbC4P2L9V7dC0Sm",
-        "eve:$2y$05$abcdefghijklmnopqrstuAZ3bTk4l2T8P5kFRMrbC4P2L9V7dC0Sm",
-        "eve:$2y$05$abcdefghijklmnopqrstuOZ3bTk4l2T8P5kFRMrbC4P2L9V7dC0",
-        "eve:",
-        "a secret alone",
-        pytest.param(f":{hashed('x')}", id="no name"),
-    ],
-)
-def test_any_other_line_is_refused_by_its_number_and_not_shown(tmp_path: Path, line: str) -> None:
-    (tmp_path / "logins").write_text(f"ada:{hashed(SECRET)}\n{line}\n")
-    with pytest.raises(UserError, match=r"logins, line 2: .* must be NAME:HASH, and the hash bcrypt's") as refused:
-        read_logins(tmp_path / "logins")
-    assert line not in str(refused.value)
-    assert (line.partition(":")[2] or line)[-5:] not in str(refused.value)
-
-
-def test_a_file_without_a_login_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "logins"
-    for content, message in {
-        None: "there is no --auth-file .*logins; .*--add-user NAME makes it",
-        b"": "holds no login; .*--add-user NAME adds one",
-        b"# none\n": "holds no login",
-        b"ada:\xff": "cannot be read: it is not UTF-8 text",
-        f"ada:{hashed('a')}\nada:{hashed('b')}\n".encode(): "line 2: every name must be there once",
-    }.items():
-        if content is not None:
-            file.write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            serve_dashboard(None, auth_file=str(file), ready=unreachable)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        read_logins(tmp_path)
-
-
-def test_a_login_is_added_or_replaced_and_the_other_lines_stay(tmp_path: Path) -> None:
-    file = tmp_path / "logins"
-    add_login(file, "ada", "old")
-    assert file.stat().st_mode & 0o777 == 0o600
-    (tmp_path / "link").symlink_to(file)
-    file.write_text(f"# who may look\neve:$apr1$x\n\n{file.read_text()}")
-    file.chmod(0o640)
-    add_login(tmp_path / "link", "ada", SECRET)
-    *others, last = file.read_text().splitlines()
-    assert others == ["# who may look", "eve:$apr1$x", ""]
-    assert bcrypt.checkpw(SECRET.encode(), last.removeprefix("ada:").encode())
-    assert file.stat().st_mode & 0o777 == 0o640
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "link", file]
-
-
-@pytest.mark.parametrize("name", ["", "a:b", "a\nb", "a\x7f", " a", "a ", "#a"])
-def test_a_name_that_the_file_cannot_hold_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="--add-user must be a name without ':'"):
-        add_login(tmp_path / "logins", name, SECRET)
-
-
-@pytest.mark.parametrize("password", ["", "x" * 73, "é" * 37, "a\tb", "\udcff"])
-def test_a_password_that_bcrypt_or_a_login_cannot_hold_is_refused(tmp_path: Path, password: str) -> None:
-    with pytest.raises(UserError, match=r"the password must (have 1 to 72 bytes|be UTF-8)") as refused:
-        add_login(tmp_path / "logins", "ada", password)
-    assert not password or password not in str(refused.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    for path, reason in {tmp_path: "Is a directory", tmp_path / "none" / "logins": "No such file or directory"}.items():
-        with pytest.raises(UserError, match=f"--auth-file .* cannot be written: {reason}"):
-            add_login(path, "ada", SECRET)
-
-
-# --- where it listens ---
-
-
-def unreachable(url: str) -> None:
-    pytest.fail(f"listened at {url}")
+from tests.dashboard.examples import SECRET, basic, unreachable
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org", ""])
@@ -330,16 +71,13 @@ def test_a_port_in_use_is_refused() -> None:
             serve_dashboard(None, port=port, ready=unreachable)  # type: ignore[arg-type]
 
 
-# --- a real study in a real browser ---
-
-
 @dataclass(frozen=True)
 class Study:
     """A study that `hpo run` made, and what the page must show of it."""
 
     storage_url: str
     name: str
-    curves: dict[int, list[float]]
+    curves: dict[int, list[float | None]]
     """Trial number -> validation accuracy, epoch by epoch."""
 
 
@@ -371,7 +109,7 @@ main(["dashboard", "--port", "0", "--storage", *sys.argv[1:]])
 
 @contextmanager
 def serving(storage_url: str, *options: str) -> Iterator[str]:
-    """Serves in a process of its own, as `hpo dashboard` does, gives the URL, and ends it with Ctrl-C."""
+    """Serve in a process of its own, as `hpo dashboard` does; give the URL, and end the process with Ctrl-C."""
     arguments = [sys.executable, "-c", SERVER, storage_url, *options]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -395,7 +133,7 @@ def url(study: Study) -> Iterator[str]:
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
-    """A page that must see no script error, no refused request and no request to anything but the dashboard."""
+    """Open a page that must see no script error, no refused request and no request to anything but the dashboard."""
     page = browser.new_page()
     page.set_default_timeout(180_000)
     errors: list[str] = []
@@ -470,14 +208,15 @@ def has_ipv6() -> bool:
     return True
 
 
-# --- beyond loopback, with a login ---
-
-
 def add_user(auth_file: Path, name: str, password: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "hpo", "dashboard", "--auth-file", str(auth_file), "--add-user", name],
-        input=f"{password}\n", capture_output=True, text=True, check=False, timeout=180,
-    )  # fmt: skip
+        input=f"{password}\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
 
 
 @pytest.fixture(scope="module")

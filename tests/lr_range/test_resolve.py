@@ -85,7 +85,9 @@ def test_too_many_combinations_are_refused() -> None:
 
 def test_the_range_holds_those_of_all_tests_and_what_is_tried_first() -> None:
     spec = make_spec(optimizer=["adam", "sgd"], search={"try_first": [{"lr": 2.0}]})
-    closed, metadata = fill_in_ranges(spec, [found(1.234e-4, 1e-2, optimizer="adam"), found(1e-2, 0.5, optimizer="sgd")])
+    closed, metadata = fill_in_ranges(
+        spec, [found(1.234e-4, 1e-2, optimizer="adam"), found(1e-2, 0.5, optimizer="sgd")]
+    )
     assert closed.search.space["lr"] == {"low": 1.2e-4, "high": 2.0, "log": True}
     assert not needs_range_test(closed)
     assert [one["params"] for one in metadata["range_test"]] == [{"optimizer": "adam"}, {"optimizer": "sgd"}]

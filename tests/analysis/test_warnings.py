@@ -1,0 +1,86 @@
+"""The warnings of an answer: for each a study that asks for it, and no other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from hpo.analysis.answer import find_best
+from hpo.analysis.warnings import WARNINGS
+from hpo.study.records import TrialRecord
+from tests.analysis.examples import RATES, SEARCHED, complete, make_study, make_trials, noise, numbered, trained
+
+DIVERGED = [trained(lr, 0.1, state="diverged", epochs=1) for lr in RATES]
+SOUND = [
+    trained(lr, 0.9 - 0.15 * math.log10(lr / 1e-3) ** 2 + noise(index, 0.002)) if lr < 1e-2 else DIVERGED[index]
+    for index, lr in enumerate(RATES)
+]
+RISING = [
+    replace(trial, curves={"val_accuracy": [trial.value * epoch / 8 for epoch in range(1, 9)]})
+    if trial.value is not None
+    else trial
+    for trial in SOUND
+]
+
+
+def confirming(state: str, *, kind: str = "confirm") -> TrialRecord:
+    return replace(trained(1e-3, 0.8, state=state), kind=kind, replicate=0, reason="because")
+
+
+def tilted(slope: float) -> list[TrialRecord]:
+    return [trained(lr, 0.5 + slope * (math.log10(lr) + 3) + noise(i, 0.002)) for i, lr in enumerate(RATES)]
+
+
+@pytest.mark.parametrize(
+    ("trials", "expected"),
+    [
+        pytest.param(SOUND, set(), id="a sound one"),
+        pytest.param(SOUND[3:11:2], {"not-enough"}, id="few rates"),
+        pytest.param(tilted(0.1), {"edge-of-range"}, id="the best is at the upper end"),
+        pytest.param(tilted(-0.1), {"edge-of-range"}, id="the best is at the lower end"),
+        pytest.param(SOUND[:11] + DIVERGED[11:] * 3, {"most-diverged"}, id="too high"),
+        pytest.param(complete(lambda lr: 0.6), {"tied", "edge-of-range"}, id="all are equal"),
+        pytest.param(RISING, {"still-rising"}, id="stopped early"),
+        pytest.param(
+            SOUND + [trained(lr, 0.9, state="pruned", epochs=2) for lr in (8e-4, 9e-4, 1e-3, 1.1e-3, 1.2e-3, 1.3e-3)],
+            {"pruned-away"},
+            id="the best were pruned",
+        ),
+        pytest.param([*SOUND, confirming("diverged")], {"not-confirmed"}, id="what was best broke on another seed"),
+        pytest.param(
+            [*SOUND, confirming("complete"), confirming("failed", kind="test")], {"not-tested"}, id="no test set"
+        ),
+        pytest.param([*SOUND, confirming("complete"), confirming("failed")], set(), id="confirmed"),
+        pytest.param(complete(lambda lr: 0.1), {"guessing", "tied", "edge-of-range"}, id="nothing was learnt"),
+    ],
+)
+def test_warnings_come_where_they_should_and_nowhere_else(trials: list[TrialRecord], expected: set[str]) -> None:
+    study = make_study(**SEARCHED)
+    study = replace(study, metadata={**study.metadata, "num_classes": 10})
+    found = find_best(study, numbered(*trials))
+    assert found is not None
+    assert {warning.kind for warning in found.warnings} == expected
+    assert all(warning.text[-1] != "." and "\n" not in warning.text for warning in found.warnings)
+
+
+def test_every_warning_has_a_study_that_asks_for_it() -> None:
+    table = test_warnings_come_where_they_should_and_nowhere_else.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    assert set().union(*(case.values[1] for case in table)) == set(WARNINGS)
+
+
+def test_a_warning_names_what_to_change() -> None:
+    study = make_study(**SEARCHED)
+    for slope, bound in ((0.1, "high end of what was searched: widen search.space.lr to 1"), (-0.1, "to 1e-06")):
+        found = find_best(study, numbered(*tilted(slope)))
+        assert found is not None
+        assert bound in found.warnings[0].text
+
+
+def test_losses_far_from_each_other_are_not_tied() -> None:
+    objective = {"function": "m:f", "direction": "minimize"}
+    trials = make_trials((1e-4, 5.0), (1e-3, 0.1), (1e-2, 50.0), (1e-1, 900.0))
+    found = find_best(make_study(objective=objective), trials)
+    assert found is not None
+    assert "tied" not in {warning.kind for warning in found.warnings}

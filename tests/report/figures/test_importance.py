@@ -1,0 +1,18 @@
+"""The figure of the parameters' importance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.analysis.examples import complete, make_study, numbered
+from tests.report.examples import figure_data
+
+
+def test_importance_is_of_what_was_searched_and_a_parameter_that_does_nothing_matters_little(large: Any) -> None:
+    shares = figure_data(*large[:2]).importances
+    assert set(shares) == {"lr", "optimizer", "batch_size"}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["batch_size"] < shares["lr"]
+    assert figure_data(make_study(), numbered(*complete())).importances == {}
