@@ -10,14 +10,13 @@ import secrets
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import bcrypt
 
+from hpo.dashboard.middleware import refuse
 from hpo.errors import UserError
 from hpo.system.files import replace_file
-from hpo.dashboard.middleware import refuse
 
 MAX_PASSWORD_BYTES = 72  # bcrypt looks at no more
 # $2y$COST$SALT and digest; the last character of the salt has four bits that must be zero.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
 from hpo.analysis.range_text import clip_losses
 
 WIDTH, HEIGHT = 64, 10  # characters
