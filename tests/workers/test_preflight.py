@@ -30,7 +30,7 @@ def test_the_preflight_finds_the_data_and_the_network_and_leaves_the_random_stat
     metadata = run_preflight(digits_spec(), {"cpu"})
     assert torch.equal(torch.random.get_rng_state(), before)
     sizes = {key: metadata[key] for key in ("num_train", "num_val", "num_classes", "channels", "image_size")}
-    assert sizes == {"num_train": 200, "num_val": 288, "num_classes": 10, "channels": 1, "image_size": 8}
+    assert sizes == {"num_train": 200, "num_val": 288, "num_classes": 10, "channels": 1, "image_size": 32}
     assert metadata["num_parameters"] > 0
 
 
