@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -44,7 +45,7 @@ def test_a_terminal_shows_the_study_each_running_trial_the_best_and_then_the_ans
 ) -> None:
     (tmp_path / "loop.py").write_text(LOOP)
     (tmp_path / "live.toml").write_text(STUDY)
-    tmux = ["tmux", "-L", f"hpo-test-{tmp_path.name}"]
+    tmux = ["tmux", "-L", f"hpo-test-{os.getpid()}"]
     command = f"{sys.executable} -m hpo run live.toml --devices cpu; echo exit code $?; sleep 60"
     subprocess.run(
         [*tmux, "-f", "/dev/null", "new-session", "-d", "-x", "120", "-y", "40", "-c", tmp_path, command], check=True
