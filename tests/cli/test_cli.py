@@ -198,7 +198,7 @@ def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: Resul
         "search.trials=1",
     ]
     assert hpo.quick(*sampled, "--in-process", "--devices", "cpu").returncode == 0
-    result = hpo.quick("resume", "sampled", "--trials", "2", "--in-process", "--devices", "cpu")
+    result = hpo("resume", "sampled", "--trials", "2", "--devices", "cpu")
     assert result.returncode == 0, result.stderr
     assert "going on: 1 of 2 trials are done already" in result.stdout
     trials = json.loads(hpo.quick("trials", "sampled", "--json").stdout)
