@@ -89,88 +89,100 @@ PODS = [
 # Schemas
 
 
+TEXT, SWITCH, COUNT, NUMBER = (
+    {"type": "string"},
+    {"type": "boolean"},
+    {"type": "integer", "minimum": 0},
+    {"type": "number"},
+)
+TEXTS_BY_NAME = {"type": "object", "additionalProperties": TEXT}
+
+
+def table(required: str = "", **properties: Any) -> dict[str, Any]:
+    """Return the schema of a table with these keys and no others."""
+    return {"type": "object", "properties": properties, "required": required.split(), "additionalProperties": False}
+
+
+def kubernetes(name: str) -> dict[str, Any]:
+    """Return a reference to one of Kubernetes' own types; `ray_schema` says in which file it is."""
+    return {"$ref": f"#/$defs/io.k8s.{name}"}
+
+
+POD = kubernetes("api.core.v1.PodTemplateSpec")
+AUTOSCALER = table(
+    resources=kubernetes("api.core.v1.ResourceRequirements"),
+    image=TEXT,
+    env={"type": "array", "items": kubernetes("api.core.v1.EnvVar")},
+    imagePullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
+    idleTimeoutSeconds=COUNT,
+    upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
+    securityContext=kubernetes("api.core.v1.SecurityContext"),
+)
+HEAD_GROUP = table(
+    "rayStartParams template", rayStartParams=TEXTS_BY_NAME, template=POD, serviceType=TEXT, enableIngress=SWITCH
+)
+WORKER_GROUP = table(
+    "groupName minReplicas maxReplicas rayStartParams template",
+    groupName=TEXT,
+    replicas=COUNT,
+    minReplicas=COUNT,
+    maxReplicas=COUNT,
+    idleTimeoutSeconds=COUNT,
+    numOfHosts=COUNT,
+    rayStartParams=TEXTS_BY_NAME,
+    template=POD,
+)
+RAY_CLUSTER = table(
+    "headGroupSpec",
+    rayVersion=TEXT,
+    enableInTreeAutoscaling=SWITCH,
+    autoscalerOptions=AUTOSCALER,
+    headGroupSpec=HEAD_GROUP,
+    workerGroupSpecs={"type": "array", "items": WORKER_GROUP},
+    suspend=SWITCH,
+    headServiceAnnotations=TEXTS_BY_NAME,
+)
+RAY_JOB_SPEC = table(
+    "entrypoint",
+    entrypoint=TEXT,
+    clusterSelector=TEXTS_BY_NAME,
+    rayClusterSpec=RAY_CLUSTER,
+    runtimeEnvYAML=TEXT,
+    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]},
+    submitterPodTemplate=POD,
+    submitterConfig=table(backoffLimit=COUNT),
+    shutdownAfterJobFinishes=SWITCH,
+    ttlSecondsAfterFinished=COUNT,
+    activeDeadlineSeconds=COUNT,
+    backoffLimit=COUNT,
+    suspend=SWITCH,
+    jobId=TEXT,
+    metadata=TEXTS_BY_NAME,
+    entrypointNumCpus=NUMBER,
+    entrypointNumGpus=NUMBER,
+    entrypointResources=TEXT,
+)
+# Exactly one of the two. A cluster that is not the job's own is not shut down with it, nor made again for a retry.
+RAY_JOB_SPEC["oneOf"] = [
+    {"required": ["rayClusterSpec"]},
+    {
+        "required": ["clusterSelector"],
+        "properties": {"shutdownAfterJobFinishes": {"const": False}, "backoffLimit": {"const": 0}},
+    },
+]
+
+
 def ray_schema(kind: str, definitions: str) -> dict[str, Any]:
     """Return the schema of a RayCluster or a RayJob; `definitions` names the file of Kubernetes' own types."""
-
-    def kubernetes(name: str) -> dict[str, Any]:
-        return {"$ref": f"{definitions}#/$defs/io.k8s.{name}"}
-
-    def table(required: str = "", **properties: Any) -> dict[str, Any]:
-        return {"type": "object", "properties": properties, "required": required.split(), "additionalProperties": False}
-
-    text, switch, count = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0}
-    texts = {"type": "object", "additionalProperties": text}
-    pod = kubernetes("api.core.v1.PodTemplateSpec")
-    environment = {"type": "array", "items": kubernetes("api.core.v1.EnvVar")}
-    autoscaler = table(
-        resources=kubernetes("api.core.v1.ResourceRequirements"),
-        image=text,
-        env=environment,
-        imagePullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
-        idleTimeoutSeconds=count,
-        upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
-        securityContext=kubernetes("api.core.v1.SecurityContext"),
+    schema = table(
+        "apiVersion kind metadata spec",
+        apiVersion={"const": "ray.io/v1"},
+        kind={"const": kind},
+        metadata=kubernetes("apimachinery.pkg.apis.meta.v1.ObjectMeta"),
+        spec={"RayCluster": RAY_CLUSTER, "RayJob": RAY_JOB_SPEC}[kind],
     )
-    head = table("rayStartParams template", rayStartParams=texts, template=pod, serviceType=text, enableIngress=switch)
-    group = table(
-        "groupName minReplicas maxReplicas rayStartParams template",
-        groupName=text,
-        replicas=count,
-        minReplicas=count,
-        maxReplicas=count,
-        idleTimeoutSeconds=count,
-        numOfHosts=count,
-        rayStartParams=texts,
-        template=pod,
-    )
-    cluster = table(
-        "headGroupSpec",
-        rayVersion=text,
-        enableInTreeAutoscaling=switch,
-        autoscalerOptions=autoscaler,
-        headGroupSpec=head,
-        workerGroupSpecs={"type": "array", "items": group},
-        suspend=switch,
-        headServiceAnnotations=texts,
-    )
-    job = table(
-        "entrypoint",
-        entrypoint=text,
-        clusterSelector=texts,
-        rayClusterSpec=cluster,
-        runtimeEnvYAML=text,
-        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]},
-        submitterPodTemplate=pod,
-        submitterConfig=table(backoffLimit=count),
-        shutdownAfterJobFinishes=switch,
-        ttlSecondsAfterFinished=count,
-        activeDeadlineSeconds=count,
-        backoffLimit=count,
-        suspend=switch,
-        jobId=text,
-        metadata=texts,
-        entrypointNumCpus={"type": "number"},
-        entrypointNumGpus={"type": "number"},
-        entrypointResources=text,
-    )
-    # Exactly one of the two. A cluster that is not the job's own is not shut down with it, nor made again for a retry.
-    job["oneOf"] = [
-        {"required": ["rayClusterSpec"]},
-        {
-            "required": ["clusterSelector"],
-            "properties": {"shutdownAfterJobFinishes": {"const": False}, "backoffLimit": {"const": 0}},
-        },
-    ]
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **table(
-            "apiVersion kind metadata spec",
-            apiVersion={"const": "ray.io/v1"},
-            kind={"const": kind},
-            metadata=kubernetes("apimachinery.pkg.apis.meta.v1.ObjectMeta"),
-            spec={"RayCluster": cluster, "RayJob": job}[kind],
-        ),
-    }
+    in_file = json.dumps(schema).replace('"#/$defs/', f'"{definitions}#/$defs/')
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **json.loads(in_file)}
 
 
 def validator(document: dict[str, Any], version: str) -> jsonschema.Draft202012Validator:

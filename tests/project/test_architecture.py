@@ -1,0 +1,34 @@
+"""No class and no function of the package is larger than can be read at a sitting.
+
+The linter holds the rest: complexity, statements and public methods (ruff), and who imports whom (import-linter).
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import hpo
+
+PACKAGE = Path(hpo.__file__).parent
+MAX_LINES_OF_A_CLASS, MAX_LINES_OF_A_FUNCTION = 250, 60
+
+
+def too_long(kinds: tuple[type[ast.AST], ...], *, max_lines: int) -> list[str]:
+    """Return the definitions of these kinds that have more lines, with their modules."""
+    return [
+        f"{path.relative_to(PACKAGE)}: {node.name} has {lines} lines"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and isinstance(node, kinds)
+        for lines in [(node.end_lineno or node.lineno) - node.lineno + 1]
+        if lines > max_lines
+    ]
+
+
+def test_no_class_is_longer_than_can_be_read_at_a_sitting() -> None:
+    assert too_long((ast.ClassDef,), max_lines=MAX_LINES_OF_A_CLASS) == []
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    assert too_long((ast.FunctionDef, ast.AsyncFunctionDef), max_lines=MAX_LINES_OF_A_FUNCTION) == []
