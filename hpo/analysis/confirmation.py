@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RunnerUp:
-    """The second best mean compared with the winner's, by the differences of equal seeds: positive if the winner leads."""
+    """The second best mean against the winner's, by the differences of equal seeds: positive if the winner leads."""
 
     params: Mapping[str, Any]
     difference: float

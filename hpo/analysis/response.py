@@ -231,7 +231,8 @@ def _grouped(trials: Observations) -> tuple[Array, Array, Array, Array]:
 def _draw_divergence_curves(trials: Observations, x: Array, random: np.random.Generator) -> tuple[Array, Array]:
     """Draw logistic curves of the share of diverging trials; return log10 of their middles, and their widths.
 
-    Both are (NUM_DRAWS,). Draw from their posterior on a grid. The prior is flat over middles in the range and a little past it.
+    Both are (NUM_DRAWS,). Draw from their posterior on a grid. The prior is flat over middles in the range and a little
+    past it.
     """
     import numpy as np
     from scipy.special import expit, softmax

@@ -1,4 +1,4 @@
-"""Logins of the dashboard."""
+"""Logins of the dashboard: HTTP Basic against bcrypt hashes, in a file of the format of Apache's htpasswd."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Login:
-    """Lets through only requests with a name of `logins` and the password that its bcrypt hash was made from.
+    """Middleware that lets through only requests with a name of `logins` and the password of its bcrypt hash.
 
-    A name that is not there costs the same check as one that is (as the dearest, where costs differ). What was right
-    once is remembered, hashed under a key of this process: a page makes many requests, and bcrypt takes 0.2 s.
+    An unknown name costs the same check as a known one, so that the time tells nothing; where costs differ, as the
+    dearest. A login that was right once is remembered, hashed under a key of this process: a page makes many requests,
+    and bcrypt takes 0.2 s.
     """
 
     def __init__(self, app: WSGIApplication, logins: Mapping[str, bytes]) -> None:
@@ -38,9 +39,12 @@ class Login:
         self._nobody = bcrypt.gensalt(cost) + b"." * 31  # the hash of no known password
         self._key = secrets.token_bytes(32)
         self._right: set[bytes] = set()
-        self._checking = threading.Lock()  # a flood of guesses takes one core from the training, not one a thread
+        self._checking = (
+            threading.Lock()
+        )  # so that a flood of guesses takes one core from the training, and not one for each thread
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request, or ask for a login."""
         if not self._is_right(environ.get("HTTP_AUTHORIZATION", "")):
             return refuse(start_response, "401 Unauthorized", "The dashboard asks for a name and a password.")
         return self.app(environ, start_response)
@@ -59,7 +63,7 @@ class Login:
         if digest in self._right:
             return True
         with self._checking:
-            if digest in self._right:  # a page asks for much at once: the first of its requests has been checked
+            if digest in self._right:  # a page makes many requests at once, and the first of them was checked meanwhile
                 return True
             is_right = bcrypt.checkpw(password, self._logins.get(name, self._nobody)) and name in self._logins
             if is_right:
@@ -68,7 +72,11 @@ class Login:
 
 
 def read_logins(path: Path) -> dict[str, bytes]:
-    """Name -> bcrypt hash, from an htpasswd file. Raises UserError, naming a line but showing nothing of it."""
+    """Return the bcrypt hash of each name in an htpasswd file.
+
+    Raises:
+        UserError: The file cannot be read, or a line is wrong; the message shows nothing of the line.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -94,7 +102,7 @@ def read_logins(path: Path) -> dict[str, bytes]:
 
 
 def check_login_name(name: str) -> None:
-    """Raises UserError for a name that an htpasswd file or a login cannot carry."""
+    """Raise UserError for a name that an htpasswd file or a login cannot carry."""
     if name != name.strip() or not name or name.startswith("#") or ":" in name or _CONTROL.search(name):
         raise UserError(
             "--add-user must be a name without ':' and control characters, without '#' at its beginning and without"
@@ -103,9 +111,12 @@ def check_login_name(name: str) -> None:
 
 
 def add_login(path: Path, name: str, password: str) -> None:
-    """Writes the name's line, new or in place of its old one, and leaves the other lines as they are.
+    """Add a name's line to the file, or replace its old one; the other lines stay as they are.
 
-    A new file can be read by its owner only. Raises UserError, which never shows the password.
+    Only its owner can read a new file.
+
+    Raises:
+        UserError: The name or the password cannot be used, or the file cannot be written. It never shows the password.
     """
     check_login_name(name)
     try:
@@ -119,10 +130,10 @@ def add_login(path: Path, name: str, password: str) -> None:
         )
     line = f"{name}:{bcrypt.hashpw(given, bcrypt.gensalt()).decode()}"
     try:
-        path = path.resolve()  # what a link leads to is replaced, not the link
+        path = path.resolve()  # replace the target of a link, not the link
         old = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else ""
         kept = [other for other in old.split("\n") if old and other.strip().partition(":")[0] != name]
-        # A server that starts meanwhile finds the old file or the new one, whole.
+        # A server that starts meanwhile must find the old file or the new one, whole.
         replace_file(path, "\n".join([*kept, line, ""]).encode(), is_private=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--auth-file {path} cannot be written: {_why(error)}") from None

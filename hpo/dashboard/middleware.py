@@ -1,4 +1,4 @@
-"""WSGI middleware of the dashboard."""
+"""WSGI middleware of the dashboard: what requests pass, and what answers are changed on their way back."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 from urllib.parse import urlsplit
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-MAX_CONTOUR_TRIALS = 500
+MAX_CONTOUR_TRIALS = 500  # a contour plot of 5,000 took 34 s and made an answer of 941 MB
 
 
 class ReadOnly:
-    """Lets through only reads, and only those addressed to one of `hosts`: NAME:PORT, or NAME for any port of it.
+    """Middleware that lets through only reads, and only those addressed to one of `hosts`.
 
-    The second rule is against DNS rebinding: a web page elsewhere may point its own name at 127.0.0.1 and so have the
-    browser read our answers, but the browser then sends that name as the Host.
+    An entry of `hosts` is NAME:PORT, or NAME for any port. The second rule is against DNS rebinding: a web page
+    elsewhere may point its own name at 127.0.0.1 and have the browser read the dashboard's answers, but the browser
+    then sends that name as the Host.
     """
 
     def __init__(self, app: WSGIApplication, hosts: Collection[str]) -> None:
@@ -24,9 +25,10 @@ class ReadOnly:
         self.hosts = hosts
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request, or refuse it."""
         host = environ.get("HTTP_HOST", "").lower()
         if host not in self.hosts and re.sub(r":\d+$", "", host) not in self.hosts:
-            # It does not list those that it accepts: whoever asks has not logged in.
+            # Do not list the accepted names: whoever asks has not logged in.
             reason = f"The dashboard answers as the address it printed and as each --allow-host, not as {host!r}."
             return refuse(start_response, "403 Forbidden", reason)
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
@@ -35,31 +37,37 @@ class ReadOnly:
 
 
 class RedirectByPath:
-    """Sends nobody to another scheme: the full address that is given for a redirect says http, behind a TLS proxy too,
-    where the browser would then ask for the password again and send it in the clear."""
+    """Middleware that makes redirects relative, so that they keep the scheme.
+
+    The full address of a redirect says http even behind a TLS proxy. The browser would then ask for the password again
+    and send it in the clear.
+    """
 
     def __init__(self, app: WSGIApplication) -> None:
         self.app = app
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request."""
+
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Callable[[bytes], object]:
-            paths = [
+            relative = [
                 (key, urlsplit(value)._replace(scheme="", netloc="").geturl() if key.lower() == "location" else value)
                 for key, value in headers
             ]
-            return start_response(status, paths, *error)
+            return start_response(status, relative, *error)
 
         return self.app(environ, start)
 
 
 class CapContour:
-    """Refuses the contour plot of a large study: at 5,000 trials it took 34 s and made an answer of 941 MB."""
+    """Middleware that refuses the contour plot of a study with more than MAX_CONTOUR_TRIALS."""
 
     def __init__(self, app: WSGIApplication, num_trials: Callable[[int], int]) -> None:
         self.app = app
         self.num_trials = num_trials
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request, or refuse it."""
         contour = re.fullmatch(r"/api/studies/(\d+)/plot/contour/*", environ["PATH_INFO"])
         if contour and (num_trials := self.num_trials(int(contour[1]))) > MAX_CONTOUR_TRIALS:
             reason = f"The contour plot is drawn for at most {MAX_CONTOUR_TRIALS} trials; this study has {num_trials}."
@@ -68,7 +76,7 @@ class CapContour:
 
 
 def refuse(start_response: StartResponse, status: str, reason: str) -> Iterable[bytes]:
-    """An answer in the shape of optuna-dashboard's own errors, so that its page shows the sentence."""
+    """Answer in the shape of optuna-dashboard's own errors, so that its page shows the reason."""
     body = json.dumps({"reason": reason}).encode()
     headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
     if status.startswith("401"):

@@ -1,7 +1,7 @@
-"""optuna-dashboard for our store: read-only, as its API can delete studies, and behind a login, as it has none.
+"""optuna-dashboard for a store: read-only, because its API can delete studies, and behind a login, as it has none.
 
-Without `--auth-file` it is served on loopback only. The login is HTTP Basic (RFC 7617) against bcrypt hashes in the
-format of Apache's htpasswd; it assumes a TLS proxy in front wherever the network is not trusted.
+Without `--auth-file` it is served on loopback only. The login is HTTP Basic (RFC 7617). It assumes a TLS proxy in front
+wherever the network is not trusted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from wsgiref.types import WSGIApplication
 
 import psutil
 
+from hpo.dashboard.logins import Login, read_logins
+from hpo.dashboard.middleware import CapContour, ReadOnly, RedirectByPath
 from hpo.errors import UserError
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-from hpo.dashboard.logins import Login, read_logins
-from hpo.dashboard.middleware import CapContour, ReadOnly, RedirectByPath
 
 _HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
@@ -37,11 +37,19 @@ def serve_dashboard(
     allow_hosts: Iterable[str] = (),
     ready: Callable[[str], None],
 ) -> None:
-    """Serves the dashboard until Ctrl-C; `ready` is called with its URL once it listens. Port 0 takes any free port.
+    """Serve the dashboard until Ctrl-C.
 
-    With an `auth_file` nothing is shown without a login, on loopback too. `allow_hosts` are names, with any port, that
-    the dashboard is reached by from elsewhere. Raises UserError for an address or a name beyond loopback without an
-    `auth_file`, for one that holds anything but bcrypt hashes, and for a host or a port that cannot be had.
+    Args:
+        storage: The storage of the studies.
+        host: The address or name to listen at.
+        port: The port to listen at; 0 takes any free port.
+        auth_file: The file of logins. With it, nothing is shown without a login, on loopback either.
+        allow_hosts: Names, with any port, by which the dashboard is reached from elsewhere.
+        ready: Called with the dashboard's URL once it listens.
+
+    Raises:
+        UserError: The host is not loopback, or a name is allowed, without an `auth_file`; that file holds anything but
+            bcrypt hashes; or the host or the port cannot be had.
     """
     import optuna_dashboard  # type: ignore[import-untyped, unused-ignore]
     import waitress  # type: ignore[import-untyped, unused-ignore]
@@ -57,13 +65,13 @@ def serve_dashboard(
             app = Login(app, logins)
         own = ["127.0.0.1", "localhost", "::1", host]
         shown = host
-        if _is_unspecified(host):  # it is no address to go to
+        if _is_unspecified(host):  # no browser can open it
             shown = "::1" if ":" in host else "127.0.0.1"
             if not names:
                 shown = socket.gethostname()
                 own += _names_of_this_machine()
         hosts = {*names, *(_host_and_port(name, port) for name in own)}
-        if port == 80:  # which browsers leave out
+        if port == 80:  # browsers leave it out
             hosts |= {_bracketed(name) for name in own}
         server = waitress.create_server(ReadOnly(app, hosts), sockets=[listener], threads=8)
         ready(f"http://{_host_and_port(shown, port)}/")
@@ -79,7 +87,7 @@ def _listen(host: str, port: int, *, has_login: bool) -> socket.socket:
     if not 0 <= port <= 65535:
         raise UserError(f"--port must be from 0 (any free port) to 65535; got {port}")
     try:
-        socket.getaddrinfo(host, port)  # create_server would make an OSError without a reason of it
+        socket.getaddrinfo(host, port)  # create_server would raise an OSError without a reason
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
         if not isinstance(error, OSError) or isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
@@ -97,7 +105,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_unspecified(host: str) -> bool:
-    """Whether it stands for every address of this machine."""
+    """Return whether the host stands for every address of this machine."""
     try:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:
@@ -106,12 +114,12 @@ def _is_unspecified(host: str) -> bool:
 
 def _names_of_this_machine() -> list[str]:
     families = (socket.AF_INET, socket.AF_INET6)
-    found = [entry for entries in psutil.net_if_addrs().values() for entry in entries if entry.family in families]
-    return [socket.gethostname(), socket.getfqdn(), *(entry.address.partition("%")[0] for entry in found)]
+    entries = [entry for entries in psutil.net_if_addrs().values() for entry in entries if entry.family in families]
+    return [socket.gethostname(), socket.getfqdn(), *(entry.address.partition("%")[0] for entry in entries)]
 
 
 def _host_name(name: str) -> str:
-    """The name as the Host header has it, without a port."""
+    """Return the name as the Host header has it, without a port."""
     try:
         return _bracketed(str(ipaddress.ip_address(name.strip("[]"))))
     except ValueError:

@@ -17,11 +17,16 @@ from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfi
 if TYPE_CHECKING:
     from hpo.train.lr_ramp import RangeTest
 
-MESSAGE_PREFIX = "hpo range test: "  # begins a line that is ours: a user's module may print, too
+MESSAGE_PREFIX = "hpo range test: "  # begins each line that is a message: a user's module may print, too
 
 
 def range_test_in_subprocess(config: TrialConfig, device: Device, *, progress: Callable[[int, int], None]) -> RangeTest:
-    """Raises UserError for what `run_range_test` does, and StudyStopped where the process dies of something else."""
+    """Run a range test in a process of its own on this device.
+
+    Raises:
+        UserError: As `run_range_test` does.
+        StudyStopped: The process died of anything else.
+    """
     from hpo.train.lr_ramp import RangeTest
 
     task = {"config": asdict(config), "device": torch_device(device), "path": sys.path}
@@ -38,19 +43,20 @@ def range_test_in_subprocess(config: TrialConfig, device: Device, *, progress: C
             process.stdin.write(json.dumps(task))
             process.stdin.close()
             for line in process.stdout:
-                said = json.loads(line.removeprefix(MESSAGE_PREFIX)) if line.startswith(MESSAGE_PREFIX) else {}
-                if "done" in said:
-                    progress(said["done"], said["of"])
-                elif "error" in said:
-                    raise UserError(said["error"])
-                elif "found" in said:
-                    return RangeTest(**said["found"])
+                message = json.loads(line.removeprefix(MESSAGE_PREFIX)) if line.startswith(MESSAGE_PREFIX) else {}
+                if "done" in message:
+                    progress(message["done"], message["of"])
+                elif "error" in message:
+                    raise UserError(message["error"])
+                elif "found" in message:
+                    return RangeTest(**message["found"])
         finally:
             process.kill()
     raise StudyStopped(f"the range test's process on {device.name} died with exit code {process.returncode}")
 
 
-def main() -> None:
+def run_task() -> None:
+    """Run the range test that standard input describes, and send progress and result to standard output."""
     task = json.loads(sys.stdin.read())
     sys.path[:] = task["path"]
     from hpo.train.lr_ramp import run_range_test
@@ -63,16 +69,16 @@ def main() -> None:
         seed=sections["seed"],
     )
     try:
-        found = run_range_test(config, device=task["device"], progress=lambda done, of: _send({"done": done, "of": of}))
+        test = run_range_test(config, device=task["device"], progress=lambda done, of: _send({"done": done, "of": of}))
     except UserError as error:
         _send({"error": str(error)})
     else:
-        _send({"found": asdict(found)})
+        _send({"found": asdict(test)})
 
 
-def _send(what: dict[str, object]) -> None:
-    print(f"\n{MESSAGE_PREFIX}{json.dumps(what)}", flush=True)
+def _send(message: dict[str, object]) -> None:
+    print(f"\n{MESSAGE_PREFIX}{json.dumps(message)}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_task()

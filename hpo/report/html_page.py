@@ -108,21 +108,21 @@ def _key_numbers(report: StudyReport) -> list[KeyNumber]:
         KeyNumber(f"{CONFIDENCE:.0%} interval", interval, "holds the best learning rate"),
     ]
     if best.confirmation is None:
-        numbers.append(_expected_value(study, response))
+        numbers.append(_expected_number(study, response))
     else:
-        numbers += _confirmed_values(study, best.confirmation)
+        numbers += _confirmed_numbers(study, best.confirmation)
     if response.divergence_lr is not None:
         lr, interval = rate_text(response.divergence_lr.lr), interval_text(response.divergence_lr.interval)
         numbers.append(KeyNumber("half diverge at", lr, interval))
     return numbers
 
 
-def _expected_value(study: StudyRecord, response: Response) -> KeyNumber:
+def _expected_number(study: StudyRecord, response: Response) -> KeyNumber:
     doubt = f"give or take {value_text(response.noise, study)}"
     return KeyNumber(f"expected {study.spec.metric}", value_text(response.value, study), doubt)
 
 
-def _confirmed_values(study: StudyRecord, confirmation: Confirmation) -> list[KeyNumber]:
+def _confirmed_numbers(study: StudyRecord, confirmation: Confirmation) -> list[KeyNumber]:
     error = confirmation.standard_error
     seeds = len(confirmation.winner.values)
     doubt = f"± {value_text(error, study)}, {seeds} fresh seeds" if error is not None else ""

@@ -68,21 +68,21 @@ def make_report(
 # The table of trials
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """A cell of the table: the text that is shown, and the key that its column is sorted by."""
 
     text: str
     key: Any
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A trial and its cells, one for each column."""
 
     trial: TrialRecord
-    cells: list[Cell]
+    cells: list[TableCell]
 
 
-def trial_table(report: StudyReport) -> tuple[list[str], list[Row]]:
+def trial_table(report: StudyReport) -> tuple[list[str], list[TableRow]]:
     """Return the names of the columns and a row for each trial.
 
     If there are more than MAX_LISTED_TRIALS, the best ones come first.
@@ -95,29 +95,29 @@ def trial_table(report: StudyReport) -> tuple[list[str], list[Row]]:
         trials.sort(key=lambda trial: (trial.value is None, sign * (trial.value or 0)))
     columns = ["trial", "state", "kind", *keys, study.spec.metric]
     columns += ["epochs", "train_loss", "attempt", "seconds", "device", "why it ended"]
-    return columns, [Row(trial, [_rounded(cell) for cell in _cells(study, trial, keys)]) for trial in trials]
+    return columns, [TableRow(trial, [_rounded(cell) for cell in _cells(study, trial, keys)]) for trial in trials]
 
 
-def _cells(study: StudyRecord, trial: TrialRecord, keys: Sequence[str]) -> Iterator[Cell]:
+def _cells(study: StudyRecord, trial: TrialRecord, keys: Sequence[str]) -> Iterator[TableCell]:
     losses = [loss for loss in trial.curves.get("train_loss", ()) if loss is not None]
     seconds = trial.ended - trial.started if trial.ended and trial.started else None
     machine, reason = _machine(trial.attributes), trial.reason or ""
-    yield Cell(str(trial.number), trial.number)
-    yield Cell(trial.state, trial.state)
-    yield Cell(trial.kind, trial.kind)
+    yield TableCell(str(trial.number), trial.number)
+    yield TableCell(trial.state, trial.state)
+    yield TableCell(trial.kind, trial.kind)
     for key in keys:
-        yield Cell(cell_text(trial.params.get(key)), trial.params.get(key, ""))
-    yield Cell("" if trial.value is None else value_text(trial.value, study), trial.value)
-    yield Cell(str(len(trial.epochs)), len(trial.epochs))
-    yield Cell(f"{losses[-1]:.4g}" if losses else "", losses[-1] if losses else None)
-    yield Cell(str(trial.attempt), trial.attempt)
-    yield Cell("" if seconds is None else f"{seconds:.1f}", seconds)
-    yield Cell(machine, machine)
-    yield Cell(reason, reason)
+        yield TableCell(cell_text(trial.params.get(key)), trial.params.get(key, ""))
+    yield TableCell("" if trial.value is None else value_text(trial.value, study), trial.value)
+    yield TableCell(str(len(trial.epochs)), len(trial.epochs))
+    yield TableCell(f"{losses[-1]:.4g}" if losses else "", losses[-1] if losses else None)
+    yield TableCell(str(trial.attempt), trial.attempt)
+    yield TableCell("" if seconds is None else f"{seconds:.1f}", seconds)
+    yield TableCell(machine, machine)
+    yield TableCell(reason, reason)
 
 
-def _rounded(cell: Cell) -> Cell:
-    return Cell(cell.text, round_digits(cell.key, 6)) if isinstance(cell.key, float) else cell
+def _rounded(cell: TableCell) -> TableCell:
+    return TableCell(cell.text, round_digits(cell.key, 6)) if isinstance(cell.key, float) else cell
 
 
 # How it was made
