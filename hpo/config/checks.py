@@ -49,6 +49,17 @@ def check_name(name: str) -> None:
         raise UserError(f"name must be letters, digits, '.', '_' and '-', at most 100; got {name!r}")
 
 
+def joined_options(section: str, extra: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the options of [model] or [data]: the keys that are no fields, and those of the table `options`."""
+    options = extra.get("options", {})
+    if not isinstance(options, dict):
+        raise UserError(f"{section}.options must be a table, got {options!r}")
+    for key in options:
+        if key in {*names, "options"}:
+            raise UserError(f"{section}.options cannot have the key {key!r}, which is one of [{section}]'s own")
+    return options | {key: value for key, value in extra.items() if key != "options"}
+
+
 # --- [search] ---
 
 

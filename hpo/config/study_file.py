@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import UserError
+from hpo.errors import UserError, one_line
 
 
 def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -86,5 +86,5 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         settings = settings.setdefault(key, {})
         if not isinstance(settings, dict):
-            raise UserError(f"--set {override}: {key} is not a section")
+            raise UserError(one_line(f"--set {override}: {key} is not a section"))
     settings[keys[-1]] = value

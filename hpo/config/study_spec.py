@@ -29,7 +29,7 @@ from hpo.config.sections import (
     ObjectiveSpec,
 )
 from hpo.config.trial_settings import CONFIGS, extreme_points, unread_keys, with_values
-from hpo.errors import UserError, check_keys
+from hpo.errors import UserError, check_keys, one_line
 from hpo.search.config import PrunerSpec, SearchSpec, Section
 from hpo.search.space import Scalar
 from hpo.train.config import TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
@@ -126,7 +126,12 @@ class StudySpec(Section):
             # JSON mode lets pydantic be strict about numbers and text and still take a list for a sequence.
             return cls.model_validate_json(json.dumps(settings, default=str), strict=True)
         except UserError as error:
-            raise UserError(f"{error} ({source})" if source else str(error)) from None
+            message = one_line(str(error))
+        except (ValidationError, RecursionError):  # the settings are not even JSON that pydantic reads
+            message = "the settings are nested too deeply"
+        except ValueError as error:  # an integer of thousands of digits
+            message = f"the settings cannot be read: {error}"
+        raise UserError(f"{message} ({source})" if source else message)
 
     @property
     def num_trials(self) -> int:
@@ -251,8 +256,8 @@ class StudySpec(Section):
             names = {field.name for field in dataclasses.fields(config)} - {"options"}
             extra = {key: value for key, value in given.items() if key not in names}
             if section == "model" or (section == "data" and ":" in str(given.get("name", ""))):
-                options = extra.pop("options", {}) | extra
-                settings[section] = {key: value for key, value in given.items() if key in names} | {"options": options}
+                fields = {key: value for key, value in given.items() if key in names}
+                settings[section] = fields | {"options": checks.joined_options(section, extra, names)}
             else:
                 check_keys(section, given, names)
         for section, spec in SECTIONS.items():

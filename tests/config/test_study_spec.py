@@ -33,6 +33,15 @@ def _overridden(settings: dict[str, Any], overrides: tuple[str, ...]) -> dict[st
 
 MISTAKES = {
     # what is added to, or set in, the minimal file: what the message must say
+    "[model]\noptions = 3": ["model.options must be a table, got 3"],
+    "[model]\noptions.name = 'x'": ["model.options cannot have the key 'name', which is one of [model]'s own"],
+    '[training]\n"ep\\noch" = 3': ["unknown key training.ep\\noch", "did you mean 'epochs'"],
+    "[engine]\nlanes = 'all'": ["engine.lanes must be 'auto' or an integer between 1 and 1024, got 'all'"],
+    "[checkpoints]\nurl = 'x'": ["checkpoints.url must be an absolute folder or a URL such as", "got 'x'"],
+    "[data]\ncrop = 65": ["data.crop must be between 0 and 64, got 65"],
+    "[data]\nimage_size = 4097": ["data.image_size must be between 8 and 4096, got 4097"],
+    "[confirm]\nseeds = 1": ["confirm.seeds must be between 2 and 1,000, got 1"],
+    "[pruner]\nname = 'threshold'\nlower = inf": ["pruner.lower must be a finite number, got inf"],
     "[search]\nsmapler = 'tpe'": ["unknown key search.smapler", "did you mean 'sampler'"],
     "[training]\nepoch = 3": ["unknown key training.epoch", "epochs"],
     "[data]\nroots = 'x'": ["unknown key data.roots", "root"],
@@ -108,6 +117,11 @@ SPACES = {
     "lr = { low = 0.0, high = 0.1, log = true }": ["search.space.lr.low must be > 0 on a log scale, got 0.0"],
     "lr = { low = -1e-3, high = 0.1, log = true }": ["search.space.lr.low must be > 0 on a log scale, got -0.001"],
     "lr = { low = 0.0, high = 0.1 }": ["search.space.lr must be greater than 0, got 0.0"],
+    f"lr = {{ low = 0.1, high = 1{'0' * 400} }}": ["search.space.lr.high must be a finite number, got 1000"],
+    "lr = { low = 1e-3, high = 1.0, step = 1e-320 }": ["search.space.lr.step must not be so small", "1e-320"],
+    "weight_decay = { low = -1e308, high = 1e308 }": ["search.space.weight_decay.high - search.space.weight_decay.low"],
+    "lr = [0.1]\n'x[0]' = [1]": ["search.space: each key must be without '[', got 'x[0]'"],
+    "optimizer = ['adam']\nlr.by.optimizer = {}": ["search.space.lr.by must name one other parameter and its cases"],
     "lr = { low = 0.1, high = 0.1 }": ["search.space.lr.low must be less than search.space.lr.high", "0.1"],
     "lr = { low = 0.1, high = 1e-3 }": ["search.space.lr.low must be less than search.space.lr.high", "low = 0.1"],
     "lr = { low = 0.1 }": ["search.space.lr must have both low and high"],
@@ -282,8 +296,12 @@ def test_a_grid_with_cases_has_each_case_for_its_own_value_only() -> None:
         """
     )
     assert [(p["optimizer"], p["lr"]) for p in spec.search.grid] == [
-        ("adam", 1e-3), ("adam", 1e-4), ("sgd", 0.1), ("sgd", 0.316228), ("sgd", 1.0),
-    ]  # fmt: skip
+        ("adam", 1e-3),
+        ("adam", 1e-4),
+        ("sgd", 0.1),
+        ("sgd", 0.316228),
+        ("sgd", 1.0),
+    ]
 
 
 def test_integer_ranges_make_integers() -> None:
