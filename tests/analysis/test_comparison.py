@@ -201,7 +201,7 @@ training.seed = 3
 def test_hpo_run_runs_them_all_and_compares_them(hpo: Hpo) -> None:
     (hpo.folder / "loop.py").write_text(LOOP)
     write(hpo.folder, LOOPS)
-    exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu")
+    exit_code, output = hpo.here("run", "study.toml", "--devices", "cpu", "--in-process")
     assert exit_code == 0, output
     assert "l-seed has its best learning rate at" in output
     exit_code, again = hpo.here("compare", "l", "l-seed")

@@ -185,6 +185,7 @@ def test_joining_with_other_settings_is_refused_with_the_difference(hpo: Hpo, ra
     assert "training.batch_size: 50 in the study, 20 here" in result.stderr
 
 
+@pytest.mark.slow
 def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: Result) -> None:
     assert hpo.quick("resume", "tiny", "--trials", "9").returncode == 2
     sampled = [

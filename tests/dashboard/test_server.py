@@ -30,6 +30,7 @@ from hpo.errors import UserError
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request
 from tests.dashboard.examples import SECRET, basic, unreachable
+from tests.rows import slow_except
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org", ""])
@@ -192,7 +193,7 @@ def test_a_request_by_a_foreign_name_is_refused(url: str) -> None:
     assert refused.value.code == 403
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
+@pytest.mark.parametrize("host", slow_except(["localhost", "127.0.0.2", "::1"], "localhost"))
 def test_every_loopback_address_can_be_listened_on(study: Study, host: str) -> None:
     if host == "::1" and not has_ipv6():
         pytest.skip("there is no IPv6 here")
