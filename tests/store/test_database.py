@@ -1,0 +1,152 @@
+"""Opening a database, and what others see of a transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from hpo.errors import UserError
+from hpo.store import database, schema
+from hpo.store.ledger import LEASE_S
+from hpo.store.retry import StoreFailed, is_outage
+from hpo.store.store import Store
+from tests.store.helpers import MakeSpec, begin, claim, only_postgres, only_sqlite, report, slow_on_postgres, url_of
+
+
+@slow_on_postgres
+def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 30, "sampler": "tpe"}, pruner={"name": "median"}))
+
+    def work() -> None:
+        writer = Store(url_of(store))
+        while (claimed := writer.trials.claim(study, worker)) is not None:
+            value = writer.trials.suggest(claimed, study.spec, attributes=lambda _: {})["lr"]
+            report(writer, claimed, value / 2, value)
+            writer.trials.finish(claimed, "complete", reason="")
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        theirs = optuna.load_study(study_name="s", storage=url_of(store))
+        for t in theirs.get_trials(states=(TrialState.COMPLETE,)):
+            assert t.value == t.params["lr"] == t.intermediate_values[2]
+        numbers = [t.number for t in theirs.trials]
+        assert numbers == list(range(len(numbers)))
+    theirs = optuna.load_study(study_name="s", storage=url_of(store))
+    assert theirs.metric_names == ["val_accuracy"]
+    assert Counter(t.state for t in theirs.trials) == {TrialState.COMPLETE: 30}
+
+
+@pytest.mark.parametrize("name", ["hpo.db", "a b.db", "{x} #é.db"])
+def test_any_file_name_will_do(tmp_path: Path, make_spec: MakeSpec, name: str) -> None:
+    store = Store(f"sqlite:///{tmp_path}/{name}", create=True)
+    study, worker = begin(store, make_spec(0.1))
+    claim(store, study, worker)
+    assert (tmp_path / name).exists()
+    assert store.folder(store.studies.get("s")).parent == tmp_path / "hpo_files"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("postgres", "must be a URL"),
+        ("mysql://user:secret@host/db", "must be an SQLite or Postgres URL .*got mysql://user:\\*\\*\\*@host/db"),
+        ("postgresql://user:secret@host/db", r"must name the driver, as postgresql\+psycopg:.*user:\*\*\*@host/db"),
+        ("postgresql+psycopg2://host/db", "must name the driver"),
+        ("postgresql+psycopg://user@host", "must name a database"),
+        ("postgresql+psycopg://host/db?password=secret", "must not hold a password in its query"),
+        ("sqlite://", "must name a file"),
+        ("sqlite:///:memory:", "must name a file"),
+    ],
+)
+def test_what_is_no_url_of_a_store_is_refused(given: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Store(given)
+
+
+@pytest.mark.parametrize("form", ["sqlite:///{}/hpo.db", "sqlite:///file:{}/hpo.db?uri=true"])
+def test_a_store_that_is_absent_is_not_made_by_reading(tmp_path: Path, form: str) -> None:
+    with pytest.raises(UserError, match=r"there is no store at .*hpo.db; `hpo run` makes one"):
+        Store(form.format(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"the folder {tmp_path}/absent does not exist"):
+        Store(f"sqlite:///{tmp_path}/absent/hpo.db", create=True)
+
+
+@pytest.mark.parametrize("create", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a database, but long enough to be looked at" * 10, "cannot be opened.* it is not a database"),
+        (None, "is no store of ours nor of Optuna's; its tables: people"),
+        ("newer", "has schema version 99, and this hpo knows up to 3: upgrade hpo"),
+        ("directory", "cannot be opened"),
+    ],
+)
+def test_a_database_that_is_not_ours_is_refused_and_not_written_to(
+    tmp_path: Path, create: bool, content: bytes | str | None, message: str
+) -> None:
+    path = tmp_path / "hpo.db"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "directory":
+        path.mkdir()
+    elif content == "newer":
+        Store(f"sqlite:///{path}", create=True)
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE hpo_meta SET value = '99'")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    else:
+        with sqlite3.connect(path) as connection:
+            connection.execute("CREATE TABLE people (name)")
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(UserError, match=message):
+        Store(f"sqlite:///{path}", create=create)
+    assert (path.read_bytes() if path.is_file() else None) == before
+
+
+@only_sqlite
+def test_a_store_that_another_process_has_locked_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "OPEN_TIMEOUT_S", 0.1)
+    connection = sqlite3.connect(store.url.database or "")
+    connection.execute("BEGIN IMMEDIATE")
+    with pytest.raises(UserError, match="cannot be opened for writing: it is locked by another process"):
+        Store(url_of(store), create=True)
+    assert Store(url_of(store)).studies.get_all() == []  # a writer does not keep readers out
+    connection.close()
+
+
+def test_times_are_the_databases(store: Store) -> None:
+    with store.storage.engine.connect() as connection:
+        query = "strftime('%s', 'now')" if connection.dialect.name == "sqlite" else "extract(epoch from now())"
+        expected = float(connection.exec_driver_sql(f"SELECT {query}").scalar_one())
+        assert store.database.now(connection) == pytest.approx(expected, abs=LEASE_S / 10)
+
+
+@only_postgres
+def test_a_client_that_stops_in_the_middle_of_a_transaction_blocks_nobody_for_long(
+    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    monkeypatch.setattr(database, "ABANDONED_S", 1)
+    stopped = Store(url_of(store))
+    transaction = stopped.database.transaction()
+    connection = transaction.__enter__()
+    connection.execute(sa.select(schema.studies_table).with_for_update())
+    assert store.trials.claim(study, worker) is not None  # waits until the server has ended the other one
+    with pytest.raises(sa.exc.DBAPIError, match="idle-in-transaction") as ended:
+        connection.execute(sa.select(schema.studies_table))
+    assert is_outage(ended.value)
+    with pytest.raises(StoreFailed):
+        transaction.__exit__(None, None, None)

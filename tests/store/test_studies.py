@@ -1,0 +1,102 @@
+"""Studies: created, joined, enlarged, stopped and started."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from hpo.errors import UserError
+from hpo.store import schema
+from hpo.store.store import Store
+from tests.rows import slow_except
+from tests.store.helpers import MakeSpec, begin, claim, everything, report, url_of
+
+
+def test_a_created_study_is_read_back_with_its_spec_and_facts(store: Store, make_spec: MakeSpec) -> None:
+    spec = make_spec(0.1, 0.2, pruner={"name": "median"})
+    store.studies.create(spec, metadata={"num_val": 7})
+    study = Store(url_of(store)).studies.get("s")
+    assert (study.spec, study.metadata["num_val"], study.stop) == (spec, 7, None)
+    assert store.trials.counts(study.study_id) == {"waiting": 2}
+
+
+def test_joining_the_same_spec_gives_the_same_study_and_changes_no_slot(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    claim(store, study, worker)
+    assert store.studies.create(make_spec(0.1, 0.2), metadata={}).study_id == study.study_id
+    assert store.trials.counts(study.study_id) == {"running": 1, "waiting": 1}
+
+
+def test_joining_with_other_settings_is_refused_with_each_difference_and_nothing_written(
+    store: Store, make_spec: MakeSpec
+) -> None:
+    store.studies.create(make_spec(0.1, 0.2), metadata={})
+    before = everything(store)
+    with pytest.raises(UserError, match=r"training\.epochs: 3 in the study, 5 here") as refusal:
+        store.studies.create(make_spec(0.1, 0.2, epochs=5, pruner={"name": "asha"}), metadata={})
+    assert "pruner.name: 'none' in the study, 'asha' here" in str(refusal.value)
+    assert everything(store) == before
+
+
+def test_an_unknown_study_is_refused_with_the_names_of_the_others(store: Store, make_spec: MakeSpec) -> None:
+    for name in ("b", "a"):
+        store.studies.create(make_spec(0.1, name=name), metadata={})
+    with pytest.raises(UserError, match=r"no study 'c' in .*; there are: a, b$"):
+        store.studies.get("c")
+    assert sorted(study.name for study in store.studies.get_all()) == ["a", "b"]
+
+
+def test_enlarging_adds_waiting_slots_and_keeps_what_was_trained(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 2}))
+    done = claim(store, study, worker)
+    report(store, done, 0.5)
+    store.trials.finish(done, "complete", reason="")
+    store.studies.enlarge(study, 4)
+    study = store.studies.get("s")
+    assert study.spec.num_trials == 4
+    assert [t.state for t in store.trials.get_all(study)] == ["complete", "waiting", "waiting", "waiting"]
+    with pytest.raises(UserError, match=r"at least 4.* got 3"):
+        store.studies.enlarge(study, 3)
+    grid = store.studies.create(make_spec(0.1, name="grid"), metadata={})
+    with pytest.raises(UserError, match="cannot enlarge a grid"):
+        store.studies.enlarge(grid, 4)
+
+
+def test_a_stopped_study_gives_no_slot_until_it_is_started_again(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    held = claim(store, study, worker)
+    store.studies.request_stop(study)
+    assert store.studies.is_stopping(study.study_id)
+    assert store.trials.claim(study, worker) is None
+    report(store, held, 0.5)  # who holds a slot may still end it
+    store.trials.finish(held, "complete", reason="")
+    store.studies.start(study)
+    assert not store.studies.is_stopping(study.study_id)
+    assert store.trials.claim(study, worker) is not None
+
+
+def test_several_may_enlarge_a_study_at_once(store: Store, make_spec: MakeSpec) -> None:
+    study, _ = begin(store, make_spec(search={"trials": 2}))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: Store(url_of(store)).studies.enlarge(study, 9), range(4)))
+    assert store.trials.counts(study.study_id) == {"waiting": 9}
+    assert store.studies.get("s").spec.num_trials == 9
+
+
+@pytest.mark.parametrize("column", ["spec", "metadata"])
+@pytest.mark.parametrize("content", slow_except(["{broken", "[1]", "{}"], "{broken"))
+def test_one_damaged_study_does_not_keep_anybody_from_the_others(
+    store: Store, make_spec: MakeSpec, column: str, content: str
+) -> None:
+    store.studies.create(make_spec(0.1, name="good"), metadata={})
+    bad = store.studies.create(make_spec(0.1, name="bad"), metadata={})
+    with store.storage.engine.begin() as connection:
+        connection.execute(
+            schema.studies_table.update().where(schema.studies_table.c.study_id == bad.study_id), {column: content}
+        )
+    assert [study.name for study in store.studies.get_all()] == ["good"]
+    (damage,) = store.studies.damages()
+    assert "study 'bad'" in damage
+    with pytest.raises(UserError, match="study 'bad'"):
+        store.studies.get("bad")

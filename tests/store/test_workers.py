@@ -1,0 +1,138 @@
+"""Workers that are gone: their slots are freed, and their crashes counted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from optuna.trial import TrialState
+
+from hpo.store import schema
+from hpo.store.ledger import MAX_TRIAL_CRASHES
+from hpo.store.store import Store
+from hpo.system import processes as liveness
+from tests.store.helpers import (
+    LONG_AGO,
+    Change,
+    MakeSpec,
+    begin,
+    claim,
+    end_worker_process,
+    expire,
+    move_elsewhere,
+    only_postgres,
+    optuna_trials,
+    report,
+    trial,
+    url_of,
+)
+
+
+def test_the_slot_of_a_dead_process_of_this_machine_is_freed_at_once(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    lost = claim(store, study, worker)
+    kept = claim(store, study, store.workers.add(study.study_id, device="cpu"))
+    assert store.workers.reap(study) == 0
+    end_worker_process(store, worker, change)
+    assert [row.alive for row in store.workers.get_all(study)] == [False, True]
+    assert store.workers.reap(study) == 1
+    assert [row.worker_id for row in store.workers.get_all(study)] == [kept.worker_id]
+    assert [(t.number, t.state) for t in store.trials.get_all(study)] == [
+        (lost.number, "waiting"),
+        (kept.number, "running"),
+    ]
+
+
+def test_the_slot_of_a_worker_elsewhere_is_freed_when_its_lease_runs_out(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+    move_elsewhere(store, worker, change)
+    end_worker_process(store, worker, change)  # a pid of another machine says nothing here
+    assert store.workers.reap(study) == 0
+    change(store, schema.workers_table.update().values(seen_at=LONG_AGO))
+    report(store, held, 0.5)  # it reports, so its lease is fresh whatever its heartbeat does
+    assert store.workers.reap(study) == 0
+    expire(store, held, change)
+    assert store.workers.reap(study) == 1
+    assert [row.alive for row in store.workers.get_all(study)] == [False]
+
+
+def test_a_worker_elsewhere_that_was_given_up_works_on_when_it_comes_back(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    lost = claim(store, study, worker)
+    move_elsewhere(store, worker, change)
+    expire(store, lost, change)
+    change(store, schema.workers_table.update().values(seen_at=LONG_AGO))
+    assert store.workers.reap(study) == 1
+    again = claim(store, study, worker)
+    assert store.workers.reap(study) == 0
+    store.workers.renew([again], worker)
+    assert store.workers.reap(study) == 0
+    assert [row.alive for row in store.workers.get_all(study)] == [True]
+
+
+def test_a_worker_that_left_without_its_slot_does_not_keep_it(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    claim(store, study, worker)
+    store.workers.remove(worker)
+    assert store.workers.reap(study) == 1
+
+
+def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    for attempt in range(1, MAX_TRIAL_CRASHES + 1):
+        lost = claim(store, study, worker)
+        assert (lost.number, lost.attempt) == (0, attempt)
+        expire(store, lost, change)
+        assert store.workers.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"}) == 1
+    ended = trial(store, study)
+    assert (ended.state, ended.reason) == ("failed", f"its worker died {MAX_TRIAL_CRASHES} times")
+    assert optuna_trials(store)[0].state is TrialState.FAIL
+    assert claim(store, study, worker).number == 1
+
+
+def test_deaths_that_no_supervisor_saw_do_not_count(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    """Power cuts, and kills of everything at once, are no fault of the trial."""
+    study, worker = begin(store, make_spec(0.1))
+    for _ in range(2 * MAX_TRIAL_CRASHES):
+        expire(store, claim(store, study, worker), change)
+        assert store.workers.reap(study, dead={(liveness.machine_id(), os.getpid() + 1): "crashed"}) == 1
+    assert trial(store, study).state == "waiting"
+
+
+def test_three_trials_that_kill_their_workers_stop_the_study(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2, 0.3, 0.4))
+    for _ in range(3 * MAX_TRIAL_CRASHES):
+        expire(store, claim(store, study, worker), change)
+        store.workers.reap(study, dead={(liveness.machine_id(), os.getpid()): "crashed"})
+    stopped = store.studies.get("s")
+    assert stopped.stop == "failure"
+    assert "3 trials failed the same way" in str(stopped.stop_reason)
+    assert store.trials.claim(study, worker) is None
+
+
+def test_a_process_is_told_from_a_later_one_of_the_same_pid_whatever_the_clock_does() -> None:
+    started = liveness.process_start_s()
+    assert liveness.is_running(os.getpid(), started=started)
+    assert not liveness.is_running(os.getpid(), started=started - 60)
+    # Counted from the boot of the machine: a clock that is set would shift every time of day.
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0]) if Path("/proc/uptime").exists() else started
+    assert 0 <= started <= uptime_s
+
+
+@only_postgres
+def test_a_slot_that_is_being_reported_on_is_not_freed(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    """Its lease may have run out while the worker waited for the database."""
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+    expire(store, held, change)
+    with store.storage.engine.begin() as reporting:
+        reporting.execute(schema.slots_table.update().values(last_epoch=1))
+        assert Store(url_of(store)).workers.reap(study) == 0
+    assert store.workers.reap(study) == 1
