@@ -102,7 +102,7 @@ def no_driver(nvml: FakeNVML) -> FakeNVML:
 
 
 def stranger() -> int:
-    """The pid of a process that is neither ours nor an ancestor: no process has one this high."""
+    """Return the pid of a process that is neither ours nor an ancestor: no process has one this high."""
     return 2**31 - 1
 
 

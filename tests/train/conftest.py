@@ -1,4 +1,4 @@
-"""Real pictures for the tests of hpo.train, and torch held to one thread."""
+"""Real images for the tests of hpo.train, and torch held to one thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads wait for each other longer than such small networks take; a test of two sets two."""
+    """Use one thread: threads wait for each other longer than such small networks take. A test of two sets two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,7 +22,7 @@ def one_thread() -> Iterator[None]:
 
 
 def real_data(name: str) -> Path:
-    """A file or folder of $HPO_DATA; skips the test where it is not there."""
+    """Return a file or folder of $HPO_DATA; skip the test where it does not exist."""
     root = os.environ.get("HPO_DATA")
     if not root:
         pytest.skip("HPO_DATA is not set: no real data sets")
@@ -39,13 +39,13 @@ def mnist_root() -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10_root() -> Path:
-    """CIFAR-10 as a folder of pictures, unpacked once outside the tree; the rename makes a torn unpacking invisible."""
+    """Unpack CIFAR-10 as a folder of images, once and outside the tree; the rename hides an unpacking that is torn."""
     archive = real_data("cifar10-images.tar.xz")
     unpacked = Path(tempfile.gettempdir()) / "hpo-test-data" / "cifar10"
     if not unpacked.is_dir():
         unpacked.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=unpacked.parent) as temporary, tarfile.open(archive) as pictures:
-            pictures.extractall(Path(temporary) / "cifar10", filter="data")
+        with tempfile.TemporaryDirectory(dir=unpacked.parent) as temporary, tarfile.open(archive) as images:
+            images.extractall(Path(temporary) / "cifar10", filter="data")
             try:
                 (Path(temporary) / "cifar10").rename(unpacked)
             except OSError:  # another test run was first

@@ -28,13 +28,19 @@ from hpo.errors import UserError
 from hpo.train.checkpoint import (
     ABANDONED_TEMPORARY_S,
     MAGIC,
-    TRIAL_NEUTRAL_KEYS,
     Checkpoint,
     CheckpointFolder,
     config_digest,
     list_folders,
 )
-from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
+from hpo.train.config import (
+    TRIAL_NEUTRAL_KEYS,
+    DataConfig,
+    EpochResult,
+    ModelConfig,
+    TrainingConfig,
+    TrialConfig,
+)
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.protocol import Engine
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
@@ -81,7 +87,7 @@ def assert_same_trial(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def train_on(engine: Engine, config: TrialConfig, checkpoint: Checkpoint | None = None) -> Checkpoint:
-    """The trial after its last epoch, begun or gone on with."""
+    """Return the trial after its last epoch, started or resumed."""
     lane = engine.admit(config, checkpoint)
     for epoch in range(checkpoint.epoch if checkpoint else 0, config.training.epochs):
         [result] = engine.run_epoch()
@@ -92,7 +98,7 @@ def train_on(engine: Engine, config: TrialConfig, checkpoint: Checkpoint | None 
 
 
 def train_and_save(config: TrialConfig, folder: Path) -> Checkpoint:
-    """The uninterrupted trial, which leaves the folder of each epoch as an interruption after it would find it."""
+    """Train without interruption; leave a folder for each epoch as an interruption after it would find it."""
     engine: Engine = PlainEngine(device="cpu")
     lane = engine.admit(config)
     for epoch in range(1, EPOCHS + 1):
@@ -231,9 +237,17 @@ def test_another_process_goes_on_exactly(noisy: TrialConfig, tmp_path: Path) -> 
 
 CONFIG = trial()
 RESULT = EpochResult(
-    lane=0, epoch=0, train_loss=2.0, train_accuracy=0.1, val_loss=math.nan, val_accuracy=0.1, test_accuracy=None,
-    lr=0.1, seconds=1.5, diverged="non-finite loss",
-)  # fmt: skip
+    lane=0,
+    epoch=0,
+    train_loss=2.0,
+    train_accuracy=0.1,
+    val_loss=math.nan,
+    val_accuracy=0.1,
+    test_accuracy=None,
+    lr=0.1,
+    seconds=1.5,
+    diverged="non-finite loss",
+)
 
 
 def fake(epoch: int, *, config: TrialConfig = CONFIG, num_weights: int = 100) -> Checkpoint:
@@ -250,13 +264,13 @@ def path_of(folder: Path, epoch: int) -> Path:
 
 
 def epochs_in(folder: Path) -> list[int]:
-    """The epochs of the files there; every file has to be a checkpoint."""
+    """Return the epochs of the files in a folder; every file has to be a checkpoint."""
     return sorted(int(path.name.removeprefix("epoch-").removesuffix(".ckpt")) for path in folder.iterdir())
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A trial's folder that does not exist yet."""
+    """Return a trial's folder that does not exist yet."""
     return tmp_path / "studies" / "4f1c" / "0007"
 
 
@@ -413,7 +427,7 @@ DAMAGES = [
 def save_elsewhere(
     path: Path, *, identity: dict[str, str | int] = IDENTITY, checkpoint: Checkpoint | None = None
 ) -> None:
-    """Puts a checkpoint in the place of another one."""
+    """Put a checkpoint in the place of another one."""
     checkpoint = checkpoint or fake(3)
     elsewhere = path.parent.with_name("elsewhere")
     CheckpointFolder(str(elsewhere), identity=identity).save(checkpoint)
@@ -601,7 +615,7 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_nothing_else(small_disk: Pat
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an empty bucket of a server that speaks S3, found as users' processes find theirs: by environment."""
+    """Yield the URL of an empty bucket on an S3 server, which the environment names as it does for users."""
     server_class = pytest.importorskip("moto.server").ThreadedMotoServer
     s3fs = pytest.importorskip("s3fs")
     server = server_class(port=0, verbose=False)
@@ -620,8 +634,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_an_object_store_is_like_a_folder(bucket: str) -> None:
-    import s3fs
-
+    s3fs = pytest.importorskip("s3fs")
     one, other, pattern = (CheckpointFolder(f"{bucket}/4f1c/{name}", identity=IDENTITY) for name in ("1", "12", "1*"))
     assert one.load(CONFIG) == (None, [])
     one.remove()
@@ -654,7 +667,7 @@ def test_an_object_store_is_like_a_folder(bucket: str) -> None:
 
 
 def test_an_object_store_that_cannot_be_written_is_an_os_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3fs
+    s3fs = pytest.importorskip("s3fs")
 
     absent = CheckpointFolder(f"{bucket}-of-nobody/1", identity=IDENTITY)
     assert absent.load(CONFIG) == (None, [])

@@ -31,11 +31,11 @@ def make_config(
     return TrialConfig(model=ModelConfig(options={"width": width}), data=data, training=training, seed=seed)
 
 
-DATA_SETS = DatasetCache(device=torch.device("cpu"))
+DATASET_CACHE = DatasetCache(device=torch.device("cpu"))
 
 
 def range_test(config: TrialConfig, **settings: Any) -> RangeTest:
-    return module.run_range_test(config, device="cpu", dataset_cache=DATA_SETS, **settings)
+    return module.run_range_test(config, device="cpu", dataset_cache=DATASET_CACHE, **settings)
 
 
 def made(*knots: tuple[float, float]) -> list[float]:
@@ -63,10 +63,11 @@ def test_a_ramp_that_falls_and_breaks_is_read_as_it_was_made() -> None:
     assert 1e-3 < (found.lowest or 0) < 1e-2
     assert found.breaks == near(1e-2)
     assert found.leaps is None
-    assert found.low == pytest.approx(
-        min(found.breaks / module.DIVERGENCE_OVER_LOW, found.falls / module.FALL_OVER_LOW)
-    )  # type: ignore[operator]
-    assert found.high == pytest.approx(found.breaks * module.HIGH_OVER_DIVERGENCE)  # type: ignore[operator]
+    assert found.breaks is not None
+    assert found.falls is not None
+    lowest = min(found.breaks / module.DIVERGENCE_OVER_LOW, found.falls / module.FALL_OVER_LOW)
+    assert found.low == pytest.approx(lowest)
+    assert found.high == pytest.approx(found.breaks * module.HIGH_OVER_DIVERGENCE)
 
 
 def test_a_loss_that_never_falls_breaks_where_it_rises() -> None:
@@ -120,11 +121,11 @@ def test_a_scale_of_the_loss_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_pictures", "batch_size"), [(45_000, 128), (2_000, 32), (2_000, 2), (1_437, 64), (300, 500)]
+    ("num_images", "batch_size"), [(45_000, 128), (2_000, 32), (2_000, 2), (1_437, 64), (300, 500)]
 )
-def test_a_ramp_takes_less_than_an_epoch(num_pictures: int, batch_size: int) -> None:
-    num_steps, of_ramp = plan_ramp(num_pictures, batch_size=batch_size)
-    assert num_steps * of_ramp <= module.MAX_EPOCH_FRACTION * num_pictures
+def test_a_ramp_takes_less_than_an_epoch(num_images: int, batch_size: int) -> None:
+    num_steps, of_ramp = plan_ramp(num_images, batch_size=batch_size)
+    assert num_steps * of_ramp <= module.MAX_EPOCH_FRACTION * num_images
     assert of_ramp <= batch_size
     assert num_steps <= module.MAX_STEPS
 

@@ -37,7 +37,7 @@ constant = 3
 
 @pytest.fixture
 def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module of the user's in the working directory, which is on no path."""
+    """Write a module of the user's into the working directory, which is on no path, and yield its name."""
     (tmp_path / "own_models_under_test.py").write_text(OWN_MODELS)
     (tmp_path / "own_needs_missing.py").write_text("import a_package_that_is_not_there")
     (tmp_path / "own_syntax_error.py").write_text("def f(:")
@@ -63,12 +63,13 @@ def test_article_cnn_is_the_articles_network() -> None:
         for layer in model
     ]
     relu, pool = nn.ReLU, nn.MaxPool2d
-    assert layers == [
-        (3, 16, 2), relu, (16, 64, 1), relu, pool,
-        (64, 128, 1), relu, (128, 256, 1), relu, pool,
-        (256, 512, 1), relu, (512, 512, 1), relu, pool,
-        (512, 256, 1), relu, nn.Flatten, nn.Linear,
-    ]  # fmt: skip
+    blocks = [
+        [(3, 16, 2), relu, (16, 64, 1), relu, pool],
+        [(64, 128, 1), relu, (128, 256, 1), relu, pool],
+        [(256, 512, 1), relu, (512, 512, 1), relu, pool],
+        [(512, 256, 1), relu, nn.Flatten, nn.Linear],
+    ]
+    assert layers == [layer for block in blocks for layer in block]
     convolutions = [layer for layer in model if isinstance(layer, nn.Conv2d)]
     assert all(layer.kernel_size == (3, 3) and layer.padding == (1, 1) for layer in convolutions)
     assert isinstance(model[-1], nn.Linear)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from hpo.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer, lr_factor
 EPOCHS, STEPS_PER_EPOCH = 12, 7
 NUM_STEPS = EPOCHS * STEPS_PER_EPOCH
 ADAM: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.01}
-BY_HAND: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+BY_HAND: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     "adam": (torch.optim.Adam, ADAM),
     "adamw": (torch.optim.AdamW, ADAM),
@@ -65,8 +66,13 @@ def test_keys_are_those_that_change_the_training(name: str) -> None:
         return train(ours, build_optimizer(ours.parameters(), training, device_type="cpu"), num_steps=8)
 
     changed: dict[str, Any] = {
-        "momentum": 0.9, "nesterov": True, "beta1": 0.5, "beta2": 0.5, "eps": 0.1, "weight_decay": 0.1
-    }  # fmt: skip
+        "momentum": 0.9,
+        "nesterov": True,
+        "beta1": 0.5,
+        "beta2": 0.5,
+        "eps": 0.1,
+        "weight_decay": 0.1,
+    }
     for key, value in changed.items():
         has_effect = not torch.equal(after(plain), after(replace(plain, **{key: value})))
         assert has_effect == (key in OPTIMIZERS[name].keys), key
@@ -91,7 +97,7 @@ def test_wrong_optimizer(training: TrainingConfig, message: str) -> None:
 
 
 def factors(training: TrainingConfig) -> list[float]:
-    """Our factor at every step of the training."""
+    """Return our factor at every step of the training."""
     return [
         lr_factor(training, epoch=step / STEPS_PER_EPOCH, steps_per_epoch=STEPS_PER_EPOCH, val_losses=())
         for step in range(NUM_STEPS)
@@ -99,7 +105,7 @@ def factors(training: TrainingConfig) -> list[float]:
 
 
 def torch_factors(make: Any, *, each_epoch: bool = False) -> list[float]:
-    """The factor at every step that a torch scheduler gives when it is stepped after each step or each epoch."""
+    """Return the factor at every step of a torch scheduler that is stepped after each step or each epoch."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = make(optimizer)
     result = []

@@ -1,4 +1,4 @@
-"""Pictures: found or refused in one sentence, split exactly, and the same batches wherever they are kept."""
+"""Images: found or refused in one sentence, split exactly, and the same batches wherever they are kept."""
 
 from __future__ import annotations
 
@@ -219,7 +219,9 @@ def test_reading_batches_leaves_torchs_generator_alone() -> None:
         torch.manual_seed(0)
         epoch(data)
         assert torch.initial_seed() == 0
-        assert torch.equal(torch.rand(1), torch.manual_seed(0) and torch.rand(1))
+        drawn = torch.rand(1)
+        torch.manual_seed(0)
+        assert torch.equal(drawn, torch.rand(1))
 
 
 def test_flip_and_crop_are_those_of_one_picture_at_a_time() -> None:

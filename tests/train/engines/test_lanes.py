@@ -7,6 +7,7 @@ rounding, which training amplifies: products are added in another order. Between
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def timeless(results: list[EpochResult]) -> list[EpochResult]:
 
 
 def train(engine: Engine, config: TrialConfig) -> Checkpoint:
-    """The trial after its last epoch, beside whatever else is in the engine."""
+    """Return the trial after its last epoch, trained alongside whatever else is in the engine."""
     lane = engine.admit(config)
     for _ in range(config.training.epochs):
         engine.run_epoch()
@@ -161,7 +162,7 @@ def train(engine: Engine, config: TrialConfig) -> Checkpoint:
 
 
 def train_among(config: TrialConfig, *, lanes: int, neighbour: dict[str, Any] | None = None) -> Checkpoint:
-    """The same in an engine where others join, diverge and leave: one before the first epoch, one after each."""
+    """Train it in an engine where others join, diverge and leave: one before the first epoch, one after each."""
     engine = LaneEngine(device="cpu", lanes=max(2, lanes))
     others = [
         replace(config, seed=10 + i, training=replace(config.training, **{"lr": 10.0 ** -(i % 5)} | (neighbour or {})))
@@ -297,7 +298,7 @@ def test_trials_of_several_kinds_share_an_engine() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_update_rules_are_those_of_torch(optimizer: str) -> None:
     """Twelve steps of three lanes with settings of their own, some of them past RAdam's start."""
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"lr": 1e-1, "weight_decay": 0.0},
         {"lr": 1e-3, "weight_decay": 0.1, "beta1": 0.5, "beta2": 0.9, "momentum": 0.9, "eps": 1e-3},
         {"lr": 1e-2, "weight_decay": 0.01, "momentum": 0.5, "nesterov": optimizer == "sgd"},
@@ -384,7 +385,10 @@ def test_checkpoints_go_on_in_either_engine(model: ModelConfig, settings: dict[s
         "lanes": train(LaneEngine(device="cpu", lanes=4), config),
         "plain": train(PlainEngine(device="cpu"), config),
     }
-    makers = {"lanes": lambda: LaneEngine(device="cpu", lanes=4), "plain": lambda: PlainEngine(device="cpu")}
+    makers: dict[str, Callable[[], Engine]] = {
+        "lanes": lambda: LaneEngine(device="cpu", lanes=4),
+        "plain": lambda: PlainEngine(device="cpu"),
+    }
     for before, make in makers.items():
         engine = make()
         lane = engine.admit(config)
@@ -495,8 +499,8 @@ def test_one_that_cannot_be_stacked_trains_beside_those_that_are(caplog: pytest.
 # How many
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, rates: dict[int, float], **options: Any) -> LanePlan:
-    """What is chosen where so many trials at once train so many pictures a second."""
+def chosen(monkeypatch: pytest.MonkeyPatch, rates: Mapping[int, float], **options: Any) -> LanePlan:
+    """Return the plan where so many trials at once train so many images a second."""
     monkeypatch.setattr(lanes_module, "_plain_rate", lambda *a, **k: rates[1])
     monkeypatch.setattr(lanes_module, "_stacked_rate", lambda stack, config, lanes: rates[lanes])
     config = trial()

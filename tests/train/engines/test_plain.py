@@ -16,7 +16,7 @@ from torch import nn
 from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfig, TrialConfig
-from hpo.train.data.loading import load_data
+from hpo.train.data.loading import SplitDataset, load_data
 from hpo.train.engines.divergence import SAME_OUTPUT, is_exploding, output_spread
 from hpo.train.engines.plain import PlainEngine, build_lane
 from hpo.train.engines.protocol import Engine, Stopped
@@ -159,7 +159,12 @@ def test_a_state_that_could_not_be_read_again_is_the_users_mistake(
 
 def test_the_data_set_is_loaded_once_for_trials_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
-    monkeypatch.setattr("hpo.train.data.loading.load_data", lambda *a, **k: loads.append(a) or load_data(*a, **k))
+
+    def counted(config: DataConfig, *, device: torch.device) -> SplitDataset:
+        loads.append(config)
+        return load_data(config, device=device)
+
+    monkeypatch.setattr("hpo.train.data.loading.load_data", counted)
     engine = PlainEngine(device="cpu")
     for config in (trial(epochs=1), trial(epochs=1, lr=1e-2), trial(epochs=1, data=replace(DIGITS, flip=True))):
         train(config, engine=engine)
@@ -217,17 +222,18 @@ def test_results_mean_what_they_say() -> None:
         logits = model(images)
         loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         losses, hits = losses + loss.item() * len(labels), hits + int((logits.argmax(1) == labels).sum())
     assert result.train_loss == pytest.approx(losses / 260, rel=1e-6)
     assert result.train_accuracy == hits / 260
-    images, labels = zip(*data.val.batches(1000), strict=True)
+    batches = list(data.val.batches(1000))
+    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     with torch.no_grad():
-        logits = model(torch.cat(images))
-    assert result.val_loss == pytest.approx(float(nn.functional.cross_entropy(logits, torch.cat(labels))), rel=1e-5)
-    assert result.val_accuracy == pytest.approx(float((logits.argmax(1) == torch.cat(labels)).float().mean()))
+        logits = model(images)
+    assert result.val_loss == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert result.val_accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     assert result.lr == 0.1
 
 
