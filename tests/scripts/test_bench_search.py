@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import statistics
@@ -10,8 +9,10 @@ from typing import Any
 
 import pytest
 
-bench = importlib.import_module("scripts.bench.search")
-RECORDED: dict[str, dict[str, Any]] = json.loads(bench.CURVES.read_text())["tasks"]
+from scripts.bench import search as bench
+from scripts.bench.record_curves import CURVES
+
+RECORDED: dict[str, dict[str, Any]] = json.loads(CURVES.read_text())["tasks"]
 
 
 def landscape(task: str = "mnist-adam", repetition: int = 0) -> Any:
