@@ -120,7 +120,7 @@ def test_what_was_checked_is_what_is_imported(hpo: Hpo, make_spec: MakeSpec) -> 
 
 def test_a_uid_from_a_store_cannot_name_a_folder_elsewhere(store: Store, make_spec: MakeSpec) -> None:
     study = store.studies.create(make_spec(0.1), metadata={})
-    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.begin() as connection:
         connection.exec_driver_sql('UPDATE hpo_studies SET facts = \'{"uid": "../../x"}\'')
     with pytest.raises(UserError, match=rf"study '{study.name}' in .* is damaged: .* its uid is '../../x'"):
         store.studies.get("s")

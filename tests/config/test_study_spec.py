@@ -233,7 +233,7 @@ def test_a_spec_is_frozen_and_survives_the_store() -> None:
     assert again.model.options == {"width": 0.25}
     assert again.data.options == {"color": "red"}
     with pytest.raises(Exception, match="frozen"):
-        spec.name = "other"  # type: ignore[misc]
+        spec.name = "other"
 
 
 def test_differences_name_what_would_change_a_result_and_nothing_else() -> None:

@@ -15,12 +15,12 @@ from typing import Any
 
 import cmaes
 import numpy as np
+import optuna
 import pytest
-from optuna.samplers import CmaEsSampler, GPSampler, TPESampler
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, TPESampler
 
 from hpo.config.study_spec import StudySpec
-from hpo.search import proposals, pruners
-from hpo.search import samplers as search
+from hpo.search import proposals, pruners, samplers
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 from tests.rows import slow_except
@@ -35,7 +35,7 @@ def make_study(tmp_path: Path, name: str = "s", **sections: Any) -> tuple[Store,
 
 
 def run_trials(store: Store, study: StudyRecord, count: int, accuracy: Any, *, epochs: int = 1) -> list[dict[str, Any]]:
-    """Claims and ends trials one after the other; `accuracy(values, epoch)` is None for a trial that diverges."""
+    """Claim and end trials one after the other; `accuracy(values, epoch)` is None for a trial that diverges."""
     worker, ended = store.workers.add(study.study_id, device="cpu"), []
     for _ in range(count):
         claim = store.trials.claim(study, worker)
@@ -64,11 +64,11 @@ def run_trials(store: Store, study: StudyRecord, count: int, accuracy: Any, *, e
 
 
 def peak(values: dict[str, Any], epoch: int = 1) -> float:
-    """Accuracy that is best at a learning rate of 1e-3."""
+    """Return an accuracy that is best at a learning rate of 1e-3."""
     return 0.9 - 0.1 * abs(math.log10(values["lr"]) + 3)
 
 
-@pytest.mark.parametrize("sampler", sorted(set(search.SAMPLERS) - {"grid"}))
+@pytest.mark.parametrize("sampler", sorted(set(samplers.SAMPLERS) - {"grid"}))
 def test_every_sampler_draws_each_trial_from_the_space(sampler: str, tmp_path: Path) -> None:
     store, study = make_study(tmp_path, search={"sampler": sampler, "trials": 8, "space": RANGES})
     drawn = run_trials(store, study, 8, peak)
@@ -79,7 +79,7 @@ def test_every_sampler_draws_each_trial_from_the_space(sampler: str, tmp_path: P
     assert store.trials.claim(study, "worker") is None, "the budget is exact"
 
 
-@pytest.mark.parametrize("sampler", sorted(set(search.SAMPLERS) - {"grid"}))
+@pytest.mark.parametrize("sampler", sorted(set(samplers.SAMPLERS) - {"grid"}))
 def test_every_sampler_draws_the_same_for_the_same_seed_and_other_values_for_another(
     sampler: str, tmp_path: Path
 ) -> None:
@@ -126,7 +126,7 @@ CMAES = {"sampler": "cmaes", "trials": 40, "space": RANGES}
 
 @pytest.fixture(params=["ours", "optuna"])
 def cmaes_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose CMA-ES the studies use; Optuna's own, which does what ours must not, shows that the test would see it."""
+    """Use our CMA-ES or Optuna's own, which does what ours must not: it shows that the test would see that."""
     if request.param == "optuna":
         monkeypatch.setattr("hpo.search.cmaes.ReplayedCmaEsSampler", CmaEsSampler)
     return str(request.param)
@@ -157,7 +157,8 @@ def test_cmaes_is_told_alike_by_every_worker_and_a_generation_that_is_full_stays
     def spied(optimizer: cmaes.CMA) -> np.ndarray:
         state = np.append(optimizer._C.ravel(), [*optimizer.mean, optimizer._sigma])
         told.setdefault(optimizer.generation, []).append(state)
-        return ask(optimizer)
+        solution: np.ndarray = ask(optimizer)
+        return solution
 
     monkeypatch.setattr(cmaes.CMA, "ask", spied)
     _, study = make_study(tmp_path, search={**CMAES, "trials": 60})
@@ -259,11 +260,11 @@ def test_a_sampler_that_learns_begins_with_points_that_leave_no_gap(sampler: str
         "batch_size": {"low": 16, "high": 23},
         "data.flip": [True, False],
     }
-    settings = {"name": "s", "search": {"sampler": sampler, "trials": 24, "space": {**space}}}
     for seed in range(5):
-        settings["search"]["seed"] = seed
-        first = proposals.fixed_values(StudySpec.from_dict(settings))[:8]
-        assert proposals.fixed_values(StudySpec.from_dict(settings))[8:] == [{}] * 16
+        search = {"sampler": sampler, "trials": 24, "space": space, "seed": seed}
+        fixed: list[dict[str, Any]] = [*proposals.fixed_values(StudySpec.from_dict({"name": "s", "search": search}))]
+        first = fixed[:8]
+        assert fixed[8:] == [{}] * 16
         assert sorted(math.floor(2 * (math.log10(point["lr"]) + 5)) for point in first) == list(range(8))
         assert sorted(point["batch_size"] for point in first) == list(range(16, 24))
         assert [point["data.flip"] for point in first].count(True) == 4
@@ -310,7 +311,8 @@ def test_tpe_learns_from_what_trials_in_training_report(tmp_path: Path) -> None:
 def test_a_sampler_is_shown_what_is_known_whatever_the_pruner(
     sampler: str, pruner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = {"tpe": TPESampler, "gp": GPSampler, "cmaes": CmaEsSampler}[sampler]
+    kinds: dict[str, type[BaseSampler]] = {"tpe": TPESampler, "gp": GPSampler, "cmaes": CmaEsSampler}
+    kind = kinds[sampler]
     shown: list[list[str]] = []
     infer = kind.infer_relative_search_space
 
@@ -348,12 +350,10 @@ def make_spec(settings: dict[str, Any], pruner: str) -> StudySpec:
 
 
 def test_a_grid_is_claimed_point_by_point_under_true_axes(tmp_path: Path) -> None:
-    space = {"optimizer": ["adam", "sgd"], "lr": [1e-1, 1e-3, 3e-4]}
+    space: dict[str, list[Any]] = {"optimizer": ["adam", "sgd"], "lr": [1e-1, 1e-3, 3e-4]}
     store, study = make_study(tmp_path, search={"sampler": "grid", "space": space})
     drawn = [(values["optimizer"], values["lr"]) for values in run_trials(store, study, 6, peak)]
     assert drawn == list(itertools.product(*space.values()))
-    import optuna
-
     distribution = optuna.load_study(study_name="s", storage=store.storage).trials[0].distributions["lr"]
     assert distribution == optuna.distributions.FloatDistribution(3e-4, 1e-1, log=True)
 
