@@ -1,9 +1,9 @@
-"""How far apart a network's outputs are when it is drawn, slow, learning and dead: what `SAME_OUTPUT` rests on.
+"""Measure how far apart a network's outputs are when it is drawn, slow, learning and dead: the basis of `SAME_OUTPUT`.
 
-    python scripts/bench/collapse.py                                  # the small CNN on the scanned digits, a minute
-    python scripts/bench/collapse.py --width 1 --data image_folder --root FOLDER_OF_CIFAR10
+    python -m scripts.bench.collapse                                  # the small CNN on the scanned digits, a minute
+    python -m scripts.bench.collapse --width 1 --data image_folder --root FOLDER_OF_CIFAR10
 
-Prints, for each learning rate of Adam, the output spread after each epoch (`hpo.train.engines.divergence.output_spread`).
+Prints, for each learning rate of Adam, the output spread after each epoch, as the module `divergence` defines it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ LEARNING_RATES = (1e-9, 1e-5, 1e-4, 1e-3, 5e-3, 1e-2, 1e-1)
 
 
 def main() -> None:
+    """Train at each learning rate with each seed, and print a line for each."""
     parser = argparse.ArgumentParser(description="Measure output spreads of living and dead networks.")
     parser.add_argument("--data", default="digits")
     parser.add_argument("--root")
@@ -45,9 +46,10 @@ def main() -> None:
                 trained = engine._lane
                 assert trained is not None
                 spread = output_spread(trained.model, trained.data)
-                cells.append(f"{spread:.2g}" + (f" ({result.diverged})" if result.diverged else ""))
                 if result.diverged:
+                    cells.append(f"{spread:.2g} ({result.diverged})")
                     break
+                cells.append(f"{spread:.2g}")
             engine.evict(lane)
             print(f"{lr:>8.0e} {seed:>4}  {'  '.join(cells)}", flush=True)
 

@@ -1,9 +1,9 @@
-"""Images per second of the plain engine beside a hand-written training loop, and both beside a large matrix product.
+"""Measure images per second of the plain engine, of a hand-written training loop, and FLOP/s of a large matrix product.
 
-The loop is what a good engineer writes by hand for the same work: uint8 pictures on the device, shuffled each epoch,
-normalised, channels_last, fused or for-each Adam. Both train the article's network on the same CIFAR-shaped pictures,
-data loading included and validation not, and take turns within one run, so that what else the machine does hits both.
-Needs torch alone. Usage: python scripts/bench/engine.py [--device cuda] [--pictures N] [--repeats N] [--json FILE]
+The loop is what a good engineer writes by hand for the same work: uint8 images on the device, shuffled each epoch,
+normalised, channels_last, fused or for-each Adam. Both train the article's network on the same CIFAR-shaped images,
+including data loading but not validation. They take turns within one run, so that other load on the machine hits both.
+Needs torch alone. Usage: python -m scripts.bench.engine [--device cuda] [--pictures N] [--repeats N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data import datasets
-from hpo.train.data import images as images_
+from hpo.train.data.images import ArrayImages
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.models import article_cnn
 
@@ -36,19 +33,19 @@ NUM_CLASSES = 100
 LR = 1e-4
 
 
-def pictures(num_pictures: int) -> tuple[Tensor, Tensor]:
-    """CIFAR-100-shaped noise, uint8 (N, C, H, W), and labels that go round the classes."""
+def noise_images(num_images: int) -> tuple[Tensor, Tensor]:
+    """Return CIFAR-100-shaped noise, uint8 (N, C, H, W), and labels that go round the classes."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (num_pictures, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return images, torch.arange(num_pictures) % NUM_CLASSES
+    images = torch.randint(0, 256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(num_images) % NUM_CLASSES
 
 
-def engine_epoch(num_pictures: int, device: str) -> Callable[[], float]:
-    """A function that trains one epoch with the plain engine and returns its seconds."""
-    images, labels = pictures(num_pictures + NUM_CLASSES)  # one picture of each class is for the validation
+def engine_epoch(num_images: int, device: str) -> Callable[[], float]:
+    """Return a function that trains one epoch with the plain engine and returns its seconds."""
+    images, labels = noise_images(num_images + NUM_CLASSES)  # one image of each class is for the validation
 
     def noise(config: DataConfig) -> datasets.OpenedDataset:
-        train = images_.ArrayImages(images.permute(0, 2, 3, 1).contiguous(), labels)
+        train = ArrayImages(images.permute(0, 2, 3, 1).contiguous(), labels)
         return datasets.OpenedDataset(train=train, open_test=None, num_classes=NUM_CLASSES)
 
     datasets.DATASETS["noise"] = noise
@@ -74,9 +71,9 @@ def engine_epoch(num_pictures: int, device: str) -> Callable[[], float]:
     return epoch
 
 
-def loop_epoch(num_pictures: int, device: str) -> Callable[[], float]:
-    """The same for the hand-written loop."""
-    images, labels = (tensor.to(device) for tensor in pictures(num_pictures))
+def loop_epoch(num_images: int, device: str) -> Callable[[], float]:
+    """Return a function that trains one epoch with the hand-written loop and returns its seconds."""
+    images, labels = (tensor.to(device) for tensor in noise_images(num_images))
     scaled = images.float() / 255
     mean, std = (stat.view(3, 1, 1) for stat in (scaled.mean((0, 2, 3)), scaled.std((0, 2, 3))))
     images = images.contiguous(memory_format=torch.channels_last)
@@ -90,10 +87,10 @@ def loop_epoch(num_pictures: int, device: str) -> Callable[[], float]:
         synchronise(device)
         start_s = time.perf_counter()
         model.train()
-        order = torch.randperm(num_pictures, device=device)
+        order = torch.randperm(num_images, device=device)
         total_loss = torch.zeros((), device=device)
         correct = torch.zeros((), device=device)
-        for start in range(0, num_pictures, BATCH_SIZE):
+        for start in range(0, num_images, BATCH_SIZE):
             batch = order[start : start + BATCH_SIZE]
             inputs = ((images[batch].float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
             targets = labels[batch]
@@ -113,7 +110,7 @@ def loop_epoch(num_pictures: int, device: str) -> Callable[[], float]:
 
 
 def matmul_flops(device: str) -> float:
-    """FLOP/s of a square matrix product: 2048 in float32 on a CPU, 8192 in bf16 on a GPU."""
+    """Return the FLOP/s of a square matrix product: 2048 in float32 on a CPU, 8192 in bf16 on a GPU."""
     on_cuda = torch.device(device).type == "cuda"
     size, dtype, repeats = (8192, torch.bfloat16, 20) if on_cuda else (2048, torch.float32, 5)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -121,10 +118,10 @@ def matmul_flops(device: str) -> float:
 
 
 def onednn_flops() -> float:
-    """FLOP/s of the CPU's 2048 product written as a 1x1 convolution, which oneDNN computes and not MKL.
+    """Return the FLOP/s of the CPU's 2048 product written as a 1x1 convolution, which oneDNN computes and not MKL.
 
-    MKL's matmul leaves AVX-512 unused on AMD processors, oneDNN's convolutions do not: there the network runs faster
-    than "a large matrix product" as torch.matmul does it, and only this is a yardstick.
+    MKL's matmul leaves AVX-512 unused on AMD processors, and oneDNN's convolutions do not. There the network runs
+    faster than "a large matrix product" of torch.matmul's, and only this product is a yardstick.
     """
     images = torch.randn(8, 2048, 16, 16).contiguous(memory_format=torch.channels_last)
     weights = torch.randn(2048, 2048, 1, 1)
@@ -132,6 +129,7 @@ def onednn_flops() -> float:
 
 
 def rate(product: Callable[[], Tensor], *, flops: int, repeats: int, device: str) -> float:
+    """Return the FLOP/s of a product, over several repeats after one that warms up."""
     product()
     synchronise(device)
     start_s = time.perf_counter()
@@ -142,7 +140,7 @@ def rate(product: Callable[[], Tensor], *, flops: int, repeats: int, device: str
 
 
 def flops_per_image() -> int:
-    """Counted floating-point operations of one picture forward and backward, without the optimizer."""
+    """Count the floating-point operations of one image forward and backward, without the optimizer."""
     model = article_cnn(channels=3, num_classes=NUM_CLASSES)
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(8, 3, 32, 32)).sum().backward()
@@ -150,15 +148,18 @@ def flops_per_image() -> int:
 
 
 def synchronise(device: str) -> None:
+    """Wait for a GPU's kernels."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def spread(values: list[float]) -> dict[str, float]:
+    """Return median, lowest, highest and number of measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def main() -> None:
+    """Measure in turns, and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pictures", type=int, help="an epoch (default: 1280, on a GPU 50000)")
@@ -167,17 +168,17 @@ def main() -> None:
     arguments = parser.parse_args()
     device = arguments.device
     on_cuda = torch.device(device).type == "cuda"
-    num_pictures = arguments.pictures or (50_000 if on_cuda else 1_280)
+    num_images = arguments.pictures or (50_000 if on_cuda else 1_280)
 
-    engine, loop = engine_epoch(num_pictures, device), loop_epoch(num_pictures, device)
+    engine, loop = engine_epoch(num_images, device), loop_epoch(num_images, device)
     engine(), loop()  # warm up
     engine_rates, loop_rates, ratios = [], [], []
     products: dict[str, list[float]] = {name: [] for name in (["matmul"] if on_cuda else ["matmul", "onednn"])}
     for repeat in range(arguments.repeats):
         first, second = (engine, loop) if repeat % 2 == 0 else (loop, engine)
         seconds = {first: first(), second: second()}
-        engine_rates.append(num_pictures / seconds[engine])
-        loop_rates.append(num_pictures / seconds[loop])
+        engine_rates.append(num_images / seconds[engine])
+        loop_rates.append(num_images / seconds[loop])
         ratios.append(seconds[loop] / seconds[engine])
         products["matmul"].append(matmul_flops(device))
         if not on_cuda:
@@ -190,7 +191,7 @@ def main() -> None:
         "precision": "bf16" if on_cuda else "fp32",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "batch_size": BATCH_SIZE,
-        "pictures": num_pictures,
+        "pictures": num_images,
         "flops_per_image": flops,
         "engine_images_per_s": spread(engine_rates),
         "loop_images_per_s": spread(loop_rates),
@@ -207,7 +208,7 @@ def main() -> None:
         print(f"{label:<28}{middle} ({low} to {high}, n={figures[key]['n']})")
 
     print(f"{figures['hardware']}, {figures['threads']} threads, {figures['precision']}, torch {torch.__version__}")
-    print(f"article_cnn, batch {BATCH_SIZE}, {num_pictures} pictures an epoch, {flops / 1e9:.3f} GFLOP an image")
+    print(f"article_cnn, batch {BATCH_SIZE}, {num_images} pictures an epoch, {flops / 1e9:.3f} GFLOP an image")
     line("plain engine, images/s", "engine_images_per_s", ".1f")
     line("hand-written loop, images/s", "loop_images_per_s", ".1f")
     line("engine / loop", "engine_over_loop", ".3f")

@@ -1,11 +1,12 @@
-"""Pictures a second of many trials on one device: in lanes, one after another, and in several processes.
+"""Measure images a second of many trials on one device: in lanes, one after another, and in several processes.
 
     make bench-gpu                                   # the article's network on CIFAR-100-shaped noise, batch 128
-    python scripts/bench/lanes.py --network tiny     # 8x8 pictures, of which a CPU trains many at once
+    python -m scripts.bench.lanes --network tiny     # 8x8 images, of which a CPU trains many at once
 
-Beside our lanes (both ways to stack convolutions) and our plain engine: a usual DataLoader script and several
-processes of the plain engine at once. On a GPU also one captured CUDA graph for each trial, replayed on streams: a
-candidate that is measured and not built in. Figures are medians of --repeats, which take turns. Needs torch alone.
+Next to our lanes (both ways to stack convolutions) and our plain engine, it measures a usual DataLoader script and
+several processes of the plain engine at once. On a GPU it also measures one captured CUDA graph for each trial,
+replayed on streams: a candidate that is not built in. Figures are medians of --repeats, which take turns. Needs torch
+alone.
 """
 
 from __future__ import annotations
@@ -21,19 +22,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_engine import flops_per_image, matmul_flops, spread, synchronise
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data import datasets
-from hpo.train.data import images as images_
+from hpo.train.data.images import ArrayImages
 from hpo.train.data.loading import DatasetCache
 from hpo.train.engines.lane_state import initial_model
 from hpo.train.engines.lanes import LaneEngine
@@ -41,14 +40,16 @@ from hpo.train.engines.plain import PlainEngine, build_lane
 from hpo.train.engines.stack import TrialStack
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.models import MODELS
+from scripts.bench.engine import flops_per_image, matmul_flops, spread, synchronise
 
 ARTICLE_LRS = (1e-1, 1e-3, 3e-4, 6.25e-5)
 SPACE = (1e-5, 1e-1)  # of the study of many trials
 NETWORKS = ("article", "tiny", "resnet18")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def tiny_cnn(*, channels: int, num_classes: int) -> nn.Module:
-    """A small CNN for 8x8 pictures."""
+    """Return a small CNN for 8x8 images."""
     return nn.Sequential(
         *(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -56,16 +57,16 @@ def tiny_cnn(*, channels: int, num_classes: int) -> nn.Module:
     )
 
 
-def prepare(network: str, num_pictures: int, batch_size: int) -> TrialConfig:
-    """A trial of the network on noise of its shape, as a data set of our own."""
+def prepare(network: str, num_images: int, batch_size: int) -> TrialConfig:
+    """Return a trial of the network on noise of its shape, which becomes a dataset of our own."""
     side, channels, num_classes = (8, 1, 10) if network == "tiny" else (32, 3, 100)
     generator = torch.Generator().manual_seed(0)
-    shape = (num_pictures + num_classes, side, side, channels)  # one picture of each class is for the validation
+    shape = (num_images + num_classes, side, side, channels)  # one image of each class is for the validation
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
     def noise(config: DataConfig) -> datasets.OpenedDataset:
-        pictures = images_.ArrayImages(images, torch.arange(len(images)) % num_classes)
-        return datasets.OpenedDataset(train=pictures, open_test=None, num_classes=num_classes)
+        train = ArrayImages(images, torch.arange(len(images)) % num_classes)
+        return datasets.OpenedDataset(train=train, open_test=None, num_classes=num_classes)
 
     datasets.DATASETS["noise"] = noise
     MODELS["tiny"] = tiny_cnn
@@ -79,13 +80,12 @@ def prepare(network: str, num_pictures: int, batch_size: int) -> TrialConfig:
 
 
 def of_seed(config: TrialConfig, seed: int, **training: Any) -> TrialConfig:
-    from dataclasses import replace
-
+    """Return the trial with another seed and other settings of its training."""
     return replace(config, seed=seed, training=replace(config.training, **training))
 
 
 def lanes_epoch(config: TrialConfig, device: str, lanes: int, convolution: str) -> Callable[[], int]:
-    """A function that trains an epoch in every lane, batches included and validation not; returns its pictures."""
+    """Return a function that trains an epoch in every lane, without validation, and returns its number of images."""
     where = torch.device(device)
     group = TrialStack(config, data=DatasetCache(device=where).get(config.data), device=where, convolution=convolution)
     for seed in range(lanes):
@@ -93,46 +93,51 @@ def lanes_epoch(config: TrialConfig, device: str, lanes: int, convolution: str) 
     num_steps = group.num_steps
 
     def epoch() -> int:
-        pictures = 0
+        num_images = 0
         factors = group.factors(num_steps)
         for step, (images, labels) in enumerate(group.batches()):
             group.step(images, labels, factors[step])
-            pictures += labels.numel()
-        return pictures
+            num_images += labels.numel()
+        return num_images
 
     return epoch
 
 
 def plain_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
-    """The same for the plain engine and one trial."""
+    """Return the same for the plain engine and one trial."""
     where = torch.device(device)
     data = DatasetCache(device=where).get(config.data)
     engine, lane = PlainEngine(device=device), build_lane(config, data=data, device=where)
 
     def epoch() -> int:
-        pictures = 0
+        num_images = 0
         for images, labels in data.train.batches(config.training.batch_size, seed=0, epoch=0):
             engine.step(lane, images, labels)
-            pictures += len(labels)
-        return pictures
+            num_images += len(labels)
+        return num_images
 
     return epoch
 
 
 def loader_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
-    """The same for a usual script: a DataLoader with workers, a loss read in every step, float32."""
+    """Return the same for a usual script: a DataLoader with workers, a loss read in every step, float32."""
     data = DatasetCache(device=torch.device("cpu")).get(config.data)
     images, labels = next(data.train.batches(len(data.train)))
     loader = DataLoader(
-        TensorDataset(images, labels), batch_size=config.training.batch_size, shuffle=True, drop_last=True,
-        num_workers=2, pin_memory=device != "cpu", persistent_workers=True,
-    )  # fmt: skip
+        TensorDataset(images, labels),
+        batch_size=config.training.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=2,
+        pin_memory=device != "cpu",
+        persistent_workers=True,
+    )
     model = initial_model(config, data=data, device=torch.device(device)).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     criterion = nn.CrossEntropyLoss()
 
     def epoch() -> int:
-        pictures, total = 0, 0.0
+        num_images, total = 0, 0.0
         for inputs, labels in loader:
             targets = labels.to(device, non_blocking=True)
             optimizer.zero_grad()
@@ -140,14 +145,14 @@ def loader_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
             loss.backward()
             optimizer.step()
             total += loss.item()
-            pictures += len(targets)
-        return pictures
+            num_images += len(targets)
+        return num_images
 
     return epoch
 
 
 def graphs_epoch(config: TrialConfig, lanes: int) -> Callable[[], int]:
-    """The same for the candidate of one captured CUDA graph a trial, replayed on a stream each."""
+    """Return the same for one captured CUDA graph a trial, each replayed on its own stream."""
     where = torch.device("cuda")
     data = DatasetCache(device=where).get(config.data)
     images, labels = next(data.train.batches(config.training.batch_size))
@@ -169,7 +174,7 @@ def graphs_epoch(config: TrialConfig, lanes: int) -> Callable[[], int]:
             nn.functional.cross_entropy(logits.float(), targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -181,7 +186,7 @@ def graphs_epoch(config: TrialConfig, lanes: int) -> Callable[[], int]:
         replays.append((graph, stream, inputs))
 
     def epoch() -> int:
-        pictures = 0
+        num_images = 0
         batches = data.train.stacked_batches(config.training.batch_size, [(seed, 0) for seed in range(lanes)])
         for images_KBCHW, _ in batches:
             if images_KBCHW.shape[1] < config.training.batch_size:
@@ -193,21 +198,23 @@ def graphs_epoch(config: TrialConfig, lanes: int) -> Callable[[], int]:
                     graph.replay()
             for _, stream, _ in replays:
                 torch.cuda.current_stream().wait_stream(stream)
-            pictures += images_KBCHW.shape[0] * images_KBCHW.shape[1]
-        return pictures
+            num_images += images_KBCHW.shape[0] * images_KBCHW.shape[1]
+        return num_images
 
     return epoch
 
 
 def rate(epoch: Callable[[], int], device: str) -> float:
+    """Return the images a second of one epoch."""
     synchronise(device)
     start_s = time.perf_counter()
-    pictures = epoch()
+    num_images = epoch()
     synchronise(device)
-    return pictures / (time.perf_counter() - start_s)
+    return num_images / (time.perf_counter() - start_s)
 
 
 def one_of_many(given: tuple[str, int, int], device: str, threads: int, barrier: Any, rates: Any) -> None:
+    """Train in a process of its own, at the same time as the others behind the barrier, and report its rate."""
     torch.set_num_threads(threads)
     config = prepare(*given)
     epoch = plain_epoch(config, device)
@@ -217,7 +224,7 @@ def one_of_many(given: tuple[str, int, int], device: str, threads: int, barrier:
 
 
 def processes_rate(given: tuple[str, int, int], device: str, count: int) -> float:
-    """Pictures a second of so many processes of the plain engine together."""
+    """Return the images a second of so many processes of the plain engine together."""
     context = multiprocessing.get_context("spawn")
     barrier, rates = context.Barrier(count), context.Queue()
     threads = max(1, torch.get_num_threads() // count)
@@ -225,14 +232,14 @@ def processes_rate(given: tuple[str, int, int], device: str, count: int) -> floa
     processes = [context.Process(target=one_of_many, args=arguments) for _ in range(count)]
     for process in processes:
         process.start()
-    total = sum(rates.get(timeout=600) for _ in processes)
+    total: float = sum(rates.get(timeout=600) for _ in processes)
     for process in processes:
         process.join()
     return total
 
 
 def study(config: TrialConfig, device: str, lrs: list[float], epochs: int) -> int:
-    """Trains one trial for each learning rate, as many at once as the engine chooses; returns how many that is."""
+    """Train one trial for each learning rate, as many at once as the engine chooses; return how many that is."""
     engine = LaneEngine(device=device, max_lanes=max(2, len(lrs)))
     waiting = [of_seed(config, seed, lr=lr, epochs=epochs) for seed, lr in enumerate(lrs)]
     held: set[int] = set()
@@ -248,23 +255,25 @@ def study(config: TrialConfig, device: str, lrs: list[float], epochs: int) -> in
 
 
 def study_seconds(arguments: argparse.Namespace, trials: int, epochs: int) -> float:
-    """Seconds of a whole process that trains a study, its start and all measuring and compiling included."""
-    command = [sys.executable, __file__, "--network", arguments.network, "--device", arguments.device]
-    command += [
-        "--pictures",
-        str(arguments.pictures),
-        "--batch-size",
-        str(arguments.batch_size),
-        "--study",
-        str(trials),
-        str(epochs),
+    """Return the seconds of a whole process that trains a study, including its start, all measuring and compiling."""
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.bench.lanes",
+        "--network",
+        arguments.network,
+        "--device",
+        arguments.device,
     ]
+    command += ["--pictures", str(arguments.pictures), "--batch-size", str(arguments.batch_size)]
+    command += ["--study", str(trials), str(epochs)]
     start_s = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     return time.perf_counter() - start_s
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line, and fill in the defaults that depend on the device and the network."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--network", default="article", choices=NETWORKS)
@@ -285,41 +294,68 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def train_study(config: TrialConfig, device: str, *, trials: int, epochs: int) -> None:
+    """Train a study over the article's learning rates, or over as many as there are trials, spread over SPACE."""
+    low, high = map(math.log, SPACE)
+    lrs = [math.exp(low + (high - low) * index / max(1, trials - 1)) for index in range(trials)]
+    if trials == len(ARTICLE_LRS):
+        lrs = list(ARTICLE_LRS)
+    study(config, device, lrs, epochs)
+
+
+def measure_rates(arguments: argparse.Namespace, config: TrialConfig) -> dict[str, list[float]]:
+    """Return the images a second of every way to train, by name; in each repeat the ways take turns."""
+    device = arguments.device
+    on_cuda = torch.device(device).type == "cuda"
+    ways: dict[str, Callable[[], int]] = {"one after another": plain_epoch(config, device)}
+    ways["DataLoader script"] = loader_epoch(config, device)
+    for count in arguments.lanes or ([1, 2, 4, 8, 16, 32, 64] if on_cuda else [1, 2, 4, 8, 16]):
+        for convolution in CONVOLUTIONS:
+            ways[f"{count} lanes, {convolution}"] = lanes_epoch(config, device, count, convolution)
+        if on_cuda:
+            ways[f"{count} CUDA graphs"] = graphs_epoch(config, count)
+    precision = "bf16" if on_cuda else "fp32"
+    images = f"{arguments.pictures} images an epoch"
+    print(f"{arguments.network}, batch {arguments.batch_size}, {images}, {precision}", flush=True)
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for epoch in ways.values():
+        epoch()  # warms up
+    for _ in range(arguments.repeats):
+        for name, epoch in ways.items():
+            rates[name].append(rate(epoch, device))
+    given = (arguments.network, arguments.pictures, arguments.batch_size)
+    for count in arguments.processes if arguments.processes is not None else ([2, 4, 8] if on_cuda else [2]):
+        rates[f"{count} processes"] = [processes_rate(given, device, count) for _ in range(arguments.repeats)]
+    return rates
+
+
+def print_rates(rates: dict[str, list[float]], *, peaks: list[float], flops: int | None) -> None:
+    """Print for each way its rate, its ratio to one trial after another, and its share of a matrix product's FLOP/s."""
+    alone = rates["one after another"]
+    for name, values in rates.items():
+        ratios = [value / other for value, other in zip(values, alone, strict=True)]
+        share = ""
+        if flops is not None:
+            share = f"{statistics.median(values) * flops / statistics.median(peaks):8.1%}"
+        print(
+            f"{name:<24}{statistics.median(values):12.0f} images/s ({min(values):.0f} to {max(values):.0f})"
+            f"{statistics.median(ratios):8.2f} times{share}",
+            flush=True,
+        )
+
+
 def main() -> None:
+    """Measure, print and write the figures; with --study train that study and print nothing."""
     arguments = parse_arguments()
     device, network = arguments.device, arguments.network
     on_cuda = torch.device(device).type == "cuda"
-    given = (network, arguments.pictures, arguments.batch_size)
-    config = prepare(*given)
+    config = prepare(network, arguments.pictures, arguments.batch_size)
     if arguments.study:
         trials, epochs = arguments.study
-        low, high = map(math.log, SPACE)
-        spread_out = [math.exp(low + (high - low) * index / max(1, trials - 1)) for index in range(trials)]
-        study(config, device, list(ARTICLE_LRS) if trials == len(ARTICLE_LRS) else spread_out, epochs)
+        train_study(config, device, trials=trials, epochs=epochs)
         return
-
-    epochs: dict[str, Callable[[], int]] = {"one after another": plain_epoch(config, device)}
-    epochs["DataLoader script"] = loader_epoch(config, device)
-    counts = arguments.lanes or ([1, 2, 4, 8, 16, 32, 64] if on_cuda else [1, 2, 4, 8, 16])
-    for count in counts:
-        for convolution in CONVOLUTIONS:
-            epochs[f"{count} lanes, {convolution}"] = lanes_epoch(config, device, count, convolution)
-        if on_cuda:
-            epochs[f"{count} CUDA graphs"] = graphs_epoch(config, count)
-    precision = "bf16" if on_cuda else "fp32"
-    print(f"{network}, batch {arguments.batch_size}, {arguments.pictures} pictures an epoch, {precision}", flush=True)
-    rates: dict[str, list[float]] = {name: [] for name in epochs}
-    for epoch in epochs.values():
-        epoch()  # warms up
-    for _ in range(arguments.repeats):
-        for name, epoch in epochs.items():
-            rates[name].append(rate(epoch, device))
-    for count in arguments.processes if arguments.processes is not None else ([2, 4, 8] if on_cuda else [2]):
-        name = f"{count} processes"
-        rates[name] = [processes_rate(given, device, count) for _ in range(arguments.repeats)]
-
+    rates = measure_rates(arguments, config)
     peaks = [matmul_flops(device) for _ in range(arguments.repeats)]
-    flops = flops_per_image() if network == "article" else None
     figures: dict[str, Any] = {
         "hardware": torch.cuda.get_device_name(device) if on_cuda else f"{platform.machine()}, {os.cpu_count()} CPUs",
         "threads": torch.get_num_threads(),
@@ -331,15 +367,7 @@ def main() -> None:
         "images_per_s": {name: spread(values) for name, values in rates.items()},
     }
     print(f"{figures['hardware']}, {figures['threads']} threads, torch {torch.__version__}; n = {arguments.repeats}")
-    alone = rates["one after another"]
-    for name, values in rates.items():
-        ratios = [value / other for value, other in zip(values, alone, strict=True)]
-        share = f"{statistics.median(values) * flops / statistics.median(peaks):8.1%}" if flops else ""
-        print(
-            f"{name:<24}{statistics.median(values):12.0f} images/s ({min(values):.0f} to {max(values):.0f})"
-            f"{statistics.median(ratios):8.2f} times{share}",
-            flush=True,
-        )
+    print_rates(rates, peaks=peaks, flops=flops_per_image() if network == "article" else None)
     if not arguments.no_studies:
         for trials, length in ((len(ARTICLE_LRS), 20), (32, 5)):
             seconds = study_seconds(arguments, trials, length)

@@ -1,11 +1,11 @@
-"""Does the range test bracket the best learning rate of a dense grid? Nine tasks, several seeds, and what it costs.
+"""Measure how often the range test brackets the best learning rate of a dense grid, over nine tasks, and its cost.
 
-    python scripts/bench/range_test.py --cifar10 FOLDER              # HPO_DATA names the folder that holds MNIST
-    python scripts/bench/range_test.py --cifar10 FOLDER --record     # trains the grids again first, half an hour
+    python -m scripts.bench.range_test --cifar10 FOLDER              # HPO_DATA names the folder that holds MNIST
+    python -m scripts.bench.range_test --cifar10 FOLDER --record     # trains the grids again first, half an hour
 
-The grids' results lie in range_grids.json beside this file: means over seeds of the accuracy after nine epochs. Three
-are those of curves.json; what is missing there is trained by --record. The range test's constants were chosen with the
-seeds 200 to 204, 1000 to 1009 and 2000 to 2009; those from --first-seed on are others.
+The results of the grids are in range_grids.json in this folder: means over seeds of the accuracy after nine epochs.
+Three come from curves.json; --record trains the others. The range test's constants were chosen with the seeds 200 to
+204, 1000 to 1009 and 2000 to 2009; those from --first-seed on are different.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import math
 import os
 import platform
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hpo.config.study_spec import StudySpec
 from hpo.train.data.loading import DatasetCache
@@ -42,7 +39,7 @@ SEEDS_OF_A_GRID = 3
 
 
 def combinations(cifar10: str | None) -> dict[str, dict[str, Any]]:
-    """The tasks by name, each a network, a data set and an optimizer; without a folder of CIFAR-10, without that."""
+    """Return the tasks by name, each a network, a dataset and an optimizer; CIFAR-10 only where its folder is given."""
     known = tasks(cifar10)
     data = {
         "digits": {"name": "digits", "validation_fraction": 0.2},
@@ -53,17 +50,17 @@ def combinations(cifar10: str | None) -> dict[str, dict[str, Any]]:
         f"{name}-{optimizer}": {
             "range": RANGES[optimizer],
             "model": known["mnist-adam"]["model"],
-            "data": pictures,
+            "data": section,
             "training": {**settings, "batch_size": 32},
         }
-        for name, pictures in data.items()
+        for name, section in data.items()
         for optimizer, settings in OPTIMIZERS.items()
         if name != "cifar10" or cifar10 is not None
     }
 
 
 def summary(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Mean and deviation of the last accuracy at each learning rate of a grid."""
+    """Return mean and deviation of the last accuracy at each learning rate of a grid."""
     last = [
         [curve[-1] if len(curve) == recorded["epochs"] else GUESSING for curve in curves]
         for curves in recorded["val_accuracy"]
@@ -78,7 +75,7 @@ def summary(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_grids(cifar10: str | None, *, storage: str) -> None:
-    """Trains the grids that curves.json does not have, and writes the summaries of all."""
+    """Train the grids that curves.json does not have, and write the summaries of all."""
     curves = json.loads(CURVES.read_text())["tasks"]
     grids = {}
     for name, task in combinations(cifar10).items():
@@ -90,13 +87,14 @@ def record_grids(cifar10: str | None, *, storage: str) -> None:
 
 
 def best_rates(grid: dict[str, Any]) -> tuple[float, list[float]]:
-    """The grid's best learning rate, and all within one standard error of it."""
+    """Return the grid's best learning rate, and all within one standard error of it."""
     best = max(range(len(grid["lrs"])), key=grid["accuracy"].__getitem__)
     least = grid["accuracy"][best] - grid["deviation"][best] / math.sqrt(grid["seeds"])
     return grid["lrs"][best], [lr for lr, value in zip(grid["lrs"], grid["accuracy"], strict=True) if value >= least]
 
 
 def measure(task: dict[str, Any], seeds: range) -> list[RangeTest]:
+    """Run the range test of a task with each seed."""
     sections = {key: task[key] for key in ("model", "data", "training")}
     spec = StudySpec.from_dict({"name": "bench", "search": {"space": {"lr": "auto"}}, **sections})
     dataset_cache = DatasetCache(device=torch.device("cpu"))
@@ -106,7 +104,7 @@ def measure(task: dict[str, Any], seeds: range) -> list[RangeTest]:
 
 
 def row(name: str, grid: dict[str, Any], tests: list[RangeTest]) -> str:
-    """A line of the table in docs/results.md."""
+    """Return a line of the table in docs/results.md."""
     best, good = best_rates(grid)
     ranges = [(test.low, test.high) for test in tests if test.low is not None and test.high is not None]
     held = sum(low <= best <= high for low, high in ranges)
@@ -119,7 +117,9 @@ def row(name: str, grid: dict[str, Any], tests: list[RangeTest]) -> str:
     fell = [test.falls for test in tests if test.falls is not None]
     middle_low, middle_high = (statistics.median(ends) for ends in zip(*ranges, strict=True))
     epochs, seconds = (statistics.median(getattr(test, what) for test in tests) for what in ("epochs", "seconds"))
-    among = f"{best:.2g}" + (f" ({good[0]:.2g} to {good[-1]:.2g})" if len(good) > 1 else "")
+    among = f"{best:.2g}"
+    if len(good) > 1:
+        among += f" ({good[0]:.2g} to {good[-1]:.2g})"
     falls = f"{statistics.median(fell):.2g} ({len(fell)})" if fell else "(0)"
     return (
         f"| {name} | {among} | {middle_low:.2g} to {middle_high:.2g} | {held} of {len(tests)} "
@@ -129,6 +129,7 @@ def row(name: str, grid: dict[str, Any], tests: list[RangeTest]) -> str:
 
 
 def main() -> None:
+    """Print a row of the table for each task."""
     parser = argparse.ArgumentParser(description="Does the range test bracket the best learning rate?")
     parser.add_argument("--cifar10", help="folder with CIFAR-10's pictures as train/CLASS/*.jpg")
     parser.add_argument("--seeds", type=int, default=10)

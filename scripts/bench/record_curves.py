@@ -1,9 +1,9 @@
-"""Record learning curves over a dense grid of learning rates and many seeds, for `bench_search.py` to replay.
+"""Record learning curves over a dense grid of learning rates and many seeds, for `search.py` to replay.
 
-    python scripts/bench/record_curves.py --cifar10 FOLDER       # HPO_DATA names the folder that holds MNIST
+    python -m scripts.bench.record_curves --cifar10 FOLDER       # HPO_DATA names the folder that holds MNIST
 
-Each task is a grid study of its own in --storage: interrupted, it goes on where it was. All of it took about half
-an hour on two cores. What is written is small, and kept beside this file.
+Each task is a grid study of its own in --storage, which resumes after an interruption. All tasks took about half an
+hour on two cores. The curves are small, and kept in this folder.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PER_DECADE = 5
 
 
 def tasks(cifar10: str | None) -> dict[str, dict[str, Any]]:
-    """By name: what is trained, and the range of learning rates that is searched."""
+    """Return the tasks by name: what is trained, and the range of learning rates that is searched."""
     network = {"name": "article_cnn", "width": 0.25}
     few = {"train_samples": 2000, "validation_fraction": 0.02}
-    pictures = {"name": "image_folder", "root": cifar10, **few}
+    images = {"name": "image_folder", "root": cifar10, **few}
     return {
         "mnist-adam": {
             "range": (1e-5, 1e-1),
@@ -42,27 +42,27 @@ def tasks(cifar10: str | None) -> dict[str, dict[str, Any]]:
         "cifar10-adam": {
             "range": (1e-5, 1e-1),
             "model": network,
-            "data": pictures,
+            "data": images,
             "training": {"optimizer": "adam", "batch_size": 32},
         },
         "cifar10-sgd": {
             "range": (1e-4, 1.0),
             "model": network,
-            "data": pictures,
+            "data": images,
             "training": {"optimizer": "sgd", "momentum": 0.9, "batch_size": 32},
         },
     }
 
 
 def grid(low: float, high: float) -> list[float]:
-    """Learning rates from `low` to `high`, PER_DECADE of them a decade."""
+    """Return learning rates from `low` to `high`, PER_DECADE of them a decade."""
     decades = torch.tensor([low, high], dtype=torch.float64).log10()
     count = round(float(decades[1] - decades[0]) * PER_DECADE) + 1
     return [float(f"{lr:.4g}") for lr in torch.logspace(decades[0], decades[1], count, dtype=torch.float64).tolist()]
 
 
 def record(name: str, task: dict[str, Any], *, storage: str, seeds: int, epochs: int) -> dict[str, Any]:
-    """Trains the task at every learning rate with every seed; returns accuracies by learning rate, seed and epoch.
+    """Train the task at every learning rate with every seed; return accuracies by learning rate, seed and epoch.
 
     The list of a trial that diverged ends with the epoch that it diverged in.
     """
@@ -82,9 +82,9 @@ def record(name: str, task: dict[str, Any], *, storage: str, seeds: int, epochs:
     curves: list[list[list[float]]] = [[[] for _ in range(seeds)] for _ in lrs]
     for trial in trials:
         assert trial.state in ("complete", "diverged"), f"trial {trial.number} {trial.state}: {trial.reason}"
-        curve = [round(float(value), 4) for value in trial.curves["val_accuracy"]]
+        curve = [round(value, 4) for value in trial.curves["val_accuracy"] if value is not None]
         curves[lrs.index(trial.params["lr"])][int(trial.params["seed"])] = curve
-    seconds = [second for trial in trials for second in trial.curves["seconds"]]
+    seconds = [second for trial in trials for second in trial.curves["seconds"] if second is not None]
     return {
         "range": task["range"],
         "model": task["model"],
@@ -98,6 +98,7 @@ def record(name: str, task: dict[str, Any], *, storage: str, seeds: int, epochs:
 
 
 def main() -> None:
+    """Record the tasks and write their curves."""
     parser = argparse.ArgumentParser(description="Record learning curves.")
     parser.add_argument("--cifar10", help="folder with CIFAR-10's pictures as train/CLASS/*.jpg")
     parser.add_argument("--storage", default="sqlite:///curves.db")
