@@ -1,0 +1,263 @@
+"""Datasets are found and opened, or refused in one sentence."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from hpo.errors import UserError
+from hpo.train.data.datasets import DATASETS
+from tests.train.data.datasets_under_test import epoch, load
+
+
+def test_digits() -> None:
+    data = load()
+    assert (data.num_classes, data.channels, data.image_size) == (10, 1, 32)
+    assert data.test is not None
+    assert len(data.test) == 1797 // 5
+    assert len(data.train) + len(data.val) == 1797 - 1797 // 5
+
+
+def test_mnist(mnist_root: Path) -> None:
+    data = load("mnist", root=str(mnist_root))
+    assert (len(data.train), len(data.val), data.num_classes, data.channels, data.image_size) == (
+        54000,
+        6000,
+        10,
+        1,
+        32,
+    )
+    assert data.test is not None
+    assert len(data.test) == 10000
+    # 0.1307 is the well-known mean of the 28x28 pictures, here within a black border.
+    assert data.mean[0] == pytest.approx(0.1307 * 28**2 / 32**2, abs=5e-4)
+
+
+def test_mnist_is_found_below_hpo_data(mnist_root: Path) -> None:
+    assert len(load("mnist", train_samples=100).train) == 100
+
+
+def test_cifar10_pictures(cifar10_root: Path) -> None:
+    data = load("image_folder", root=str(cifar10_root), train_samples=1000, validation_fraction=0.02)
+    assert (len(data.train), len(data.val), data.num_classes, data.channels, data.image_size) == (1000, 1000, 10, 3, 32)
+    assert data.train.labels_N.bincount().tolist() == [100] * 10
+    assert data.mean == pytest.approx((0.491, 0.482, 0.447), abs=0.02)
+
+
+@pytest.fixture
+def cifar100_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CIFAR-100's layout with 300 training and 100 test pictures; torchvision's checksums are set aside."""
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / "data" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    random = numpy.random.RandomState(0)
+    for name, count in (("train", 300), ("test", 100)):
+        pixels = random.randint(0, 256, (count, 3072), dtype=numpy.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [i % 100 for i in range(count)]}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
+    monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    return tmp_path
+
+
+def test_cifar100(cifar100_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HPO_DATA", raising=False)
+    monkeypatch.chdir(cifar100_root)
+    data = load("cifar100", validation_fraction=1 / 3)
+    assert (len(data.train), len(data.val), data.num_classes, data.channels) == (200, 100, 100, 3)
+    assert data.test is not None
+    assert len(data.test) == 100
+
+
+def test_a_damaged_data_set_is_said_to_be_damaged(cifar100_root: Path) -> None:
+    train = cifar100_root / "data" / "cifar-100-python" / "train"
+    train.write_bytes(train.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"data.name = 'cifar100': the files in \S*cifar-100-python are damaged"):
+        load("cifar100", root=str(cifar100_root / "data"))
+
+
+def test_torn_mnist_is_said_to_be_damaged(tmp_path: Path) -> None:
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(b"\0\0\x08\x03torn")
+    with pytest.raises(UserError, match=r"data.name = 'mnist': the files in .* are damaged or incomplete"):
+        load("mnist", root=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist"])
+def test_an_absent_data_set_says_where_it_was_looked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is there but nothing answers: each address is tried once and the file is not asked for again."""
+    import urllib.request
+
+    asked = []
+
+    def no_network(*arguments: Any, **keywords: Any) -> Any:
+        asked.append(arguments)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(UserError, match=f"data.name = '{name}' was not found .looked for {tmp_path}.*data.root"):
+        load(name, root=str(tmp_path))
+    assert len(asked) <= 2
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_a_download_arrives_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR100
+
+    source = tmp_path / "served"
+    source.mkdir()
+
+    def download(self: Any) -> None:
+        folder = Path(self.root) / "cifar-100-python"
+        folder.mkdir()
+        for name, count in (("train", 300), ("test", 100)):
+            content = {"data": numpy.zeros((count, 3072), "uint8"), "fine_labels": [i % 100 for i in range(count)]}
+            (folder / name).write_bytes(pickle.dumps(content))
+            if (source / "torn").exists():
+                raise OSError("connection reset")
+        (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+
+    monkeypatch.setattr(CIFAR100, "download", download)
+    monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    root = tmp_path / "data"
+    (source / "torn").touch()
+    with pytest.raises(UserError, match=r"cannot be downloaded .connection reset"):
+        load("cifar100", root=str(root))
+    assert not root.exists(), "a failed download leaves nothing behind"
+    (source / "torn").unlink()
+    assert len(load("cifar100", root=str(root), validation_fraction=1 / 3).train) == 200
+    assert [path.name for path in (root / "cifar100").iterdir()] == ["cifar-100-python"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"cannot be downloaded, as {tmp_path}/file cannot be written"):
+        load("mnist", root=str(tmp_path / "file"))
+
+
+def test_image_folder(image_folder_root: Path) -> None:
+    data = load("image_folder", root=str(image_folder_root), image_size=16)
+    assert (len(data.train), len(data.val), data.num_classes, data.channels, data.image_size) == (36, 4, 2, 3, 16)
+    assert data.test is not None
+    assert len(data.test) == 6
+
+
+@pytest.mark.parametrize("placement", ["device", "stream"])
+def test_an_unreadable_picture_is_named(placement: Any, image_folder_root: Path) -> None:
+    torn = image_folder_root / "train" / "dog" / "7.png"
+    torn.write_bytes(torn.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"data.root holds a picture that cannot be read: {torn}") as raised:
+        load("image_folder", root=str(image_folder_root), placement=placement)
+    assert "\n" not in str(raised.value)
+
+
+def test_image_folder_without_pictures(tmp_path: Path, image_folder_root: Path) -> None:
+    with pytest.raises(UserError, match=f"'image_folder' was not found .looked for {tmp_path}/empty/train.*data.root"):
+        load("image_folder", root=str(tmp_path / "empty"))
+    (image_folder_root / "test" / "cow").mkdir()
+    with pytest.raises(UserError, match=r"test/cow that is not among those of train/"):
+        _ = load("image_folder", root=str(image_folder_root)).test
+    (tmp_path / "one" / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"at least two classes, got .'cat'."):
+        load("image_folder", root=str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("factory", ["arrays", "dataset"])
+@pytest.mark.parametrize("placement", ["device", "stream"])
+def test_own_data(factory: str, placement: Any, own_data: str) -> None:
+    data = load(f"{own_data}:{factory}", placement=placement)
+    assert (len(data.train), len(data.val), data.num_classes, data.channels, data.image_size) == (54, 6, 3, 3, 8)
+    assert data.test is not None
+    assert len(data.test) == 6
+    reference = load(f"{own_data}:arrays")
+    assert torch.equal(epoch(data)[0], epoch(reference)[0])
+
+
+def test_own_data_as_pil_pictures_and_without_a_test_part(own_data: str) -> None:
+    pil = load(f"{own_data}:dataset", options={"kind": "pil"})
+    assert torch.equal(epoch(pil)[0], epoch(load(f"{own_data}:arrays"))[0])
+    assert load(f"{own_data}:arrays", options={"test": False}).test is None
+
+
+def test_the_test_part_is_read_only_when_asked_for(own_data: str) -> None:
+    data = load(f"{own_data}:test_is_unreadable")
+    epoch(data)
+    with pytest.raises(AssertionError, match=r"the test part was read"):
+        _ = data.test
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "message"),
+    [
+        ("arrays", {"sise": 3}, "data.sise is not an option of .* takes dtype, num, size, test"),
+        ("arrays", {"dtype": "float32"}, r"uint8 images \(N, C, H, W\).*got torch.float32 of shape"),
+        ("arrays", {"num": 0}, "must have pictures, got none"),
+        ("dataset", {"kind": "float"}, r"uint8 pictures \(C, H, W\) or PIL.*got torch.float32"),
+        ("dataset", {"kind": "sizes"}, "must give pictures of one size"),
+        ("dataset", {"kind": "broken"}, "cannot give picture 50: RuntimeError: disk on fire"),
+        ("not_a_pair", {}, r"must return \(train, test\), got int"),
+        ("oblong", {}, "must give square pictures, got 8x9"),
+        ("array", {}, "data.name.*got 'array'.*did you mean 'arrays'"),
+    ],
+)
+def test_wrong_own_data(factory: str, options: dict[str, Any], message: str, own_data: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(f"{own_data}:{factory}", options=options)
+
+
+def test_test_labels_have_to_be_those_of_the_training(own_data: str) -> None:
+    with pytest.raises(UserError, match=r"must have labels from 0 to 2, got 3 to 5"):
+        _ = load(f"{own_data}:bad_test_labels").test
+
+
+def test_unknown_data_set() -> None:
+    with pytest.raises(UserError, match=r"data.name must be one of cifar10, .*got 'cifar'"):
+        load("cifar")
+    with pytest.raises(UserError, match=r"data.size is not an option of data.name = 'digits'"):
+        load("digits", options={"size": 3})
+    assert {"cifar10", "cifar100", "mnist", "fashion_mnist", "digits", "image_folder"} == set(DATASETS)
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name, level in (("dark", 0x2000), ("light", 0xC000)):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        for index in range(8):
+            Image.fromarray(numpy.full((32, 32), level, "uint16")).save(folder / f"{index}.png")
+    data = load("image_folder", root=str(tmp_path), validation_fraction=0.25)
+    assert data.mean == pytest.approx([(0x20 + 0xC0) / 2 / 255] * 3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("numpy.arange(40) / 40", "integer labels, got torch.float64"),
+        ("numpy.zeros(40, int)", "at least 2 classes, got 1"),
+        ("numpy.arange(40) * 10**9", "labels that count the classes from 0"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(
+    labels: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_labels.py").write_text(
+        f"import numpy\ndef data():\n    return (numpy.zeros((40, 1, 32, 32), 'uint8'), {labels}), None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("own_labels", None)
+    with pytest.raises(UserError, match=message):
+        load("own_labels:data")
