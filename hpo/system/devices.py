@@ -213,7 +213,7 @@ def _own_process_tree() -> set[int]:
 
 
 def _cgroup_cores(root: Path) -> Iterator[int]:
-    """Yield the CPU quotas that bind this process, in cores rounded up: of its cgroup and the parents (v2), or of v1."""
+    """Yield the CPU quotas that bind this process, in cores rounded up: of its cgroup and parents (v2), or of v1."""
     own = re.search(r"^0::/(.*)$", _text_of(root / "proc/self/cgroup"), re.MULTILINE)
     v1, v2 = root / "sys/fs/cgroup/cpu", root / "sys/fs/cgroup" / (own[1] if own else "")
     limits = [_text_of(folder / "cpu.max") for folder in (v2, *v2.parents)]
