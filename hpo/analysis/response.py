@@ -30,7 +30,7 @@ AMPLITUDES = (0.1, 0.3, 1.0, 3.0)  # of the response, in standard deviations of 
 NOISES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)  # of a trial, in standard deviations of the values
 WIDTHS = (0.01, 0.03, 0.1)  # decades over which trials begin to diverge
 OUTLIER_RATE = 0.02  # share of trials that diverge, or do not, whatever their learning rate
-BEYOND = 0.3  # decades past the range within which half of the trials may come to diverge
+BEYOND = 0.3  # decades past the range within which the rate may lie at which half of the trials diverge
 WORST = 3.0  # a value counts as no worse than this many times as far below the median as the best is above it
 
 

@@ -28,7 +28,7 @@ def test_the_best_is_the_highest_value_or_the_lowest_where_that_is_asked_for() -
 @pytest.mark.parametrize(
     ("rows", "interval"),
     [
-        # 0.90 on 400 pictures has a standard error of 0.015
+        # 0.90 on 400 images has a standard error of 0.015
         ([(1e-4, 0.80), (1e-3, 0.89), (3e-3, 0.90), (1e-2, 0.886)], (1e-3, 1e-2)),
         ([(1e-4, 0.895), (1e-3, 0.80), (3e-3, 0.90)], (3e-3, 3e-3)),  # a worse one in between ends it
         ([(1e-3, 0.89), (3e-3, 0.90), (1e-2, "diverged"), (2e-2, 0.90)], (1e-3, 3e-3)),
@@ -96,7 +96,7 @@ def test_a_pruned_trial_counts_with_what_the_others_have_gained_since() -> None:
     assert found is not None
     at = [index for index, lr in enumerate(found.lrs) if lr < 5e-5]
     seen = [found.mean[index] - hill(found.lrs[index]) for index in at]
-    assert max(map(abs, seen)) < 0.1  # after two epochs they had come to 0.87 of it
+    assert max(map(abs, seen)) < 0.1  # after two epochs they had reached 0.87 of it
     alone = find_response(study, numbered(*whole))
     assert alone is not None
     width, width_alone = (sum(f.high[i] - f.low[i] for i in at) for f in (found, alone))

@@ -113,7 +113,11 @@ def test_what_cannot_be_said_is_said() -> None:
     assert found.studies[1].interval is None
     assert "few cannot be compared: too few of its learning rates or of s's have a value" in text
     assert "edge: the best rate may lie beyond what was searched; its interval is a bound" in text
-    assert json.loads(json.dumps(found.as_dict()))["sides"][2]["study"] == "edge"
+    plain = json.loads(json.dumps(found.as_dict()))
+    assert plain.keys() == {"sides", "conclusions", "caveats"}
+    assert plain["sides"][2]["study"] == "edge"
+    assert "edge" in plain["sides"][2]
+    assert "divergence_lr" not in plain["sides"][2]
 
 
 # The study file

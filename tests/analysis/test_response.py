@@ -150,6 +150,15 @@ def test_mirrored_is_the_same_seen_from_below() -> None:
     assert mirrored.mirrored() == found
 
 
+def test_json_has_the_keys_that_it_always_had() -> None:
+    found = response(make_trials(EVENLY, hill, diverged=[0.5]))
+    plain = found.as_dict()
+    assert found.divergence_lr is not None
+    assert plain["edge"] == {"lr": found.divergence_lr.lr, "interval": found.divergence_lr.interval}
+    assert plain["tops"] == found.draws_of_best
+    assert not {"divergence_lr", "draws_of_best"} & plain.keys()
+
+
 def test_in_figures_is_plain_data_without_the_curves() -> None:
     figures = response(make_trials(EVENLY, hill, diverged=[0.5])).summary_dict()
     assert figures.keys() == {"best", "value", "interval", "plateau", "edge", "sensitivity", "noise"}

@@ -1,4 +1,4 @@
-"""The bench of searches: its curves are whole, its verdicts right, and ours is measured through the real worker."""
+"""The bench of searches: its curves are whole, its verdicts right, and hpo is measured through the real worker."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def finish(store: Store, study: StudyRecord, worker: str, value: float) -> Claim
 
 
 def run(store: Store, study: StudyRecord) -> list[Claim]:
-    """Train all trials that there are to train, and return their claims."""
+    """Train all trials, those that become due too, and return their claims."""
     worker = store.workers.add(study.study_id, device="cpu")
     done: list[Claim] = []
     while add_due_trials(store, study):
@@ -366,7 +366,7 @@ def test_the_winners_networks_are_measured_on_it_once_and_not_trained_again(tmp_
         assert trial.curves["test_accuracy"][0] is None
     assert found.test_value == statistics.fmean([trial.curves["test_accuracy"][-1] or 0 for trial in tests])
     reads = len((tmp_path / "reads").read_text())
-    assert reads <= 2 * 20 + 1  # its labels, its pictures, and one for their shape; not again for the second network
+    assert reads <= 2 * 20 + 1  # its labels, its images, and one for their shape; not again for the second network
     kept = {path.name for path in tmp_path.glob("hpo_files/*/checkpoints/*")}
     assert kept in ({"000000"}, {"000001"})  # the best of the search; of those that confirm, nothing once tested
 

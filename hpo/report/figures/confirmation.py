@@ -56,7 +56,7 @@ def _add_seeds(figure: go.Figure, confirmation: Confirmation, names: Sequence[st
 
 
 def _add_means(figure: go.Figure, confirmation: Confirmation, names: Sequence[str]) -> None:
-    """Add the mean of each candidate, and the value that is to be expected of the winner."""
+    """Add the mean of each candidate, and the expected value of the winner."""
     means = [
         (name, candidate.mean)
         for name, candidate in zip(names, confirmation.candidates, strict=True)
