@@ -30,7 +30,7 @@ class StudyRecord:
 
     @property
     def origin(self) -> str:
-        """The uid of the study that it is a copy of, or else its own: it names the checkpoints, which move with a copy."""
+        """The uid of the study that it is a copy of, or else its own; it names the checkpoints, which a copy shares."""
         return str(self.metadata.get("origin", self.metadata["uid"]))
 
     @property

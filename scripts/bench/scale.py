@@ -87,10 +87,10 @@ def spec(trials: int, *, pruner: str = "median", confirm: bool = False) -> Study
 
 
 def fill(store: Store, size: Size, *, waiting: int) -> StudyRecord:
-    """A study of this size, with all that the ledger and Optuna keep of a trial, and `waiting` slots."""
+    """Make a study of this size, with all that the ledger and Optuna keep of a trial, and `waiting` slots."""
     study = store.studies.create(spec(size.ended + size.running + waiting), metadata={})
     distribution = distribution_to_json(FloatDistribution(1e-5, 1e-1, log=True))
-    known = provenance.trial_metadata(device="cpu", seed=1) | {"ended": "complete: trained for 10 epochs"}
+    known = provenance.trial_metadata(device="cpu", host="here", seed=1) | {"ended": "complete: trained for 10 epochs"}
     values = {
         "study": study.study_id, "ended": size.ended, "claimed": size.ended + size.running, "workers": size.workers,
         "epochs": EPOCHS, "distribution": distribution, "known": json.dumps(known),
@@ -123,10 +123,10 @@ def fill(store: Store, size: Size, *, waiting: int) -> StudyRecord:
         "SELECT 'worker-' || n, :study, 'host-' || n / 8, 'machine-' || n / 8, 1, 1, 'cuda:' || n % 8, 0, 1e12 "
         "FROM generate_series(0, :workers - 1) n",
     )
-    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.begin() as connection:
         for statement in statements:
             connection.execute(sa.text(statement), values)
-    with store.storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("VACUUM ANALYZE")  # as autovacuum does meanwhile in a study that grows slowly
     return study
 
@@ -135,7 +135,7 @@ class Server:
     """The processes of the Postgres that a store is in, and the CPU that they have used."""
 
     def __init__(self, store: Store) -> None:
-        with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
+        with store.storage.engine.connect() as connection:
             pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
             self.version = connection.exec_driver_sql("SHOW server_version").scalar_one()
         parent = psutil.Process(pid).parent()
@@ -149,7 +149,7 @@ class Server:
         return ended.children_user + ended.children_system + sum(cpu for cpu, _ in used), sum(late for _, late in used)
 
     def backend_bytes(self) -> list[int]:
-        """What each process of a connection has to itself."""
+        """Return what each process of a connection has to itself."""
         named = [process for process in self._processes() if "idle" in " ".join(process.cmdline())]
         return [process.memory_full_info().uss for process in named]
 
@@ -180,7 +180,7 @@ class Meter:
         self._counts = counts
         self._trips = self._read = 0
         self._locked: tuple[float, ...] | None = None
-        engine = store.storage.engine  # type: ignore[attr-defined]
+        engine = store.storage.engine
         if counts:
             self._trace = tempfile.TemporaryFile()  # noqa: SIM115  # as long as its connections
             sa.event.listen(engine, "connect", lambda dbapi, _: dbapi.pgconn.trace(self._trace.fileno()))
@@ -218,7 +218,7 @@ class Meter:
 
 
 def keep(store: Store, study: StudyRecord, claim: Any) -> None:
-    """What hpo.workers.checkpoints asks and tells the store of a trial, from its begin to its end."""
+    """Ask and tell the store what hpo.workers.checkpoints does of a trial, from its beginning to its end."""
     store.trials.last_report(claim)
     store.trials.begin(claim, resumed_from=0)
     for count in (1, 2, 1):
@@ -232,7 +232,7 @@ def use(store: Store, study: StudyRecord, meter: Meter, *, trials: int) -> None:
     unjudged = spec(study.spec.num_trials, pruner="none")
 
     def attributes(_: Mapping[str, Any]) -> Mapping[str, Any]:
-        return provenance.trial_metadata(device="cpu", seed=1)
+        return provenance.trial_metadata(device="cpu", host="here", seed=1)
 
     for _ in range(trials):
         claim = meter("claim", lambda: store.trials.claim(study, worker))
@@ -244,7 +244,7 @@ def use(store: Store, study: StudyRecord, meter: Meter, *, trials: int) -> None:
             meter(name, lambda claim=claim, judge=judge, told=told: store.trials.report(claim, judge, **told))
             meter("renew", lambda claim=claim: store.workers.renew([claim], worker))
         meter("finish", lambda claim=claim: store.trials.finish(claim, "complete", reason="trained for 4 epochs"))
-    with store.storage.engine.begin() as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE hpo_slots SET state = 'complete' WHERE state = 'waiting'")
     confirmed = replace(study, spec=spec(study.spec.num_trials, confirm=True))
 
@@ -258,7 +258,8 @@ def use(store: Store, study: StudyRecord, meter: Meter, *, trials: int) -> None:
         if store.trials.counts(study.study_id).get("running"):
             meter("poll, confirm", lambda: look(confirmed))
         meter("reap", lambda: store.workers.reap(study))
-        meter("share", lambda: (store.trials.counts(study.study_id), store.workers.get_all(study)))  # of hpo.workers.worker's lanes
+        # As a worker with lanes asks for its share of the trials.
+        meter("share", lambda: (store.trials.counts(study.study_id), store.workers.get_all(study)))
 
 
 def measure_calls(make: Any, size: Size, *, trials: int) -> dict[str, list[Cost]]:
@@ -269,7 +270,7 @@ def measure_calls(make: Any, size: Size, *, trials: int) -> dict[str, list[Cost]
         meter = Meter(store, counts=counts)
         store.database.cached.get_all_trials(study.study_id, deepcopy=False)  # the first look is a worker's start
         use(store, study, meter, trials=number)
-        store.storage.engine.dispose()  # type: ignore[attr-defined]
+        store.storage.engine.dispose()
         if not counts:
             samples = meter.samples
             continue
@@ -280,7 +281,7 @@ def measure_calls(make: Any, size: Size, *, trials: int) -> dict[str, list[Cost]
 
 
 def measure_start(make: Any, size: Size) -> Cost:
-    """What it takes a new worker to read the study for the first time, for its first trial's values."""
+    """Return what a new worker's first read of the study costs, for its first trial's values."""
     url = make()
     study = fill(Store(url, create=True), size, waiting=1)
     store = Store(url)
@@ -294,7 +295,7 @@ def median(costs: Sequence[Cost]) -> Cost:
 
 
 def fitted(measured: Mapping[Size, Cost]) -> Line:
-    """The line through medians, with no part below zero; small costs weigh as much as large ones."""
+    """Return the line through medians, with no part below zero; small costs weigh as much as large ones."""
     rows = [[1, size.ended, size.running - 1, size.workers - 1] for size in measured]
     parts: dict[str, list[float]] = {}
     for key in asdict(Cost()):
@@ -308,7 +309,7 @@ def fitted(measured: Mapping[Size, Cost]) -> Line:
 
 
 def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any) -> None:
-    """A worker that sleeps where it would train; puts (call, when it began, seconds) of all calls."""
+    """Run a worker that sleeps where it would train, and put (call, when it began, seconds) of all calls."""
     store = Store(url).retrying(for_s=60)
     study = store.studies.get("scale")
     judge = spec(study.spec.num_trials, pruner=pruner)
@@ -325,7 +326,7 @@ def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any
 
     def begin() -> Any:
         claim = timed("claim", store.trials.claim, study, worker)
-        described = provenance.trial_metadata(device="cpu", seed=1)
+        described = provenance.trial_metadata(device="cpu", host="here", seed=1)
         timed("suggest", store.trials.suggest, claim, study.spec, attributes=lambda _: described)
         timed("keep", keep, store, study, claim)
         return claim
@@ -350,7 +351,7 @@ def train(url: str, seed: int, load: Load, pruner: str, gates: Any, results: Any
 
 
 def measure_load(url: str, load: Load, pruner: str, *, warm_s: float, window_s: float) -> dict[str, float]:
-    """What so many workers come to, after a while, in this many seconds."""
+    """Return what so many workers reach, after a while, in this many seconds."""
     context = multiprocessing.get_context("forkserver")
     # All that a worker imports is imported once: 64 processes that did it would keep the machine busy for minutes.
     context.set_forkserver_preload(
@@ -404,7 +405,7 @@ def measure_load(url: str, load: Load, pruner: str, *, warm_s: float, window_s: 
 
 
 def spin(go: Any) -> None:
-    """Keeps a core busy as Python programs do, in memory of its own."""
+    """Keep a core busy as Python programs do, in memory of its own."""
     table = {number: [number] for number in range(200_000)}
     draw = random.Random(0)
     while go.wait():
@@ -443,7 +444,7 @@ def crowded(make: Any, *, blocks: int) -> tuple[Cost, list[float]]:
         ratios.append((beside.client_s + beside.server_s) / (alone.client_s + alone.server_s))
     for spinner in spinners:
         spinner.terminate()
-    store.storage.engine.dispose()  # type: ignore[attr-defined]
+    store.storage.engine.dispose()
     alone, beside = median(meter.samples["alone"]), median(meter.samples["crowded"])
     return Cost(beside.client_s / alone.client_s, beside.server_s / alone.server_s), ratios
 
@@ -568,7 +569,7 @@ def without_looks(costs: Costs) -> Costs:
 
 
 def print_remedies(costs: Costs, place: Place) -> list[dict[str, Any]]:
-    """What each would gain, for epochs of 30 s and ASHA."""
+    """Return what each change would gain, for epochs of 30 s and ASHA."""
     load = Load(1, 30.0, epochs=EPOCHS, looks=LOOKS["asha"], ended=ENDED)
     longer = replace(load, epoch_s=300.0, epochs=EPOCHS / 10, looks=1.0)
     part = replace(place, cores=place.cores / 10)
@@ -613,7 +614,7 @@ def print_idle(costs: Costs, place: Place) -> list[dict[str, Any]]:
 
 
 def compare(costs: Costs, load: Load, place: Place, measured: Mapping[str, float]) -> dict[str, Any]:
-    """The model's word beforehand, with the cores that others took, and also with the CPU that was used."""
+    """Return what the model predicts, with the cores that others took, and also with the CPU that was used."""
     needs = model.demand(costs, load, place)
     said_cpu_s = needs.cores_s + needs.locked_cores_s
     ratio = (measured["client_s"] + measured["server_s"]) / said_cpu_s
@@ -629,7 +630,7 @@ def compare(costs: Costs, load: Load, place: Place, measured: Mapping[str, float
 
 
 def check(make: Any, costs: Costs, *, workers: int, repeats: int, window_s: float) -> list[dict[str, Any]]:
-    """The model's word for this machine, and then what is measured, in turn."""
+    """Print what the model predicts for this machine, and what is measured, in turn."""
     by, ratios = crowded(make, blocks=8)
     print(
         f"\nwith all cores busy a call takes {by.client_s:.2f} times the client's CPU, {by.server_s:.2f} times the "

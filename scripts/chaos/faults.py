@@ -48,7 +48,7 @@ class Chaos:
     is_database_busy: bool = False
     empty_the_disk: Callable[[], None] | None = None
     second: Command | None = None
-    _later: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
+    _later: list[tuple[float, Callable[[], object]]] = field(default_factory=list)
     _main: Command | None = None
     _finished: set[int] = field(default_factory=set)
     _last_trial_hit: bool = False
@@ -88,7 +88,7 @@ class Chaos:
         self._wait_for_the_end()
 
     def _wait_for_the_end(self) -> None:
-        """The commands and the workers have to leave by themselves once the study is at its end."""
+        """Wait for the commands and the workers, which should leave by themselves once the study is at its end."""
         deadline = time.monotonic() + LEAVE_S
         while time.monotonic() < deadline or self._later:
             self._note_record()
@@ -164,7 +164,7 @@ class Chaos:
 
     # What faults are made of
 
-    def later(self, seconds: float, action: Callable[[], None]) -> None:
+    def later(self, seconds: float, action: Callable[[], object]) -> None:
         self._later.append((time.monotonic() + seconds, action))
 
     def go_on_later(self, pid: int) -> None:
@@ -179,7 +179,7 @@ class Chaos:
         return True
 
     def victim(self) -> int | None:
-        """A worker that has trained an epoch of the trial that it has; the others are only being started."""
+        """Return a worker that has trained an epoch of its trial; the others are only being started."""
         living = [pid for pid in self.arena.workers() if pid in self.training]
         return self.rng.choice(living) if living else None
 
@@ -197,7 +197,7 @@ def send(pid: int, number: signal.Signals) -> bool:
 
 
 def ordered(fault: str) -> Callable[[Chaos], bool]:
-    """A fault at an exact moment, which a worker carries out on itself, and counts, when it comes to that moment."""
+    """Order a fault that a worker carries out on itself at an exact moment, and counts when it comes to that."""
     return lambda chaos: chaos.order(fault)
 
 
@@ -283,7 +283,7 @@ def _fill(ballast: Path) -> None:
 
 
 def tear_a_checkpoint(chaos: Chaos) -> bool:
-    """The newest checkpoint of a trial in training loses its end, or a byte changes, and its worker is killed."""
+    """Tear the newest checkpoint of a trial in training, or change a byte of it, and kill its worker."""
     pid = chaos.victim()
     if pid is None or not send(pid, signal.SIGSTOP):
         return False
@@ -425,7 +425,7 @@ def make_deck(store: str, *, size: int, rng: random.Random) -> list[str]:
 
 
 def summarize(counts: Sequence[tuple[str, Counter[str]]]) -> list[str]:
-    """The faults by kind, a column for each store."""
+    """Return the faults by kind, a column for each store."""
     faults = [fault for fault in [*FAULTS, LAST_TRIAL] if any(c[fault] for _, c in counts)]
     width = max(map(len, faults), default=0)
     rows = [f"{fault:<{width}}" + "".join(f"{c[fault] or '-':>10}" for _, c in counts) for fault in faults]

@@ -40,7 +40,7 @@ def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
 
     store = Store(arena.database.url)
     study = store.studies.get("chaos")
-    with store.storage.engine.connect() as connection:  # type: ignore[attr-defined]
+    with store.storage.engine.connect() as connection:
         reports, states = (
             [dict(row) for row in connection.execute(sa.text(f"SELECT * FROM {name} ORDER BY id")).mappings()]
             for name in ("chaos_reports", "chaos_states")
@@ -82,7 +82,7 @@ def _metrics(row: Row) -> dict[str, Any]:
 
 
 def _final(arena: Arena, store: Any, study: Any, number: int) -> str | None:
-    """What the product itself reads as the trial's last checkpoint."""
+    """Return the digest of what the product itself reads as the trial's last checkpoint."""
     from hpo.train.checkpoint import CheckpointFolder
 
     trial = store.trials.get_all(study)[number]
@@ -253,7 +253,7 @@ def figures(seen: Evidence, problem: Problem) -> Mapping[str, int]:
 
 
 def added(several: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """The figures of several studies together: sums, but for the most."""
+    """Return the figures of several studies together: sums, but for the most."""
     return {
         name: (max if name.startswith("most") else sum)(figures[name] for figures in several) for name in several[0]
     }

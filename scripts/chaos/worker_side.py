@@ -1,8 +1,7 @@
-"""What every worker of a chaos study runs before anything else, as the sitecustomize.py of the study's folder.
+"""The sitecustomize.py of a chaos study's folder, which every worker runs before anything else.
 
-It keeps a record of what the worker does, a line of JSON each, and dies or stops at exact moments: for each such fault
-the harness puts a file into orders/, and the first worker that passes that moment takes it. Imported anywhere else it
-does nothing.
+It records what the worker does, a line of JSON each, and dies or stops at exact moments. For each such fault, the
+harness puts a file into orders/, and the first worker that passes that moment takes it. Elsewhere it does nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ current: dict[str, int] = {}  # the number and the attempt of the trial that thi
 
 
 def record(what: str, **fields: Any) -> None:
+    """Add a line to the record that all workers share."""
     line = json.dumps({"what": what, "pid": os.getpid(), "at": time.time(), **fields}) + "\n"
     descriptor = os.open(FOLDER / "record.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, line.encode())  # one call: lines of several processes do not mix
@@ -32,7 +32,7 @@ def record(what: str, **fields: Any) -> None:
 
 
 def take(order: str) -> bool:
-    """Whether there was such an order, which is now this process's alone; it is recorded before it is carried out."""
+    """Return whether there was such an order, which only this process has now; record it before it is carried out."""
     try:
         os.unlink(FOLDER / "orders" / order)
     except FileNotFoundError:
@@ -42,13 +42,14 @@ def take(order: str) -> bool:
 
 
 def moment(name: str) -> None:
+    """Kill or stop this process, if there is an order to do so at this moment."""
     for number in (signal.SIGKILL, signal.SIGSTOP):
         if take(f"{number.name} {name}"):
             os.kill(os.getpid(), number)
 
 
 def digest(state: Mapping[str, Any], results: Sequence[Any]) -> str:
-    """Of every bit of a trial's parameters, optimizer and curve, without the seconds that its epochs took."""
+    """Return a digest of every bit of a trial's parameters, optimizer and curve, without the seconds of its epochs."""
     content = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -69,9 +70,9 @@ def digest(state: Mapping[str, Any], results: Sequence[Any]) -> str:
 
 
 class HalfWay:
-    """A file that is written in two halves, with a moment in between; and a disk that is full while harness says so."""
+    """A file that is written in two halves, with a moment between, on a disk that is full if the harness says so."""
 
-    def __init__(self, path: str, mode: str) -> None:
+    def __init__(self, path: str | int, mode: str) -> None:
         self._file = builtins.open(path, mode)  # noqa: SIM115
 
     def __enter__(self) -> HalfWay:
@@ -84,6 +85,7 @@ class HalfWay:
         return getattr(self._file, name)
 
     def write(self, data: memoryview) -> None:
+        """Write the first half, then the second."""
         self._file.write(data[: len(data) // 2])
         self._file.flush()
         moment("half of a checkpoint written")
@@ -92,14 +94,11 @@ class HalfWay:
         self._file.write(data[len(data) // 2 :])
 
 
-def install() -> None:  # noqa: PLR0915
+def put_faults_into_transactions() -> None:
+    """Die within transactions, and lose the answer to a commit of Postgres."""
     import sqlalchemy as sa
 
     from hpo.store.database import JoinedStorage
-    from hpo.store.trials import Trials
-    from hpo.train import checkpoint
-    from hpo.train.checkpoint import CheckpointFolder
-    from hpo.train.engines.plain import PlainEngine
 
     transaction = JoinedStorage.transaction
 
@@ -111,7 +110,14 @@ def install() -> None:  # noqa: PLR0915
         if self.engine.dialect.name == "postgresql" and take("a commit's answer is lost"):
             raise sa.exc.OperationalError("COMMIT", {}, ConnectionError("chaos: the answer to a commit was lost"))
 
-    claim = Trials.claim
+    patch(JoinedStorage, transaction=transaction_with_faults)
+
+
+def put_faults_around_trials() -> None:
+    """Record claims, reports and ends of trials, and die between them."""
+    from hpo.store.trials import Trials
+
+    claim, begin, report_all, finish = Trials.claim, Trials.begin, Trials.report_all, Trials.finish
 
     def claim_with_faults(self: Any, study: Any, worker_id: str, **rest: Any) -> Any:
         claimed = claim(self, study, worker_id, **rest)
@@ -120,13 +126,9 @@ def install() -> None:  # noqa: PLR0915
             moment("claimed, not begun")
         return claimed
 
-    begin = Trials.begin
-
     def begin_recorded(self: Any, claimed: Any, *, resumed_from: int, **rest: Any) -> None:
         begin(self, claimed, resumed_from=resumed_from, **rest)
         record("began", **current, epoch=resumed_from)
-
-    report_all = Trials.report_all
 
     def report_all_with_faults(self: Any, reports: Any, spec: Any) -> Any:
         verdicts = report_all(self, reports, spec)
@@ -137,13 +139,40 @@ def install() -> None:  # noqa: PLR0915
             moment("reported, not saved")
         return verdicts
 
-    finish = Trials.finish
-
     def finish_with_faults(self: Any, claimed: Any, state: str, **rest: Any) -> None:
         moment("reported, not finished")
         finish(self, claimed, state, **rest)
         record("finished", number=claimed.number, attempt=claimed.attempt)
         moment("finished, not cleaned up")
+
+    patch(Trials, claim=claim_with_faults, begin=begin_recorded)
+    patch(Trials, report_all=report_all_with_faults, finish=finish_with_faults)
+
+
+def put_faults_into_training() -> None:
+    """Record each epoch that is trained, and die in the middle of one."""
+    from hpo.train.engines.plain import PlainEngine
+
+    step, run_epoch = PlainEngine.step, PlainEngine.run_epoch
+
+    def step_with_faults(self: Any, *batch: Any) -> Any:
+        moment("mid-epoch")
+        return step(self, *batch)
+
+    def run_epoch_recorded(self: Any) -> Any:
+        results = run_epoch(self)
+        for result in results:
+            trained = self.checkpoint(result.lane)
+            record("trained", **current, epoch=result.epoch, digest=digest(trained.state, trained.results))
+        return results
+
+    patch(PlainEngine, step=step_with_faults, run_epoch=run_epoch_recorded)
+
+
+def put_faults_into_checkpoints() -> None:
+    """Record checkpoints, and die while one is written, or before or after it is renamed."""
+    from hpo.system import files
+    from hpo.train.checkpoint import CheckpointFolder
 
     def replace(source: str, target: str) -> None:
         moment("checkpoint written, not renamed")
@@ -161,25 +190,22 @@ def install() -> None:  # noqa: PLR0915
             raise
         record("saved", **whose)
 
-    step, run_epoch = PlainEngine.step, PlainEngine.run_epoch
+    patch(CheckpointFolder, save=save_recorded)
+    patch(files, open=HalfWay, os=types.SimpleNamespace(**{**vars(os), "replace": replace}))
 
-    def step_with_faults(self: Any, *batch: Any) -> Any:
-        moment("mid-epoch")
-        return step(self, *batch)
 
-    def run_epoch_recorded(self: Any) -> Any:
-        results = run_epoch(self)
-        for result in results:
-            trained = self.checkpoint(result.lane)
-            record("trained", **current, epoch=result.epoch, digest=digest(trained.state, trained.results))
-        return results
+def patch(owner: Any, **replacements: Any) -> None:
+    """Put these functions in the place of a class's or a module's own."""
+    for name, replacement in replacements.items():
+        setattr(owner, name, replacement)
 
-    JoinedStorage.transaction = transaction_with_faults
-    Trials.claim, Trials.begin, Trials.report_all = claim_with_faults, begin_recorded, report_all_with_faults
-    Trials.finish, CheckpointFolder.save = finish_with_faults, save_recorded
-    PlainEngine.step, PlainEngine.run_epoch = step_with_faults, run_epoch_recorded
-    checkpoint.open = HalfWay
-    checkpoint.os = types.SimpleNamespace(**{**vars(os), "replace": replace})
+
+def install() -> None:
+    """Put the faults into the product, and the sabotage if there is any."""
+    put_faults_into_transactions()
+    put_faults_around_trials()
+    put_faults_into_training()
+    put_faults_into_checkpoints()
     with suppress(FileNotFoundError):
         exec((FOLDER / "sabotage.py").read_text(), {})
 

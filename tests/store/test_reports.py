@@ -6,6 +6,7 @@ import json
 import math
 import random
 import threading
+from typing import Any
 
 import pytest
 
@@ -95,11 +96,12 @@ def test_a_round_of_reports_reads_the_study_once(
     held = [claim(store, study, worker) for _ in range(8)]
     reads: list[int] = []
     get_all_trials = type(store.database.cached).get_all_trials
-    monkeypatch.setattr(
-        type(store.database.cached),
-        "get_all_trials",
-        lambda *args, **rest: reads.append(0) or get_all_trials(*args, **rest),
-    )
+
+    def counted(*args: Any, **rest: Any) -> Any:
+        reads.append(0)
+        return get_all_trials(*args, **rest)
+
+    monkeypatch.setattr(type(store.database.cached), "get_all_trials", counted)
     for epoch in (1, 2, 3):
         store.trials.report_all([EpochReport(c, epoch, {}, 0.5) for c in held], spec)
     assert len(reads) == 3
