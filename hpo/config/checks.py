@@ -183,6 +183,10 @@ def check_objective(
             "search.space.lr must be a range or a list with objective.function, whose loop is not ours to test; "
             "got 'auto'"
         )
+    for key in OBJECTIVE_TRAINING_KEYS:
+        for value in search.parameters[key].extreme_values() if key in search.parameters else ():
+            if isinstance(value, str):
+                raise UserError(f"search.space.{key} must hold integers, got {value!r}")
     if checkpoints.url is not None and "://" in checkpoints.url:
         raise UserError(
             "checkpoints.url must be a folder with objective.function, whose own code writes into it; "

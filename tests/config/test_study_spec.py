@@ -170,6 +170,12 @@ def test_auto_is_not_for_a_loop_of_one_s_own() -> None:
         read("name = 's'\n[search.space]\nlr = 'auto'\n[objective]\nfunction = 'loop:train'")
 
 
+@pytest.mark.parametrize("key", ["epochs", "seed"])
+def test_epochs_and_seed_of_a_loop_of_one_s_own_are_no_text(key: str) -> None:
+    with pytest.raises(UserError, match=rf"search\.space\.{key} must hold integers, got 'many'"):
+        read(f"name = 's'\n[search.space]\n{key} = ['many']\n[objective]\nfunction = 'loop:train'")
+
+
 @pytest.mark.parametrize("sampler", ["gp", "qmc", "cmaes"])
 def test_samplers_that_cannot_search_cases_refuse_them(sampler: str) -> None:
     text = f"""
