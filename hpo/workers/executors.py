@@ -24,13 +24,14 @@ class Local:
         workers: Number of processes. Default: one for each device.
 
     Raises:
-        UserError: `workers` is below 1.
+        UserError: `workers` is below 1, or an argument is of the wrong type.
     """
 
     devices: str = "auto"
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        _check_devices(self.devices)
         _check_workers(self.workers)
 
 
@@ -40,9 +41,15 @@ class InProcess:
 
     Args:
         devices: As in `Local`; it trains on the first one.
+
+    Raises:
+        UserError: `devices` is no text.
     """
 
     devices: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_devices(self.devices)
 
 
 @dataclass(frozen=True)
@@ -69,24 +76,36 @@ class Ray:
     placement: str = "pack"
 
     def __post_init__(self) -> None:
-        if self.address not in (OWN_RAY, RUNNING_RAY) and not self.address.startswith(RAY_CLIENT):
+        if self.address not in (OWN_RAY, RUNNING_RAY) and not str(self.address).startswith(RAY_CLIENT):
             raise UserError(f"--on must be ray, auto or ray://HOST:PORT, got {self.address!r}")
         if self.placement not in PLACEMENTS:
             raise UserError(f"--placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
+        if not isinstance(self.resources, Mapping):
+            raise UserError(f"--resource must give an amount to each name, got {self.resources!r}")
         for name, amount in self.resources.items():
             _check_resource(name, amount)
+        _check_devices(self.devices)
         _check_workers(self.workers)
 
 
 Executor = Local | InProcess | Ray
 
 
+def _check_devices(devices: str) -> None:
+    if not isinstance(devices, str):
+        raise UserError(f"--devices must be a text such as 'cpu' or 'cuda:0,cuda:1', got {devices!r}")
+
+
 def _check_workers(workers: int | None) -> None:
+    if workers is not None and not isinstance(workers, int):
+        raise UserError(f"--workers must be an integer, got {workers!r}")
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}")
 
 
 def _check_resource(name: str, amount: float) -> None:
+    if not isinstance(amount, int | float):
+        raise UserError(f"--resource {name} must be a number, got {amount!r}")
     may_be_zero = name in ("num_cpus", "num_gpus")
     is_enough = amount >= 0 if may_be_zero else amount > 0  # NaN is neither
     if not is_enough or amount == math.inf:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
+from hpo.errors import UserError
 from hpo.store.database import parse_url
-from hpo.workers.executors import Executor, InProcess, Local
+from hpo.workers.executors import Executor, InProcess, Local, Ray
 from hpo.workers.launcher import Launcher
 from hpo.workers.local import InProcessLauncher, LocalLauncher
 
@@ -14,13 +15,15 @@ def make_launcher(executor: Executor, spec: StudySpec, allowed: ImportAllowlist,
     """Return what runs the workers of this study of the store at `url`.
 
     Raises:
-        UserError: The executor asks for devices, or a kind of store, that it cannot have.
+        UserError: The executor asks for devices, or a kind of store, that it cannot have; or it is no executor.
     """
     match executor:
         case Local():
             return LocalLauncher(executor.devices, workers=executor.workers, allowed=allowed)
         case InProcess():
             return InProcessLauncher(executor.devices)
-    from hpo.workers.ray_cluster import RayLauncher
+        case Ray():
+            from hpo.workers.ray_cluster import RayLauncher
 
-    return RayLauncher(executor, spec, allowed=allowed, url=parse_url(url))
+            return RayLauncher(executor, spec, allowed=allowed, url=parse_url(url))
+    raise UserError(f"executor must be an hpo.Local(), hpo.InProcess() or hpo.Ray(), got {executor!r}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,3 +80,32 @@ def test_a_store_is_served_study_by_study_and_what_cannot_be_trained_is_passed_o
         {"complete": 1},
         {"waiting": 1},
     ]
+
+
+WRONG_ARGUMENTS: list[tuple[Callable[..., Executor], dict[str, Any], str]] = [
+    (Local, {"workers": "2"}, "--workers must be an integer, got '2'"),
+    (Local, {"workers": 1.5}, "--workers must be an integer, got 1.5"),
+    (Local, {"devices": None}, "--devices must be a text such as 'cpu' or 'cuda:0,cuda:1', got None"),
+    (InProcess, {"devices": ["cpu"]}, "--devices must be a text such as 'cpu' or 'cuda:0,cuda:1', got ['cpu']"),
+    (Ray, {"address": None}, "--on must be ray, auto or ray://HOST:PORT, got None"),
+    (Ray, {"devices": 0}, "--devices must be a text such as 'cpu' or 'cuda:0,cuda:1', got 0"),
+    (Ray, {"resources": ["num_cpus=2"]}, "--resource must give an amount to each name, got ['num_cpus=2']"),
+    (Ray, {"resources": {"memory": "2"}}, "--resource memory must be a number, got '2'"),
+]
+
+
+@pytest.mark.parametrize(("executor", "arguments", "message"), WRONG_ARGUMENTS)
+def test_arguments_of_the_wrong_type_are_one_sentence(
+    executor: Callable[..., Executor], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        executor(**arguments)
+
+
+@pytest.mark.parametrize("executor", ["cpu", Local])
+def test_what_is_no_executor_is_refused(executor: Any, make_spec: MakeSpec, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^executor must be an hpo\.Local\(\), hpo\.InProcess\(\) or hpo\.Ray\(\), got"
+    ):
+        running.run(make_spec(0.1), executor=executor, storage=f"sqlite:///{tmp_path}/hpo.db", code_folder=tmp_path)
+    assert not (tmp_path / "hpo.db").exists()
