@@ -63,9 +63,14 @@ class Size:
 
 
 SIZES = (
-    Size(200, 1, 1), Size(1000, 1, 1), Size(10_000, 1, 1),
-    Size(1000, 64, 64), Size(1000, 256, 256), Size(1000, 1024, 1024), Size(1000, 1, 1024),
-)  # fmt: skip
+    Size(200, 1, 1),
+    Size(1000, 1, 1),
+    Size(10_000, 1, 1),
+    Size(1000, 64, 64),
+    Size(1000, 256, 256),
+    Size(1000, 1024, 1024),
+    Size(1000, 1, 1024),
+)
 ENDED = 1000  # trials of the predicted studies that have ended
 LARGE = Size(1000, 4096, 4096)  # not fitted: holds the lines against a size four times their largest
 LOADS = ((1.0, "median"), (1.0, "none"), (5.0, "median"))  # seconds of an epoch and the pruner
@@ -92,9 +97,14 @@ def fill(store: Store, size: Size, *, waiting: int) -> StudyRecord:
     distribution = distribution_to_json(FloatDistribution(1e-5, 1e-1, log=True))
     known = provenance.trial_metadata(device="cpu", host="here", seed=1) | {"ended": "complete: trained for 10 epochs"}
     values = {
-        "study": study.study_id, "ended": size.ended, "claimed": size.ended + size.running, "workers": size.workers,
-        "epochs": EPOCHS, "distribution": distribution, "known": json.dumps(known),
-    }  # fmt: skip
+        "study": study.study_id,
+        "ended": size.ended,
+        "claimed": size.ended + size.running,
+        "workers": size.workers,
+        "epochs": EPOCHS,
+        "distribution": distribution,
+        "known": json.dumps(known),
+    }
     mine = "FROM trials WHERE study_id = :study"
     steps = f"CROSS JOIN LATERAL generate_series(1, CASE WHEN number < :ended THEN :epochs ELSE {EPOCHS // 2} END) step"
     statements = (
@@ -497,8 +507,10 @@ def print_costs(measured: Mapping[Size, Mapping[str, list[Cost]]]) -> None:
     print(
         "\nCosts: milliseconds, median (quartiles) of a call; of these CPU of the client and of the server; round trips"
     )
-    print(f"{'ended':>6} {'running':>7} {'workers':>7}  {'call':14} {'n':>4} {'ms':>8} {'(quartiles)':>19} "
-          f"{'client':>8} {'server':>7} {'trips':>6}")  # fmt: skip
+    print(
+        f"{'ended':>6} {'running':>7} {'workers':>7}  {'call':14} {'n':>4} {'ms':>8} {'(quartiles)':>19} "
+        f"{'client':>8} {'server':>7} {'trips':>6}"
+    )
     for size, calls in measured.items():
         for name in (*CALLS, *MORE_CALLS):
             if name not in calls:
@@ -650,7 +662,7 @@ def check(make: Any, costs: Costs, *, workers: int, repeats: int, window_s: floa
                 f"epoch {epoch_s:g} s, {pruner}: predicted, where nothing else runs, {predicted.epochs_per_s:.1f} "
                 f"epochs/s, {100 * predicted.store_share:.0f} % in the store, claim {predicted.claim_s:.2f} s",
                 flush=True,
-            )  # fmt: skip
+            )
             measured = measure_load(url, load, pruner, warm_s=10.0, window_s=window_s)
             rows.append({"repeat": repeat, "epoch_s": epoch_s, "pruner": pruner, "measured": measured})
             rows[-1] |= compare(costs, load, place, measured)
@@ -673,8 +685,9 @@ def print_check(row: Mapping[str, Any]) -> None:
         f"{measured['claim_s']:.2f} s (n = {measured['claims']}), "
         f"said {row['before']['claim_s']:.2f}, "
         f"{row['others']['claim_s']:.2f}, {row['others_and_cpu']['claim_s']:.2f}; {measured['connections']} "
-        f"connections of {measured['backend_bytes'] / 1e6:.1f} MB", flush=True,
-    )  # fmt: skip
+        f"connections of {measured['backend_bytes'] / 1e6:.1f} MB",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -695,8 +708,9 @@ def main() -> None:
         version = Server(Store(make(), create=True)).version
         print(
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, PostgreSQL {version}, Python "
-            f"{platform.python_version()}, Optuna {optuna.__version__}, SQLAlchemy {sa.__version__}", flush=True,
-        )  # fmt: skip
+            f"{platform.python_version()}, Optuna {optuna.__version__}, SQLAlchemy {sa.__version__}",
+            flush=True,
+        )
         if arguments.costs:
             figures = json.loads(Path(arguments.costs).read_text())
             measured = {

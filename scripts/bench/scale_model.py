@@ -36,14 +36,14 @@ class Cost:
 
     def __add__(self, more: Cost) -> Cost:
         return Cost(
-            self.client_s + more.client_s, self.server_s + more.server_s,
-            self.other_s + more.other_s, self.round_trips + more.round_trips,
-        )  # fmt: skip
+            self.client_s + more.client_s,
+            self.server_s + more.server_s,
+            self.other_s + more.other_s,
+            self.round_trips + more.round_trips,
+        )
 
     def times(self, factor: float) -> Cost:
-        return Cost(
-            self.client_s * factor, self.server_s * factor, self.other_s * factor, self.round_trips * factor
-        )  # fmt: skip
+        return Cost(self.client_s * factor, self.server_s * factor, self.other_s * factor, self.round_trips * factor)
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,11 @@ def demand(costs: Costs, load: Load, place: Place, *, running: float | None = No
     judged = load.looks / load.epochs
     claim, locked = at(costs.claim), at(costs.locked)
     outside = Cost(
-        claim.client_s - locked.client_s, claim.server_s - locked.server_s,
-        claim.other_s - locked.other_s, claim.round_trips - locked.round_trips,
-    )  # fmt: skip
+        claim.client_s - locked.client_s,
+        claim.server_s - locked.server_s,
+        claim.other_s - locked.other_s,
+        claim.round_trips - locked.round_trips,
+    )
     once = outside + at(costs.suggest) + at(costs.keep) + at(costs.finish)
     epoch = at(costs.report).times(1 - judged) + at(costs.judged).times(judged) + once.times(1 / load.epochs)
     locked = locked.times(1 / load.epochs)
@@ -173,9 +175,13 @@ def idle(costs: Costs, load: Load, place: Place) -> Demand:
     look = at(costs.poll) + at(costs.reap).times(POLL_S / REAP_S)
     beats = at(costs.renew).times(load.workers / BEAT_S)
     return Demand(
-        delay_s=POLL_S + _delay(look, place), cores_s=_cores(look, place), locked_cores_s=0.0, locked_delay_s=0.0,
-        claims=0.0, background=_cores(beats, place) + place.other_cores,
-    )  # fmt: skip
+        delay_s=POLL_S + _delay(look, place),
+        cores_s=_cores(look, place),
+        locked_cores_s=0.0,
+        locked_delay_s=0.0,
+        claims=0.0,
+        background=_cores(beats, place) + place.other_cores,
+    )
 
 
 def saturation(costs: Costs, load: Load, place: Place) -> tuple[float, str]:

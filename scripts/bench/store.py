@@ -72,10 +72,13 @@ def fill(store: Store, trials: int, *, more: int) -> None:
             trial_id = store.storage.create_new_trial(
                 study.study_id,
                 create_trial(
-                    state=TrialState.PRUNED if pruned else TrialState.COMPLETE, value=reported[max(reported)],
-                    params={"lr": lr}, distributions={"lr": distribution}, intermediate_values=reported,
+                    state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+                    value=reported[max(reported)],
+                    params={"lr": lr},
+                    distributions={"lr": distribution},
+                    intermediate_values=reported,
                 ),
-            )  # fmt: skip
+            )
             connection.execute(
                 schema.slots_table.update()
                 .where(schema.slots_table.c.study_id == study.study_id, schema.slots_table.c.number == number)
@@ -155,17 +158,21 @@ def measure(url: str, *, trials: int, workers: int, seconds: float, epoch_s: flo
     for process in started:
         process.join()
     figures: dict[str, Any] = {
-        "store": url.partition(":")[0].partition("+")[0], "trials": trials, "workers": workers,
+        "store": url.partition(":")[0].partition("+")[0],
+        "trials": trials,
+        "workers": workers,
         "connections": connections or None,
-    }  # fmt: skip
+    }
     busy = sum(sum(values) for values in timings.values()) / workers
     for step, values in timings.items():
         if len(values) > 1:
             quantiles = statistics.quantiles(values, n=100)
             figures[step] = {
-                "n": len(values), "p50_ms": 1000 * quantiles[49], "p99_ms": 1000 * quantiles[98],
+                "n": len(values),
+                "p50_ms": 1000 * quantiles[49],
+                "p99_ms": 1000 * quantiles[98],
                 "per_s": len(values) / busy,
-            }  # fmt: skip
+            }
     return figures
 
 
@@ -236,9 +243,10 @@ def main() -> None:
                     table.append(row)
                     cells = "  ".join(
                         f"{row[step]['p50_ms']:12.1f} {row[step]['p99_ms']:8.1f} {row[step]['per_s']:7.1f}"
-                        if step in row else f"{'':>12} {'':>8} {'':>7}"
+                        if step in row
+                        else f"{'':>12} {'':>8} {'':>7}"
                         for step in STEPS
-                    )  # fmt: skip
+                    )
                     print(f"{kind:>8} {trials:6} {workers:7}  {cells}  {row['connections'] or ''}", flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(table, indent=1) + "\n")

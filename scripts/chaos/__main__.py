@@ -56,9 +56,18 @@ def run_without_faults(problem: Problem) -> Evidence:
 
 
 def run_with_faults(
-    problem: Problem, reference: Evidence, *, name: str, server: PostgresServer | None, deck: list[str],
-    needed: frozenset[str], rng: random.Random, num_faults: int, interval_s: float, sabotage: str | None,
-) -> tuple[Counter[str], Mapping[str, int], list[str]]:  # fmt: skip
+    problem: Problem,
+    reference: Evidence,
+    *,
+    name: str,
+    server: PostgresServer | None,
+    deck: list[str],
+    needed: frozenset[str],
+    rng: random.Random,
+    num_faults: int,
+    interval_s: float,
+    sabotage: str | None,
+) -> tuple[Counter[str], Mapping[str, int], list[str]]:
     """Return the faults that were injected, the figures, and what is wrong."""
     arena = Arena(problem, sabotage=sabotage)
     chaos = Chaos(arena, deck, rng, interval_s, needed, say=lambda text: say(f"{name}: {text}"))
@@ -126,10 +135,17 @@ def main() -> int:
                 deck = [*missing, *deck]
                 wanted = left if arguments.short or round_number else (num_faults + 1) // 2
                 found, figures, violations = run_with_faults(
-                    problem, references[kind], name=f"{store}, {kind}", server=server, deck=deck,
-                    needed=frozenset(missing), rng=rng, num_faults=wanted, interval_s=arguments.interval,
+                    problem,
+                    references[kind],
+                    name=f"{store}, {kind}",
+                    server=server,
+                    deck=deck,
+                    needed=frozenset(missing),
+                    rng=rng,
+                    num_faults=wanted,
+                    interval_s=arguments.interval,
                     sabotage=arguments.sabotage,
-                )  # fmt: skip
+                )
                 injected += found
                 all_figures.append(figures)
                 wrong += [f"{store}, {kind}: {text}" for text in violations]

@@ -122,10 +122,11 @@ class Postgres:
             for name, action, when in (
                 ("chaos_report", ON_REPORT, "AFTER INSERT ON hpo_epochs FOR EACH ROW"),
                 (
-                    "chaos_state", ON_STATE,
+                    "chaos_state",
+                    ON_STATE,
                     "AFTER UPDATE ON hpo_slots FOR EACH ROW WHEN (OLD.state IS DISTINCT FROM NEW.state)",
                 ),
-            ):  # fmt: skip
+            ):
                 connection.exec_driver_sql(
                     f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS "
                     f"$$ BEGIN {action}; RETURN NULL; END $$"
@@ -225,17 +226,23 @@ class Problem:
             "search": search,
             "model": {"name": "article_cnn", "width": 0.05},
             "data": {
-                "name": "pictures:digits", "train_samples": 600, "validation_fraction": 0.2, "flip": True, "crop": 2,
+                "name": "pictures:digits",
+                "train_samples": 600,
+                "validation_fraction": 0.2,
+                "flip": True,
+                "crop": 2,
             },
             "engine": {"lanes": 1},  # a worker's faults are told by the one trial that it trains
             "training": {
-                "epochs": self.epochs, "batch_size": 20, "schedule": "cosine",
+                "epochs": self.epochs,
+                "batch_size": 20,
+                "schedule": "cosine",
                 "checkpoint_epochs": self.checkpoint_epochs,
             },
             # Every trial's last checkpoint stays, to be compared.
             "checkpoints": {"url": str(checkpoints), "keep_best": self.trials},
             **({"confirm": {"top": TOP, "seeds": SEEDS}} if self.confirm else {}),
-        }  # fmt: skip
+        }
 
 
 @dataclass
@@ -299,16 +306,22 @@ class Arena:
     def start(self) -> Command:
         output = self.folder / f"run-{len(self.commands)}.out"
         environment = {
-            **os.environ, "HPO_STORAGE": self.database.url, "HPO_LEASE_S": f"{LEASE_S:g}",
+            **os.environ,
+            "HPO_STORAGE": self.database.url,
+            "HPO_LEASE_S": f"{LEASE_S:g}",
             "HPO_FILES": str(self.folder / "hpo_files"),
-        }  # fmt: skip
+        }
         hpo = str(Path(sys.executable).parent / "hpo")
         with output.open("wb") as stream:
             process = subprocess.Popen(
                 [hpo, "run", "study.toml", "--devices", "cpu", "--workers", str(self.problem.workers)],
-                cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         self.commands.append(Command(process, output))
         return self.commands[-1]
 

@@ -376,16 +376,21 @@ FROM_OUTSIDE: dict[str, tuple[int, int, Callable[[Chaos], bool]]] = {
     "a second command": (2, 2, start_a_second),
     "the disk full": (4, 4, fill_the_disk),
     "a torn checkpoint": (5, 5, tear_a_checkpoint),
-    "the database locked": (
-        5, 0, to_the_database(SQLite.lock, SQLite.unlock, seconds=max(LEASE_S, 2 * 2.0) + 1)),
+    "the database locked": (5, 0, to_the_database(SQLite.lock, SQLite.unlock, seconds=max(LEASE_S, 2 * 2.0) + 1)),
     "the database restarted": (0, 2, to_the_database(restart("fast"))),
     "the database crashed": (0, 2, to_the_database(restart("immediate"))),
     "the database down": (
-        0, 2, to_the_database(lambda db: db.server.stop("fast"), lambda db: db.server.start(), seconds=LEASE_S + 1)),
+        0,
+        2,
+        to_the_database(lambda db: db.server.stop("fast"), lambda db: db.server.start(), seconds=LEASE_S + 1),
+    ),
     "the database cut off": (0, 2, to_the_database(Postgres.cut_off, Postgres.let_in, seconds=LEASE_S + 1)),
     "the database frozen": (
-        0, 2, to_the_database(lambda db: db.server.freeze(), lambda db: db.server.thaw(), seconds=LEASE_S + 1)),
-}  # fmt: skip
+        0,
+        2,
+        to_the_database(lambda db: db.server.freeze(), lambda db: db.server.thaw(), seconds=LEASE_S + 1),
+    ),
+}
 SIGNALS = {
     "SIGKILL at any moment": (8, 7, signal.SIGKILL),
     "SIGSTOP at any moment": (8, 7, signal.SIGSTOP),
@@ -401,14 +406,24 @@ FAULTS: dict[str, Callable[[Chaos], bool]] = {
 # What comes on each store before anything else, and to its end in the shortest run; together, all that matters most.
 ESSENTIAL = {
     "sqlite": (
-        "SIGKILL mid-epoch", "SIGKILL half of a checkpoint written", "SIGSTOP at any moment", "a torn checkpoint",
-        "the database locked", "the disk full", "a second command",
+        "SIGKILL mid-epoch",
+        "SIGKILL half of a checkpoint written",
+        "SIGSTOP at any moment",
+        "a torn checkpoint",
+        "the database locked",
+        "the disk full",
+        "a second command",
     ),
     "postgres": (
-        "SIGKILL claimed, not begun", "SIGKILL reported, not finished", "SIGSTOP at any moment", "SIGTERM",
-        "the database crashed", "the database cut off", "SIGKILL of all workers",
+        "SIGKILL claimed, not begun",
+        "SIGKILL reported, not finished",
+        "SIGSTOP at any moment",
+        "SIGTERM",
+        "the database crashed",
+        "the database cut off",
+        "SIGKILL of all workers",
     ),
-}  # fmt: skip
+}
 
 
 def make_deck(store: str, *, size: int, rng: random.Random) -> list[str]:

@@ -62,7 +62,10 @@ def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
         states=states,
         optuna=[
             {
-                "number": trial.number, "state": trial.state.name, "value": trial.value, "params": trial.params,
+                "number": trial.number,
+                "state": trial.state.name,
+                "value": trial.value,
+                "params": trial.params,
                 "curve": dict(trial.intermediate_values),
             }
             for trial in theirs
@@ -71,7 +74,7 @@ def gather(arena: Arena, record: list[Row], *, living: list[int]) -> Evidence:
         problems=store.problems(study),
         record=sorted(record, key=lambda line: line["at"]),
         living=living,
-    )  # fmt: skip
+    )
 
 
 def _metrics(row: Row) -> dict[str, Any]:
@@ -109,8 +112,9 @@ def check_counts(seen: Evidence, reference: Evidence, problem: Problem) -> Itera
         yield f"trials ended other than once: {dict(ends - Counter(numbers)) or dict(Counter(numbers) - ends)}"
     yield from (
         f"trial {row['number']} was {row['old']} and became {row['new']} again"
-        for row in seen.states if row["old"] in ENDED
-    )  # fmt: skip
+        for row in seen.states
+        if row["old"] in ENDED
+    )
     if [(trial["number"], trial["state"]) for trial in seen.optuna] != [(number, "COMPLETE") for number in numbers]:
         yield f"to Optuna: {Counter(trial['state'] for trial in seen.optuna)}"
     points, theirs = ([trial["params"] for trial in trials] for trials in (seen.optuna, reference.optuna))
@@ -128,8 +132,9 @@ def check_counts(seen: Evidence, reference: Evidence, problem: Problem) -> Itera
             yield f"the attempts at trial {number} ended: {outcomes}"
         yield from (
             f"an exception, which no fault explains, ended an attempt at trial {number}: {row['error']}"
-            for row in tries if row["outcome"] not in FAIR_ENDS
-        )  # fmt: skip
+            for row in tries
+            if row["outcome"] not in FAIR_ENDS
+        )
     yield from seen.problems
 
 

@@ -85,7 +85,9 @@ WRONGS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "a trial failed": (1, lambda seen: seen.slots[1].update(state="failed")),
     "a trial ended twice": (1, lambda seen: seen.states.append(seen.states[-1])),
     "a trial that had ended was given out": (
-        1, lambda seen: seen.states.append({"number": 0, "attempt": 2, "old": "complete", "new": "waiting"})),
+        1,
+        lambda seen: seen.states.append({"number": 0, "attempt": 2, "old": "complete", "new": "waiting"}),
+    ),
     "Optuna has one trial more": (1, lambda seen: seen.optuna.append({**seen.optuna[0], "number": 2})),
     "Optuna's trial still runs": (1, lambda seen: seen.optuna[0].update(state="RUNNING")),
     "a point was tried twice": (1, lambda seen: seen.optuna[1].update(params={"lr": 0.1})),
@@ -100,13 +102,15 @@ WRONGS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "a final checkpoint is missing": (2, lambda seen: seen.finals.update({1: None})),
     "two epochs are trained again": (3, lambda seen: seen.attempts[1].update(resumed_from=0)),
     "a whole checkpoint was not gone on from": (
-        3, lambda seen: seen.record.insert(6, {"what": "saved", "number": 0, "attempt": 1, "epoch": 2})),
+        3,
+        lambda seen: seen.record.insert(6, {"what": "saved", "number": 0, "attempt": 1, "epoch": 2}),
+    ),
     "a stale worker's report was accepted": (4, lambda seen: seen.reports[0].update(holder=2)),
     "a report on an ended trial was accepted": (4, lambda seen: seen.reports[-1].update(state="complete")),
     "an earlier attempt reported after a later one": (4, lambda seen: seen.reports.append(seen.reports[0])),
     "an accepted report is not in the store": (4, lambda seen: seen.reports.pop(0)),
     "a worker was left": (4, lambda seen: seen.living.append(1)),
-}  # fmt: skip
+}
 
 
 def violations(verdicts: Any, seen: Any) -> set[int]:

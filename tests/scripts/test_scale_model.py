@@ -19,12 +19,15 @@ COSTS = Costs(
     claim=Line(Cost(0.013, 0.003, 0.0005, 22), per_running=Cost(server_s=1e-6)),
     locked=Line(Cost(0.009, 0.002, 0.0005, 15), per_running=Cost(server_s=1e-6)),
     suggest=Line(Cost(0.04, 0.007, 0.0005, 80), per_running=Cost(client_s=2e-3, server_s=8e-5)),
-    keep=LINE, report=LINE, judged=Line(LINE.base, per_running=Cost(client_s=7e-4, server_s=2e-5)),
-    finish=LINE, renew=LINE, poll=LINE, reap=Line(LINE.base, per_worker=Cost(client_s=2e-5, server_s=1e-6)),
-)  # fmt: skip
-NEEDS = Demand(
-    delay_s=5.0, cores_s=0.02, locked_cores_s=0.001, locked_delay_s=0.0004, claims=0.1, background=0.0
-)  # fmt: skip
+    keep=LINE,
+    report=LINE,
+    judged=Line(LINE.base, per_running=Cost(client_s=7e-4, server_s=2e-5)),
+    finish=LINE,
+    renew=LINE,
+    poll=LINE,
+    reap=Line(LINE.base, per_worker=Cost(client_s=2e-5, server_s=1e-6)),
+)
+NEEDS = Demand(delay_s=5.0, cores_s=0.02, locked_cores_s=0.001, locked_delay_s=0.0004, claims=0.1, background=0.0)
 CROWDS = (1, 2, 10, 64, 200, 500, 2000)
 
 

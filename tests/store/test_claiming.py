@@ -105,8 +105,11 @@ def test_eight_processes_create_one_study_and_train_each_grid_point_once(url: st
     lrs = [index / 100 for index in range(1, 41)]
     ended = subprocess.run(
         [sys.executable, "-c", EIGHT_PROCESSES, url, json.dumps(make_spec(*lrs).frozen())],
-        capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
     assert ended.stderr == ""
     pairs = [line.split() for line in ended.stdout.splitlines()]
     assert sorted((int(number), float(lr)) for number, lr in pairs) == list(enumerate(lrs))
