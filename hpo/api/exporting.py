@@ -13,6 +13,7 @@ from hpo.analysis import answer as analysis
 from hpo.analysis.answer import Best
 from hpo.api.reading import answer_of
 from hpo.api.stores import open_study
+from hpo.config.study_spec import single_trial_spec
 from hpo.errors import UserError
 from hpo.report.publisher import publish_report
 from hpo.store.retry import STORE_ERRORS
@@ -114,7 +115,7 @@ def _answer_and_settings(name: str, storage: str | None) -> tuple[Best, dict[str
     numbers = [found.trial] if found.confirmation is None else found.confirmation.winner.trials
     best = next(trial for trial in all_trials if trial.number in numbers and trial.state == "complete")
     stacked = any(agreed["convolution"] for agreed in store.studies.shared_values(study).values())
-    again = study.spec.single_trial_spec(
-        best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked
+    again = single_trial_spec(
+        study.spec, best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked
     )
     return found, again.frozen()

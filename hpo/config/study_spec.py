@@ -172,7 +172,15 @@ class StudySpec(Section):
         return modules
 
     def trial_config(self, values: Mapping[str, Scalar], *, seed: int) -> TrialConfig:
-        """Return the configuration of the trial that has these values of the space (keys as in `search.parameters`)."""
+        """Return the configuration of a trial.
+
+        Args:
+            values: The trial's values of the search space; keys as in `search.parameters`.
+            seed: The trial's seed.
+
+        Returns:
+            What an engine needs to train the trial.
+        """
         return TrialConfig(
             model=with_values(self.model, values, section="model"),
             data=with_values(self.data, values, section="data"),
@@ -181,38 +189,15 @@ class StudySpec(Section):
         )
 
     def extreme_points(self, sections: Collection[str] = tuple(CONFIGS)) -> Iterator[dict[str, Scalar]]:
-        """Yield the combinations of the space's extreme values that concern these sections, at most 4,096."""
-        return extreme_points(self.search.parameters, sections)
-
-    def single_trial_spec(self, values: Mapping[str, Scalar], *, name: str, seed: int, stacked: bool) -> StudySpec:
-        """Return the study that trains one trial of this one again, digit for digit on a CPU.
-
-        The trial's values stand in their sections; its learning rate and its seed are a grid of one point. A user's own
-        function has no sections, so that all its values are that point.
+        """Yield the corners of the search space.
 
         Args:
-            values: The trial's values.
-            name: The name of the new study.
-            seed: The trial's seed.
-            stacked: Whether the trial was trained in lanes, which shows in its last digits; so will the new one.
+            sections: Which sections' parameters are combined; by default all of them.
 
-        Returns:
-            The new study.
+        Yields:
+            Combinations of extreme values, at most 4,096.
         """
-        config = self.trial_config({} if self.objective else values, seed=seed)
-        sections = {"model": config.model, "data": config.data, "training": config.training}
-        settings = self.model_copy(update=sections).frozen() | {"name": name, "pruner": {"name": "none"}}
-        points = dict(values)
-        if not self.objective:
-            for key in unread_keys(config.training):  # searched for other optimizers than the one that won
-                settings["training"].pop(key, None)
-            points = {"lr": settings["training"].pop("lr")}
-            settings["engine"] = {"lanes": 2 if stacked else 1}
-        settings["training"].pop("seed")
-        settings.pop("confirm", None)
-        space = {key: [value] for key, value in points.items()} | {"seed": [seed]}
-        settings["search"] = {"sampler": "grid", "seed": self.search.seed, "space": space}
-        return StudySpec.from_dict(settings)
+        return extreme_points(self.search.parameters, sections)
 
     def frozen(self) -> dict[str, Any]:
         """Return the spec as plain data, complete with defaults: what a store keeps and `from_dict` takes."""
@@ -225,9 +210,13 @@ class StudySpec(Section):
         return settings
 
     def differences(self, other: StudySpec) -> list[str]:
-        """Return the settings of another spec that would change a result of this one, which is in a store.
+        """Compare this spec, which is in a store, with another one.
 
-        A confirmation can be added to a study that was searched without one.
+        Args:
+            other: The spec of whoever wants to join the study.
+
+        Returns:
+            A text for each setting that would change a result. A confirmation may be added to a study without one.
         """
         stored, given = dict(study_file.flatten(self.frozen())), dict(study_file.flatten(other.frozen()))
         neutral = STUDY_NEUTRAL_KEYS
@@ -285,3 +274,37 @@ class StudySpec(Section):
             return handler(settings)
         except ValidationError as error:
             raise UserError(explain(error, cls)) from None
+
+
+def single_trial_spec(
+    spec: StudySpec, values: Mapping[str, Scalar], *, name: str, seed: int, stacked: bool
+) -> StudySpec:
+    """Return the study that trains one trial of a study again, digit for digit on a CPU.
+
+    The trial's values stand in their sections; its learning rate and its seed are a grid of one point. A user's own
+    function has no sections, so that all its values are that point.
+
+    Args:
+        spec: The study.
+        values: The trial's values.
+        name: The name of the new study.
+        seed: The trial's seed.
+        stacked: Whether the trial was trained in lanes, which shows in its last digits; so will the new one.
+
+    Returns:
+        The new study.
+    """
+    config = spec.trial_config({} if spec.objective else values, seed=seed)
+    sections = {"model": config.model, "data": config.data, "training": config.training}
+    settings = spec.model_copy(update=sections).frozen() | {"name": name, "pruner": {"name": "none"}}
+    points = dict(values)
+    if not spec.objective:
+        for key in unread_keys(config.training):  # searched for other optimizers than the one that won
+            settings["training"].pop(key, None)
+        points = {"lr": settings["training"].pop("lr")}
+        settings["engine"] = {"lanes": 2 if stacked else 1}
+    settings["training"].pop("seed")
+    settings.pop("confirm", None)
+    space = {key: [value] for key, value in points.items()} | {"seed": [seed]}
+    settings["search"] = {"sampler": "grid", "seed": spec.search.seed, "space": space}
+    return StudySpec.from_dict(settings)
