@@ -61,8 +61,8 @@ MARK_OF_FIXTURE = {
     "cifar10_root": "data",
 }
 SHARED_BY_ALL = {"cluster", "browser"}  # fixtures that start a server: all tests that ask for it run in one process
-SLOW_TIMEOUT_S = 900.0  # for a slow test or one with a cluster, on a machine that does much else
-WAIT_S = 180.0  # how long anything is waited for: minutes, since a busy machine is no failure
+SLOW_TIMEOUT_S = 1800.0  # for a slow test or one with a cluster, on a machine that does much else
+WAIT_S = 500.0  # how long anything is waited for: minutes, since a busy machine is no failure
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -81,7 +81,7 @@ class Hpo:
             env=self._environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=500,
             check=False,
         )
         return Result(result.returncode, result.stdout, result.stderr)
@@ -358,7 +358,7 @@ def test_a_lease_that_is_no_length_of_time_is_one_message(tmp_path: Path, value:
         env={**os.environ, "HPO_LEASE_S": value},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
         check=False,
     )
     expected = f"hpo: HPO_LEASE_S must be a number of seconds between 1 and 86400, got '{value}'\n"

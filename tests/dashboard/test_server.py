@@ -120,7 +120,7 @@ def serving(storage_url: str, *options: str) -> Iterator[str]:
             yield url
         finally:
             process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=180)
+            output, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors, errors
         assert SECRET not in output + errors
@@ -136,7 +136,7 @@ def url(study: Study) -> Iterator[str]:
 def page(browser: Browser, url: str) -> Iterator[Page]:
     """Open a page that must see no script error, no refused request and no request to anything but the dashboard."""
     page = browser.new_page()
-    page.set_default_timeout(180_000)
+    page.set_default_timeout(500_000)
     errors: list[str] = []
     requests: list[Request] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -216,7 +216,7 @@ def add_user(auth_file: Path, name: str, password: str) -> subprocess.CompletedP
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=500,
     )
 
 
@@ -302,7 +302,7 @@ def test_a_login_is_asked_for_on_loopback_too_where_there_is_one(study: Study, a
 
 def test_without_a_login_it_does_not_start_beyond_loopback(study: Study) -> None:
     command = [sys.executable, "-m", "hpo", "dashboard", "--host", "0.0.0.0", "--storage", study.storage_url]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("hpo: --host must be a loopback address")
     assert "--auth-file" in result.stderr
@@ -328,7 +328,7 @@ def test_on_a_terminal_the_password_is_asked_for_twice_and_not_echoed(tmp_path: 
             while shown.count(b": ") < num_prompts:
                 shown += os.read(ours, 1000)
             os.write(ours, f"{SECRET}\n".encode())
-        assert process.wait(timeout=180) == 0
+        assert process.wait(timeout=500) == 0
         shown += os.read(ours, 1000)
     os.close(ours)
     assert b"ada can log in" in shown

@@ -496,7 +496,7 @@ def scripts(tmp_path: Path, postgres: Any, held_loop: str) -> Iterator[Scripts]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=500)
     return process.returncode, output
 
 

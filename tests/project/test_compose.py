@@ -144,7 +144,7 @@ class Stack:
     def run(self, *arguments: str, typed: str = "", volumes: tuple[str, ...] = ()) -> tuple[int, str, str]:
         """Run a command and return its exit code, stdout and stderr."""
         process = self.start(*arguments, volumes=volumes)
-        output, errors = process.communicate(typed, timeout=180)
+        output, errors = process.communicate(typed, timeout=500)
         return process.returncode, output, errors
 
 
@@ -218,7 +218,7 @@ def test_the_dashboard_demands_the_login_that_is_made_as_documented(stack: Stack
     assert dashboard.stdout.readline().startswith("dashboard: http://127.0.0.1:")
 
     def status(login: str | None = None, *, host: str = "localhost:8080") -> int:  # as published
-        connection = HTTPConnection("127.0.0.1", stack.dashboard_port, timeout=30)
+        connection = HTTPConnection("127.0.0.1", stack.dashboard_port, timeout=500)
         authorization = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"} if login else {}
         connection.request("GET", "/api/studies", headers={"Host": host, **authorization})
         return connection.getresponse().status
@@ -251,10 +251,10 @@ def test_a_worker_that_stays_trains_allowed_code_and_when_stopped_leaves_its_tri
     run = stack.start("worker", "hpo run studies/held.toml --workers 1")
     wait_for(lambda: [row for row in reading.studies(storage=stack.url) if row["trials"].get("running") == 2])
     worker.terminate()
-    output, errors = worker.communicate(timeout=180)
+    output, errors = worker.communicate(timeout=500)
     assert worker.returncode == 0, output + errors
     (stack.folder / "studies/go").touch()
-    output, errors = run.communicate(timeout=180)
+    output, errors = run.communicate(timeout=500)
     assert run.returncode == 0, output + errors
     assert stack.run("worker", "hpo status held")[1].startswith("study held: 2 complete\n")
 
@@ -264,5 +264,5 @@ def test_a_worker_that_waits_ends_well_when_stopped(stack: Stack) -> None:
     worker = stack.start("worker")
     assert worker.stdout.readline() == "waiting for a study\n"
     worker.terminate()
-    output, errors = worker.communicate(timeout=180)
+    output, errors = worker.communicate(timeout=500)
     assert worker.returncode == 0, output + errors

@@ -111,7 +111,7 @@ def test_the_script_launches_a_study(tmp_path: Path) -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=500,
         check=False,
     )
     assert result.returncode == 0, result.stderr

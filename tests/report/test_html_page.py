@@ -27,14 +27,14 @@ MOST_BYTES = 6_000_000
 def opened(browser: Browser, path: Path, *, width: int = 1280, **options: Any) -> Iterator[Page]:
     """Open a page and wait until it is drawn; it must make no request and write nothing to its console."""
     page = browser.new_page(viewport={"width": width, "height": 850}, **options)
-    page.set_default_timeout(180_000)
+    page.set_default_timeout(500_000)
     said: list[str] = []
     requests: list[str] = []
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("console", lambda message: said.append(message.text))
     page.on("request", lambda request: requests.append(request.url))
     page.goto(path.as_uri())
-    page.wait_for_selector("html[data-ready-ms]", timeout=180_000)
+    page.wait_for_selector("html[data-ready-ms]", timeout=500_000)
     yield page
     assert said == []
     assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
@@ -160,7 +160,7 @@ def test_the_policy_of_the_page_lets_no_script_but_its_own_run_and_nothing_be_fe
     path.write_text(changed)
     page = browser.new_page()
     page.goto(path.as_uri())
-    page.wait_for_selector("html[data-ready-ms]", timeout=180_000)
+    page.wait_for_selector("html[data-ready-ms]", timeout=500_000)
     assert page.title() != "owned"
     assert page.evaluate("fetch('https://example.org/').then(() => 'fetched', () => 'refused')") == "refused"
     page.close()

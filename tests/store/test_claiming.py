@@ -107,7 +107,7 @@ def test_eight_processes_create_one_study_and_train_each_grid_point_once(url: st
         [sys.executable, "-c", EIGHT_PROCESSES, url, json.dumps(make_spec(*lrs).frozen())],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=500,
         check=False,
     )
     assert ended.stderr == ""

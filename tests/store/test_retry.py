@@ -41,7 +41,7 @@ def test_a_restarted_server_is_waited_for_and_nothing_is_lost(
         assert reporting.is_alive()
     finally:
         stoppable_postgres.start()
-    reporting.join(timeout=180)
+    reporting.join(timeout=500)
     assert not reporting.is_alive()
     store.trials.finish(held, "complete", reason="")  # the store that was refused is of use again
     assert (trial(store, study).epochs, trial(store, study).value) == ([1, 2], 0.6)
@@ -61,7 +61,7 @@ def test_a_lock_that_outlasts_the_timeout_is_waited_for(url: str, make_spec: Mak
     reporting.join(timeout=0.5)
     assert reporting.is_alive()
     writer.close()
-    reporting.join(timeout=180)
+    reporting.join(timeout=500)
     assert not reporting.is_alive()
     assert trial(impatient, study).epochs == [1]
 

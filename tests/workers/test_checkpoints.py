@@ -191,7 +191,7 @@ def test_a_checkpoint_is_written_while_the_next_epoch_trains_and_before_that_is_
     save, run_epoch, report_all = CheckpointFolder.save, PlainEngine.run_epoch, Trials.report_all
 
     def slow_save(self: CheckpointFolder, checkpoint: Any) -> None:
-        assert checkpoint.epoch > 1 or training_second.wait(timeout=180)
+        assert checkpoint.epoch > 1 or training_second.wait(timeout=500)
         save(self, checkpoint)
         events.append(f"saved {checkpoint.epoch}")
 

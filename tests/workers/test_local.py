@@ -110,7 +110,7 @@ def test_two_runs_of_one_study_at_the_same_time_share_its_trials(
     runs = [hpo.start(*RUN, "--workers", "2") for _ in range(2)]
     wait_for(lambda: num_held(hpo) == 4)
     go(hpo)
-    outputs = [run.communicate(timeout=180)[0] for run in runs]
+    outputs = [run.communicate(timeout=500)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert is_finished(hpo, 12)
     assert {trial.attempt for trial in trials(hpo)} == {1}
@@ -171,7 +171,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_trained_again(
     (pid,) = hpo.worker_pids()
     os.kill(pid, signal.SIGKILL)
     go(hpo)
-    output, _ = run.communicate(timeout=180)
+    output, _ = run.communicate(timeout=500)
     assert run.returncode == 0, output
     assert is_finished(hpo, 2)
     assert [trial.attempt for trial in trials(hpo)] == [2, 1]
@@ -274,7 +274,7 @@ def test_an_interrupted_command_ends_by_itself_says_how_to_go_on_and_does(
     run = hpo.start(*RUN, "--workers", "2")
     wait_for(lambda: num_held(hpo) == 2)
     run.send_signal(number)
-    output, _ = run.communicate(timeout=180)
+    output, _ = run.communicate(timeout=500)
     assert run.returncode == 1
     assert "hpo: interrupted\ngo on with: hpo run study.toml" in output
     assert hpo.worker_pids() == []
@@ -291,7 +291,7 @@ def test_hpo_stop_ends_the_command_and_resume_goes_on(hpo: Hpo, make_spec: MakeS
     run = hpo.start(*RUN)
     wait_for(lambda: num_held(hpo) == 1)
     assert hpo.here("stop", "s")[0] == 0
-    output, _ = run.communicate(timeout=180)
+    output, _ = run.communicate(timeout=500)
     assert run.returncode == 1
     assert "study 's' was stopped with 3 trials left" in output
     assert hpo.worker_pids() == []
@@ -317,7 +317,7 @@ def test_a_trial_that_never_comes_to_its_next_report_is_left_and_given_back(
     run = hpo.start(*RUN)
     wait_for(lambda: num_held(hpo) == 1)
     run.send_signal(number)
-    run.communicate(timeout=180)
+    run.communicate(timeout=500)
     wait_for(lambda: not hpo.worker_pids())
     assert states(hpo) == {"waiting": 1}
 

@@ -237,7 +237,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
     assert len(workers(hpo)) == 6
     assert hpo.run("stop", "s")[0] == 0
     (hpo.folder / "hold").unlink()
-    output, _ = watching.communicate(timeout=180)
+    output, _ = watching.communicate(timeout=500)
     assert (watching.returncode, "study 's' was stopped with 6 trials left" in output) == (1, True), output
     assert "go on with: hpo run study.toml --devices cpu --on auto --resource num_gpus=1" in output
     with connected(cluster):
@@ -248,7 +248,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
     wait_for(lambda: Counter(trial.state for trial in trials(hpo))["running"] == 2)
     going_on.send_signal(signal.SIGINT)
     (hpo.folder / "hold").unlink()
-    output, _ = going_on.communicate(timeout=180)
+    output, _ = going_on.communicate(timeout=500)
     assert (going_on.returncode, "interrupted" in output) == (1, True), output
     assert Counter(trial.state for trial in trials(hpo))["running"] == 0
     again = Counter(epochs_trained(hpo)) - Counter(set(epochs_trained(hpo)))

@@ -29,7 +29,7 @@ def working(store: Store, study: StudyRecord, **options: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        thread.join(timeout=180)
+        thread.join(timeout=500)
         assert not thread.is_alive()
 
 
