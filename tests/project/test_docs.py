@@ -113,22 +113,21 @@ def test_options_of_optimizers_and_schedules_are_those_documented() -> None:
         assert set(re.findall(r"`(\w+)`", row.split("|", 2)[2])) == set(keys)
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/cluster.md",
-        "docs/decisions.md",
-        "docs/distributed.md",
-        "docs/results.md",
-        "docs/scale.md",
-    ],
-)
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", path.read_text()):
         assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_are_named_exist(document: str) -> None:
+    named = re.findall(r"(?<![\w/.])(?:hpo|tests|scripts)/[\w/.-]*\w", (ROOT / document).read_text())
+    for name in named:
+        assert (ROOT / name).exists(), name
 
 
 def test_every_study_is_in_the_readme() -> None:
