@@ -352,6 +352,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.waiting, self.busy = 0, set[tuple[str, int]]()
+        self.trials = self.workers = self  # the parts of a store that know them
 
     def counts(self, _study_id: int) -> dict[str, int]:
         return {"waiting": self.waiting, "running": len(self.busy)}
