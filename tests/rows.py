@@ -10,4 +10,9 @@ import pytest
 
 def slow_except(rows: Iterable[Any], *quick: Any) -> list[Any]:
     """Return the rows of a parametrization, all but the quick ones with the mark `slow`."""
-    return [row if row in quick else pytest.param(row, marks=pytest.mark.slow) for row in rows]
+    return [row if row in quick else _slow(row) for row in rows]
+
+
+def _slow(row: Any) -> Any:
+    values = row if isinstance(row, tuple) else (row,)
+    return pytest.param(*values, marks=pytest.mark.slow)

@@ -17,6 +17,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.store.ledger import MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS
 from hpo.store.store import Store
 from hpo.study.records import TrialRecord
+from tests.rows import slow_except
 
 if TYPE_CHECKING:
     from tests.conftest import Hpo
@@ -95,6 +96,7 @@ def test_a_grid_of_12_points_and_4_workers_is_12_trials_each_point_once(hpo: Hpo
     assert "best learning rate: 0.12" in output
 
 
+@pytest.mark.slow
 def test_tpe_with_4_workers_and_20_trials_is_20_trials(hpo: Hpo, make_spec: MakeSpec) -> None:
     hpo.write(make_spec(search={"sampler": "tpe", "trials": 20}), QUICK)
     exit_code, output = hpo.run(*RUN, "--workers", "4")
@@ -131,7 +133,7 @@ def test_a_finished_study_is_answered_without_training(hpo: Hpo, make_spec: Make
 
 @pytest.mark.parametrize(
     ("sampler", "workers_too"),
-    [("tpe", False), ("grid", True)],
+    slow_except([("tpe", False), ("grid", True)], ("grid", True)),
     ids=["the command alone", "the command and its workers"],
 )
 def test_a_study_whose_command_was_killed_goes_on_to_the_same_counts(
@@ -195,6 +197,7 @@ def test_trials_that_crash_their_process_fail_and_the_others_finish(hpo: Hpo, ma
     assert hpo.worker_pids() == []
 
 
+@pytest.mark.slow
 def test_a_trial_that_gets_its_worker_killed_keeps_the_study_neither_from_the_others_nor_for_ever(
     hpo: Hpo, make_spec: MakeSpec
 ) -> None:
@@ -266,7 +269,7 @@ def test_three_trials_that_fail_the_same_way_end_the_command_with_the_traceback(
 # Interruptions
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_except([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_an_interrupted_command_ends_by_itself_says_how_to_go_on_and_does(
     hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor, number: signal.Signals
 ) -> None:
@@ -301,7 +304,7 @@ def test_hpo_stop_ends_the_command_and_resume_goes_on(hpo: Hpo, make_spec: MakeS
     assert is_finished(hpo, 3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", slow_except([signal.SIGTERM, signal.SIGKILL], signal.SIGTERM))
 def test_a_trial_that_never_comes_to_its_next_report_is_left_and_given_back(
     hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor, number: signal.Signals
 ) -> None:
