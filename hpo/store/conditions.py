@@ -57,4 +57,9 @@ def process_is_gone(worker: Any) -> bool:
 
 def is_lost(row: Any, at: float) -> bool:
     """Return whether a running slot has lost its worker: its lease is over, or the worker has left or ended."""
-    return row.lease_until < at or row.left is not None or process_is_gone(row)
+    return is_given_up(row, at) or process_is_gone(row)
+
+
+def is_given_up(row: Any, at: float) -> bool:
+    """Return whether a running slot's lease is over, or its worker has left."""
+    return row.lease_until < at or row.left is not None

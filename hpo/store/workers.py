@@ -6,13 +6,13 @@ import math
 import os
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from hpo.store.conditions import is_held, is_lost, process_is_gone
+from hpo.store.conditions import is_given_up, is_held, process_is_gone
 from hpo.store.database import Database
 from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS, Ledger
 from hpo.store.retry import retry_on_outage
@@ -102,7 +102,9 @@ class Workers:
                 connection.execute(slots_table.update().where(is_held(claim)).values(lease_until=at + LEASE_S))
 
     @retry_on_outage
-    def reap(self, study: StudyRecord, *, dead: Mapping[Process, Cause] = {}) -> int:
+    def reap(
+        self, study: StudyRecord, *, dead: Mapping[Process, Cause] = {}, supervised: Collection[Process] = ()
+    ) -> int:
         """Free the slots of workers that died or lost their lease, and return how many there were.
 
         A worker on this machine is looked up by its process. One elsewhere is given up when its lease has run out, or
@@ -113,23 +115,29 @@ class Workers:
         Args:
             study: The study.
             dead: The workers that were seen to die, with the cause.
+            supervised: The workers that are not looked up, because their supervisor will report their deaths. Looked
+                up a moment before it does, a crash would count for nothing.
+
+        Returns:
+            The number of slots that were freed.
         """
 
         def is_dead(row: Any) -> bool:
-            return (row.machine, row.pid) in dead or process_is_gone(row)
+            process = (row.machine, row.pid)
+            return process in dead or (process not in supervised and process_is_gone(row))
 
         running = _running_slots(study.study_id)
         living = _living(study.study_id)
         with self._database.connect() as connection:  # asked often: no write lock if there is nothing to do
             at = self._database.now(connection)
-            any_lost = any(is_dead(row) or is_lost(row, at) for row in connection.execute(running))
+            any_lost = any(is_dead(row) or is_given_up(row, at) for row in connection.execute(running))
             if not any_lost and not any(is_dead(row) for row in connection.execute(living)):
                 return 0
         with self._database.transaction() as connection:
             at = self._database.now(connection)
             # A slot that is locked is being reported on at this moment: its worker lives.
             rows = connection.execute(running.with_for_update(of=slots_table, skip_locked=True)).all()
-            lost = [row for row in rows if is_dead(row) or is_lost(row, at)]
+            lost = [row for row in rows if is_dead(row) or is_given_up(row, at)]
             for row in lost:
                 self._take_back(connection, row, dead.get((row.machine, row.pid), "gone"))
             for row in connection.execute(living).all():
@@ -157,7 +165,7 @@ def _living(study_id: int) -> sa.Select[Any]:
 
 
 def _running_slots(study_id: int) -> sa.Select[Any]:
-    """Return a query of the study's slots in training, with the columns of their workers that `is_lost` asks for."""
+    """Return a query of the study's slots in training, with what `is_given_up` and `process_is_gone` ask for."""
     worker = workers_table.c
     columns = (worker.machine, worker.pid, worker.pid_started, worker.ended_at.label("left"))
     return (

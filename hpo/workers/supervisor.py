@@ -113,7 +113,7 @@ def _watch_over(
         ended = [] if is_stopping else [worker for worker in pool.workers if worker not in running]
         if ended:
             dead = {worker.process: cause_of_death(worker.exit_code) for worker in ended if worker.process is not None}
-            store.workers.reap(study, dead=dead)
+            store.workers.reap(study, dead=dead, supervised=_processes(pool))
         for worker in ended:
             previous, progress = progress, _progress(store, study)
             was_sent_away = worker.exit_code == EXIT_RESTART or worker.process is None
@@ -126,12 +126,17 @@ def _watch_over(
                 )
             worker.start()
         if time.monotonic() > next_check_s:
-            store.workers.reap(study)
+            store.workers.reap(study, supervised=_processes(pool))
             if not is_stopping:
                 pool.adjust(store, study)
             next_check_s = time.monotonic() + CHECK_S
         on_tick(store)
         time.sleep(TICK_S)
+
+
+def _processes(pool: WorkerPool) -> set[Process]:
+    """Return the processes of a pool as far as they are known."""
+    return {worker.process for worker in pool.workers if worker.process is not None}
 
 
 def _drain(workers: Sequence[WorkerSlot], interrupted: Sequence[int], on_tick: Callable[[], None]) -> None:

@@ -97,6 +97,20 @@ def test_a_trial_that_keeps_killing_its_workers_fails(store: Store, make_spec: M
     assert claim(store, study, worker).number == 1
 
 
+def test_a_supervised_worker_is_left_to_its_supervisor(store: Store, make_spec: MakeSpec, change: Change) -> None:
+    """Looked up a moment before its supervisor tells, it would have crashed for nothing."""
+    study = store.studies.create(make_spec(0.1), metadata={})
+    for _ in range(MAX_TRIAL_CRASHES):
+        worker = store.workers.add(study.study_id, device="cpu")
+        claim(store, study, worker)
+        end_worker_process(store, worker, change)
+        (process,) = store.workers.in_training(study)
+        assert store.workers.reap(study, supervised={process}) == 0
+        assert store.workers.reap(study, dead={process: "crashed"}, supervised={process}) == 1
+    ended = trial(store, study)
+    assert (ended.state, ended.attempt) == ("failed", MAX_TRIAL_CRASHES)
+
+
 def test_deaths_that_no_supervisor_saw_do_not_count(store: Store, make_spec: MakeSpec, change: Change) -> None:
     """Power cuts, and kills of everything at once, are no fault of the trial."""
     study, worker = begin(store, make_spec(0.1))
