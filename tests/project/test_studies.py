@@ -16,6 +16,7 @@ import pytest
 
 import hpo
 from hpo.config.study_spec import StudySpec
+from tests.rows import slow_except
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
@@ -52,7 +53,10 @@ def test_a_study_as_it_is_written_is_valid(path: Path) -> None:
     assert spec.name.replace("-", "_") == path.stem
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+QUICK = [path for path in STUDIES if path.stem in ("quickstart", "optimizers", "factors", "own_loop", "own_model")]
+
+
+@pytest.mark.parametrize("path", slow_except(STUDIES, *QUICK), ids=lambda path: path.stem)
 def test_a_study_runs_at_a_tiny_size(path: Path, tmp_path: Path) -> None:
     spec = tiny(path)
     result = hpo.run(

@@ -105,6 +105,7 @@ def test_tpe_with_4_workers_and_20_trials_is_20_trials(hpo: Hpo, make_spec: Make
     assert len({trial.params["lr"] for trial in trials(hpo)}) == 20
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_study_at_the_same_time_share_its_trials(
     hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_trained_again(
     assert [trial.attempt for trial in trials(hpo)] == [2, 1]
 
 
+@pytest.mark.slow
 def test_trials_that_crash_their_process_fail_and_the_others_finish(hpo: Hpo, make_spec: MakeSpec) -> None:
     """Check it with two workers, which die of both trials in turn: more often in a row than one worker may."""
     hpo.write(
