@@ -298,6 +298,8 @@ def _check_combination(training: TrainingConfig, values: Mapping[str, Scalar]) -
         raise UserError(f"training.lr must be set where search.space.lr has no case for it{searched}")
     if training.nesterov and training.momentum == 0 and "nesterov" in OPTIMIZERS[training.optimizer].keys:
         raise UserError(f"training.momentum must be greater than 0 with training.nesterov, got 0{searched}")
+    if training.tf32 and training.precision != "fp32":
+        raise UserError(f"training.precision must be 'fp32' with training.tf32, got {training.precision!r}{searched}")
     if training.schedule == "multistep" and not training.milestones:
         raise UserError(f"training.milestones must name at least one epoch for schedule 'multistep'{searched}")
     if training.warmup_epochs >= training.epochs:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hpo.errors import UserError
 from hpo.system.files import replace_file, target_of_temporary
-from hpo.train.config import TRIAL_NEUTRAL_KEYS, EpochResult, TrialConfig
+from hpo.train.config import LATER_TRAINING_KEYS, TRIAL_NEUTRAL_KEYS, EpochResult, TrainingConfig, TrialConfig
 
 MAGIC = b"hpo checkpoint\n"
 FORMAT_VERSION = 1
@@ -49,6 +49,9 @@ def config_digest(config: TrialConfig) -> str:
     for key in TRIAL_NEUTRAL_KEYS:
         section, _, name = key.partition(".")
         del content[section][name]
+    for name in LATER_TRAINING_KEYS:
+        if content["training"][name] == getattr(TrainingConfig, name):
+            del content["training"][name]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -18,6 +18,8 @@ from annotated_types import Ge, Gt, Le, Lt, Predicate
 from hpo.errors import Rule
 
 TORCHVISION = "torchvision:"  # begins the name of a model of torchvision's, and of no module of a user's
+# Settings of [training] that earlier checkpoints do not know; where they have their default, they do not count.
+LATER_TRAINING_KEYS = ("tf32",)
 # Settings that change no number of a trial: where its data and checkpoints are, and how often it is saved.
 TRIAL_NEUTRAL_KEYS = frozenset({"data.root", "data.placement", "training.checkpoint_epochs"})
 
@@ -118,6 +120,9 @@ class TrainingConfig:
     gradient_clip: Annotated[float | None, Gt(0), Doc("Largest global gradient norm. By default no clipping.")] = None
     label_smoothing: Annotated[float, Ge(0), Lt(1), Doc("Label smoothing of the training loss.")] = 0.0
     precision: Annotated[Literal["auto", "fp32", "bf16"], Doc("auto: bf16 where the GPU has it, else fp32.")] = "auto"
+    tf32: Annotated[
+        bool, Doc("With precision = 'fp32', on CUDA GPUs: use TF32, faster and with fewer digits, for products.")
+    ] = False
     compile: Annotated[bool, Doc("Compile the network with torch.compile.")] = False
     checkpoint_epochs: Annotated[int, Ge(1), Doc("Save a trial in training every so many epochs.")] = 1
     report_test_accuracy: Annotated[

@@ -22,6 +22,7 @@ from torch.nn.utils import get_total_norm
 from hpo.train.config import TrialConfig
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache
+from hpo.train.engines.lane_state import numerics
 from hpo.train.engines.plain import PlainEngine, PlainLaneState, build_lane
 from hpo.train.seeding import seed_generators
 
@@ -220,7 +221,8 @@ def _ramp_step(
         group["lr"] = lr
     parameters = [parameter for parameter in lane.model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in parameters]
-    loss, _ = engine.step(lane, *batch)
+    with numerics(tf32=lane.config.training.tf32):
+        loss, _ = engine.step(lane, *batch)
     with torch.no_grad():
         moved = get_total_norm([after - then for after, then in zip(parameters, before, strict=True)])
         norm = get_total_norm(before)

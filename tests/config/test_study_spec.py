@@ -60,6 +60,7 @@ MISTAKES = {
     "[training]\nlr = nan": ["training.lr must be greater than 0, got nan"],
     "[training]\nbatch_size = -1": ["training.batch_size must be at least 1, got -1"],
     "[training]\nprecision = 'fp8'": ["training.precision must be 'auto', 'fp32' or 'bf16'", "'fp8'"],
+    "[training]\ntf32 = true": ["training.precision must be 'fp32' with training.tf32, got 'auto'"],
     "[training]\nwarmup_epochs = 10": ["training.warmup_epochs must be less than training.epochs = 10, got 10"],
     "[training]\nlabel_smoothing = 1.0": ["training.label_smoothing must be at least 0 and less than 1"],
     "[training]\ngradient_clip = 0.0": ["training.gradient_clip must be greater than 0"],
@@ -144,6 +145,9 @@ SPACES = {
     "optimizer = ['adam']\nlr.by.optimizer.sgd = { low = 1e-5, high = 1e-1 }": ["by.optimizer must be one of adam"],
     "optimizer = ['adam', 'sgd']\nlr.by.optimizer.sgd = [0.1]": [
         "training.lr must be set where search.space.lr has no"
+    ],
+    "lr = [0.1]\ntf32 = [false, true]\nprecision = ['fp32', 'bf16']": [
+        "training.precision must be 'fp32' with training.tf32, got 'bf16' (with {",
     ],
     "optimizer = ['adam']\nlr.by = 3": ["search.space.lr.by must name one other parameter"],
     "weight_decay = [0.1]": ["training.lr must be set, or searched as search.space.lr"],

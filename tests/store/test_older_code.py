@@ -34,6 +34,7 @@ def test_a_store_of_earlier_code_reads_the_same_and_goes_on(tmp_path: Path) -> N
     store = Store(f"sqlite:///{tmp_path}/hpo.db")
     study = store.studies.get("s")
     assert study.metadata["num_val"] == 7
+    assert study.spec.training.tf32 is False  # a key that it was stored without
     assert store.problems(study) == []
     trials = json.loads(json.dumps([trial_as_dict(trial) for trial in store.trials.get_all(study)]))
     for trial, expected in zip(trials, TRIALS, strict=True):

@@ -6,7 +6,8 @@ Shapes: S steps of an epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,20 +96,58 @@ class LaneState:
 
     def why_diverged(self, losses_S: Tensor, *, val_loss: float, val_accuracy: float) -> str | None:
         """Return why the trial cannot recover after an epoch with these losses, or None where it may."""
-        return why_diverged(
-            losses_S,
-            val_loss=val_loss,
-            val_accuracy=val_accuracy,
-            first_loss=self.first_loss,
-            data=self.data,
-            network=self.network,
-            initial_network=lambda: initial_model(self.config, data=self.data, device=self.data.val.labels_N.device),
-        )
+        with numerics(tf32=self.config.training.tf32):
+            return why_diverged(
+                losses_S,
+                val_loss=val_loss,
+                val_accuracy=val_accuracy,
+                first_loss=self.first_loss,
+                data=self.data,
+                network=self.network,
+                initial_network=lambda: initial_model(
+                    self.config, data=self.data, device=self.data.val.labels_N.device
+                ),
+            )
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
     """Return a context that computes in `amp_dtype` where that is safe; None leaves float32 throughout."""
     return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+
+
+@contextmanager
+def numerics(*, tf32: bool) -> Iterator[None]:
+    """Let convolutions and products of float32 round their inputs to TF32 or not, and then restore what was set.
+
+    The flags are the process's, concern CUDA GPUs alone, and count when a kernel is launched or captured. The old names
+    are set because torch has them in every version, and reads them itself. Newer torch has a flag for each operation,
+    too, which the old names leave to a general one; setting both keeps them in agreement.
+    """
+    backends = torch.backends
+    legacy = [(backends.cudnn, "allow_tf32"), (backends.cuda.matmul, "allow_tf32")]
+    by_operation: list[tuple[Any, str]] = []
+    if hasattr(backends.cudnn, "conv"):
+        operations = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+        by_operation = [(operation, "fp32_precision") for operation in operations]
+    found = [(owner, name, _flag(owner, name)) for owner, name in [*legacy, *by_operation]]
+    try:
+        for owner, name in legacy:
+            setattr(owner, name, tf32)
+        for owner, name in by_operation:
+            setattr(owner, name, "tf32" if tf32 else "ieee")
+        yield
+    finally:
+        for owner, name, value in found:
+            if value is not None:
+                setattr(owner, name, value)
+
+
+def _flag(owner: Any, name: str) -> Any:
+    """Return a flag of torch's, or None where the old name cannot say what the new ones are set to."""
+    try:
+        return getattr(owner, name)
+    except RuntimeError:
+        return None
 
 
 def evaluation_batch_size(lane: LaneState) -> int:

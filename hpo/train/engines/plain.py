@@ -26,6 +26,7 @@ from hpo.train.engines.lane_state import (
     initial_model,
     make_checkpoint,
     mixed_precision,
+    numerics,
 )
 from hpo.train.engines.protocol import Stopped
 from hpo.train.imports import describe_error
@@ -95,12 +96,13 @@ class PlainEngine:
         lane, data = self._lane, self._lane.data
         start_s = time.perf_counter()
         lane.is_whole = False
-        losses_S, hits = self._train(lane)
-        val = self._evaluate(lane, data.val)
-        test_accuracy = None
-        if lane.config.training.report_test_accuracy:
-            assert data.test is not None
-            test_accuracy = self._evaluate(lane, data.test)[1]
+        with numerics(tf32=lane.config.training.tf32):
+            losses_S, hits = self._train(lane)
+            val = self._evaluate(lane, data.val)
+            test_accuracy = None
+            if lane.config.training.report_test_accuracy:
+                assert data.test is not None
+                test_accuracy = self._evaluate(lane, data.test)[1]
         seconds = time.perf_counter() - start_s
         result = lane.finish_epoch(losses_S, lane=0, hits=hits, val=val, test_accuracy=test_accuracy, seconds=seconds)
         lane.is_whole = True
@@ -112,7 +114,8 @@ class PlainEngine:
         restore(lane, checkpoint)
         if lane.data.test is None:
             raise UserError(f"data.name = {config.data.name!r} has no test set")
-        return self._evaluate(lane, lane.data.test)[1]
+        with numerics(tf32=config.training.tf32):
+            return self._evaluate(lane, lane.data.test)[1]
 
     def _train(self, lane: PlainLaneState) -> tuple[Tensor, int]:
         """Train one epoch; return the loss of each step (S,), on the CPU, and how many images were correct.

@@ -32,6 +32,7 @@ from hpo.train.engines.lane_state import (
     initial_model,
     make_checkpoint,
     mixed_precision,
+    numerics,
 )
 from hpo.train.engines.plain import build_lane, restore
 from hpo.train.engines.protocol import Stopped
@@ -45,7 +46,7 @@ def stack_key(config: TrialConfig) -> str:
     """Return a key that is the same for trials of one kind: those whose networks, batches and update rules agree."""
     training = config.training
     agreeing = [config.model, config.data, training.batch_size, training.optimizer, training.precision]
-    return json.dumps([*map(repr, agreeing), training.compile, training.report_test_accuracy])
+    return json.dumps([*map(repr, agreeing), training.tf32, training.compile, training.report_test_accuracy])
 
 
 class TrialStack:
@@ -86,7 +87,8 @@ class TrialStack:
         self._network = StackedNetwork(self._model, device=device, convolution=convolution)
         images_BCHW, _ = next(data.train.batches(config.training.batch_size))
         other = initial_model(replace(config, seed=config.seed + 1), data=data, device=device)
-        self._network.check(other, images_BCHW, autocast=self._autocast)
+        with numerics(tf32=False):
+            self._network.check(other, images_BCHW, autocast=self._autocast)
         self._update = OPTIMIZERS[config.training.optimizer].update
         self._lanes: list[LaneState | None] = []  # by lane; None where it is free
         self._row_lanes: list[int] = []  # the lane of each row
@@ -149,12 +151,13 @@ class TrialStack:
         if len(self._row_lanes) == 1:  # kernels for one lane add in another order than those for two or more
             self._select([0, 0])
         trials = self._trials()
-        losses_KS, hits_K = self._train(trials)
-        val_K = self._evaluate(trials, self._data.val)
-        tests_K: list[float | None] = [None] * len(trials)
-        if trials[0].config.training.report_test_accuracy:
-            assert self._data.test is not None
-            tests_K = [accuracy for _, accuracy in self._evaluate(trials, self._data.test)]
+        with numerics(tf32=trials[0].config.training.tf32):
+            losses_KS, hits_K = self._train(trials)
+            val_K = self._evaluate(trials, self._data.val)
+            tests_K: list[float | None] = [None] * len(trials)
+            if trials[0].config.training.report_test_accuracy:
+                assert self._data.test is not None
+                tests_K = [accuracy for _, accuracy in self._evaluate(trials, self._data.test)]
         self._is_whole = True
         seconds = time.perf_counter() - start_s
         if self._row_lanes[0] == self._row_lanes[-1]:
