@@ -20,3 +20,17 @@ def seed_generators(*parts: int | str) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)
+
+
+class GeneratorStates:
+    """The states of the generators of this moment: torch's on the CPU, and those of `random` and `numpy`."""
+
+    def __init__(self) -> None:
+        self._torch, self._random = torch.get_rng_state(), random.getstate()
+        self._numpy = numpy.random.get_state()
+
+    def restore(self) -> None:
+        """Bring the generators back to these states."""
+        torch.set_rng_state(self._torch)
+        random.setstate(self._random)
+        numpy.random.set_state(self._numpy)

@@ -6,16 +6,20 @@ Shapes: N images of a split, B batch, H W C image; pixels are uint8.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from hpo.errors import UserError
 from hpo.train.config import DataConfig
 from hpo.train.data.images import LabeledImages
+from hpo.train.seeding import GeneratorStates
 
 MAX_FREE_MEMORY_FRACTION = 0.25  # of the device's free memory, that images may take with placement "auto"
 READING_BATCH_SIZE = 512  # images at a time where all are read once
@@ -64,32 +68,83 @@ class DeviceSource:
 
 
 class StreamSource:
-    """A source that reads its images again in each epoch, in worker processes where they come from files."""
+    """A source that reads its images again in each epoch, in worker processes where they come from files.
+
+    The processes stay from one epoch to the next, and end with this process or when the source is dropped.
+    """
 
     def __init__(self, images: LabeledImages, indices_N: Tensor, *, device: torch.device) -> None:
         self.images, self.indices_N, self.device = images, indices_N, device
+        self._idle: list[DataLoader[Any]] = []  # the loader of the last epoch, with its processes; at most one
+        # Torch can end the processes only while their queues are whole, which within a cycle of garbage they are not.
+        weakref.finalize(self, self._idle.clear).atexit = False
+        self._pid = os.getpid()
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the images of each batch; see `ImageSource`."""
-        loader = DataLoader(
+        loader = self._take_loader(self._num_workers(len(batches)))
+        assert isinstance(loader.sampler, _EpochBatches)
+        loader.sampler.begin(batches)
+        try:
+            for images_BHWC in loader:  # of an epoch that was left in its middle, it drops the batches first
+                if isinstance(images_BHWC, UserError):
+                    raise images_BHWC
+                yield images_BHWC.to(self.device, non_blocking=True)
+        except (UserError, GeneratorExit):  # after anything else the processes may be gone
+            self._give_back(loader)
+            raise
+        self._give_back(loader)
+
+    def _take_loader(self, num_workers: int) -> DataLoader[Any]:
+        """Return the idle loader where it has as many processes, or else a new one.
+
+        While an epoch is read its loader is not idle, so two readers never share one. Nor does a process that the
+        user's code forked use its parent's.
+        """
+        if self._pid == os.getpid():
+            idle = [loader for loader in self._idle if loader.num_workers == num_workers]
+            self._idle.clear()
+            if idle:
+                return idle[0]
+        return DataLoader(
             _BatchReader(self.images, self.indices_N),
             batch_size=None,
-            sampler=batches,
-            num_workers=self._num_workers(len(batches)),
+            sampler=_EpochBatches(),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             pin_memory=self.device.type == "cuda",
             # Its own generator, or it would draw from the one that gives the trial its dropout.
             generator=torch.Generator(),
+            worker_init_fn=_ignore_ctrl_c,
         )
-        for images_BHWC in loader:
-            if isinstance(images_BHWC, UserError):
-                raise images_BHWC
-            yield images_BHWC.to(self.device, non_blocking=True)
+
+    def _give_back(self, loader: DataLoader[Any]) -> None:
+        if self._pid == os.getpid():
+            self._idle[:] = [loader]
 
     def _num_workers(self, num_batches: int) -> int:
         # Daemons may not have children.
         if not self.images.reads_files or multiprocessing.current_process().daemon:
             return 0
         return min(torch.get_num_threads(), num_batches)  # the threads are this worker's share of the cores
+
+
+class _EpochBatches(Sampler[tuple[int, Any]]):
+    """The batches of positions of one epoch after the other, each with the number of its epoch.
+
+    Positions are arrays, which go to another process by value; a tensor would take a file descriptor each.
+    """
+
+    def __init__(self) -> None:
+        self._epoch = 0
+        self._batches: Sequence[Tensor] = ()
+
+    def begin(self, batches: Sequence[Tensor]) -> None:
+        """Give the batches of the next epoch."""
+        self._epoch, self._batches = self._epoch + 1, batches
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return ((self._epoch, batch.numpy()) for batch in self._batches)
 
 
 class _BatchReader(Dataset[Any]):
@@ -100,12 +155,25 @@ class _BatchReader(Dataset[Any]):
 
     def __init__(self, images: LabeledImages, indices_N: Tensor) -> None:
         self.images, self.indices_N = images, indices_N
+        self._epoch = 0
+        self._generators: GeneratorStates | None = None  # as a worker process began
 
-    def __getitem__(self, positions_B: Tensor) -> Tensor | UserError:
+    def __getitem__(self, item: tuple[int, Any]) -> Tensor | UserError:
+        epoch, positions_B = item
+        if epoch != self._epoch and get_worker_info() is not None:
+            # What a user's dataset draws must not depend on how many epochs this process has read.
+            self._generators = self._generators or GeneratorStates()
+            self._generators.restore()
+        self._epoch = epoch
         try:
-            return self.images.read(self.indices_N[positions_B])
+            return self.images.read(self.indices_N[torch.from_numpy(positions_B)])
         except UserError as error:
             return error
+
+
+def _ignore_ctrl_c(number: int) -> None:
+    """Have a process that reads images outlive Ctrl-C, after which the epoch in training is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def fits_on_device(config: DataConfig, *, num_bytes: int, device: torch.device) -> bool:
