@@ -11,8 +11,9 @@ import re
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -55,24 +56,31 @@ def config_digest(config: TrialConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def storable_copy(value: Any, *, setting: str, where: str = "state") -> Any:
-    """Return a copy that torch can read again without unpickling objects; tensors are on the CPU, strides kept.
+def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor on the CPU, strides kept."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def storable_copy(
+    value: Any, *, setting: str, where: str = "state", copy_tensor: Callable[[Tensor], Tensor] = copy_to_cpu
+) -> Any:
+    """Return a copy that torch can read again without unpickling objects; tensors are what `copy_tensor` returns.
 
     Raises UserError, naming `setting` and the place in the state, for a value that cannot be stored so.
     """
+    copied = partial(storable_copy, setting=setting, copy_tensor=copy_tensor)
     if type(value) in (Tensor, nn.Parameter):
-        return value.detach().to("cpu", copy=True)
+        return copy_tensor(value)
     if type(value) in (dict, OrderedDict):
         copy = type(value)()
         for key, item in value.items():
             item_where = f"{where}[{key!r}]"
-            stored_key = storable_copy(key, setting=setting, where=item_where)
-            copy[stored_key] = storable_copy(item, setting=setting, where=item_where)
+            copy[copied(key, where=item_where)] = copied(item, where=item_where)
         if isinstance(value, OrderedDict):  # state_dict() notes the versions of its modules as an attribute
-            vars(copy).update(storable_copy(vars(value), setting=setting, where=where))
+            vars(copy).update(copied(vars(value), where=where))
         return copy
     if type(value) in (list, tuple):
-        return type(value)(storable_copy(item, setting=setting, where=f"{where}[{i}]") for i, item in enumerate(value))
+        return type(value)(copied(item, where=f"{where}[{i}]") for i, item in enumerate(value))
     if value is None or type(value) in (bool, int, float, str):
         return value
     buffer = io.BytesIO()

@@ -23,6 +23,7 @@ from hpo.train.engines.divergence import why_diverged
 from hpo.train.models import build_model
 from hpo.train.optim import lr_factor
 from hpo.train.seeding import seed_generators
+from hpo.train.snapshot import Packing, Snapshot
 
 EVALUATION_PIXELS = 2**20  # of a batch without gradients: 1024 images of 32x32
 
@@ -155,15 +156,18 @@ def evaluation_batch_size(lane: LaneState) -> int:
     return max(lane.config.training.batch_size, EVALUATION_PIXELS // lane.data.image_size**2)
 
 
-def make_checkpoint(lane: LaneState, *, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Checkpoint:
-    """Return the checkpoint of a trial whose network and torch.optim optimizer have these states."""
+def take_snapshot(lane: LaneState, *, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Snapshot:
+    """Return a snapshot of a trial whose network and torch.optim optimizer have these states."""
     state = {"model": model, "optimizer": optimizer, "first_loss": lane.first_loss}
-    return Checkpoint(
+    packing = Packing(lane.data.val.labels_N.device)
+    setting = f"model.name = {lane.config.model.name!r}"
+    checkpoint = Checkpoint(
         config_digest=config_digest(lane.config),
         epoch=lane.epoch,
-        state=storable_copy(state, setting=f"model.name = {lane.config.model.name!r}"),
+        state=storable_copy(state, setting=setting, copy_tensor=packing.add),
         results=tuple(lane.results),
     )
+    return Snapshot(checkpoint, packing)
 
 
 def check_test_set(config: TrialConfig, *, data: SplitDataset) -> None:

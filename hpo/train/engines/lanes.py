@@ -23,6 +23,7 @@ from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.engines.stack import TrialStack, stack_key
 from hpo.train.engines.stacked_network import NotStackable
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
+from hpo.train.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class LanePlan:
     is_passing: bool = False  # it follows from the study as it is now and is not to be stored
 
 
-class LaneEngine:
+class LaneEngine(Engine):
     """An engine of many lanes; trials that cannot be stacked take turns in theirs, and the log says why."""
 
     def __init__(
@@ -136,10 +137,10 @@ class LaneEngine:
         self._queue.rotate(-1)
         return results
 
-    def checkpoint(self, lane: int) -> Checkpoint:
+    def snapshot(self, lane: int) -> Snapshot:
         """Return the trial in a lane after its last epoch; see `Engine`."""
         engine, lane_there = self._places[lane]
-        return engine.checkpoint(lane_there)
+        return engine.snapshot(lane_there)
 
     def test_accuracy(self, config: TrialConfig, checkpoint: Checkpoint) -> float:
         """Return the test accuracy, a fraction, of the network in a checkpoint.

@@ -24,14 +24,15 @@ from hpo.train.engines.lane_state import (
     check_test_set,
     evaluation_batch_size,
     initial_model,
-    make_checkpoint,
     mixed_precision,
     numerics,
+    take_snapshot,
 )
-from hpo.train.engines.protocol import Stopped
+from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.imports import describe_error
 from hpo.train.optim import build_optimizer
 from hpo.train.seeding import seed_generators
+from hpo.train.snapshot import Snapshot
 
 
 @dataclass(kw_only=True)
@@ -45,7 +46,7 @@ class PlainLaneState(LaneState):
     is_whole: bool = True  # between two epochs, not within one
 
 
-class PlainEngine:
+class PlainEngine(Engine):
     """An engine of one lane: as simple as a training loop can be, and the reference for every other engine."""
 
     def __init__(
@@ -83,12 +84,12 @@ class PlainEngine:
         assert self._lane is not None, "there is no trial in this lane"
         self._lane = None
 
-    def checkpoint(self, lane: int) -> Checkpoint:
+    def snapshot(self, lane: int) -> Snapshot:
         """Return the trial after its last epoch; see `Engine`."""
         assert self._lane is not None, "there is no trial in this lane"
         assert self._lane.is_whole, "the trial is in the middle of an epoch"
         trial = self._lane
-        return make_checkpoint(trial, model=trial.model.state_dict(), optimizer=trial.optimizer.state_dict())
+        return take_snapshot(trial, model=trial.model.state_dict(), optimizer=trial.optimizer.state_dict())
 
     def run_epoch(self) -> list[EpochResult]:
         """Train the trial for one epoch; see `Engine`."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
+from hpo.train.snapshot import Snapshot
 
 
 class Stopped(Exception):
@@ -43,12 +44,17 @@ class Engine(Protocol):
         turn it was are then in the middle of an epoch, and only `evict` may be called for them.
         """
 
-    def checkpoint(self, lane: int) -> Checkpoint:
+    def snapshot(self, lane: int) -> Snapshot:
         """Return the trial in a lane after its last epoch, as a copy that later training does not change.
 
-        Of a network it holds what state_dict() gives: parameters, persistent buffers and get_extra_state(). Raises
-        UserError where that cannot be stored. Call it between epochs, not after `run_epoch` raised.
+        It becomes a checkpoint in whichever thread asks for that; this one need not wait for a GPU. Of a network it
+        holds what state_dict() gives: parameters, persistent buffers and get_extra_state(). Raises UserError where that
+        cannot be stored. Call it between epochs, not after `run_epoch` raised.
         """
+
+    def checkpoint(self, lane: int) -> Checkpoint:
+        """Return the checkpoint of the trial in a lane after its last epoch; see `snapshot`."""
+        return self.snapshot(lane).checkpoint()
 
     def evict(self, lane: int) -> None:
         """Forget the trial in a lane and free its memory; the lane is free afterwards."""

@@ -30,16 +30,17 @@ from hpo.train.engines.lane_state import (
     check_test_set,
     evaluation_batch_size,
     initial_model,
-    make_checkpoint,
     mixed_precision,
     numerics,
+    take_snapshot,
 )
 from hpo.train.engines.plain import build_lane, restore
-from hpo.train.engines.protocol import Stopped
+from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
 from hpo.train.engines.stacked_rows import StackedRows
 from hpo.train.optim import OPTIMIZERS, build_optimizer
+from hpo.train.snapshot import Snapshot
 
 
 def stack_key(config: TrialConfig) -> str:
@@ -49,7 +50,7 @@ def stack_key(config: TrialConfig) -> str:
     return json.dumps([*map(repr, agreeing), training.tf32, training.compile, training.report_test_accuracy])
 
 
-class TrialStack:
+class TrialStack(Engine):
     """An engine of trials of one kind, with as many lanes as are admitted; each trial is a row of the tensors."""
 
     def __init__(
@@ -130,7 +131,7 @@ class TrialStack:
         self._lanes[lane] = None
         self._is_whole = self._is_whole or not self._row_lanes
 
-    def checkpoint(self, lane: int) -> Checkpoint:
+    def snapshot(self, lane: int) -> Snapshot:
         """Return the trial in a lane after its last epoch; see `Engine`."""
         assert self._is_whole, "the trials are in the middle of an epoch"
         trial = self._lanes[lane]
@@ -141,7 +142,7 @@ class TrialStack:
             for group in optimizer["param_groups"]:
                 group["lr"] = trial.results[-1].lr
             optimizer["state"] = self._optimizer_state(lane, trial)
-        return make_checkpoint(trial, model=self._load(lane).state_dict(), optimizer=optimizer)
+        return take_snapshot(trial, model=self._load(lane).state_dict(), optimizer=optimizer)
 
     def run_epoch(self) -> list[EpochResult]:
         """Train every trial for one epoch; see `Engine`."""
