@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from hpo.api.stores import storage_url
 from hpo.errors import UserError
 from hpo.store.store import Store
 from hpo.system import provenance
-from hpo.system.devices import list_devices, num_cores
+from hpo.system.devices import Device, list_devices, num_cores
+from hpo.train.device_proof import proofs_of
 
 DATA_FOLDERS = {  # into which torchvision unpacks its data sets, below the root or below ROOT/<name>
     "cifar10": "cifar-10-batches-py",
@@ -40,15 +42,8 @@ def examine(*, storage: str | None = None) -> list[Finding]:
 
 
 def _devices() -> list[Finding]:
-    findings = []
     devices = list_devices()
-    for device in devices:
-        memory = f", {device.memory_bytes / 2**30:.0f} GiB" if device.memory_bytes else ""
-        advice = ""
-        if device.occupied_by:
-            pids = ", ".join(map(str, device.occupied_by))
-            advice = f"occupied by process {pids}: --devices auto passes over it; name it to share it"
-        findings.append(Finding(device.name, f"{device.label}{memory}", advice))
+    findings = _used_devices(devices)
     if any(device.kind == "cuda" for device in devices) and not _torch_has_cuda():
         findings.append(
             Finding(
@@ -63,6 +58,23 @@ def _devices() -> list[Finding]:
                 f"trials train on {num_cores()} CPU cores; for an NVIDIA GPU, check that nvidia-smi lists it",
             )
         )
+    return findings
+
+
+def _used_devices(devices: Sequence[Device]) -> list[Finding]:
+    """Use each device but the CPU, in a process of its own, all at the same time."""
+    findings = []
+    with proofs_of(devices, precisions=("auto", "fp32")) as proofs:
+        for device in devices:
+            memory = f", {device.memory_bytes / 2**30:.0f} GiB" if device.memory_bytes else ""
+            advice = ""
+            if device.occupied_by:
+                pids = ", ".join(map(str, device.occupied_by))
+                advice = f"occupied by process {pids}: --devices auto passes over it; name it to share it"
+            problem = proofs[device.name].problem() if device.name in proofs else None
+            if problem is not None:
+                advice = f"it cannot be used: {problem}"
+            findings.append(Finding(device.name, f"{device.label}{memory}", advice))
     return findings
 
 

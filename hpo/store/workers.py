@@ -7,6 +7,7 @@ import os
 import socket
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,12 +15,18 @@ from sqlalchemy.engine import Connection
 
 from hpo.store.conditions import is_given_up, is_held, process_is_gone
 from hpo.store.database import Database
-from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS, Ledger
+from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS, Ledger, storable_text
 from hpo.store.retry import retry_on_outage
-from hpo.store.schema import labelled, select_all, slots_table, workers_table
+from hpo.store.schema import labelled, select_all, slots_table, studies_table, workers_table
+from hpo.store.slots import lock_study
 from hpo.study.processes import Cause, Process
-from hpo.study.records import Claim, StudyRecord, WorkerRecord
+from hpo.study.records import Claim, DeviceFailures, StudyRecord, WorkerRecord
 from hpo.system import processes as liveness
+
+MAX_DEVICE_FAILURES = 3  # of a device since the study was started, after which no worker tries it again
+# Optuna's study attribute with the failures of devices, a list of dictionaries. It does not begin with the prefix of
+# values that workers agree on, and optuna-dashboard shows it.
+DEVICE_FAILURES = "hpo device failures"
 
 
 class Workers:
@@ -145,6 +152,39 @@ class Workers:
                     is_worker = workers_table.c.worker_id == row.worker_id
                     connection.execute(workers_table.update().where(is_worker).values(ended_at=at))
             return len(lost)
+
+    @retry_on_outage
+    def count_device_failure(self, study: StudyRecord, *, device: str, host: str, reason: str) -> DeviceFailures:
+        """Count a failure of a device of this machine, and return its failures since the study was started."""
+        storage = self._database.storage
+        with self._database.transaction() as connection:
+            lock_study(connection, study.study_id)
+            known = self._device_failures(connection, study)
+            machine = liveness.machine_id()
+            before = known.get((machine, device))
+            failures = DeviceFailures(machine, host, device, before.count + 1 if before else 1, storable_text(reason))
+            known[machine, device] = failures
+            started = self._started(connection, study)
+            rows = [{**asdict(one), "started": started} for one in known.values()]
+            storage.set_study_user_attr(study.study_id, DEVICE_FAILURES, rows)
+        return failures
+
+    @retry_on_outage
+    def device_failures(self, study: StudyRecord) -> dict[tuple[str, str], DeviceFailures]:
+        """Return the failures of devices since the study was started, by machine and device."""
+        with self._database.connect() as connection:
+            return self._device_failures(connection, study)
+
+    def _device_failures(self, connection: Connection, study: StudyRecord) -> dict[tuple[str, str], DeviceFailures]:
+        attributes = self._database.storage.get_study_user_attrs(study.study_id)
+        started = self._started(connection, study)
+        rows = [dict(row) for row in attributes.get(DEVICE_FAILURES, []) if row["started"] == started]
+        failures = [DeviceFailures(**{key: row[key] for key in row if key != "started"}) for row in rows]
+        return {(one.machine, one.device): one for one in failures}
+
+    def _started(self, connection: Connection, study: StudyRecord) -> float:
+        query = sa.select(studies_table.c.started_at).where(studies_table.c.study_id == study.study_id)
+        return float(connection.execute(query).scalar_one())
 
     def _take_back(self, connection: Connection, row: Any, cause: Cause) -> None:
         """Free the slot of a worker that is gone, or fail its trial if it has killed too many."""

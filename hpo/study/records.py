@@ -117,6 +117,21 @@ class WorkerRecord:
     alive: bool
 
 
+@dataclass(frozen=True)
+class DeviceFailures:
+    """The failures of a device of one machine since the study was started."""
+
+    machine: str  # as hpo.system.processes names it
+    host: str
+    device: str
+    count: int
+    reason: str  # of the latest one
+
+    def __str__(self) -> str:
+        times = "once" if self.count == 1 else f"{self.count} times"
+        return f"{self.device} of {self.host} failed {times}: {self.reason}"
+
+
 def read_attempt(row: Any) -> Attempt:
     """Return an attempt from its row of hpo_attempts, with host and device of its worker."""
     return Attempt(

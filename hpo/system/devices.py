@@ -12,7 +12,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,11 @@ from typing import Any, Literal
 from hpo.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# As many hardware queues as there are, so that the streams of many lanes do not wait for each other; and the workspace
+# that cuBLAS keeps for each of them, 8 MiB and 128 KiB: by default, on a Hopper GPU, it is 32 MiB.
+STREAMS_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}
+MPS_SERVER = "nvidia-cuda-mps-server"
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,66 @@ def choose_devices(request: str) -> list[Device]:
 
 
 def worker_environment(device: Device, *, threads: int) -> dict[str, str]:
-    """Return the environment variables that pin a worker to `device`; they must be set before its process starts."""
-    return {
+    """Return the environment variables of a worker on `device`; they must be set before its process starts.
+
+    They pin it to the device. On a CUDA device they make room for many streams that compute side by side, unless the
+    user has set them otherwise.
+    """
+    pinning = {
         "CUDA_VISIBLE_DEVICES": device.uuid or "",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
     }
+    if device.kind != "cuda":
+        return pinning
+    return pinning | {name: os.environ.get(name, value) for name, value in STREAMS_ENVIRONMENT.items()}
+
+
+@contextmanager
+def pinned_here(device: Device) -> Iterator[str]:
+    """Pin this process to `device` for a while, and give torch's name of the device in it.
+
+    CUDA reads CUDA_VISIBLE_DEVICES when a process first asks for a device, which may be long past: the device is then
+    looked for, by its UUID, among those that torch sees. The variable is as before in the end.
+
+    Raises:
+        UserError: This process has used CUDA before, and does not see the device.
+    """
+    if device.uuid is None:
+        yield torch_device(device)
+        return
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    torch = sys.modules.get("torch")
+    has_begun = torch is not None and torch.cuda.is_initialized()
+    if not has_begun:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device.uuid
+    try:
+        yield _place_in_torch(device, has_begun=has_begun)
+    finally:
+        if before is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _place_in_torch(device: Device, *, has_begun: bool) -> str:
+    """Return torch's name of a CUDA device in this process, which may have begun to use CUDA before it was pinned."""
+    import torch
+
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError):
+        return torch_device(device)  # whoever trains on it proves it first, and says why it cannot be used
+    seen = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+    kind, _, uuid = str(device.uuid).partition("-")  # torch leaves out the kind: GPU or MIG
+    if uuid in seen:
+        return f"cuda:{seen.index(uuid)}"
+    if kind == "MIG" and len(seen) == 1 and not has_begun:
+        return torch_device(device)  # an older driver gives an instance the UUID of its GPU
+    raise UserError(
+        f"--devices {device.name} must name a device that this process sees, which has used CUDA before it was asked "
+        f"for {device.uuid}; it sees {', '.join(seen) or 'none'}"
+    )
 
 
 def torch_device(device: Device) -> str:
@@ -118,9 +178,7 @@ def _cuda_devices() -> list[Device]:
     try:
         pynvml.nvmlInit()
         try:
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-            uuids = _visible_uuids([pynvml.nvmlDeviceGetUUID(handle) for handle in handles])
-            return [_nvml_device(pynvml, index, uuid) for index, uuid in enumerate(uuids)]
+            return [_nvml_device(pynvml, index, uuid) for index, uuid in enumerate(_visible_uuids(_gpus(pynvml)))]
         finally:
             pynvml.nvmlShutdown()
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
@@ -136,10 +194,7 @@ def _nvml_device(pynvml: Any, index: int, uuid: str) -> Device:
         memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
     except pynvml.NVMLError:  # chips that share the CPU's memory
         memory_bytes = None
-    try:
-        pids = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
-    except pynvml.NVMLError:  # WSL, virtual GPUs
-        pids = set()
+    pids = _compute_pids(pynvml, handle)
     return Device(
         name=f"cuda:{index}",
         kind="cuda",
@@ -150,23 +205,69 @@ def _nvml_device(pynvml: Any, index: int, uuid: str) -> Device:
     )
 
 
-def _visible_uuids(uuids: list[str]) -> list[str]:
-    """Return the `uuids` that CUDA_VISIBLE_DEVICES leaves visible, by the rules of the CUDA C++ programming guide.
+def _compute_pids(pynvml: Any, handle: Any) -> set[int]:
+    """Return the processes that compute on a device: the clients of an MPS server, but not the server."""
+    pids: set[int] = set()
+    for list_processes in (
+        pynvml.nvmlDeviceGetComputeRunningProcesses,
+        pynvml.nvmlDeviceGetMPSComputeRunningProcesses,
+    ):
+        with suppress(pynvml.NVMLError):  # WSL, virtual GPUs, drivers that know no MPS
+            pids |= {process.pid for process in list_processes(handle)}
+    return {pid for pid in pids if not _is_mps_server(pynvml, pid)}
+
+
+def _is_mps_server(pynvml: Any, pid: int) -> bool:
+    try:
+        name = pynvml.nvmlSystemGetProcessName(pid)  # the driver also knows processes outside of this container
+    except pynvml.NVMLError:
+        return False
+    return MPS_SERVER in (name.decode(errors="replace") if isinstance(name, bytes) else name)
+
+
+def _gpus(pynvml: Any) -> dict[str, list[str]]:
+    """Return the UUIDs of what can be computed on, by the UUID of each GPU: the GPU itself, or its MIG instances."""
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    return {pynvml.nvmlDeviceGetUUID(handle): _instances(pynvml, handle) for handle in handles}
+
+
+def _instances(pynvml: Any, handle: Any) -> list[str]:
+    """Return the UUIDs of a GPU's MIG instances where it is divided into some, else its own."""
+    try:
+        current_mode, _ = pynvml.nvmlDeviceGetMigMode(handle)
+    except pynvml.NVMLError:  # GPUs without MIG
+        current_mode = pynvml.NVML_DEVICE_MIG_DISABLE
+    if current_mode != pynvml.NVML_DEVICE_MIG_ENABLE:
+        return [pynvml.nvmlDeviceGetUUID(handle)]
+    instances = []
+    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        with suppress(pynvml.NVMLError_NotFound):  # there may be fewer
+            instances.append(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)))
+    return instances
+
+
+def _visible_uuids(gpus: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the UUIDs that CUDA_VISIBLE_DEVICES leaves visible, by the rules of the CUDA C++ programming guide.
 
     Entries are indices, GPU UUIDs or unique beginnings of one, or UUIDs of MIG instances. An invalid entry hides itself
-    and all after it; a device that is named twice hides all.
+    and all after it; a device that is named twice hides all. Where a GPU is divided, CUDA takes its first MIG instance
+    for it. Without the variable, CUDA sees one MIG instance alone; all are listed, as each worker is pinned to its own.
+
+    Args:
+        gpus: What `_gpus` returns.
     """
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     if variable is None:
-        return uuids
+        return [uuid for instances in gpus.values() for uuid in instances]
     visible: list[str] = []
     for entry in (part.strip() for part in variable.split(",")):
         if entry.startswith("MIG-"):
             matches = [entry]
         elif entry.isdecimal():
-            matches = uuids[int(entry) :][:1]
+            matches = [uuid for instances in list(gpus.values())[int(entry) :][:1] for uuid in instances[:1]]
         else:
-            matches = [uuid for uuid in uuids if entry.startswith("GPU-") and uuid.startswith(entry)]
+            named = [uuid for uuid in gpus if entry.startswith("GPU-") and uuid.startswith(entry)]
+            matches = [gpus[named[0]][0]] if len(named) == 1 and gpus[named[0]] else []
         if len(matches) != 1:
             break
         if matches[0] in visible:

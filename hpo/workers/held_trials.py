@@ -15,9 +15,10 @@ from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.system import provenance
 from hpo.train.config import derive_seed
-from hpo.workers.failures import error_message, failure_key, is_out_of_memory
+from hpo.workers.failures import failure_key, first_line, is_out_of_memory
 from hpo.workers.reporting import TrialEnd
 from hpo.workers.stop_signal import StopSignal
+from hpo.workers.worker_device import DeviceFailed, WorkerDevice
 from hpo.workers.worker_handle import EXIT_RESTART
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,11 @@ class HeldTrials:
     before anything loops over it, so it needs no lock.
     """
 
-    def __init__(self, store: Store, study: StudyRecord, *, device: str, host: str, stop: StopSignal) -> None:
+    def __init__(self, store: Store, study: StudyRecord, *, device: WorkerDevice, host: str, stop: StopSignal) -> None:
         self._store = store
         self._study = study
         self._spec = study.spec
-        self._device = device  # as users name it
+        self._device = device
         self._host = host
         self._stop = stop
         self._worker_id = ""
@@ -70,7 +71,7 @@ class HeldTrials:
 
     def register(self) -> None:
         """Add the worker to the study."""
-        self._worker_id = self._store.workers.add(self._study.study_id, device=self._device, host=self._host)
+        self._worker_id = self._store.workers.add(self._study.study_id, device=self._device.name, host=self._host)
 
     def renew(self) -> None:
         """Renew the leases of all trials held."""
@@ -131,10 +132,10 @@ class HeldTrials:
             claim,
             self._spec,
             attributes=lambda values: provenance.trial_metadata(
-                device=self._device, host=self._host, seed=seed(values)
+                device=self._device.name, host=self._host, seed=seed(values)
             ),
         )
-        logger.info("%s, on %s: %s", self._name(claim), self._device, dict(values))
+        logger.info("%s, on %s: %s", self._name(claim), self._device.name, dict(values))
         return values, seed(values)
 
     def note_verdict(self, claim: Claim, verdict: Verdict) -> None:
@@ -174,23 +175,27 @@ class HeldTrials:
         """Record an exception in training as the failure of its trial, with the traceback, and go on.
 
         Where several trials were trained together it fails none of them. Each is tried again alone, which shows whose
-        exception it was, if it is raised again at all.
+        exception it was, if it is raised again at all. Where the device is to blame, it raises DeviceFailed and leaves
+        the trials as they are: the worker gives them back when it leaves.
         """
         try:
             yield
-        except (ClaimLost, StoreFailed):
-            raise  # the trial is another's, or the store is at fault: not the trial's failure
+        except (ClaimLost, StoreFailed, DeviceFailed):
+            raise  # the trial is another's, or the store or the device is at fault: not the trial's failure
         except BaseException as error:  # a user's loop that calls sys.exit() ends its trial, not the worker
             if self.is_in_fork():
                 os._exit(1)  # the user's code has returned to us in a process that it forked: nothing to do for it here
             if isinstance(error, KeyboardInterrupt) and self._stop.is_set():
                 raise  # Ctrl-C, insisted on, where the worker is the command itself
+            if (failure := self._device.failure_behind(error)) is not None:
+                self._note_device_failure(claims, failure)
+                raise failure from error
             self._fail(claims, error)
-            if "CUDA error" in error_message(error) and not is_out_of_memory(error):
-                raise SystemExit(EXIT_RESTART) from error  # no later kernel of this process would run
+            if self._device.is_lost_to_process(error):
+                raise SystemExit(EXIT_RESTART) from error
 
     def _fail(self, claims: Sequence[Claim], error: BaseException) -> None:
-        reason = f"{type(error).__name__}: {error_message(error)}".split("\n")[0][:REASON_CHARACTERS]
+        reason = first_line(error)[:REASON_CHARACTERS]
         if is_out_of_memory(error):
             reason = OUT_OF_MEMORY
         text = "".join(traceback.format_exception(error))
@@ -208,6 +213,11 @@ class HeldTrials:
                 self._claims.discard(claim)
                 if is_final:
                     self._checkpoints.forget(claim.number)
+
+    def _note_device_failure(self, claims: Sequence[Claim], failure: DeviceFailed) -> None:
+        for claim in claims:
+            with self.dropping_lost_claims(claim):
+                self._store.trials.note(claim, f"given back: {failure}")
 
     def _end_writing(self, claim: Claim) -> None:
         """Wait for the checkpoint that is being written, so that whoever resumes the trial finds it."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self, TypeVar
 
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord
+from hpo.system.devices import Device
 from hpo.workers.supervisor import OnTick
 
 Returned = TypeVar("Returned")
@@ -25,9 +26,10 @@ class Launcher(ABC):
 
     can_be_left = False  # whether `submit` works: the study goes on when this process has ended
 
-    def __init__(self, devices: str, *, device_kinds: Collection[str]) -> None:
+    def __init__(self, devices: str, *, device_kinds: Collection[str], own_devices: Sequence[Device] = ()) -> None:
         self.devices = devices  # as --devices names them, where the workers run
         self.device_kinds = device_kinds
+        self.own_devices = own_devices  # of this machine, where we choose what workers train on
 
     def __enter__(self) -> Self:
         return self
@@ -47,7 +49,8 @@ class Launcher(ABC):
             on_tick: Called several times a second meanwhile.
 
         Raises:
-            StudyStopped: Workers die again and again, or Ctrl-C or SIGTERM interrupt the process.
+            StudyStopped: Workers die again and again, none has a device left that it can use, or Ctrl-C or SIGTERM
+                interrupt the process.
         """
 
     def submit(self, store: Store, study: StudyRecord) -> None:

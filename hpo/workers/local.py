@@ -13,12 +13,20 @@ from hpo.store.database import PASSWORD_FILE
 from hpo.store.store import Store
 from hpo.study.processes import Process
 from hpo.study.records import StudyRecord
-from hpo.system.devices import Device, choose_devices, num_cores, threads_per_worker, torch_device
+from hpo.system.devices import (
+    Device,
+    choose_devices,
+    num_cores,
+    pinned_here,
+    threads_per_worker,
+    torch_device,
+)
 from hpo.system.processes import machine_id
 from hpo.workers.launcher import Launcher, interrupts
 from hpo.workers.stages import add_due_trials
 from hpo.workers.supervisor import TICK_S, OnTick, supervise
 from hpo.workers.worker import Worker
+from hpo.workers.worker_device import DeviceFailed
 from hpo.workers.worker_handle import WorkerProcess, WorkerTask, describe_exit_code
 
 
@@ -27,7 +35,7 @@ class InProcessLauncher(Launcher):
 
     def __init__(self, devices: str) -> None:
         self._device = choose_devices(devices)[0]
-        super().__init__(devices, device_kinds={self._device.kind})
+        super().__init__(devices, device_kinds={self._device.kind}, own_devices=[self._device])
 
     def run(self, store: Store, study: StudyRecord, *, on_tick: OnTick) -> None:
         """Run the worker, as `Launcher.run` says."""
@@ -47,21 +55,17 @@ class InProcessLauncher(Launcher):
                 import torch
 
                 torch.set_num_threads(num_cores())  # as in a worker process: the same sums, digit for digit
-            # As for a worker process: by UUID, before CUDA is first used, so that torch sees only this device.
-            if self._device.uuid is not None:
-                os.environ["CUDA_VISIBLE_DEVICES"] = self._device.uuid
-            try:
-                Worker(
-                    store,
-                    study,
-                    device=self._device.name,
-                    torch_device=torch_device(self._device),
-                    should_stop=should_stop,
-                ).run()
-            except SystemExit:
-                raise StudyStopped(
-                    f"the device {self._device.name} is unusable in this process", can_resume=True
-                ) from None
+            with pinned_here(self._device) as place:
+                try:
+                    Worker(store, study, device=self._device.name, torch_device=place, should_stop=should_stop).run()
+                except DeviceFailed as failure:
+                    raise StudyStopped(str(failure), can_resume=True) from None
+                except SystemExit:
+                    raise StudyStopped(
+                        f"this process can no longer use the device {self._device.name}, after an error on it; "
+                        "a new one can",
+                        can_resume=True,
+                    ) from None
             on_tick(store)
             if interrupted:
                 raise StudyStopped("interrupted", can_resume=True, interrupted=True)
@@ -75,7 +79,8 @@ class LocalLauncher(Launcher):
 
     def __init__(self, devices: str, *, workers: int | None, allowed: ImportAllowlist) -> None:
         self._devices = choose_devices(devices)
-        super().__init__(devices, device_kinds={device.kind for device in self._devices})
+        kinds = {device.kind for device in self._devices}
+        super().__init__(devices, device_kinds=kinds, own_devices=self._devices)
         self._workers = workers or len(self._devices)
         self._allowed = allowed
 

@@ -33,7 +33,7 @@ from hpo.study.processes import Process
 from hpo.system.devices import Device, choose_devices, torch_device
 from hpo.system.processes import machine_id
 from hpo.workers.stages import add_due_trials
-from hpo.workers.worker_handle import WorkerProcess, WorkerTask, describe_exit_code
+from hpo.workers.worker_handle import EXIT_NO_DEVICE, WorkerProcess, WorkerTask, describe_exit_code
 
 IDLE_S = 30.0  # after so long without a trial, a worker gives back what Ray gave it
 MAX_SHOWN_TRIALS = 16  # of a worker, in Ray's lists at once: each takes a thread of the actor
@@ -136,15 +136,12 @@ class StudyWorker:
 
     def __init__(self, request: WorkerRequest) -> None:
         self._request = request
-        self._problem: UserError | None = None
+        self._device: Device | None = None
+        self._lacks_device = ""  # why, where this node has no such device
         try:
-            if request.version != __version__:
-                raise UserError(
-                    f"a node has hpo {__version__}, and the study was started by {request.version}: install it"
-                )
-            self._device: Device | None = _device(request.devices)
-        except UserError as error:  # `run` raises it: the error of an actor that cannot be made is less readable
-            self._device, self._problem = None, error
+            self._device = _device(request.devices)
+        except UserError as error:
+            self._lacks_device = str(error)
         self._worker: WorkerProcess | None = None
         self._tail: deque[bytes] = deque(maxlen=NUM_TAIL_LINES)
         self._ended: dict[str, threading.Event] = {}
@@ -154,9 +151,19 @@ class StudyWorker:
         return f"hpo worker of study {self._request.study}{device}"
 
     def run(self) -> tuple[int, str]:
-        """Start the worker's process, wait for its end, and return its exit code and the end of its output."""
+        """Start the worker's process, wait for its end, and return its exit code and the end of its output.
+
+        Raises:
+            UserError: The study was started by another version of hpo.
+        """
+        if self._request.version != __version__:
+            raise UserError(
+                f"a node has hpo {__version__}, and the study was started by {self._request.version}: install it"
+            )
+        if self._device is None:
+            return EXIT_NO_DEVICE, self._lacks_device
         if self._worker is None:
-            self._worker = self._prepare()
+            self._worker = self._prepare(self._device)
         self._tail.clear()
         self._worker.start(output=subprocess.PIPE)
         reader = threading.Thread(target=self._read, args=[self._worker.output], daemon=True)
@@ -167,11 +174,15 @@ class StudyWorker:
         assert self._worker.exit_code is not None
         return self._worker.exit_code, b"".join(self._tail).decode(errors="replace")
 
-    def placement(self, previous_pid: int | None) -> Placement:
-        """Return where the worker is, once it has started a process with another pid than the previous one."""
+    def placement(self, previous_pid: int | None) -> Placement | None:
+        """Return where the worker is, once it has started a process with another pid than the previous one.
+
+        Return None where this node has no device for it.
+        """
+        if self._device is None:
+            return None
         while self._worker is None or self._worker.pid in (None, previous_pid):
             time.sleep(0.02)
-        assert self._device is not None
         assert self._worker.pid is not None
         return Placement((machine_id(), self._worker.pid), self._device.name)
 
@@ -188,11 +199,8 @@ class StudyWorker:
         if self._worker is not None:
             self._worker.ask_to_leave()
 
-    def _prepare(self) -> WorkerProcess:
-        if self._problem is not None:
-            raise self._problem
-        request, device = self._request, self._device
-        assert device is not None
+    def _prepare(self, device: Device) -> WorkerProcess:
+        request = self._request
         node = ray.get_runtime_context().get_node_id()
         task = WorkerTask(
             request.storage,
@@ -325,12 +333,20 @@ class RayPool:
         waiting = counts.get("waiting", 0)
         if waiting:
             self._add(waiting + counts.get("running", 0))
-        self._release_idle([worker for worker in self.workers if not worker.leaves], waiting, set(training))
+        self._release_idle(self._usable(), waiting, set(training))
+
+    def _usable(self) -> list[RayWorker]:
+        """Return the workers that stay.
+
+        A worker whose device is given up is none of them, and keeps what Ray gave it: else Ray would give the same
+        device to the next one.
+        """
+        return [worker for worker in self.workers if not (worker.leaves or worker.exit_code == EXIT_NO_DEVICE)]
 
     def _add(self, num_open: int) -> None:
         """Start workers for so many trials, and some more than there is room for."""
         room = self._request.max_workers or self.num_placed + max(1, self.num_placed, _room(self._request.options))
-        for _ in range(min(num_open, room) - sum(not worker.leaves for worker in self.workers)):
+        for _ in range(min(num_open, room) - len(self._usable())):
             self.workers.append(RayWorker(self._request, self._num_made))
             self.workers[-1].start()
             self._num_made += 1
@@ -433,6 +449,8 @@ class RayWorker:
 
     def describe_end(self) -> str:
         """Describe how the last process ended, with the end of its output."""
+        if self.exit_code == EXIT_NO_DEVICE:
+            return self._output
         if self.exit_code is None:
             return f"with its node: {self._output}"
         return f"{describe_exit_code(self.exit_code)}; the end of its output:\n{self._output[-3000:]}"

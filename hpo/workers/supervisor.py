@@ -11,13 +11,15 @@ from typing import Protocol
 from hpo.errors import StudyStopped
 from hpo.store.retry import STORE_ERRORS
 from hpo.store.store import Store
+from hpo.store.workers import MAX_DEVICE_FAILURES
 from hpo.study.processes import Process
 from hpo.study.records import ENDED, StudyRecord
-from hpo.workers.worker_handle import DRAIN_S, EXIT_RESTART, cause_of_death
+from hpo.workers.worker_handle import DRAIN_S, EXIT_NO_DEVICE, EXIT_RESTART, cause_of_death
 
 TICK_S = 0.2
 CHECK_S = 5.0  # between looks for workers that died elsewhere, for the end of the study and for room for more workers
 KILL_S = DRAIN_S + 10.0  # a worker that is still there so long after it was asked to leave is killed
+ROOM_S = 30.0  # how long workers that wait for room are waited for when all others have lost their devices
 MAX_CRASHES = 5  # for each worker: processes that died one after the other without an epoch in between
 
 # Called several times a second while workers run, to show progress. The store that it is given waits for an outage to
@@ -79,7 +81,7 @@ def supervise(
         on_tick: Called several times a second.
 
     Raises:
-        StudyStopped: Workers died again and again.
+        StudyStopped: Workers died again and again, or none has a device left that it can use.
     """
     waiting = store.retrying(until=lambda: bool(interrupted))  # an outage is waited out, unless somebody interrupts
     leaving = store.retrying(until=lambda: True)
@@ -102,29 +104,31 @@ def _watch_over(
 ) -> None:
     """Restart workers that die, until the study is over or is interrupted."""
     crashes, progress, next_check_s = 0, _progress(store, study), time.monotonic() + CHECK_S
+    lost_devices = LostDevices()
     while not interrupted:
         running = [worker for worker in pool.workers if worker.is_running()]
-        is_check_due = time.monotonic() > next_check_s or len(running) < len(pool.workers)
+        ended = [worker for worker in pool.workers if worker not in running and not has_lost_device(worker)]
+        is_check_due = time.monotonic() > next_check_s or bool(ended) or not running
         if is_check_due and store.trials.num_left(study) == 0:
             return  # the workers that are still here are idle, or hang
         is_stopping = is_check_due and store.studies.is_stopping(study.study_id)
         if is_stopping and all(worker.process is None for worker in running):
             return  # nobody trains, though a worker may wait for room
-        ended = [] if is_stopping else [worker for worker in pool.workers if worker not in running]
-        if ended:
+        if ended and not is_stopping:
             dead = {worker.process: cause_of_death(worker.exit_code) for worker in ended if worker.process is not None}
             store.workers.reap(study, dead=dead, supervised=_processes(pool))
-        for worker in ended:
-            previous, progress = progress, _progress(store, study)
-            was_sent_away = worker.exit_code == EXIT_RESTART or worker.process is None
-            crashes = 0 if was_sent_away or progress > previous else crashes + 1
-            if crashes >= MAX_CRASHES * len(pool.workers):
-                raise StudyStopped(
-                    f"workers died {crashes} times without coming an epoch further, the last one "
-                    f"{worker.describe_end()}",
-                    can_resume=True,
-                )
-            worker.start()
+            for worker in ended:
+                previous, progress = progress, _progress(store, study)
+                was_sent_away = worker.exit_code == EXIT_RESTART or worker.process is None
+                crashes = 0 if was_sent_away or progress > previous else crashes + 1
+                if crashes >= MAX_CRASHES * len(pool.workers):
+                    raise StudyStopped(
+                        f"workers died {crashes} times without coming an epoch further, the last one "
+                        f"{worker.describe_end()}",
+                        can_resume=True,
+                    )
+                worker.start()
+        lost_devices.check(store, study, pool.workers)
         if time.monotonic() > next_check_s:
             store.workers.reap(study, supervised=_processes(pool))
             if not is_stopping:
@@ -134,9 +138,41 @@ def _watch_over(
         time.sleep(TICK_S)
 
 
+def has_lost_device(worker: WorkerSlot) -> bool:
+    """Return whether the last process ended because its device is given up: none should be started here again."""
+    return worker.exit_code == EXIT_NO_DEVICE
+
+
+class LostDevices:
+    """Sees when no worker of a pool has a device left that it can use."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+
+    def check(self, store: Store, study: StudyRecord, workers: Sequence[WorkerSlot]) -> None:
+        """Raise StudyStopped where every worker has lost its device, and none that waits for room gets any."""
+        lost = [worker for worker in workers if has_lost_device(worker)]
+        others = [worker for worker in workers if not has_lost_device(worker)]
+        if not lost or any(worker.process is not None for worker in others):
+            self._since_s = None
+            return
+        if self._since_s is None:
+            self._since_s = time.monotonic()
+        if others and time.monotonic() - self._since_s < ROOM_S:
+            return
+        machines = {worker.process[0] for worker in lost if worker.process is not None}
+        given_up = [
+            str(failures)
+            for failures in store.workers.device_failures(study).values()
+            if failures.machine in machines and failures.count >= MAX_DEVICE_FAILURES
+        ]
+        reasons = given_up or [lost[-1].describe_end()]
+        raise StudyStopped(f"no worker has a device left that it can use: {'; '.join(reasons)}", can_resume=True)
+
+
 def _processes(pool: WorkerPool) -> set[Process]:
-    """Return the processes of a pool as far as they are known."""
-    return {worker.process for worker in pool.workers if worker.process is not None}
+    """Return the processes of a pool as far as they are known, without those that were the last of their worker."""
+    return {worker.process for worker in pool.workers if worker.process is not None and not has_lost_device(worker)}
 
 
 def _drain(workers: Sequence[WorkerSlot], interrupted: Sequence[int], on_tick: Callable[[], None]) -> None:

@@ -13,11 +13,13 @@ from typing import Protocol
 
 from hpo.store.ledger import LEASE_S
 from hpo.store.store import Store
+from hpo.store.workers import MAX_DEVICE_FAILURES
 from hpo.study.records import StudyRecord
-from hpo.system.processes import heartbeat
+from hpo.system.processes import heartbeat, machine_id
 from hpo.workers.held_trials import HeldTrials
 from hpo.workers.stages import add_due_trials
 from hpo.workers.stop_signal import StopSignal
+from hpo.workers.worker_device import DeviceFailed, WorkerDevice
 
 POLL_S, LONGEST_POLL_S = 0.3, 5.0  # between looks for a trial while others hold the last ones: longer and longer
 REAP_S = 5.0  # between looks for workers that died
@@ -56,20 +58,57 @@ class Worker:
         self._store = store
         self._study = study
         self._torch_device = torch_device
+        self._device = WorkerDevice(device, torch_device=torch_device, spec=study.spec)
+        self._host = host or socket.gethostname()
         self._stop = StopSignal(should_stop)
-        self._held = HeldTrials(store, study, device=device, host=host or socket.gethostname(), stop=self._stop)
+        self._held = HeldTrials(store, study, device=self._device, host=self._host, stop=self._stop)
 
     def run(self) -> None:
-        """Train trials until none is left or the worker should leave; then save and release what is held."""
+        """Train trials until none is left or the worker should leave; then save and release what is held.
+
+        Raises:
+            DeviceFailed: The device cannot be used. The trials held were released, and the study counts the failure.
+            SystemExit: This process can no longer use the device, and a new one can.
+        """
+        self._refuse_given_up_device()
         self._held.register()
-        runner = self._make_runner()
         try:
             with heartbeat(self._held.renew, every_s=LEASE_S / 4):
-                self._train(runner)
-                runner.drain()
+                self._prove_and_train()
+        except DeviceFailed as failure:
+            raise self._counted(failure) from failure.__cause__
+        finally:
+            self.leave()
+
+    def _prove_and_train(self) -> None:
+        """Prove the device, then train; outside of a trial's training, too, an error may be the device's."""
+        self._device.prove()
+        runner = self._make_runner()
+        try:
+            self._train(runner)
+            runner.drain()
+        except DeviceFailed:
+            raise
+        except Exception as error:
+            if (failure := self._device.failure_behind(error)) is None:
+                raise
+            raise failure from error
         finally:
             runner.close()
-            self.leave()
+
+    def _refuse_given_up_device(self) -> None:
+        """Raise DeviceFailed where the device has failed so often in this study that nobody should try it again."""
+        failed = self._store.workers.device_failures(self._study).get((machine_id(), self._device.name))
+        if failed is not None and failed.count >= MAX_DEVICE_FAILURES:
+            reason = f"it is given up after {failed.count} failures in this study, the last one {failed.reason}"
+            raise DeviceFailed(self._device.name, reason, is_given_up=True)
+
+    def _counted(self, failure: DeviceFailed) -> DeviceFailed:
+        """Count a failure of the device in the study, and return it with what follows from the count."""
+        failed = self._store.workers.count_device_failure(
+            self._study, device=self._device.name, host=self._host, reason=failure.reason
+        )
+        return DeviceFailed(self._device.name, failure.reason, is_given_up=failed.count >= MAX_DEVICE_FAILURES)
 
     def leave(self) -> None:
         """Release what is held and sign off; from any thread, where a trial does not reach its next report."""

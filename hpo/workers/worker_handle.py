@@ -21,6 +21,7 @@ TASK_VARIABLE = "HPO_WORKER"  # environment variable with the WorkerTask; anyone
 LEAVE = b"\n"  # on the worker's standard input: leave. The end of that input means that the supervisor is no more.
 DRAIN_S = 30.0  # how long a user's loop may take to reach its next report before it is left in the middle of its epoch
 EXIT_RESTART = 75  # exit code where a new process may have work left to do (EX_TEMPFAIL)
+EXIT_NO_DEVICE = 69  # exit code where no new process should be started on the same device (EX_UNAVAILABLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ class WorkerProcess:
 
 def cause_of_death(exit_code: int | None) -> Cause:
     """Return what an exit code says of the trials that the process held; None where nobody saw it end."""
-    if exit_code in (None, EXIT_RESTART, -signal.SIGTERM):
+    if exit_code in (None, EXIT_RESTART, EXIT_NO_DEVICE, -signal.SIGTERM):
         return "gone"
     return "killed" if exit_code == -signal.SIGKILL else "crashed"
 

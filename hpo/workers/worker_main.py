@@ -14,7 +14,8 @@ from hpo.store.database import Unreachable
 from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
 from hpo.store.store import Store
 from hpo.workers.worker import Worker
-from hpo.workers.worker_handle import DRAIN_S, EXIT_RESTART, LEAVE, TASK_VARIABLE, WorkerTask
+from hpo.workers.worker_device import DeviceFailed
+from hpo.workers.worker_handle import DRAIN_S, EXIT_NO_DEVICE, EXIT_RESTART, LEAVE, TASK_VARIABLE, WorkerTask
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def run_worker_process() -> None:
 
         torch.set_num_threads(task.threads)
     exit_code = _run_to_exit_code(worker)
-    if stop.is_set():
+    if stop.is_set() and exit_code != EXIT_NO_DEVICE:
         # It was told to leave, perhaps not by its supervisor, so there may be work left. Where the store did not answer
         # at that moment, leaving failed; that is no crash that its trials could be blamed for.
         exit_code = EXIT_RESTART
@@ -77,6 +78,9 @@ def _run_to_exit_code(worker: Worker) -> int:
         worker.run()
     except SystemExit:
         return EXIT_RESTART
+    except DeviceFailed as failure:
+        logger.error("%s", failure)
+        return EXIT_NO_DEVICE if failure.is_given_up else EXIT_RESTART
     except Exception:
         logger.exception("the worker failed")
         return 1

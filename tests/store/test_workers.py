@@ -150,3 +150,22 @@ def test_a_slot_that_is_being_reported_on_is_not_freed(store: Store, make_spec: 
         reporting.execute(schema.slots_table.update().values(last_epoch=1))
         assert Store(url_of(store)).workers.reap(study) == 0
     assert store.workers.reap(study) == 1
+
+
+def test_failures_of_devices_are_counted_by_machine_and_device_until_the_study_is_started_again(
+    store: Store, make_spec: MakeSpec
+) -> None:
+    study, _ = begin(store, make_spec(0.1))
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        counted = store.workers.count_device_failure(study, device=device, host="box", reason=f"of {device}\0")
+    assert str(counted) == "cuda:0 of box failed 2 times: of cuda:0\\0"
+    found = store.workers.device_failures(study)
+    assert {key: one.count for key, one in found.items()} == {
+        (liveness.machine_id(), "cuda:0"): 2,
+        (liveness.machine_id(), "cuda:1"): 1,
+    }
+    store.studies.start(study)
+    assert store.workers.device_failures(study) == {}
+    assert store.workers.count_device_failure(study, device="cuda:1", host="box", reason="").count == 1
+    assert store.workers.device_failures(study).keys() == {(liveness.machine_id(), "cuda:1")}
+    assert store.studies.shared_values(study) == {}  # these are values that workers agree on

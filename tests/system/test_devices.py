@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -26,6 +27,8 @@ from hpo.system.devices import (
 
 GPUS = ["GPU-aaaa0000", "GPU-aaaa1111", "GPU-bbbb2222"]
 MIG = "MIG-cccc3333"
+INSTANCES = ["MIG-dddd4444", "MIG-dddd5555"]  # of the second GPU, where that is divided
+INSTANCE_BYTES = 20 * 2**30
 T = TypeVar("T")
 MEMORY_BYTES = 80 * 2**30
 
@@ -42,9 +45,17 @@ class FakeNVML(ModuleType):
     class NVMLError_DriverNotLoaded(NVMLError):
         pass
 
+    class NVMLError_NotFound(NVMLError):
+        pass
+
+    NVML_DEVICE_MIG_DISABLE, NVML_DEVICE_MIG_ENABLE = 0, 1
+
     def __init__(self) -> None:
         super().__init__("pynvml")
         self.pids: dict[str, list[int]] = {}
+        self.mps_pids: dict[str, list[int]] = {}
+        self.names: dict[int, str | bytes] = {}  # of processes
+        self.instances: dict[str, list[str]] = {}  # of each GPU in MIG mode
         self.refuses: dict[str, Exception] = {}
         self.num_open = 0
 
@@ -67,17 +78,41 @@ class FakeNVML(ModuleType):
         return GPUS[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        assert uuid in [*GPUS, MIG]
+        assert uuid in [*GPUS, MIG, *INSTANCES]
         return uuid
 
     def nvmlDeviceGetUUID(self, handle: str) -> str:
         return handle
 
     def nvmlDeviceGetName(self, handle: str) -> str:
-        return "NVIDIA H100 80GB HBM3"
+        return "NVIDIA H100 80GB HBM3" + (" MIG 2g.20gb" if handle in INSTANCES else "")
 
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
-        return self._answer("nvmlDeviceGetMemoryInfo", SimpleNamespace(total=MEMORY_BYTES))
+        total = INSTANCE_BYTES if handle in INSTANCES else MEMORY_BYTES
+        return self._answer("nvmlDeviceGetMemoryInfo", SimpleNamespace(total=total))
+
+    def nvmlDeviceGetMigMode(self, handle: str) -> list[int]:
+        if handle == GPUS[0]:
+            raise self.NVMLError("Not Supported")  # as GPUs before Ampere do
+        return [int(handle in self.instances), 0]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: str) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: str, index: int) -> str:
+        instances = dict(enumerate(self.instances[handle], start=1))
+        if index not in instances:
+            raise self.NVMLError_NotFound("Not Found")
+        return instances[index]
+
+    def nvmlDeviceGetMPSComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
+        processes = [SimpleNamespace(pid=pid) for pid in self.mps_pids.get(handle, [])]
+        return self._answer("nvmlDeviceGetMPSComputeRunningProcesses", processes)
+
+    def nvmlSystemGetProcessName(self, pid: int) -> str | bytes:
+        if pid not in self.names:
+            raise self.NVMLError_NotFound("Not Found")
+        return self.names[pid]
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
         processes = [SimpleNamespace(pid=pid) for pid in self.pids.get(handle, [])]
@@ -162,6 +197,47 @@ def test_auto_takes_the_free_gpus_and_says_which_it_passes_over(
     assert f"cuda:1 by pid {stranger()}" in caplog.text
 
 
+def test_the_instances_of_a_divided_gpu_are_listed_each_with_its_own_memory(nvml: FakeNVML) -> None:
+    nvml.instances = {GPUS[1]: INSTANCES}
+    *cuda, _ = list_devices()
+    assert names(cuda) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert [device.uuid for device in cuda] == [GPUS[0], *INSTANCES, GPUS[2]]
+    assert [device.memory_bytes for device in cuda] == [MEMORY_BYTES, INSTANCE_BYTES, INSTANCE_BYTES, MEMORY_BYTES]
+    assert cuda[1].label == "NVIDIA H100 80GB HBM3 MIG 2g.20gb"
+    assert worker_environment(cuda[2], threads=1)["CUDA_VISIBLE_DEVICES"] == INSTANCES[1]
+
+
+def test_a_gpu_that_is_divided_into_nothing_cannot_be_trained_on(nvml: FakeNVML) -> None:
+    nvml.instances = {GPUS[1]: []}
+    assert [device.uuid for device in list_devices()] == [GPUS[0], GPUS[2], None]
+
+
+@pytest.mark.parametrize(
+    ("variable", "visible"),
+    [
+        ("1", INSTANCES[:1]),
+        (GPUS[1], INSTANCES[:1]),
+        (f"{INSTANCES[1]},{INSTANCES[0]}", [INSTANCES[1], INSTANCES[0]]),
+        ("0,1,2", [GPUS[0], INSTANCES[0], GPUS[2]]),
+    ],
+)
+def test_cuda_takes_the_first_instance_for_a_divided_gpu_that_is_named(
+    nvml: FakeNVML, monkeypatch: pytest.MonkeyPatch, variable: str, visible: list[str]
+) -> None:
+    nvml.instances = {GPUS[1]: INSTANCES}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert [device.uuid for device in list_devices()] == [*visible, None]
+
+
+@pytest.mark.parametrize("name", ["/usr/bin/nvidia-cuda-mps-server", b"nvidia-cuda-mps-server"])
+def test_an_mps_server_occupies_no_gpu_and_its_clients_do(nvml: FakeNVML, name: str | bytes) -> None:
+    server, client = stranger() - 1, stranger()
+    nvml.names = {server: name, client: "python"}
+    nvml.pids = {GPUS[0]: [server], GPUS[1]: [server]}
+    nvml.mps_pids = {GPUS[1]: [client]}
+    assert [device.occupied_by for device in list_devices()] == [(), (client,), (), ()]
+
+
 def test_our_own_process_our_parents_and_our_children_do_not_occupy_a_gpu(nvml: FakeNVML) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
@@ -204,7 +280,11 @@ def test_where_nvml_breaks_torch_is_asked_and_the_reason_is_logged(
 
 
 def test_a_driver_that_tells_neither_memory_nor_processes_still_gives_devices(nvml: FakeNVML) -> None:
-    for function in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses"):
+    for function in (
+        "nvmlDeviceGetMemoryInfo",
+        "nvmlDeviceGetComputeRunningProcesses",
+        "nvmlDeviceGetMPSComputeRunningProcesses",
+    ):
         nvml.refuses[function] = nvml.NVMLError("Not Supported")
     chosen = choose_devices("auto")
     assert names(chosen) == ["cuda:0", "cuda:1", "cuda:2"]
@@ -259,13 +339,103 @@ def test_a_worker_is_pinned_by_uuid_and_sees_its_gpu_as_the_first(
 ) -> None:
     gpu, cpu = choose_devices("cuda:2,cpu")
     environment = worker_environment(gpu, threads=3)
-    assert environment == {"CUDA_VISIBLE_DEVICES": GPUS[2], "OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}
+    assert environment == {
+        "CUDA_VISIBLE_DEVICES": GPUS[2],
+        "OMP_NUM_THREADS": "3",
+        "MKL_NUM_THREADS": "3",
+        **devices.STREAMS_ENVIRONMENT,
+    }
     assert torch_device(gpu) == "cuda:0"
     assert worker_environment(cpu, threads=1)["CUDA_VISIBLE_DEVICES"] == ""
     assert torch_device(cpu) == "cpu"
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment["CUDA_VISIBLE_DEVICES"])
     assert [device.uuid for device in list_devices()] == [GPUS[2], None]
+
+
+def test_a_worker_on_a_gpu_has_room_for_many_streams_unless_the_user_wants_it_otherwise(
+    nvml: FakeNVML, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in devices.STREAMS_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    gpu, cpu = choose_devices("cuda:2,cpu")
+    environment = worker_environment(gpu, threads=1)
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
+    assert not devices.STREAMS_ENVIRONMENT.keys() & worker_environment(cpu, threads=1).keys()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert worker_environment(gpu, threads=1)["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+class FakeCuda:
+    """The part of torch.cuda that tells which devices this process sees: those visible when it was first asked."""
+
+    def __init__(self, seen: list[str] | None = None) -> None:
+        self.seen = seen  # UUIDs as torch gives them; None before the first use
+
+    def is_initialized(self) -> bool:
+        return self.seen is not None
+
+    def init(self) -> None:
+        if self.seen is None:
+            self.seen = [os.environ["CUDA_VISIBLE_DEVICES"].partition("-")[2]]
+
+    def device_count(self) -> int:
+        assert self.seen is not None
+        return len(self.seen)
+
+    def get_device_properties(self, index: int) -> SimpleNamespace:
+        assert self.seen is not None
+        return SimpleNamespace(uuid=self.seen[index])
+
+
+GPU = devices.Device("cuda:1", "cuda", "NVIDIA H100", None, uuid=GPUS[1])
+
+
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> FakeCuda:
+    torch = ModuleType("torch")
+    torch.cuda = cuda  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    return cuda
+
+
+@pytest.mark.parametrize("before", [None, "", "0,1"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_is_pinned_for_the_run_alone_where_cuda_was_not_used_yet(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, fails: bool
+) -> None:
+    fake_cuda(monkeypatch, FakeCuda())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    with contextlib.suppress(ZeroDivisionError), devices.pinned_here(GPU) as place:
+        assert (place, os.environ["CUDA_VISIBLE_DEVICES"]) == ("cuda:0", GPUS[1])
+        assert 1 / (not fails)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+
+
+def test_where_cuda_was_used_before_the_device_is_found_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    cuda = fake_cuda(monkeypatch, FakeCuda(["aaaa0000", "bbbb2222", "aaaa1111"]))
+    with devices.pinned_here(GPU) as place:
+        assert (place, os.environ["CUDA_VISIBLE_DEVICES"]) == ("cuda:2", "1,0")
+    cuda.seen = ["bbbb2222"]
+    with pytest.raises(UserError, match=r"--devices cuda:1 must name a device that this process sees.*GPU-aaaa1111"):
+        devices.pinned_here(GPU).__enter__()
+
+
+def test_what_the_driver_has_read_before_torch_was_initialised_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check it for torch.cuda.is_available(), which has the driver read the variable and leaves torch uninitialised."""
+    cuda = fake_cuda(monkeypatch, FakeCuda())
+    monkeypatch.setattr(cuda, "init", lambda: setattr(cuda, "seen", ["aaaa0000", "aaaa1111"]))
+    with devices.pinned_here(GPU) as place:
+        assert place == "cuda:1"
+
+
+def test_a_process_needs_no_pinning_to_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with devices.pinned_here(devices.Device("cpu", "cpu", "a CPU", None)) as place:
+        assert (place, "CUDA_VISIBLE_DEVICES" in os.environ) == ("cpu", False)
 
 
 @pytest.mark.parametrize(

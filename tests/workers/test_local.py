@@ -13,11 +13,17 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
+from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
+from hpo.errors import StudyStopped
 from hpo.store.ledger import MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS
 from hpo.store.store import Store
-from hpo.study.records import TrialRecord
+from hpo.store.workers import MAX_DEVICE_FAILURES
+from hpo.study.records import DeviceFailures, TrialRecord
+from hpo.system.devices import Device
+from hpo.workers.local import LocalLauncher
 from tests.rows import slow_except
+from tests.workers.sick_gpu import needs_no_gpu, tells_why, write_sick_gpu
 
 if TYPE_CHECKING:
     from tests.conftest import Hpo
@@ -266,6 +272,82 @@ def test_three_trials_that_fail_the_same_way_end_the_command_with_the_traceback(
     assert output.count("ZeroDivisionError: of mine\n") >= 1
     assert 'loop.py", line 2, in train' in output
     assert states(hpo) == {"failed": 3, "waiting": 9}
+
+
+# Devices that cannot be used
+
+ON_ITS_DEVICE = """
+import pathlib, time
+
+def train(trial):
+    import torch
+    torch.zeros(1, device=trial.device)
+    while trial.device == "cpu" and not pathlib.Path("go").exists():
+        time.sleep(0.02)
+    trial.report(trial.epochs, val_accuracy=trial.params["lr"])
+"""
+
+
+def device_failures(hpo: Hpo) -> list[DeviceFailures]:
+    if not (hpo.folder / "hpo.db").exists():
+        return []
+    store = Store(hpo.url, create=True)
+    return [one for study in store.studies.get_all() for one in store.workers.device_failures(study).values()]
+
+
+@needs_no_gpu
+def test_a_sick_worker_beside_a_healthy_one_fails_no_trial_and_the_study_completes(
+    hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor
+) -> None:
+    hpo.write(make_spec(*TWELVE[:6]), ON_ITS_DEVICE)
+    hpo.environment = {"PYTHONPATH": str(write_sick_gpu(hpo.folder))}
+    run = hpo.start("run", "study.toml", "--devices", "cpu,cuda:0", "--workers", "2")
+    wait_for(lambda: run.poll() is not None or any(one.count == MAX_DEVICE_FAILURES for one in device_failures(hpo)))
+    go(hpo)
+    output, _ = run.communicate(timeout=500)
+    assert run.returncode == 0, output
+    assert is_finished(hpo, 6)
+    assert {trial.attempt for trial in trials(hpo)} == {1}
+    assert "the device cuda:0 cannot be used, and leaves the trials to the others" in output
+    assert [(one.device, one.count) for one in device_failures(hpo)] == [("cuda:0", MAX_DEVICE_FAILURES)]
+    (log,) = hpo.folder.glob("hpo_files/*/logs/worker-1.log")
+    said = [line for line in log.read_text().splitlines() if "the device cuda:0 cannot be used" in line]
+    assert len(said) == MAX_DEVICE_FAILURES
+    assert all(map(tells_why, said))
+    assert "Traceback" not in log.read_text()
+
+
+@needs_no_gpu
+def test_where_no_device_can_be_used_the_command_says_so_before_it_writes_anything(
+    hpo: Hpo, make_spec: MakeSpec
+) -> None:
+    hpo.write(make_spec(0.1), QUICK)
+    hpo.environment = {"PYTHONPATH": str(write_sick_gpu(hpo.folder))}
+    exit_code, output = hpo.run("run", "study.toml", "--devices", "cuda:0")
+    assert exit_code == 2, output
+    assert "--devices must name a device that can be used, and none can: cuda:0: " in output
+    assert tells_why(output)
+    assert not (hpo.folder / "hpo.db").exists()
+
+
+@needs_no_gpu
+def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentence(
+    hpo: Hpo, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check it after the preflight, which a device may pass that fails later."""
+    sick = Device("cuda:0", "cuda", "NVIDIA H100", None, uuid="GPU-aaaa0000")
+    monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [sick])
+    store = Store(hpo.url, create=True)
+    study = store.studies.create(make_spec(0.1, 0.2, 0.3), metadata={})
+    launcher = LocalLauncher("cuda:0", workers=2, allowed=ImportAllowlist(("loop",), ()))
+    with pytest.raises(StudyStopped) as caught:
+        launcher.run(store, study, on_tick=lambda _: None)
+    assert caught.value.can_resume
+    assert str(caught.value).startswith("no worker has a device left that it can use: cuda:0 of ")
+    assert tells_why(str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert [(trial.state, trial.attempt) for trial in trials(hpo)] == [("waiting", 0)] * 3
+    assert store.studies.get("s").stop is None  # it is not over for workers elsewhere
 
 
 # Interruptions

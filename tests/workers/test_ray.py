@@ -30,6 +30,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from ray.util.state import list_actors, list_tasks  # noqa: E402
 
 from hpo.workers.ray_actors import IDLE_S  # noqa: E402
+from hpo.workers.worker_handle import EXIT_NO_DEVICE  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.conftest import Hpo, Postgres
@@ -332,6 +333,7 @@ class FakeWorker:
     def __init__(self, _request: Any, index: int) -> None:
         self.process: tuple[str, int] | None = None
         self.leaves, self.index = False, index
+        self.exit_code: int | None = None
 
     def is_running(self) -> bool:
         if self.process is None and FakeWorker.room > 0:
@@ -415,6 +417,18 @@ def test_idle_workers_leave_but_the_last_one_waits_for_what_may_follow(crew: Any
     assert [worker.index for worker in after(100)] == [0]
     store.waiting = 15  # a confirmation
     assert len(after(5)) == 4
+
+
+def test_a_worker_that_has_lost_its_device_keeps_it_from_the_others_and_another_takes_its_place(crew: Any) -> None:
+    made, store, after = crew(limit=2, room=5)
+    store.waiting = 9
+    lost, _ = after(0)
+    lost.exit_code = EXIT_NO_DEVICE
+    assert [worker.index for worker in after(5)] == [0, 1, 2]
+    assert lost in made.workers  # so Ray cannot give its GPU to the next one
+    store.waiting = 0
+    after(5)
+    assert [worker.index for worker in after(IDLE_S) if worker is not lost] == [2]
 
 
 def test_workers_that_wait_for_room_are_not_waited_for(crew: Any) -> None:
