@@ -58,8 +58,9 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
 
     Returns:
         Plain data: the number of trials in each state (`trials`), whether and why it was stopped, the best trial so far
-        (`best`), where the highest response is expected (`peak`), and the living `workers`, each with the trial and
-        epoch of each of its lanes and the seconds since its last sign of life (`seen_s`).
+        (`best`), where the highest response is expected (`peak`), the living `workers`, each with the trial and
+        epoch of each of its lanes and the seconds since its last sign of life (`seen_s`), and the `failed_devices`,
+        with the number of their failures since the study was started and the reason of the latest.
 
     Raises:
         UserError: There is no such study.
@@ -78,6 +79,10 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         "best": found.as_dict() if found else None,
         "peak": asdict(peak) if peak else None,
         "workers": _workers(store, study, all_trials),
+        "failed_devices": [
+            {"host": failed.host, "device": failed.device, "failures": failed.count, "reason": failed.reason}
+            for failed in store.workers.device_failures(study).values()
+        ],
     }
 
 

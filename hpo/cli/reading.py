@@ -72,6 +72,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         )
     else:
         click.echo("no workers")
+    for failed in found["failed_devices"]:
+        click.echo(f"failed device: {failed['device']} of {failed['host']} ({failed['failures']}x): {failed['reason']}")
 
 
 @click.command("trials", short_help="List the trials of a study.")

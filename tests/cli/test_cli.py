@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from hpo.cli.app import main
 from hpo.cli.stores import storage_command
+from hpo.store.store import Store
 
 NETS = """
 import sys
@@ -206,6 +207,16 @@ def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: Resul
     assert [trial["attempt"] for trial in trials] == [1, 1]
     assert hpo.quick("resume", "sampled", "--trials", "1").returncode == 2
     assert hpo.quick("worker", "sampled", "--devices", "cpu").returncode == 0
+
+
+def test_status_names_the_devices_that_failed(hpo: Hpo, ran: Result) -> None:
+    store = Store(f"sqlite:///{hpo.folder}/hpo.db")
+    study = store.studies.get("tiny")
+    store.workers.count_device_failure(study, device="cuda:0", host="box", reason="RuntimeError: no GPU")
+    expected = {"host": "box", "device": "cuda:0", "failures": 1, "reason": "RuntimeError: no GPU"}
+    assert json.loads(hpo.quick("status", "tiny", "--json").stdout)["failed_devices"] == [expected]
+    assert "failed device: cuda:0 of box (1x): RuntimeError: no GPU\n" in hpo.quick("status", "tiny").stdout
+    store.studies.start(study)
 
 
 def test_doctor_says_what_is_here(hpo: Hpo, ran: Result) -> None:

@@ -21,7 +21,7 @@ from hpo.store.store import Store
 from hpo.store.workers import MAX_DEVICE_FAILURES
 from hpo.study.records import DeviceFailures, TrialRecord
 from hpo.system.devices import Device
-from hpo.workers.local import LocalLauncher
+from hpo.workers.local import InProcessLauncher, LocalLauncher
 from tests.rows import slow_except
 from tests.workers.sick_gpu import needs_no_gpu, tells_why, write_sick_gpu
 
@@ -276,6 +276,7 @@ def test_three_trials_that_fail_the_same_way_end_the_command_with_the_traceback(
 
 # Devices that cannot be used
 
+SICK = Device("cuda:0", "cuda", "NVIDIA H100", None, uuid="GPU-aaaa0000")
 ON_ITS_DEVICE = """
 import pathlib, time
 
@@ -335,8 +336,7 @@ def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentenc
     hpo: Hpo, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check it after the preflight, which a device may pass that fails later."""
-    sick = Device("cuda:0", "cuda", "NVIDIA H100", None, uuid="GPU-aaaa0000")
-    monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [sick])
+    monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [SICK])
     store = Store(hpo.url, create=True)
     study = store.studies.create(make_spec(0.1, 0.2, 0.3), metadata={})
     launcher = LocalLauncher("cuda:0", workers=2, allowed=ImportAllowlist(("loop",), ()))
@@ -348,6 +348,22 @@ def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentenc
     assert "\n" not in str(caught.value)
     assert [(trial.state, trial.attempt) for trial in trials(hpo)] == [("waiting", 0)] * 3
     assert store.studies.get("s").stop is None  # it is not over for workers elsewhere
+
+
+@needs_no_gpu
+def test_in_process_a_device_that_cannot_be_used_is_said_in_one_sentence_and_nothing_is_left_set(
+    hpo: Hpo, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [SICK])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    store = Store(hpo.url, create=True)
+    study = store.studies.create(make_spec(0.1), metadata={})
+    with pytest.raises(StudyStopped, match=r"^the device cuda:0 cannot be used: ") as caught:
+        InProcessLauncher("cuda:0").run(store, study, on_tick=lambda _: None)
+    assert caught.value.can_resume
+    assert tells_why(str(caught.value))
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert [(trial.state, trial.attempt) for trial in trials(hpo)] == [("waiting", 0)]
 
 
 # Interruptions
