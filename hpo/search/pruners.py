@@ -105,5 +105,14 @@ def may_prune_after(epoch: int, spec: SearchSettings) -> bool:
     return PRUNERS[spec.pruner.name].judges(_pruner_options(spec), epoch)
 
 
+def is_rung(epoch: int, spec: SearchSettings) -> bool:
+    """Return whether this is one of the few epochs at which the study's pruner judges.
+
+    A pruner that judges after every epoch has no rungs.
+    """
+    entry = PRUNERS[spec.pruner.name]
+    return entry.judges is _at_rungs and entry.judges(_pruner_options(spec), epoch)
+
+
 def _pruner_options(spec: SearchSettings) -> dict[str, Any]:
     return {**PRUNERS[spec.pruner.name].defaults, **spec.pruner.model_dump(exclude={"name"}, exclude_none=True)}

@@ -21,7 +21,7 @@ from hpo.store.schema import (
     studies_table,
     workers_table,
 )
-from hpo.study.records import Attempt, StudyRecord, TrialRecord, read_attempt, read_trial
+from hpo.study.records import Attempt, Claim, StudyRecord, TrialRecord, read_attempt, read_trial
 
 Reports = list[tuple[int, dict[str, float | None]]]  # of one trial, in order: epoch and metrics
 
@@ -72,6 +72,13 @@ def read_trials(database: Database, study_id: int) -> list[TrialRecord]:
         read_trial(row, frozen.get(row.trial_id), reports.get(row.number, []), attempts.get(row.number, []))
         for row in rows
     ]
+
+
+def read_epoch_seconds(connection: Connection, claim: Claim) -> dict[int, float]:
+    """Return how long each reported epoch of a trial took, in seconds by epoch; 0 where that was not reported."""
+    whose = (epochs_table.c.study_id == claim.study_id) & (epochs_table.c.number == claim.number)
+    rows = connection.execute(sa.select(epochs_table.c.epoch, epochs_table.c.metrics).where(whose))
+    return {row.epoch: json.loads(row.metrics).get("seconds") or 0.0 for row in rows}
 
 
 def _read_reports(connection: Connection, study_id: int) -> tuple[dict[int, Reports], dict[int, int]]:

@@ -14,7 +14,7 @@ from hpo.store.claiming import choose_slot, take_slot
 from hpo.store.conditions import is_attempt, is_slot
 from hpo.store.database import Database
 from hpo.store.ledger import ERROR_CHARACTERS, OUT_OF_MEMORY, ClaimLost, Ledger, Verdict, storable_text
-from hpo.store.reading import read_trials
+from hpo.store.reading import read_epoch_seconds, read_trials
 from hpo.store.reports import judge_epochs, record_epoch
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table, studies_table, trial_values
@@ -143,6 +143,12 @@ class Trials:
         """Return the last epoch that this or an earlier attempt reported, and its value; None before the first."""
         trial = self._database.cached.get_trial(claim.trial_id)
         return None if trial.last_step is None else (trial.last_step, trial.intermediate_values[trial.last_step])
+
+    @retry_on_outage
+    def epoch_seconds(self, claim: Claim) -> dict[int, float]:
+        """Return how long each epoch took that was reported of the trial, in seconds by epoch."""
+        with self._database.connect() as connection:
+            return read_epoch_seconds(connection, claim)
 
     @retry_on_outage
     def finish(

@@ -124,7 +124,11 @@ class TrainingConfig:
         bool, Doc("With precision = 'fp32', on CUDA GPUs: use TF32, faster and with fewer digits, for products.")
     ] = False
     compile: Annotated[bool, Doc("Compile the network with torch.compile.")] = False
-    checkpoint_epochs: Annotated[int, Ge(1), Doc("Save a trial in training every so many epochs.")] = 1
+    checkpoint_epochs: Annotated[
+        Literal["auto"] | Annotated[int, Ge(1)],
+        Rule("'auto' or an integer of at least 1"),
+        Doc("Save a trial in training every so many epochs; auto: as often as takes at most 5 % of its time."),
+    ] = "auto"
     report_test_accuracy: Annotated[
         bool, Doc("Also measure the test accuracy of each epoch. It is never used to choose.")
     ] = False

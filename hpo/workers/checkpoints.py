@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -12,6 +11,8 @@ from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.train.checkpoint import Checkpoint, CheckpointFolder, list_folders
 from hpo.train.config import TrialConfig
+from hpo.train.snapshot import Snapshot
+from hpo.workers.saving import SavingCost
 
 logger = logging.getLogger(__name__)
 
@@ -31,26 +32,31 @@ class StudyCheckpoints:
         self._num_kept = study.spec.checkpoints.keep_best
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: dict[int, Future[None]] = {}  # by trial
+        self.cost = SavingCost()
 
     def resume(self, claim: Claim, config: TrialConfig) -> Checkpoint | None:
         """Return the trial's newest whole checkpoint, or None where it starts from its first epoch; tell the store.
 
-        Where the store lacks epochs that the checkpoint has, report them now: a power cut may have cost the database
-        its last transactions.
+        Where that is earlier than its last report, which a kill may cost it, the attempt's note says what is trained
+        again. Where the store lacks epochs that the checkpoint has, report them now: a power cut may have cost the
+        database its last transactions.
         """
         with suppress(Exception):  # what was being written for an earlier attempt at it, by this worker
             self.wait(claim.number)
         checkpoint, notes = self._load(claim, config)
-        last_epoch, _ = self._store.trials.last_report(claim) or (0, math.nan)
+        epoch = checkpoint.epoch if checkpoint else 0
+        seconds = self._store.trials.epoch_seconds(claim)
+        last_epoch = max(seconds, default=0)
         if checkpoint is None and claim.tested is not None:
             notes.append(f"trained again: {socket.gethostname()} finds no checkpoint of trial {claim.tested}")
-        elif checkpoint is None and last_epoch:
-            notes.append(
-                f"started again after {last_epoch} epochs: {socket.gethostname()} finds no checkpoint in {self._url}"
-            )
+        elif last_epoch > epoch:
+            note = _again(epoch + 1, last_epoch, sum(seconds[number] for number in seconds if number > epoch))
+            if checkpoint is None:
+                note += f": {socket.gethostname()} finds no checkpoint in {self._url}"
+            notes.append(note)
         for note in notes:
             logger.warning("trial %d: %s", claim.number, note)
-        self._store.trials.begin(claim, resumed_from=checkpoint.epoch if checkpoint else 0, notes=notes)
+        self._store.trials.begin(claim, resumed_from=epoch, notes=notes)
         if checkpoint is not None:
             self._report_missing(claim, checkpoint, last_epoch=last_epoch)
         return checkpoint
@@ -79,16 +85,16 @@ class StudyCheckpoints:
                     may_prune=False,
                 )
 
-    def save(self, claim: Claim, checkpoint: Checkpoint) -> None:
+    def save(self, claim: Claim, snapshot: Snapshot) -> None:
         """Begin to write a trial's checkpoint. Where that fails, the checkpoint before it is still there."""
         self.wait(claim.number)
-        self._writing[claim.number] = self._writer.submit(self._write, claim, checkpoint)
+        self._writing[claim.number] = self._writer.submit(self._write, claim, snapshot)
 
     def wait(self, number: int) -> None:
         """Return when the checkpoint that `save` has begun to write is on disk; raise what writing it raised.
 
-        Call it before the trial's next epoch is reported. A kill then loses at most one checkpoint interval of the
-        epochs that the store knows.
+        Call it before the trial's next epoch is reported. Of the epochs that the store knows, a kill then loses none
+        from before the last snapshot but one, nor the one of the last snapshot where an epoch was reported after it.
         """
         if (writing := self._writing.pop(number, None)) is not None:
             writing.result()
@@ -97,11 +103,12 @@ class StudyCheckpoints:
         """Wait for what is being written, and end the thread."""
         self._writer.shutdown()
 
-    def _write(self, claim: Claim, checkpoint: Checkpoint) -> None:
+    def _write(self, claim: Claim, snapshot: Snapshot) -> None:
         try:
-            self._folder(claim.number).save(checkpoint)
+            with self.cost.timing_file():
+                self._folder(claim.number).save(snapshot.checkpoint())
         except OSError as error:
-            logger.warning("trial %d: no checkpoint of epoch %d: %s", claim.number, checkpoint.epoch, error)
+            logger.warning("trial %d: no checkpoint of epoch %d: %s", claim.number, snapshot.epoch, error)
             self._store.trials.note(claim, f"a checkpoint could not be written: {error.strerror or error}")
 
     def may_be_kept(self, number: int, value: float) -> bool:
@@ -140,3 +147,9 @@ class StudyCheckpoints:
             self._folder(number).remove()
         except OSError as error:
             logger.warning("the checkpoints of trial %d could not be removed: %s", number, error)
+
+
+def _again(first: int, last: int, seconds: float) -> str:
+    """Return the note of an attempt that trains epochs once more, which took so long before."""
+    epochs = f"epoch {last} is" if first == last else f"epochs {first} to {last} are"
+    return f"{epochs} trained again ({seconds:.1f} s)"

@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from hpo.config.study_spec import StudySpec
-from hpo.search.pruners import INTERLEAVED_TRIALS, PRUNERS, may_prune_after
+from hpo.search.pruners import INTERLEAVED_TRIALS, PRUNERS, is_rung, may_prune_after
 from hpo.store.ledger import ClaimLost, Verdict
 from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
@@ -24,6 +24,7 @@ from hpo.workers.checkpoints import StudyCheckpoints
 from hpo.workers.failures import is_out_of_memory
 from hpo.workers.held_trials import HeldTrials
 from hpo.workers.reporting import EpochOutcome, Reporter, TrialEnd, complete_end, diverged_end, pruned_end
+from hpo.workers.saving import SavingSchedule
 from hpo.workers.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class LaneTrial(NamedTuple):
 
     claim: Claim
     config: TrialConfig
+    saving: SavingSchedule
 
 
 class LaneRunner:
@@ -80,7 +82,11 @@ class LaneRunner:
             for claim in turn:
                 self._wait_until_saved(claim)
         self._report_alongside_training(
-            [self._outcome(result) for result in results if self._lanes[result.lane].claim in self._held]
+            [
+                self._outcome(result, num_together=len(results))
+                for result in results
+                if self._lanes[result.lane].claim in self._held
+            ]
         )
         if not results:  # the epoch was left in its middle, and the trials that did not fail are released
             for claim in [claim for claim in turn if claim in self._held]:
@@ -93,13 +99,12 @@ class LaneRunner:
     def drain(self) -> None:
         """Wait for the last report and save the trials still held, so that they resume where they are."""
         self._reporter.check()
-        for lane, (claim, config) in self._lanes.items():
+        for lane, (claim, _, saving) in self._lanes.items():
             if claim not in self._held:
                 continue
-            with self._held.dropping_lost_claims(claim), self._held.failing_trials_on_error([claim]):
-                checkpoint = self._engine.checkpoint(lane)
-                if checkpoint.epoch % config.training.checkpoint_epochs:  # else it was saved when it was reported
-                    self._checkpoints.save(claim, checkpoint)
+            if saving.has_unsaved:
+                with self._held.dropping_lost_claims(claim), self._held.failing_trials_on_error([claim]):
+                    self._checkpoints.save(claim, self._engine.snapshot(lane))
             self._wait_until_saved(claim)
         self._checkpoints.tidy()
 
@@ -134,7 +139,13 @@ class LaneRunner:
             self._held.finish(claim, complete_end(checkpoint.epoch))
         else:
             lane = self._engine.admit(config, checkpoint, may_stack=not claim.is_suspect)
-            self._lanes[lane] = LaneTrial(claim, config)
+            saving = SavingSchedule(
+                config.training.checkpoint_epochs,
+                cost=self._checkpoints.cost,
+                epoch=checkpoint.epoch if checkpoint else 0,
+                is_rung=lambda epoch: claim.kind == "search" and is_rung(epoch, self._spec),
+            )
+            self._lanes[lane] = LaneTrial(claim, config, saving)
 
     def _may_take_more(self) -> bool:
         """Return whether another trial may join those in the lanes.
@@ -179,18 +190,22 @@ class LaneRunner:
                     self._reporter.wait()
         return []
 
-    def _outcome(self, result: EpochResult) -> EpochOutcome:
-        """Return a trial's epoch, with the trial's checkpoint where it should be saved."""
-        claim, config = self._lanes[result.lane]
+    def _outcome(self, result: EpochResult, *, num_together: int) -> EpochOutcome:
+        """Return a trial's epoch, with a snapshot of the trial where it should be saved."""
+        claim, config, saving = self._lanes[result.lane]
+        saving.add_epoch(result.epoch, seconds=result.seconds / num_together)
         is_last = result.epoch >= config.training.epochs
-        is_due = result.epoch % config.training.checkpoint_epochs == 0
         if is_last:
             is_due = claim.kind != "search" or self._checkpoints.may_be_kept(claim.number, result.val_accuracy)
-        checkpoint = None
+        else:
+            is_due = saving.is_due()
+        snapshot = None
         if is_due and not result.diverged:
-            with self._held.failing_trials_on_error([claim]):  # a network's state may be impossible to save
-                checkpoint = self._engine.checkpoint(result.lane)
-        return EpochOutcome(claim, config, result, is_last, checkpoint)
+            # A network's state may be impossible to save.
+            with self._held.failing_trials_on_error([claim]), self._checkpoints.cost.timing_snapshot():
+                snapshot = self._engine.snapshot(result.lane)
+            saving.note_saved()
+        return EpochOutcome(claim, config, result, is_last, snapshot)
 
     def _report_alongside_training(self, outcomes: Sequence[EpochOutcome]) -> None:
         """Begin to report an epoch, and wait for the answer where it may end a trial or change who trains next."""
@@ -225,17 +240,17 @@ class LaneRunner:
         """Save a trial after its epoch was reported, and end it where it is complete, pruned or diverged."""
         if verdict is None:
             raise ClaimLost
-        claim, checkpoint = outcome.claim, outcome.checkpoint
+        claim, snapshot = outcome.claim, outcome.snapshot
         self._held.note_verdict(claim, verdict)
         end = _end_after(outcome, verdict, pruner=self._spec.pruner.name)
-        if checkpoint is not None and (end is None or end.state == "complete"):
-            self._checkpoints.save(claim, checkpoint)
+        if snapshot is not None and (end is None or end.state == "complete"):
+            self._checkpoints.save(claim, snapshot)
         if end is None:
             return
         self._wait_until_saved(claim)
-        if claim in self._held and claim.kind == "test" and checkpoint is not None:
+        if claim in self._held and claim.kind == "test" and snapshot is not None:
             with self._held.failing_trials_on_error([claim]):
-                self._measure_test(claim, outcome.config, checkpoint)
+                self._measure_test(claim, outcome.config, snapshot.checkpoint())
         if claim in self._held:
             self._held.finish(claim, end)
 

@@ -11,7 +11,7 @@ from hpo.study.records import Claim, EpochReport
 from hpo.train.config import EpochResult, TrialConfig
 
 if TYPE_CHECKING:
-    from hpo.train.checkpoint import Checkpoint
+    from hpo.train.snapshot import Snapshot
 
 
 class TrialEnd(NamedTuple):
@@ -38,13 +38,13 @@ def pruned_end(pruner: str, epoch: int) -> TrialEnd:
 
 @dataclass(frozen=True)
 class EpochOutcome:
-    """An epoch of a trial, to be reported; with the trial's checkpoint where it should be saved after it."""
+    """An epoch of a trial, to be reported; with a snapshot of the trial where it should be saved after it."""
 
     claim: Claim
     config: TrialConfig
     result: EpochResult
     is_last: bool
-    checkpoint: Checkpoint | None
+    snapshot: Snapshot | None
 
     @property
     def is_final(self) -> bool:

@@ -25,11 +25,11 @@ from scripts.chaos.sabotage import SABOTAGE
 from scripts.chaos.verdicts import Evidence
 
 PROBLEMS = {
-    "grid": Problem(sampler="grid", trials=16, epochs=10, checkpoint_epochs=1),
+    "grid": Problem(sampler="grid", trials=16, epochs=10, checkpoint_epochs="auto"),
     "random": Problem(sampler="random", trials=8, epochs=10, checkpoint_epochs=2, confirm=True),
 }
 SHORT = {
-    "grid": Problem(sampler="grid", trials=6, epochs=12, checkpoint_epochs=1, workers=2),
+    "grid": Problem(sampler="grid", trials=6, epochs=12, checkpoint_epochs="auto", workers=2),
     "random": Problem(sampler="random", trials=4, epochs=8, checkpoint_epochs=2, confirm=True, workers=2),
 }
 SHORT_FAULTS = 7

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import psutil
@@ -201,7 +201,7 @@ class Problem:
     sampler: str
     trials: int
     epochs: int
-    checkpoint_epochs: int
+    checkpoint_epochs: int | Literal["auto"]
     confirm: bool = False
     workers: int = 4
 

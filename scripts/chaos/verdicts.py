@@ -15,6 +15,7 @@ from scripts.chaos.worker_side import digest
 
 Row = dict[str, Any]
 ENDED = ("complete", "pruned", "diverged", "failed")
+SAVING_SHARE = 0.05  # of its training that saving a trial may take, where the study leaves it to the worker
 FAIR_ENDS = (*ENDED, "released", "lost")  # of an attempt; anything else is an exception in a line
 
 
@@ -194,11 +195,18 @@ def check_redone(seen: Evidence, reference: Evidence, problem: Problem) -> Itera
     for row, num_epochs in redone(seen):
         number, start = row["number"], row["resumed_from"]
         num_damaged = sum(other == number and start < epoch <= start + num_epochs for other, epoch in damaged)
-        if num_epochs > problem.checkpoint_epochs * (1 + num_damaged):
+        if _is_more_than_an_interval(seen, problem, row, num_epochs, num_damaged):
             yield (
                 f"attempt {row['attempt']} at trial {number} does {num_epochs} epochs again, "
                 f"{num_damaged} checkpoints of which were damaged"
             )
+        promised = _saved_before_a_report(seen, number, before_attempt=row["attempt"])
+        yield from (
+            f"attempt {row['attempt']} at trial {number} went on from epoch {start}, though epoch {epoch} was to be "
+            "saved before the next one was reported"
+            for epoch in promised
+            if epoch > start and (number, epoch) not in damaged
+        )
     whole: dict[int, set[int]] = defaultdict(set)  # the epochs of each trial whose checkpoint is there in full
     for line in seen.record:
         if line["what"] == "saved":
@@ -210,6 +218,39 @@ def check_redone(seen: Evidence, reference: Evidence, problem: Problem) -> Itera
                 f"attempt {line['attempt']} at trial {line['number']} went on from epoch {line['epoch']}, "
                 f"with a checkpoint of {max(whole[line['number']])}"
             )
+
+
+def _is_more_than_an_interval(seen: Evidence, problem: Problem, row: Row, num_epochs: int, num_damaged: int) -> bool:
+    """Return whether an attempt trains more again than lies between two checkpoints.
+
+    With "auto" the epochs but the last take, by the record, less time than saving costs / SAVING_SHARE.
+    """
+    if problem.checkpoint_epochs != "auto":
+        return num_epochs > problem.checkpoint_epochs * (1 + num_damaged)
+    again = range(row["resumed_from"] + 1, row["resumed_from"] + num_epochs + 1)
+    before = [
+        line
+        for line in seen.record
+        if line.get("number") == row["number"] and line.get("attempt", row["attempt"]) < row["attempt"]
+    ]
+    seconds: dict[int, float] = {line["epoch"]: line["seconds"] for line in before if line["what"] == "trained"}
+    costs_s = [line["cost_s"] for line in before if line["what"] == "judged" and line["epoch"] in again]
+    interval_s = max(costs_s, default=0.0) / SAVING_SHARE
+    longest_s = max((seconds[epoch] for epoch in again), default=0.0)
+    return sum(seconds[epoch] for epoch in again[:-1]) > interval_s + num_damaged * (interval_s + longest_s)
+
+
+def _saved_before_a_report(seen: Evidence, number: int, *, before_attempt: int) -> set[int]:
+    """Return the epochs that earlier attempts at a trial chose to save, and reported a later one of."""
+    reported = Counter[int]()
+    for row in seen.reports:
+        if row["number"] == number:
+            reported[row["attempt"]] = max(reported[row["attempt"]], row["epoch"])
+    return {
+        line["epoch"]
+        for line in _lines(seen, "chosen")
+        if line["number"] == number and line["attempt"] < before_attempt and line["epoch"] < reported[line["attempt"]]
+    }
 
 
 def check_stale(seen: Evidence, reference: Evidence, problem: Problem) -> Iterator[str]:

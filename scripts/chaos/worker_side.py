@@ -163,10 +163,31 @@ def put_faults_into_training() -> None:
         results = run_epoch(self)
         for result in results:
             trained = self.checkpoint(result.lane)
-            record("trained", **current, epoch=result.epoch, digest=digest(trained.state, trained.results))
+            bits = digest(trained.state, trained.results)
+            record("trained", **current, epoch=result.epoch, digest=bits, seconds=result.seconds)
         return results
 
     patch(PlainEngine, step=step_with_faults, run_epoch=run_epoch_recorded)
+
+
+def record_when_to_save() -> None:
+    """Record after which epochs the product chooses to save, and what it knew of the cost when it chose."""
+    from hpo.workers.checkpoints import StudyCheckpoints
+    from hpo.workers.saving import SavingSchedule
+
+    save, is_due = StudyCheckpoints.save, SavingSchedule.is_due
+
+    def save_recorded(self: Any, claimed: Any, snapshot: Any) -> None:
+        record("chosen", number=claimed.number, attempt=claimed.attempt, epoch=snapshot.epoch)
+        save(self, claimed, snapshot)
+
+    def is_due_recorded(self: Any) -> bool:
+        cost_s = self._cost.seconds()
+        record("judged", **current, epoch=self._epoch, cost_s=cost_s)
+        return bool(is_due(self))
+
+    patch(StudyCheckpoints, save=save_recorded)
+    patch(SavingSchedule, is_due=is_due_recorded)
 
 
 def put_faults_into_checkpoints() -> None:
@@ -205,6 +226,7 @@ def install() -> None:
     put_faults_into_transactions()
     put_faults_around_trials()
     put_faults_into_training()
+    record_when_to_save()
     put_faults_into_checkpoints()
     with suppress(FileNotFoundError):
         exec((FOLDER / "sabotage.py").read_text(), {})

@@ -90,6 +90,8 @@ def test_what_is_accepted_fits_the_schema(settings: dict[str, Any]) -> None:
         ("data", "crop", 65),
         ("training", "lr", 0.0),
         ("training", "epochs", True),
+        ("training", "checkpoint_epochs", 0),
+        ("training", "checkpoint_epochs", "often"),
         ("training", "precision", "fp8"),
         ("training", "epoch", 3),
         ("training", "optimizer", "adm"),

@@ -52,6 +52,11 @@ MISTAKES = {
     "[pruner]\nname = 'hyperbrand'": ["pruner.name must be one of", "did you mean 'hyperband'"],
     "[training]\noptimizer = 'adm'": ["training.optimizer must be one of", "adadelta", "did you mean"],
     "[training]\nschedule = 'cosin'": ["training.schedule must be one of", "'cosin'", "did you mean 'cosine'"],
+    "[training]\ncheckpoint_epochs = 0": [
+        "training.checkpoint_epochs must be 'auto' or an integer of at least 1, got 0"
+    ],
+    "[training]\ncheckpoint_epochs = 'often'": ["training.checkpoint_epochs must be 'auto' or an", "got 'often'"],
+    "[training]\ncheckpoint_epochs = 1.5": ["training.checkpoint_epochs must be 'auto' or an", "got 1.5"],
     "[training]\nepochs = 0": ["training.epochs must be at least 1, got 0"],
     "[training]\nepochs = 2.5": ["training.epochs must be an integer, got 2.5"],
     "[training]\nepochs = true": ["training.epochs must be", "True"],
@@ -252,6 +257,14 @@ def test_differences_name_what_would_change_a_result_and_nothing_else() -> None:
         "training.batch_size: 128 in the study, 64 here"
     ]
     assert spec.differences(read(MINIMAL, "data.root=/elsewhere", "data.placement=stream")) == []
+    assert spec.differences(read(MINIMAL, "training.checkpoint_epochs=3")) == []
+
+
+def test_how_often_an_older_study_saves_stays_what_it_was() -> None:
+    frozen = read(MINIMAL).frozen()
+    assert frozen["training"]["checkpoint_epochs"] == "auto"
+    older = StudySpec.from_dict({**frozen, "training": {**frozen["training"], "checkpoint_epochs": 1}})
+    assert older.training.checkpoint_epochs == older.frozen()["training"]["checkpoint_epochs"] == 1
 
 
 def test_overrides_are_toml_values_and_bare_words(tmp_path: Path) -> None:

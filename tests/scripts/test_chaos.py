@@ -49,10 +49,13 @@ def evidence(verdicts: Any, *, with_faults: bool) -> Any:
             whose = {"number": number, "attempt": attempt}
             record.append({"what": "began", **whose, "epoch": start})
             for epoch in range(start + 1, end + 1):
-                record.append({"what": "trained", **whose, "epoch": epoch, "digest": f"{number} {epoch}"})
+                bits = f"{number} {epoch}"
+                record.append({"what": "trained", **whose, "epoch": epoch, "digest": bits, "seconds": 1.0})
+                record.append({"what": "judged", **whose, "epoch": epoch, "cost_s": 0.01})
                 record.append({"what": "reported", **whose, "epoch": epoch})
                 reports.append({**whose, "epoch": epoch, "holder": attempt, "state": "running"})
                 if epoch < end or attempt == len(tries):
+                    record.append({"what": "chosen", **whose, "epoch": epoch})
                     record.append({"what": "saved", **whose, "epoch": epoch})
             outcome = "complete" if attempt == len(tries) else "lost"
             states.append({**whose, "old": "running", "new": "complete" if outcome == "complete" else "waiting"})
@@ -113,9 +116,10 @@ WRONGS: dict[str, tuple[int, Callable[[Any], Any]]] = {
 }
 
 
-def violations(verdicts: Any, seen: Any) -> set[int]:
+def violations(verdicts: Any, seen: Any, *, checkpoint_epochs: Any = 1) -> set[int]:
     arena = importlib.import_module("scripts.chaos.arena")
-    problem = arena.Problem(sampler="grid", trials=NUM_TRIALS, epochs=NUM_EPOCHS, checkpoint_epochs=1)
+    settings = {"trials": NUM_TRIALS, "epochs": NUM_EPOCHS, "checkpoint_epochs": checkpoint_epochs}
+    problem = arena.Problem(sampler="grid", **settings)
     reference = evidence(verdicts, with_faults=False)
     return {n for n, check in enumerate(verdicts.CHECKS, 1) if list(check(seen, reference, problem))}
 
@@ -130,3 +134,25 @@ def test_a_verdict_falls_where_something_is_wrong(verdicts: Any, wrong: str) -> 
     seen = evidence(verdicts, with_faults=True)
     change(seen)
     assert number in violations(verdicts, seen)
+
+
+def test_with_auto_the_third_verdict_takes_the_interval_that_was_chosen(verdicts: Any) -> None:
+    """Of two epochs of a second each that are trained again, the first may lack a checkpoint if that costs 0.05 s."""
+
+    def seen(*, cost_s: float, is_chosen: bool) -> Any:
+        found = evidence(verdicts, with_faults=True)
+        found.attempts[1].update(resumed_from=0)
+        dropped = {"saved"} if is_chosen else {"saved", "chosen"}
+        found.record = [
+            line
+            for line in found.record
+            if not (line["number"] == 0 and line["attempt"] == 1 and line["what"] in dropped)
+        ]
+        for line in lines(found, "judged"):
+            line.update(cost_s=cost_s)
+        return found
+
+    for cost_s, is_chosen, expected in [(0.051, False, set()), (0.049, False, {3}), (0.051, True, {3})]:
+        found = seen(cost_s=cost_s, is_chosen=is_chosen)
+        assert violations(verdicts, found, checkpoint_epochs="auto") == expected
+    assert violations(verdicts, evidence(verdicts, with_faults=True), checkpoint_epochs="auto") == set()
