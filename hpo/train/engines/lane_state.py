@@ -120,16 +120,14 @@ def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autoc
 def numerics(*, tf32: bool) -> Iterator[None]:
     """Let convolutions and products of float32 round their inputs to TF32 or not, and then restore what was set.
 
-    The flags are the process's, concern CUDA GPUs alone, and count when a kernel is launched or captured. The old names
-    are set because torch has them in every version, and reads them itself. Newer torch has a flag for each operation,
-    too, which the old names leave to a general one; setting both keeps them in agreement.
+    The flags are the process's, concern CUDA GPUs alone, and count when a kernel is launched or captured. torch has two
+    sets of names for them and raises where they disagree. The old ones alone leave a convolution to the general
+    `torch.backends.fp32_precision`, and the new ones alone break whoever reads the old; so both are set.
     """
-    backends = torch.backends
-    legacy = [(backends.cudnn, "allow_tf32"), (backends.cuda.matmul, "allow_tf32")]
-    by_operation: list[tuple[Any, str]] = []
-    if hasattr(backends.cudnn, "conv"):
-        operations = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
-        by_operation = [(operation, "fp32_precision") for operation in operations]
+    cudnn: Any = torch.backends.cudnn
+    products = torch.backends.cuda.matmul
+    legacy = [(cudnn, "allow_tf32"), (products, "allow_tf32")]
+    by_operation = [(operation, "fp32_precision") for operation in (cudnn.conv, cudnn.rnn, products)]
     found = [(owner, name, _flag(owner, name)) for owner, name in [*legacy, *by_operation]]
     try:
         for owner, name in legacy:

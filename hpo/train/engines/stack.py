@@ -36,6 +36,7 @@ from hpo.train.engines.lane_state import (
 )
 from hpo.train.engines.plain import build_lane, restore
 from hpo.train.engines.protocol import Engine, Stopped
+from hpo.train.engines.stack_probe import check_stackable
 from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
 from hpo.train.engines.stacked_rows import StackedRows
@@ -88,8 +89,7 @@ class TrialStack(Engine):
         self._network = StackedNetwork(self._model, device=device, convolution=convolution)
         images_BCHW, _ = next(data.train.batches(config.training.batch_size))
         other = initial_model(replace(config, seed=config.seed + 1), data=data, device=device)
-        with numerics(tf32=False):
-            self._network.check(other, images_BCHW, autocast=self._autocast)
+        check_stackable(self._network, other, images_BCHW, amp_dtype=self._amp_dtype)
         self._update = OPTIMIZERS[config.training.optimizer].update
         self._lanes: list[LaneState | None] = []  # by lane; None where it is free
         self._row_lanes: list[int] = []  # the lane of each row

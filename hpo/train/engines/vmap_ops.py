@@ -30,7 +30,7 @@ class LaneGenerators:
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Have one generator for each seed, in the state after `torch.manual_seed(seed)`."""
-        with self._restored():
+        with self.restored():
             self._states = []
             for seed in seeds:
                 self._seed(seed)
@@ -43,13 +43,14 @@ class LaneGenerators:
     @contextmanager
     def of(self, lane: int) -> Iterator[None]:
         """Make torch draw from this lane's generator."""
-        with self._restored():
+        with self.restored():
             self._set(self._states[lane])
             yield
             self._states[lane] = self._get()
 
     @contextmanager
-    def _restored(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
+        """Give the device's generator the state back that it has now."""
         before = self._get()
         try:
             yield
@@ -86,20 +87,51 @@ class _FunctionMode(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class DropoutLayouts(_FunctionMode):
-    """A mode that notes the memory format of each dropout's input, because dropout draws in that order."""
+class DropoutNotes(_FunctionMode):
+    """A mode that notes the mask of each dropout of a network alone, and how its input lies, which orders the draw."""
 
-    def __init__(self) -> None:
+    def __init__(self, generators: LaneGenerators) -> None:
         super().__init__()
-        self.seen: list[torch.memory_format] = []
+        self.inputs: list[tuple[torch.memory_format, torch.dtype]] = []
+        self.masks: list[Tensor] = []
+        self._generators = generators
 
     def call(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Note the format of a dropout's input, and call the function."""
+        """Note a dropout's input and its mask, and call the function."""
         if function in DROPOUTS:
-            inputs = args[0] if args else kwargs["input"]
-            is_channels_last = inputs.dim() == 4 and not inputs.is_contiguous()
-            self.seen.append(torch.channels_last if is_channels_last else torch.contiguous_format)
+            self._note(function, *args, **kwargs)
         return super().call(function, args, kwargs)
+
+    def _note(self, function: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+        if not training:
+            return
+        is_channels_last = input.dim() == 4 and not input.is_contiguous()
+        layout = torch.channels_last if is_channels_last else torch.contiguous_format
+        self.inputs.append((layout, input.dtype))
+        with self._generators.restored():
+            self.masks.append(function(torch.ones_like(input), p))
+
+
+class DropoutReplay(_FunctionMode):
+    """A mode in which each dropout takes a mask that was noted; it sees whether anything is not in float64."""
+
+    def __init__(self, masks: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.is_exact = True
+        self._masks = iter(masks)
+
+    def call(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call the function, or apply the next mask in the place of a dropout."""
+        result = self._drop(*args, **kwargs) if function in DROPOUTS else super().call(function, args, kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.is_exact = self.is_exact and result.dtype == torch.float64
+        return result
+
+    def _drop(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training:
+            return input
+        dropped = input * next(self._masks).to(input.dtype)
+        return input.copy_(dropped) if inplace else dropped
 
 
 class CustomOps(_FunctionMode):
@@ -107,7 +139,8 @@ class CustomOps(_FunctionMode):
 
     def __init__(self, generators: LaneGenerators, *, convolution: type[GroupedConvolution]) -> None:
         super().__init__()
-        self.layouts: list[torch.memory_format] = []  # of the dropouts' inputs, in the order of their calls
+        self.dropouts: list[tuple[torch.memory_format, torch.dtype]] = []  # how their inputs lie alone, in their order
+        self.masks_KB: Sequence[Tensor] | None = None  # of each dropout, to be taken; None: they are drawn
         self._generators, self._convolution = generators, convolution
         self._num_dropouts = 0
 
@@ -140,10 +173,28 @@ class CustomOps(_FunctionMode):
     ) -> Tensor:
         if not training:
             return function(input, p, training, inplace)
-        layout = self.layouts[self._num_dropouts]
+        number = self._num_dropouts
         self._num_dropouts += 1
-        dropped: Tensor = _Dropout.apply(input, lambda ones: function(ones, p), layout, self._generators)
+
+        def masks(lanes_K: Tensor) -> Tensor:
+            if self.masks_KB is not None:
+                return self.masks_KB[number]
+            layout, dtype = self.dropouts[number]
+            return self._drawn(lambda ones: function(ones, p), lanes_K, layout=layout, dtype=dtype)
+
+        dropped: Tensor = _Dropout.apply(input, masks)
         return input.copy_(dropped) if inplace else dropped
+
+    def _drawn(
+        self, drop: Callable[[Tensor], Tensor], lanes_K: Tensor, *, layout: torch.memory_format, dtype: torch.dtype
+    ) -> Tensor:
+        """Return each lane's mask, drawn as it would be alone."""
+        assert len(lanes_K) == len(self._generators)
+        masks = []
+        for lane, activations in enumerate(lanes_K.detach()):
+            with self._generators.of(lane):
+                masks.append(drop(torch.ones_like(activations, dtype=dtype, memory_format=layout)))
+        return torch.stack(masks)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -208,25 +259,18 @@ class _LanewiseFunction(torch.autograd.Function):
 
 
 class _Dropout(_LanewiseFunction):
-    """Dropout of every lane from that lane's generator."""
+    """Dropout of every lane with that lane's mask."""
 
     @staticmethod
-    def forward(inputs: Tensor, drop: Any, layout: torch.memory_format, generators: LaneGenerators) -> Tensor:
+    def forward(inputs: Tensor, masks: Callable[[Tensor], Tensor]) -> Tensor:
         """Raise RuntimeError: lanes that share an input would have to draw different masks for it."""
         raise RuntimeError("dropout of what is the same for all lanes")
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, inputs: Tensor, drop: Any, layout: torch.memory_format, generators: LaneGenerators
-    ) -> tuple[Tensor, int]:
-        """Return each lane's input times a mask that is drawn as it would be alone."""
+    def vmap(info: Any, in_dims: Any, inputs: Tensor, masks: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        """Return each lane's input times its mask."""
         lanes_K = inputs.movedim(in_dims[0], 0)
-        assert len(lanes_K) == len(generators)
-        masks = []
-        for lane, activations in enumerate(lanes_K.detach()):
-            with generators.of(lane):
-                masks.append(drop(torch.ones_like(activations, memory_format=layout)))
-        return lanes_K * torch.stack(masks), 0
+        return lanes_K * masks(lanes_K).to(lanes_K.dtype), 0
 
 
 class GroupedConvolution(_LanewiseFunction):
