@@ -331,7 +331,9 @@ def _checked(spec: StudySpec, allowed: ImportAllowlist, launcher: Launcher) -> I
     """Enter the launcher, let modules of the user's own be imported, check everything; give the metadata found."""
     allowed.check(spec)
     with launcher, allowed.importable():
-        yield launcher.call(preflight.run_preflight, spec, launcher.device_kinds, launcher.own_devices)
+        metadata = launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
+        preflight.check_devices(launcher.own_devices, launcher.proofs())
+        yield metadata
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord
@@ -16,6 +16,13 @@ from hpo.system.devices import Device
 from hpo.workers.supervisor import OnTick
 
 Returned = TypeVar("Returned")
+
+
+class Proof(Protocol):
+    """A proof of a device, which has begun."""
+
+    def problem(self) -> str | None:
+        """Wait for the proof, and return in a line why the device cannot be used, or None where it computes."""
 
 
 class Launcher(ABC):
@@ -30,6 +37,10 @@ class Launcher(ABC):
         self.devices = devices  # as --devices names them, where the workers run
         self.device_kinds = device_kinds
         self.own_devices = own_devices  # of this machine, where we choose what workers train on
+
+    def proofs(self) -> Mapping[str, Proof]:
+        """Return what is being found of devices while the study is checked, by their names; inside it, before `run`."""
+        return {}
 
     def __enter__(self) -> Self:
         return self

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
+
+from sqlalchemy.engine import URL
 
 from hpo.config.import_policy import ImportAllowlist
+from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.store.database import PASSWORD_FILE
 from hpo.store.store import Store
 from hpo.study.processes import Process
 from hpo.study.records import StudyRecord
 from hpo.system.devices import (
-    Device,
     choose_devices,
     num_cores,
     pinned_here,
@@ -22,20 +26,35 @@ from hpo.system.devices import (
     torch_device,
 )
 from hpo.system.processes import machine_id
-from hpo.workers.launcher import Launcher, interrupts
+from hpo.train.device_proof import proofs_of
+from hpo.workers.launcher import Launcher, Proof, interrupts
 from hpo.workers.stages import add_due_trials
 from hpo.workers.supervisor import TICK_S, OnTick, supervise
 from hpo.workers.worker import Worker
-from hpo.workers.worker_device import DeviceFailed
+from hpo.workers.worker_device import DeviceFailed, precisions_to_prove
 from hpo.workers.worker_handle import WorkerProcess, WorkerTask, describe_exit_code
 
 
 class InProcessLauncher(Launcher):
     """A launcher that trains in the calling process: for a debugger, and for tests."""
 
-    def __init__(self, devices: str) -> None:
+    def __init__(self, devices: str, spec: StudySpec) -> None:
         self._device = choose_devices(devices)[0]
         super().__init__(devices, device_kinds={self._device.kind}, own_devices=[self._device])
+        self._precisions = precisions_to_prove(spec, torch_device(self._device))
+        self._begun = ExitStack()
+        self._proofs: Mapping[str, Proof] = {}
+
+    def __enter__(self) -> Self:
+        self._proofs = self._begun.enter_context(proofs_of([self._device], precisions=self._precisions))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._begun.close()
+
+    def proofs(self) -> Mapping[str, Proof]:
+        """Return the proof of the device, in a process of its own."""
+        return self._proofs
 
     def run(self, store: Store, study: StudyRecord, *, on_tick: OnTick) -> None:
         """Run the worker, as `Launcher.run` says."""
@@ -75,14 +94,34 @@ class LocalLauncher(Launcher):
     """A launcher of worker processes on this machine, each pinned to a device and restarted when it dies.
 
     They run in sessions of their own, so that Ctrl-C reaches only this process. They end when it ends, in whatever way.
+    They are started when the launcher is entered, and load torch and prove their devices while the study is checked.
     """
 
-    def __init__(self, devices: str, *, workers: int | None, allowed: ImportAllowlist) -> None:
+    def __init__(
+        self, devices: str, spec: StudySpec, *, workers: int | None, allowed: ImportAllowlist, url: URL
+    ) -> None:
         self._devices = choose_devices(devices)
+        self._num_workers = workers or len(self._devices)
+        self._num_early = min(self._num_workers, spec.num_trials)
         kinds = {device.kind for device in self._devices}
-        super().__init__(devices, device_kinds=kinds, own_devices=self._devices)
-        self._workers = workers or len(self._devices)
-        self._allowed = allowed
+        super().__init__(devices, device_kinds=kinds, own_devices=self._devices[: self._num_early])
+        self._spec, self._allowed, self._url = spec, allowed, url
+        self._early: list[WorkerProcess] = []
+
+    def __enter__(self) -> Self:
+        self._early = [self._make_worker(index) for index in range(self._num_early)]
+        for worker in self._early:
+            worker.start_early()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._early:
+            worker.dismiss()
+
+    def proofs(self) -> Mapping[str, Proof]:
+        """Return what the workers find of their devices, other than the CPU."""
+        first = zip(self.own_devices, self._early, strict=False)  # there may be several for each device
+        return {device.name: worker for device, worker in first if device.kind != "cpu"}
 
     def run(self, store: Store, study: StudyRecord, *, on_tick: OnTick) -> None:
         """Run the worker processes, as `Launcher.run` says."""
@@ -99,22 +138,28 @@ class LocalLauncher(Launcher):
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the folder {logs} for the workers' logs cannot be made: {error.strerror}") from None
-        num_workers = min(self._workers, max(1, store.trials.most_at_once(study)))
-        devices = [self._devices[index % len(self._devices)] for index in range(num_workers)]
-        return LocalPool(
-            [
-                LocalWorker(self._task(store, study, device), device, logs / f"worker-{index}.log")
-                for index, device in enumerate(devices)
-            ]
-        )
+        num_needed = min(self._num_workers, max(1, store.trials.most_at_once(study)))
+        early, not_needed = self._early[:num_needed], self._early[num_needed:]
+        for worker in not_needed:
+            worker.dismiss()
+        workers = early + [self._make_worker(index) for index in range(len(early), num_needed)]
+        return LocalPool([LocalWorker(worker, logs / f"worker-{index}.log") for index, worker in enumerate(workers)])
 
-    def _task(self, store: Store, study: StudyRecord, device: Device) -> WorkerTask:
+    def _make_worker(self, index: int) -> WorkerProcess:
+        device = self._devices[index % len(self._devices)]
         # The worker reads a password from the same file again, so that its environment does not show it.
-        url = store.url.set(password=None) if os.environ.get(PASSWORD_FILE) else store.url
-        # The same however many workers are needed: with another number of threads the digits would differ.
-        threads = threads_per_worker(self._workers)
-        storage = url.render_as_string(hide_password=False)
-        return WorkerTask(storage, study.name, device.name, torch_device(device), threads, self._allowed)
+        url = self._url.set(password=None) if os.environ.get(PASSWORD_FILE) else self._url
+        task = WorkerTask(
+            url.render_as_string(hide_password=False),
+            self._spec.name,
+            device.name,
+            torch_device(device),
+            # The same however many workers are needed: with another number of threads the digits would differ.
+            threads_per_worker(self._num_workers),
+            self._allowed,
+            precisions=precisions_to_prove(self._spec, torch_device(device)),
+        )
+        return WorkerProcess(task, device)
 
 
 class LocalPool:
@@ -130,8 +175,8 @@ class LocalPool:
 class LocalWorker:
     """A device of this machine, or a share of one, where one worker process after the other runs."""
 
-    def __init__(self, task: WorkerTask, device: Device, log: Path) -> None:
-        self._worker = WorkerProcess(task, device)
+    def __init__(self, worker: WorkerProcess, log: Path) -> None:
+        self._worker = worker
         self._log = log
 
     @property
@@ -145,9 +190,10 @@ class LocalWorker:
         return None if self._worker.pid is None else (machine_id(), self._worker.pid)
 
     def start(self) -> None:
-        """Start a process."""
-        with self._log.open("ab") as log:
-            self._worker.start(output=log)
+        """Start a process, or have the one begin that was started early."""
+        if not self._worker.begin(self._log):
+            with self._log.open("ab") as log:
+                self._worker.start(output=log)
 
     def is_running(self) -> bool:
         """Return whether the process runs."""

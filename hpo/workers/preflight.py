@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.system.devices import Device
-from hpo.train.device_proof import DeviceProof, proofs_of
-from hpo.workers.worker_device import precisions_of
+from hpo.workers.launcher import Proof
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,41 +19,22 @@ logger = logging.getLogger(__name__)
 LARGEST_TRIED_BATCH = 8  # images of the batch that a network is trained on, unless the search asks for smaller ones
 
 
-def run_preflight(spec: StudySpec, kinds: Collection[str], devices: Sequence[Device] = ()) -> dict[str, Any]:
-    """Load the data, then build and try every network that the search space can ask for; prove the devices meanwhile.
+def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
+    """Load the data, then build and try every network that the search space can ask for.
 
-    It runs on the CPU, and proves other devices in processes of their own, so that a process that only supervises takes
-    no memory of a GPU. Datasets that are absent are downloaded here, once, before any worker starts.
+    It runs on the CPU, so that a process that only supervises takes no memory of a GPU. Datasets that are absent are
+    downloaded here, once, before any worker starts.
 
     Args:
         spec: The study.
         kinds: The kinds of the devices that will train: "cuda", "mps" or "cpu".
-        devices: Those of them that are of this machine, where that is known.
 
     Returns:
         Metadata of the study, such as the number of training images. Empty where the user's own function trains.
 
     Raises:
-        UserError: Something that would fail in the trials, or no device can be used.
+        UserError: Something that would fail in the trials.
     """
-    with proofs_of(devices, precisions=precisions_of(spec)) as proofs:
-        metadata = _check_study(spec, kinds)
-        _check_proofs(devices, proofs)
-    return metadata
-
-
-def _check_proofs(devices: Sequence[Device], proofs: Mapping[str, DeviceProof]) -> None:
-    """Raise UserError where none of the devices can be used, and log a warning for those that cannot."""
-    problems = {name: problem for name, proof in proofs.items() if (problem := proof.problem()) is not None}
-    if problems and len(problems) == len(devices):
-        found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-        raise UserError(f"--devices must name a device that can be used, and none can: {found}")
-    for name, problem in problems.items():
-        logger.warning("the device %s cannot be used, and leaves the trials to the others: %s", name, problem)
-
-
-def _check_study(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
-    """Check everything but the devices, and return the metadata that `run_preflight` returns."""
     from hpo.search.pruners import build_pruner
     from hpo.search.samplers import build_sampler
     from hpo.train.imports import import_object
@@ -69,6 +49,20 @@ def _check_study(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
     _check_precision(spec, kinds)
     tried = [_try_network(spec, values) for values in spec.extreme_points(sections=("data", "model"))]
     return tried[0]
+
+
+def check_devices(devices: Collection[Device], proofs: Mapping[str, Proof]) -> None:
+    """Wait for the proofs of devices, by their names, and log a warning for each device that cannot be used.
+
+    Raises:
+        UserError: None of the devices can be used.
+    """
+    problems = {name: problem for name, proof in proofs.items() if (problem := proof.problem()) is not None}
+    if problems and len(problems) == len(devices):
+        found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise UserError(f"--devices must name a device that can be used, and none can: {found}")
+    for name, problem in problems.items():
+        logger.warning("the device %s cannot be used, and leaves the trials to the others: %s", name, problem)
 
 
 def _check_readable(url: str) -> None:

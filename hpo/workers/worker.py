@@ -19,7 +19,7 @@ from hpo.system.processes import heartbeat, machine_id
 from hpo.workers.held_trials import HeldTrials
 from hpo.workers.stages import add_due_trials
 from hpo.workers.stop_signal import StopSignal
-from hpo.workers.worker_device import DeviceFailed, WorkerDevice
+from hpo.workers.worker_device import DeviceFailed, WorkerDevice, precisions_to_prove
 
 POLL_S, LONGEST_POLL_S = 0.3, 5.0  # between looks for a trial while others hold the last ones: longer and longer
 REAP_S = 5.0  # between looks for workers that died
@@ -58,7 +58,8 @@ class Worker:
         self._store = store
         self._study = study
         self._torch_device = torch_device
-        self._device = WorkerDevice(device, torch_device=torch_device, spec=study.spec)
+        precisions = precisions_to_prove(study.spec, torch_device)
+        self._device = WorkerDevice(device, torch_device=torch_device, precisions=precisions)
         self._host = host or socket.gethostname()
         self._stop = StopSignal(should_stop)
         self._held = HeldTrials(store, study, device=self._device, host=self._host, stop=self._stop)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Collection
 
 from hpo.config.study_spec import StudySpec
+from hpo.errors import UserError
 from hpo.train.device_proof import PROOF_S, DeviceProof, prove_device
 from hpo.workers.failures import failure_kind, first_line
 
@@ -28,24 +30,22 @@ class DeviceFailed(Exception):
 class WorkerDevice:
     """A device that a worker trains on.
 
-    `name` is what users type, `torch_device` what torch calls it in this process.
+    `name` is what users type, `torch_device` what torch calls it in this process. `precisions` are those of
+    `precisions_to_prove`; without any it needs no proof.
     """
 
-    def __init__(self, name: str, *, torch_device: str, spec: StudySpec) -> None:
+    def __init__(self, name: str, *, torch_device: str, precisions: Collection[str]) -> None:
         self.name = name
         self._torch_device = torch_device
-        # A user's own loop on a CPU may do without torch, which takes seconds to import.
-        self._needs_proof = torch_device != "cpu" or spec.objective is None
-        self._precisions = precisions_of(spec)
+        self._precisions = precisions
         self._environment = dict(os.environ)  # as it pins this process: a user's loop may change it
 
     def prove(self) -> None:
         """Prove that the device computes; raise DeviceFailed where it does not, or hangs."""
-        if not self._needs_proof:
-            return
-        error = self._try_here()
+        error = self._try_here() if self._precisions else None
         if error is not None:
-            raise DeviceFailed(self.name, first_line(error)) from error
+            reason = str(error) if isinstance(error, UserError) else first_line(error)
+            raise DeviceFailed(self.name, reason) from error
 
     def failure_behind(self, error: BaseException) -> DeviceFailed | None:
         """Return the failure of the device that caused an exception in training, or None where the trial is to blame.
@@ -97,9 +97,12 @@ class WorkerDevice:
         return errors[0] if errors else None
 
 
-def precisions_of(spec: StudySpec) -> set[str]:
-    """Return the precisions that the trials of a study compute in, as `training.precision` names them."""
+def precisions_to_prove(spec: StudySpec, torch_device: str) -> tuple[str, ...]:
+    """Return the precisions, as `training.precision` names them, in which a study's trials compute on a device.
+
+    It is none for a user's own loop on a CPU, which may do without torch, whose import takes seconds.
+    """
     if spec.objective is not None:
-        return {"fp32"}
+        return () if torch_device == "cpu" else ("fp32",)
     searched = spec.search.parameters.get("precision")
-    return {spec.training.precision, *(map(str, searched.extreme_values()) if searched else [])}
+    return tuple(sorted({spec.training.precision, *(map(str, searched.extreme_values()) if searched else [])}))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -16,8 +18,10 @@ from typing import IO
 from hpo.config.import_policy import ImportAllowlist
 from hpo.study.processes import Cause
 from hpo.system.devices import Device, worker_environment
+from hpo.train.device_proof import PROOF_S
 
 TASK_VARIABLE = "HPO_WORKER"  # environment variable with the WorkerTask; anyone could read it on the command line
+WAITING_VARIABLE = "HPO_WORKER_WAITS"  # with the number of the pipe into which it writes what it finds of its device
 LEAVE = b"\n"  # on the worker's standard input: leave. The end of that input means that the supervisor is no more.
 DRAIN_S = 30.0  # how long a user's loop may take to reach its next report before it is left in the middle of its epoch
 EXIT_RESTART = 75  # exit code where a new process may have work left to do (EX_TEMPFAIL)
@@ -37,6 +41,7 @@ class WorkerTask:
     host: str | None = None  # as it is recorded; None: the machine's name
     # Whether it may end its epoch after its supervisor has died. It may not where others are given its device then.
     outlives: bool = True
+    precisions: tuple[str, ...] = ()  # that its device is proven in when it starts early; none: it needs no proof
 
     def to_json(self) -> str:
         """Return the task as JSON, for the environment of the worker."""
@@ -47,7 +52,9 @@ class WorkerTask:
         """Return the task that `to_json` has written."""
         values = json.loads(text)
         modules, folders = (tuple(values["allowed"][key]) for key in ("modules", "folders"))
-        return cls(**{**values, "allowed": ImportAllowlist(modules, folders)})
+        return cls(
+            **{**values, "allowed": ImportAllowlist(modules, folders), "precisions": tuple(values["precisions"])}
+        )
 
 
 class WorkerProcess:
@@ -63,6 +70,8 @@ class WorkerProcess:
         self.exit_code: int | None = None
         self._folder = folder
         self._popen: subprocess.Popen[bytes] | None = None
+        self._proof: int | None = None  # the pipe of a process that was started early
+        self._deadline_s = 0.0
         python_path = [*task.allowed.python_path(), os.environ.get("PYTHONPATH")]
         self._environment = {
             **os.environ,
@@ -75,14 +84,67 @@ class WorkerProcess:
 
     def start(self, *, output: IO[bytes] | int) -> None:
         """Start a process, with standard output and error going to `output`, as subprocess takes it."""
+        self._start(output=output)
+
+    def start_early(self) -> None:
+        """Start a process that loads what training needs, proves its device, and waits for `begin`."""
+        reading, writing = os.pipe()
+        self._start(output=subprocess.DEVNULL, pass_fds=[writing], environment={WAITING_VARIABLE: str(writing)})
+        os.close(writing)
+        self._proof = reading
+        self._deadline_s = time.monotonic() + PROOF_S
+
+    def problem(self) -> str | None:
+        """Wait for the proof of a process that was started early; return what is wrong with the device, or None.
+
+        A process that died says nothing: whoever starts the next one will see why.
+        """
+        assert self._proof is not None
+        found = b""
+        while select.select([self._proof], [], [], max(0.0, self._deadline_s - time.monotonic()))[0]:
+            if not (part := os.read(self._proof, 4096)):
+                return found.decode() or None
+            found += part
+        return f"it has computed nothing in {PROOF_S:g} s"
+
+    def begin(self, log: Path) -> bool:
+        """Have a process that was started early begin its task, and write to this log; return False without one."""
+        if not self._close_proof() or (process := self._running()) is None or process.stdin is None:
+            return False
+        try:
+            process.stdin.write(f"{log}\n".encode())
+            process.stdin.flush()
+        except OSError:  # it has just ended
+            return False
+        return True
+
+    def dismiss(self) -> None:
+        """End a process that was started early and has not begun."""
+        if self._close_proof() and (process := self._running()) is not None:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):  # a process that hangs in its driver cannot even be killed
+                process.wait(1.0)
+
+    def _close_proof(self) -> bool:
+        """Stop to listen to a process that was started early; return False where none was that has not begun."""
+        if self._proof is None:
+            return False
+        os.close(self._proof)
+        self._proof = None
+        return True
+
+    def _start(
+        self, *, output: IO[bytes] | int, pass_fds: Sequence[int] = (), environment: Mapping[str, str] = {}
+    ) -> None:
         self.exit_code = None
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "hpo.workers.worker_main"],
-            env=self._environment,
+            env={**self._environment, **environment},
             cwd=self._folder,
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
+            pass_fds=pass_fds,
             start_new_session=True,
         )
 
@@ -97,8 +159,8 @@ class WorkerProcess:
         return None if self._popen is None else self._popen.stdout
 
     def is_running(self) -> bool:
-        """Return whether the process runs; once it has ended, kill what the user's code has started there."""
-        return self._running() is not None
+        """Return whether the process runs its task; once it has ended, kill what the user's code has started there."""
+        return self._proof is None and self._running() is not None
 
     def ask_to_leave(self) -> None:
         """Have the process save and release its trials and end."""

@@ -14,8 +14,16 @@ from hpo.store.database import Unreachable
 from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
 from hpo.store.store import Store
 from hpo.workers.worker import Worker
-from hpo.workers.worker_device import DeviceFailed
-from hpo.workers.worker_handle import DRAIN_S, EXIT_NO_DEVICE, EXIT_RESTART, LEAVE, TASK_VARIABLE, WorkerTask
+from hpo.workers.worker_device import DeviceFailed, WorkerDevice
+from hpo.workers.worker_handle import (
+    DRAIN_S,
+    EXIT_NO_DEVICE,
+    EXIT_RESTART,
+    LEAVE,
+    TASK_VARIABLE,
+    WAITING_VARIABLE,
+    WorkerTask,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +51,8 @@ def run_worker_process() -> None:
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     # Processes that the user's code forks must die of SIGTERM: multiprocessing sends it to its own and waits for them.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if (pipe := os.environ.pop(WAITING_VARIABLE, None)) is not None:
+        _wait_to_begin(task, int(pipe))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     store = _open_once_up(task.storage, until=stop.is_set)
     study = store.studies.get(task.study)
@@ -70,6 +80,34 @@ def run_worker_process() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+def _wait_to_begin(task: WorkerTask, pipe: int) -> None:
+    """Load what training needs, prove the device, write what is wrong with it, and wait for the path of the log.
+
+    The process ends here where the device cannot be used, or the supervisor has nothing for it to do.
+    """
+    try:
+        if task.precisions:
+            import torch
+
+            import hpo.workers.lane_runner  # noqa: F401
+
+            torch.set_num_threads(task.threads)
+        WorkerDevice(task.device, torch_device=task.torch_device, precisions=task.precisions).prove()
+    except DeviceFailed as failure:
+        os.write(pipe, failure.reason.encode())
+        os._exit(EXIT_RESTART)
+    os.close(pipe)
+    path = b""
+    while (letter := os.read(0, 1)) not in (b"", b"\n"):  # no more than this line: what follows may tell it to leave
+        path += letter
+    if not path or not letter:
+        os._exit(0)
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for output in (1, 2):
+        os.dup2(log, output)
+    os.close(log)
 
 
 def _run_to_exit_code(worker: Worker) -> int:

@@ -329,6 +329,7 @@ def test_where_no_device_can_be_used_the_command_says_so_before_it_writes_anythi
     assert "--devices must name a device that can be used, and none can: cuda:0: " in output
     assert tells_why(output)
     assert not (hpo.folder / "hpo.db").exists()
+    assert hpo.worker_pids() == []
 
 
 @needs_no_gpu
@@ -339,7 +340,7 @@ def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentenc
     monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [SICK])
     store = Store(hpo.url, create=True)
     study = store.studies.create(make_spec(0.1, 0.2, 0.3), metadata={})
-    launcher = LocalLauncher("cuda:0", workers=2, allowed=ImportAllowlist(("loop",), ()))
+    launcher = LocalLauncher("cuda:0", study.spec, workers=2, allowed=ImportAllowlist(("loop",), ()), url=store.url)
     with pytest.raises(StudyStopped) as caught:
         launcher.run(store, study, on_tick=lambda _: None)
     assert caught.value.can_resume
@@ -359,7 +360,7 @@ def test_in_process_a_device_that_cannot_be_used_is_said_in_one_sentence_and_not
     store = Store(hpo.url, create=True)
     study = store.studies.create(make_spec(0.1), metadata={})
     with pytest.raises(StudyStopped, match=r"^the device cuda:0 cannot be used: ") as caught:
-        InProcessLauncher("cuda:0").run(store, study, on_tick=lambda _: None)
+        InProcessLauncher("cuda:0", study.spec).run(store, study, on_tick=lambda _: None)
     assert caught.value.can_resume
     assert tells_why(str(caught.value))
     assert "CUDA_VISIBLE_DEVICES" not in os.environ

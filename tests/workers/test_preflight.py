@@ -10,7 +10,8 @@ import torch
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.system.devices import Device
-from hpo.workers.preflight import run_preflight
+from hpo.train.device_proof import proofs_of
+from hpo.workers.preflight import check_devices, run_preflight
 from tests.workers.sick_gpu import needs_no_gpu, tells_why
 
 
@@ -54,11 +55,14 @@ SICK = Device("cuda:0", "cuda", "NVIDIA H100", None, uuid="GPU-aaaa0000")
 
 @needs_no_gpu
 def test_a_device_that_cannot_be_used_is_found_before_training_and_the_others_do_without_it(
-    make_spec: Callable[..., StudySpec], loop: Callable[[str], None], caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    loop("pass")
-    with pytest.raises(UserError, match="must name a device that can be used, and none can: cuda:0: ") as caught:
-        run_preflight(make_spec(0.1), {"cuda"}, [SICK])
-    assert tells_why(str(caught.value))
-    assert run_preflight(make_spec(0.1), {"cuda", "cpu"}, [SICK, CPU]) == {}
+    with proofs_of([SICK, CPU], precisions=["fp32"]) as proofs:
+        check_devices([SICK, CPU], proofs)
     assert "the device cuda:0 cannot be used, and leaves the trials to the others" in caplog.text
+    with (
+        proofs_of([SICK], precisions=["fp32"]) as proofs,
+        pytest.raises(UserError, match="must name a device that can be used, and none can: cuda:0: ") as caught,
+    ):
+        check_devices([SICK], proofs)
+    assert tells_why(str(caught.value))

@@ -14,7 +14,7 @@ from hpo.study.records import StudyRecord, TrialRecord
 from hpo.system.processes import machine_id
 from hpo.workers import worker_device
 from hpo.workers.worker import Worker
-from hpo.workers.worker_device import DeviceFailed, WorkerDevice
+from hpo.workers.worker_device import DeviceFailed, WorkerDevice, precisions_to_prove
 from hpo.workers.worker_handle import EXIT_RESTART
 from tests.workers.sick_gpu import needs_no_gpu, tells_why
 from tests.workers.training import engine_study, work
@@ -246,12 +246,15 @@ def test_a_hanging_device_is_given_up_by_its_worker(
 def test_a_users_own_loop_on_the_cpu_needs_no_proof_and_our_networks_do(
     store: Store, make_spec: MakeSpec, gpu: Gpu
 ) -> None:
-    WorkerDevice("cpu", torch_device="cpu", spec=make_spec(0.1)).prove()
-    assert gpu.num_proofs == 0
-    WorkerDevice("cpu", torch_device="cpu", spec=engine_study(store, 1e-3).spec).prove()
-    assert gpu.num_proofs == 1
+    for spec, num_proofs in ((make_spec(0.1), 0), (engine_study(store, 1e-3).spec, 1)):
+        WorkerDevice("cpu", torch_device="cpu", precisions=precisions_to_prove(spec, "cpu")).prove()
+        assert gpu.num_proofs == num_proofs
 
 
 def test_a_device_is_proven_in_every_precision_that_the_study_asks_for(store: Store, make_spec: MakeSpec) -> None:
-    assert worker_device.precisions_of(make_spec(0.1)) == {"fp32"}
-    assert worker_device.precisions_of(engine_study(store, 1e-3).spec) == {"auto"}
+    assert precisions_to_prove(make_spec(0.1), "cuda:0") == ("fp32",)
+    assert precisions_to_prove(engine_study(store, 1e-3).spec, "cpu") == ("auto",)
+    searched = StudySpec.from_dict(
+        {"name": "s", "search": {"space": {"lr": {"low": 1e-4, "high": 1e-2}, "precision": ["fp32", "bf16"]}}}
+    )
+    assert precisions_to_prove(searched, "cuda:0") == ("auto", "bf16", "fp32")

@@ -3,17 +3,91 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from hpo.config.import_policy import ImportAllowlist
-from hpo.workers.worker_handle import EXIT_RESTART, WorkerTask, cause_of_death, describe_exit_code
+from hpo.system.devices import Device, torch_device
+from hpo.workers.worker_handle import EXIT_RESTART, WorkerProcess, WorkerTask, cause_of_death, describe_exit_code
+from tests.workers.sick_gpu import needs_no_gpu, tells_why
 
 
 def test_a_worker_is_given_its_task_whole() -> None:
     allowed = ImportAllowlist(("loop",), ("/studies",))
-    task = WorkerTask("sqlite:///hpo.db", "s", "cuda:1", "cuda:0", 3, allowed, host="node-1", outlives=False)
+    task = WorkerTask(
+        "sqlite:///hpo.db", "s", "cuda:1", "cuda:0", 3, allowed, "node-1", outlives=False, precisions=("auto", "fp32")
+    )
     assert WorkerTask.from_json(task.to_json()) == task
+
+
+def early(tmp_path: Path, device: Device, *precisions: str) -> WorkerProcess:
+    """Start a worker early, for a store that is not there."""
+    allowed = ImportAllowlist((), ())
+    url = f"sqlite:///{tmp_path}/absent.db"
+    task = WorkerTask(url, "s", device.name, torch_device(device), 1, allowed, precisions=precisions)
+    worker = WorkerProcess(task, device)
+    worker.start_early()
+    return worker
+
+
+CPU = Device("cpu", "cpu", "a CPU", None)
+SICK = Device("cuda:0", "cuda", "NVIDIA H100", None, uuid="GPU-aaaa0000")
+
+
+def test_a_worker_that_was_started_early_waits_until_it_is_told_to_begin_and_then_writes_to_its_log(
+    tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    worker = early(tmp_path, CPU, "fp32")
+    assert worker.problem() is None
+    assert not worker.is_running()
+    log = tmp_path / "worker.log"
+    assert worker.begin(log)
+    assert not worker.begin(log)  # it has begun
+    wait_for(lambda: not worker.is_running())
+    assert worker.exit_code == 1
+    assert "absent.db; `hpo run` makes one" in log.read_text()
+
+
+@pytest.mark.parametrize("precisions", [(), ("fp32",)], ids=["own loop", "engine"])
+def test_a_worker_that_was_started_early_for_nothing_is_dismissed(tmp_path: Path, precisions: tuple[str, ...]) -> None:
+    worker = early(tmp_path, CPU, *precisions)
+    assert worker.pid is not None
+    worker.dismiss()
+    assert not psutil.pid_exists(worker.pid)
+    assert not worker.begin(tmp_path / "worker.log")
+    worker.dismiss()
+
+
+def test_a_worker_that_was_started_early_ends_with_its_supervisor(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    worker = early(tmp_path, CPU)
+    process = worker._popen
+    assert process is not None
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(timeout=500) == 0
+    worker.dismiss()
+
+
+@needs_no_gpu
+def test_a_worker_that_was_started_early_says_that_its_device_cannot_be_used(tmp_path: Path) -> None:
+    worker = early(tmp_path, SICK, "fp32")
+    problem = worker.problem()
+    assert problem is not None
+    assert tells_why(problem)
+    worker.dismiss()
+
+
+def test_a_worker_that_hangs_before_it_begins_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(10_000)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("hpo.workers.worker_handle.PROOF_S", 0.2)
+    worker = early(tmp_path, CPU, "fp32")
+    assert worker.problem() == "it has computed nothing in 0.2 s"
+    worker.dismiss()
 
 
 @pytest.mark.parametrize(
