@@ -8,9 +8,10 @@ without it.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UserError, unknown_name
@@ -81,6 +82,16 @@ def build_optimizer(
     except ValueError as error:  # torch's own rules, such as Nesterov's need of a momentum
         raise UserError(f"training.optimizer = {training.optimizer!r} refuses its settings: {error}") from error
     return optimizer
+
+
+def with_eps(training: TrainingConfig) -> TrainingConfig:
+    """Return the same settings with the optimizer's own eps where none is given."""
+    import torch
+
+    if training.eps is not None:
+        return training
+    parameters = inspect.signature(getattr(torch.optim, OPTIMIZERS[training.optimizer].torch_class)).parameters
+    return replace(training, eps=parameters["eps"].default if "eps" in parameters else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
-from hpo.train.engines.lanes import MAX_LANES, LaneEngine, LanePlan, free_memory
+from hpo.train.engines.lanes import LaneEngine
+from hpo.train.engines.planning import MAX_LANES, LanePlan, free_memory
 from hpo.train.engines.protocol import Stopped
 from hpo.train.engines.stack import stack_key
 from hpo.workers.checkpoints import StudyCheckpoints
@@ -61,8 +62,9 @@ class LaneRunner:
         self._engine = LaneEngine(
             device=torch_device,
             lanes=None if wanted == "auto" else wanted,
-            max_lanes=1 if _has_many_kinds(self._spec) else min(MAX_LANES, self._spec.num_trials),
+            max_lanes=min(MAX_LANES, self._spec.num_trials),
             num_interleaved=min(INTERLEAVED_TRIALS, self._spec.num_trials) if compares_early else 1,
+            is_one_kind=_is_one_kind(self._spec),
             should_stop=stop.must_abort,
             get_or_set_plan=partial(_agree_on_plan, store, study),
         )
@@ -138,7 +140,7 @@ class LaneRunner:
                 self._measure_test(claim, config, checkpoint)
             self._held.finish(claim, complete_end(checkpoint.epoch))
         else:
-            lane = self._engine.admit(config, checkpoint, may_stack=not claim.is_suspect)
+            lane = self._engine.admit(config, checkpoint, may_share=not claim.is_suspect)
             saving = SavingSchedule(
                 config.training.checkpoint_epochs,
                 cost=self._checkpoints.cost,
@@ -284,10 +286,10 @@ class LaneRunner:
                 self._held.release(claim)
 
 
-def _has_many_kinds(spec: StudySpec) -> bool:
-    """Return whether the search varies a setting that trials must share to be trained as one stack."""
+def _is_one_kind(spec: StudySpec) -> bool:
+    """Return whether the search leaves alone what trials must share to be trained as one stack."""
     configs = (spec.trial_config(values, seed=0) for values in spec.extreme_points())
-    return len({stack_key(config) for config in configs}) > 1
+    return len({stack_key(config) for config in configs}) == 1
 
 
 def _agree_on_plan(store: Store, study: StudyRecord, device: str, measure: Callable[[], LanePlan]) -> LanePlan:

@@ -48,8 +48,9 @@ from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
-from hpo.train.engines.lanes import LaneEngine, LanePlan
+from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.plain import PlainEngine
+from hpo.train.engines.planning import LanePlan
 from hpo.workers import lane_runner
 from hpo.workers.worker import Worker
 from scripts.bench.record_curves import CURVES, tasks

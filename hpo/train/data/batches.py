@@ -46,7 +46,7 @@ class BatchLoader:
         """
         order_1N, augment = torch.arange(len(self))[None], None
         if seed is not None:
-            order_1N, augment = self._shuffled([(seed, epoch)])
+            order_1N, augment = self.shuffled([(seed, epoch)])
         for images_1BCHW, labels_1B in self._read(batch_size, order_1N, augment):
             yield images_1BCHW[0], labels_1B[0]
 
@@ -55,10 +55,13 @@ class BatchLoader:
 
         Each lane gets the batches that `batches` gives for its seed and epoch.
         """
-        return self._read(batch_size, *self._shuffled(epochs))
+        return self._read(batch_size, *self.shuffled(epochs))
 
-    def _shuffled(self, epochs: Sequence[tuple[int, int]]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the order of each epoch (K, N), and its flips (K, N) and offsets (K, N, 2) where it is augmented."""
+    def shuffled(self, epochs: Sequence[tuple[int, int]]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the order of each epoch (K, N), and its flips (K, N) and offsets (K, N, 2) where it is augmented.
+
+        An epoch is a (seed, epoch). All are on the CPU.
+        """
         orders, flips, offsets = [], [], []
         for seed, epoch in epochs:
             generator = torch.Generator().manual_seed(derive_seed(seed, "data", epoch))
@@ -84,10 +87,11 @@ class BatchLoader:
             if augment is not None:
                 flips_B, offsets_B2 = flips_KN[:, start:end].flatten(), offsets_KN2[:, start:end].flatten(0, 1)
                 images = flip_and_crop(images, flips_B=flips_B, offsets_B2=offsets_B2, padding=self.crop)
-            images_BCHW = self._normalise(images)
+            images_BCHW = self.normalise(images)
             yield images_BCHW.view(num_lanes, end - start, *images_BCHW.shape[1:]), labels_KN[:, start:end]
 
-    def _normalise(self, images_BHWC: Tensor) -> Tensor:
+    def normalise(self, images_BHWC: Tensor) -> Tensor:
+        """Return stored images as batches have them, (B, C, H, W)."""
         images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
         return images_BCHW.sub_(self.mean_C11).div_(self.std_C11)
 

@@ -1,18 +1,19 @@
 """The state of one trial in training that every engine keeps, and what engines do alike with it.
 
-Shapes: S steps of an epoch.
+Shapes: S steps of an epoch, B batch, C H W image, L classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint, config_digest, storable_copy
@@ -20,8 +21,9 @@ from hpo.train.config import EpochResult, TrainingConfig, TrialConfig
 from hpo.train.data.loading import SplitDataset
 from hpo.train.data.sources import batch_bounds
 from hpo.train.engines.divergence import why_diverged
+from hpo.train.engines.stacked_optimizers import nadam_momentum_product
 from hpo.train.models import build_model
-from hpo.train.optim import lr_factor
+from hpo.train.optim import OPTIMIZERS, build_optimizer, lr_factor
 from hpo.train.seeding import seed_generators
 from hpo.train.snapshot import Packing, Snapshot
 
@@ -111,6 +113,53 @@ class LaneState:
             )
 
 
+class StepOptimizer(Protocol):
+    """An optimizer as `train_step` uses it; torch.optim's are."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+
+    def step(self) -> object:
+        """Change the parameters by their gradients."""
+
+
+def train_step(
+    forward: Callable[[Tensor], Tensor],
+    optimizer: StepOptimizer,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    *,
+    parameters: Iterable[nn.Parameter],
+    training: TrainingConfig,
+    amp_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Train a network on a batch; return its mean loss and its number of correct images, both on the device."""
+    with autocast(images_BCHW.device, amp_dtype):
+        logits_BL = forward(images_BCHW)
+    loss = F.cross_entropy(logits_BL.float(), labels_B, label_smoothing=training.label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if training.gradient_clip is not None:
+        nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+    optimizer.step()
+    return loss.detach(), (logits_BL.detach().argmax(1) == labels_B).sum()
+
+
+@torch.no_grad()
+def evaluation_sums(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, amp_dtype: torch.dtype | None
+) -> Tensor:
+    """Return the sum of the losses and the number of correct images over batches (2,), float32, on the device."""
+    model.eval()
+    sums_2 = torch.zeros(2, device=device)
+    for images_BCHW, labels_B in batches:
+        with autocast(device, amp_dtype):
+            logits_BL = model(images_BCHW).float()
+        hits = (logits_BL.argmax(1) == labels_B).sum()
+        sums_2 += torch.stack([F.cross_entropy(logits_BL, labels_B, reduction="sum"), hits])
+    return sums_2
+
+
 def autocast(device: torch.device, amp_dtype: torch.dtype | None) -> torch.autocast:
     """Return a context that computes in `amp_dtype` where that is safe; None leaves float32 throughout."""
     return torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
@@ -149,9 +198,9 @@ def _flag(owner: Any, name: str) -> Any:
         return None
 
 
-def evaluation_batch_size(lane: LaneState) -> int:
+def evaluation_batch_size(config: TrialConfig, *, data: SplitDataset) -> int:
     """Return how many images are evaluated at a time."""
-    return max(lane.config.training.batch_size, EVALUATION_PIXELS // lane.data.image_size**2)
+    return max(config.training.batch_size, EVALUATION_PIXELS // data.image_size**2)
 
 
 def take_snapshot(lane: LaneState, *, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Snapshot:
@@ -166,6 +215,39 @@ def take_snapshot(lane: LaneState, *, model: Mapping[str, Any], optimizer: Mappi
         results=tuple(lane.results),
     )
     return Snapshot(checkpoint, packing)
+
+
+def optimizer_state_dict(
+    lane: LaneState,
+    parameters: Sequence[nn.Parameter],
+    moments: Callable[[Sequence[str]], Sequence[Mapping[str, Tensor]]],
+    *,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return what torch.optim's optimizer of a trial would have as its state, between epochs.
+
+    Args:
+        lane: The trial.
+        parameters: Those of its network.
+        moments: Returns these moments, by name, of each parameter.
+        device: Where the trial is trained.
+    """
+    training = lane.config.training
+    state_dict = build_optimizer(parameters, training, device_type=device.type).state_dict()
+    if lane.epoch == 0:
+        return state_dict
+    for group in state_dict["param_groups"]:
+        group["lr"] = lane.results[-1].lr
+    steps = lane.epoch * lane.data.train.num_batches(training.batch_size)
+    common: dict[str, Tensor] = {}
+    if training.optimizer != "sgd":
+        common["step"] = torch.tensor(float(steps))
+    if training.optimizer == "nadam":
+        common["mu_product"] = torch.tensor(nadam_momentum_product(training.beta1, steps))
+    kept = OPTIMIZERS[training.optimizer].update.moments
+    names = [name for name in kept if name != "momentum_buffer" or training.momentum]
+    state_dict["state"] = {index: common | dict(of_one) for index, of_one in enumerate(moments(names))}
+    return state_dict
 
 
 def check_test_set(config: TrialConfig, *, data: SplitDataset) -> None:

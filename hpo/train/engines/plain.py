@@ -1,6 +1,6 @@
 """The plain engine: one lane and torch.optim, meant to be read; other engines are held to its results.
 
-Shapes: B batch, C H W image, L classes, S steps of an epoch.
+Shapes: B batch, C H W image, S steps of an epoch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint, config_digest, storable_copy
@@ -20,13 +19,14 @@ from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache, SplitDataset
 from hpo.train.engines.lane_state import (
     LaneState,
-    autocast,
     check_test_set,
     evaluation_batch_size,
+    evaluation_sums,
     initial_model,
     mixed_precision,
     numerics,
     take_snapshot,
+    train_step,
 )
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.imports import describe_error
@@ -141,28 +141,21 @@ class PlainEngine(Engine):
 
     def step(self, lane: PlainLaneState, images_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """Train on a batch; return its mean loss and its number of correct images, both on the device."""
-        training = lane.config.training
-        with autocast(self.device, lane.amp_dtype):
-            logits_BL = lane.forward(images_BCHW)
-        loss = F.cross_entropy(logits_BL.float(), labels_B, label_smoothing=training.label_smoothing)
-        lane.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if training.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(lane.model.parameters(), training.gradient_clip)
-        lane.optimizer.step()
-        return loss.detach(), (logits_BL.detach().argmax(1) == labels_B).sum()
+        return train_step(
+            lane.forward,
+            lane.optimizer,
+            images_BCHW,
+            labels_B,
+            parameters=lane.model.parameters(),
+            training=lane.config.training,
+            amp_dtype=lane.amp_dtype,
+        )
 
-    @torch.no_grad()
     def _evaluate(self, lane: PlainLaneState, loader: BatchLoader) -> tuple[float, float]:
         """Return the mean loss and the accuracy over a split, from float32 sums."""
-        lane.model.eval()
-        sums = torch.zeros(2, device=self.device)  # loss, hits
-        for images_BCHW, labels_B in loader.batches(evaluation_batch_size(lane)):
-            with autocast(self.device, lane.amp_dtype):
-                logits_BL = lane.model(images_BCHW).float()
-            hits = (logits_BL.argmax(1) == labels_B).sum()
-            sums += torch.stack([F.cross_entropy(logits_BL, labels_B, reduction="sum"), hits])
-        loss, accuracy = (sums / len(loader)).tolist()
+        batches = loader.batches(evaluation_batch_size(lane.config, data=lane.data))
+        sums_2 = evaluation_sums(lane.model, batches, device=self.device, amp_dtype=lane.amp_dtype)
+        loss, accuracy = (sums_2 / len(loader)).tolist()
         return loss, accuracy
 
 

@@ -8,19 +8,17 @@ Shapes: K lanes, P parameters of a network, S steps of an epoch, B batch, C H W 
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpo.train.checkpoint import Checkpoint, config_digest
-from hpo.train.config import EpochResult, TrainingConfig, TrialConfig, derive_seed
+from hpo.train.config import EpochResult, TrialConfig, derive_seed
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import SplitDataset
 from hpo.train.data.sources import DeviceSource
@@ -32,15 +30,15 @@ from hpo.train.engines.lane_state import (
     initial_model,
     mixed_precision,
     numerics,
+    optimizer_state_dict,
     take_snapshot,
 )
 from hpo.train.engines.plain import build_lane, restore
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.engines.stack_probe import check_stackable
 from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
-from hpo.train.engines.stacked_optimizers import nadam_momentum_product
 from hpo.train.engines.stacked_rows import StackedRows
-from hpo.train.optim import OPTIMIZERS, build_optimizer
+from hpo.train.optim import OPTIMIZERS, build_optimizer, with_eps
 from hpo.train.snapshot import Snapshot
 
 
@@ -131,17 +129,21 @@ class TrialStack(Engine):
         self._lanes[lane] = None
         self._is_whole = self._is_whole or not self._row_lanes
 
+    def repeat_first(self, lanes: int) -> None:
+        """Train the first trial in so many rows, to measure how long they take; `evict` forgets all of them."""
+        self._select([0] * lanes)
+
     def snapshot(self, lane: int) -> Snapshot:
         """Return the trial in a lane after its last epoch; see `Engine`."""
         assert self._is_whole, "the trials are in the middle of an epoch"
         trial = self._lanes[lane]
         assert trial is not None, "there is no trial in this lane"
-        training = trial.config.training
-        optimizer = build_optimizer(self._model.parameters(), training, device_type=self.device.type).state_dict()
-        if trial.epoch:
-            for group in optimizer["param_groups"]:
-                group["lr"] = trial.results[-1].lr
-            optimizer["state"] = self._optimizer_state(lane, trial)
+        optimizer = optimizer_state_dict(
+            trial,
+            list(self._model.parameters()),
+            lambda names: self._tensors.moments_of(self._row_lanes.index(lane), names),
+            device=self.device,
+        )
         return take_snapshot(trial, model=self._load(lane).state_dict(), optimizer=optimizer)
 
     def run_epoch(self) -> list[EpochResult]:
@@ -246,7 +248,7 @@ class TrialStack(Engine):
     def _evaluate(self, trials: Sequence[LaneState], loader: BatchLoader) -> list[tuple[float, float]]:
         """Return for each lane the mean loss and the accuracy over a split, from float32 sums."""
         sums_K2 = torch.zeros((len(trials), 2), device=self.device)
-        batch_size = evaluation_batch_size(trials[0])
+        batch_size = evaluation_batch_size(trials[0].config, data=self._data)
         if self.device.type == "cuda":  # saves memory; on a CPU the size would show in the last digit
             batch_size = max(trials[0].config.training.batch_size, batch_size // len(trials))
         for images_BCHW, labels_B in loader.batches(batch_size):
@@ -275,24 +277,3 @@ class TrialStack(Engine):
         """Return the network of a lane; it holds until another lane's is asked for."""
         self._tensors.load(self._row_lanes.index(lane), self._model)
         return self._model
-
-    def _optimizer_state(self, lane: int, trial: LaneState) -> dict[int, dict[str, Any]]:
-        """Return what torch.optim's optimizer of this trial would have in its state."""
-        training = trial.config.training
-        steps = trial.epoch * self.num_steps
-        common: dict[str, Tensor] = {}
-        if training.optimizer != "sgd":
-            common["step"] = torch.tensor(float(steps))
-        if training.optimizer == "nadam":
-            common["mu_product"] = torch.tensor(nadam_momentum_product(training.beta1, steps))
-        names = [name for name in self._update.moments if name != "momentum_buffer" or training.momentum]
-        moments = self._tensors.moments_of(self._row_lanes.index(lane), names)
-        return {index: common | of_parameter for index, of_parameter in enumerate(moments)}
-
-
-def with_eps(training: TrainingConfig) -> TrainingConfig:
-    """Return the same settings with the optimizer's own eps where none is given."""
-    if training.eps is not None:
-        return training
-    parameters = inspect.signature(getattr(torch.optim, OPTIMIZERS[training.optimizer].torch_class)).parameters
-    return replace(training, eps=parameters["eps"].default if "eps" in parameters else 0.0)

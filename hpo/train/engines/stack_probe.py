@@ -10,7 +10,6 @@ Shapes: K lanes (networks), B batch, C H W image, L classes.
 from __future__ import annotations
 
 import copy
-import pickle
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.train.engines.lane_state import autocast, numerics
+from hpo.train.engines.side_effects import SideEffects
 from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
 from hpo.train.engines.vmap_ops import DropoutNotes, DropoutReplay
 from hpo.train.imports import describe_error
@@ -127,14 +127,12 @@ def _run_alone(network: StackedNetwork, pair: Sequence[nn.Module], batches: Sequ
     for seed, (given, images_BCHW) in enumerate(zip(pair, batches, strict=True)):
         model = copy.deepcopy(given).train()
         torch.manual_seed(seed)
-        generators, attributes = _other_generators(), _attributes(model)
+        watch = SideEffects(model, device=images_BCHW.device)
         notes = DropoutNotes(network.generators)
         logits_BL, grads = _train(model, images_BCHW, notes)
         network.custom_ops.dropouts = notes.inputs
-        if _other_generators() != generators:
-            raise NotStackable("it draws from Python's or NumPy's generator")
-        if _attributes(model) != attributes:
-            raise NotStackable("its modules change their own attributes in training")
+        if (found := watch.found()) is not None:
+            raise NotStackable(found)
         with torch.no_grad():
             evaluated_BL = model.eval()(batches[0])
         buffers = list(model.buffers())
@@ -218,24 +216,6 @@ def _run_stacked(network: StackedNetwork, pair: Sequence[nn.Module], batches: Se
 
 def _loss(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).square().sum()
-
-
-def _attributes(network: nn.Module) -> list[bytes]:
-    """Return the state of its modules other than parameters and buffers, as far as it can be serialised."""
-    states = []
-    for module in network.modules():
-        own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
-        for key, value in own.items():
-            try:
-                states.append(pickle.dumps((key, value)))
-            except Exception:  # whatever pickling a user's object raises
-                states.append(repr((key, value)).encode())
-    return states
-
-
-def _other_generators() -> bytes:
-    """Return the state of the generators that are not torch's."""
-    return pickle.dumps((random.getstate(), numpy.random.get_state()))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hpo.train.engines.side_effects import own_state
 from hpo.train.engines.vmap_ops import CONVOLUTIONS, CustomOps, LaneGenerators
 
 
@@ -33,9 +34,8 @@ class StackedNetwork:
         Raises:
             NotStackable: Such networks cannot be run as one.
         """
-        for module in model.modules():
-            if type(module).get_extra_state is not nn.Module.get_extra_state:
-                raise NotStackable(f"{type(module).__name__} keeps a state of its own (get_extra_state)")
+        if (name := own_state(model)) is not None:
+            raise NotStackable(f"{name} keeps a state of its own (get_extra_state)")
         if not all(parameter.requires_grad and parameter.is_floating_point() for parameter in model.parameters()):
             raise NotStackable("it has parameters that are not trained")
         self.model = model

@@ -1,0 +1,186 @@
+"""A trial in a captured lane is the plain engine's, whatever its neighbours are and whoever had the lane before.
+
+The lanes' functions run uncaptured here, as on every CPU. Between captured lanes it is bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hpo.train.config import ModelConfig, TrialConfig
+from hpo.train.data.loading import DatasetCache
+from hpo.train.engines.captured import CapturedLane, NotCapturable, capture_key
+from hpo.train.engines.captured_lanes import CapturedLanes
+from hpo.train.engines.plain import PlainEngine
+from hpo.train.engines.protocol import Stopped
+from tests.rows import slow_except
+from tests.train.engines.trials import (
+    ARTICLE,
+    BATCH_NORM,
+    CPU,
+    DROPOUT,
+    EPOCHS,
+    QUICK_SETTINGS,
+    SETTINGS,
+    UNUSUAL,
+    assert_close,
+    assert_equal,
+    timeless,
+    train,
+    trial,
+)
+
+NETWORKS = {"article": ARTICLE, "batch_norm": BATCH_NORM, "dropout": DROPOUT, "unusual": UNUSUAL}
+
+
+@pytest.mark.parametrize(
+    "settings", slow_except(SETTINGS, *QUICK_SETTINGS), ids=lambda given: given.get("schedule", given["optimizer"])
+)
+def test_every_optimizer_and_schedule_is_the_plain_engines(settings: dict[str, Any]) -> None:
+    config = trial(**settings, weight_decay=1e-2, gradient_clip=1.0, label_smoothing=0.1)
+    captured = CapturedLanes(device=CPU)
+    another = captured.admit(replace(config, seed=9))
+    captured.run_epoch()
+    captured.evict(another)  # its lane is the trial's now
+    assert_close(train(captured, config), train(PlainEngine(device="cpu"), config))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_kind_of_network_is_the_plain_engines_among_others(name: str) -> None:
+    """Others of its kind and of other kinds join, diverge and leave meanwhile."""
+    config = trial(model=NETWORKS[name], optimizer="sgd", momentum=0.9)
+    others = [
+        replace(config, seed=1, training=replace(config.training, lr=1e30)),
+        trial(model=DROPOUT, batch_size=32, optimizer="adagrad"),
+        trial(model=BATCH_NORM, batch_size=50, optimizer="adam"),
+        replace(config, seed=2),
+    ]
+    captured = CapturedLanes(device=CPU)
+    held = [captured.admit(other) for other in others[:2]]
+    lane = captured.admit(config)
+    for epoch in range(EPOCHS):
+        held.append(captured.admit(others[2 + epoch % 2]))
+        assert sorted(result.lane for result in captured.run_epoch()) == sorted([lane, *held])
+        captured.evict(held.pop(0))
+    among = captured.checkpoint(lane)
+    assert_equal(among, train(CapturedLanes(device=CPU), config))
+    assert_close(among, train(PlainEngine(device="cpu"), config))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        pytest.param(DROPOUT, {"optimizer": "adam"}, id="fused"),
+        pytest.param(BATCH_NORM, {"optimizer": "nadam"}, id="rule", marks=pytest.mark.slow),
+        pytest.param(BATCH_NORM, {"optimizer": "sgd", "momentum": 0.9}, id="momentum"),
+        pytest.param(BATCH_NORM, {"optimizer": "sgd"}, id="no-momentum", marks=pytest.mark.slow),
+    ],
+)
+def test_checkpoints_are_resumed_by_either_engine(model: ModelConfig, settings: dict[str, Any]) -> None:
+    config = trial(model=model, schedule="cosine", eps=1e-4, **settings)
+    plain, captured = PlainEngine(device="cpu"), CapturedLanes(device=CPU)
+    whole = train(CapturedLanes(device=CPU), config)
+    plain.admit(config)
+    plain.run_epoch()
+    lane = captured.admit(config, plain.checkpoint(0))
+    captured.run_epoch()
+    second = captured.checkpoint(lane)
+    captured.run_epoch()
+    assert_close(captured.checkpoint(lane), whole)
+    plain.evict(0)
+    plain.admit(config, second)
+    plain.run_epoch()
+    assert_close(plain.checkpoint(0), whole)
+    again = CapturedLanes(device=CPU)
+    again.admit(config, second)
+    again.run_epoch()
+    assert_equal(again.checkpoint(0), captured.checkpoint(lane))
+
+
+def test_a_checkpoint_before_the_first_epoch_is_the_start() -> None:
+    config = trial(optimizer="adam")
+    captured = CapturedLanes(device=CPU)
+    lane = captured.admit(config)
+    start = captured.checkpoint(lane)
+    captured.run_epoch()
+    again = CapturedLanes(device=CPU)
+    again.admit(config, start)
+    assert timeless(again.run_epoch()) == timeless(list(captured.checkpoint(lane).results))
+
+
+def test_the_test_accuracy_is_the_plain_engines() -> None:
+    config = trial(data={"name": "digits", "train_samples": 150}, report_test_accuracy=True, epochs=1)
+    expected = train(PlainEngine(device="cpu"), config).results[-1]
+    found = train(CapturedLanes(device=CPU), config).results[-1]
+    assert found.test_accuracy == pytest.approx(expected.test_accuracy, abs=0.01)
+    assert found.test_accuracy is not None
+
+
+def test_stops_before_the_next_step_and_forgets_what_was_begun() -> None:
+    num_steps = 0
+
+    def should_stop() -> bool:
+        nonlocal num_steps
+        num_steps += 1
+        return num_steps == 3
+
+    config = trial()
+    captured = CapturedLanes(device=CPU, should_stop=should_stop)
+    lanes = [captured.admit(config), captured.admit(replace(config, seed=4))]
+    with pytest.raises(Stopped):
+        captured.run_epoch()
+    for lane in lanes:
+        captured.evict(lane)
+    assert_equal(train(captured, config), train(CapturedLanes(device=CPU), config))
+
+
+def test_a_lane_is_captured_once_for_all_trials_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(CapturedLane, "_prepare", lambda lane: made.append(lane.key))
+    captured = CapturedLanes(device=CPU)
+    kinds = [trial(), trial(batch_size=32), trial(seed=5, lr=1e-3, schedule="cosine", epochs=9)]
+    for config in kinds:
+        captured.evict(captured.admit(config))
+    # The second kind took the place of the first, so the third trial, of the first kind, needs a capture again.
+    assert made == [capture_key(kinds[0]), capture_key(kinds[1]), capture_key(kinds[0])]
+    for _ in range(3):
+        captured.evict(captured.admit(kinds[2]))
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_same"),
+    [
+        ({"lr": 0.5, "schedule": "one_cycle", "epochs": 9, "warmup_epochs": 1.0, "checkpoint_epochs": 2}, True),
+        ({"beta1": 0.5}, True),  # sgd does not read it
+        ({"momentum": 0.5}, False),
+        ({"weight_decay": 0.1}, False),
+        ({"label_smoothing": 0.1}, False),
+        ({"gradient_clip": 1.0}, False),
+        ({"optimizer": "adam"}, False),
+        ({"precision": "bf16"}, False),
+        ({"tf32": True}, False),
+    ],
+)
+def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: dict[str, Any], is_same: bool) -> None:
+    config = trial(optimizer="sgd", momentum=0.9)
+    other = replace(config, seed=8, training=replace(config.training, **changed))
+    assert (capture_key(config) == capture_key(other)) is is_same
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (trial(compile=True), "training.compile"),
+        (trial(data={"placement": "stream"}), "its images are not on the device"),
+        (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "frozen"})), "not trained"),
+        (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "state"})), "get_extra_state"),
+    ],
+    ids=["compile", "stream", "frozen", "state"],
+)
+def test_what_a_graph_would_lose_is_refused(config: TrialConfig, reason: str) -> None:
+    with pytest.raises(NotCapturable, match=reason):
+        CapturedLane(config, data=DatasetCache(device=CPU).get(config.data), device=CPU)
