@@ -66,6 +66,10 @@ class FusedOptimizer:
             group["lr"] = self._lr
             if "capturable" in group:
                 group["capturable"] = device.type == "cuda"
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()  # at a learning rate of 0, so that there are moments to load
+        self._optimizer.zero_grad()
 
     @torch.no_grad()
     def load(self, optimizer: torch.optim.Optimizer) -> None:
