@@ -296,7 +296,7 @@ class GroupedConvolution(_LanewiseFunction):
         dilation: Any,
         groups: int,
     ) -> tuple[Tensor, int]:
-        """Return (B, K, O, H, W) from one grouped convolution."""
+        """Return (K, B, O, H, W) from one grouped convolution."""
         weight_KOCHW, bias_KO = _lanes_first(info, in_dims[1], weight), _lanes_first(info, in_dims[2], bias)
         if in_dims[0] is not None:
             images, groups = _lanes_as_channels(images, in_dims[0]), groups * info.batch_size
@@ -304,7 +304,7 @@ class GroupedConvolution(_LanewiseFunction):
             images, groups = images.repeat(1, info.batch_size, 1, 1), groups * info.batch_size
         bias_O = None if bias_KO is None else bias_KO.flatten()
         result = F.conv2d(images, weight_KOCHW.flatten(0, 1), bias_O, stride, padding, dilation, groups)
-        return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
+        return _channels_as_lanes(info, result), 0
 
 
 class MatmulConvolution(GroupedConvolution):
@@ -338,7 +338,7 @@ class MatmulConvolution(GroupedConvolution):
         else:
             products = torch.baddbmm(bias_KO[:, None], patches.expand(info.batch_size, -1, -1), filters_KFO)
         result_KBHWO = products.view(info.batch_size, -1, *places.shape[1:3], filters_KFO.shape[2])
-        return result_KBHWO.permute(0, 1, 4, 2, 3), 0
+        return _owned(result_KBHWO.permute(0, 1, 4, 2, 3)), 0
 
 
 CONVOLUTIONS: dict[str, type[GroupedConvolution]] = {"grouped": GroupedConvolution, "products": MatmulConvolution}
@@ -354,9 +354,9 @@ class _Pooling(_LanewiseFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, images: Tensor, pool: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
-        """Return (B, K, C, H, W), pooled with the lanes as channels."""
+        """Return (K, B, C, H, W), pooled with the lanes as channels."""
         result = pool(_lanes_as_channels(images, in_dims[0]))
-        return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
+        return _channels_as_lanes(info, result), 0
 
 
 class _Linear(_LanewiseFunction):
@@ -377,7 +377,7 @@ class _Linear(_LanewiseFunction):
             result = torch.bmm(rows_KNF, weight_KFO)
         else:
             result = torch.baddbmm(bias_KO[:, None], rows_KNF, weight_KFO)
-        return result.view(*inputs.shape[:-1], -1), 0
+        return _owned(result.view(*inputs.shape[:-1], -1)), 0
 
 
 class _BatchNorm(_LanewiseFunction):
@@ -391,14 +391,14 @@ class _BatchNorm(_LanewiseFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, inputs: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        """Return (B, K, C, ...), normalised with the lanes as channels."""
+        """Return (K, B, C, ...), normalised with the lanes as channels."""
         *given, normalise = rest
         stacked = [_lanes_first(info, dim, tensor) for dim, tensor in zip(in_dims[1:], given, strict=False)]
         channels = _lanes_first(info, in_dims[0], inputs).movedim(0, 1).flatten(1, 2)
         if channels.device.type == "cpu":  # in channels_last the sums would depend on the number of lanes
             channels = channels.contiguous()
         result = normalise(channels, *(None if tensor is None else tensor.flatten() for tensor in stacked))
-        return result.view(len(result), info.batch_size, -1, *result.shape[2:]), 1
+        return _channels_as_lanes(info, result), 0
 
 
 def _lanes_as_channels(images: Tensor, lane_dim: int) -> Tensor:
@@ -406,11 +406,26 @@ def _lanes_as_channels(images: Tensor, lane_dim: int) -> Tensor:
     return images.movedim(lane_dim, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
+def _channels_as_lanes(info: Any, result_BC: Tensor) -> Tensor:
+    """Return (B, K C, ...) as (K, B, C, ...), in the same memory; in front, because torch changes it in place there."""
+    lanes_BKC = result_BC.view(len(result_BC), info.batch_size, -1, *result_BC.shape[2:])
+    return _owned(lanes_BKC.movedim(1, 0))
+
+
 def _lanes_first(info: Any, lane_dim: int | None, tensor: Tensor | None) -> Any:
     """Return a tensor with the lanes in front, repeated where it is the same for all of them; None stays None."""
     if tensor is None:
         return None
     return tensor.expand(info.batch_size, *tensor.shape) if lane_dim is None else tensor.movedim(lane_dim, 0)
+
+
+def _owned(view: Tensor) -> Tensor:
+    """Return a view as a tensor of its own for autograd, where nobody else uses the memory.
+
+    An activation in place would else be recorded as a change of the viewed tensor, with four passes over it for one.
+    """
+    owned: Tensor = torch.ops.aten._unsafe_view(view, view.shape)
+    return owned
 
 
 def _pair(value: Any) -> Any:
