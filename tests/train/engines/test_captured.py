@@ -14,7 +14,9 @@ from hpo.train.config import ModelConfig, TrialConfig
 from hpo.train.data.loading import DatasetCache
 from hpo.train.engines.captured import CapturedLane, NotCapturable, capture_key
 from hpo.train.engines.captured_lanes import CapturedLanes
+from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.plain import PlainEngine
+from hpo.train.engines.planning import LanePlan
 from hpo.train.engines.protocol import Stopped
 from tests.rows import slow_except
 from tests.train.engines.trials import (
@@ -184,3 +186,57 @@ def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: d
 def test_what_a_graph_would_lose_is_refused(config: TrialConfig, reason: str) -> None:
     with pytest.raises(NotCapturable, match=reason):
         CapturedLane(config, data=DatasetCache(device=CPU).get(config.data), device=CPU)
+
+
+# In the engine of many lanes
+
+
+CAPTURED_PLAN = LanePlan(device="the CPU", lanes=3, convolution=None, reason="agreed", is_captured=True)
+
+
+def lane_engine() -> LaneEngine:
+    return LaneEngine(device="cpu", get_or_set_plan=lambda device, measure: CAPTURED_PLAN)
+
+
+def test_trials_of_several_kinds_train_at_once() -> None:
+    configs = [trial(), trial(batch_size=32, optimizer="sgd"), trial(model=BATCH_NORM)]
+    engine = lane_engine()
+    lanes = [engine.admit(config) for config in configs]
+    assert (engine.free_lanes, engine.is_interleaving, engine.next_lanes) == (0, False, lanes)
+    for _ in range(EPOCHS):
+        assert [result.lane for result in engine.run_epoch()] == lanes
+    for lane, config in zip(lanes, configs, strict=True):
+        assert_close(engine.checkpoint(lane), train(PlainEngine(device="cpu"), config))
+
+
+def test_a_trial_that_cannot_be_captured_trains_alone_among_those_that_are(caplog: pytest.LogCaptureFixture) -> None:
+    alone = trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "frozen"}))
+    engine = lane_engine()
+    lanes = [engine.admit(config) for config in (trial(), alone, trial(seed=4))]
+    assert "trains alone: it has parameters that are not trained" in caplog.text
+    once = PlainEngine(device="cpu")
+    once.admit(alone)
+    once.run_epoch()
+    turns = [[result.lane for result in engine.run_epoch()] for _ in range(2)]
+    assert turns == [[lanes[0], lanes[2]], [lanes[1]]]
+    assert_equal(engine.checkpoint(lanes[1]), once.checkpoint(0))
+
+
+def test_an_error_in_captured_lanes_has_their_trials_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, config = lane_engine(), trial()
+    lanes = [engine.admit(config), engine.admit(replace(config, seed=4))]
+    monkeypatch.setattr(CapturedLane, "step", lambda lane: (_ for _ in ()).throw(ValueError("of a replay")))
+    with pytest.raises(ValueError, match="of a replay"):
+        engine.run_epoch()
+    for lane in lanes:
+        engine.evict(lane)
+    lane = engine.admit(config)
+    engine.run_epoch()  # by the plain engine
+    engine.evict(lane)
+    assert_equal(train(engine, config), train(PlainEngine(device="cpu"), config))
+
+
+def test_a_suspect_trains_in_no_captured_lane() -> None:
+    engine = lane_engine()
+    lanes = [engine.admit(trial()), engine.admit(trial(seed=4), may_share=False)]
+    assert [[result.lane for result in engine.run_epoch()] for _ in range(2)] == [[lanes[0]], [lanes[1]]]
