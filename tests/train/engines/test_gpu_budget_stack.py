@@ -6,16 +6,12 @@ its kernels do. The budgets are what was counted; they may only fall.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data.loading import DatasetCache
@@ -23,59 +19,16 @@ from hpo.train.engines.stack import TrialStack
 from hpo.train.engines.stacked_network import StackedNetwork
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.optim import OPTIMIZERS
+from tests.train.engines.gpu_calls import Calls
 
 CPU = torch.device("cpu")
 LANES = 3
-# Operations that read a value to the host, or whose result has a size that depends on values.
-WAITING = {
-    "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nonzero",
-    "repeat_interleave", "unique_consecutive", "unique_dim",
-}  # fmt: skip
-# Operations that launch no kernel: they look at memory in another way, or reserve some.
-FREE = {
-    "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "expand", "movedim", "new_empty_strided",
-    "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold",
-    "unsqueeze", "view",
-}  # fmt: skip
-
 # Kernels that a step of the article's network launches with Adam, by the method of its convolutions, and how many more
 # or fewer another optimizer takes.
 STEP_LAUNCHES = {"grouped": 109, "products": 154}
 MORE_LAUNCHES = {
     "adam": 0, "adamw": 0, "sgd": -4, "nadam": 2, "radam": 1, "rmsprop": -2, "adagrad": -4, "adadelta": 2,
 }  # fmt: skip
-
-
-class Calls(TorchDispatchMode):
-    """A mode that notes each operation with all that is no value of a tensor: what a captured graph would keep."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = function.__name__.split(".")[0]
-        leaves = tree_leaves((args, kwargs or {}))
-        given = [(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
-        self.seen.append((name, tuple(given)))
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def waiting(self) -> list[str]:
-        """Return the operations that make the host wait for the device."""
-        by_mask = {"index", "index_put", "index_put_"}
-        return [
-            name
-            for name, given in self.seen
-            if name in WAITING or (name in by_mask and any(torch.bool in leaf for leaf in given[1:] if len(leaf) == 2))
-        ]
-
-    @property
-    def launches(self) -> list[str]:
-        """Return the operations that launch kernels."""
-        return [name for name, _ in self.seen if name not in FREE]
 
 
 def steps_of(convolution: str, optimizer: str) -> list[Calls]:
@@ -118,17 +71,6 @@ def test_steps_never_wait_and_are_the_same_calls_each_time(convolution: str, opt
     one, other = steps_of(convolution, optimizer)
     assert one.seen == other.seen
     assert len(one.launches) <= STEP_LAUNCHES[convolution] + MORE_LAUNCHES[optimizer]
-
-
-def test_the_check_for_waiting_sees_what_waits() -> None:
-    tensor = torch.arange(4.0)
-    with Calls() as calls:
-        float(tensor.sum())
-        tensor[tensor > 1]
-        tensor[tensor > 1] = 0.0
-        tensor[torch.tensor([1])]
-        bool(tensor[0] > 1)
-    assert calls.waiting == ["_local_scalar_dense", "index", "index_put_", "_local_scalar_dense"]
 
 
 class Residual(nn.Module):
