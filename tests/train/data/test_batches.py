@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hpo.train.data.batches import flip_and_crop
-from hpo.train.data.sources import batch_bounds
+from hpo.train.data.batches import BatchLoader, flip_and_crop
+from hpo.train.data.sources import DeviceSource, batch_bounds
 from tests.train.data.datasets_under_test import epoch, load
 
 
@@ -87,3 +92,41 @@ def test_auto_placement_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None
     num_bytes = 1438 * 32 * 32
     assert store(num_bytes * 4 + 4) == "DeviceSource"
     assert store(num_bytes * 4) == "StreamSource"
+
+
+class CopiesToTheDevice(TorchDispatchMode):
+    """A mode that counts operations which take a tensor of the host's, not a number, and give one of the device's."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()}
+        made = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        self.count += "cpu" in given and "cuda" in made
+        return result
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2])
+def test_batches_copy_nothing_to_the_device_after_the_first(num_lanes: int) -> None:
+    """The order of an epoch and its augmentation go there at once: four copies, however many batches there are."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cuda = torch.device("cuda:0")
+        loader = BatchLoader(
+            source=DeviceSource(torch.empty(150, 32, 32, 3, dtype=torch.uint8, device=cuda)),
+            labels_N=torch.zeros(150, dtype=torch.int64, device=cuda),
+            mean_C11=torch.zeros(3, 1, 1, device=cuda),
+            std_C11=torch.ones(3, 1, 1, device=cuda),
+            flip=True,
+            crop=2,
+        )
+        with CopiesToTheDevice() as copies:
+            batches = loader.stacked_batches(32, [(seed, 0) for seed in range(num_lanes)])
+            next(batches)
+            assert copies.count == 4
+            assert len(list(batches)) == 4
+            assert copies.count == 4

@@ -19,7 +19,7 @@ from hpo.train.engines.stack import TrialStack
 from hpo.train.engines.stacked_network import StackedNetwork
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.optim import OPTIMIZERS
-from tests.train.engines.gpu_calls import Calls
+from tests.train.engines.dispatch import Calls
 
 CPU = torch.device("cpu")
 LANES = 3
@@ -71,6 +71,17 @@ def test_steps_never_wait_and_are_the_same_calls_each_time(convolution: str, opt
     one, other = steps_of(convolution, optimizer)
     assert one.seen == other.seen
     assert len(one.launches) <= STEP_LAUNCHES[convolution] + MORE_LAUNCHES[optimizer]
+
+
+def test_the_check_for_waiting_sees_what_waits() -> None:
+    tensor = torch.arange(4.0)
+    with Calls() as calls:
+        float(tensor.sum())
+        tensor[tensor > 1]
+        tensor[tensor > 1] = 0.0
+        tensor[torch.tensor([1])]
+        bool(tensor[0] > 1)
+    assert calls.waiting == ["_local_scalar_dense", "index", "index_put_", "_local_scalar_dense"]
 
 
 class Residual(nn.Module):
