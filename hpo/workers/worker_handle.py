@@ -124,6 +124,8 @@ class WorkerProcess:
             process.kill()
             with suppress(subprocess.TimeoutExpired):  # a process that hangs in its driver cannot even be killed
                 process.wait(1.0)
+            if process.stdin is not None:
+                process.stdin.close()
 
     def _close_proof(self) -> bool:
         """Stop to listen to a process that was started early; return False where none was that has not begun."""
