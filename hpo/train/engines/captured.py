@@ -24,7 +24,7 @@ from hpo.train.config import EpochResult, TrialConfig, derive_seed
 from hpo.train.data.batches import BatchLoader, flip_and_crop
 from hpo.train.data.loading import SplitDataset
 from hpo.train.data.sources import DeviceSource, batch_bounds
-from hpo.train.engines.captured_optimizers import build_capturable_optimizer
+from hpo.train.engines.captured_optimizers import NotCapturable, build_capturable_optimizer
 from hpo.train.engines.lane_state import (
     LaneState,
     check_test_set,
@@ -44,10 +44,6 @@ from hpo.train.optim import OPTIMIZERS
 from hpo.train.snapshot import Snapshot
 
 NUM_WARM_UPS = 3  # runs before a capture, in which libraries choose kernels and allocate workspaces
-
-
-class NotCapturable(Exception):
-    """Trials of this kind cannot be trained by CUDA graphs; the message says why."""
 
 
 def capture_key(config: TrialConfig) -> str:
@@ -83,7 +79,7 @@ class CapturedLane:
         self.config = config  # any trial of the kind
         self._data, self._device = data, device
         self._images_NHWC = _images_on_device(data.train)
-        self._model: nn.Module = copy.deepcopy(like._model) if like else initial_model(config, data=data, device=device)
+        self._model = like.copy_network() if like else initial_model(config, data=data, device=device)
         self._parameters = list(self._model.parameters())
         self._amp_dtype = mixed_precision(config.training, device=device)
         _check_capturable(config, self._model)
@@ -105,7 +101,7 @@ class CapturedLane:
             assert data.test is not None
             self._splits["test"] = data.test
         self._sums_2 = {split: torch.zeros(2, device=device) for split in self._splits}
-        self._next_step = len(bounds)  # no epoch has begun
+        self._next_step = 0
         self._runner = _GraphRunner(device) if device.type == "cuda" else _EagerRunner()
         self._prepare()
 
@@ -184,6 +180,14 @@ class CapturedLane:
         optimizer = optimizer_state_dict(self.trial, self._parameters, self._optimizer.moments, device=self._device)
         return take_snapshot(self.trial, model=self._model.state_dict(), optimizer=optimizer)
 
+    def copy_network(self) -> nn.Module:
+        """Return a copy of the lane's network, drawn anew where a user's class cannot be copied."""
+        self._runner.join()
+        try:
+            return copy.deepcopy(self._model)
+        except Exception:  # whatever copying a user's object raises
+            return initial_model(self.config, data=self._data, device=self._device)
+
     def close(self) -> None:
         """Free the lane's memory once the device has done what was issued; the lane is of no use afterwards."""
         self._runner.close()
@@ -225,9 +229,8 @@ class CapturedLane:
         self._sums_2[split].copy_(sums_2)
 
     def _prepare(self) -> None:
-        """Capture the graphs, where this device has them. Learning rates are 0 until a trial is loaded."""
-        if not isinstance(self._runner, _GraphRunner):
-            return
+        """Capture the graphs, and look for what they would lose. Learning rates are 0 until a trial is loaded."""
+        self._model.train()
         watch = SideEffects(self._model, device=self._device)
         functions: dict[int | str, Callable[[], None]] = {
             size: partial(self._train_step, size) for size in self._positions_of
@@ -235,10 +238,10 @@ class CapturedLane:
         functions |= {split: partial(self._evaluate, split) for split in self._splits}
         with numerics(tf32=self.config.training.tf32):
             self._runner.capture(functions, before_each=self._reset_counters)
+        self._model.train()
         if (found := watch.found()) is not None:
             raise NotCapturable(found)
-        if any(parameter.grad is None for parameter in self._parameters):
-            raise NotCapturable("it has parameters that its output does not depend on")
+        self._next_step = self.num_steps  # no epoch has begun
 
     def _reset_counters(self) -> None:
         self._next_step = 0
@@ -251,6 +254,13 @@ class _EagerRunner:
 
     def __init__(self) -> None:
         self._state: Tensor | None = None
+
+    def capture(self, functions: Mapping[int | str, Callable[[], None]], *, before_each: Callable[[], None]) -> None:
+        """Run each function once, as what a graph would lose shows then."""
+        self.begin(seed=0)
+        for name, function in functions.items():
+            before_each()
+            self.run(name, function)
 
     def begin(self, *, seed: int) -> None:
         self._state = torch.Generator().manual_seed(seed).get_state()
@@ -305,7 +315,7 @@ class _GraphRunner:
                     with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                         function()
                     self._graphs[name] = graph
-        except (torch.OutOfMemoryError, UserError):
+        except (NotCapturable, torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # whatever waits for the device, or depends on what is there
             torch.cuda.synchronize(self._device)  # raises where the error has made the process unusable

@@ -18,6 +18,10 @@ from hpo.train.engines.lane_state import LaneState
 from hpo.train.optim import OPTIMIZERS, build_optimizer, with_eps
 
 
+class NotCapturable(Exception):
+    """Trials of this kind cannot be trained by CUDA graphs; the message says why."""
+
+
 class CapturableOptimizer(Protocol):
     """An optimizer of fixed parameters, whose steps a CUDA graph can hold."""
 
@@ -96,6 +100,7 @@ class FusedOptimizer:
 
     def step(self) -> None:
         """Change the parameters by their gradients."""
+        _gradients_of(self._parameters)
         self._optimizer.step()
 
     def moments(self, names: Sequence[str]) -> Sequence[Mapping[str, Tensor]]:
@@ -158,8 +163,7 @@ class RuleOptimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Change the parameters by their gradients."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        torch._foreach_copy_(self._grads, gradients)
+        torch._foreach_copy_(self._grads, _gradients_of(self._parameters))
         factors = dict(zip(self._names, torch.split(self._numbers_1N, 1, dim=1), strict=True))
         self._rule.apply(self._params_1P, self._grads_1P, self._moments, factors)
 
@@ -176,6 +180,14 @@ def _cut(row_1P: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         views.append(row_1P.as_strided(parameter.shape, strides, start))
         start += parameter.numel()
     return views
+
+
+def _gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients. Raises NotCapturable where one is missing: torch.optim passes over such a parameter."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if len(gradients) < len(parameters):
+        raise NotCapturable("it has parameters that its output does not depend on")
+    return gradients
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -17,8 +17,9 @@ import torch
 from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import EpochResult, TrialConfig
 from hpo.train.data.loading import DatasetCache
-from hpo.train.engines.captured import NotCapturable, capture_key
+from hpo.train.engines.captured import capture_key
 from hpo.train.engines.captured_lanes import CapturedLanes
+from hpo.train.engines.captured_optimizers import NotCapturable
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.planning import MAX_LANES, LanePlan, device_kind, plan_lanes
 from hpo.train.engines.protocol import Engine, Stopped

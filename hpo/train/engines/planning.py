@@ -20,8 +20,8 @@ import torch
 from hpo.errors import UserError
 from hpo.train.config import TrialConfig
 from hpo.train.data.loading import SplitDataset
-from hpo.train.engines.captured import NotCapturable
 from hpo.train.engines.captured_lanes import CapturedLanes
+from hpo.train.engines.captured_optimizers import NotCapturable
 from hpo.train.engines.lane_state import numerics
 from hpo.train.engines.plain import PlainEngine, build_lane
 from hpo.train.engines.stack import TrialStack

@@ -12,8 +12,9 @@ import pytest
 
 from hpo.train.config import ModelConfig, TrialConfig
 from hpo.train.data.loading import DatasetCache
-from hpo.train.engines.captured import CapturedLane, NotCapturable, capture_key
+from hpo.train.engines.captured import CapturedLane, capture_key
 from hpo.train.engines.captured_lanes import CapturedLanes
+from hpo.train.engines.captured_optimizers import NotCapturable
 from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.planning import LanePlan
@@ -180,8 +181,17 @@ def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: d
         (trial(data={"placement": "stream"}), "its images are not on the device"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "frozen"})), "not trained"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "state"})), "get_extra_state"),
+        (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "counter"})), "own attributes"),
+        (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "python_random"})), "on the host"),
+        (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "unused"})), "does not depend on"),
+        (
+            trial(
+                model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "unused"}), optimizer="adagrad"
+            ),
+            "does not depend on",
+        ),
     ],
-    ids=["compile", "stream", "frozen", "state"],
+    ids=["compile", "stream", "frozen", "state", "counter", "random", "unused", "unused-rule"],
 )
 def test_what_a_graph_would_lose_is_refused(config: TrialConfig, reason: str) -> None:
     with pytest.raises(NotCapturable, match=reason):
