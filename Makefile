@@ -36,8 +36,8 @@ bench: setup ## measure the start, the plain engine and the store
 	$(BIN)/python -m scripts.bench.engine
 	$(BIN)/python -m scripts.bench.store
 
-bench-gpu: setup ## measure lanes on a GPU
-	$(BIN)/python -m scripts.bench.lanes --json bench-gpu.json
+bench-gpu: setup ## measure all on a GPU, in eight minutes
+	$(BIN)/python -m scripts.gpu_day --out gpu_day $(GPU_DAY)
 
 bench-search: setup ## compare the search with other tools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt 'ray[tune]>=2.40'

@@ -1,12 +1,11 @@
-"""Measure images a second of many trials on one device: in lanes, one after another, and in several processes.
+"""Measure images a second of many trials on a CPU: in lanes, one after another, and in several processes.
 
-    make bench-gpu                                   # the article's network on CIFAR-100-shaped noise, batch 128
+    python -m scripts.bench.lanes                    # the article's network on CIFAR-100-shaped noise, batch 128
     python -m scripts.bench.lanes --network tiny     # 8x8 images, of which a CPU trains many at once
 
 Next to our lanes (both ways to stack convolutions) and our plain engine, it measures a usual DataLoader script and
-several processes of the plain engine at once. On a GPU it also measures one captured CUDA graph for each trial,
-replayed on streams: a candidate that is not built in. Figures are medians of --repeats, which take turns. Needs torch
-alone.
+several processes of the plain engine at once. Figures are medians of --repeats, which take turns. Needs torch alone.
+`make bench-gpu` measures a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
@@ -40,11 +39,12 @@ from hpo.train.engines.plain import PlainEngine, build_lane
 from hpo.train.engines.stack import TrialStack
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.models import MODELS
-from scripts.bench.engine import flops_per_image, matmul_flops, spread, synchronise
+from scripts.bench.engine import flops_per_image, matmul_flops, spread
 
 ARTICLE_LRS = (1e-1, 1e-3, 3e-4, 6.25e-5)
 SPACE = (1e-5, 1e-1)  # of the study of many trials
 NETWORKS = ("article", "tiny", "resnet18")
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -84,10 +84,9 @@ def of_seed(config: TrialConfig, seed: int, **training: Any) -> TrialConfig:
     return replace(config, seed=seed, training=replace(config.training, **training))
 
 
-def lanes_epoch(config: TrialConfig, device: str, lanes: int, convolution: str) -> Callable[[], int]:
+def lanes_epoch(config: TrialConfig, lanes: int, convolution: str) -> Callable[[], int]:
     """Return a function that trains an epoch in every lane, without validation, and returns its number of images."""
-    where = torch.device(device)
-    group = TrialStack(config, data=DatasetCache(device=where).get(config.data), device=where, convolution=convolution)
+    group = TrialStack(config, data=DatasetCache(device=CPU).get(config.data), device=CPU, convolution=convolution)
     for seed in range(lanes):
         group.admit(of_seed(config, seed))
     num_steps = group.num_steps
@@ -103,11 +102,10 @@ def lanes_epoch(config: TrialConfig, device: str, lanes: int, convolution: str) 
     return epoch
 
 
-def plain_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
+def plain_epoch(config: TrialConfig) -> Callable[[], int]:
     """Return the same for the plain engine and one trial."""
-    where = torch.device(device)
-    data = DatasetCache(device=where).get(config.data)
-    engine, lane = PlainEngine(device=device), build_lane(config, data=data, device=where)
+    data = DatasetCache(device=CPU).get(config.data)
+    engine, lane = PlainEngine(device="cpu"), build_lane(config, data=data, device=CPU)
 
     def epoch() -> int:
         num_images = 0
@@ -119,9 +117,9 @@ def plain_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
     return epoch
 
 
-def loader_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
+def loader_epoch(config: TrialConfig) -> Callable[[], int]:
     """Return the same for a usual script: a DataLoader with workers, a loss read in every step, float32."""
-    data = DatasetCache(device=torch.device("cpu")).get(config.data)
+    data = DatasetCache(device=CPU).get(config.data)
     images, labels = next(data.train.batches(len(data.train)))
     loader = DataLoader(
         TensorDataset(images, labels),
@@ -129,106 +127,49 @@ def loader_epoch(config: TrialConfig, device: str) -> Callable[[], int]:
         shuffle=True,
         drop_last=True,
         num_workers=2,
-        pin_memory=device != "cpu",
         persistent_workers=True,
     )
-    model = initial_model(config, data=data, device=torch.device(device)).to(memory_format=torch.contiguous_format)
+    model = initial_model(config, data=data, device=CPU).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     criterion = nn.CrossEntropyLoss()
 
     def epoch() -> int:
         num_images, total = 0, 0.0
         for inputs, labels in loader:
-            targets = labels.to(device, non_blocking=True)
             optimizer.zero_grad()
-            loss = criterion(model(inputs.to(device, non_blocking=True)), targets)
+            loss = criterion(model(inputs), labels)
             loss.backward()
             optimizer.step()
             total += loss.item()
-            num_images += len(targets)
+            num_images += len(labels)
         return num_images
 
     return epoch
 
 
-def graphs_epoch(config: TrialConfig, lanes: int) -> Callable[[], int]:
-    """Return the same for one captured CUDA graph a trial, each replayed on its own stream."""
-    where = torch.device("cuda")
-    data = DatasetCache(device=where).get(config.data)
-    images, labels = next(data.train.batches(config.training.batch_size))
-    replays = []
-    for seed in range(lanes):
-        model = initial_model(of_seed(config, seed), data=data, device=where)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, capturable=True)
-        inputs, targets = images.clone(), labels.clone()
-
-        def step(
-            model: nn.Module = model,
-            optimizer: torch.optim.Optimizer = optimizer,
-            inputs: Tensor = inputs,
-            targets: Tensor = targets,
-        ) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                logits = model(inputs)
-            nn.functional.cross_entropy(logits.float(), targets).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        replays.append((graph, stream, inputs))
-
-    def epoch() -> int:
-        num_images = 0
-        batches = data.train.stacked_batches(config.training.batch_size, [(seed, 0) for seed in range(lanes)])
-        for images_KBCHW, _ in batches:
-            if images_KBCHW.shape[1] < config.training.batch_size:
-                break
-            for (graph, stream, inputs), images in zip(replays, images_KBCHW, strict=True):
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    inputs.copy_(images)
-                    graph.replay()
-            for _, stream, _ in replays:
-                torch.cuda.current_stream().wait_stream(stream)
-            num_images += images_KBCHW.shape[0] * images_KBCHW.shape[1]
-        return num_images
-
-    return epoch
-
-
-def rate(epoch: Callable[[], int], device: str) -> float:
+def rate(epoch: Callable[[], int]) -> float:
     """Return the images a second of one epoch."""
-    synchronise(device)
     start_s = time.perf_counter()
     num_images = epoch()
-    synchronise(device)
     return num_images / (time.perf_counter() - start_s)
 
 
-def one_of_many(given: tuple[str, int, int], device: str, threads: int, barrier: Any, rates: Any) -> None:
+def one_of_many(given: tuple[str, int, int], threads: int, barrier: Any, rates: Any) -> None:
     """Train in a process of its own, at the same time as the others behind the barrier, and report its rate."""
     torch.set_num_threads(threads)
     config = prepare(*given)
-    epoch = plain_epoch(config, device)
+    epoch = plain_epoch(config)
     epoch()
     barrier.wait()
-    rates.put(rate(epoch, device))
+    rates.put(rate(epoch))
 
 
-def processes_rate(given: tuple[str, int, int], device: str, count: int) -> float:
+def processes_rate(given: tuple[str, int, int], count: int) -> float:
     """Return the images a second of so many processes of the plain engine together."""
     context = multiprocessing.get_context("spawn")
     barrier, rates = context.Barrier(count), context.Queue()
     threads = max(1, torch.get_num_threads() // count)
-    arguments = (given, device, threads, barrier, rates)
+    arguments = (given, threads, barrier, rates)
     processes = [context.Process(target=one_of_many, args=arguments) for _ in range(count)]
     for process in processes:
         process.start()
@@ -238,9 +179,9 @@ def processes_rate(given: tuple[str, int, int], device: str, count: int) -> floa
     return total
 
 
-def study(config: TrialConfig, device: str, lrs: list[float], epochs: int) -> int:
+def study(config: TrialConfig, lrs: list[float], epochs: int) -> int:
     """Train one trial for each learning rate, as many at once as the engine chooses; return how many that is."""
-    engine = LaneEngine(device=device, max_lanes=max(2, len(lrs)))
+    engine = LaneEngine(device="cpu", max_lanes=max(2, len(lrs)))
     waiting = [of_seed(config, seed, lr=lr, epochs=epochs) for seed, lr in enumerate(lrs)]
     held: set[int] = set()
     while waiting or held:
@@ -262,8 +203,6 @@ def study_seconds(arguments: argparse.Namespace, trials: int, epochs: int) -> fl
         "scripts.bench.lanes",
         "--network",
         arguments.network,
-        "--device",
-        arguments.device,
     ]
     command += ["--pictures", str(arguments.pictures), "--batch-size", str(arguments.batch_size)]
     command += ["--study", str(trials), str(epochs)]
@@ -273,13 +212,12 @@ def study_seconds(arguments: argparse.Namespace, trials: int, epochs: int) -> fl
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line, and fill in the defaults that depend on the device and the network."""
+    """Read the command line, and fill in the defaults that depend on the network."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--network", default="article", choices=NETWORKS)
-    parser.add_argument("--lanes", type=int, nargs="+", help="default: 1 to 64, on a CPU 1 to 16")
-    parser.add_argument("--processes", type=int, nargs="*", help="default: 2 4 8, on a CPU 2")
-    parser.add_argument("--pictures", type=int, help="an epoch (default: 50000; on a CPU 256, tiny 4096)")
+    parser.add_argument("--lanes", type=int, nargs="+", help="default: 1 to 16")
+    parser.add_argument("--processes", type=int, nargs="*", help="default: 2")
+    parser.add_argument("--pictures", type=int, help="an epoch (default: 256, tiny 4096)")
     parser.add_argument("--batch-size", type=int, help="of a lane (default: 128, tiny 32)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-studies", action="store_true", help="leave out the seconds from start to answer")
@@ -289,43 +227,38 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     small = 4096 if arguments.network == "tiny" else 256
-    arguments.pictures = arguments.pictures or (50_000 if arguments.device.startswith("cuda") else small)
+    arguments.pictures = arguments.pictures or small
     arguments.batch_size = arguments.batch_size or (32 if arguments.network == "tiny" else 128)
     return arguments
 
 
-def train_study(config: TrialConfig, device: str, *, trials: int, epochs: int) -> None:
+def train_study(config: TrialConfig, *, trials: int, epochs: int) -> None:
     """Train a study over the article's learning rates, or over as many as there are trials, spread over SPACE."""
     low, high = map(math.log, SPACE)
     lrs = [math.exp(low + (high - low) * index / max(1, trials - 1)) for index in range(trials)]
     if trials == len(ARTICLE_LRS):
         lrs = list(ARTICLE_LRS)
-    study(config, device, lrs, epochs)
+    study(config, lrs, epochs)
 
 
 def measure_rates(arguments: argparse.Namespace, config: TrialConfig) -> dict[str, list[float]]:
     """Return the images a second of every way to train, by name; in each repeat the ways take turns."""
-    device = arguments.device
-    on_cuda = torch.device(device).type == "cuda"
-    ways: dict[str, Callable[[], int]] = {"one after another": plain_epoch(config, device)}
-    ways["DataLoader script"] = loader_epoch(config, device)
-    for count in arguments.lanes or ([1, 2, 4, 8, 16, 32, 64] if on_cuda else [1, 2, 4, 8, 16]):
+    ways: dict[str, Callable[[], int]] = {"one after another": plain_epoch(config)}
+    ways["DataLoader script"] = loader_epoch(config)
+    for count in arguments.lanes or [1, 2, 4, 8, 16]:
         for convolution in CONVOLUTIONS:
-            ways[f"{count} lanes, {convolution}"] = lanes_epoch(config, device, count, convolution)
-        if on_cuda:
-            ways[f"{count} CUDA graphs"] = graphs_epoch(config, count)
-    precision = "bf16" if on_cuda else "fp32"
+            ways[f"{count} lanes, {convolution}"] = lanes_epoch(config, count, convolution)
     images = f"{arguments.pictures} images an epoch"
-    print(f"{arguments.network}, batch {arguments.batch_size}, {images}, {precision}", flush=True)
+    print(f"{arguments.network}, batch {arguments.batch_size}, {images}, fp32", flush=True)
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for epoch in ways.values():
         epoch()  # warms up
     for _ in range(arguments.repeats):
         for name, epoch in ways.items():
-            rates[name].append(rate(epoch, device))
+            rates[name].append(rate(epoch))
     given = (arguments.network, arguments.pictures, arguments.batch_size)
-    for count in arguments.processes if arguments.processes is not None else ([2, 4, 8] if on_cuda else [2]):
-        rates[f"{count} processes"] = [processes_rate(given, device, count) for _ in range(arguments.repeats)]
+    for count in arguments.processes if arguments.processes is not None else [2]:
+        rates[f"{count} processes"] = [processes_rate(given, count) for _ in range(arguments.repeats)]
     return rates
 
 
@@ -347,17 +280,16 @@ def print_rates(rates: dict[str, list[float]], *, peaks: list[float], flops: int
 def main() -> None:
     """Measure, print and write the figures; with --study train that study and print nothing."""
     arguments = parse_arguments()
-    device, network = arguments.device, arguments.network
-    on_cuda = torch.device(device).type == "cuda"
+    network = arguments.network
     config = prepare(network, arguments.pictures, arguments.batch_size)
     if arguments.study:
         trials, epochs = arguments.study
-        train_study(config, device, trials=trials, epochs=epochs)
+        train_study(config, trials=trials, epochs=epochs)
         return
     rates = measure_rates(arguments, config)
-    peaks = [matmul_flops(device) for _ in range(arguments.repeats)]
+    peaks = [matmul_flops("cpu") for _ in range(arguments.repeats)]
     figures: dict[str, Any] = {
-        "hardware": torch.cuda.get_device_name(device) if on_cuda else f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "network": network,
