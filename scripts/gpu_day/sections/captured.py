@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hpo.train.config import EpochResult, TrialConfig
 from hpo.train.data.loading import DatasetCache
-from hpo.train.engines.captured import NotCapturable
 from hpo.train.engines.captured_lanes import CapturedLanes
+from hpo.train.engines.captured_optimizers import NotCapturable
 from hpo.train.optim import OPTIMIZERS
 from scripts.gpu_day.common import (
     Section,
