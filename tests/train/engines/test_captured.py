@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from hpo.train.config import ModelConfig, TrialConfig
 from hpo.train.data.loading import DatasetCache
+from hpo.train.engines import captured as captured_module
 from hpo.train.engines.captured import CapturedLane, capture_key
 from hpo.train.engines.captured_lanes import CapturedLanes
 from hpo.train.engines.captured_optimizers import NotCapturable
@@ -19,13 +21,16 @@ from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.planning import LanePlan
 from hpo.train.engines.protocol import Stopped
+from hpo.train.optim import OPTIMIZERS
 from tests.rows import slow_except
+from tests.train.engines.replay import RecordedGraph, ReplayingRunner
 from tests.train.engines.trials import (
     ARTICLE,
     BATCH_NORM,
     CPU,
     DROPOUT,
     EPOCHS,
+    EPS,
     QUICK_SETTINGS,
     SETTINGS,
     UNUSUAL,
@@ -71,6 +76,44 @@ def test_every_kind_of_network_is_the_plain_engines_among_others(name: str) -> N
     among = captured.checkpoint(lane)
     assert_equal(among, train(CapturedLanes(device=CPU), config))
     assert_close(among, train(PlainEngine(device="cpu"), config))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        pytest.param(ARTICLE, {"optimizer": "adam"}, id="adam"),
+        pytest.param(DROPOUT, {"optimizer": "adamw", "schedule": "one_cycle"}, id="dropout"),
+        pytest.param(BATCH_NORM, {"optimizer": "sgd", "momentum": 0.9}, id="batch_norm"),
+        pytest.param(UNUSUAL, {"optimizer": "sgd"}, id="unusual", marks=pytest.mark.slow),
+        *(
+            pytest.param(ARTICLE, {"optimizer": name}, id=name, marks=pytest.mark.slow)
+            for name in OPTIMIZERS
+            if name != "adam"
+        ),
+    ],
+)
+def test_graphs_need_nothing_from_the_host(
+    model: ModelConfig, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With graphs emulated, a lane trains one trial after the other as the plain engine does."""
+    monkeypatch.setattr(captured_module, "_EagerRunner", ReplayingRunner)
+    config = trial(model=model, gradient_clip=1.0, eps=EPS, **{"schedule": "cosine", **settings})
+    captured = CapturedLanes(device=CPU)
+    another = captured.admit(replace(config, seed=9, training=replace(config.training, lr=1e-3)))
+    captured.run_epoch()
+    captured.evict(another)
+    assert_close(train(captured, config), train(PlainEngine(device="cpu"), config))
+
+
+def test_the_emulated_graph_repeats_what_the_host_computed() -> None:
+    """The control: a number of the host's stays what it was, one on the device does not."""
+    on_host, on_device, total = 1.0, torch.ones(()), torch.zeros(())
+    with RecordedGraph() as graph:
+        total += on_device * 2 + on_host
+    on_host = 100.0
+    on_device += 9
+    graph.replay()
+    assert float(total) == (1 * 2 + 1) + (10 * 2 + 1)
 
 
 @pytest.mark.parametrize(
