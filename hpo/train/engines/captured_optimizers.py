@@ -7,6 +7,7 @@ Shapes: S steps of an epoch, P parameters of a network, N numbers of an update r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -72,7 +73,9 @@ class FusedOptimizer:
                 group["capturable"] = device.type == "cuda"
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()  # at a learning rate of 0, so that there are moments to load
+        with warnings.catch_warnings():  # torch warns once of steps that are not captured
+            warnings.simplefilter("ignore", UserWarning)
+            self._optimizer.step()  # at a learning rate of 0, so that there are moments to load
         self._optimizer.zero_grad()
 
     @torch.no_grad()
