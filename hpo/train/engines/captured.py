@@ -304,8 +304,11 @@ class _GraphRunner:
             # The stream is made the current one here, too: a capture that fails leaves its own in place.
             with torch.cuda.stream(self._stream), self._drawing_from_own_generator():
                 for function in functions.values():
-                    for _ in range(NUM_WARM_UPS):
+                    for _ in range(NUM_WARM_UPS - 1):
                         before_each()
+                        function()
+                    before_each()
+                    with _refusing_to_wait():
                         function()
                 torch.cuda.synchronize(self._device)
                 for name, function in functions.items():
@@ -315,10 +318,12 @@ class _GraphRunner:
                     with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                         function()
                     self._graphs[name] = graph
-        except (NotCapturable, torch.OutOfMemoryError, UserError):
-            raise
         except Exception as error:  # whatever waits for the device, or depends on what is there
-            torch.cuda.synchronize(self._device)  # raises where the error has made the process unusable
+            # What the lane's stream still runs writes to the lane's tensors, whose memory others are given next. This
+            # raises where the error has made the process unusable.
+            torch.cuda.synchronize(self._device)
+            if isinstance(error, (NotCapturable, torch.OutOfMemoryError, UserError)):
+                raise
             raise NotCapturable(f"{describe_error(error)}".split("\n")[0][:200]) from error
         self.join()
 
@@ -351,6 +356,21 @@ class _GraphRunner:
             yield
         finally:
             default.graphsafe_set_state(before)
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Have whatever waits for the device raise an error.
+
+    A capture would raise one, too, but end in a way that torch does not recover from: its allocator takes the capture
+    for unfinished, and no longer frees what another stream has used, such as the buffer of each snapshot.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
