@@ -97,6 +97,7 @@ class LaneEngine(Engine):
                     is_one_kind=self._is_one_kind,
                 ),
             )
+            self._drop_spare_lanes()  # of the lanes that were measured, where another worker's plan holds
         engine, lane_there = self._admit(config, checkpoint, may_share=may_share)
         lane = next(number for number in range(self.plan.lanes) if number not in self._places)
         self._places[lane] = (engine, lane_there)
@@ -143,6 +144,7 @@ class LaneEngine(Engine):
         """Forget the trial in a lane and free its memory; see `Engine`."""
         engine, lane_there = self._places.pop(lane)
         engine.evict(lane_there)
+        self._drop_spare_lanes()
         if all(other is not engine for other, _ in self._places.values()):
             self._queue.remove(engine)
 
@@ -150,11 +152,19 @@ class LaneEngine(Engine):
         """Have at most so many lanes from now on, because the device's memory ran out with more."""
         assert self.plan is not None
         self.plan = replace(self.plan, lanes=lanes)
-        self._captured.drop_idle()
+        self._drop_spare_lanes()
+
+    def _drop_spare_lanes(self) -> None:
+        """Free the memory of captured lanes for which the plan has no trial."""
+        assert self.plan is not None
+        num_lanes = self.plan.lanes if self.plan.is_captured else 0
+        self._captured.drop_idle(keep=max(0, num_lanes - len(self._captured)))
 
     def _admit(self, config: TrialConfig, checkpoint: Checkpoint | None, *, may_share: bool) -> tuple[Engine, int]:
         """Set a trial up in the engine that trains it; return that engine and the lane there."""
         assert self.plan is not None
+        if not may_share:
+            self._captured.drop_idle()  # the trial is to have the device's memory to itself
         try:
             if may_share and self.plan.is_captured and capture_key(config) not in self._alone_keys:
                 return self._captured, self._captured.admit(config, checkpoint)

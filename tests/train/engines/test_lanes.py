@@ -369,6 +369,47 @@ def test_measuring_leaves_no_trace_in_a_trial() -> None:
     assert_equal(measured, train(PlainEngine(device="cpu") if alone else LaneEngine(device="cpu", lanes=2), config))
 
 
+def num_captured(engine: LaneEngine) -> int:
+    """Return how many captured lanes hold memory: those with a trial and those that wait for one."""
+    return len(engine._captured) + len(engine._captured._idle)
+
+
+CAPTURED_PLAN = LanePlan(device="the CPU", lanes=4, convolution=None, reason="agreed", is_captured=True)
+
+
+def test_fewer_lanes_take_less_memory_whenever_their_trials_leave() -> None:
+    engine = LaneEngine(device="cpu", get_or_set_plan=lambda device, measure: CAPTURED_PLAN)
+    lanes = [engine.admit(trial(seed=seed)) for seed in range(4)]
+    engine.evict(lanes.pop())
+    assert num_captured(engine) == 4  # the next trial needs no new one
+    engine.limit_lanes(2)
+    assert num_captured(engine) == 3
+    for lane in lanes:
+        engine.evict(lane)
+    assert num_captured(engine) == 2
+
+
+def test_a_suspect_has_the_memory_of_the_device_to_itself() -> None:
+    engine = LaneEngine(device="cpu", get_or_set_plan=lambda device, measure: CAPTURED_PLAN)
+    engine.evict(engine.admit(trial()))
+    assert num_captured(engine) == 1
+    engine.admit(trial(), may_share=False)
+    assert num_captured(engine) == 0
+
+
+def test_lanes_that_were_measured_for_a_plan_that_does_not_hold_are_freed() -> None:
+    agreed = LanePlan(device="the CPU", lanes=1, convolution=None, reason="first come")
+
+    def lose_the_race(device: str, measure: object) -> LanePlan:
+        engine._captured.fill(trial(), 4)
+        engine._captured.clear()
+        return agreed
+
+    engine = LaneEngine(device="cpu", get_or_set_plan=lose_the_race)
+    engine.admit(trial())
+    assert num_captured(engine) == 0
+
+
 # On a GPU
 
 
