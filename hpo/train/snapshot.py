@@ -70,13 +70,14 @@ class Packing:
             return
         try:
             packed = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError:  # a device that is full costs time, and not the trial
-            for source, (target, _) in zip(self._sources, self._targets, strict=True):
-                target.copy_(source)
-        else:
             for source, (target, start) in zip(self._sources, self._targets, strict=True):
                 _place(packed, start, like=target).copy_(source)
             self._copy = HostCopy(packed)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            # No room on the device, or none that can be pinned on the host, costs time and not the trial. A device that
+            # is of no use any more raises again.
+            for source, (target, _) in zip(self._sources, self._targets, strict=True):
+                target.copy_(source)
         self._sources.clear()
 
     def finish(self) -> None:

@@ -144,6 +144,16 @@ def test_a_device_without_room_for_the_buffer_is_copied_from_tensor_by_tensor(
     assert cpu_is_a_gpu.num_made == 0
 
 
+def test_a_host_that_pins_no_more_memory_costs_time_and_not_the_trial(
+    cpu_is_a_gpu: type[InstantCopy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(packed: Tensor) -> InstantCopy:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(snapshots, "HostCopy", full)
+    assert_same(snapshot_of(STATE).checkpoint().state, storable_copy(STATE, setting="model.name"))
+
+
 # What the training thread asks of a GPU
 
 
