@@ -99,7 +99,7 @@ def plan_lanes(
         for make in _ways(config, data=data, captured=captured, device=device, is_one_kind=is_one_kind):
             if plain_rate and max((one.rate for one in measured), default=0.0) > FASTEST_STACK * plain_rate:
                 break
-            way = _made(make, refusals)
+            way = _made(make, refusals, device=device)
             if way is not None:
                 measured += _measure(way, counts, device=device)
     if not measured:
@@ -232,7 +232,7 @@ def _ways(
     return ways
 
 
-def _made(make: Callable[[], Way], refusals: list[str]) -> Way | None:
+def _made(make: Callable[[], Way], refusals: list[str], *, device: torch.device) -> Way | None:
     """Make a way, or note why it cannot be."""
     try:
         return make()
@@ -241,6 +241,7 @@ def _made(make: Callable[[], Way], refusals: list[str]) -> Way | None:
     except (NotCapturable, NotStackable) as error:
         refusals.append(str(error))
     except Exception as error:  # of libraries; what is the trial's own fault is raised again where it trains alone
+        _raise_if_unusable(device)
         refusals.append(describe_error(error))
     free_memory()
     return None
@@ -276,10 +277,15 @@ def _rate(way: Way, lanes: int, *, device: torch.device) -> float:
         way.fill(lanes)
         return _fastest_rate(way.step, device=device)
     except Exception as error:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # raises where the error has made the process unusable
+        _raise_if_unusable(device)
         logger.warning("%d %s lanes do not fit: %s", lanes, way.name, describe_error(error))
         return 0.0
+
+
+def _raise_if_unusable(device: torch.device) -> None:
+    """Raise the device's error where one has made this process unusable: it says nothing of lanes or networks."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _doublings(max_lanes: int) -> list[int]:

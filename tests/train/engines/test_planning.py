@@ -133,6 +133,21 @@ def test_a_way_that_cannot_be_made_does_no_harm_to_the_others(
     assert str(error)[:10] in found.reason
 
 
+def test_an_error_that_makes_the_process_unusable_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that is stored holds for all workers of the study, also for those on a healthy device."""
+
+    def fails(*_: object) -> planning.Way:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(planning, "_ways", lambda *_, **__: [fails])
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    config, gpu = trial(), torch.device("cuda:0")
+    data = DatasetCache(device=CPU).get(config.data)
+    with pytest.raises(torch.AcceleratorError, match="unspecified launch failure"):
+        plan_lanes(config, data=data, captured=CapturedLanes(device=CPU), device=gpu, lanes=2)
+
+
 def test_a_users_mistake_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> planning.Way:
         raise UserError("training.precision must be another")
