@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy.engine import URL
 
@@ -27,7 +27,7 @@ from hpo.system.devices import (
 )
 from hpo.system.processes import machine_id
 from hpo.train.device_proof import proofs_of
-from hpo.workers.launcher import Launcher, Proof, interrupts
+from hpo.workers.launcher import Launcher, Proof, Returned, interrupts
 from hpo.workers.stages import add_due_trials
 from hpo.workers.supervisor import TICK_S, OnTick, supervise
 from hpo.workers.worker import Worker
@@ -122,6 +122,16 @@ class LocalLauncher(Launcher):
         """Return what the workers find of their devices, other than the CPU."""
         first = zip(self.own_devices, self._early, strict=False)  # there may be several for each device
         return {device.name: worker for device, worker in first if device.kind != "cpu"}
+
+    def call(self, function: Callable[..., Returned], *args: Any, on_device: bool = False) -> Returned:
+        """Call a function here; where it needs a GPU, without the workers that have their devices already.
+
+        A GPU may be exclusive to one process, and in a container a worker may be taken for somebody else's.
+        """
+        if on_device and any(device.kind == "cuda" for device in self.own_devices):
+            for worker in self._early:
+                worker.dismiss()
+        return super().call(function, *args, on_device=on_device)
 
     def run(self, store: Store, study: StudyRecord, *, on_tick: OnTick) -> None:
         """Run the worker processes, as `Launcher.run` says."""

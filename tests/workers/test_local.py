@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped
+from hpo.store.database import parse_url
 from hpo.store.ledger import MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS
 from hpo.store.store import Store
 from hpo.store.workers import MAX_DEVICE_FAILURES
@@ -349,6 +350,20 @@ def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentenc
     assert "\n" not in str(caught.value)
     assert [(trial.state, trial.attempt) for trial in trials(hpo)] == [("waiting", 0)] * 3
     assert store.studies.get("s").stop is None  # it is not over for workers elsewhere
+
+
+@pytest.mark.parametrize(
+    ("device", "are_kept"), [(SICK, False), (Device("cpu", "cpu", "a CPU", None), True)], ids=["cuda", "cpu"]
+)
+def test_a_range_test_has_a_gpu_to_itself(
+    device: Device, are_kept: bool, hpo: Hpo, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that no worker that was started early holds one that is exclusive to one process."""
+    monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [device])
+    url, allowed = parse_url(hpo.url), ImportAllowlist(("loop",), ())
+    with LocalLauncher(device.name, make_spec(0.1, 0.2), workers=2, allowed=allowed, url=url) as launcher:
+        assert len(hpo.worker_pids()) == 2
+        assert launcher.call(lambda: len(hpo.worker_pids()), on_device=True) == (2 if are_kept else 0)
 
 
 @needs_no_gpu
