@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,9 +17,12 @@ from hpo.study.processes import Process
 from hpo.study.records import ENDED, StudyRecord
 from hpo.workers.worker_handle import DRAIN_S, EXIT_NO_DEVICE, EXIT_RESTART, cause_of_death
 
+logger = logging.getLogger(__name__)
+
 TICK_S = 0.2
 CHECK_S = 5.0  # between looks for workers that died elsewhere, for the end of the study and for room for more workers
 KILL_S = DRAIN_S + 10.0  # a worker that is still there so long after it was asked to leave is killed
+UNKILLABLE_S = 20.0  # a worker that is still there so long after that is left to itself: it hangs in its driver
 ROOM_S = 30.0  # how long workers that wait for room are waited for when all others have lost their devices
 MAX_CRASHES = 5  # for each worker: processes that died one after the other without an epoch in between
 
@@ -70,7 +74,7 @@ def supervise(
 ) -> None:
     """Run the workers of a pool until no trial of the study is left, or it is stopped or interrupted.
 
-    No worker is left when it returns or raises.
+    No worker is left when it returns or raises, except for one that hangs in its driver and cannot be killed.
 
     Args:
         store: The store of the study.
@@ -176,12 +180,20 @@ def _processes(pool: WorkerPool) -> set[Process]:
 
 
 def _drain(workers: Sequence[WorkerSlot], interrupted: Sequence[int], on_tick: Callable[[], None]) -> None:
-    """Ask every worker to leave, and wait; kill those still there after KILL_S or a second interruption."""
+    """Ask every worker to leave, and wait; kill those still there after KILL_S or a second interruption.
+
+    A process that hangs in its driver does not end before that lets go of it. It trains nothing and dies then, so it is
+    not waited for.
+    """
     for worker in workers:
         worker.ask_to_leave()
     deadline = time.monotonic() + KILL_S
     while running := [worker for worker in workers if worker.is_running()]:
+        if time.monotonic() > deadline + UNKILLABLE_S:
+            logger.warning("workers that cannot be killed are left behind: %d", len(running))
+            break
         if time.monotonic() > deadline or len(interrupted) > 1:
+            deadline = min(deadline, time.monotonic())
             for worker in running:
                 worker.kill()
         with suppress(*STORE_ERRORS):  # a store that fails must not keep the workers from being ended

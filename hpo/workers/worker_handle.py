@@ -112,7 +112,7 @@ class WorkerProcess:
         if not self._close_proof() or (process := self._running()) is None or process.stdin is None:
             return False
         try:
-            process.stdin.write(f"{log}\n".encode())
+            process.stdin.write(os.fsencode(log) + b"\n")
             process.stdin.flush()
         except OSError:  # it has just ended
             return False
@@ -121,9 +121,7 @@ class WorkerProcess:
     def dismiss(self) -> None:
         """End a process that was started early and has not begun."""
         if self._close_proof() and (process := self._running()) is not None:
-            process.kill()
-            with suppress(subprocess.TimeoutExpired):  # a process that hangs in its driver cannot even be killed
-                process.wait(1.0)
+            _kill(process)
             if process.stdin is not None:
                 process.stdin.close()
 
@@ -175,10 +173,9 @@ class WorkerProcess:
         process.terminate()
 
     def kill(self) -> None:
-        """Kill the process and wait for its end."""
+        """Kill the process and wait a moment for its end."""
         if (process := self._running()) is not None:
-            process.kill()
-            process.wait()
+            _kill(process)
 
     def _running(self) -> subprocess.Popen[bytes] | None:
         process = self._popen
@@ -192,6 +189,12 @@ class WorkerProcess:
         with suppress(ProcessLookupError):  # nothing that the user's code has started there may outlive it
             os.killpg(process.pid, signal.SIGKILL)
         return None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with suppress(subprocess.TimeoutExpired):  # a process that hangs in its driver does not end before the driver
+        process.wait(1.0)
 
 
 def cause_of_death(exit_code: int | None) -> Cause:

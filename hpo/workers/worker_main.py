@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from hpo.store.database import Unreachable
 from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
@@ -96,7 +97,8 @@ def _wait_to_begin(task: WorkerTask, pipe: int) -> None:
             torch.set_num_threads(task.threads)
         WorkerDevice(task.device, torch_device=task.torch_device, precisions=task.precisions).prove()
     except DeviceFailed as failure:
-        os.write(pipe, failure.reason.encode())
+        with suppress(BrokenPipeError):  # the supervisor has begun without it: the next process says why
+            os.write(pipe, failure.reason.encode())
         os._exit(EXIT_RESTART)
     os.close(pipe)
     path = b""

@@ -118,5 +118,25 @@ def test_workers_that_wait_for_room_get_some_time_to_find_another_device(
         devices.check(store, study, [lost, waits])
 
 
+@on_sqlite
+def test_a_worker_that_hangs_in_its_driver_keeps_no_command_from_ending(
+    store: Store, study: StudyRecord, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unkillable(Slot):
+        num_kills = 0
+
+        def ask_to_leave(self) -> None: ...
+
+        def kill(self) -> None:
+            self.num_kills += 1
+
+    monkeypatch.setattr("hpo.workers.supervisor.KILL_S", 0.0)
+    monkeypatch.setattr("hpo.workers.supervisor.UNKILLABLE_S", 0.3)
+    worker = Unkillable(None)
+    run(store, study, worker, num_ticks=1)
+    assert worker.num_kills > 0
+    assert "cannot be killed are left behind: 1" in caplog.text
+
+
 def test_a_device_that_is_given_up_says_nothing_of_the_trials_on_it() -> None:
     assert cause_of_death(EXIT_NO_DEVICE) == "gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,24 @@ def test_a_worker_that_was_started_early_says_that_its_device_cannot_be_used(tmp
     assert problem is not None
     assert tells_why(problem)
     worker.dismiss()
+
+
+@needs_no_gpu
+def test_a_worker_that_was_told_to_begin_before_its_device_failed_ends_as_one_whose_device_fails_later(
+    tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    worker = early(tmp_path, SICK, "fp32")
+    assert worker.begin(tmp_path / "worker.log")
+    wait_for(lambda: not worker.is_running())
+    assert worker.exit_code == EXIT_RESTART
+
+
+def test_a_log_may_have_any_name_that_a_file_may_have(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    worker = early(tmp_path, CPU)
+    log = tmp_path / os.fsdecode(b"worker \xff.log")
+    assert worker.begin(log)
+    wait_for(lambda: not worker.is_running())
+    assert "absent.db" in log.read_text()
 
 
 def test_a_worker_that_hangs_before_it_begins_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
