@@ -83,7 +83,8 @@ def plan_lanes(
         lanes: How many lanes there have to be. None: as many as are fastest, by measurement.
         max_lanes: The most lanes that are tried when `lanes` is None.
         num_interleaved: How many trials take turns where each trains alone.
-        is_one_kind: Whether the trials to come can share a stack with this one; captured lanes take any.
+        is_one_kind: Whether the trials to come can share a stack with this one; captured lanes take any. With a number
+            of `lanes`, trials of each kind have a stack of their own.
     """
     kind = device_kind(device)
     if lanes == 1:
@@ -92,11 +93,12 @@ def plan_lanes(
         reason = "they have nothing to share, or there is but one"
         return _plan_alone(kind, reason, lanes=num_interleaved, is_passing=True)
     counts = _doublings(max_lanes) if lanes is None else [lanes]
+    has_stacks = is_one_kind or lanes is not None
     measured: list[Measured] = []
     refusals: list[str] = []
     with numerics(tf32=config.training.tf32):
         plain_rate = _plain_rate(config, data=data, device=device) if lanes is None else 0.0
-        for make in _ways(config, data=data, captured=captured, device=device, is_one_kind=is_one_kind):
+        for make in _ways(config, data=data, captured=captured, device=device, has_stacks=has_stacks):
             if plain_rate and max((one.rate for one in measured), default=0.0) > FASTEST_STACK * plain_rate:
                 break
             way = _made(make, refusals, device=device)
@@ -220,13 +222,13 @@ def _plan_alone(kind: str, reason: str, *, lanes: int, is_passing: bool = False)
 
 
 def _ways(
-    config: TrialConfig, *, data: SplitDataset, captured: CapturedLanes, device: torch.device, is_one_kind: bool
+    config: TrialConfig, *, data: SplitDataset, captured: CapturedLanes, device: torch.device, has_stacks: bool
 ) -> list[Callable[[], Way]]:
     """Return what makes each way to train several trials at once on this device, the likely fastest first."""
     ways: list[Callable[[], Way]] = []
     if device.type == "cuda":
         ways.append(partial(CapturedWay, captured, config))
-    if is_one_kind:
+    if has_stacks:
         convolutions = list(CONVOLUTIONS) if device.type == "cuda" else list(CONVOLUTIONS)[:1]  # products lose on CPUs
         ways += [partial(StackedWay, config, data=data, device=device, convolution=name) for name in convolutions]
     return ways

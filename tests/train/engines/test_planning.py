@@ -70,6 +70,11 @@ def test_trials_of_several_kinds_share_no_stack(monkeypatch: pytest.MonkeyPatch)
     assert (found.lanes, found.is_at_once, found.is_passing) == (1, False, True)
 
 
+def test_with_a_number_of_lanes_trials_of_each_kind_have_a_stack_of_their_own() -> None:
+    found = plan(trial(), lanes=2, is_one_kind=False)
+    assert (found.lanes, found.convolution, found.is_passing) == (2, "grouped", False)
+
+
 # What goes wrong while lanes are measured
 
 
