@@ -47,13 +47,13 @@ def _open_once_up(url: str, *, until: Callable[[], bool]) -> Store:
 def run_worker_process() -> None:
     """Run one worker until it is done, or SIGTERM, LEAVE or the end of its standard input tells it to leave."""
     task = WorkerTask.from_json(os.environ.pop(TASK_VARIABLE))
+    if (pipe := os.environ.pop(WAITING_VARIABLE, None)) is not None:
+        _wait_to_begin(task, int(pipe))  # it holds no trial yet, so that SIGTERM may end it at once
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     # Processes that the user's code forks must die of SIGTERM: multiprocessing sends it to its own and waits for them.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    if (pipe := os.environ.pop(WAITING_VARIABLE, None)) is not None:
-        _wait_to_begin(task, int(pipe))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     store = _open_once_up(task.storage, until=stop.is_set)
     study = store.studies.get(task.study)

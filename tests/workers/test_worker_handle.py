@@ -73,6 +73,24 @@ def test_a_worker_that_was_started_early_ends_with_its_supervisor(tmp_path: Path
     worker.dismiss()
 
 
+def test_a_worker_that_loads_torch_and_is_asked_to_leave_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., Any]
+) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import pathlib, time\n(pathlib.Path(__file__).parent / 'loads').touch()\ntime.sleep(10_000)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = early(tmp_path, CPU, "fp32")
+    wait_for((tmp_path / "loads").exists)
+    assert worker.begin(tmp_path / "worker.log")
+    worker.ask_to_leave()
+    try:
+        wait_for(lambda: not worker.is_running())
+    finally:
+        worker.kill()
+    assert worker.exit_code == -signal.SIGTERM
+
+
 @needs_no_gpu
 def test_a_worker_that_was_started_early_says_that_its_device_cannot_be_used(tmp_path: Path) -> None:
     worker = early(tmp_path, SICK, "fp32")
