@@ -169,7 +169,7 @@ def _unknown_device_error(name: str, devices: list[Device]) -> UserError:
     available = ", ".join(["auto", *sorted({name for device in devices for name in (device.name, device.kind)})])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
-    return UserError(f"--devices must name devices that are here, which leaves {available}{hidden}; got {name!r}")
+    return UserError(f"unknown device {name!r} in --devices; available: {available}{hidden}")
 
 
 def _cuda_devices() -> list[Device]:

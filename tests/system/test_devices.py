@@ -318,7 +318,9 @@ def test_devices_are_chosen_in_the_order_they_are_named(nvml: FakeNVML, request_
 
 @pytest.mark.parametrize("request_", ["cuda:3", "mps", "gpu", "", "cpu,", "cpu,cuda:9", "auto,cpu"])
 def test_a_device_that_is_not_there_is_refused_and_those_that_are_listed(nvml: FakeNVML, request_: str) -> None:
-    with pytest.raises(UserError, match=r"--devices must name .*auto, cpu, cuda, cuda:0, cuda:1, cuda:2; got '"):
+    with pytest.raises(
+        UserError, match=r"unknown device '.*' in --devices; available: auto, cpu, cuda, cuda:0, cuda:1, cuda:2$"
+    ):
         choose_devices(request_)
 
 
@@ -330,7 +332,7 @@ def test_a_device_named_twice_is_refused(nvml: FakeNVML, request_: str) -> None:
 
 def test_a_device_hidden_by_cuda_visible_devices_is_explained(nvml: FakeNVML, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(UserError, match=r"cuda:0 \(CUDA_VISIBLE_DEVICES is '0'\); got 'cuda:1'"):
+    with pytest.raises(UserError, match=r"device 'cuda:1' .*, cuda:0 \(CUDA_VISIBLE_DEVICES is '0'\)"):
         choose_devices("cuda:1")
 
 
