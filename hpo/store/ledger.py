@@ -37,7 +37,6 @@ def _lease_s() -> float:
 LEASE_S = _lease_s()  # another worker may take a trial whose claim was not renewed for this long
 MAX_TRIAL_CRASHES = 3  # a trial fails when its worker has crashed this often without an epoch in between
 MAX_TRIAL_KILLS = 10  # the same for workers that were killed from outside, perhaps not because of the trial
-OUT_OF_MEMORY = "out of memory"  # the failure key of every trial that ran out of memory, on whichever line
 SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 

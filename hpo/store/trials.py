@@ -13,7 +13,7 @@ from hpo.search import proposals, samplers
 from hpo.store.claiming import choose_slot, take_slot
 from hpo.store.conditions import is_attempt, is_slot
 from hpo.store.database import Database
-from hpo.store.ledger import ERROR_CHARACTERS, OUT_OF_MEMORY, ClaimLost, Ledger, Verdict, storable_text
+from hpo.store.ledger import ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
 from hpo.store.reading import read_epoch_seconds, read_trials
 from hpo.store.reports import judge_epochs, record_epoch
 from hpo.store.retry import retry_on_outage
@@ -22,6 +22,7 @@ from hpo.store.slots import lock_study, slot_states
 from hpo.store.suggesting import BufferedStorage, sampling_study
 from hpo.study import stages
 from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord
+from hpo.train.failures import OUT_OF_MEMORY
 
 
 class Trials:

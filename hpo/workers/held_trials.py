@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from hpo.store.ledger import OUT_OF_MEMORY, ClaimLost, Verdict
+from hpo.store.ledger import ClaimLost, Verdict
 from hpo.store.retry import StoreFailed
 from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.system import provenance
 from hpo.train.config import derive_seed
-from hpo.workers.failures import failure_key, first_line, is_out_of_memory
+from hpo.train.failures import OUT_OF_MEMORY, failure_key, first_line, is_out_of_memory
 from hpo.workers.reporting import TrialEnd
 from hpo.workers.stop_signal import StopSignal
 from hpo.workers.worker_device import DeviceFailed, WorkerDevice

@@ -21,8 +21,8 @@ from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.planning import MAX_LANES, LanePlan, free_memory
 from hpo.train.engines.protocol import Stopped
 from hpo.train.engines.stack import stack_key
+from hpo.train.failures import is_out_of_memory
 from hpo.workers.checkpoints import StudyCheckpoints
-from hpo.workers.failures import is_out_of_memory
 from hpo.workers.held_trials import HeldTrials
 from hpo.workers.reporting import EpochOutcome, Reporter, TrialEnd, complete_end, diverged_end, pruned_end
 from hpo.workers.saving import SavingSchedule

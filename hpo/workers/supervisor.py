@@ -127,7 +127,7 @@ def _watch_over(
                 crashes = 0 if was_sent_away or progress > previous else crashes + 1
                 if crashes >= MAX_CRASHES * len(pool.workers):
                     raise StudyStopped(
-                        f"workers died {crashes} times without coming an epoch further, the last one "
+                        f"workers died {crashes} times without finishing another epoch, the last one "
                         f"{worker.describe_end()}",
                         can_resume=True,
                     )

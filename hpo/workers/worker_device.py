@@ -10,7 +10,7 @@ from collections.abc import Collection
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.train.device_proof import PROOF_S, DeviceProof, prove_device
-from hpo.workers.failures import failure_kind, first_line
+from hpo.train.failures import failure_kind, first_line
 
 logger = logging.getLogger(__name__)
 

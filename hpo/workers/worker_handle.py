@@ -126,7 +126,7 @@ class WorkerProcess:
                 process.stdin.close()
 
     def _close_proof(self) -> bool:
-        """Stop to listen to a process that was started early; return False where none was that has not begun."""
+        """Stop listening to a process that was started early; return False where none was that has not begun."""
         if self._proof is None:
             return False
         os.close(self._proof)

@@ -13,8 +13,8 @@ from optuna.trial import TrialState
 
 from hpo.config.study_spec import StudySpec
 from hpo.store import schema
-from hpo.store.ledger import OUT_OF_MEMORY
 from hpo.store.store import Store
+from hpo.train.failures import OUT_OF_MEMORY
 from tests.rows import slow_except
 from tests.store.helpers import (
     Change,

@@ -14,10 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hpo.config.study_spec import StudySpec
 from hpo.store import schema
-from hpo.store.ledger import OUT_OF_MEMORY, ClaimLost
+from hpo.store.ledger import ClaimLost
 from hpo.store.store import Store
 from hpo.study.records import ENDED, Claim, EpochReport
 from hpo.system.processes import machine_id
+from hpo.train.failures import OUT_OF_MEMORY
 from tests.store.helpers import LONG_AGO
 
 NUM_WORKERS, NUM_TRIALS, MAX_EPOCH = 2, 5, 3

@@ -221,7 +221,7 @@ def test_a_trial_that_gets_its_worker_killed_keeps_the_study_neither_from_the_ot
     )
     exit_code, output = hpo.run(*RUN)
     assert exit_code == 1
-    assert "workers died 5 times without coming an epoch further, the last one by SIGKILL" in output
+    assert "workers died 5 times without finishing another epoch, the last one by SIGKILL" in output
     assert "go on with: hpo run study.toml" in output
     assert [trial.state for trial in trials(hpo)] == ["waiting", "complete"]
     exit_code, output = hpo.run(*RUN)
@@ -260,7 +260,7 @@ def test_workers_that_die_at_their_start_stop_the_study_with_the_end_of_their_lo
     (hpo.folder / "sitecustomize.py").write_text("import os\nprint('no licence', flush=True)\nos._exit(3)\n")
     exit_code, output = hpo.run(*RUN)
     assert exit_code == 1
-    assert "workers died 5 times without coming an epoch further, the last one with exit code 3" in output
+    assert "workers died 5 times without finishing another epoch, the last one with exit code 3" in output
     assert "worker-0.log:\nno licence" in output
     assert states(hpo) == {"waiting": 1}
 

@@ -39,6 +39,7 @@ from hpo.train.engines.lane_state import (
 )
 from hpo.train.engines.plain import PlainLaneState
 from hpo.train.engines.side_effects import SideEffects, own_state
+from hpo.train.failures import is_out_of_memory
 from hpo.train.imports import describe_error
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.snapshot import Snapshot
@@ -56,7 +57,7 @@ def capture_key(config: TrialConfig) -> str:
 
 
 class CapturedLane:
-    """The tensors of one trial, and the graphs that train and evaluate it: one trial after the other of one kind."""
+    """The tensors of one trial, and the graphs that train and evaluate it: of one kind, one trial after another."""
 
     def __init__(
         self, config: TrialConfig, *, data: SplitDataset, device: torch.device, like: CapturedLane | None = None
@@ -322,7 +323,7 @@ class _GraphRunner:
             # What the lane's stream still runs writes to the lane's tensors, whose memory others are given next. This
             # raises where the error has made the process unusable.
             torch.cuda.synchronize(self._device)
-            if isinstance(error, (NotCapturable, torch.OutOfMemoryError, UserError)):
+            if isinstance(error, (NotCapturable, UserError)) or is_out_of_memory(error):
                 raise
             raise NotCapturable(f"{describe_error(error)}".split("\n")[0][:200]) from error
         self.join()

@@ -135,6 +135,9 @@ class CapturedLanes(Engine):
             lane.evaluate()
 
     def _build_plain(self, config: TrialConfig) -> PlainLaneState:
+        for lane in [lane for lane in self._idle if lane.config.data != config.data]:  # they hold another dataset
+            self._idle.remove(lane)
+            lane.close()
         return build_lane(config, data=self._dataset_cache.get(config.data), device=self._device)
 
     def _load(self, plain: PlainLaneState) -> int:
@@ -151,10 +154,8 @@ class CapturedLanes(Engine):
             if lane.key == key:
                 self._idle.remove(lane)
                 return lane
-        others = [lane for lane in self._idle if lane.config.data != config.data]  # they hold another dataset
-        for lane in others or self._idle[:1]:
-            self._idle.remove(lane)
-            lane.close()
+        if self._idle:
+            self._idle.pop(0).close()
         like = next((lane for lane in self._lanes.values() if lane.key == key), None)
         data = self._dataset_cache.get(config.data)
         return CapturedLane(config, data=data, device=self._device, like=like)

@@ -18,6 +18,8 @@ from hpo.train.config import TrainingConfig
 from hpo.train.engines.lane_state import LaneState
 from hpo.train.optim import OPTIMIZERS, build_optimizer, with_eps
 
+ALIGNMENT_NUMBERS = 64  # float32: 256 bytes, as torch aligns a tensor of its own; the padding has no gradient
+
 
 class NotCapturable(Exception):
     """Trials of this kind cannot be trained by CUDA graphs; the message says why."""
@@ -125,7 +127,7 @@ class RuleOptimizer:
         self._names = list(self._rule.factors(training, 0.0, 1))
         self._numbers_SN = torch.zeros((num_steps, len(self._names)), device=device)
         self._numbers_1N = torch.zeros((1, len(self._names)), device=device)
-        num_params = sum(parameter.numel() for parameter in parameters)
+        num_params = sum(_room_for(parameter) for parameter in parameters)
         self._params_1P, self._grads_1P = (torch.zeros((1, num_params), device=device) for _ in range(2))
         self._moments = {name: torch.zeros((1, num_params), device=device) for name in self._rule.moments}
         self._grads = _cut(self._grads_1P, parameters)
@@ -176,13 +178,18 @@ class RuleOptimizer:
 
 
 def _cut(row_1P: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Return views of a row with the parameters' shapes and memory formats, one after the other."""
+    """Return views of a row with the parameters' shapes and memory formats."""
     views, start = [], 0
     for parameter in parameters:
         strides = torch.empty_like(parameter, device="meta").stride()  # dense, whatever the parameter's own are
         views.append(row_1P.as_strided(parameter.shape, strides, start))
-        start += parameter.numel()
+        start += _room_for(parameter)
     return views
+
+
+def _room_for(parameter: Tensor) -> int:
+    """Return how many numbers of a row a parameter takes, so that the next one begins where fast kernels need it to."""
+    return -(-parameter.numel() // ALIGNMENT_NUMBERS) * ALIGNMENT_NUMBERS
 
 
 def _gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -25,6 +25,7 @@ from hpo.train.engines.planning import MAX_LANES, LanePlan, device_kind, plan_la
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.engines.stack import TrialStack, stack_key
 from hpo.train.engines.stacked_network import NotStackable
+from hpo.train.failures import is_out_of_memory
 from hpo.train.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -117,9 +118,11 @@ class LaneEngine(Engine):
         lanes = {self._places[lane][1]: lane for lane in self.next_lanes}
         try:
             results = [replace(result, lane=lanes[result.lane]) for result in engine.run_epoch()]
-        except (Stopped, torch.OutOfMemoryError):
+        except Stopped:
             raise
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             # The cause may be the stack, whose check saw only one batch, or a capture.
             self._alone_keys |= {key for key, stack in self._stacks.items() if stack is engine}
             if engine is self._captured:

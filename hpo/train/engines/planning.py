@@ -104,6 +104,8 @@ def plan_lanes(
             way = _made(make, refusals, device=device)
             if way is not None:
                 measured += _measure(way, counts, device=device)
+                best = max(measured, key=lambda one: one.rate)
+                captured.drop_idle(keep=best.lanes if best.is_captured else 0)  # room for the next way
     if not measured:
         reason = f"its network trains alone, {'; '.join(refusals)}"
         return _plan_alone(kind, reason, lanes=min(lanes or num_interleaved, num_interleaved))
@@ -112,7 +114,6 @@ def plan_lanes(
     if best.rate <= MIN_SPEEDUP * plain_rate:
         captured.drop_idle()
         return _plan_alone(kind, f"{reason}, but so many do not fit" if lanes else reason, lanes=num_interleaved)
-    captured.drop_idle(keep=best.lanes if best.is_captured else 0)
     return LanePlan(
         device=kind,
         lanes=best.lanes,

@@ -77,7 +77,7 @@ class TrialStack(Engine):
         if config.training.compile:
             raise NotStackable("training.compile compiles a single network")
         if not isinstance(data.train.source, DeviceSource):
-            raise NotStackable("its pictures do not lie on the device")
+            raise NotStackable("its images are not on the device")
         check_test_set(config, data=data)
         self.device, self.convolution = device, convolution
         self._data, self._should_stop = data, should_stop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from hpo.train.engines.captured_lanes import CapturedLanes
 from hpo.train.engines.plain import build_lane
 from hpo.train.engines.planning import plan_lanes
+from hpo.train.failures import failure_kind
 from scripts.gpu_day.common import Section, article_trial, device, free_memory, in_child, load, plain_engine, wait
 
 TIMEOUT_S = 25.0
@@ -128,14 +128,5 @@ def what_is_raised(function: Callable[[], object]) -> dict[str, Any]:
         function()
     except Exception as error:
         names = [kind.__name__ for kind in type(error).__mro__[:3]]
-        return {"raises": names, "words": str(error)[:400], "classified": classified(error)}
+        return {"raises": names, "words": str(error)[:400], "classified": failure_kind(error)}
     return {"raises": None}
-
-
-def classified(error: BaseException) -> str:
-    """Return what hpo.workers.failures says of an exception; it needs SQLAlchemy, which may not be here."""
-    try:
-        failures = importlib.import_module("hpo.workers.failures")
-    except ModuleNotFoundError as missing:
-        return f"unknown: {missing.name} is not here"
-    return str(failures.failure_kind(error))

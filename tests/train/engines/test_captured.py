@@ -289,6 +289,21 @@ def test_an_error_in_captured_lanes_has_their_trials_train_alone(monkeypatch: py
     assert_equal(train(engine, config), train(PlainEngine(device="cpu"), config))
 
 
+@pytest.mark.parametrize(
+    "words", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", "CUDA out of memory"]
+)
+def test_running_out_of_memory_is_no_fault_of_the_kind(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, config = lane_engine(), trial()
+    lane = engine.admit(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(CapturedLane, "step", lambda lane: (_ for _ in ()).throw(RuntimeError(words)))
+        with pytest.raises(RuntimeError, match=words[:12]):
+            engine.run_epoch()
+    engine.evict(lane)
+    made = [engine.admit(config), engine.admit(replace(config, seed=4))]
+    assert [result.lane for result in engine.run_epoch()] == made  # captured still, and together
+
+
 def test_a_suspect_trains_in_no_captured_lane() -> None:
     engine = lane_engine()
     lanes = [engine.admit(trial()), engine.admit(trial(seed=4), may_share=False)]

@@ -273,7 +273,7 @@ def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
-    [({"data": {"placement": "stream"}}, "do not lie on the device"), ({"compile": True}, "training.compile")],
+    [({"data": {"placement": "stream"}}, "images are not on the device"), ({"compile": True}, "training.compile")],
 )
 def test_settings_that_need_a_network_to_themselves_fall_back(changed: dict[str, Any], reason: str) -> None:
     config = trial(**changed)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal
 
-from hpo.store.ledger import OUT_OF_MEMORY
+OUT_OF_MEMORY = "out of memory"  # the failure key of every trial that ran out of memory, on whichever line
 
 # "memory": the memory of the host or of a device ran out; as a rule, the process can go on.
 # "broken": the device's hardware failed; no trial is to blame.

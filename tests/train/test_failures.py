@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hpo.store.ledger import OUT_OF_MEMORY
-from hpo.workers.failures import error_message, failure_key, failure_kind, is_out_of_memory
+from hpo.train.failures import OUT_OF_MEMORY, error_message, failure_key, failure_kind, is_out_of_memory
 
 
 class MuteError(Exception):
