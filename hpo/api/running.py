@@ -111,7 +111,7 @@ def check(
     storage: str | None = None,
     code_folder: str | Path | None = None,
 ) -> None:
-    """Check everything that `run` checks before it trains a study; a finished study is not checked.
+    """Check what `run` checks of a study before it trains it, but not the devices; a finished study is not checked.
 
     Args:
         spec: The study.
@@ -126,8 +126,9 @@ def check(
     if _find_finished(spec, url) is None:
         _, allowed = load_own_spec(spec, folder=code_folder)
         launcher = make_launcher(executor or Local(), spec, allowed, url=url)
-        with _checked(spec, allowed, launcher):
-            pass
+        allowed.check(spec)
+        with launcher, allowed.importable():
+            launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
 
 
 def join(
@@ -328,9 +329,13 @@ def _find_finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | Non
 
 @contextmanager
 def _checked(spec: StudySpec, allowed: ImportAllowlist, launcher: Launcher) -> Iterator[dict[str, Any]]:
-    """Enter the launcher, let modules of the user's own be imported, check everything; give the metadata found."""
+    """Enter the launcher, let modules of the user's own be imported, check everything; give the metadata found.
+
+    The launcher's workers start meanwhile.
+    """
     allowed.check(spec)
     with launcher, allowed.importable():
+        launcher.start_early()
         metadata = launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
         preflight.check_devices(launcher.own_devices, launcher.proofs())
         yield metadata

@@ -42,6 +42,10 @@ class Launcher(ABC):
         """Return what is being found of devices while the study is checked, by their names; inside it, before `run`."""
         return {}
 
+    def start_early(self) -> None:
+        """Start workers that get ready while the study is checked; they end with the launcher where it does not run."""
+        return
+
     def __enter__(self) -> Self:
         return self
 

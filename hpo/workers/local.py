@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from sqlalchemy.engine import URL
 
@@ -45,9 +45,9 @@ class InProcessLauncher(Launcher):
         self._begun = ExitStack()
         self._proofs: Mapping[str, Proof] = {}
 
-    def __enter__(self) -> Self:
+    def start_early(self) -> None:
+        """Start to prove the device; see `Launcher.start_early`."""
         self._proofs = self._begun.enter_context(proofs_of([self._device], precisions=self._precisions))
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._begun.close()
@@ -94,7 +94,7 @@ class LocalLauncher(Launcher):
     """A launcher of worker processes on this machine, each pinned to a device and restarted when it dies.
 
     They run in sessions of their own, so that Ctrl-C reaches only this process. They end when it ends, in whatever way.
-    They are started when the launcher is entered, and load torch and prove their devices while the study is checked.
+    `start_early` starts them, to load torch and prove their devices while the study is checked.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class LocalLauncher(Launcher):
         self._spec, self._allowed, self._url = spec, allowed, url
         self._early: list[WorkerProcess] = []
 
-    def __enter__(self) -> Self:
+    def start_early(self) -> None:
+        """Start the workers; see `Launcher.start_early`."""
         self._early = [self._make_worker(index) for index in range(self._num_early)]
         for worker in self._early:
             worker.start_early()
-        return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self._early:

@@ -14,6 +14,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store.store import Store
 from hpo.workers.executors import Executor, InProcess, Local, Ray
+from hpo.workers.worker_handle import WorkerProcess
 
 MakeSpec = Callable[..., StudySpec]
 
@@ -109,3 +110,12 @@ def test_what_is_no_executor_is_refused(executor: Any, make_spec: MakeSpec, tmp_
     ):
         running.run(make_spec(0.1), executor=executor, storage=f"sqlite:///{tmp_path}/hpo.db", code_folder=tmp_path)
     assert not (tmp_path / "hpo.db").exists()
+
+
+def test_a_check_starts_no_worker(make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `[[compare]]` checks each of its studies before the first one trains."""
+    (tmp_path / "loop.py").write_text(LOOP)
+    started: list[object] = []
+    monkeypatch.setattr(WorkerProcess, "start_early", started.append)
+    running.check(make_spec(0.1), executor=Local("cpu"), storage=f"sqlite:///{tmp_path}/hpo.db", code_folder=tmp_path)
+    assert started == []

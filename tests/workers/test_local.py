@@ -356,13 +356,19 @@ def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentenc
     ("device", "are_kept"), [(SICK, False), (Device("cpu", "cpu", "a CPU", None), True)], ids=["cuda", "cpu"]
 )
 def test_a_range_test_has_a_gpu_to_itself(
-    device: Device, are_kept: bool, hpo: Hpo, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+    device: Device,
+    are_kept: bool,
+    hpo: Hpo,
+    make_spec: MakeSpec,
+    wait_for: WaitFor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Check that no worker that was started early holds one that is exclusive to one process."""
     monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [device])
     url, allowed = parse_url(hpo.url), ImportAllowlist(("loop",), ())
     with LocalLauncher(device.name, make_spec(0.1, 0.2), workers=2, allowed=allowed, url=url) as launcher:
-        assert len(hpo.worker_pids()) == 2
+        launcher.start_early()
+        wait_for(lambda: len(hpo.worker_pids()) == 2)
         assert launcher.call(lambda: len(hpo.worker_pids()), on_device=True) == (2 if are_kept else 0)
 
 
