@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 # times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Ray reads these when it starts. Its threads that export metrics go on in this process when a cluster is gone, and have
+# aborted it (Ray 2.60), a minute later and in the middle of another test.
+os.environ.setdefault("RAY_enable_open_telemetry", "0")
+os.environ.setdefault("RAY_enable_metrics_collection", "0")
 REPOSITORY = Path(__file__).parents[1]
 CHROMIUM_FLAGS = [
     "--headless",
