@@ -74,7 +74,7 @@ def test_memory_that_runs_out_beside_others_is_nobodys_failure(store: Store, mon
         most.append(len(self))
         return step(self, *batch)
 
-    monkeypatch.setattr("hpo.train.engines.lanes._stacked_rate", lambda *_: 1.0)
+    monkeypatch.setattr("hpo.train.engines.planning._rate", lambda *_, **__: 1.0)
     monkeypatch.setattr(TrialStack, "step", step_in_little_memory)
     trials = work(store, engine_study(store, 1e-4, 3e-4, 1e-3, 3e-3, lanes=4))
     assert [trial.state for trial in trials] == ["complete"] * 4

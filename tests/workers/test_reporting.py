@@ -243,7 +243,7 @@ def test_a_lease_is_renewed_until_the_last_checkpoint_of_a_trial_that_is_given_b
             wait_for(lambda: lease(number) > before)
         save(self, checkpoint)
 
-    monkeypatch.setattr("hpo.train.engines.lanes._stacked_rate", lambda *_: 1.0)
+    monkeypatch.setattr("hpo.train.engines.planning._rate", lambda *_, **__: 1.0)
     for module in (ledger, worker):
         monkeypatch.setattr(module, "LEASE_S", 2.0)  # renewed four times as often
     monkeypatch.setattr(CheckpointFolder, "save", slow_save)

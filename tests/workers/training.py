@@ -73,7 +73,7 @@ def curves_of(trials: list[TrialRecord]) -> list[Any]:
 
 def one_at_a_time_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the engine measure that trials at once gain nothing."""
-    monkeypatch.setattr("hpo.train.engines.lanes._stacked_rate", lambda *_: 1.0)
+    monkeypatch.setattr("hpo.train.engines.planning._rate", lambda *_, **__: 1.0)
 
 
 # A loop that stays in its first epoch until there is a file "go".
