@@ -39,6 +39,7 @@ from hpo.train.engines.lane_state import (
 )
 from hpo.train.engines.plain import PlainLaneState
 from hpo.train.engines.side_effects import SideEffects, own_state
+from hpo.train.engines.vmap_ops import LaneGenerators
 from hpo.train.failures import is_out_of_memory
 from hpo.train.imports import describe_error
 from hpo.train.optim import OPTIMIZERS
@@ -103,7 +104,7 @@ class CapturedLane:
             self._splits["test"] = data.test
         self._sums_2 = {split: torch.zeros(2, device=device) for split in self._splits}
         self._next_step = 0
-        self._runner = _GraphRunner(device) if device.type == "cuda" else _EagerRunner()
+        self._runner = _GraphRunner(device) if device.type == "cuda" else _EagerRunner(device)
         self._prepare()
 
     @property
@@ -253,8 +254,8 @@ class CapturedLane:
 class _EagerRunner:
     """Runs a lane's functions at once, as they are; random numbers are the lane's own."""
 
-    def __init__(self) -> None:
-        self._state: Tensor | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._generators = LaneGenerators(device)
 
     def capture(self, functions: Mapping[int | str, Callable[[], None]], *, before_each: Callable[[], None]) -> None:
         """Run each function once, as what a graph would lose shows then."""
@@ -264,17 +265,11 @@ class _EagerRunner:
             self.run(name, function)
 
     def begin(self, *, seed: int) -> None:
-        self._state = torch.Generator().manual_seed(seed).get_state()
+        self._generators.seed([seed])
 
     def run(self, name: int | str, function: Callable[[], None]) -> None:
-        assert self._state is not None
-        before = torch.get_rng_state()
-        torch.set_rng_state(self._state)
-        try:
+        with self._generators.of(0):
             function()
-        finally:
-            self._state = torch.get_rng_state()
-            torch.set_rng_state(before)
 
     def join(self) -> None:
         pass

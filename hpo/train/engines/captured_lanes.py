@@ -112,9 +112,7 @@ class CapturedLanes(Engine):
                 self._issue_steps(lane)
             training = [lane for lane in training if not lane.is_at_end]
         seconds = time.perf_counter() - start_s
-        results = []
-        for number, lane in self._lanes.items():
-            results.append(lane.finish_epoch(lane=number, seconds=seconds))
+        results = [lane.finish_epoch(lane=number, seconds=seconds) for number, lane in self._lanes.items()]
         self._is_whole = True
         return results
 

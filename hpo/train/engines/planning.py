@@ -35,8 +35,8 @@ MAX_LANES = 64
 # How much faster lanes must be than one trial after another: trials that begin together know less of each other.
 MIN_SPEEDUP = 1.5
 MIN_GAIN_OF_DOUBLING = 1.15  # how much faster a number of lanes must be than half as many
-# A stack moves so much memory that a GPU trains it at most so many times as fast as one trial after another, whatever
-# its convolutions do. It is not measured where captured lanes are faster.
+# By a count of the memory that it moves, a GPU trains a stack at most so many times as fast as one trial after another,
+# whatever its convolutions do. It is not tried where captured lanes are faster. No GPU has confirmed the count yet.
 FASTEST_STACK = 4.0
 MAX_MEMORY_FRACTION = 0.8  # of the device's memory, that a doubled number of lanes may take
 # Of several looks the fastest counts, because other programs make steps slow: at least so many seconds and looks.

@@ -45,8 +45,8 @@ class RecordedGraph(TorchDispatchMode):
 class ReplayingRunner(_EagerRunner):
     """Runs a lane's functions as `_GraphRunner` does: warm-ups, one recording each, and replays from then on."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         self._graphs: dict[int | str, RecordedGraph] = {}
 
     def capture(self, functions: Mapping[int | str, Callable[[], None]], *, before_each: Callable[[], None]) -> None:

@@ -85,12 +85,19 @@ def plain_steps(optimizer: str) -> list[Calls]:
         steps.append(calls)
 
 
+def begun_lane(optimizer: str) -> CapturedLane:
+    """Return a captured lane whose trial has begun an epoch."""
+    config = config_of(optimizer)
+    data = DatasetCache(device=CPU).get(config.data)
+    lane = CapturedLane(config, data=data, device=CPU)
+    lane.load(build_lane(config, data=data, device=CPU))
+    lane.begin_epoch()
+    return lane
+
+
 def captured_steps(optimizer: str) -> list[Calls]:
     """Return the calls of two full steps of an epoch."""
-    config = config_of(optimizer)
-    lane = CapturedLane(config, data=DatasetCache(device=CPU).get(config.data), device=CPU)
-    lane.load(build_lane(config, data=DatasetCache(device=CPU).get(config.data), device=CPU))
-    lane.begin_epoch()
+    lane = begun_lane(optimizer)
     steps = []
     for _ in range(2):
         with Calls() as calls:
@@ -115,10 +122,7 @@ def test_captured_steps_never_wait_and_are_the_same_calls_each_time(optimizer: s
 
 
 def test_the_evaluation_of_a_captured_lane_never_waits() -> None:
-    config = config_of("adam")
-    lane = CapturedLane(config, data=DatasetCache(device=CPU).get(config.data), device=CPU)
-    lane.load(build_lane(config, data=DatasetCache(device=CPU).get(config.data), device=CPU))
-    lane.begin_epoch()
+    lane = begun_lane("adam")
     runs = []
     for _ in range(2):
         with Calls() as calls:
