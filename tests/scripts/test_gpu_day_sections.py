@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from hpo.system import devices
+from hpo.train.data.datasets import DATASETS
 from tests.rows import slow_except
 
 REPOSITORY = Path(__file__).parents[2]
@@ -117,7 +118,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], A
                     monkeypatch.setattr(module, attribute, stand_in)
         return section
 
-    yield prepared
+    with mock.patch.dict(DATASETS):  # a section adds its own
+        yield prepared
     torch.backends.cudnn.benchmark = False
 
 
