@@ -11,7 +11,7 @@ from hpo.api.stores import storage_url
 from hpo.errors import UserError
 from hpo.store.store import Store
 from hpo.system import provenance
-from hpo.system.devices import Device, list_devices, num_cores
+from hpo.system.devices import Device, list_devices, num_cores, threads_per_worker
 from hpo.train.device_proof import proofs_of
 
 DATA_FOLDERS = {  # into which torchvision unpacks its data sets, below the root or below ROOT/<name>
@@ -55,7 +55,8 @@ def _devices() -> list[Finding]:
             Finding(
                 "GPU",
                 "none",
-                f"trials train on {num_cores()} CPU cores; for an NVIDIA GPU, check that nvidia-smi lists it",
+                f"trials train on {threads_per_worker(1)} of {num_cores()} CPU cores; "
+                "for an NVIDIA GPU, check that nvidia-smi lists it",
             )
         )
     return findings

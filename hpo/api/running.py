@@ -295,7 +295,9 @@ def _create(spec: StudySpec, url: str, launcher: Launcher, metadata: Mapping[str
     """Create the study, with the learning rates that a range test finds where the spec asks for one."""
     closed, found = ranges.resolve(
         spec,
-        measure=lambda spec: launcher.call(ranges.measure_ramps, spec, launcher.devices, on_device=True),
+        measure=lambda spec: launcher.call(
+            ranges.measure_ramps, spec, launcher.devices, launcher.threads, on_device=True
+        ),
         stored=lambda: _find(spec.name, url)[1],
     )
     store = Store(url, create=True)

@@ -83,7 +83,7 @@ def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --devices, --workers, --on, --resource and --placement; the command gets them as one `executor`.
+    """Add --devices, --workers, --threads, --on, --resource and --placement; the command gets them as one `executor`.
 
     A command that has --in-process as well gets it as part of the executor.
     """
@@ -93,6 +93,7 @@ def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         devices: str,
         workers: int | None,
+        threads: int | None,
         address: str | None,
         resources: tuple[str, ...],
         placement: str | None,
@@ -102,6 +103,7 @@ def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
         executor = make_executor(
             devices=devices,
             workers=workers,
+            threads=threads,
             in_process=in_process,
             address=address,
             resources=resources,
@@ -116,6 +118,12 @@ def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=int,
             metavar="N",
             help="Worker processes. Default: one per device; on Ray, as many as there is room for.",
+        ),
+        click.option(
+            "--threads",
+            type=int,
+            metavar="N",
+            help="CPU threads of each worker. Default: OMP_NUM_THREADS, else its share of the cores.",
         ),
         click.option(
             "--on",
@@ -143,6 +151,7 @@ def make_executor(
     *,
     devices: str,
     workers: int | None,
+    threads: int | None,
     in_process: bool,
     address: str | None,
     resources: Sequence[str],
@@ -161,10 +170,12 @@ def make_executor(
         raise UserError(f"--workers has no meaning with --in-process, got {workers}")
     if in_process and address is not None:
         raise UserError("--on has no meaning with --in-process")
+    if address is not None and threads is not None:
+        raise UserError(f"--threads has no meaning with --on: --resource num_cpus={threads} gives a worker its threads")
     if in_process:
-        return InProcess(devices)
+        return InProcess(devices, threads)
     if address is None:
-        return Local(devices, workers)
+        return Local(devices, workers, threads)
     return Ray(address, devices, workers, resources=_amounts(resources), placement=placement or "pack")
 
 
@@ -187,10 +198,12 @@ def worker_arguments(executor: Executor) -> list[str]:
     arguments = []
     if executor.devices != "auto":
         arguments += ["--devices", executor.devices]
+    if not isinstance(executor, InProcess) and executor.workers is not None:
+        arguments += ["--workers", str(executor.workers)]
+    if not isinstance(executor, Ray) and executor.threads is not None:
+        arguments += ["--threads", str(executor.threads)]
     if isinstance(executor, InProcess):
         return [*arguments, "--in-process"]
-    if executor.workers is not None:
-        arguments += ["--workers", str(executor.workers)]
     if isinstance(executor, Ray):
         arguments += ["--on", executor.address]
         for name, amount in executor.resources.items():

@@ -14,7 +14,7 @@ from hpo.config.import_policy import load_own_spec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.search.space import AUTO, Categorical, Conditional, Parameter, Range, Scalar, is_auto, value_combinations
-from hpo.system.devices import choose_devices
+from hpo.system.devices import choose_devices, threads_per_worker
 from hpo.train.config import TrialConfig, derive_seed
 from hpo.train.optim import SCHEDULES
 
@@ -77,11 +77,21 @@ def range_test(
 
 
 def measure_ramps(
-    spec: StudySpec, devices: str, *, progress: RampProgress = lambda params, done, of: None
+    spec: StudySpec,
+    devices: str,
+    threads: int | None = None,
+    *,
+    progress: RampProgress = lambda params, done, of: None,
 ) -> list[Ramp]:
     """Run a range test on the first of these devices for each combination of listed values that changes the training.
 
     Other ranges count with their middle, and learning rates and schedules do not count.
+
+    Args:
+        spec: The study.
+        devices: The devices to choose from, as --devices names them.
+        threads: CPU threads. Default: those of a worker that has the machine to itself.
+        progress: As in `range_test`.
 
     Raises:
         UserError: The study has a loop of its own, more than MAX_RANGE_TESTS combinations, or a network that cannot be
@@ -93,19 +103,29 @@ def measure_ramps(
         config = spec.trial_config(values, seed=derive_seed(spec.training.seed, "range test"))
         listed = [key for key in values if isinstance(active_parameter(spec, key, values), Categorical)]
         params = {key: values[key] for key in listed}
-        ramps.append(Ramp(params, _run_on_device(config, device, partial(progress, params))))
+        ramps.append(Ramp(params, _run_on_device(config, device, threads, partial(progress, params))))
     return ramps
 
 
-def _run_on_device(config: TrialConfig, device: Device, progress: Callable[[int, int], None]) -> RangeTest:
+def _run_on_device(
+    config: TrialConfig, device: Device, threads: int | None, progress: Callable[[int, int], None]
+) -> RangeTest:
     """Run a range test, on a GPU in a process pinned to it, so that this process takes none of the GPU's memory."""
+    threads = threads or threads_per_worker(1)
     if device.kind == "cuda":
         from hpo.lr_range.subprocess import range_test_in_subprocess
 
-        return range_test_in_subprocess(config, device, progress=progress)
+        return range_test_in_subprocess(config, device, threads=threads, progress=progress)
+    import torch
+
     from hpo.train.lr_ramp import run_range_test
 
-    return run_range_test(config, device=device.kind, progress=progress)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # as in a worker: the same sums, digit for digit
+    try:
+        return run_range_test(config, device=device.kind, progress=progress)
+    finally:
+        torch.set_num_threads(before)
 
 
 def resolve(

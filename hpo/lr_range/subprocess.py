@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from hpo.errors import StudyStopped, UserError
-from hpo.system.devices import Device, num_cores, torch_device, worker_environment
+from hpo.system.devices import Device, torch_device, worker_environment
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 MESSAGE_PREFIX = "hpo range test: "  # begins each line that is a message: a user's module may print, too
 
 
-def range_test_in_subprocess(config: TrialConfig, device: Device, *, progress: Callable[[int, int], None]) -> RangeTest:
+def range_test_in_subprocess(
+    config: TrialConfig, device: Device, *, threads: int, progress: Callable[[int, int], None]
+) -> RangeTest:
     """Run a range test in a process of its own on this device.
 
     Raises:
@@ -32,7 +34,7 @@ def range_test_in_subprocess(config: TrialConfig, device: Device, *, progress: C
     task = {"config": asdict(config), "device": torch_device(device), "path": sys.path}
     with subprocess.Popen(
         [sys.executable, "-m", "hpo.lr_range.subprocess"],
-        env={**os.environ, **worker_environment(device, threads=num_cores())},
+        env={**os.environ, **worker_environment(device, threads=threads)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

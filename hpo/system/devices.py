@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 # As many hardware queues as there are, so that the streams of many lanes do not wait for each other; and the workspace
 # that cuBLAS keeps for each of them, 8 MiB and 128 KiB: by default, on a Hopper GPU, it is 32 MiB.
 STREAMS_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # of which the first one that is set counts
 MPS_SERVER = "nvidia-cuda-mps-server"
 
 
@@ -77,8 +78,7 @@ def worker_environment(device: Device, *, threads: int) -> dict[str, str]:
     """
     pinning = {
         "CUDA_VISIBLE_DEVICES": device.uuid or "",
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
     }
     if device.kind != "cuda":
         return pinning
@@ -144,8 +144,20 @@ def num_cores() -> int:
 
 
 def threads_per_worker(num_workers: int) -> int:
-    """Return how many CPU threads each of `num_workers` gets, so that together they fit the cores."""
-    return max(1, num_cores() // num_workers)
+    """Return how many CPU threads each worker gets: what the environment asks for, else its share of the cores."""
+    return _threads_asked_for() or max(1, num_cores() // num_workers)
+
+
+def _threads_asked_for() -> int | None:
+    """Return the threads that the user's environment gives each process, or None.
+
+    As for OpenMP, only the first number of a list counts, and what is no positive number does not count.
+    """
+    for name in THREAD_VARIABLES:
+        first = os.environ.get(name, "").split(",")[0].strip()
+        if first.isdecimal() and int(first) > 0:
+            return int(first)
+    return None
 
 
 def _choose_free(devices: list[Device]) -> list[Device]:

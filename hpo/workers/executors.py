@@ -22,17 +22,20 @@ class Local:
     Args:
         devices: "auto" for every free GPU, else the CPU; or a list such as "cpu", "mps", "cuda" or "cuda:0,cuda:1".
         workers: Number of processes. Default: one for each device.
+        threads: CPU threads of each process. Default: OMP_NUM_THREADS where it is set, else its share of the cores.
 
     Raises:
-        UserError: `workers` is below 1, or an argument is of the wrong type.
+        UserError: `workers` or `threads` is below 1, or an argument is of the wrong type.
     """
 
     devices: str = "auto"
     workers: int | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         _check_devices(self.devices)
-        _check_workers(self.workers)
+        _check_count("--workers", self.workers)
+        _check_count("--threads", self.threads)
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,18 @@ class InProcess:
 
     Args:
         devices: As in `Local`; it trains on the first one.
+        threads: As in `Local`.
 
     Raises:
-        UserError: `devices` is no text.
+        UserError: As for `Local`.
     """
 
     devices: str = "auto"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         _check_devices(self.devices)
+        _check_count("--threads", self.threads)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Ray:
         for name, amount in self.resources.items():
             _check_resource(name, amount)
         _check_devices(self.devices)
-        _check_workers(self.workers)
+        _check_count("--workers", self.workers)
 
 
 Executor = Local | InProcess | Ray
@@ -96,11 +102,11 @@ def _check_devices(devices: str) -> None:
         raise UserError(f"--devices must be a text such as 'cpu' or 'cuda:0,cuda:1', got {devices!r}")
 
 
-def _check_workers(workers: int | None) -> None:
-    if workers is not None and not isinstance(workers, int):
-        raise UserError(f"--workers must be an integer, got {workers!r}")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers must be at least 1, got {workers}")
+def _check_count(option: str, count: int | None) -> None:
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+        raise UserError(f"{option} must be an integer, got {count!r}")
+    if count is not None and count < 1:
+        raise UserError(f"{option} must be at least 1, got {count}")
 
 
 def _check_resource(name: str, amount: float) -> None:

@@ -33,8 +33,16 @@ class Launcher(ABC):
 
     can_be_left = False  # whether `submit` works: the study goes on when this process has ended
 
-    def __init__(self, devices: str, *, device_kinds: Collection[str], own_devices: Sequence[Device] = ()) -> None:
+    def __init__(
+        self,
+        devices: str,
+        *,
+        device_kinds: Collection[str],
+        own_devices: Sequence[Device] = (),
+        threads: int | None = None,
+    ) -> None:
         self.devices = devices  # as --devices names them, where the workers run
+        self.threads = threads  # CPU threads of a process, where the user has asked for a number
         self.device_kinds = device_kinds
         self.own_devices = own_devices  # of this machine, where we choose what workers train on
 

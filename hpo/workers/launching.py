@@ -19,9 +19,9 @@ def make_launcher(executor: Executor, spec: StudySpec, allowed: ImportAllowlist,
     """
     match executor:
         case Local():
-            return LocalLauncher(executor.devices, spec, workers=executor.workers, allowed=allowed, url=parse_url(url))
+            return LocalLauncher(executor, spec, allowed=allowed, url=parse_url(url))
         case InProcess():
-            return InProcessLauncher(executor.devices, spec)
+            return InProcessLauncher(executor, spec)
         case Ray():
             from hpo.workers.ray_cluster import RayLauncher
 

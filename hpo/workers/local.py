@@ -20,13 +20,13 @@ from hpo.study.processes import Process
 from hpo.study.records import StudyRecord
 from hpo.system.devices import (
     choose_devices,
-    num_cores,
     pinned_here,
     threads_per_worker,
     torch_device,
 )
 from hpo.system.processes import machine_id
 from hpo.train.device_proof import proofs_of
+from hpo.workers.executors import InProcess, Local
 from hpo.workers.launcher import Launcher, Proof, Returned, interrupts
 from hpo.workers.stages import add_due_trials
 from hpo.workers.supervisor import TICK_S, OnTick, supervise
@@ -38,9 +38,14 @@ from hpo.workers.worker_handle import WorkerProcess, WorkerTask, describe_exit_c
 class InProcessLauncher(Launcher):
     """A launcher that trains in the calling process: for a debugger, and for tests."""
 
-    def __init__(self, devices: str, spec: StudySpec) -> None:
-        self._device = choose_devices(devices)[0]
-        super().__init__(devices, device_kinds={self._device.kind}, own_devices=[self._device])
+    def __init__(self, executor: InProcess, spec: StudySpec) -> None:
+        self._device = choose_devices(executor.devices)[0]
+        super().__init__(
+            executor.devices,
+            device_kinds={self._device.kind},
+            own_devices=[self._device],
+            threads=executor.threads,
+        )
         self._precisions = precisions_to_prove(spec, torch_device(self._device))
         self._begun = ExitStack()
         self._proofs: Mapping[str, Proof] = {}
@@ -73,7 +78,9 @@ class InProcessLauncher(Launcher):
             if study.spec.objective is None:
                 import torch
 
-                torch.set_num_threads(num_cores())  # as in a worker process: the same sums, digit for digit
+                torch.set_num_threads(
+                    self.threads or threads_per_worker(1)
+                )  # as in a worker process: the same sums, digit for digit
             with pinned_here(self._device) as place:
                 try:
                     Worker(store, study, device=self._device.name, torch_device=place, should_stop=should_stop).run()
@@ -97,14 +104,19 @@ class LocalLauncher(Launcher):
     `start_early` starts them, to load torch and prove their devices while the study is checked.
     """
 
-    def __init__(
-        self, devices: str, spec: StudySpec, *, workers: int | None, allowed: ImportAllowlist, url: URL
-    ) -> None:
-        self._devices = choose_devices(devices)
-        self._num_workers = workers or len(self._devices)
+    def __init__(self, executor: Local, spec: StudySpec, *, allowed: ImportAllowlist, url: URL) -> None:
+        self._devices = choose_devices(executor.devices)
+        self._num_workers = executor.workers or len(self._devices)
+        # The same however many workers are needed: with another number of threads the digits would differ.
+        self._threads = executor.threads or threads_per_worker(self._num_workers)
         self._num_early = min(self._num_workers, spec.num_trials)
         kinds = {device.kind for device in self._devices}
-        super().__init__(devices, device_kinds=kinds, own_devices=self._devices[: self._num_early])
+        super().__init__(
+            executor.devices,
+            device_kinds=kinds,
+            own_devices=self._devices[: self._num_early],
+            threads=executor.threads,
+        )
         self._spec, self._allowed, self._url = spec, allowed, url
         self._early: list[WorkerProcess] = []
 
@@ -164,8 +176,7 @@ class LocalLauncher(Launcher):
             self._spec.name,
             device.name,
             torch_device(device),
-            # The same however many workers are needed: with another number of threads the digits would differ.
-            threads_per_worker(self._num_workers),
+            self._threads,
             self._allowed,
             precisions=precisions_to_prove(self._spec, torch_device(device)),
         )

@@ -164,7 +164,7 @@ def test_in_a_process_of_its_own_it_finds_the_same() -> None:
     (cpu,) = choose_devices("cpu")
     config = make_spec().trial_config({}, seed=0)
     told: list[int] = []
-    there = range_test_in_subprocess(config, cpu, progress=lambda done, of: told.append(done))
+    there = range_test_in_subprocess(config, cpu, threads=1, progress=lambda done, of: told.append(done))
     here = run_range_test(config, device="cpu")
     assert told == list(range(1, len(here.lrs) + 1))
     assert there.lrs == pytest.approx(here.lrs)
@@ -175,4 +175,4 @@ def test_a_mistake_in_that_process_is_the_same_sentence() -> None:
     (cpu,) = choose_devices("cpu")
     spec = StudySpec.from_dict({**make_spec().frozen(), "model": {"name": "torchvision:nothing"}})
     with pytest.raises(UserError, match=r"model\.name"):
-        range_test_in_subprocess(spec.trial_config({}, seed=0), cpu, progress=lambda done, of: None)
+        range_test_in_subprocess(spec.trial_config({}, seed=0), cpu, threads=1, progress=lambda done, of: None)

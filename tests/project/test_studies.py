@@ -9,6 +9,7 @@ import sys
 import tomllib
 from hashlib import md5
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 
 import hpo
 from hpo.config.study_spec import StudySpec
+from scripts import launch_study
 from tests.rows import slow_except
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +106,18 @@ def test_the_articles_study_runs_on_an_archive_in_cifar100s_layout(
     assert len(result.trials) == 5
     for trial in result.trials:
         assert len(trial.curves["test_accuracy"]) == 1
+
+
+def test_the_script_recommends_the_answer_and_not_the_luckiest_trial(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = SimpleNamespace(trial=3, params={"lr": 0.5}, value=0.9, lr=0.0123)
+    monkeypatch.setattr(hpo, "run", lambda *_, **__: SimpleNamespace(best=best, trials=[]), raising=False)
+    monkeypatch.setattr(sys, "argv", ["launch_study.py"])
+    launch_study.main()
+    recommendation, luckiest = capsys.readouterr().out.splitlines()
+    assert recommendation.startswith("train with lr = 1.23e-02")
+    assert "luckiest" in luckiest
 
 
 @pytest.mark.slow

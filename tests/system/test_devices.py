@@ -466,10 +466,30 @@ def test_a_containers_cpu_quota_is_read(tmp_path: Path, files: dict[str, str], c
     assert list(devices._cgroup_cores(tmp_path)) == cores
 
 
+@pytest.fixture
+def no_threads_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in devices.THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_threads_asked_for")
 def test_workers_share_the_cores_and_each_gets_at_least_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= num_cores() <= (os.cpu_count() or 1)
     monkeypatch.setattr(devices, "num_cores", lambda: 8)
     assert [threads_per_worker(num_workers) for num_workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
+
+
+@pytest.mark.usefixtures("no_threads_asked_for")
+@pytest.mark.parametrize("name", devices.THREAD_VARIABLES)
+@pytest.mark.parametrize(
+    ("value", "threads"), [("1", 1), ("3", 3), (" 2 ", 2), ("2,1", 2), ("", 4), ("0", 4), ("-1", 4), ("many", 4)]
+)
+def test_the_number_of_threads_that_the_environment_asks_for_is_kept(
+    name: str, value: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "num_cores", lambda: 8)
+    monkeypatch.setenv(name, value)
+    assert threads_per_worker(2) == threads
 
 
 def test_importing_devices_loads_neither_torch_nor_optuna() -> None:

@@ -22,6 +22,7 @@ from hpo.store.store import Store
 from hpo.store.workers import MAX_DEVICE_FAILURES
 from hpo.study.records import DeviceFailures, TrialRecord
 from hpo.system.devices import Device
+from hpo.workers.executors import InProcess, Local
 from hpo.workers.local import InProcessLauncher, LocalLauncher
 from tests.rows import slow_except
 from tests.workers.sick_gpu import needs_no_gpu, tells_why, write_sick_gpu
@@ -341,7 +342,9 @@ def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentenc
     monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [SICK])
     store = Store(hpo.url, create=True)
     study = store.studies.create(make_spec(0.1, 0.2, 0.3), metadata={})
-    launcher = LocalLauncher("cuda:0", study.spec, workers=2, allowed=ImportAllowlist(("loop",), ()), url=store.url)
+    launcher = LocalLauncher(
+        Local("cuda:0", workers=2), study.spec, allowed=ImportAllowlist(("loop",), ()), url=store.url
+    )
     with pytest.raises(StudyStopped) as caught:
         launcher.run(store, study, on_tick=lambda _: None)
     assert caught.value.can_resume
@@ -366,7 +369,7 @@ def test_a_range_test_has_a_gpu_to_itself(
     """Check that no worker that was started early holds one that is exclusive to one process."""
     monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [device])
     url, allowed = parse_url(hpo.url), ImportAllowlist(("loop",), ())
-    with LocalLauncher(device.name, make_spec(0.1, 0.2), workers=2, allowed=allowed, url=url) as launcher:
+    with LocalLauncher(Local(device.name, workers=2), make_spec(0.1, 0.2), allowed=allowed, url=url) as launcher:
         launcher.start_early()
         wait_for(lambda: len(hpo.worker_pids()) == 2)
         assert launcher.call(lambda: len(hpo.worker_pids()), on_device=True) == (2 if are_kept else 0)
@@ -381,7 +384,7 @@ def test_in_process_a_device_that_cannot_be_used_is_said_in_one_sentence_and_not
     store = Store(hpo.url, create=True)
     study = store.studies.create(make_spec(0.1), metadata={})
     with pytest.raises(StudyStopped, match=r"^the device cuda:0 cannot be used: ") as caught:
-        InProcessLauncher("cuda:0", study.spec).run(store, study, on_tick=lambda _: None)
+        InProcessLauncher(InProcess("cuda:0"), study.spec).run(store, study, on_tick=lambda _: None)
     assert caught.value.can_resume
     assert tells_why(str(caught.value))
     assert "CUDA_VISIBLE_DEVICES" not in os.environ

@@ -32,12 +32,18 @@ def launcher(spec: StudySpec, executor: Ray, *, url: str = POSTGRES) -> Launcher
 
 
 def executor_of(
-    *, address: str = "auto", resources: Sequence[str] = (), placement: str | None = None, in_process: bool = False
+    *,
+    address: str = "auto",
+    resources: Sequence[str] = (),
+    placement: str | None = None,
+    in_process: bool = False,
+    threads: int | None = None,
 ) -> Executor:
     """Return what the options of a command make."""
     return make_executor(
         devices="auto",
         workers=None,
+        threads=threads,
         in_process=in_process,
         address=address,
         resources=resources,
@@ -49,6 +55,7 @@ def executor_of(
     ("arguments", "message"),
     [
         ({"address": "local"}, r"^--on must be ray, auto or ray://HOST:PORT, got 'local'$"),
+        ({"threads": 4}, r"^--threads has no meaning with --on: --resource num_cpus=4 gives a worker its threads$"),
         ({"placement": "strict"}, r"^--placement must be one of pack, spread, got 'strict'$"),
         ({"resources": ("num_cpus",)}, r"^--resource must be NAME=AMOUNT, such as num_cpus=4, got 'num_cpus'$"),
         ({"resources": ("=4",)}, r"^--resource must be NAME=AMOUNT, such as num_cpus=4, got '=4'$"),
@@ -74,6 +81,8 @@ EXECUTORS: dict[str, Executor] = {
     "": Local(),
     "--devices cuda:0,cuda:1 --workers 4": Local("cuda:0,cuda:1", workers=4),
     "--devices cpu --in-process": InProcess("cpu"),
+    "--workers 2 --threads 1": Local(workers=2, threads=1),
+    "--threads 3 --in-process": InProcess(threads=3),
     "--on auto": Ray(),
     "--devices cpu --workers 2 --on ray --resource num_cpus=4 --resource fast=0.5 --placement spread": Ray(
         "ray", "cpu", 2, resources={"num_cpus": 4, "fast": 0.5}, placement="spread"
