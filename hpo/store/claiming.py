@@ -9,7 +9,7 @@ from sqlalchemy.engine import Connection
 
 from hpo.store.conditions import is_lost, is_slot, on_same_device
 from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES
-from hpo.store.schema import attempts_table, select_all, slots_table
+from hpo.store.schema import attempts_table, select_all, slots_table, workers_table
 from hpo.study.records import Claim
 
 
@@ -62,6 +62,7 @@ def take_slot(connection: Connection, row: Any, *, trial_id: int, worker_id: str
         "lease_until": at + LEASE_S,
     }
     connection.execute(slots_table.update().where(is_slot(claim)).values(taken))
+    sign_on(connection, worker_id, at=at)
     attempt = {
         "study_id": claim.study_id,
         "number": claim.number,
@@ -72,3 +73,9 @@ def take_slot(connection: Connection, row: Any, *, trial_id: int, worker_id: str
     }
     connection.execute(attempts_table.insert().values(attempt))
     return claim
+
+
+def sign_on(connection: Connection, worker_id: str, *, at: float) -> None:
+    """Record that the worker lives, whoever has taken it for dead: only a living one claims and renews."""
+    is_worker = workers_table.c.worker_id == worker_id
+    connection.execute(workers_table.update().where(is_worker).values(seen_at=at, ended_at=None))

@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from hpo.store.claiming import sign_on
 from hpo.store.conditions import is_given_up, is_held, process_is_gone
 from hpo.store.database import Database
 from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS, Ledger, storable_text
@@ -101,10 +102,13 @@ class Workers:
         return found
 
     def renew(self, claims: Sequence[Claim], worker_id: str) -> None:
-        """Extend the leases of the claims that still hold their slots, and record that the worker lives."""
+        """Extend the leases of the claims that still hold their slots, and record that the worker lives.
+
+        A worker that was taken for dead is among the living again.
+        """
         with self._database.transaction() as connection:
             at = self._database.now(connection)
-            connection.execute(workers_table.update().where(workers_table.c.worker_id == worker_id).values(seen_at=at))
+            sign_on(connection, worker_id, at=at)
             for claim in sorted(claims, key=lambda claim: claim.number):
                 connection.execute(slots_table.update().where(is_held(claim)).values(lease_until=at + LEASE_S))
 
@@ -210,6 +214,6 @@ def _running_slots(study_id: int) -> sa.Select[Any]:
     columns = (worker.machine, worker.pid, worker.pid_started, worker.ended_at.label("left"))
     return (
         sa.select(*labelled(slots_table), *columns)
-        .join(workers_table, worker.worker_id == slots_table.c.worker_id)
+        .outerjoin(workers_table, worker.worker_id == slots_table.c.worker_id)  # its row may be gone
         .where(slots_table.c.study_id == study_id, slots_table.c.state == "running")
     )

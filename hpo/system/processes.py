@@ -30,12 +30,31 @@ def process_start_s() -> float:
 
 
 def is_running(pid: int, *, started: float) -> bool:
-    """Return whether the process with this pid and this start, in seconds from the boot, runs on this machine."""
+    """Return whether the process with this pid and this start, in seconds from the boot, runs on this machine.
+
+    A process that may not be looked at counts as running: where /proc hides the processes of other users (`hidepid`),
+    only a signal tells whether there is one. Its lease tells the rest.
+    """
     try:
         process = psutil.Process(pid)
         return abs(_start_s(process) - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except psutil.AccessDenied:
+        return True
+    except psutil.ZombieProcess:
         return False
+    except psutil.NoSuchProcess:
+        return _is_hidden(pid)
+
+
+def _is_hidden(pid: int) -> bool:
+    """Return whether there is a process with this pid, which /proc does not show to this user."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _start_s(process: psutil.Process) -> float:

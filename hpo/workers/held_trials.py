@@ -62,6 +62,7 @@ class HeldTrials:
         self._host = host
         self._stop = stop
         self._worker_id = ""
+        self._has_left = False
         self._pid = os.getpid()
         self._claims: set[Claim] = set()
         self._suspects: set[Claim] = set()  # claims that have the device to themselves for an epoch
@@ -74,11 +75,14 @@ class HeldTrials:
         self._worker_id = self._store.workers.add(self._study.study_id, device=self._device.name, host=self._host)
 
     def renew(self) -> None:
-        """Renew the leases of all trials held."""
+        """Renew the leases of all trials held, until the worker leaves: a renewal would sign it on again."""
+        if self._has_left:
+            return
         self._store.workers.renew(list(self._claims), self._worker_id)
 
     def leave(self) -> None:
         """Release what is held and remove the worker from the study; from any thread."""
+        self._has_left = True
         for claim in list(self._claims):
             self.release(claim)
         self._store.workers.remove(self._worker_id)

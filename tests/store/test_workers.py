@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from optuna.trial import TrialState
 
 from hpo.store import schema
@@ -169,3 +170,31 @@ def test_failures_of_devices_are_counted_by_machine_and_device_until_the_study_i
     assert store.workers.count_device_failure(study, device="cuda:1", host="box", reason="").count == 1
     assert store.workers.device_failures(study).keys() == {(liveness.machine_id(), "cuda:1")}
     assert store.studies.shared_values(study) == {}  # these are values that workers agree on
+
+
+@pytest.mark.parametrize("sign_of_life", ["renewal", "claim"])
+def test_a_living_worker_that_was_taken_for_dead_is_healed_by_its_next_sign_of_life(
+    store: Store, make_spec: MakeSpec, change: Change, sign_of_life: str
+) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    change(store, schema.workers_table.update().values(ended_at=LONG_AGO))
+    assert store.workers.get_all(study) == []
+    if sign_of_life == "renewal":
+        store.workers.renew([], worker)
+        assert [row.alive for row in store.workers.get_all(study)] == [True]
+    held = claim(store, study, worker)
+    assert store.workers.reap(study) == 0
+    report(store, held, 0.5)
+    store.trials.finish(held, "complete", reason="")
+
+
+def test_the_slot_of_a_worker_whose_row_is_gone_is_freed_when_its_lease_runs_out(
+    store: Store, make_spec: MakeSpec, change: Change
+) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    held = claim(store, study, worker)
+    with store.storage.engine.begin() as connection:
+        connection.execute(schema.workers_table.delete())
+    assert store.workers.reap(study) == 0
+    expire(store, held, change)
+    assert store.workers.reap(study) == 1

@@ -15,6 +15,9 @@ from hpo.store import database, schema
 from hpo.store import ledger as ledger_module
 from hpo.store.store import Store
 from hpo.workers import worker as worker_module
+from hpo.workers.held_trials import HeldTrials
+from hpo.workers.stop_signal import StopSignal
+from hpo.workers.worker_device import WorkerDevice
 from tests.workers.training import HELD, engine_study, work, working
 
 MakeSpec = Callable[..., StudySpec]
@@ -167,3 +170,15 @@ def test_an_exception_is_charged_to_the_trial_that_raises_it_alone(
     outcomes = [[attempt.outcome for attempt in trial.attempts] for trial in trials]
     assert outcomes[0] == ["beside others: RuntimeError: a bad trial", "complete"]
     assert outcomes[1] == ["beside others: RuntimeError: a bad trial", "RuntimeError: a bad trial", "failed"]
+
+
+def test_a_worker_that_has_left_is_not_signed_on_again_by_a_late_renewal(store: Store, make_spec: MakeSpec) -> None:
+    study = store.studies.create(make_spec(0.1), metadata={})
+    device = WorkerDevice("cpu", torch_device="cpu", precisions=())
+    held = HeldTrials(store, study, device=device, host="here", stop=StopSignal(lambda: False))
+    held.register()
+    held.renew()
+    assert len(store.workers.get_all(study)) == 1
+    held.leave()
+    held.renew()
+    assert store.workers.get_all(study) == []
