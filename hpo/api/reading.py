@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -73,7 +74,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
     return {
         "study": name,
         "storage": str(store.url),
-        "trials": store.trials.counts(study.study_id),
+        "trials": dict(Counter(trial.state for trial in all_trials)),
         "stop": study.stop,
         "stop_reason": study.stop_reason,
         "best": found.as_dict() if found else None,

@@ -20,7 +20,7 @@ from hpo.report.publisher import Publisher
 from hpo.store.database import Unreachable
 from hpo.store.retry import OUTAGE_S, STORE_ERRORS
 from hpo.store.store import Store
-from hpo.study.records import ENDED, StudyRecord
+from hpo.study.records import StudyRecord
 from hpo.system.devices import choose_devices
 from hpo.workers import preflight
 from hpo.workers.executors import Executor, Local, Ray
@@ -321,8 +321,7 @@ def _find_finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | Non
     if store is None or study is None:
         return None
     spec = ranges.adopt_stored_ranges(spec, study)
-    counts = store.trials.counts(study.study_id)
-    if set(counts) - set(ENDED) or study.spec.differences(spec) or study.spec.num_trials < spec.num_trials:
+    if study.spec.differences(spec) or study.spec.num_trials < spec.num_trials:
         return None
     if store.trials.num_left(replace(study, spec=spec)):  # a confirmation, which the study may not have had before
         return None
@@ -370,6 +369,8 @@ def _run_to_end(
     left = store.trials.num_left(study)
     if study.stop == "failure":
         raise StudyStopped(f"study {study.name!r} was stopped: {study.stop_reason}", can_resume=left > 0)
+    if left and study.stop is None:
+        raise StudyStopped(f"study {study.name!r} has {left} trials left, which were added meanwhile", can_resume=True)
     if left:
         raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_resume=True)
     return result_of(store, study)

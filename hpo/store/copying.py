@@ -29,11 +29,10 @@ COPIED_TABLES = (slots_table, studies_table, epochs_table, attempts_table, worke
 Row = dict[str, Any]
 
 
-def read_rows(database: Database, table: sa.Table, study_id: int) -> list[Row]:
+def read_rows(connection: Connection, table: sa.Table, study_id: int) -> list[Row]:
     """Return every row of one of our tables that belongs to a study, under the names that the code uses."""
-    with database.connect() as connection:
-        query = select_all(table).where(table.c.study_id == study_id)
-        return [dict(row) for row in connection.execute(query).mappings()]
+    query = select_all(table).where(table.c.study_id == study_id)
+    return [dict(row) for row in connection.execute(query).mappings()]
 
 
 def copy_study(
@@ -45,10 +44,10 @@ def copy_study(
     progress: Callable[[int, int], None],
 ) -> StudyRecord:
     """Copy the study, all of it or nothing, and return the copy; `Studies.copy_from` has the contract."""
-    rows = {table: read_rows(source, table, study.study_id) for table in COPIED_TABLES}
-    trials = source.storage.get_all_trials(study.study_id)
-    has_changed = rows[slots_table] != read_rows(source, slots_table, study.study_id)
-    if has_changed or any(row["state"] == "running" for row in rows[slots_table]):
+    with source.snapshot() as connection:
+        rows = {table: read_rows(connection, table, study.study_id) for table in COPIED_TABLES}
+        trials = source.storage.get_all_trials(study.study_id)
+    if any(row["state"] == "running" for row in rows[slots_table]):
         raise UserError(f"study {study.name!r} is in training; end that with: hpo stop {study.name}")
     with target.transaction() as connection:
         exclude_others(connection)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,15 +79,29 @@ class JoinedStorage(RDBStorage):
         """Open an atomic write transaction: it commits at the end of the block, or rolls back if that raises."""
         with self.engine.connect() as connection:
             begin(connection)
-            self.scoped_session.remove()
-            self._joined.connection = connection
-            try:
+            with self._joining(connection):
                 yield connection
                 self.scoped_session.remove()
                 connection.commit()
-            finally:
-                self._joined.connection = None
-                self.scoped_session.remove()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """Open a transaction that reads everything as it is at one instant, whatever others write meanwhile."""
+        with self.engine.connect() as connection:
+            begin_reading(connection)
+            with self._joining(connection):
+                yield connection
+
+    @contextmanager
+    def _joining(self, connection: Connection) -> Iterator[None]:
+        """Make this thread's calls part of the transaction that the connection is in."""
+        self.scoped_session.remove()
+        self._joined.connection = connection
+        try:
+            yield
+        finally:
+            self._joined.connection = None
+            self.scoped_session.remove()
 
 
 @dataclass(frozen=True)
@@ -104,8 +118,12 @@ class Database:
         return self.storage.cached
 
     def connect(self) -> Connection:
-        """Return a connection for reading, to be closed by the caller."""
+        """Return a connection for reading, to be closed by the caller; each statement sees what is committed then."""
         return self.storage.engine.connect()
+
+    def snapshot(self) -> AbstractContextManager[Connection]:
+        """Open a transaction for reads that must agree; Optuna's calls join it. It must not be nested."""
+        return self.storage.snapshot()
 
     def now(self, connection: Connection) -> float:
         """Return the seconds since 1970 by the database's clock, the only one that leases are measured by."""
@@ -137,6 +155,14 @@ def begin(connection: Connection) -> None:
     """
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def begin_reading(connection: Connection) -> None:
+    """Start a transaction in which all statements see the same instant; its first one chooses it."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN")
+    else:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 
 
 def exclude_others(connection: Connection) -> None:

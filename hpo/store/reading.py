@@ -56,18 +56,18 @@ def load_study(database: Database, connection: Connection, study_id: int, name: 
 
 def read_trials(database: Database, study_id: int) -> list[TrialRecord]:
     """Return every slot of the study with what is known of it, in order."""
-    with database.connect() as connection:
+    with database.snapshot() as connection:
         query = select_all(slots_table).where(slots_table.c.study_id == study_id).order_by(slots_table.c.number)
         rows = connection.execute(query).all()
         reports, last_attempt = _read_reports(connection, study_id)
         attempts = _read_attempts(connection, study_id)
+        frozen = {trial._trial_id: trial for trial in database.cached.get_all_trials(study_id, deepcopy=False)}
     for row in rows:
         # A trial that has just been resumed has the epochs up to its checkpoint's: the later ones will be replaced.
         if row.state == "running" and last_attempt.get(row.number) not in (None, row.attempt):
             tries = attempts.get(row.number, [])
             resumed_from = next((a.resumed_from or 0 for a in tries if a.attempt == row.attempt), 0)
             reports[row.number] = [report for report in reports[row.number] if report[0] <= resumed_from]
-    frozen = {trial._trial_id: trial for trial in database.cached.get_all_trials(study_id, deepcopy=False)}
     return [
         read_trial(row, frozen.get(row.trial_id), reports.get(row.number, []), attempts.get(row.number, []))
         for row in rows

@@ -14,6 +14,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 from sqlalchemy.engine import URL
 
+from hpo.store.copying import read_rows
 from hpo.store.database import CONNECTIONS_PER_WORKER, Database, JoinedStorage, database_path, open_storage, parse_url
 from hpo.store.retry import RetryPolicy
 from hpo.store.schema import schema_version, slots_table
@@ -103,8 +104,10 @@ class Store:
         """Return where the ledger and Optuna's tables disagree about a study: they do if others changed them."""
         states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "waiting": TrialState.RUNNING}
         states |= {"running": TrialState.RUNNING, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
-        theirs = {trial._trial_id: trial for trial in self.storage.get_all_trials(study.study_id, deepcopy=False)}
-        claimed = [row for row in self.studies.rows(slots_table, study) if row["trial_id"] is not None]
+        with self.database.snapshot() as connection:
+            theirs = {trial._trial_id: trial for trial in self.storage.get_all_trials(study.study_id, deepcopy=False)}
+            rows = read_rows(connection, slots_table, study.study_id)
+        claimed = [row for row in rows if row["trial_id"] is not None]
         problems = []
         for row in claimed:
             trial = theirs.pop(row["trial_id"], None)

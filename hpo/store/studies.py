@@ -192,7 +192,8 @@ class Studies:
 
     def rows(self, table: sa.Table, study: StudyRecord) -> list[dict[str, Any]]:
         """Return every row of one of our tables that belongs to the study."""
-        return read_rows(self._database, table, study.study_id)
+        with self._database.connect() as connection:
+            return read_rows(connection, table, study.study_id)
 
     def request_stop(self, study: StudyRecord) -> None:
         """Ask every worker to release its trials after their next report, and to leave."""

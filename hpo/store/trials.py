@@ -256,17 +256,16 @@ class Trials:
     @retry_on_outage
     def num_left(self, study: StudyRecord) -> int:
         """Return how many trials have yet to end, as far as that is known."""
-        num_open = sum(count for state, count in self.counts(study.study_id).items() if state not in ENDED)
-        return num_open or (
-            stages.num_due(study, slot_states(self._database, study.study_id)) if study.spec.confirm else 0
-        )
+        if study.spec.confirm is None:
+            return sum(count for state, count in self.counts(study.study_id).items() if state not in ENDED)
+        return stages.num_left(study, slot_states(self._database, study.study_id))
 
     @retry_on_outage
     def most_at_once(self, study: StudyRecord) -> int:
         """Return how many trials may wait at the same time, now or later."""
-        confirm = study.spec.confirm
-        num_waiting = self.counts(study.study_id).get("waiting", 0)
-        if confirm is None or not self.num_left(study):
+        slots, confirm = slot_states(self._database, study.study_id), study.spec.confirm
+        num_waiting = sum(slot.state == "waiting" for slot in slots)
+        if confirm is None or not stages.num_left(study, slots):
             return num_waiting
         return max(num_waiting, confirm.top * confirm.seeds)
 

@@ -56,6 +56,11 @@ def num_due(study: StudyRecord, slots: Sequence[Slot]) -> int:
     return 0 if stage is None or spec is None else spec.seeds * (spec.top if stage == "confirm" else 1)
 
 
+def num_left(study: StudyRecord, slots: Sequence[Slot]) -> int:
+    """Return how many of these trials have yet to end or, once all have, how many follow at most."""
+    return sum(slot.state not in ENDED for slot in slots) or num_due(study, slots)
+
+
 def latest(slots: Sequence[AnySlot]) -> list[AnySlot]:
     """Return the trials that follow the last one of the search: they confirm all of it."""
     last = max((slot.number for slot in slots if slot.kind == "search"), default=-1)

@@ -118,3 +118,22 @@ def interrupted(store: Store, *, at: int) -> Iterator[None]:
 
 def fail_once(store: Store, claimed: Claim, spec: StudySpec, key: str = "ValueError here") -> bool:
     return store.trials.fail(claimed, spec, reason="ValueError: no luck", error="Traceback", failure_key=key)
+
+
+@contextmanager
+def meanwhile(store: Store, action: Callable[[], object], *, at: int) -> Iterator[None]:
+    """Do something, as another process would, before the statement of this index that this store sends."""
+    count = 0
+
+    def before(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count - 1 == at:
+            action()
+
+    engine = store.storage.engine
+    sa.event.listen(engine, "before_cursor_execute", before)
+    try:
+        yield
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", before)

@@ -7,7 +7,8 @@ import pytest
 from hpo.errors import UserError
 from hpo.store import schema
 from hpo.store.store import Store
-from tests.store.helpers import Change, MakeSpec, begin, claim, report
+from hpo.study.records import Claim, StudyRecord
+from tests.store.helpers import Change, MakeSpec, begin, claim, meanwhile, only_sqlite, report, url_of
 
 
 def test_what_ledger_and_optuna_do_not_agree_on_is_found(store: Store, make_spec: MakeSpec, change: Change) -> None:
@@ -31,3 +32,42 @@ def test_a_name_from_a_store_cannot_name_a_folder_elsewhere(store: Store, make_s
         connection.exec_driver_sql("UPDATE studies SET study_name = '../../evil'")
     with pytest.raises(UserError, match=r"study '../../evil' in .* is damaged: its spec names it 's'"):
         store.studies.get("../../evil")
+
+
+@only_sqlite
+def test_the_check_finds_nothing_wrong_with_a_study_that_others_train_meanwhile(
+    store: Store, make_spec: MakeSpec
+) -> None:
+    other = Store(url_of(store))
+    for at in range(6):
+        study, worker = begin(store, make_spec(0.1, 0.2, name=f"s{at}"))
+        held = claim(other, study, worker)
+        report(other, held, 0.5)
+
+        def go_on(study: StudyRecord = study, worker: str = worker, held: Claim = held) -> None:
+            other.trials.finish(held, "complete", reason="")
+            claim(other, study, worker)
+
+        with meanwhile(store, go_on, at=at):
+            assert store.problems(study) == []
+
+
+@only_sqlite
+def test_the_trials_of_a_study_are_read_as_they_are_at_one_instant(store: Store, make_spec: MakeSpec) -> None:
+    """A trial that is complete has its value, and one that is not has none, whenever another process ends it."""
+    other = Store(url_of(store))
+    for at in range(6):
+        study, worker = begin(store, make_spec(0.1, name=f"s{at}"))
+        held = claim(other, study, worker)
+        report(other, held, 0.5)
+
+        def end(held: Claim = held) -> None:
+            report(other, held, 0.6, first=2)
+            other.trials.finish(held, "complete", reason="")
+
+        with meanwhile(store, end, at=at):
+            (read,) = store.trials.get_all(study)
+        assert (read.state, read.value, len(read.epochs), "ended" in read.attributes) in (
+            ("running", None, 1, False),
+            ("complete", 0.6, 2, True),
+        )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from hpo.search.study_views import RoundStudy
 from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.workers.stages import add_due_trials
+from tests.store.helpers import meanwhile
 
 if TYPE_CHECKING:
     from tests.conftest import Hpo
@@ -404,3 +406,23 @@ def test_a_study_none_of_whose_trials_completed_says_so(tmp_path: Path, make_spe
     spec = make_spec(0.1, 0.2, objective={"function": "loop_of_nan:train"}, confirm={"top": 1, "seeds": 2})
     with pytest.raises(StudyStopped, match="has no complete trial"):
         run_here(spec, tmp_path)
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("question", ["left", "at once", "due"])
+def test_a_study_whose_confirmation_another_worker_adds_meanwhile_never_looks_finished(
+    store: Store, make_spec: MakeSpec, question: str
+) -> None:
+    other = Store(store.url.render_as_string(hide_password=False))
+    for at in range(8):
+        study = begin(store, make_spec(0.1, 0.2, name=f"s{at}", confirm={"top": 1, "seeds": 2}))
+        worker = store.workers.add(study.study_id, device="cpu")
+        for value in (0.3, 0.5):
+            finish(store, study, worker, value)
+        with meanwhile(store, partial(add_due_trials, other, study), at=at):
+            if question == "left":
+                assert store.trials.num_left(study) == 2
+            elif question == "at once":
+                assert store.trials.most_at_once(study) == 2
+            else:
+                assert add_due_trials(store, study)
