@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -337,7 +338,8 @@ def _checked(spec: StudySpec, allowed: ImportAllowlist, launcher: Launcher) -> I
     allowed.check(spec)
     with launcher, allowed.importable():
         launcher.start_early()
-        metadata = launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
+        with chdir(os.curdir):  # which the user's modules may leave when they are imported
+            metadata = launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
         preflight.check_devices(launcher.own_devices, launcher.proofs())
         yield metadata
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
 import fsspec
-import fsspec.generic
 
 from hpo.errors import UserError
 from hpo.store import database
@@ -79,10 +79,15 @@ def copy(
 
 
 def _copy_files(source: str, target: str) -> None:
-    """Copy what there is in a folder, wherever the two URLs or paths lead."""
+    """Copy the files that there are in a folder, wherever the two URLs or paths lead; no pipes, sockets or devices."""
     files, path = fsspec.core.url_to_fs(source)
-    if files.exists(path):
-        fsspec.generic.rsync(files.unstrip_protocol(path), fsspec.core.url_to_fs(target)[0].unstrip_protocol(target))
+    target_files, target_path = fsspec.core.url_to_fs(target)
+    for name, info in files.find(path, detail=True).items():
+        if info["type"] == "file" or files.isfile(name):  # which also a link to one is
+            copied = f"{target_path}{name.removeprefix(path)}"
+            target_files.makedirs(target_files._parent(copied), exist_ok=True)
+            with files.open(name, "rb") as reading, target_files.open(copied, "wb") as writing:
+                shutil.copyfileobj(reading, writing)
 
 
 def upgrade_storage(*, storage: str | None = None) -> list[str]:

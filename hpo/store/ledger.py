@@ -17,9 +17,10 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.errors import UserError
-from hpo.store.conditions import is_attempt, is_held
+from hpo.store.conditions import is_attempt, is_held, is_slot
 from hpo.store.database import Database
 from hpo.store.schema import attempts_table, slots_table, studies_table
+from hpo.study.processes import Cause
 from hpo.study.records import ENDED, Claim
 
 
@@ -79,6 +80,23 @@ class Ledger:
         if new:
             note = "\n".join([before, *new] if before else new)
             connection.execute(attempts_table.update().where(is_attempt(claim)).values(note=note))
+
+    def give_back(self, connection: Connection, claim: Claim, cause: Cause, *, outcome: str) -> None:
+        """Free the slot of a worker that is gone or leaves, or fail its trial if workers have died of it too often.
+
+        They are counted until the trial reaches another epoch; those that are "gone" are not.
+        """
+        if cause != "gone":
+            died = slots_table.update().where(is_held(claim)).values(crashes=slots_table.c.crashes + 1)
+            connection.execute(died)
+            num_crashes = connection.execute(sa.select(slots_table.c.crashes).where(is_slot(claim))).scalar_one()
+            if num_crashes >= (MAX_TRIAL_CRASHES if cause == "crashed" else MAX_TRIAL_KILLS):
+                reason = f"its worker died {num_crashes} times"
+                if outcome == "released":
+                    reason = f"a signal ended its worker {num_crashes} times; the training code may send it"
+                self.end(connection, claim, "failed", reason, failure_key="its worker died")
+                return
+        self.free(connection, claim, outcome)
 
     def free(self, connection: Connection, claim: Claim, outcome: str, *, error: str | None = None) -> None:
         """Give the slot back unfinished, and end the attempt."""

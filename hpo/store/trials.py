@@ -201,10 +201,14 @@ class Trials:
             return False
 
     @retry_on_outage
-    def release(self, claim: Claim) -> None:
-        """Give the slot back unfinished, so that it can be claimed again."""
+    def release(self, claim: Claim, *, was_killed: bool = False) -> None:
+        """Give the slot back unfinished, so that it can be claimed again.
+
+        With `was_killed`, a signal from outside ends the worker. It counts against the trial, as a death does in
+        `Workers.reap`: the trial's own code may send that signal each time.
+        """
         with self._ledger.locked_claim(claim) as connection:
-            self._ledger.free(connection, claim, "released")
+            self._ledger.give_back(connection, claim, "killed" if was_killed else "gone", outcome="released")
 
     @retry_on_outage
     def get_all(self, study: StudyRecord) -> list[TrialRecord]:

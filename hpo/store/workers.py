@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import uuid
@@ -16,7 +15,7 @@ from sqlalchemy.engine import Connection
 from hpo.store.claiming import sign_on
 from hpo.store.conditions import is_given_up, is_held, process_is_gone
 from hpo.store.database import Database
-from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS, Ledger, storable_text
+from hpo.store.ledger import LEASE_S, Ledger, storable_text
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import labelled, select_all, slots_table, studies_table, workers_table
 from hpo.store.slots import lock_study
@@ -150,7 +149,9 @@ class Workers:
             rows = connection.execute(running.with_for_update(of=slots_table, skip_locked=True)).all()
             lost = [row for row in rows if is_dead(row) or is_given_up(row, at)]
             for row in lost:
-                self._take_back(connection, row, dead.get((row.machine, row.pid), "gone"))
+                claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
+                cause = dead.get((row.machine, row.pid), "gone")
+                self._ledger.give_back(connection, claim, cause, outcome="lost")
             for row in connection.execute(living).all():
                 if is_dead(row):
                     is_worker = workers_table.c.worker_id == row.worker_id
@@ -189,18 +190,6 @@ class Workers:
     def _started(self, connection: Connection, study: StudyRecord) -> float:
         query = sa.select(studies_table.c.started_at).where(studies_table.c.study_id == study.study_id)
         return float(connection.execute(query).scalar_one())
-
-    def _take_back(self, connection: Connection, row: Any, cause: Cause) -> None:
-        """Free the slot of a worker that is gone, or fail its trial if it has killed too many."""
-        claim = Claim(row.study_id, row.number, row.attempt, row.trial_id, row.worker_id)
-        num_crashes = row.crashes if cause == "gone" else row.crashes + 1
-        connection.execute(slots_table.update().where(is_held(claim)).values(crashes=num_crashes))
-        limits = {"crashed": MAX_TRIAL_CRASHES, "killed": MAX_TRIAL_KILLS, "gone": math.inf}
-        if num_crashes >= limits[cause]:
-            reason = f"its worker died {num_crashes} times"
-            self._ledger.end(connection, claim, "failed", reason, failure_key="its worker died")
-        else:
-            self._ledger.free(connection, claim, "lost")
 
 
 def _living(study_id: int) -> sa.Select[Any]:

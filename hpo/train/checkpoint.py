@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import stat
 import struct
 import time
 from collections import OrderedDict
@@ -151,7 +152,7 @@ class CheckpointFolder:
         for epoch in sorted(self._epochs(), reverse=True):
             try:
                 with _raises_os_error(self.url):
-                    data = self._filesystem.cat_file(self._path_of(epoch))
+                    data = self._read(self._path_of(epoch))
                 return self._parse(data, epoch=epoch, config=config), passed_over
             except FileNotFoundError:
                 reason = "it was removed before it was read"
@@ -183,6 +184,9 @@ class CheckpointFolder:
                 for name in _names_in(self._filesystem, self._path)
                 if (match := _CHECKPOINT.fullmatch(name))
             ]
+
+    def _read(self, path: str) -> bytes:
+        return _read_local(path) if isinstance(self._filesystem, LocalFileSystem) else self._filesystem.cat_file(path)
 
     def _parse(self, data: bytes, *, epoch: int, config: TrialConfig) -> Checkpoint:
         if data[: len(MAGIC)] != MAGIC[: len(data)]:
@@ -274,6 +278,18 @@ def _names_in(filesystem: Any, path: str) -> list[str]:
         return [name.rstrip("/").rpartition("/")[2] for name in filesystem.ls(path, detail=False)]
     except FileNotFoundError:
         return []
+
+
+def _read_local(path: str) -> bytes:
+    """Read a file; refuse a pipe, which would be waited for without end, and a device, which may have none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is no regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def _write_local(path: str, *, data: memoryview) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bdb
 import math
+import os
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 
 from hpo.errors import UserError
@@ -69,7 +72,17 @@ class FunctionRunner:
             _metric=self._spec.metric,
             _on_report=attempt.report,
         )
-        import_object(self._function, setting="objective.function")(trial)
+        function = import_object(self._function, setting="objective.function")
+        try:
+            with chdir(os.curdir):  # back again where the function leaves: the next trial's paths may be relative
+                function(trial)
+        except bdb.BdbQuit as error:
+            raise UserError(
+                f"{self._function} was left in the debugger, which needs a terminal: take breakpoint() out of it, or "
+                "debug it with hpo run --in-process"
+            ) from error
+        finally:
+            attempt.is_over = True
         end = attempt.end or self._end_by_last_report(claim)
         if end is None:
             self._held.release(claim)
@@ -110,9 +123,16 @@ class FunctionAttempt:
         self._stop = stop
         self._claim = claim
         self.end: TrialEnd | None = None
+        self.is_over = False  # whether the function has returned
 
     def report(self, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Report an epoch to the store; return whether the function should return now."""
+        if self.is_over:
+            number = self._claim.number
+            raise UserError(
+                f"trial.report was called for trial {number}, whose training has ended: report to the trial that "
+                f"your function is called with, not to one that was kept from an earlier call"
+            )
         if self.end is not None:
             return True  # it was told to return and reports all the same: nothing more is recorded
         value = metrics[self._spec.metric]

@@ -163,7 +163,7 @@ class HeldTrials:
         self._end_writing(claim)
         self._claims.discard(claim)
         with suppress(ClaimLost):
-            self._store.trials.release(claim)
+            self._store.trials.release(claim, was_killed=self._stop.was_killed())
 
     @contextmanager
     def dropping_lost_claims(self, claim: Claim) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ from hpo.workers.worker import Worker
 from hpo.workers.worker_device import DeviceFailed, precisions_to_prove
 from hpo.workers.worker_handle import WorkerProcess, WorkerTask, describe_exit_code
 
+logger = logging.getLogger(__name__)
+
 
 class InProcessLauncher(Launcher):
     """A launcher that trains in the calling process: for a debugger, and for tests."""
@@ -64,10 +67,13 @@ class InProcessLauncher(Launcher):
     def run(self, store: Store, study: StudyRecord, *, on_tick: OnTick) -> None:
         """Run the worker, as `Launcher.run` says."""
         with interrupts() as interrupted:
-            last_tick = 0.0
+            last_tick, has_told = 0.0, False
 
             def should_stop() -> bool:  # called before every step of training
-                nonlocal last_tick
+                nonlocal last_tick, has_told
+                if interrupted and not has_told:
+                    has_told = True
+                    logger.warning("saving after this epoch; Ctrl-C twice more ends at once")
                 if time.monotonic() - last_tick > TICK_S:
                     last_tick = time.monotonic()
                     on_tick(store)

@@ -33,7 +33,7 @@ from hpo.system import provenance
 from hpo.system.devices import choose_devices, num_cores
 from hpo.workers.executors import OWN_RAY, PLACEMENTS, RAY_CLIENT, RUNNING_RAY, Ray
 from hpo.workers.launcher import Launcher, Returned, interrupts
-from hpo.workers.supervisor import TICK_S, OnTick
+from hpo.workers.supervisor import LEAVING, TICK_S, OnTick
 
 if TYPE_CHECKING:
     from hpo.workers.ray_actors import PoolSnapshot, WorkerEnvironment, WorkerRequest
@@ -124,9 +124,7 @@ class RayLauncher(Launcher):
             for _ in interrupted[num_passed_on:]:
                 controller.leave.remote()
             if interrupted and not num_passed_on:
-                logger.warning(
-                    "workers save their trials and leave, which may take half a minute; again ends them at once"
-                )
+                logger.warning("%s", LEAVING)
             num_passed_on = len(interrupted)
             on_tick()
             if not ray.wait([asked], timeout=TICK_S)[0]:

@@ -12,10 +12,12 @@ class StopSignal:
     """Whether a worker should leave, and whether it should do so in the middle of an epoch.
 
     `is_told()` says whether the process was told to end. It may be called before every step of training.
+    `was_killed()` says whether a signal told it so that is as good as a kill: its supervisor did not send it.
     """
 
-    def __init__(self, is_told: Callable[[], bool]) -> None:
+    def __init__(self, is_told: Callable[[], bool], *, was_killed: Callable[[], bool] = lambda: False) -> None:
         self._is_told = is_told
+        self.was_killed = was_killed
         self._is_study_stopping = False
         self._first_seen_s: float | None = None  # when `must_abort` first saw that the process was told to end
 

@@ -23,6 +23,7 @@ TICK_S = 0.2
 CHECK_S = 5.0  # between looks for workers that died elsewhere, for the end of the study and for room for more workers
 KILL_S = DRAIN_S + 10.0  # a worker that is still there so long after it was asked to leave is killed
 UNKILLABLE_S = 20.0  # a worker that is still there so long after that is left to itself: it hangs in its driver
+LEAVING = f"saving after this epoch, for {DRAIN_S:g} s at most; Ctrl-C again ends the workers at once"
 ROOM_S = 30.0  # how long workers that wait for room are waited for when all others have lost their devices
 MAX_CRASHES = 5  # for each worker: processes that died one after the other without an epoch in between
 
@@ -187,6 +188,8 @@ def _drain(workers: Sequence[WorkerSlot], interrupted: Sequence[int], on_tick: C
     """
     for worker in workers:
         worker.ask_to_leave()
+    if interrupted:
+        logger.warning("%s", LEAVING)
     deadline = time.monotonic() + KILL_S
     while running := [worker for worker in workers if worker.is_running()]:
         if time.monotonic() > deadline + UNKILLABLE_S:

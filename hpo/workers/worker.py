@@ -41,6 +41,8 @@ class Runner(Protocol):
 class Worker:
     """Trains trials of one study on one device until there are none left or `should_stop()` is true.
 
+    `was_killed()` says whether the reason for that is a signal from outside, which counts against the trials held.
+
     `device` is named as users name it, `torch_device` as torch names it in this process; `host` is recorded with the
     trials, by default the machine's name.
     """
@@ -53,6 +55,7 @@ class Worker:
         device: str,
         torch_device: str,
         should_stop: Callable[[], bool],
+        was_killed: Callable[[], bool] = lambda: False,
         host: str | None = None,
     ) -> None:
         self._store = store
@@ -61,7 +64,7 @@ class Worker:
         precisions = precisions_to_prove(study.spec, torch_device)
         self._device = WorkerDevice(device, torch_device=torch_device, precisions=precisions)
         self._host = host or socket.gethostname()
-        self._stop = StopSignal(should_stop)
+        self._stop = StopSignal(should_stop, was_killed=was_killed)
         self._held = HeldTrials(store, study, device=self._device, host=self._host, stop=self._stop)
 
     def run(self) -> None:

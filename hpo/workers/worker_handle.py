@@ -199,9 +199,9 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def cause_of_death(exit_code: int | None) -> Cause:
     """Return what an exit code says of the trials that the process held; None where nobody saw it end."""
-    if exit_code in (None, EXIT_RESTART, EXIT_NO_DEVICE, -signal.SIGTERM):
+    if exit_code in (None, EXIT_RESTART, EXIT_NO_DEVICE):
         return "gone"
-    return "killed" if exit_code == -signal.SIGKILL else "crashed"
+    return "killed" if exit_code in (-signal.SIGKILL, -signal.SIGTERM) else "crashed"
 
 
 def describe_exit_code(exit_code: int) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
+from hpo.errors import UserError
 from hpo.store.database import Unreachable
 from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
 from hpo.store.store import Store
@@ -28,6 +32,7 @@ from hpo.workers.worker_handle import (
 
 logger = logging.getLogger(__name__)
 
+SUPERVISOR_S = 1.0  # how long after a signal the word of the supervisor that sent it may arrive
 LEAVE_S = 5.0  # how long releasing trials and signing off may take when an epoch is left in its middle
 
 
@@ -49,9 +54,13 @@ def run_worker_process() -> None:
     task = WorkerTask.from_json(os.environ.pop(TASK_VARIABLE))
     if (pipe := os.environ.pop(WAITING_VARIABLE, None)) is not None:
         _wait_to_begin(task, int(pipe))  # it holds no trial yet, so that SIGTERM may end it at once
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    stop = StopRequest()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.by_signal.set())
+    workers: list[Worker] = []
+    arguments = (_take_standard_input(), workers, stop, task.outlives)
+    threading.Thread(target=_follow_supervisor, args=arguments, daemon=True, name="supervisor").start()
+    sys.addaudithook(partial(_refuse_signals_to_itself, os.getpid()))
     # Processes that the user's code forks must die of SIGTERM: multiprocessing sends it to its own and waits for them.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -64,10 +73,10 @@ def run_worker_process() -> None:
         device=task.device,
         torch_device=task.torch_device,
         should_stop=stop.is_set,
+        was_killed=stop.is_from_elsewhere,
         host=task.host,
     )
-    arguments = (worker, stop, task.outlives)
-    threading.Thread(target=_follow_supervisor, args=arguments, daemon=True, name="supervisor").start()
+    workers.append(worker)
     if study.spec.objective is None:
         import torch
 
@@ -77,10 +86,65 @@ def run_worker_process() -> None:
         # It was told to leave, perhaps not by its supervisor, so there may be work left. Where the store did not answer
         # at that moment, leaving failed; that is no crash that its trials could be blamed for.
         exit_code = EXIT_RESTART
-    # Threads that the user's code has left behind must not delay the end.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    with suppress(Exception):  # the user's code may have closed them
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(exit_code)  # threads that the user's code has left behind must not delay the end
+
+
+class StopRequest:
+    """Whether this process was told to leave: by its supervisor, or by a signal from anybody."""
+
+    def __init__(self) -> None:
+        self.by_signal = threading.Event()
+        self.by_supervisor = threading.Event()
+        self._patience_s = SUPERVISOR_S
+
+    def is_set(self) -> bool:
+        """Return whether it was told to leave."""
+        return self.by_signal.is_set() or self.by_supervisor.is_set()
+
+    def is_from_elsewhere(self) -> bool:
+        """Return whether it was told so by a signal that its supervisor did not send."""
+        if not self.by_signal.is_set():
+            return False
+        patience_s, self._patience_s = self._patience_s, 0.0
+        return not self.by_supervisor.wait(patience_s)
+
+
+class NoStandardInput(io.TextIOWrapper):
+    """The standard input of a worker, which has none: a line of it is an error, in words that its trial ends with."""
+
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
+        """Raise EOFError."""
+        raise EOFError("a worker has no standard input: take input() out of the training code")
+
+
+def _take_standard_input() -> int:
+    """Return a descriptor of this process's standard input, which its supervisor writes to, and put none in its place.
+
+    The user's code would wait there for ever, and take what is meant for us.
+    """
+    supervisor = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    sys.stdin = NoStandardInput(open(0, "rb", closefd=False))  # noqa: SIM115 (open as long as the process)
+    return supervisor
+
+
+def _refuse_signals_to_itself(pid: int, event: str, arguments: tuple[Any, ...]) -> None:
+    """Raise, as an audit hook of this worker, where code in this process is about to end or stop it by a signal.
+
+    It would be started again, train the same trial, and send the signal again.
+    """
+    if event in ("os.kill", "os.killpg") and os.getpid() == pid:
+        target, number = arguments
+        if target in (pid, 0, -pid) and number in (signal.SIGTERM, signal.SIGINT, signal.SIGSTOP):
+            raise UserError(
+                f"the training code sends {signal.Signals(number).name} to its own worker process; "
+                "an exception ends the trial, return ends its training"
+            )
 
 
 def _wait_to_begin(task: WorkerTask, pipe: int) -> None:
@@ -127,15 +191,20 @@ def _run_to_exit_code(worker: Worker) -> int:
     return 0
 
 
-def _follow_supervisor(worker: Worker, stop: threading.Event, outlives: bool) -> None:
-    """Wait until the supervisor says so or is no more; then have the worker leave, and end the process in time."""
-    received = os.read(0, 1)
+def _follow_supervisor(supervisor: int, workers: Sequence[Worker], stop: StopRequest, outlives: bool) -> None:
+    """Wait until the supervisor says so or is no more; then have the worker leave, and end the process in time.
+
+    Without a worker yet, it waits for a database that does not answer, and ends at once.
+    """
+    received = os.read(supervisor, 1)
     if received != LEAVE and not outlives:
         os.killpg(os.getpid(), signal.SIGKILL)  # with what the user's code has started, which uses the device too
-    stop.set()
+    stop.by_supervisor.set()
+    if not workers:
+        os._exit(EXIT_RESTART)
     time.sleep(DRAIN_S)
     # In a thread of its own, because a frozen database must not keep this process for ever.
-    leaving = threading.Thread(target=worker.leave, daemon=True)
+    leaving = threading.Thread(target=workers[0].leave, daemon=True)
     leaving.start()
     leaving.join(LEAVE_S)
     os._exit(0)

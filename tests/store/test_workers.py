@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.store import schema
-from hpo.store.ledger import MAX_TRIAL_CRASHES
+from hpo.store.ledger import MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS
 from hpo.store.store import Store
 from hpo.system import processes as liveness
 from tests.store.helpers import (
@@ -198,3 +198,26 @@ def test_the_slot_of_a_worker_whose_row_is_gone_is_freed_when_its_lease_runs_out
     assert store.workers.reap(study) == 0
     expire(store, held, change)
     assert store.workers.reap(study) == 1
+
+
+def test_a_trial_whose_worker_is_told_to_leave_by_nobody_fails_in_the_end(store: Store, make_spec: MakeSpec) -> None:
+    """Its own code may send the signal; an operator who does may do so ten times, or between two epochs."""
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    for _ in range(MAX_TRIAL_KILLS - 1):
+        held = claim(store, study, worker)
+        store.trials.release(held, was_killed=True)
+        store.trials.release(claim(store, study, worker))  # because its supervisor says so: does not count
+    held = claim(store, study, worker)
+    report(store, held, 0.5)  # another epoch
+    store.trials.release(held, was_killed=True)
+    assert trial(store, study).state == "waiting"
+    for _ in range(MAX_TRIAL_KILLS - 1):
+        held = claim(store, study, worker)
+        report(store, held, 0.5)  # the same one again
+        store.trials.release(held, was_killed=True)
+    ended = trial(store, study)
+    assert (ended.state, ended.reason) == (
+        "failed",
+        f"a signal ended its worker {MAX_TRIAL_KILLS} times; the training code may send it",
+    )
+    assert [attempt.outcome for attempt in ended.attempts][-2:] == ["released", "failed"]

@@ -474,6 +474,23 @@ class Malicious:
         return os.mkdir, (str(self.marker),)
 
 
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+def test_what_is_no_regular_file_is_passed_over_and_not_waited_for(
+    checkpoints: CheckpointFolder, folder: Path, kind: str
+) -> None:
+    checkpoints.save(fake(1))
+    if kind == "a pipe":
+        os.mkfifo(path_of(folder, 2))
+    elif kind == "a device":
+        path_of(folder, 2).symlink_to("/dev/zero")
+    else:
+        path_of(folder, 2).mkdir()
+    checkpoint, (sentence,) = checkpoints.load(CONFIG)
+    assert checkpoint is not None
+    assert checkpoint.epoch == 1
+    assert sentence.endswith("was passed over: it could not be read: it is no regular file")
+
+
 @pytest.mark.parametrize("disguised", [False, True])
 def test_nothing_is_executed_that_a_file_holds(disguised: bool, checkpoints: CheckpointFolder, folder: Path) -> None:
     checkpoints.save(fake(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -230,6 +231,8 @@ def test_a_copied_study_goes_on_from_its_checkpoints(store: Store, tmp_path: Pat
     work(store, study, should_stop=lambda: len(store.trials.get_all(study)[0].epochs) >= 2)
     url = store.url.render_as_string(hide_password=False)
     (tmp_path / "elsewhere").mkdir()
+    (store.folder(study) / "trials").mkdir()
+    os.mkfifo(store.folder(study) / "trials" / "pipe")  # is not copied, and not waited for
     other = f"sqlite:///{tmp_path}/elsewhere/other.db"
     assert stores.copy("digits", to=other, storage=url) == other
     with pytest.raises(UserError, match=r"^--to must be an SQLite or Postgres URL"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -150,3 +151,46 @@ trial.report(1, val_accuracy=0.5)
         store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
         (trial,) = work(store, store.studies.create(make_spec(0.1), metadata={}))
         assert trial.state == "complete", trial.error
+
+
+def test_a_report_to_a_trial_that_was_kept_from_an_earlier_call_fails_the_trial_that_makes_it(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    """As a callback does that is made once."""
+    loop("""
+kept = sys.modules[__name__].__dict__.setdefault("kept", trial)
+kept.report(1, val_accuracy=0.5)
+""")
+    first, *others = work(store, store.studies.create(make_spec(0.1, 0.2, 0.3, search={"retries": 0}), metadata={}))
+    assert first.state == "complete"
+    for trial in others:
+        assert (trial.state, trial.attempt) == ("failed", 1)
+        assert str(trial.reason).startswith("UserError: trial.report was called for trial 0, whose training has ended")
+    assert first.curves == {"val_accuracy": [0.5]}
+
+
+def test_a_loop_that_leaves_its_folder_does_not_take_the_next_trial_along(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    loop("""
+import os
+assert pathlib.Path("elsewhere").is_dir()
+os.chdir("elsewhere")
+assert trial.checkpoint_dir.is_dir()
+trial.report(1, val_accuracy=0.5)
+""")
+    with contextlib.chdir(tmp_path):
+        trials = work(store, store.studies.create(make_spec(0.1, 0.2), metadata={}))
+    assert [trial.state for trial in trials] == ["complete", "complete"], trials[1].error
+
+
+def test_a_forgotten_breakpoint_fails_its_trial_in_a_sentence(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    """The debugger raises this at the end of its input, or when it is told to quit."""
+    loop("raise __import__('bdb').BdbQuit")
+    (failed,) = work(store, store.studies.create(make_spec(0.1, search={"retries": 0}), metadata={}))
+    assert failed.state == "failed"
+    assert str(failed.reason).startswith("UserError: loop:train was left in the debugger, which needs a terminal")
+    assert 'loop.py", line' in str(failed.error)

@@ -80,6 +80,14 @@ def test_a_worker_whose_device_failed_is_started_again_until_the_device_is_given
 
 
 @on_sqlite
+def test_an_interruption_is_answered_at_once_with_what_it_does(
+    store: Store, study: StudyRecord, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(store, study, Slot(None), num_ticks=1)
+    assert caplog.messages == ["saving after this epoch, for 30 s at most; Ctrl-C again ends the workers at once"]
+
+
+@on_sqlite
 def test_where_no_worker_has_a_device_left_the_study_stops_and_can_be_resumed(store: Store, study: StudyRecord) -> None:
     for _ in range(3):
         store.workers.count_device_failure(study, device="cuda:0", host="box", reason="RuntimeError: no GPU")

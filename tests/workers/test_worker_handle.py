@@ -132,7 +132,7 @@ def test_a_worker_that_hangs_before_it_begins_is_a_finding(tmp_path: Path, monke
     [
         (None, "gone"),
         (EXIT_RESTART, "gone"),
-        (-signal.SIGTERM, "gone"),
+        (-signal.SIGTERM, "killed"),
         (-signal.SIGKILL, "killed"),
         (-signal.SIGSEGV, "crashed"),
         (1, "crashed"),
