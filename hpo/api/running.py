@@ -236,6 +236,7 @@ def resume(
     executor: Executor | None = None,
     storage: str | None = None,
     trials: int | None = None,
+    retry_failed: bool = False,
     allow: Sequence[str] = (),
     watcher: Watcher | None = None,
 ) -> Result:
@@ -246,6 +247,7 @@ def resume(
         executor: As in `join`.
         storage: As in `join`.
         trials: The new number of trials, to enlarge the study; finished trials stay. Default: as it was.
+        retry_failed: Whether to train the trials that have failed again, each from its start.
         allow: As in `join`.
         watcher: As in `run`.
 
@@ -257,13 +259,16 @@ def resume(
         StudyStopped: The study cannot finish, or was interrupted.
     """
     store, study = open_study(name, storage=storage)
-    if trials is None and not store.trials.num_left(study):
+    has_failed = retry_failed and store.trials.counts(study.study_id).get("failed", 0) > 0
+    if trials is None and not has_failed and not store.trials.num_left(study):
         return result_of(store, study)
 
     def open_again(_: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
         store.studies.check_joins(study, study.spec, metadata=metadata)
         if trials is not None:
             store.studies.enlarge(study, trials)
+        if retry_failed:
+            store.studies.retry_failed(study)
         store.studies.start(study)
         return store, store.studies.get(name)
 
@@ -362,11 +367,17 @@ def _run_to_end(
         watch = watcher(store, study) if watcher else None
 
         def look(store: Store) -> None:
+            store.studies.check_exists(study)
             publisher.publish_if_due()
             if watch is not None:
                 watch(store)
 
-        launcher.run(store, study, on_tick=look)
+        try:
+            launcher.run(store, study, on_tick=look)
+        except KeyError:  # Optuna's, where there is no such study
+            store.studies.check_exists(study)
+            raise
+    store.studies.check_exists(study)
     study = store.studies.get(study.name)
     left = store.trials.num_left(study)
     if study.stop == "failure":

@@ -13,8 +13,10 @@ import fsspec
 
 from hpo.errors import UserError
 from hpo.store import database
+from hpo.store.copying import copy_study
 from hpo.store.database import parse_url
 from hpo.store.retry import STORE_ERRORS
+from hpo.store.schema import deleted_study_ids
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 
@@ -74,8 +76,31 @@ def copy(
     copied = replace(study, metadata={**study.metadata, "uid": uuid.uuid4().hex[:8], "origin": study.origin})
     _copy_files(source.checkpoints_url(study), target.checkpoints_url(copied))
     _copy_files(str(source.folder(study) / "trials"), str(target.folder(copied) / "trials"))
-    target.studies.copy_from(source.studies, study, metadata=copied.metadata, progress=progress)
+    copy_study(source.database, target.database, study, metadata=copied.metadata, progress=progress)
     return str(target.url)
+
+
+def delete(name: str, *, storage: str | None = None) -> None:
+    """Delete a study from its store, with its trials, and its logs and checkpoints as far as this machine has them.
+
+    Args:
+        name: The study, which may be damaged.
+        storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
+
+    Raises:
+        UserError: There is no such study, or trials of it are in training.
+    """
+    store = Store(storage_url(storage))
+    folders = []
+    with suppress(UserError):  # a damaged study is deleted without its files, which its row no longer names
+        study = store.studies.get(name)
+        store.workers.reap(study)
+        folders = [str(store.folder(study)), store.checkpoints_url(study)]
+    store.studies.delete(name)
+    for folder in folders:
+        files, path = fsspec.core.url_to_fs(folder)
+        if files.exists(path):
+            files.rm(path, recursive=True)
 
 
 def _copy_files(source: str, target: str) -> None:
@@ -119,4 +144,10 @@ def check_storage(*, storage: str | None = None) -> tuple[list[str], list[str]]:
     """
     store = Store(storage_url(storage))
     problems = [problem for study in store.studies.get_all() for problem in store.problems(study)]
+    with store.database.connect() as connection:
+        if deleted := deleted_study_ids(connection):
+            problems.append(
+                f"rows are left of studies that were deleted with Optuna: {len(deleted)}; remove them with: "
+                "hpo storage upgrade"
+            )
     return store.describe(), store.studies.damages() + problems

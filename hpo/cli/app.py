@@ -210,21 +210,36 @@ def _serve_until_interrupted(
 @main.command("resume", short_help="Resume a stopped study.")
 @click.argument("study", metavar="STUDY")
 @click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; finished trials stay.")
+@click.option("--retry-failed", is_flag=True, help="Train failed trials again, each from its start.")
 @allow_option
 @executor_options
 @storage_option
 def resume_command(
-    study: str, trials: int | None, allow: tuple[str, ...], executor: Executor, storage: str | None
+    study: str,
+    trials: int | None,
+    retry_failed: bool,
+    allow: tuple[str, ...],
+    executor: Executor,
+    storage: str | None,
 ) -> None:
     """Resume STUDY after `hpo stop` or an interruption.
 
     \b
     hpo resume quickstart --trials 30
+    hpo resume quickstart --retry-failed
     """
     from hpo.api import running
 
     again = command_line("resume", study, *repeated("--allow", allow), *worker_arguments(executor))
-    train = partial(running.resume, study, executor=executor, storage=storage, trials=trials, allow=allow)
+    train = partial(
+        running.resume,
+        study,
+        executor=executor,
+        storage=storage,
+        trials=trials,
+        retry_failed=retry_failed,
+        allow=allow,
+    )
     _train_and_print_answer(train, study, storage, again=again)
 
 
@@ -248,6 +263,8 @@ def _train_and_print_answer(train: Callable[..., Result], study: str, storage: s
         f"every trial in the browser:  hpo dashboard{suffix}",
         f"train the best trial again:  hpo export {study} --output best.toml{suffix}",
     ]
+    if any(trial.state == "failed" for trial in result.trials):
+        steps.append(f"train the failed trials again:  hpo resume {study} --retry-failed{suffix}")
     print_answer(console, record, result.trials, result.best, next_steps=steps)
 
 

@@ -33,6 +33,26 @@ def copy_command(study: str, to: str, storage: str | None) -> None:
     click.echo(f"copied to {url}; go on there with: hpo resume {study} --storage {shlex.quote(to)}")
 
 
+@click.command("delete", short_help="Delete a study.")
+@click.argument("study", metavar="STUDY")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@storage_option
+def delete_command(study: str, yes: bool, storage: str | None) -> None:
+    """Delete STUDY with its trials, logs and checkpoints, after a question.
+
+    \b
+    hpo delete quickstart
+    """
+    from hpo.api import stores
+
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError("hpo delete needs --yes where nobody can be asked")
+        click.confirm(f"delete study {study} with its trials, logs and checkpoints?", abort=True)
+    stores.delete(study, storage=storage)
+    click.echo(f"deleted study {study}")
+
+
 @click.group("storage", short_help="Upgrade or check a store.")
 def storage_command() -> None:
     """Upgrade or check the store itself.
@@ -149,4 +169,4 @@ def doctor_command(as_json: bool, storage: str | None) -> None:
             click.echo(f"{'':<{width}}  -> {finding.advice}")
 
 
-STORE_COMMANDS = (copy_command, storage_command, dashboard_command, doctor_command)
+STORE_COMMANDS = (copy_command, delete_command, storage_command, dashboard_command, doctor_command)

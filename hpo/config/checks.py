@@ -131,6 +131,11 @@ def _check_first_point(search: SearchSpec, index: int) -> None:
     setting, point = f"search.try_first[{index}]", search.try_first[index]
     if not point or point in search.try_first[:index]:
         raise UserError(f"{setting} must name values that are not tried already, got {point}")
+    check_point(search, point, setting=setting)
+
+
+def check_point(search: SearchSpec, point: Mapping[str, Any], *, setting: str) -> None:
+    """Refuse values that are not in the space; `setting` names the point. Of a grid they may be some of a point's."""
     for key, value in point.items():
         if key not in search.parameters:
             raise unknown_name(f"{setting}: each key", key, search.parameters)

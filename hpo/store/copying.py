@@ -41,9 +41,20 @@ def copy_study(
     study: StudyRecord,
     *,
     metadata: Mapping[str, Any],
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> StudyRecord:
-    """Copy the study, all of it or nothing, and return the copy; `Studies.copy_from` has the contract."""
+    """Copy a study into another store, all of it or nothing; trials keep numbers, values and curves.
+
+    Args:
+        source: The database of the study.
+        target: The other one.
+        study: The study to copy.
+        metadata: The copy's metadata, with a uid of its own.
+        progress: Is called with the number of trials copied, and of all.
+
+    Raises:
+        UserError: There is a study of that name, or trials were in training meanwhile.
+    """
     with source.snapshot() as connection:
         rows = {table: read_rows(connection, table, study.study_id) for table in COPIED_TABLES}
         trials = source.storage.get_all_trials(study.study_id)

@@ -39,6 +39,7 @@ LEASE_S = _lease_s()  # another worker may take a trial whose claim was not rene
 MAX_TRIAL_CRASHES = 3  # a trial fails when its worker has crashed this often without an epoch in between
 MAX_TRIAL_KILLS = 10  # the same for workers that were killed from outside, perhaps not because of the trial
 SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
+ENDED_ELSEWHERE = "another program has ended the trial with Optuna"
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
 Verdict = Literal["go on", "prune", "stop"]
@@ -116,9 +117,14 @@ class Ledger:
     ) -> None:
         """End the slot and its attempt for good, and Optuna's trial with them.
 
+        A trial that another program has ended with Optuna's tools fails: what it has there is not what was trained.
         Optuna is given the value of a diverged trial too, because its tools hide a curve without one; we never show it.
         """
         assert state in ENDED
+        trial = self._database.storage.get_trial(claim.trial_id)
+        is_ended = trial.state.is_finished()
+        if is_ended:
+            state, reason = "failed", ENDED_ELSEWHERE
         reason, error = storable_text(reason), error and storable_text(error)[-ERROR_CHARACTERS:]
         end = {
             "state": state,
@@ -129,7 +135,8 @@ class Ledger:
         }
         connection.execute(slots_table.update().where(is_held(claim)).values(**end, failure_key=failure_key))
         self._end_attempt(connection, claim, state, error)
-        trial = self._database.cached.get_trial(claim.trial_id)
+        if is_ended:
+            return
         last = math.nan if trial.last_step is None else trial.intermediate_values[trial.last_step]
         values = [last] if state != "failed" and math.isfinite(last) else None
         assert values or state != "complete"

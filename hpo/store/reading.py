@@ -7,15 +7,17 @@ import re
 from typing import Any
 
 import sqlalchemy as sa
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
-from hpo.errors import UserError
+from hpo.errors import StudyStopped, UserError
 from hpo.store.database import Database
 from hpo.store.schema import (
     attempts_table,
     epochs_table,
     labelled,
+    optuna_studies,
     select_all,
     slots_table,
     studies_table,
@@ -54,6 +56,17 @@ def load_study(database: Database, connection: Connection, study_id: int, name: 
     return StudyRecord(study_id, name, spec, metadata, row.stop, row.stop_reason, row.started_at)
 
 
+def check_exists(connection: Connection, study: StudyRecord) -> None:
+    """Raise StudyStopped if the study was deleted, by us or by Optuna's tools, even if another one has its name."""
+    query = (
+        sa.select(studies_table.c.metadata)
+        .join(optuna_studies, optuna_studies.c.study_id == studies_table.c.study_id)
+        .where(studies_table.c.study_id == study.study_id)
+    )
+    if study.metadata["uid"] not in str(connection.execute(query).scalar()):
+        raise StudyStopped(f"study {study.name!r} was deleted from the store")
+
+
 def read_trials(database: Database, study_id: int) -> list[TrialRecord]:
     """Return every slot of the study with what is known of it, in order."""
     with database.snapshot() as connection:
@@ -61,7 +74,11 @@ def read_trials(database: Database, study_id: int) -> list[TrialRecord]:
         rows = connection.execute(query).all()
         reports, last_attempt = _read_reports(connection, study_id)
         attempts = _read_attempts(connection, study_id)
-        frozen = {trial._trial_id: trial for trial in database.cached.get_all_trials(study_id, deepcopy=False)}
+        frozen = _optuna_trials(database, study_id)
+        known = [(row.state, frozen[row.trial_id].state) for row in rows if row.trial_id in frozen]
+        if any(state != "failed" and theirs is TrialState.FAIL for state, theirs in known):
+            database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
+            frozen = _optuna_trials(database, study_id)
     for row in rows:
         # A trial that has just been resumed has the epochs up to its checkpoint's: the later ones will be replaced.
         if row.state == "running" and last_attempt.get(row.number) not in (None, row.attempt):
@@ -72,6 +89,11 @@ def read_trials(database: Database, study_id: int) -> list[TrialRecord]:
         read_trial(row, frozen.get(row.trial_id), reports.get(row.number, []), attempts.get(row.number, []))
         for row in rows
     ]
+
+
+def _optuna_trials(database: Database, study_id: int) -> dict[int, FrozenTrial]:
+    """Return Optuna's trials of the study by their ids."""
+    return {trial._trial_id: trial for trial in database.cached.get_all_trials(study_id, deepcopy=False)}
 
 
 def read_epoch_seconds(connection: Connection, claim: Claim) -> dict[int, float]:

@@ -5,7 +5,7 @@ Some columns have a name on disk from an older version, and another one in code:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.script import ScriptDirectory
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import BaseModel, TrialIntermediateValueModel, TrialValueModel
+from optuna.storages._rdb.models import (
+    BaseModel,
+    StudyModel,
+    TrialIntermediateValueModel,
+    TrialModel,
+    TrialValueModel,
+)
 from sqlalchemy.engine import URL, Connection, Engine
 
 from hpo.errors import UserError
@@ -114,6 +120,10 @@ workers_table = sa.Table(
 )
 intermediate_values = TrialIntermediateValueModel.__table__  # Optuna's
 trial_values = TrialValueModel.__table__  # Optuna's
+optuna_studies = StudyModel.__table__
+optuna_trials = TrialModel.__table__
+# Our rows of a study, in the order in which they are deleted: without its slot no worker can add to the others.
+TABLES_OF_STUDY = (slots_table, epochs_table, attempts_table, workers_table, studies_table)
 
 
 def select_all(table: sa.Table) -> sa.Select[Any]:
@@ -172,10 +182,38 @@ def create_tables(connection: Connection) -> None:
         MigrationContext.configure(connection).stamp(ScriptDirectory(str(migrations)), "heads")
     BaseModel.metadata.create_all(connection)
     our_tables.create_all(connection)
+    follow_deletions(connection)
     # The update changes nothing, and fails where the database is read-only.
     known = meta_table.update().where(meta_table.c.key == "schema_version").values(value=meta_table.c.value)
     if connection.execute(known).rowcount == 0:
         connection.execute(meta_table.insert().values(key="schema_version", value=str(SCHEMA_VERSION)))
+
+
+def follow_deletions(connection: Connection) -> None:
+    """Delete our rows of studies that Optuna's tools have deleted; SQLite is told to do so at once from now on.
+
+    SQLite gives the id of a deleted study to the next one, which may not be ours. Postgres never does, and there a
+    trigger and a worker's report could wait for each other.
+    """
+    delete_rows_of(connection, deleted_study_ids(connection))
+    if connection.dialect.name == "sqlite":
+        deletions = " ".join(f"DELETE FROM {table.name} WHERE study_id = OLD.study_id;" for table in TABLES_OF_STUDY)
+        connection.exec_driver_sql(
+            f"CREATE TRIGGER IF NOT EXISTS hpo_follow_deletion AFTER DELETE ON {optuna_studies.name} "
+            f"BEGIN {deletions} END"
+        )
+
+
+def deleted_study_ids(connection: Connection) -> list[int]:
+    """Return the ids of the studies of which we have rows and Optuna has none."""
+    is_deleted = studies_table.c.study_id.not_in(sa.select(optuna_studies.c.study_id))
+    return list(connection.execute(sa.select(studies_table.c.study_id).where(is_deleted)).scalars())
+
+
+def delete_rows_of(connection: Connection, study_ids: Sequence[int]) -> None:
+    """Delete our rows of these studies."""
+    for table in TABLES_OF_STUDY if study_ids else ():
+        connection.execute(table.delete().where(table.c.study_id.in_(study_ids)))
 
 
 def _to_2(operations: Operations) -> None:
@@ -212,6 +250,7 @@ def upgrade_tables(connection: Connection) -> tuple[int, int]:
         UPGRADES[version](operations)
         version += 1
         connection.execute(meta_table.update().where(meta_table.c.key == "schema_version").values(value=str(version)))
+    follow_deletions(connection)
     return before, version
 
 

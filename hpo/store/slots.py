@@ -7,13 +7,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.search import proposals
 from hpo.store.database import Database
-from hpo.store.schema import slots_table, studies_table
+from hpo.store.schema import optuna_trials, slots_table, studies_table
 
+# Of a slot at which nothing has failed yet.
+FRESH = {
+    "crashes": 0,
+    "failures": 0,
+    "exclusive": 0,
+    "ended_at": None,
+    "reason": None,
+    "error": None,
+    "failure_key": None,
+}
 UNCLAIMED = {
     "kind": "search",
     "replicate": None,
@@ -21,9 +32,7 @@ UNCLAIMED = {
     "state": "waiting",
     "attempt": 0,
     "last_epoch": 0,
-    "crashes": 0,
-    "failures": 0,
-    "exclusive": 0,
+    **FRESH,
 }
 
 
@@ -63,15 +72,33 @@ def drop_unclaimed(connection: Connection, study_id: int) -> None:
     connection.execute(slots_table.delete().where(slots_table.c.study_id == study_id, ~is_of_search, is_unclaimed))
 
 
-def num_slots(connection: Connection, study_id: int, *, kind: str | None = None) -> int:
-    """Return how many slots the study has, of one kind or of all."""
+def num_slots(connection: Connection, study_id: int, **columns: str) -> int:
+    """Return how many slots of the study have these values in these columns."""
     query = sa.select(sa.func.count()).select_from(slots_table).where(slots_table.c.study_id == study_id)
-    return connection.execute(query if kind is None else query.where(slots_table.c.kind == kind)).scalar_one()
+    return connection.execute(query.filter_by(**columns)).scalar_one()
+
+
+def enqueued_trials(study_id: int) -> sa.Select[Any]:
+    """Return a query of the trials that other programs have enqueued in the Optuna study and that have no slot yet."""
+    return (
+        sa.select(optuna_trials.c.trial_id, optuna_trials.c.number)
+        .outerjoin(slots_table, slots_table.c.trial_id == optuna_trials.c.trial_id)
+        .where(optuna_trials.c.study_id == study_id, optuna_trials.c.state == TrialState.WAITING)
+        .where(slots_table.c.number.is_(None))
+        .order_by(optuna_trials.c.number)
+    )
+
+
+def num_enqueued(connection: Connection, study_id: int) -> int:
+    """Return how many trials `enqueued_trials` finds."""
+    query = sa.select(sa.func.count()).select_from(enqueued_trials(study_id).subquery())
+    return connection.execute(query).scalar_one()
 
 
 def slot_states(database: Database, study_id: int) -> list[SlotState]:
-    """Return how far each slot of the study has come, in order."""
+    """Return how far each slot of the study has come, in order, then the enqueued trials, which will have one."""
     columns = (slots_table.c.number, slots_table.c.kind, slots_table.c.state)
     query = sa.select(*columns).where(slots_table.c.study_id == study_id).order_by(slots_table.c.number)
-    with database.connect() as connection:
-        return [SlotState(*row) for row in connection.execute(query)]
+    with database.connect() as connection:  # enqueued ones first: rather one twice than one that nobody sees
+        enqueued = [SlotState(row.number, "search", "waiting") for row in connection.execute(enqueued_trials(study_id))]
+        return [SlotState(*row) for row in connection.execute(query)] + enqueued

@@ -114,6 +114,12 @@ class Store:
             name = f"trial {row['number']} of study {study.name!r}"
             if trial is None:
                 problems.append(f"{name} is not among Optuna's trials")
+            elif row["attempt"] == 0 and trial.state is TrialState.WAITING and row["state"] == "waiting":
+                continue  # it was enqueued with Optuna
             elif trial.number != row["number"] or trial.state is not states[row["state"]]:
                 problems.append(f"{name} is {row['state']}, and to Optuna trial {trial.number}, {trial.state.name}")
-        return problems + [f"Optuna's trial {t.number} of study {study.name!r} has no slot" for t in theirs.values()]
+        return problems + [
+            f"Optuna's trial {t.number} of study {study.name!r} has no slot: the answer does not count it"
+            for t in theirs.values()
+            if t.state is not TrialState.WAITING  # else it will be trained
+        ]

@@ -1,28 +1,30 @@
-"""The studies of a database: created, joined, enlarged, copied, started, stopped and read."""
+"""The studies of a database: created, joined, enlarged, started, stopped, read and deleted."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import optuna
 import sqlalchemy as sa
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.search import proposals
-from hpo.store.copying import copy_study, read_rows
+from hpo.store.copying import read_rows
 from hpo.store.dashboard_attributes import changed_attributes
 from hpo.store.database import Database, exclude_others
-from hpo.store.reading import find_study_id, load_study, study_names
+from hpo.store.enqueued import take_in
+from hpo.store.reading import check_exists, find_study_id, load_study, study_names
 from hpo.store.retry import retry_on_outage
-from hpo.store.schema import studies_table
-from hpo.store.slots import add_slots, drop_unclaimed, lock_study, new_slot, num_slots, slot_states
+from hpo.store.schema import delete_rows_of, optuna_trials, slots_table, studies_table
+from hpo.store.slots import FRESH, add_slots, drop_unclaimed, lock_study, new_slot, num_slots, slot_states
 from hpo.study import stages
 from hpo.study.records import StudyRecord
 
@@ -97,11 +99,15 @@ class Studies:
     def get(self, name: str) -> StudyRecord:
         """Return the study of this name; raise UserError, which lists those that exist, if there is none."""
         with self._database.connect() as connection:
-            study_id = find_study_id(self._database, connection, name)
-            if study_id is None:
-                names = ", ".join(sorted(study_names(self._database, connection).values())) or "none"
-                raise UserError(f"there is no study {name!r} in {self._database.url}; there are: {names}")
-            return load_study(self._database, connection, study_id, name)
+            return load_study(self._database, connection, self._find(connection, name), name)
+
+    def _find(self, connection: Connection, name: str) -> int:
+        """Return the id of the study of this name; raise UserError, which lists those that exist, if there is none."""
+        study_id = find_study_id(self._database, connection, name)
+        if study_id is None:
+            names = ", ".join(sorted(study_names(self._database, connection).values())) or "none"
+            raise UserError(f"there is no study {name!r} in {self._database.url}; there are: {names}")
+        return study_id
 
     def get_all(self) -> list[StudyRecord]:
         """Return the studies that can be read; `damages` tells what is wrong with others."""
@@ -133,9 +139,25 @@ class Studies:
                 raise UserError(f"--trials must be at least {count}, which study {study.name!r} has, got {trials}")
             self._save(connection, study, study.spec, trials=trials)
 
+    @retry_on_outage
+    def retry_failed(self, study: StudyRecord) -> None:
+        """Have the trials that have failed wait to be trained again, from their start."""
+        failed = (
+            (slots_table.c.study_id == study.study_id) & (slots_table.c.state == "failed") & (slots_table.c.attempt > 0)
+        )
+        with self._database.transaction() as connection:
+            lock_study(connection, study.study_id)
+            # Not by Optuna's means: it lets no program take the end of a trial back.
+            is_theirs = optuna_trials.c.trial_id.in_(sa.select(slots_table.c.trial_id).where(failed))
+            reopened = {"state": TrialState.RUNNING, "datetime_complete": None}
+            connection.execute(optuna_trials.update().where(is_theirs).values(reopened))
+            connection.execute(slots_table.update().where(failed).values(FRESH | {"state": "waiting"}))
+        self._database.storage.drop_cache()
+
     def _save(self, connection: Connection, study: StudyRecord, spec: StudySpec, *, trials: int) -> None:
         """Give the study this spec, its metadata, and a budget of `trials` or the one it has."""
         lock_study(connection, study.study_id)
+        take_in(self._database, connection, study)
         count = num_slots(connection, study.study_id, kind="search")
         if trials > count:
             drop_unclaimed(connection, study.study_id)
@@ -169,27 +191,6 @@ class Studies:
         if name in {study.study_name for study in self._database.storage.get_all_studies()}:
             raise UserError(f"{self._database.url} holds a study {name!r} already")
 
-    def copy_from(
-        self,
-        source: Studies,
-        study: StudyRecord,
-        *,
-        metadata: Mapping[str, Any],
-        progress: Callable[[int, int], None] = lambda done, of: None,
-    ) -> StudyRecord:
-        """Copy a study of another store into this one, all of it or nothing; trials keep numbers, values and curves.
-
-        Args:
-            source: The studies of the other store.
-            study: The study to copy.
-            metadata: The copy's metadata, with a uid of its own.
-            progress: Is called with the number of trials copied, and of all.
-
-        Raises:
-            UserError: There is a study of that name, or trials were in training meanwhile.
-        """
-        return copy_study(source._database, self._database, study, metadata=metadata, progress=progress)
-
     def rows(self, table: sa.Table, study: StudyRecord) -> list[dict[str, Any]]:
         """Return every row of one of our tables that belongs to the study."""
         with self._database.connect() as connection:
@@ -207,7 +208,25 @@ class Studies:
         """Return whether the study was stopped, by a request or by failures."""
         with self._database.connect() as connection:
             query = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study_id)
-            return connection.execute(query).scalar_one() is not None
+            row = connection.execute(query).first()
+            return row is None or row.stop is not None
+
+    @retry_on_outage
+    def check_exists(self, study: StudyRecord) -> None:
+        """Raise StudyStopped if the study was deleted, even if there is another one of its name."""
+        with self._database.connect() as connection:
+            check_exists(connection, study)
+
+    def delete(self, name: str) -> None:
+        """Delete a study with its trials, also a damaged one. Raise UserError if there is none or it is in training."""
+        with self._database.transaction() as connection:
+            exclude_others(connection)
+            study_id = self._find(connection, name)
+            lock_study(connection, study_id)
+            if num_running := num_slots(connection, study_id, state="running"):
+                raise UserError(f"study {name!r} has {num_running} trials in training; end them with: hpo stop {name}")
+            self._database.storage.delete_study(study_id)
+            delete_rows_of(connection, [study_id])
 
     def start(self, study: StudyRecord) -> None:
         """Take back a stop, whatever its reason; failures are counted from now on."""

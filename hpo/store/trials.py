@@ -13,12 +13,13 @@ from hpo.search import proposals, samplers
 from hpo.store.claiming import choose_slot, take_slot
 from hpo.store.conditions import is_attempt, is_slot
 from hpo.store.database import Database
-from hpo.store.ledger import ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
-from hpo.store.reading import read_epoch_seconds, read_trials
+from hpo.store.enqueued import begin_enqueued, take_in
+from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
+from hpo.store.reading import check_exists, read_epoch_seconds, read_trials
 from hpo.store.reports import judge_epochs, record_epoch
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table, studies_table, trial_values
-from hpo.store.slots import lock_study, slot_states
+from hpo.store.slots import lock_study, num_enqueued, num_slots, slot_states
 from hpo.store.suggesting import BufferedStorage, sampling_study
 from hpo.study import stages
 from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord
@@ -43,25 +44,30 @@ class Trials:
 
         `choose_slot` has the rules. Return None if no such slot waits, or if the study should stop.
         """
-        waiting = sa.select(slots_table.c.number).where(
-            slots_table.c.study_id == study.study_id, slots_table.c.state == "waiting"
-        )
         with self._database.connect() as connection:  # idle workers ask often: no write lock to find nothing
-            if connection.execute(waiting.limit(1)).first() is None:
+            has_waiting = num_slots(connection, study.study_id, state="waiting") > 0
+            if not has_waiting and not num_enqueued(connection, study.study_id):
                 return None
         with self._database.transaction() as connection:
             # The lock on the study's row lets one worker claim at a time, so that slot n becomes Optuna's trial n.
             stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study.study_id).with_for_update()
-            if connection.execute(stop).scalar_one() is not None:
+            is_stopping = connection.execute(stop).scalar() is not None
+            check_exists(connection, study)
+            if is_stopping:
                 return None
+            take_in(self._database, connection, study)
             at = self._database.now(connection)
             row = choose_slot(connection, study.study_id, worker_id, num_held=num_held, at=at)
             if row is None:
                 return None
             trial_id = row.trial_id
+            if trial_id is not None and self._database.cached.get_trial(trial_id).state.is_finished():
+                self._database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
             if trial_id is None:
                 new_trial = proposals.new_trial(study.spec, row)
                 trial_id = self._database.cached.create_new_trial(study.study_id, new_trial)
+            elif row.attempt == 0 and not begin_enqueued(self._database, connection, row):
+                return None
             return take_slot(connection, row, trial_id=trial_id, worker_id=worker_id, at=at)
 
     @retry_on_outage
@@ -135,7 +141,10 @@ class Trials:
             progress = {}
             for report in sorted(reports, key=lambda report: report.claim.number):  # as `renew`: no deadlock
                 if self._ledger.extend(connection, report.claim):
-                    progress[report.claim] = record_epoch(self._database, connection, report)
+                    try:
+                        progress[report.claim] = record_epoch(self._database, connection, report)
+                    except optuna.exceptions.UpdateFinishedTrialError:
+                        self._ledger.end(connection, report.claim, "failed", ENDED_ELSEWHERE)
             verdicts = judge_epochs(self._database, connection, reports, progress, spec)
         return [verdicts.get(report.claim) for report in reports]
 
@@ -217,14 +226,16 @@ class Trials:
 
     @retry_on_outage
     def counts(self, study_id: int) -> dict[str, int]:
-        """Return how many slots are in each state, without the states that no slot is in."""
+        """Return how many trials are in each state, without the states that none is in; enqueued ones wait."""
         query = (
             sa.select(slots_table.c.state, sa.func.count().label("num"))
             .where(slots_table.c.study_id == study_id)
             .group_by(slots_table.c.state)
         )
         with self._database.connect() as connection:
-            return {row.state: row.num for row in connection.execute(query)}
+            enqueued = num_enqueued(connection, study_id)  # first: rather one twice than one that nobody sees
+            counts = {row.state: row.num for row in connection.execute(query)}
+        return counts | ({"waiting": counts.get("waiting", 0) + enqueued} if enqueued else {})
 
     @retry_on_outage
     def num_epochs(self, study: StudyRecord) -> int:

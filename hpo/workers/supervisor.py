@@ -199,7 +199,7 @@ def _drain(workers: Sequence[WorkerSlot], interrupted: Sequence[int], on_tick: C
             deadline = min(deadline, time.monotonic())
             for worker in running:
                 worker.kill()
-        with suppress(*STORE_ERRORS):  # a store that fails must not keep the workers from being ended
+        with suppress(StudyStopped, *STORE_ERRORS):  # whatever is shown must not keep the workers from being ended
             on_tick()
         time.sleep(TICK_S)
 

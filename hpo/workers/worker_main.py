@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from hpo.errors import UserError
+from hpo.errors import StudyStopped, UserError
 from hpo.store.database import Unreachable
 from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
 from hpo.store.store import Store
@@ -185,6 +185,8 @@ def _run_to_exit_code(worker: Worker) -> int:
     except DeviceFailed as failure:
         logger.error("%s", failure)
         return EXIT_NO_DEVICE if failure.is_given_up else EXIT_RESTART
+    except StudyStopped as stopped:
+        logger.warning("%s", stopped)
     except Exception:
         logger.exception("the worker failed")
         return 1

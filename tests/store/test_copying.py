@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpo.errors import UserError
+from hpo.store.copying import copy_study
 from hpo.store.store import Store
 from tests.rows import slow_except
 from tests.store.helpers import Interruption, MakeSpec, begin, claim, everything, interrupted, optuna_trials, report
@@ -29,9 +30,9 @@ def test_a_copied_study_is_the_same_and_goes_on_in_the_other_store(
     target = Store(f"sqlite:///{tmp_path}/other.db", create=True)
     begin(target, make_spec(0.1, name="another"))  # so that no id is the same by chance
     with pytest.raises(UserError, match="is in training"):
-        target.studies.copy_from(store.studies, study, metadata={**study.metadata, "uid": "0123abcd"})
+        copy_study(store.database, target.database, study, metadata={**study.metadata, "uid": "0123abcd"})
     store.trials.release(running)
-    copied = target.studies.copy_from(store.studies, study, metadata={**study.metadata, "uid": "0123abcd"})
+    copied = copy_study(store.database, target.database, study, metadata={**study.metadata, "uid": "0123abcd"})
     before, after = store.trials.get_all(study), target.trials.get_all(copied)
     assert [(t.state, t.params, t.value, t.curves) for t in before] == [
         (t.state, t.params, t.value, t.curves) for t in after
@@ -42,7 +43,7 @@ def test_a_copied_study_is_the_same_and_goes_on_in_the_other_store(
     again = claim(target, copied, target.workers.add(copied.study_id, device="cpu"))
     assert (again.number, again.attempt) == (4, 2)
     with pytest.raises(UserError, match="holds a study 's' already"):
-        target.studies.copy_from(store.studies, study, metadata={**study.metadata, "uid": "0123abce"})
+        copy_study(store.database, target.database, study, metadata={**study.metadata, "uid": "0123abce"})
 
 
 def test_a_copy_that_is_interrupted_leaves_nothing(store: Store, make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_copy_that_is_interrupted_leaves_nothing(store: Store, make_spec: Make
     before = everything(target)
     for at in range(200):
         with suppress(Interruption), interrupted(target, at=at):
-            target.studies.copy_from(store.studies, study, metadata={**study.metadata, "uid": "0123abcd"})
+            copy_study(store.database, target.database, study, metadata={**study.metadata, "uid": "0123abcd"})
             break
         assert everything(target) == before
     assert at > 5

@@ -22,7 +22,7 @@ def test_what_ledger_and_optuna_do_not_agree_on_is_found(store: Store, make_spec
     change(store, schema.slots_table.update().where(schema.slots_table.c.number == 1).values(trial_id=None))
     assert store.problems(study) == [
         "trial 0 of study 's' is failed, and to Optuna trial 0, COMPLETE",
-        "Optuna's trial 1 of study 's' has no slot",
+        "Optuna's trial 1 of study 's' has no slot: the answer does not count it",
     ]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
+import optuna
 import pytest
 
-from hpo.errors import UserError
+from hpo.errors import StudyStopped, UserError
 from hpo.store import schema
 from hpo.store.store import Store
 from tests.rows import slow_except
@@ -100,3 +102,64 @@ def test_one_damaged_study_does_not_keep_anybody_from_the_others(
     assert "study 'bad'" in damage
     with pytest.raises(UserError, match="study 'bad'"):
         store.studies.get("bad")
+
+
+def delete_by(who: str, store: Store, name: str) -> None:
+    if who == "hpo":
+        store.studies.delete(name)
+    else:
+        optuna.delete_study(study_name=name, storage=url_of(store))
+
+
+@pytest.mark.parametrize("who", ["hpo", "optuna"])
+def test_a_deleted_study_leaves_nothing_and_can_be_made_anew(store: Store, make_spec: MakeSpec, who: str) -> None:
+    empty = everything(store)
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    report(store, claim(store, study, worker), 0.5)
+    store.workers.reap(study, dead=dict.fromkeys(store.workers.in_training(study), "gone"))
+    delete_by(who, store, "s")
+    opened = Store(url_of(store), create=True)
+    assert {table: rows for table, rows in everything(opened).items() if table != "alembic_version"} == {
+        table: rows for table, rows in empty.items() if table != "alembic_version"
+    }
+    again, worker = begin(opened, make_spec(0.1, 0.2, epochs=7))
+    assert opened.trials.counts(again.study_id) == {"waiting": 2}
+    with suppress(StudyStopped):  # a worker that has not noticed must not train the new one's trials
+        assert opened.trials.claim(study, worker) is None
+    with pytest.raises(StudyStopped, match="study 's' was deleted"):
+        store.studies.check_exists(study)
+
+
+def test_another_study_of_optunas_is_not_taken_for_the_one_that_was_deleted(store: Store, make_spec: MakeSpec) -> None:
+    begin(store, make_spec(0.1))
+    delete_by("optuna", store, "s")
+    optuna.create_study(study_name="s", storage=url_of(store))
+    assert store.studies.get_all() == []
+    with pytest.raises(UserError, match="that hpo did not make"):
+        store.studies.create(make_spec(0.1), metadata={})
+
+
+def test_a_study_in_training_is_not_deleted(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1))
+    claim(store, study, worker)
+    with pytest.raises(UserError, match="1 trials in training; end them with: hpo stop s"):
+        store.studies.delete("s")
+    with pytest.raises(UserError, match="no study 'other'"):
+        store.studies.delete("other")
+
+
+def test_failed_trials_are_tried_again_under_their_numbers(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    for _ in range(2):
+        store.trials.finish(claim(store, study, worker), "failed", reason="no luck", failure_key="same")
+    elsewhere = Store(url_of(store))
+    assert [t.state for t in elsewhere.trials.get_all(study)] == ["failed", "failed"]  # and it keeps Optuna's in mind
+    store.studies.retry_failed(study)
+    held = [claim(opened, study, worker) for opened in (store, elsewhere)]
+    assert [(one.number, one.attempt) for one in held] == [(0, 2), (1, 2)]
+    for opened, one in zip((store, elsewhere), held, strict=True):
+        report(opened, one, 0.5)
+        opened.trials.finish(one, "complete", reason="")
+    for opened in (store, elsewhere):
+        assert [(t.state, t.value, t.error) for t in opened.trials.get_all(study)] == [("complete", 0.5, None)] * 2
+    assert store.problems(study) == []

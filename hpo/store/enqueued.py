@@ -1,0 +1,75 @@
+"""Trials that other programs add to a study with Optuna: enqueued ones are trained, all of them keep their numbers.
+
+Optuna numbers the trials of a study in the order in which they are created, and slot n is Optuna's trial n. Slots that
+nobody has claimed yet therefore move behind the trials of others.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.trial import TrialState
+from sqlalchemy.engine import Connection
+
+from hpo.config.checks import check_point
+from hpo.errors import UserError
+from hpo.search import proposals
+from hpo.store.database import Database
+from hpo.store.schema import optuna_trials, slots_table
+from hpo.store.slots import drop_unclaimed, enqueued_trials, new_slot
+from hpo.study.records import StudyRecord
+
+FIXED = "fixed_params"  # Optuna's system attribute with the values of an enqueued trial
+
+
+def take_in(database: Database, connection: Connection, study: StudyRecord) -> None:
+    """Add a slot for each enqueued trial, and move the slots that nobody has claimed behind all trials of Optuna's.
+
+    The caller has locked the study. An enqueued trial that the study does not search fails with a sentence.
+    """
+    enqueued = connection.execute(enqueued_trials(study.study_id)).all()
+    if enqueued:
+        drop_unclaimed(connection, study.study_id)  # a confirmation follows the last trial of the search
+    _move_unclaimed(connection, study.study_id)
+    for row in enqueued:
+        values = proposals.values_from_optuna(database.storage.get_trial(row.trial_id).system_attrs.get(FIXED, {}))
+        slot = {**new_slot(study.spec, {}), "study_id": study.study_id, "number": row.number, "trial_id": row.trial_id}
+        try:
+            check_point(study.spec.search, values, setting="the enqueued trial")
+        except UserError as error:
+            slot |= {"state": "failed", "reason": str(error), "ended_at": database.now(connection)}
+            database.storage.set_trial_state_values(row.trial_id, TrialState.FAIL)
+        else:
+            given = proposals.optuna_params(study.spec, values)
+            slot |= {"given": json.dumps(given)}
+            database.storage.set_trial_system_attr(row.trial_id, FIXED, given)
+        connection.execute(slots_table.insert().values(slot))
+
+
+def begin_enqueued(database: Database, connection: Connection, row: Any) -> bool:
+    """Begin the enqueued trial of a slot; delete the slot and return False where another program has begun it."""
+    try:
+        if database.storage.set_trial_state_values(row.trial_id, TrialState.RUNNING):
+            return True
+    except optuna.exceptions.UpdateFinishedTrialError:
+        pass
+    slot = (slots_table.c.study_id == row.study_id) & (slots_table.c.number == row.number)
+    connection.execute(slots_table.delete().where(slot))
+    return False
+
+
+def _move_unclaimed(connection: Connection, study_id: int) -> None:
+    unclaimed = (slots_table.c.study_id == study_id) & slots_table.c.trial_id.is_(None)
+    first = connection.execute(sa.select(sa.func.min(slots_table.c.number)).where(unclaimed)).scalar()
+    last = sa.select(sa.func.max(optuna_trials.c.number)).where(optuna_trials.c.study_id == study_id)
+    last_of_optuna = connection.execute(last).scalar()
+    if first is None or last_of_optuna is None or first > last_of_optuna:
+        return
+    # By way of negative numbers, because each number is one slot's at every moment.
+    distance = last_of_optuna + 1 - first
+    number = slots_table.c.number
+    connection.execute(slots_table.update().where(unclaimed).values(number=-1 - number - distance))
+    connection.execute(slots_table.update().where(unclaimed).values(number=-1 - number))
