@@ -31,6 +31,7 @@ NOISES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)  # of a trial, in standard deviations 
 WIDTHS = (0.01, 0.03, 0.1)  # decades over which trials begin to diverge
 OUTLIER_RATE = 0.02  # share of trials that diverge, or do not, whatever their learning rate
 BEYOND = 0.3  # decades past the range within which the rate may lie at which half of the trials diverge
+NEAR = 0.5  # decades from a trial that completed, within which there is evidence for a learning rate
 WORST = 3.0  # a value counts as no worse than this many times as far below the median as the best is above it
 
 
@@ -62,10 +63,12 @@ class Response:
     low: Sequence[float]  # the mean lies between `low` and `high` with CONFIDENCE
     high: Sequence[float]
     diverging: Sequence[float]  # the share of trials that diverge
-    best: float  # the learning rate to train with: the plateau's middle, which a wiggle of the mean moves little
+    # The learning rate to train with: the plateau's middle, which a wiggle of the mean moves little, or the nearest
+    # rate with evidence for it. It lies among the rates of complete trials, within NEAR of one.
+    best: float
     value: float  # expected of a trial at `best`, diverging included
     interval: tuple[float, float]  # holds the best learning rate with CONFIDENCE
-    plateau: tuple[float, float]  # around the highest expected value: within one standard error of the difference
+    plateau: tuple[float, float]  # around the highest expected value near a trial: within one standard error of it
     divergence_lr: (
         EstimatedRate | None
     )  # half of the trials diverge there; None if none did, or only where others train
@@ -119,7 +122,9 @@ def _fit(trials: Observations, *, low: float, high: float) -> Response:
     diverging = expit((x - middles[:, None]) / widths[:, None])
     worth = curves * (1 - diverging) + trials.floor * diverging
     expected = worth.mean(axis=0)
-    top = int(expected.argmax())
+    completed = trials.x[trials.doubt == 0]
+    has_evidence = _has_evidence(completed, x)
+    top = int(np.where(has_evidence, expected, -np.inf).argmax())
     behind = expected[top] - expected
     as_good = behind <= (curves[:, [top]] - curves).std(axis=0)  # that it may diverge excuses no shortfall
     first, last = _run_around(top, as_good)
@@ -130,6 +135,12 @@ def _fit(trials: Observations, *, low: float, high: float) -> Response:
     interval = interval[0], min(interval[1], float(lrs[-1]))
     best = min(max(float(lrs[(first + last) // 2]), interval[0]), interval[1])
     at_best = int(np.abs(x - np.log10(best)).argmin())
+    if not has_evidence[at_best]:
+        known = np.flatnonzero(has_evidence[first : last + 1]) + first
+        at_best = int(known[np.abs(known - at_best).argmin()])
+        best = float(lrs[at_best])
+    best = min(max(best, float(10 ** completed.min())), float(10 ** completed.max()))
+    interval = min(interval[0], best), max(interval[1], best)
     tried = max(trials.x.max(), *trials.diverged) if len(trials.diverged) else trials.x.max()
     has_divergence = len(trials.diverged) > 0 and np.median(middles) <= tried
     return Response(
@@ -145,10 +156,19 @@ def _fit(trials: Observations, *, low: float, high: float) -> Response:
         divergence_lr=(
             EstimatedRate(float(10 ** np.median(middles)), _rate_interval(middles, x)) if has_divergence else None
         ),
-        sensitivity=size * float(behind.mean()),
+        sensitivity=size * float((expected.max() - expected).mean()),
         noise=size * noise,
         draws_of_best=lrs[worth.argmax(axis=1)].tolist(),
     )
+
+
+def _has_evidence(completed: Array, x: Array) -> Array:
+    """Return for each rate of the grid `x` whether it lies among those of the complete trials, and near one of them."""
+    import numpy as np
+
+    half_step = (x[1] - x[0]) / 2
+    is_between = (x >= completed.min() - half_step) & (x <= completed.max() + half_step)
+    return np.asarray(is_between & (np.abs(x[:, None] - completed).min(axis=1) <= NEAR))
 
 
 def _scaled(trials: Observations) -> tuple[Observations, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpo.analysis.response import MIN_RATES, Observations, Response, fit_response
+from hpo.analysis.response import MIN_RATES, NEAR, Observations, Response, fit_response
 
 LOW, HIGH = 1e-5, 1e-1
 
@@ -190,3 +190,31 @@ def test_one_huge_loss_moves_nothing(huge: float) -> None:
 @pytest.mark.parametrize("diverged", [[1e-3], [1e-5, 2e-5, 4e-5]])
 def test_where_only_rates_below_others_diverge_there_is_no_edge(diverged: list[float]) -> None:
     assert response(make_trials(np.geomspace(6e-5, HIGH, 14), hill, diverged=diverged)).divergence_lr is None
+
+
+def rising_to_the_left(x: float) -> float:
+    return 0.9 - 0.05 * (x + 4)
+
+
+@pytest.mark.parametrize(
+    ("tried", "value"), [((1e-3, 1e-1), rising_to_the_left), ((1e-5, 1e-3), lambda x: 0.9 + x / 20)]
+)
+def test_no_rate_is_recommended_beyond_those_that_completed(tried: tuple[float, float], value: Any) -> None:
+    """However steeply the response points to where nobody tried."""
+    found = response(make_trials(np.geomspace(*tried, 8), value, noise=0.02))
+    assert tried[0] <= found.best <= tried[1]
+    assert found.interval[0] <= found.best <= found.interval[1]
+    assert found.value == pytest.approx(value(math.log10(found.best)), abs=0.06)
+
+
+def test_no_rate_is_recommended_in_a_gap_that_nobody_tried() -> None:
+    lrs = [1e-5, 1.5e-5, 2e-5, 0.05, 0.07, 0.1]
+    found = response(make_trials(lrs, hill, noise=0.001))
+    assert min(abs(math.log10(found.best / lr)) for lr in lrs) <= NEAR + 0.03
+    assert 1e-5 <= found.best <= 1e-1
+
+
+def test_rates_that_diverged_or_were_pruned_are_no_evidence() -> None:
+    trials = make_trials([1e-4, 2e-4, 4e-4, 1e-3, 3e-3, 1e-2], lambda x: 0.9 + x / 20, diverged=[5e-2])
+    pruned = replace(trials, doubt=np.array([0, 0, 0, 0, 0.1, 0.1]))
+    assert response(pruned).best <= 1e-3
