@@ -39,6 +39,10 @@ MAX_LOSS_RATIO = 3.0  # times the loss at the start: the most that one step coun
 FALL_FRACTION = 0.05  # of the loss at the start: when it is lower by this much, it has begun to fall
 RISE_FRACTION = 0.03  # of the loss at the start: when a loss that never fell is higher by this much, training breaks
 LOST_FRACTION = 0.5  # of its whole fall: when a loss has risen by this much again, training breaks
+# Weights that start this much smaller than torch's layers draw them, as a head of zeros on a frozen body does, are no
+# measure of a step: any step is a large share of them. Steps are then compared with the usual weights and are no leaps.
+ZERO_START = 0.2
+USUAL_BIAS = 0.1  # of what is no matrix: a bias or a scale, whose usual size does not follow from its shape
 LEAP_CHANGE = 0.03  # the share of the weights' norm that steps change where they are leaps, whatever the loss does
 ABORT_LOSS_RATIO = 10.0  # times the loss at the start, on average over a window: the ramp ends
 # The range to search, relative to what the ramp shows; docs/results.md has how often it holds the best rate.
@@ -62,7 +66,7 @@ class RangeTest:
         breaks: The first rate at which the loss has lost half of what it had gained. Where it had gained nothing, the
             first rate at which it is above the start by RISE_FRACTION or not finite. None where the ramp ended before.
         leaps: The first rate at which steps change more than LEAP_CHANGE of the weights. They may kill a network
-            without a sign of it in the loss.
+            without a sign of it in the loss. None where the weights start at almost nothing.
         edge: The rate at which training diverges: the lower one of `breaks` and `leaps`. Where neither was reached, the
             rate at which steps were longest, because those of a dead network no longer grow.
         low: The lower end of the range to search.
@@ -70,6 +74,7 @@ class RangeTest:
         batch_size: The batch size of the ramp.
         epochs: The images that the ramp was trained on, as a share of an epoch's.
         seconds: How long the test took.
+        from_zero: Whether the weights start at almost nothing, so that only the loss tells where training diverges.
     """
 
     lrs: Sequence[float]
@@ -84,6 +89,7 @@ class RangeTest:
     batch_size: int = 0
     epochs: float = 0.0
     seconds: float = 0.0
+    from_zero: bool = False
 
 
 def run_range_test(
@@ -114,9 +120,13 @@ def run_range_test(
     # The first step of every update rule is proportional to the learning rate.
     lane = build_lane(config, data=data, device=engine.device)
     probe = next(_batches(data.train, config))
-    _, change = _ramp_step(engine, lane, probe, lr=PROBE_LR)
+    trained = [parameter for parameter in lane.model.parameters() if parameter.requires_grad]
+    usual_norm = _usual_norm(trained)
+    from_zero = float(get_total_norm([weights.detach() for weights in trained])) < ZERO_START * usual_norm
+    least_norm = usual_norm if from_zero else 0.0
+    _, change = _ramp_step(engine, lane, probe, lr=PROBE_LR, least_norm=least_norm)
     first_lr = min(max(FIRST_CHANGE / change * PROBE_LR, MIN_LR), MAX_LR / 10) if change > 0 else MIN_LR
-    del lane
+    del lane, trained
     lane = build_lane(config, data=data, device=engine.device)
     lrs: list[float] = []
     losses: list[float] = []
@@ -126,7 +136,7 @@ def run_range_test(
     seed_generators(config.seed, "range test")
     for step, batch in enumerate(itertools.islice(_batches(data.train, config), num_steps)):
         lr = min(first_lr * 10 ** (RAMP_DECADES * step / (num_steps - 1)), MAX_LR)
-        loss, change = _ramp_step(engine, lane, batch, lr=lr)
+        loss, change = _ramp_step(engine, lane, batch, lr=lr, least_norm=least_norm)
         lrs.append(lr)
         losses.append(loss)
         changes.append(change)
@@ -137,7 +147,7 @@ def run_range_test(
         first_losses, last_losses = losses[:window], losses[-window:]
         if len(losses) > window and statistics.fmean(last_losses) > ABORT_LOSS_RATIO * statistics.fmean(first_losses):
             break
-    test = read_ramp(lrs, losses, changes, num_steps=num_steps)
+    test = read_ramp(lrs, losses, changes, num_steps=num_steps, from_zero=from_zero)
     seconds = time.perf_counter() - began_s
     return replace(test, batch_size=batch_size, epochs=num_images / len(data.train), seconds=seconds)
 
@@ -151,7 +161,12 @@ def plan_ramp(num_images: int, *, batch_size: int) -> tuple[int, int]:
 
 
 def read_ramp(
-    lrs: Sequence[float], losses: Sequence[float], changes: Sequence[float], *, num_steps: int | None = None
+    lrs: Sequence[float],
+    losses: Sequence[float],
+    changes: Sequence[float],
+    *,
+    num_steps: int | None = None,
+    from_zero: bool = False,
 ) -> RangeTest:
     """Return what a ramp shows.
 
@@ -160,6 +175,7 @@ def read_ramp(
         losses: The loss before each step; it need not be finite.
         changes: The share of the weights' norm that each step changed.
         num_steps: How many steps the ramp was to have; None: as many as it had.
+        from_zero: Whether the weights start at almost nothing, so that no step counts as a leap.
     """
     window = _window(num_steps or len(lrs))
     if len(losses) <= window or not all(map(math.isfinite, losses[:window])):  # broken from its first rate on
@@ -176,7 +192,7 @@ def read_ramp(
         first_step, max_loss = bottom, smooth[bottom] + LOST_FRACTION * (start - smooth[bottom])
     breaks = next((lr for lr, loss in zip(lrs[first_step:], smooth[first_step:], strict=True) if loss > max_loss), None)
     medians = [statistics.median(changes[max(0, index - 2) : index + 3]) for index in range(len(lrs))]
-    leaps = next((lr for lr, change in zip(lrs, medians, strict=True) if change > LEAP_CHANGE), None)
+    leaps = next((lr for lr, change in zip(lrs, medians, strict=True) if change > LEAP_CHANGE and not from_zero), None)
     longest = lrs[max(range(len(lrs)), key=medians.__getitem__)]
     divergence_lr = min(lr for lr in (breaks, leaps or longest) if lr is not None)
     return RangeTest(
@@ -189,7 +205,14 @@ def read_ramp(
         edge=divergence_lr,
         low=min(divergence_lr / DIVERGENCE_OVER_LOW, falls / FALL_OVER_LOW if falls else math.inf),
         high=min(divergence_lr * HIGH_OVER_DIVERGENCE, MAX_LR),
+        from_zero=from_zero,
     )
+
+
+def _usual_norm(parameters: Sequence[Tensor]) -> float:
+    """Return the norm of weights as torch's layers draw them, with variance 1 / (3 * inputs) in a matrix."""
+    matrices = sum(weights.shape[0] / 3 for weights in parameters if weights.dim() > 1)
+    return math.sqrt(matrices + sum(USUAL_BIAS**2 * weights.numel() for weights in parameters if weights.dim() <= 1))
 
 
 def _window(num_steps: int) -> int:
@@ -214,9 +237,12 @@ def _batches(train: BatchLoader, config: TrialConfig) -> Iterator[tuple[Tensor, 
 
 
 def _ramp_step(
-    engine: PlainEngine, lane: PlainLaneState, batch: tuple[Tensor, Tensor], *, lr: float
+    engine: PlainEngine, lane: PlainLaneState, batch: tuple[Tensor, Tensor], *, lr: float, least_norm: float
 ) -> tuple[float, float]:
-    """Make one step at this rate; return the loss before it, and its change of the weights as a share of their norm."""
+    """Make one step at this rate; return the loss before it, and its change of the weights as a share of their norm.
+
+    The norm counts as at least `least_norm`.
+    """
     for group in lane.optimizer.param_groups:
         group["lr"] = lr
     parameters = [parameter for parameter in lane.model.parameters() if parameter.requires_grad]
@@ -226,5 +252,5 @@ def _ramp_step(
     with torch.no_grad():
         moved = get_total_norm([after - then for after, then in zip(parameters, before, strict=True)])
         norm = get_total_norm(before)
-    change = float(moved) / max(float(norm), torch.finfo(torch.float32).tiny)
+    change = float(moved) / max(float(norm), least_norm, torch.finfo(torch.float32).tiny)
     return float(loss), change if math.isfinite(change) else math.inf

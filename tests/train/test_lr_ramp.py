@@ -181,6 +181,41 @@ def test_it_outlives_a_network_that_gives_nan(after: int, monkeypatch: pytest.Mo
     assert (found.low is None) == (after < 60)
 
 
+def probe(*, channels: int, num_classes: int, scale: float) -> nn.Module:
+    """Return a frozen body and a head that starts at zero, or near it, as in linear probing and fine-tuning."""
+    body = nn.Sequential(nn.Conv2d(channels, 32, 5, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    head = nn.Linear(512, num_classes)
+    nn.init.zeros_(head.bias)
+    nn.init.normal_(head.weight, std=scale)
+    return nn.Sequential(body.requires_grad_(False), head)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-8, 1e-3])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_weights_that_start_at_zero_are_no_measure_of_a_step(
+    optimizer: str, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand, over all digits: the best rate of Adam is 6.5e-3."""
+    from hpo.train import models
+
+    monkeypatch.setitem(models.MODELS, "probe", probe)
+    config = replace(make_config(optimizer), model=ModelConfig(name="probe", options={"scale": scale}))
+    found = range_test(config)
+    assert found.from_zero
+    assert found.leaps is None
+    assert found.low is not None
+    assert found.high is not None
+    assert found.falls is not None
+    assert found.low < found.falls < found.high
+    if optimizer == "adam":
+        assert found.low <= 3e-3
+        assert found.high >= 1e-2
+
+
+def test_weights_of_the_usual_size_are_a_measure_of_a_step() -> None:
+    assert not range_test(make_config()).from_zero
+
+
 def test_a_rate_at_which_weights_explode_ends_the_ramp() -> None:
     config = replace(make_config("sgd"), training=replace(make_config("sgd").training, momentum=0.99))
     found = range_test(config)
