@@ -232,7 +232,6 @@ class Problem:
                 "flip": True,
                 "crop": 2,
             },
-            "engine": {"lanes": 1},  # a worker's faults are told by the one trial that it trains
             "training": {
                 "epochs": self.epochs,
                 "batch_size": 20,

@@ -461,7 +461,6 @@ search = { sampler = "tpe", trials = 5, space = { lr = { low = 1e-4, high = 1e-2
 model = { name = "article_cnn", width = 0.05 }
 data = { name = "digits", train_samples = 200, validation_fraction = 0.2 }
 training = { epochs = 1, batch_size = 50 }
-engine = { lanes = 1 }  # how many are fastest is measured, never twice the same, and has its own last digits
 """)
     urls = [f"sqlite:///{hpo.folder}/{name}.db" for name in ("first", "second")]
     for url in urls:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
-
 from hpo.config.study_spec import StudySpec
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord, TrialRecord
@@ -69,11 +67,6 @@ def curves(trial: TrialRecord) -> dict[str, Any]:
 def curves_of(trials: list[TrialRecord]) -> list[Any]:
     """Return for each trial its state, its epochs and its curves."""
     return [(trial.state, trial.epochs, curves(trial)) for trial in trials]
-
-
-def one_at_a_time_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the engine measure that trials at once gain nothing."""
-    monkeypatch.setattr("hpo.train.engines.planning._rate", lambda *_, **__: 1.0)
 
 
 # A loop that stays in its first epoch until there is a file "go".

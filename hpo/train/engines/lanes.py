@@ -49,13 +49,13 @@ class LaneEngine(Engine):
 
         Args:
             device: The device, as torch names it.
-            lanes: The number of lanes. None: as many as are fastest, measured with the first trial.
+            lanes: The number of lanes. None: as many as are fastest, found with the first trial.
             max_lanes: The most lanes that are tried when `lanes` is None.
             num_interleaved: How many trials take turns where each trains alone.
             is_one_kind: Whether all trials can share a stack.
             should_stop: Asked before each step, from the training thread; it has to be quick.
-            get_or_set_plan: Called with the kind of device and a function that measures. Returns the plan of the
-                others that train the same study on such a device, or measures to be the first. All need the same
+            get_or_set_plan: Called with the kind of device and a function that plans. Returns the plan of the
+                others that train the same study on such a device, or plans to be the first. All need the same
                 plan, because whether trials are stacked changes their last digits.
         """
         self.device = torch.device(device)
@@ -81,7 +81,10 @@ class LaneEngine(Engine):
         return self.plan is not None and not self.plan.is_at_once and self.plan.lanes > 1
 
     def admit(self, config: TrialConfig, checkpoint: Checkpoint | None = None, *, may_share: bool = True) -> int:
-        """Set a trial up, as every engine does; without `may_share` it trains in an engine of its own."""
+        """Set a trial up, as every engine does; without `may_share` it trains in an engine of its own.
+
+        On a CPU that engine gives the trial the digits that it would have alongside others.
+        """
         assert self.free_lanes > 0, "all lanes are taken"
         if self.plan is None:
             data = self._dataset_cache.get(config.data)
@@ -171,8 +174,10 @@ class LaneEngine(Engine):
         try:
             if may_share and self.plan.is_captured and capture_key(config) not in self._alone_keys:
                 return self._captured, self._captured.admit(config, checkpoint)
-            if may_share and self.plan.convolution is not None and stack_key(config) not in self._alone_keys:
-                stack = self._stack_for(config, convolution=self.plan.convolution)
+            keeps_digits = may_share or self.device.type == "cpu"
+            if keeps_digits and self.plan.convolution is not None and stack_key(config) not in self._alone_keys:
+                make = self._stack_for if may_share else self._make_stack
+                stack = make(config, convolution=self.plan.convolution)
                 return stack, stack.admit(config, checkpoint)
         except (NotCapturable, NotStackable) as error:
             logger.warning("a trial of %s trains alone: %s", config.model.name, error)
@@ -186,14 +191,17 @@ class LaneEngine(Engine):
         for other_key in [other for other, stack in self._stacks.items() if other != key and not len(stack)]:
             del self._stacks[other_key]  # frees its memory
         if key not in self._stacks:
-            self._stacks[key] = TrialStack(
-                config,
-                data=self._dataset_cache.get(config.data),
-                device=self.device,
-                convolution=convolution,
-                should_stop=self._should_stop,
-            )
+            self._stacks[key] = self._make_stack(config, convolution=convolution)
         return self._stacks[key]
+
+    def _make_stack(self, config: TrialConfig, *, convolution: str) -> TrialStack:
+        return TrialStack(
+            config,
+            data=self._dataset_cache.get(config.data),
+            device=self.device,
+            convolution=convolution,
+            should_stop=self._should_stop,
+        )
 
     def _plain_engine(self) -> PlainEngine:
         return PlainEngine(device=str(self.device), should_stop=self._should_stop, dataset_cache=self._dataset_cache)

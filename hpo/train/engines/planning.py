@@ -1,7 +1,8 @@
-"""How many trials a device trains at once, and by which engine: measured with the first trial of a study.
+"""How many trials a device trains at once, and by which engine: found with the first trial of a study.
 
-Three ways are compared with one trial after another: captured lanes, on a GPU, and stacks with each way to compute
-convolutions. Whatever goes wrong while many lanes are measured means that so many do not fit.
+On a CPU, where digits are promised, a rule decides (`stack_rule.py`). On a GPU three ways are measured and compared
+with one trial after another: captured lanes, and stacks with each way to compute convolutions. Whatever goes wrong
+while many lanes are measured means that so many do not fit.
 Shapes: K lanes, B batch, C H W image.
 """
 
@@ -13,13 +14,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from hpo.errors import UserError
 from hpo.train.config import TrialConfig
 from hpo.train.data.loading import SplitDataset
+from hpo.train.engines import stack_rule
 from hpo.train.engines.captured_lanes import CapturedLanes
 from hpo.train.engines.captured_optimizers import NotCapturable
 from hpo.train.engines.lane_state import numerics
@@ -30,6 +32,7 @@ from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.imports import describe_error
 
 logger = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 MAX_LANES = 64
 # How much faster lanes must be than one trial after another: trials that begin together know less of each other.
@@ -73,14 +76,14 @@ def plan_lanes(
     num_interleaved: int = 1,
     is_one_kind: bool = True,
 ) -> LanePlan:
-    """Return how trials like this one are trained fastest on this device.
+    """Return how trials like this one are trained on this device: on a CPU, always the same way.
 
     Args:
         config: A trial; those to come differ from it in little.
         data: The dataset that it is trained on.
         captured: The engine of captured lanes, without a trial; it keeps the lanes that were measured.
         device: Where it is trained.
-        lanes: How many lanes there have to be. None: as many as are fastest, by measurement.
+        lanes: How many lanes there have to be. None: as many as are fastest, by a rule or by measurement.
         max_lanes: The most lanes that are tried when `lanes` is None.
         num_interleaved: How many trials take turns where each trains alone.
         is_one_kind: Whether the trials to come can share a stack with this one; captured lanes take any. With a number
@@ -92,6 +95,8 @@ def plan_lanes(
     if lanes is None and (max_lanes == 1 or not (is_one_kind or device.type == "cuda")):
         reason = "they have nothing to share, or there is but one"
         return _plan_alone(kind, reason, lanes=num_interleaved, is_passing=True)
+    if lanes is None and _is_by_rule(device):
+        return _plan_by_rule(config, data=data, device=device, max_lanes=max_lanes, num_interleaved=num_interleaved)
     counts = _doublings(max_lanes) if lanes is None else [lanes]
     has_stacks = is_one_kind or lanes is not None
     measured: list[Measured] = []
@@ -121,6 +126,26 @@ def plan_lanes(
         reason=f"{best.lanes} trials at once on {kind}: {reason}",
         is_captured=best.is_captured,
     )
+
+
+def _is_by_rule(device: torch.device) -> bool:
+    """Return whether digits are promised on this kind of device."""
+    return device.type == "cpu"
+
+
+def _plan_by_rule(
+    config: TrialConfig, *, data: SplitDataset, device: torch.device, max_lanes: int, num_interleaved: int
+) -> LanePlan:
+    """Return the plan on a CPU, which needs no clock."""
+    kind, lanes = device_kind(device), min(stack_rule.MAX_LANES, max_lanes)
+    refusals: list[str] = []
+    reason = _made(
+        partial(stack_rule.check_rule, config, data=data, device=device, lanes=lanes), refusals, device=device
+    )
+    if reason is None:
+        return _plan_alone(kind, "; ".join(refusals), lanes=num_interleaved)
+    reason = f"{lanes} trials at once on {kind}: {reason}"
+    return LanePlan(device=kind, lanes=lanes, convolution=stack_rule.CONVOLUTION, reason=reason)
 
 
 def device_kind(device: torch.device) -> str:
@@ -235,8 +260,8 @@ def _ways(
     return ways
 
 
-def _made(make: Callable[[], Way], refusals: list[str], *, device: torch.device) -> Way | None:
-    """Make a way, or note why it cannot be."""
+def _made(make: Callable[[], Made], refusals: list[str], *, device: torch.device) -> Made | None:
+    """Return what is made, or note why it cannot be."""
     try:
         return make()
     except UserError:

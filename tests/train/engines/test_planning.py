@@ -1,4 +1,7 @@
-"""As many lanes as are fastest, in the fastest way; an error while many are measured means that they do not fit."""
+"""On a CPU a rule decides how many lanes there are. Elsewhere they are as many as are fastest, in the fastest way.
+
+An error while many are measured means that they do not fit.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,15 @@ def plan(config: TrialConfig, **options: Any) -> LanePlan:
     return plan_lanes(config, data=data, captured=CapturedLanes(device=CPU), device=CPU, **options)
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have lanes measured, as on a GPU."""
+    monkeypatch.setattr(planning, "_is_by_rule", lambda device: False)
+
+
 def chosen(monkeypatch: pytest.MonkeyPatch, rates: Mapping[int, float], **options: Any) -> LanePlan:
     """Return the plan where so many trials at once train so many images a second."""
+    monkeypatch.setattr(planning, "_is_by_rule", lambda device: False)
     monkeypatch.setattr(planning, "_plain_rate", lambda *_, **__: rates[1])
     monkeypatch.setattr(planning, "_rate", lambda way, lanes, **_: rates[lanes])
     return plan(trial(), **options)
@@ -107,6 +117,7 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__ + str(error)[:4])
 @pytest.mark.parametrize("most", [0, 2])
+@pytest.mark.usefixtures("measured")
 def test_whatever_is_raised_with_many_lanes_means_that_they_do_not_fit(
     most: int, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +201,7 @@ def test_measuring_draws_few_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.trial is None
 
 
+@pytest.mark.usefixtures("measured")
 def test_lanes_that_were_measured_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     lanes, config = CapturedLanes(device=CPU), trial()
     monkeypatch.setattr(planning, "_ways", lambda *_, **__: [lambda: CapturedWay(lanes, config)])

@@ -53,6 +53,13 @@ def dropout(*, channels, num_classes):
     head = [nn.Conv2d(8, 8, 3, stride=2), nn.Dropout2d(0.2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5)]
     return nn.Sequential(*body, *head, nn.Linear(72, num_classes))
 
+def small(*, channels, num_classes):
+    body = [nn.AvgPool2d(4), nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*body, nn.Linear(128, num_classes))
+
+def wide(*, channels, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024 * channels, 64), nn.ReLU(), nn.Linear(64, num_classes))
+
 class Named(nn.Conv2d):
     def forward(self, images):
         images = F.conv2d(input=images, weight=self.weight, bias=self.bias, padding=1)
