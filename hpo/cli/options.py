@@ -82,6 +82,39 @@ def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+EXECUTOR_OPTIONS = (  # in the order in which the help shows them
+    devices_option,
+    click.option(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Worker processes. Default: one per device; on Ray, as many as there is room for.",
+    ),
+    click.option(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of each worker. Default: OMP_NUM_THREADS, else its share of the cores.",
+    ),
+    click.option(
+        "--on",
+        "address",
+        metavar="ray|auto|ray://HOST:PORT",
+        help="Let Ray place the workers: a new Ray on this machine, RAY_ADDRESS's, or one through Ray Client.",
+    ),
+    click.option(
+        "--resource",
+        "resources",
+        multiple=True,
+        metavar="NAME=AMOUNT",
+        help="What each worker needs: num_cpus, num_gpus, memory, or the cluster's own. Default: 1 CPU; 1 GPU.",
+    ),
+    click.option(
+        "--placement", metavar="pack|spread", help="Fill one node after the other (default), or spread workers."
+    ),
+)
+
+
 def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --devices, --workers, --threads, --on, --resource and --placement; the command gets them as one `executor`.
 
@@ -111,38 +144,7 @@ def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
         )
         return command(*args, executor=executor, **kwargs)
 
-    options = (  # in the order in which the help shows them
-        devices_option,
-        click.option(
-            "--workers",
-            type=int,
-            metavar="N",
-            help="Worker processes. Default: one per device; on Ray, as many as there is room for.",
-        ),
-        click.option(
-            "--threads",
-            type=int,
-            metavar="N",
-            help="CPU threads of each worker. Default: OMP_NUM_THREADS, else its share of the cores.",
-        ),
-        click.option(
-            "--on",
-            "address",
-            metavar="ray|auto|ray://HOST:PORT",
-            help="Let Ray place the workers: a new Ray on this machine, RAY_ADDRESS's, or one through Ray Client.",
-        ),
-        click.option(
-            "--resource",
-            "resources",
-            multiple=True,
-            metavar="NAME=AMOUNT",
-            help="What each worker needs: num_cpus, num_gpus, memory, or the cluster's own. Default: 1 CPU; 1 GPU.",
-        ),
-        click.option(
-            "--placement", metavar="pack|spread", help="Fill one node after the other (default), or spread workers."
-        ),
-    )
-    for option in reversed(options):
+    for option in reversed(EXECUTOR_OPTIONS):
         with_executor = option(with_executor)
     return with_executor
 

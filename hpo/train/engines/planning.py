@@ -93,8 +93,7 @@ def plan_lanes(
     if lanes == 1:
         return _plan_alone(kind, "engine.lanes = 1", lanes=1)
     if lanes is None and (max_lanes == 1 or not (is_one_kind or device.type == "cuda")):
-        reason = "they have nothing to share, or there is but one"
-        return _plan_alone(kind, reason, lanes=num_interleaved, is_passing=True)
+        return _plan_alone(kind, "nothing to share, or but one trial", lanes=num_interleaved, is_passing=True)
     if lanes is None and _is_by_rule(device):
         return _plan_by_rule(config, data=data, device=device, max_lanes=max_lanes, num_interleaved=num_interleaved)
     counts = _doublings(max_lanes) if lanes is None else [lanes]
@@ -137,7 +136,7 @@ def _plan_by_rule(
     config: TrialConfig, *, data: SplitDataset, device: torch.device, max_lanes: int, num_interleaved: int
 ) -> LanePlan:
     """Return the plan on a CPU, which needs no clock."""
-    kind, lanes = device_kind(device), min(stack_rule.MAX_LANES, max_lanes)
+    kind, lanes = device_kind(device), min(stack_rule.MAX_STACKED, max_lanes)
     refusals: list[str] = []
     reason = _made(
         partial(stack_rule.check_rule, config, data=data, device=device, lanes=lanes), refusals, device=device

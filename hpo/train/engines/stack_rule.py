@@ -26,8 +26,8 @@ from hpo.train.engines.stacked_network import NotStackable
 # Up to here at least 8 trials at once train at least 1.5 times as fast as one after another, in most networks tried.
 MAX_FLOPS = 4_000_000  # of a forward pass of a batch
 MAX_PARAMETERS = 50_000
-MIN_LANES = 8
-MAX_LANES = 16  # more gain little
+MIN_STACKED = 8
+MAX_STACKED = 16  # more gain little
 CHECKED_LANES = (2, 3, 4, 7, 8, 13, 16)  # numbers of lanes in which a trial must have the same digits
 CONVOLUTION = "grouped"  # products lose on CPUs
 
@@ -54,8 +54,8 @@ def check_rule(config: TrialConfig, *, data: SplitDataset, device: torch.device,
     Raises:
         NotStackable: They train one after another; the message says why.
     """
-    if lanes < MIN_LANES:
-        raise NotStackable(f"fewer than {MIN_LANES} trials gain nothing at once")
+    if lanes < MIN_STACKED:
+        raise NotStackable(f"fewer than {MIN_STACKED} trials gain nothing at once")
     work = _step_work(config, data=data, device=device)
     if not work.is_small:
         limits = f"{MAX_FLOPS / 1e6:g} MFLOP and {MAX_PARAMETERS:,} parameters"

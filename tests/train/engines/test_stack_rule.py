@@ -34,7 +34,7 @@ def test_no_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_trials_of_small_networks_train_at_once_where_they_are_many() -> None:
     found = plan(SMALL)
-    assert (found.lanes, found.convolution, found.is_passing) == (stack_rule.MAX_LANES, "grouped", False)
+    assert (found.lanes, found.convolution, found.is_passing) == (stack_rule.MAX_STACKED, "grouped", False)
     assert found.reason.startswith("16 trials at once on the CPU: a batch takes 0.")
     assert plan(SMALL, max_lanes=9).lanes == 9
     few = plan(SMALL, max_lanes=7, num_interleaved=3)
