@@ -29,6 +29,7 @@ from sqlalchemy.engine import URL
 from hpo.cli.app import main
 from hpo.config.study_spec import StudySpec
 from hpo.store.store import Store
+from hpo.train.imports import ImportAllowlist
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -216,6 +217,16 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     sys.modules.pop("loop", None)
     monkeypatch.setenv("HPO_FILES", str(tmp_path / "hpo_files"))
+
+
+@pytest.fixture
+def own_code(tmp_path: Path) -> Iterator[Path]:
+    """Let this process import what modules of the test's folder define, and return the folder."""
+    with ImportAllowlist(folders=(str(tmp_path),), path=(str(tmp_path),)).importable():
+        yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(f"{tmp_path}/"):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from hpo.api.stores import open_study
 from hpo.config.study_spec import single_trial_spec
 from hpo.errors import UserError
 from hpo.report.publisher import publish_report
+from hpo.search.proposals import check_values
 from hpo.store.retry import STORE_ERRORS
 
 HEADER = "The best trial of study"  # begins every export; no other file is overwritten
@@ -114,6 +115,7 @@ def _answer_and_settings(name: str, storage: str | None) -> tuple[Best, dict[str
     found = answer_of(study, all_trials)
     numbers = [found.trial] if found.confirmation is None else found.confirmation.winner.trials
     best = next(trial for trial in all_trials if trial.number in numbers and trial.state == "complete")
+    check_values(study.spec, best.params)
     stacked = any(agreed["convolution"] for agreed in store.studies.shared_values(study).values())
     again = single_trial_spec(
         study.spec, best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpo.api.reading import Result, result_of
 from hpo.api.stores import open_study, storage_url
-from hpo.config.import_policy import ImportAllowlist, load_own_spec
+from hpo.config.import_policy import allowed_for, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.lr_range import resolve as ranges
@@ -23,6 +23,7 @@ from hpo.store.retry import OUTAGE_S, STORE_ERRORS
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord
 from hpo.system.devices import choose_devices
+from hpo.train.imports import ImportAllowlist
 from hpo.workers import preflight
 from hpo.workers.executors import Executor, Local, Ray
 from hpo.workers.launcher import Launcher
@@ -127,8 +128,7 @@ def check(
     if _find_finished(spec, url) is None:
         _, allowed = load_own_spec(spec, folder=code_folder)
         launcher = make_launcher(executor or Local(), spec, allowed, url=url)
-        allowed.check(spec)
-        with launcher, allowed.importable():
+        with launcher, allowed_for(spec, allowed).importable():
             launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
 
 
@@ -165,7 +165,7 @@ def join(
         store.studies.check_joins(study, study.spec, metadata=metadata)
         return store, study
 
-    allowed = ImportAllowlist.parse(allow)
+    allowed = parse_allow(allow)
     launcher = make_launcher(executor or Local(), study.spec, allowed, url=storage_url(storage))
     return _run_to_end(study.spec, allowed, join_it, launcher, watcher=watcher)
 
@@ -198,7 +198,7 @@ def serve(
     """
     executor = executor or Local()
     choose_devices(executor.devices)
-    ImportAllowlist.parse(allow)
+    parse_allow(allow)
     store = Store(storage_url(storage))
     passed_over: set[tuple[int, float]] = set()
     last_message = ""
@@ -272,7 +272,7 @@ def resume(
         store.studies.start(study)
         return store, store.studies.get(name)
 
-    allowed = ImportAllowlist.parse(allow)
+    allowed = parse_allow(allow)
     launcher = make_launcher(executor or Local(), study.spec, allowed, url=storage_url(storage))
     return _run_to_end(study.spec, allowed, open_again, launcher, watcher=watcher)
 
@@ -340,8 +340,7 @@ def _checked(spec: StudySpec, allowed: ImportAllowlist, launcher: Launcher) -> I
 
     The launcher's workers start meanwhile.
     """
-    allowed.check(spec)
-    with launcher, allowed.importable():
+    with launcher, allowed_for(spec, allowed).importable():
         launcher.start_early()
         with chdir(os.curdir):  # which the user's modules may leave when they are imported
             metadata = launcher.call(preflight.run_preflight, spec, launcher.device_kinds)

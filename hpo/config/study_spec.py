@@ -154,8 +154,8 @@ class StudySpec(Section):
         searched = self.search.parameters.get("epochs")
         return max(int(epochs) for epochs in searched.extreme_values()) if searched else self.training.epochs
 
-    def modules(self) -> dict[str, str]:
-        """Return the modules of users' own code that the study names, each with the first setting that names it."""
+    def names_of_code(self) -> dict[str, str]:
+        """Return each `package.module:name` of users' own code in the study, with the first setting that has it."""
         references: list[tuple[str, object]] = []
         if self.objective:
             references.append(("objective.function", self.objective.function))
@@ -164,12 +164,11 @@ class StudySpec(Section):
                 references += [(f"search.space.{setting}", name) for name in searched.extreme_values()]
             else:
                 references.append((setting, value))
-        modules: dict[str, str] = {}
-        for setting, reference in reversed(references):
-            module, colon, _ = str(reference).partition(":")
-            if colon and not str(reference).startswith(TORCHVISION):
-                modules[module] = setting
-        return modules
+        return {
+            str(reference): setting
+            for setting, reference in reversed(references)
+            if ":" in str(reference) and not str(reference).startswith(TORCHVISION)
+        }
 
     def trial_config(self, values: Mapping[str, Scalar], *, seed: int) -> TrialConfig:
         """Return the configuration of a trial.

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from hpo.errors import StudyStopped, UserError
 from hpo.system.devices import Device, torch_device, worker_environment
+from hpo.system.processes import SAFE_PATH
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
+from hpo.train.imports import ImportAllowlist, open_allowlists
 
 if TYPE_CHECKING:
     from hpo.train.lr_ramp import RangeTest
@@ -31,9 +34,14 @@ def range_test_in_subprocess(
     """
     from hpo.train.lr_ramp import RangeTest
 
-    task = {"config": asdict(config), "device": torch_device(device), "path": sys.path}
+    task = {
+        "config": asdict(config),
+        "device": torch_device(device),
+        "path": sys.path,
+        "allowed": [asdict(allowlist) for allowlist in open_allowlists()],
+    }
     with subprocess.Popen(
-        [sys.executable, "-m", "hpo.lr_range.subprocess"],
+        [sys.executable, *SAFE_PATH, "-m", "hpo.lr_range.subprocess"],
         env={**os.environ, **worker_environment(device, threads=threads)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -71,7 +79,12 @@ def run_task() -> None:
         seed=sections["seed"],
     )
     try:
-        test = run_range_test(config, device=task["device"], progress=lambda done, of: _send({"done": done, "of": of}))
+        with ExitStack() as allowing:
+            for allowlist in task["allowed"]:
+                allowing.enter_context(ImportAllowlist.from_dict(allowlist).importable())
+            test = run_range_test(
+                config, device=task["device"], progress=lambda done, of: _send({"done": done, "of": of})
+            )
     except UserError as error:
         _send({"error": str(error)})
     else:

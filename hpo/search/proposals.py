@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hpo.errors import UserError
 from hpo.search.samplers import SAMPLERS, num_startup
 from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, point_at
 from hpo.train.config import derive_seed
@@ -45,6 +47,29 @@ def optuna_params(spec: SearchSettings, values: Mapping[str, Scalar]) -> dict[st
 def values_from_optuna(params: Mapping[str, Any]) -> dict[str, Scalar]:
     """Return Optuna's values under our names, the inverse of `optuna_params`: `lr[adam]` is `lr`."""
     return {name.partition("[")[0]: value for name, value in params.items()}
+
+
+def check_values(spec: SearchSettings, values: Mapping[str, Any]) -> None:
+    """Check values of a trial that come from a store: whoever can write to it may name any code, and any key.
+
+    Raises:
+        UserError: The search space has no such key, or does not hold such a value.
+    """
+    is_grid = spec.search.sampler == "grid"
+    for key, value in values.items():
+        parameter = spec.search.parameters.get(key)
+        if isinstance(parameter, Conditional):
+            parameter = parameter.cases.get(str(values.get(parameter.by)))
+        if parameter is None or not _holds(_as_recorded(parameter, grid=is_grid), value):
+            raise UserError(f"the store gives a trial {key} = {value!r}, which is not in search.space")
+
+
+def _holds(parameter: Range | Categorical, value: Any) -> bool:
+    """Return whether a parameter holds a value, which samplers may round beyond a range's ends by a last digit."""
+    if parameter.contains(value):
+        return True
+    ends = [float(end) for end in parameter.extreme_values()] if isinstance(parameter, Range) else []
+    return isinstance(value, float) and any(math.isclose(value, end, rel_tol=1e-9) for end in ends)
 
 
 def new_trial(spec: SearchSettings, slot: Any) -> FrozenTrial:
@@ -87,20 +112,25 @@ def suggest(trial: optuna.trial.BaseTrial, spec: SearchSettings, *, without: Col
 
 
 def _suggest_value(trial: optuna.trial.BaseTrial, name: str, parameter: Range | Categorical, *, grid: bool) -> Scalar:
+    parameter = _as_recorded(parameter, grid=grid)
     if isinstance(parameter, Categorical):
-        numbers = [
-            value for value in parameter.values if isinstance(value, int | float) and not isinstance(value, bool)
-        ]
-        if not grid or len(numbers) < len(parameter.values):
-            choice: Scalar = trial.suggest_categorical(name, list(parameter.values))  # type: ignore[assignment]
-            return choice
-        # A grid's list of numbers is recorded as a range, so that every Optuna plot has a true axis for it.
-        low, high = min(numbers), max(numbers)
-        parameter = Range(low=low, high=high, log=low > 0 and high / low >= 10)
+        choice: Scalar = trial.suggest_categorical(name, list(parameter.values))  # type: ignore[assignment]
+        return choice
     step = None if grid else parameter.step  # a grid's points are given, and need not lie on a step
     if parameter.is_integer:
         return trial.suggest_int(name, int(parameter.low), int(parameter.high), log=parameter.log, step=int(step or 1))
     return trial.suggest_float(name, float(parameter.low), float(parameter.high), log=parameter.log, step=step)
+
+
+def _as_recorded(parameter: Range | Categorical, *, grid: bool) -> Range | Categorical:
+    """Return a parameter as Optuna knows it: a grid's list of numbers as a range, so that plots have a true axis."""
+    if isinstance(parameter, Range) or not grid:
+        return parameter
+    numbers = [value for value in parameter.values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(parameter.values):
+        return parameter
+    low, high = min(numbers), max(numbers)
+    return Range(low=low, high=high, log=low > 0 and high / low >= 10)
 
 
 def _optuna_name(key: str, parameter: Parameter, values: Mapping[str, Scalar]) -> str:

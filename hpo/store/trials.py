@@ -96,6 +96,7 @@ class Trials:
         cached = self._database.cached
         if claim.kind != "search":
             values = proposals.values_from_optuna(cached.get_trial(claim.trial_id).params)
+            proposals.check_values(spec, values)
             with self._ledger.locked_claim(claim):
                 self._ledger.describe(claim, attributes(values))
             return values
@@ -109,6 +110,7 @@ class Trials:
                 lock_study(connection, claim.study_id)
                 trial = optuna.Trial(study, claim.trial_id)
             values = proposals.suggest(trial, spec)
+            proposals.check_values(spec, values)
             buffered.write()
             self._ledger.describe(claim, attributes(values))
         return values

@@ -16,6 +16,7 @@ from typing import Self
 
 from hpo.errors import UserError
 from hpo.system.devices import Device, torch_device, worker_environment
+from hpo.system.processes import SAFE_PATH
 from hpo.train.config import TrainingConfig
 
 PROOF_S = 120.0  # how long a proof may take with its imports; a device that takes longer hangs
@@ -81,7 +82,7 @@ class DeviceProof:
             environment: All environment variables of the process, among them those that pin it to a device.
         """
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hpo.train.device_proof", device, *sorted(set(precisions))],
+            [sys.executable, *SAFE_PATH, "-m", "hpo.train.device_proof", device, *sorted(set(precisions))],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -1,16 +1,117 @@
-"""Imports and calls of what a study file names as `package.module:name`; each failure is one sentence to the user."""
+"""The one door to users' own code: imports and calls of what a study names as `package.module:name`.
+
+A study may come from a store, and whoever can write to it chooses the names. So a process imports a name only while an
+`ImportAllowlist` of its own, which never comes from a store, is open and allows it. Each failure is one sentence.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
-import os
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpo.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True)
+class ImportAllowlist:
+    """What a process may import and call because a study names it; by default nothing.
+
+    Attributes:
+        modules: Modules; whatever they and the modules inside them define may be named.
+        folders: Folders; whatever the modules in them define may be named.
+        names: `package.module:name`, each exactly as a study file of this process's user has it.
+        path: Folders where modules are found. They follow Python's own path, so that no file there shadows a library.
+    """
+
+    modules: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Sequence[str]]) -> ImportAllowlist:
+        """Return the list that `dataclasses.asdict` has turned into plain data."""
+        return cls(**{field: tuple(items) for field, items in values.items()})
+
+    def allows(self, name: str) -> bool:
+        """Return whether a study may name this `package.module:name`; import nothing."""
+        return name in self.names or self.allows_module(name.partition(":")[0])
+
+    def allows_module(self, module: str) -> bool:
+        """Return whether a study may name whatever this module defines; import nothing."""
+        if any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.modules):
+            return True
+        locations = self._locations(module) if self.folders else []
+        return bool(locations) and all(
+            any(Path(location).resolve().is_relative_to(folder) for folder in self.folders) for location in locations
+        )
+
+    def folder_of(self, module: str) -> Path | None:
+        """Return the folder in which a module is found; None where it is installed, or found nowhere."""
+        locations = self._locations(module)
+        if not locations:
+            return None
+        location = Path(locations[0]).resolve()
+        folder = (location.parent if location.name == "__init__.py" else location).parent
+        installed = {Path(path).resolve() for key, path in sysconfig.get_paths().items() if "lib" in key}
+        return None if any(folder.is_relative_to(path) for path in installed) else folder
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        """Let this process import what is allowed, for a while."""
+        with self._on_python_path():
+            _open_lists.append(self)
+            try:
+                yield
+            finally:
+                _open_lists.remove(self)
+
+    def _locations(self, module: str) -> list[str]:
+        """Return the files or folders that a module's top-level package would be loaded from; import nothing."""
+        with self._on_python_path():
+            try:
+                spec = importlib.util.find_spec(module.partition(".")[0])
+            except (ImportError, ValueError):
+                return []
+        if spec is None:
+            return []
+        return [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
+
+    @contextmanager
+    def _on_python_path(self) -> Iterator[None]:
+        added = [folder for folder in dict.fromkeys(self.path) if folder not in sys.path]
+        sys.path.extend(added)
+        importlib.invalidate_caches()
+        try:
+            yield
+        finally:
+            for folder in added:
+                sys.path.remove(folder)
+
+
+_open_lists: list[ImportAllowlist] = []  # of this process; there are several where threads run studies side by side
+
+
+def open_allowlists() -> list[ImportAllowlist]:
+    """Return the lists that are open in this process, for a child process that does part of its work."""
+    return list(_open_lists)
+
+
+def not_allowed(what: str, module: str) -> UserError:
+    """Return the error for a module that this process may not import; `what` names it."""
+    return UserError(
+        f"{what} names the module {module!r}, which this worker may not import; "
+        f"allow it with --allow {module}, or its folder with --allow FOLDER"
+    )
 
 
 def is_import_path(name: str) -> bool:
@@ -20,35 +121,59 @@ def is_import_path(name: str) -> bool:
 
 
 def import_object(path: str, *, setting: str) -> Callable[..., Any]:
-    """Return the callable that `package.module:name` names, from Python's path or, failing that, the working directory.
+    """Return the function or class that `package.module:name` names. No other code imports what a study names.
 
-    Raises UserError, naming `setting`, where the module or the name does not exist or the module cannot be imported.
+    Raises:
+        UserError: No open allowlist allows the name, or what it names is defined in a module that is not allowed; the
+            module cannot be imported, or has no such function or class. The message names `setting`.
     """
     if not is_import_path(path):
         raise UserError(f"{setting} must have the form 'package.module:name', got {path!r}")
     module_name, _, attribute = path.partition(":")
-    # The installed `hpo` command, unlike `python -m`, leaves the working directory off the path. It stays on the path,
-    # because the user's code may import its neighbours later.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    allowed = next((allowlist for allowlist in _open_lists if allowlist.allows(path)), None)
+    if allowed is None:
+        raise not_allowed(f"{setting} = {path!r}", module_name)
+    module = _import_module(path, setting=setting, allowed=allowed)
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        origin = getattr(module, "__file__", None) or "built into Python"
+        raise unknown_name(f"the name after ':' in {setting} = {path!r} ({origin})", attribute, names)
+    named = getattr(module, attribute)
+    if not inspect.isfunction(named) and not inspect.isclass(named):
+        raise UserError(f"{setting} = {path!r} must name a function or a class, got {type(named).__name__}")
+    # An allowed module may have imported anything, such as `from subprocess import run`.
+    if path not in allowed.names and not allowed.allows_module(str(named.__module__)):
+        raise UserError(
+            f"{setting} = {path!r} must name what an allowed module defines; {attribute} was imported there from "
+            f"{named.__module__}, which this worker may not import"
+        )
+    return named
+
+
+def _import_module(path: str, *, setting: str, allowed: ImportAllowlist) -> Any:
+    module = path.partition(":")[0]
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"{setting} = {path!r} cannot be imported: {describe_error(error)}") from error
         raise UserError(
             f"{setting} = {path!r} must name a module that can be imported; there is no module {error.name!r} "
-            f"on Python's path or in {os.getcwd()}"
+            f"on Python's path or in {' or '.join(dict.fromkeys(allowed.path))}"
         ) from error
     except (Exception, SystemExit) as error:  # whatever the user's module raises when it is imported
         raise UserError(f"{setting} = {path!r} cannot be imported: {describe_error(error)}") from error
-    if not hasattr(module, attribute):
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise unknown_name(f"the name after ':' in {setting} = {path!r}", attribute, names)
-    named = getattr(module, attribute)
-    if not callable(named):
-        raise UserError(f"{setting} = {path!r} must name a function or a class, got {type(named).__name__}")
-    return named  # type: ignore[no-any-return]
+
+
+def import_loop(path: str) -> Callable[[Any], Any]:
+    """Return the training loop of the user's own that objective.function names. Raises UserError as `import_object`."""
+    setting = "objective.function"
+    loop = import_object(path, setting=setting)
+    try:
+        inspect.signature(loop).bind("trial")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{setting} = {path!r} must take one argument, the trial: {error}") from None
+    return loop
 
 
 def describe_error(error: BaseException) -> str:
@@ -72,15 +197,16 @@ def call_factory(
         fixed: Arguments that the product gives; those are passed that the factory accepts.
 
     Raises:
-        UserError: The factory does not take an option, or it raised something other than running out of memory.
+        UserError: The factory does not take what it is given, or raised something other than running out of memory.
     """
     import torch
 
     setting = f"{section}.name = {name!r}"
     try:
-        parameters = inspect.signature(factory).parameters
+        signature = inspect.signature(factory)
     except ValueError:
         raise UserError(f"{setting} must name a function whose arguments Python can tell") from None
+    parameters = signature.parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     known = [key for key, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     for key in options:
@@ -88,10 +214,14 @@ def call_factory(
             valid = ", ".join(sorted(set(known) - fixed.keys())) or "no options"
             raise UserError(f"{section}.{key} is not an option of {setting}, which takes {valid}")
     arguments = {key: value for key, value in fixed.items() if takes_any or key in known} | dict(options)
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise UserError(f"{setting} cannot be called with {given}: {error}") from None
     try:
         return factory(**arguments)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:  # whatever the user's factory raises
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
         raise UserError(f"{setting} failed when called with {given}: {describe_error(error)}") from error

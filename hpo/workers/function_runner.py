@@ -13,7 +13,7 @@ from hpo.errors import UserError
 from hpo.objective import Trial
 from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
-from hpo.train.imports import import_object
+from hpo.train.imports import import_loop
 from hpo.workers.held_trials import HeldTrials
 from hpo.workers.reporting import TrialEnd, complete_end, diverged_end, pruned_end
 from hpo.workers.stop_signal import StopSignal
@@ -72,7 +72,7 @@ class FunctionRunner:
             _metric=self._spec.metric,
             _on_report=attempt.report,
         )
-        function = import_object(self._function, setting="objective.function")
+        function = import_loop(self._function)
         try:
             with chdir(os.curdir):  # back again where the function leaves: the next trial's paths may be relative
                 function(trial)

@@ -12,7 +12,6 @@ from typing import Any
 
 from sqlalchemy.engine import URL
 
-from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.store.database import PASSWORD_FILE
@@ -27,6 +26,7 @@ from hpo.system.devices import (
 )
 from hpo.system.processes import machine_id
 from hpo.train.device_proof import proofs_of
+from hpo.train.imports import ImportAllowlist
 from hpo.workers.executors import InProcess, Local
 from hpo.workers.launcher import Launcher, Proof, Returned, interrupts
 from hpo.workers.stages import add_due_trials

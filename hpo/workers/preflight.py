@@ -37,14 +37,14 @@ def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
     """
     from hpo.search.pruners import build_pruner
     from hpo.search.samplers import build_sampler
-    from hpo.train.imports import import_object
+    from hpo.train.imports import import_loop
 
     build_pruner(spec)
     build_sampler(spec, number=0)
     if spec.checkpoints.url is not None and "://" in spec.checkpoints.url:
         _check_readable(spec.checkpoints.url)
     if spec.objective:
-        import_object(spec.objective.function, setting="objective.function")
+        import_loop(spec.objective.function)
         return {}
     _check_precision(spec, kinds)
     tried = [_try_network(spec, values) for values in spec.extreme_points(sections=("data", "model"))]

@@ -27,11 +27,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
 from hpo._version import __version__
-from hpo.config.import_policy import ImportAllowlist
 from hpo.errors import StudyStopped, UserError
 from hpo.study.processes import Process
 from hpo.system.devices import Device, choose_devices, torch_device
 from hpo.system.processes import machine_id
+from hpo.train.imports import ImportAllowlist
 from hpo.workers.stages import add_due_trials
 from hpo.workers.worker_handle import EXIT_NO_DEVICE, WorkerProcess, WorkerTask, describe_exit_code
 
@@ -47,17 +47,18 @@ class WorkerEnvironment:
 
     Args:
         variables: Environment variables, for those that a node does not have itself.
-        modules: Modules that the study may import.
+        allowlist: What the study may import there.
         folders: Folders of code; those that Ray has unpacked are relative to its working directory.
     """
 
     variables: Mapping[str, str] = field(repr=False)
-    modules: Sequence[str]
+    allowlist: ImportAllowlist
     folders: Sequence[str]
 
     def allowed(self) -> ImportAllowlist:
         """Return what the study may import on this node."""
-        return ImportAllowlist(tuple(self.modules), tuple(os.path.realpath(folder) for folder in self.folders))
+        path = tuple(os.path.realpath(folder) for folder in self.folders)
+        return replace(self.allowlist, folders=path if self.allowlist.folders else (), path=path)
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:

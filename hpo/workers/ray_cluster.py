@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 from sqlalchemy.engine import URL
 
 from hpo._version import __version__
-from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.store.database import database_path
@@ -31,6 +30,7 @@ from hpo.store.store import Store
 from hpo.study.records import ENDED, StudyRecord
 from hpo.system import provenance
 from hpo.system.devices import choose_devices, num_cores
+from hpo.train.imports import ImportAllowlist
 from hpo.workers.executors import OWN_RAY, PLACEMENTS, RAY_CLIENT, RUNNING_RAY, Ray
 from hpo.workers.launcher import Launcher, Returned, interrupts
 from hpo.workers.supervisor import LEAVING, TICK_S, OnTick
@@ -271,7 +271,7 @@ class RayLauncher(Launcher):
         if revision := provenance.git_revision():
             variables["HPO_GIT_REVISION"] = revision
         folders = [str(index) if self._packs_code else str(folder) for index, folder in enumerate(self._code_folders)]
-        return WorkerEnvironment(variables, self._allowed.modules, folders)
+        return WorkerEnvironment(variables, self._allowed, folders)
 
     def _shortage(self, ray: Any) -> str:
         """Describe what a worker needs and what of it is free."""
@@ -370,9 +370,10 @@ def _as_our_error(error: Exception) -> Exception:
 
 def find_code_folders(spec: StudySpec, allowed: ImportAllowlist) -> list[Path]:
     """Return the folders of the study's own modules, the study file's folder first; installed packages do not count."""
-    found = [folder for module in spec.modules() if (folder := allowed.folder_of(module)) is not None]
-    own = [Path(folder) for folder in allowed.folders]
-    return sorted(dict.fromkeys(found), key=lambda folder: folder not in own)
+    modules = [name.partition(":")[0] for name in spec.names_of_code()]
+    found = [folder for module in modules if (folder := allowed.folder_of(module)) is not None]
+    first = [Path(folder) for folder in allowed.path[:1]]
+    return sorted(dict.fromkeys(found), key=lambda folder: folder not in first)
 
 
 @contextmanager

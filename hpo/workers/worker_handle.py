@@ -15,10 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from hpo.config.import_policy import ImportAllowlist
 from hpo.study.processes import Cause
 from hpo.system.devices import Device, worker_environment
+from hpo.system.processes import SAFE_PATH
 from hpo.train.device_proof import PROOF_S
+from hpo.train.imports import ImportAllowlist
 
 TASK_VARIABLE = "HPO_WORKER"  # environment variable with the WorkerTask; anyone could read it on the command line
 WAITING_VARIABLE = "HPO_WORKER_WAITS"  # with the number of the pipe into which it writes what it finds of its device
@@ -51,10 +52,8 @@ class WorkerTask:
     def from_json(cls, text: str) -> WorkerTask:
         """Return the task that `to_json` has written."""
         values = json.loads(text)
-        modules, folders = (tuple(values["allowed"][key]) for key in ("modules", "folders"))
-        return cls(
-            **{**values, "allowed": ImportAllowlist(modules, folders), "precisions": tuple(values["precisions"])}
-        )
+        allowed, precisions = ImportAllowlist.from_dict(values["allowed"]), tuple(values["precisions"])
+        return cls(**{**values, "allowed": allowed, "precisions": precisions})
 
 
 class WorkerProcess:
@@ -72,14 +71,11 @@ class WorkerProcess:
         self._popen: subprocess.Popen[bytes] | None = None
         self._proof: int | None = None  # the pipe of a process that was started early
         self._deadline_s = 0.0
-        python_path = [*task.allowed.python_path(), os.environ.get("PYTHONPATH")]
         self._environment = {
             **os.environ,
             **environment,
             **worker_environment(device, threads=task.threads),
             TASK_VARIABLE: task.to_json(),
-            "PYTHONSAFEPATH": "1",  # or the working directory would come before the folders that are allowed
-            "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
         }
 
     def start(self, *, output: IO[bytes] | int) -> None:
@@ -138,7 +134,7 @@ class WorkerProcess:
     ) -> None:
         self.exit_code = None
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "hpo.workers.worker_main"],
+            [sys.executable, *SAFE_PATH, "-m", "hpo.workers.worker_main"],
             env={**self._environment, **environment},
             cwd=self._folder,
             stdin=subprocess.PIPE,

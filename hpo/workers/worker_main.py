@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from hpo.config.import_policy import allowed_for
 from hpo.errors import StudyStopped, UserError
 from hpo.store.database import Unreachable
 from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
@@ -66,7 +67,7 @@ def run_worker_process() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     store = _open_once_up(task.storage, until=stop.is_set)
     study = store.studies.get(task.study)
-    task.allowed.check(study.spec)
+    allowed = allowed_for(study.spec, task.allowed)
     worker = Worker(
         store,
         study,
@@ -81,7 +82,8 @@ def run_worker_process() -> None:
         import torch
 
         torch.set_num_threads(task.threads)
-    exit_code = _run_to_exit_code(worker)
+    with allowed.importable():
+        exit_code = _run_to_exit_code(worker)
     if stop.is_set() and exit_code != EXIT_NO_DEVICE:
         # It was told to leave, perhaps not by its supervisor, so there may be work left. Where the store did not answer
         # at that moment, leaving failed; that is no crash that its trials could be blamed for.

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hpo.config.import_policy import ImportAllowlist
+from hpo.config.import_policy import allowed_for, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store.store import Store
+from hpo.train.imports import ImportAllowlist
 
 if TYPE_CHECKING:
     from tests.conftest import Hpo
@@ -43,7 +44,7 @@ def naming(setting: str, value: object) -> StudySpec:
 )
 def test_a_module_that_is_not_allowed_is_refused_by_name(setting: str, value: object, module: str) -> None:
     with pytest.raises(UserError, match=rf"{setting} of study 's' names the module '{module}'.*--allow {module}"):
-        ImportAllowlist.parse(["own", "."]).check(naming(setting, value))
+        allowed_for(naming(setting, value), parse_allow(["own", "."]))
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,10 @@ def test_a_module_that_is_not_allowed_is_refused_by_name(setting: str, value: ob
 def test_a_module_is_allowed_with_what_is_inside_it(allowed: str, module: str, passes: bool) -> None:
     spec = naming("model.name", f"{module}:net")
     if passes:
-        ImportAllowlist.parse([allowed]).check(spec)
+        allowed_for(spec, parse_allow([allowed]))
     else:
         with pytest.raises(UserError, match="may not import"):
-            ImportAllowlist.parse([allowed]).check(spec)
+            allowed_for(spec, parse_allow([allowed]))
 
 
 def test_a_folder_allows_the_modules_that_are_found_in_it_and_no_others(tmp_path: Path) -> None:
@@ -70,23 +71,37 @@ def test_a_folder_allows_the_modules_that_are_found_in_it_and_no_others(tmp_path
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "inside.py").touch()
     (tmp_path / "os.py").touch()  # shadows nothing: the real one is what an import would give
-    allowed = ImportAllowlist.parse([str(tmp_path)])
-    allowed.check(naming("model.name", "mine:net"))
-    allowed.check(naming("model.name", "package.inside:net"))
+    allowed = parse_allow([str(tmp_path)])
+    allowed_for(naming("model.name", "mine:net"), allowed)
+    allowed_for(naming("model.name", "package.inside:net"), allowed)
     for module in ("os", "json", "no_such_module"):
         with pytest.raises(UserError, match="may not import"):
-            allowed.check(naming("model.name", f"{module}:net"))
+            allowed_for(naming("model.name", f"{module}:net"), allowed)
+
+
+def test_a_study_that_names_no_code_needs_no_folder_on_the_path(tmp_path: Path) -> None:
+    for allowed in (parse_allow(["own", str(tmp_path)]), load_own_spec(naming("model.name", "a:b"), folder=".")[1]):
+        assert allowed_for(naming("model.name", "article_cnn"), allowed) == ImportAllowlist()
+
+
+def test_an_author_allows_what_the_study_names_and_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").touch()
+    spec, allowed = load_own_spec(naming("model.name", "mine:net"), folder=tmp_path)
+    assert allowed_for(spec, allowed) == allowed
+    for other in ("mine:other", "beside:net", "os:system"):
+        with pytest.raises(UserError, match="may not import"):
+            allowed_for(naming("model.name", other), allowed)
 
 
 def test_networks_of_torchvision_and_ours_need_no_permission() -> None:
     for name in ("article_cnn", "torchvision:resnet18"):
-        ImportAllowlist().check(naming("model.name", name))
+        allowed_for(naming("model.name", name), ImportAllowlist())
 
 
 @pytest.mark.parametrize("value", ["no/such/folder", "a-b", "", "x:y"])
 def test_what_is_neither_a_module_nor_a_folder_is_refused(value: str) -> None:
     with pytest.raises(UserError, match="--allow must be the name of a module or a folder that exists"):
-        ImportAllowlist.parse([value])
+        parse_allow([value])
 
 
 def test_a_command_that_reads_a_study_from_the_store_imports_only_what_it_is_told_to(

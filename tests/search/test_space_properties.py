@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import optuna
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from hpo.errors import UserError
 from hpo.search.config import PrunerSpec, SearchSpec
-from hpo.search.proposals import fixed_values, optuna_params, suggest, values_from_optuna
+from hpo.search.proposals import check_values, fixed_values, optuna_params, suggest, values_from_optuna
 from hpo.search.space import Categorical, Conditional, Parameter, Range, grid_points, parse_space, point_at
 
 quick = settings(derandomize=True, deadline=None, max_examples=80)
@@ -192,3 +193,45 @@ def test_there_is_a_set_of_fixed_values_for_each_trial(space: dict[str, Any], tr
     assert len(fixed) == trials
     for point in fixed:
         assert all(case_of(parameters[key], point).contains(value) for key, value in point.items())
+
+
+SPACE = {
+    "lr": {"low": 1e-3, "high": 1.0, "log": True},
+    "batch_size": {"low": 8, "high": 64},
+    "optimizer": ["adam", "sgd", True],
+    "momentum": {"by": {"optimizer": {"sgd": {"low": 0.0, "high": 0.9}}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "refused"),
+    [
+        ({"lr": 0.1, "batch_size": 8, "optimizer": "sgd", "momentum": 0.9}, None),
+        ({"lr": 1.0000000000000002, "optimizer": True}, None),  # samplers round
+        ({"lr": 1.01}, "lr = 1.01"),
+        ({"lr": float("nan")}, "lr = nan"),
+        ({"lr": "0.1"}, "lr = '0.1'"),
+        ({"batch_size": 8.5}, "batch_size = 8.5"),
+        ({"batch_size": True}, "batch_size = True"),
+        ({"optimizer": "os:system"}, "optimizer = 'os:system'"),
+        ({"optimizer": 1}, "optimizer = 1"),
+        ({"optimizer": "adam", "momentum": 0.5}, "momentum = 0.5"),
+        ({"momentum": 0.5}, "momentum = 0.5"),
+        ({"model.name": "os:system"}, "model.name = 'os:system'"),
+        ({"model.command": "rm -r /"}, "model.command = 'rm -r /'"),
+    ],
+)
+def test_a_store_gives_a_trial_only_what_the_space_holds(values: dict[str, Any], refused: str | None) -> None:
+    search = Settings(SearchSpec(sampler="random", space=SPACE))
+    if refused is None:
+        check_values(search, values)
+    else:
+        with pytest.raises(UserError, match=f"^the store gives a trial {re.escape(refused)}, which is not in search"):
+            check_values(search, values)
+
+
+def test_a_grids_list_of_numbers_holds_the_rates_between_them_as_a_confirmation_trains() -> None:
+    search = Settings(SearchSpec(sampler="grid", space={"lr": [0.1, 0.3], "optimizer": ["sgd"]}))
+    check_values(search, {"lr": 0.2})
+    with pytest.raises(UserError, match=r"lr = 0\.4"):
+        check_values(search, {"lr": 0.4})

@@ -1,15 +1,21 @@
-"""Reading trials: the best ones."""
+"""Trials: which are the best, and that values which a store gives them are those of the study's space."""
 
 from __future__ import annotations
 
+import json
 import math
+from contextlib import nullcontext
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
 
+from hpo.errors import UserError
+from hpo.store import schema
 from hpo.store.store import Store
 from tests.rows import slow_except
-from tests.store.helpers import MakeSpec, begin, claim, report, url_of
+from tests.store.helpers import Change, MakeSpec, begin, claim, report, url_of
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
@@ -37,3 +43,37 @@ def test_the_best_trials_are_the_complete_ones_in_the_studys_direction(store: St
         assert store.trials.best(study, 1) == [(expected[0], 0.7 if name == "up" else 0.1)]
         assert store.trials.best(study, 0) == []
         assert store.trials.ended_numbers(study) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", ["confirm", "test", "bogus"])
+def test_a_store_names_no_code_for_a_trial_that_does_not_search(
+    store: Store, make_spec: MakeSpec, change: Change, kind: str
+) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2))
+    crafted = create_trial(
+        state=TrialState.RUNNING,
+        params={"lr": 0.1, "model.name": "os:system"},
+        distributions={"lr": FloatDistribution(0.1, 0.2), "model.name": CategoricalDistribution(["os:system"])},
+    )
+    trial_id = store.storage.create_new_trial(study.study_id, crafted)
+    first = schema.slots_table.c.number == 0
+    change(store, schema.slots_table.update().where(first).values(kind=kind, replicate=0, trial_id=trial_id))
+    claimed = store.trials.claim(study, worker)
+    assert claimed is not None
+    with pytest.raises(UserError, match=r"^the store gives a trial model.name = 'os:system', which is not in search"):
+        store.trials.suggest(claimed, study.spec, attributes=lambda _: {})
+
+
+@pytest.mark.parametrize(("given", "taken"), [({"lr": 7.0}, False), ({"model.name": "os:system"}, True)])
+def test_a_store_gives_a_trial_that_searches_only_values_of_the_space(
+    store: Store, make_spec: MakeSpec, change: Change, given: dict[str, object], taken: bool
+) -> None:
+    study, worker = begin(store, make_spec())
+    change(store, schema.slots_table.update().values(given=json.dumps(given)))
+    claimed = store.trials.claim(study, worker)
+    assert claimed is not None
+    refused = nullcontext() if taken else pytest.raises(UserError, match=r"^the store gives a trial lr = 7\.0, which")
+    with refused:
+        values = store.trials.suggest(claimed, study.spec, attributes=lambda _: {})
+        assert values.keys() == {"lr"}
+        assert 0.1 <= values["lr"] <= 1.0

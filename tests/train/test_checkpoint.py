@@ -181,11 +181,9 @@ def network(*, channels, num_classes):
 
 
 @pytest.fixture
-def noisy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialConfig:
+def noisy(own_code: Path) -> TrialConfig:
     """All that a network may keep or draw: batch norm, dropout, `random`, numpy, a state of its own, augmentation."""
-    (tmp_path / "own_noisy.py").write_text(NOISY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    (own_code / "own_noisy.py").write_text(NOISY)
     model = ModelConfig(name="own_noisy:network")
     return trial(model=model, data={"flip": True, "crop": 2}, optimizer="adam", schedule="one_cycle", gradient_clip=1.0)
 
@@ -208,12 +206,14 @@ from pathlib import Path
 import torch
 from hpo.train.checkpoint import CheckpointFolder
 from hpo.train.engines.plain import PlainEngine
+from hpo.train.imports import ImportAllowlist
 torch.set_num_threads(int(sys.argv[2]))
 config, identity = pickle.loads(Path("trial.pickle").read_bytes())
 folder = CheckpointFolder(sys.argv[1], identity=identity)
 checkpoint, _ = folder.load(config)
 engine = PlainEngine(device="cpu")
-lane = engine.admit(config, checkpoint)
+with ImportAllowlist(names=("own_noisy:network",), path=(".",)).importable():
+    lane = engine.admit(config, checkpoint)
 for _ in range(checkpoint.epoch, config.training.epochs):
     engine.run_epoch()
 folder.save(engine.checkpoint(lane))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,14 @@ WriteLoop = Callable[[str], None]
 
 
 @pytest.fixture
-def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteLoop]:
+def loop(own_code: Path) -> WriteLoop:
     """Write the module `loop`, whose function `train` the studies of `make_spec` call."""
-    monkeypatch.syspath_prepend(tmp_path)
 
     def write(body: str) -> None:
         lines = "\n".join("    " + line for line in body.strip().splitlines())
-        (tmp_path / "loop.py").write_text(f"import math, pathlib, sys, time\ndef train(trial):\n{lines}\n")
+        (own_code / "loop.py").write_text(f"import math, pathlib, sys, time\ndef train(trial):\n{lines}\n")
 
-    yield write
-    sys.modules.pop("loop", None)
+    return write
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
-from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped
 from hpo.store.database import parse_url
@@ -22,6 +21,7 @@ from hpo.store.store import Store
 from hpo.store.workers import MAX_DEVICE_FAILURES
 from hpo.study.records import DeviceFailures, TrialRecord
 from hpo.system.devices import Device
+from hpo.train.imports import ImportAllowlist
 from hpo.workers.executors import InProcess, Local
 from hpo.workers.local import InProcessLauncher, LocalLauncher
 from tests.rows import slow_except
@@ -342,9 +342,8 @@ def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentenc
     monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [SICK])
     store = Store(hpo.url, create=True)
     study = store.studies.create(make_spec(0.1, 0.2, 0.3), metadata={})
-    launcher = LocalLauncher(
-        Local("cuda:0", workers=2), study.spec, allowed=ImportAllowlist(("loop",), ()), url=store.url
-    )
+    allowed = ImportAllowlist(("loop",), path=(str(hpo.folder),))
+    launcher = LocalLauncher(Local("cuda:0", workers=2), study.spec, allowed=allowed, url=store.url)
     with pytest.raises(StudyStopped) as caught:
         launcher.run(store, study, on_tick=lambda _: None)
     assert caught.value.can_resume
@@ -368,7 +367,7 @@ def test_a_range_test_has_a_gpu_to_itself(
 ) -> None:
     """Check that no worker that was started early holds one that is exclusive to one process."""
     monkeypatch.setattr("hpo.workers.local.choose_devices", lambda _: [device])
-    url, allowed = parse_url(hpo.url), ImportAllowlist(("loop",), ())
+    url, allowed = parse_url(hpo.url), ImportAllowlist(("loop",), path=(str(hpo.folder),))
     with LocalLauncher(Local(device.name, workers=2), make_spec(0.1, 0.2), allowed=allowed, url=url) as launcher:
         launcher.start_early()
         wait_for(lambda: len(hpo.worker_pids()) == 2)

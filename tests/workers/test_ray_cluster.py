@@ -14,9 +14,10 @@ from click.testing import CliRunner
 
 from hpo.cli.app import main
 from hpo.cli.options import executor_options, make_executor, worker_arguments
-from hpo.config.import_policy import ImportAllowlist, load_own_spec
+from hpo.config.import_policy import load_own_spec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
+from hpo.train.imports import ImportAllowlist
 from hpo.workers import ray_cluster
 from hpo.workers.executors import Executor, InProcess, Local, Ray
 from hpo.workers.launcher import Launcher

@@ -11,14 +11,14 @@ from typing import Any
 import psutil
 import pytest
 
-from hpo.config.import_policy import ImportAllowlist
 from hpo.system.devices import Device, torch_device
+from hpo.train.imports import ImportAllowlist
 from hpo.workers.worker_handle import EXIT_RESTART, WorkerProcess, WorkerTask, cause_of_death, describe_exit_code
 from tests.workers.sick_gpu import needs_no_gpu, tells_why
 
 
 def test_a_worker_is_given_its_task_whole() -> None:
-    allowed = ImportAllowlist(("loop",), ("/studies",))
+    allowed = ImportAllowlist(("loop",), ("/studies",), ("net:build",), ("/studies", "/here"))
     task = WorkerTask(
         "sqlite:///hpo.db", "s", "cuda:1", "cuda:0", 3, allowed, "node-1", outlives=False, precisions=("auto", "fp32")
     )
@@ -27,7 +27,7 @@ def test_a_worker_is_given_its_task_whole() -> None:
 
 def early(tmp_path: Path, device: Device, *precisions: str) -> WorkerProcess:
     """Start a worker early, for a store that is not there."""
-    allowed = ImportAllowlist((), ())
+    allowed = ImportAllowlist()
     url = f"sqlite:///{tmp_path}/absent.db"
     task = WorkerTask(url, "s", device.name, torch_device(device), 1, allowed, precisions=precisions)
     worker = WorkerProcess(task, device)

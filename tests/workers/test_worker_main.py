@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hpo.config.import_policy import ImportAllowlist
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store.store import Store
 from hpo.system.devices import Device
+from hpo.train.imports import ImportAllowlist
 from hpo.workers import worker_main
 from hpo.workers.worker_handle import EXIT_RESTART, WorkerProcess, WorkerTask
 

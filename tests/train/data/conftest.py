@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -71,12 +69,9 @@ def two_threads(one_thread: None) -> None:
 
 
 @pytest.fixture
-def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    (tmp_path / "own_data_under_test.py").write_text(OWN_DATA)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield "own_data_under_test"
-    sys.modules.pop("own_data_under_test", None)
+def own_data(own_code: Path) -> str:
+    (own_code / "own_data_under_test.py").write_text(OWN_DATA)
+    return "own_data_under_test"
 
 
 @pytest.fixture

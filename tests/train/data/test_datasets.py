@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,13 +250,9 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
         ("numpy.arange(40) * 10**9", "labels that count the classes from 0"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused(
-    labels: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "own_labels.py").write_text(
+def test_labels_that_are_no_classes_are_refused(labels: str, message: str, own_code: Path) -> None:
+    (own_code / "own_labels.py").write_text(
         f"import numpy\ndef data():\n    return (numpy.zeros((40, 1, 32, 32), 'uint8'), {labels}), None\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    sys.modules.pop("own_labels", None)
     with pytest.raises(UserError, match=message):
         load("own_labels:data")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,12 +143,8 @@ def network():
 """
 
 
-def test_a_state_that_could_not_be_read_again_is_the_users_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_state_that_could_not_be_read_again_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "own_state.py").write_text(OWN_STATE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     engine: Engine = PlainEngine(device="cpu")
     lane = engine.admit(trial(model=ModelConfig(name="own_state:network")))
     engine.run_epoch()
@@ -185,9 +180,7 @@ def test_the_same_trial_gives_the_same_digits_whatever_ran_before() -> None:
     assert train(replace(config, seed=6)) != first
 
 
-def test_a_data_set_that_draws_its_pictures_is_the_same_in_every_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_that_draws_its_pictures_is_the_same_in_every_process(tmp_path: Path) -> None:
     (tmp_path / "own_drawn.py").write_text(
         "import numpy, random\n"
         "def data():\n"
@@ -195,8 +188,6 @@ def test_a_data_set_that_draws_its_pictures_is_the_same_in_every_process(
         "    labels = random.sample([0, 1] * 20, 40)\n"
         "    return (pictures, numpy.array(labels)), None\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     config = trial(data=DataConfig(name="own_drawn:data"))
     assert train(config) == train(config)
 
@@ -330,13 +321,9 @@ def large_weights():
 
 
 @pytest.mark.parametrize("name", ["deep", "large_weights"])
-def test_a_bad_initialisation_is_not_called_diverged(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_initialisation_is_not_called_diverged(name: str, tmp_path: Path) -> None:
     """Neither a network that could never tell pictures apart nor one whose loss starts above 10 ln(classes)."""
     (tmp_path / "own_badly_drawn.py").write_text(OWN_MODELS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     model = ModelConfig(name=f"own_badly_drawn:{name}")
     for seed in range(3):
         results = train(trial(model=model, lr=1e-9, seed=seed))
@@ -374,7 +361,7 @@ def test_non_finite_losses_are_seen_wherever_they_are() -> None:
 # The test set
 
 
-def test_the_test_set_is_read_only_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_set_is_read_only_when_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "own_unreadable_test.py").write_text(
         "import numpy\n"
         "class Unreadable:\n"
@@ -386,8 +373,6 @@ def test_the_test_set_is_read_only_when_it_is_asked_for(tmp_path: Path, monkeypa
         "def without_test():\n"
         "    return data()[0], None\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     config = trial(data=DataConfig(name="own_unreadable_test:data"))
     assert len(train(config)) == 2
     asked = replace(config, training=replace(config.training, report_test_accuracy=True))
@@ -477,12 +462,8 @@ def zero_head(*, channels, num_classes):
 
 
 @pytest.mark.parametrize(("lr", "dies"), [(1e-6, False), (1e-2, False), (1e3, True)])
-def test_a_last_layer_that_starts_at_zero_is_judged_like_any_other(
-    lr: float, dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_last_layer_that_starts_at_zero_is_judged_like_any_other(lr: float, dies: bool, tmp_path: Path) -> None:
     """As drawn it gives every picture the same output, exactly; one step later it does so only if it is dead."""
     (tmp_path / "own_zero_head.py").write_text(ZERO_HEAD)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     results = train(trial(model=ModelConfig(name="own_zero_head:zero_head"), optimizer="sgd", lr=lr))
     assert (results[-1].diverged is not None) == dies
