@@ -29,6 +29,11 @@ def study_text(study: StudyRecord) -> str:
     return text
 
 
+def images_text(study: StudyRecord) -> str | None:
+    """Return what was found in a study's folder of images, and what was left out; None where it has no folder."""
+    return f"images for training and validation: {study.metadata['images']}" if "images" in study.metadata else None
+
+
 def counts_text(trials: Sequence[TrialRecord]) -> str:
     """Return how many trials are in each state."""
     states = [trial.state for trial in trials]

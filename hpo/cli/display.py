@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich import box
@@ -21,6 +23,7 @@ from hpo.analysis.range_text import range_test_lines
 from hpo.analysis.text import (
     answer_lines,
     cell_text,
+    images_text,
     interval_text,
     number_text,
     params_text,
@@ -55,6 +58,29 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
+class ProgressHandler(logging.Handler):
+    """Passes on what the reading of images says of its progress in this process, from `show` to `close`."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._say = say
+        self._logger = logging.getLogger("hpo.train.data.progress")
+
+    def show(self) -> None:
+        """Begin to pass messages on."""
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a message on."""
+        self._say(record.getMessage())
+
+    def close(self) -> None:
+        """Pass nothing on any more."""
+        self._logger.removeHandler(self)
+        super().close()
+
+
 class LiveDisplay:
     """The display of a study while it trains.
 
@@ -69,27 +95,41 @@ class LiveDisplay:
         self._study: StudyRecord | None = None
         self._next_read = 0.0
         self._reported: dict[int, tuple[str, int]] = {}
+        self._progress = ProgressHandler(self._say)
         self._announced: set[str] = set()  # stages, and values that the workers share
 
     def __enter__(self) -> LiveDisplay:
         if self._live is not None:
             self._live.start()
             self._live.update(Text("checking devices, data and network ...", style="dim"), refresh=True)
+        self._progress.show()
         return self
 
+    def _say(self, text: str) -> None:
+        """Show how far the check of the study has come."""
+        if self._live is not None:
+            self._live.update(Text(text, style="dim"), refresh=True)
+        else:
+            self._console.print(text, highlight=False, markup=False)
+
     def __exit__(self, *_: object) -> None:
+        self._progress.close()
         self._next_read = 0.0  # to show what has ended since the last update
         try:
             if self._store is not None:
-                self.update(self._store)
+                with suppress(KeyError):  # Optuna's, where the study was deleted
+                    self.update(self._store)
         finally:
             if self._live is not None:
                 self._live.stop()
 
     def watch(self, store: Store, study: StudyRecord) -> Any:
         """Begin to show this study, and return the function to call while workers run."""
+        self._progress.close()
         self._store, self._study = store, study
         self._console.print(heading(study))
+        if (found := images_text(study)) is not None:
+            self._console.print(found, highlight=False, markup=False, soft_wrap=True)
         for line in range_test_lines(study):
             self._console.print(line, highlight=False, soft_wrap=True)
         trials = store.trials.get_all(study)

@@ -48,6 +48,8 @@ def judge_epochs(
     spec: StudySpec,
 ) -> dict[Claim, Verdict]:
     """Return how the trials go on whose reports were recorded, and record the pruner's verdict on each new epoch."""
+    if not progress:
+        return {}  # all claims are lost; the study may be gone, too
     stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == reports[0].claim.study_id)
     otherwise: Verdict = "go on" if connection.execute(stop).scalar_one() is None else "stop"
     judge: RoundStudy | None = None  # is made where it is needed

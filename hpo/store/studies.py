@@ -29,6 +29,7 @@ from hpo.study import stages
 from hpo.study.records import StudyRecord
 
 SHARED_PREFIX = "hpo: "  # begins the names of Optuna's study attributes that are ours
+DESCRIPTIONS = ("images",)  # metadata that changes no result: a note may be added to a folder of images
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
 
 
@@ -63,7 +64,7 @@ class Studies:
         differences = study.spec.differences(spec) + [
             f"{name} is {study.metadata[name]} in the study, {value} here"
             for name, value in metadata.items()
-            if name in study.metadata and study.metadata[name] != value
+            if name in study.metadata and study.metadata[name] != value and name not in DESCRIPTIONS
         ]
         if differences:
             num_more = len(differences) - MAX_DIFFERENCES

@@ -67,13 +67,21 @@ class ImportAllowlist:
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """Let this process import what is allowed, for a while."""
-        with self._on_python_path():
+        """Let this process import what is allowed, for a while.
+
+        What it has imported from the folders is forgotten then: another study's folder may have modules of these names.
+        """
+        known = set(sys.modules)
+        with self._on_python_path() as folders:
             _open_lists.append(self)
             try:
                 yield
             finally:
                 _open_lists.remove(self)
+                for name, module in list(sys.modules.items()):
+                    file = getattr(module, "__file__", None)
+                    if name not in known and file and any(Path(file).is_relative_to(folder) for folder in folders):
+                        del sys.modules[name]
 
     def _locations(self, module: str) -> list[str]:
         """Return the files or folders that a module's top-level package would be loaded from; import nothing."""
@@ -87,12 +95,13 @@ class ImportAllowlist:
         return [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
 
     @contextmanager
-    def _on_python_path(self) -> Iterator[None]:
+    def _on_python_path(self) -> Iterator[Sequence[str]]:
+        """Add the folders to Python's path, for a while; give those that were not on it."""
         added = [folder for folder in dict.fromkeys(self.path) if folder not in sys.path]
         sys.path.extend(added)
         importlib.invalidate_caches()
         try:
-            yield
+            yield added
         finally:
             for folder in added:
                 sys.path.remove(folder)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import TORCHVISION, ModelConfig
 from hpo.train.imports import call_factory, describe_error, import_object, is_import_path
+from hpo.train.seeding import generators_kept
 
 ARTICLE_IMAGE_SIZE = 32
 
@@ -78,7 +79,9 @@ def build_model(config: ModelConfig, *, channels: int, num_classes: int, image_s
     if config.name.startswith(TORCHVISION):
         return _torchvision_model(config, channels=channels, num_classes=num_classes)
     if is_import_path(config.name):
-        return _call(import_object(config.name, setting="model.name"), config, shape)
+        with generators_kept():
+            factory = import_object(config.name, setting="model.name")
+        return _call(factory, config, shape)
     raise unknown_name("model.name", config.name, [*MODELS, "torchvision:NAME", "package.module:factory"])
 
 
@@ -138,3 +141,32 @@ def check_model(model: nn.Module, *, batch: Tensor, num_classes: int) -> None:
         f"model.name must name a network whose output is a float tensor of shape {expected}, one score for each of the "
         f"{num_classes} classes of the data set; got {got}"
     )
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a network by their names."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def check_fresh(model: nn.Module, begun: Mapping[str, Tensor], *, trained: nn.Module, name: str) -> None:
+    """Raise UserError where a network is not as its seed gave it before: a trial must not begin where another ended.
+
+    Args:
+        model: The network, built once more from the same seed.
+        begun: Copies of the parameters and buffers of the first one, from before it was trained.
+        trained: The first network.
+        name: The value of model.name.
+    """
+    tensors, addresses = named_tensors(model), {tensor.data_ptr() for tensor in named_tensors(trained).values()}
+    for key in tensors.keys() | begun.keys():
+        if key in tensors and key in begun and torch.equal(tensors[key], begun[key]):
+            continue
+        if key in tensors and tensors[key].data_ptr() in addresses:
+            raise UserError(
+                f"model.name = {name!r} must build a new network whenever it is called; it returned one with the "
+                f"weights of an earlier one ({key}), and a trial would begin where the one before it ended"
+            )
+        raise UserError(
+            f"model.name = {name!r} must build networks whose weights follow from the seed of torch's, numpy's and "
+            f"random's generators; two of the same seed differ in {key}"
+        )

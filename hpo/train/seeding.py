@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy
 import torch
@@ -20,6 +22,16 @@ def seed_generators(*parts: int | str) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Bring the generators back afterwards: a module that draws when it is first imported must not change a trial."""
+    states = GeneratorStates()
+    try:
+        yield
+    finally:
+        states.restore()
 
 
 class GeneratorStates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from hpo.workers.launcher import Proof
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from hpo.train.config import DataConfig, TrialConfig
+    from hpo.train.data.loading import SplitDataset
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
     from hpo.search.pruners import build_pruner
     from hpo.search.samplers import build_sampler
     from hpo.train.imports import import_loop
+    from hpo.train.seeding import generators_kept
 
     build_pruner(spec)
     build_sampler(spec, number=0)
@@ -47,8 +52,8 @@ def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
         import_loop(spec.objective.function)
         return {}
     _check_precision(spec, kinds)
-    tried = [_try_network(spec, values) for values in spec.extreme_points(sections=("data", "model"))]
-    return tried[0]
+    with generators_kept():
+        return _try_networks(spec)
 
 
 def check_devices(devices: Collection[Device], proofs: Mapping[str, Proof]) -> None:
@@ -85,25 +90,67 @@ def _check_precision(spec: StudySpec, kinds: Collection[str]) -> None:
             mixed_precision(spec.training, device=torch.device(kind))
 
 
-def _try_network(spec: StudySpec, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the network for one point of the search space, train it on a small batch, and return the metadata."""
-    import torch
+def _try_networks(spec: StudySpec) -> dict[str, Any]:
+    """Load the data and try the network for each extreme point of the space; return the metadata of the first."""
+    tried, loaded = [], None
+    for values in spec.extreme_points(sections=("data", "model")):
+        config = spec.trial_config(values, seed=0)
+        if loaded is None or loaded[0] != config.data:
+            loaded = None  # frees its memory
+            loaded = config.data, *_load_checked(config.data)
+        _, data, described = loaded
+        tried.append(_try_network(spec, config, data) | described)
+    return tried[0]
 
+
+def _load_checked(config: DataConfig) -> tuple[SplitDataset, dict[str, Any]]:
+    """Open a dataset twice where it is the user's, read each of its images once, and return it with its metadata.
+
+    Raises UserError where the second one is another dataset, or an image cannot be read, one of the test set included.
+    """
+    from hpo.train.data.datasets import open_dataset
+    from hpo.train.data.folders import describe_images
+    from hpo.train.data.images import FileImages
     from hpo.train.data.loading import load_data
-    from hpo.train.engines.lane_state import check_test_set
-    from hpo.train.models import build_model, check_model
+    from hpo.train.data.sources import read_all
+    from hpo.train.imports import is_import_path
+    from hpo.train.seeding import seed_generators
 
-    config = spec.trial_config(values, seed=0)
-    data = load_data(config.data, device="cpu")
+    seed_generators(config.split_seed, "data")
+    dataset = open_dataset(config)
+    if is_import_path(config.name):
+        seed_generators(config.split_seed, "data")
+        if not dataset.train.equals(open_dataset(config).train):
+            raise UserError(
+                f"data.name = {config.name!r} must give the same images and labels whenever it is called; "
+                "called twice, with torch's, numpy's and random's generators seeded alike, it gave others"
+            )
+    described = {}
+    if isinstance(dataset.train, FileImages):
+        described["images"] = describe_images(dataset.train, dataset.left_out)
+    data = load_data(config, device="cpu", dataset=dataset)
+    if data.test is not None:
+        deque(read_all(data.test.source, len(data.test)), maxlen=0)
+    return data, described
+
+
+def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> dict[str, Any]:
+    """Build the network of a trial, train it on a small batch, build it again, and return the metadata."""
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    from hpo.train.engines.lane_state import check_test_set, initial_model
+    from hpo.train.models import check_fresh, check_model, named_tensors
+
+    cpu = torch.device("cpu")
     check_test_set(config, data=data)
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(
-            config.model, channels=data.channels, num_classes=data.num_classes, image_size=data.image_size
-        )
+    model = initial_model(config, data=data, device=cpu)
+    begun = {name: tensor.clone() for name, tensor in named_tensors(model).items() if not is_lazy(tensor)}
     images, _ = next(data.val.batches(2))
     check_model(model, batch=images, num_classes=data.num_classes)
     batch_sizes = [LARGEST_TRIED_BATCH, config.training.batch_size, *_extreme_values(spec, "batch_size")]
     _check_trainable(model, *next(data.train.batches(min(map(int, batch_sizes)))))
+    check_fresh(initial_model(config, data=data, device=cpu), begun, trained=model, name=config.model.name)
     return {
         "num_train": len(data.train),
         "num_val": len(data.val),
@@ -121,7 +168,8 @@ def _extreme_values(spec: StudySpec, key: str) -> list[Any]:
 
 
 def _check_trainable(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Run a forward and a backward pass in training mode, as some networks can be evaluated but not trained."""
+    """Train a network for a step; some can be evaluated but not trained."""
+    import torch
     from torch.nn import functional
 
     from hpo.train.imports import describe_error
@@ -129,6 +177,10 @@ def _check_trainable(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     try:
         model.train()
         functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1)  # a step of any kind, but one that no parameter is left out of
     except Exception as error:
         raise UserError(
             f"model.name must name a network that can be trained on a batch of {len(images)} pictures; "

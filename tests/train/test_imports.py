@@ -208,3 +208,15 @@ def test_a_module_that_is_not_there_is_said_with_where_it_was_looked_for(folder:
         pytest.raises(UserError, match=rf"there is no module 'no_such_module' on Python's path or in {folder}$"),
     ):
         import_object("no_such_module:net", setting="model.name")
+
+
+def test_each_study_gets_the_module_of_its_own_folder(tmp_path: Path) -> None:
+    values = []
+    for name in ("one", "two", "one"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "own_module.py").write_text("import own_neighbour\ndef get(): return own_neighbour.NAME\n")
+        (tmp_path / name / "own_neighbour.py").write_text(f"NAME = {name!r}\n")
+        with ImportAllowlist(names=("own_module:get",), path=(str(tmp_path / name),)).importable():
+            values.append(import_object("own_module:get", setting="model.name")())
+    assert values == ["one", "two", "one"]
+    assert not {"own_module", "own_neighbour"} & sys.modules.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from hpo.errors import UserError
 from hpo.train.config import ModelConfig
-from hpo.train.models import MODELS, article_cnn, build_model, check_model
+from hpo.train.models import MODELS, article_cnn, build_model, check_fresh, check_model, named_tensors
 
 OWN_MODELS = """
 import torch
@@ -147,3 +148,69 @@ def test_check_model_says_expected_and_got(own_models: str) -> None:
         check_model(build(f"{own_models}:fixed"), batch=torch.rand(2, 3, 32, 32), num_classes=10)
     with pytest.raises(UserError, match=r"takes pictures of shape \(2, 1, 32, 32\).*it raised RuntimeError: .*mat1"):
         check_model(build(f"{own_models}:fixed"), batch=torch.rand(2, 1, 32, 32), num_classes=7)
+
+
+OWN_NETWORKS = """
+import copy, functools, numpy, torch
+from torch import nn
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+NETWORK = network()
+BODY = nn.Linear(64, 4)
+FROZEN = nn.Linear(64, 4).requires_grad_(False)
+WEIGHTS = copy.deepcopy(NETWORK.state_dict())
+
+def shared(num_classes): return NETWORK
+def part(num_classes): return nn.Sequential(nn.Flatten(), BODY, nn.Linear(4, 3))
+kept = functools.lru_cache(network)
+def cached(num_classes): return kept()
+def unseeded(num_classes):
+    made = network()
+    nn.init.constant_(made[1].weight, float(numpy.random.default_rng().normal()))
+    return made
+
+def fresh(num_classes): return network()
+def copied(num_classes): return copy.deepcopy(NETWORK)
+def loaded(num_classes):
+    made = network()
+    made.load_state_dict(WEIGHTS)
+    return made
+def frozen(num_classes): return nn.Sequential(nn.Flatten(), FROZEN, nn.Linear(4, 3))
+"""
+ONE_OF_AN_EARLIER = "returned one with the weights of an earlier one"
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("shared", ONE_OF_AN_EARLIER),
+        ("part", ONE_OF_AN_EARLIER),
+        ("cached", ONE_OF_AN_EARLIER),
+        ("unseeded", "weights follow from the seed .* two of the same seed differ in 1.weight"),
+        ("fresh", None),
+        ("copied", None),
+        ("loaded", None),
+        ("frozen", None),
+    ],
+)
+def test_a_network_that_goes_on_from_an_earlier_one_is_refused(
+    factory: str, message: str | None, own_code: Path
+) -> None:
+    (own_code / "own_networks.py").write_text(OWN_NETWORKS)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return build_model(ModelConfig(name=f"own_networks:{factory}"), channels=1, num_classes=3, image_size=8)
+
+    trained = build()
+    begun = {name: tensor.clone() for name, tensor in named_tensors(trained).items()}
+    trained(torch.randn(4, 1, 8, 8))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    refused = nullcontext() if message is None else pytest.raises(UserError, match=message)
+    with refused:
+        check_fresh(build(), begun, trained=trained, name=f"own_networks:{factory}")

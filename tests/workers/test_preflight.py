@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
@@ -66,3 +69,49 @@ def test_a_device_that_cannot_be_used_is_found_before_training_and_the_others_do
     ):
         check_devices([SICK], proofs)
     assert tells_why(str(caught.value))
+
+
+def test_an_image_of_the_test_set_that_cannot_be_read_is_found_before_training(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (40, 30)).save(tmp_path / part / name / f"{index}.png")
+    spec = digits_spec()
+    settings = {**spec.frozen(), "data": {"name": "image_folder", "root": str(tmp_path), "validation_fraction": 0.5}}
+    assert run_preflight(StudySpec.from_dict(settings), {"cpu"})["images"] == "8 of 40x30 pixels, RGB 8"
+    (tmp_path / "test" / "dog" / "3.png").write_bytes(b"half a download")
+    with pytest.raises(UserError, match=r"data\.root holds an image that cannot be read: .*test/dog/3\.png"):
+        run_preflight(StudySpec.from_dict(settings), {"cpu"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"model": {"name": "carries:network"}}, "model.name = 'carries:network' must build a new network"),
+        ({"data": {"name": "carries:images"}}, "data.name = 'carries:images' must give the same images and labels"),
+    ],
+)
+def test_what_carries_state_from_trial_to_trial_is_refused(
+    setting: dict[str, Any], message: str, own_code: Path
+) -> None:
+    (own_code / "carries.py").write_text(CARRIES)
+    with pytest.raises(UserError, match=message):
+        run_preflight(StudySpec.from_dict({**digits_spec().frozen(), **setting}), {"cpu"})
+
+
+CARRIES = """
+import numpy
+from torch import nn
+
+NETWORK = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
+IMAGES, LABELS = numpy.zeros((60, 1, 32, 32), "uint8"), numpy.arange(60) % 3
+
+def network():
+    return NETWORK
+
+def images():
+    global IMAGES
+    IMAGES = IMAGES + numpy.uint8(1)
+    return (IMAGES, LABELS), None
+"""

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,13 @@ import torch
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import DataConfig
+from hpo.train.data.folders import FoundImages, scan_folder
 from hpo.train.data.images import ArrayImages, DatasetImages, FileImages, LabeledImages
 from hpo.train.data.splits import stratified_order
 from hpo.train.imports import call_factory, describe_error, import_object, is_import_path
+from hpo.train.seeding import generators_kept
 
 DOWNLOAD_TIMEOUT_S = 10.0  # of silence; torchvision would wait for the operating system's minutes
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class OpenedDataset:
     train: LabeledImages  # to be split into training and validation images
     open_test: Callable[[], LabeledImages] | None  # None: there are no test images
     num_classes: int
+    class_names: Sequence[str] = ()  # where they have any
+    left_out: Sequence[str] = ()  # what of a folder was not taken for an image, a few words each
 
 
 def open_dataset(config: DataConfig) -> OpenedDataset:
@@ -157,42 +160,45 @@ def _digits(config: DataConfig) -> OpenedDataset:
 
 
 def _image_folder(config: DataConfig) -> OpenedDataset:
-    """Open ROOT/train/<class>/* and, where that folder exists, ROOT/test/<class>/*."""
+    """Open the images of ROOT/train/<class>/ and, where that folder exists, of ROOT/test/<class>/."""
     root = next((folder for folder in _candidates(config) if (folder / "train").is_dir()), None)
     if root is None:
         raise _not_found_error(config, "train", "")
-    classes = sorted(folder.name for folder in (root / "train").iterdir() if _is_class(folder))
+    found = scan_folder(root / "train")
+    classes = list(found.images)
     if len(classes) < 2:
-        raise UserError(f"data.root must hold train/<class>/ for at least two classes, got {classes} in {root}")
+        left_out = f"; left out: {'; '.join(found.left_out)}" if found.left_out else ""
+        raise UserError(
+            f"data.root must hold train/<class>/ with images for at least two classes, got {classes} in {root}"
+            f"{left_out}"
+        )
 
-    def open_part(part: str) -> LabeledImages:
-        folders = [folder for folder in (root / part).iterdir() if _is_class(folder)]
-        for folder in folders:
-            if folder.name not in classes:
-                raise UserError(f"data.root has pictures of a class in {folder} that is not among those of train/")
-        files = [
-            (path, classes.index(folder.name))
-            for folder in sorted(folders)
-            for path in sorted(folder.iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        ]
-        labels_N = torch.tensor([label for _, label in files], dtype=torch.int64)
-        return FileImages([path for path, _ in files], labels_N, image_size=config.image_size)
+    def open_test() -> LabeledImages:
+        test = scan_folder(root / "test")
+        for name in test.images:
+            if name not in classes:
+                raise UserError(f"data.root has images of a class in {root / 'test' / name} that train/ has none of")
+        return _file_images(test, classes, config)
 
     return OpenedDataset(
-        train=open_part("train"),
-        open_test=(lambda: open_part("test")) if (root / "test").is_dir() else None,
+        train=_file_images(found, classes, config),
+        open_test=open_test if (root / "test").is_dir() else None,
         num_classes=len(classes),
+        class_names=classes,
+        left_out=found.left_out,
     )
 
 
-def _is_class(folder: Path) -> bool:
-    return folder.is_dir() and not folder.name.startswith(".")
+def _file_images(found: FoundImages, classes: Sequence[str], config: DataConfig) -> FileImages:
+    files = [(path, classes.index(name)) for name, paths in found.images.items() for path in paths]
+    labels_N = torch.tensor([label for _, label in files], dtype=torch.int64)
+    return FileImages([path for path, _ in files], labels_N, image_size=config.image_size)
 
 
 def _user_dataset(config: DataConfig) -> OpenedDataset:
     """Open what a user's factory returns when called with the options: (train, test), where test may be None."""
-    factory = import_object(config.name, setting="data.name")
+    with generators_kept():
+        factory = import_object(config.name, setting="data.name")
     parts = call_factory(factory, section="data", name=config.name, options=config.options, fixed={})
     if not isinstance(parts, tuple | list) or len(parts) != 2:
         raise UserError(f"data.name = {config.name!r} must return (train, test), got {type(parts).__name__}")

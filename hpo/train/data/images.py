@@ -6,15 +6,20 @@ Shapes: N images, B batch, H W C image (channels last, as decoders give them and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from hpo.errors import UserError
 from hpo.train.imports import describe_error
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class LabeledImages(ABC):
@@ -26,6 +31,10 @@ class LabeledImages(ABC):
     @abstractmethod
     def read(self, indices_B: Tensor) -> Tensor:
         """Return the images as uint8 (B, H, W, C). Raises UserError where one cannot be read."""
+
+    def equals(self, other: LabeledImages) -> bool:
+        """Return whether the other ones are as many with the same labels and, in memory, the same images."""
+        return torch.equal(self.labels_N, other.labels_N)
 
     def shape_HWC(self) -> tuple[int, int, int]:
         """Return height, width and channels, by reading the first image."""
@@ -45,6 +54,11 @@ class ArrayImages(LabeledImages):
         """Return the images at these indices."""
         return self.images_NHWC[indices_B]
 
+    def equals(self, other: LabeledImages) -> bool:
+        """Return whether the other ones are the same."""
+        is_same = isinstance(other, ArrayImages) and torch.equal(self.images_NHWC, other.images_NHWC)
+        return is_same and super().equals(other)
+
 
 class FileImages(LabeledImages):
     """Image files, decoded as RGB and resized to a square when they are read."""
@@ -56,17 +70,26 @@ class FileImages(LabeledImages):
         """Return the images at these indices. Raises UserError for a damaged file."""
         return torch.stack([self._read_one(self.paths[index]) for index in indices_B.tolist()])
 
-    def _read_one(self, path: Path) -> Tensor:
+    def read_head(self, path: Path) -> tuple[tuple[int, int], str]:
+        """Return width and height of an image file, and its mode as PIL names it; decode nothing."""
+        with self._open(path) as image:
+            return image.size, image.mode
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Image]:
         from PIL import Image
 
         try:
             with Image.open(path) as image:
-                # PIL would clip 16 bits, not scale them.
-                deep = image.mode.startswith("I")
-                grey = image.convert("I").point(lambda value: value * (1 / 257)).convert("L") if deep else image
-                rgb = grey.convert("RGB")
+                yield image
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and others for damaged files
-            raise UserError(f"data.root holds a picture that cannot be read: {path} ({error})") from error
+            raise UserError(f"data.root holds an image that cannot be read: {path} ({error})") from error
+
+    def _read_one(self, path: Path) -> Tensor:
+        from PIL import Image
+
+        with self._open(path) as image:
+            rgb = _to_rgb(image)
         size = (self.image_size, self.image_size)
         return _to_tensor(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
 
@@ -116,9 +139,26 @@ class DatasetImages(LabeledImages):
         return _to_tensor(image)
 
 
+def _to_rgb(image: Image) -> Image:
+    """Return a PIL image as RGB: 16 bits and floats from 0 to 1 scaled to 8 bits, and white for what is transparent.
+
+    PIL would clip numbers that are no 8 bits, and give transparent pixels their hidden colour, which is mostly black.
+    Raises ValueError where the numbers are of no such scale.
+    """
+    from PIL import Image
+
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = numpy.asarray(image, dtype=numpy.float64)
+        white = 1.0 if image.mode == "F" else 65535.0
+        if not (values.min() >= 0 and values.max() <= white):
+            raise ValueError(f"its values go from {values.min():g} to {values.max():g}, and 0 to {white:g} can be read")
+        return Image.fromarray((values * (255 / white)).round().astype(numpy.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def _to_tensor(image: Any) -> Tensor:
     """Return a PIL image as uint8 (H, W, C)."""
-    import numpy
-
     pixels = torch.from_numpy(numpy.array(image, dtype=numpy.uint8))
     return pixels if pixels.dim() == 3 else pixels.unsqueeze(2)

@@ -5,7 +5,8 @@ Shapes: N images of a split, C channels, H W image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -22,7 +23,7 @@ from hpo.train.data.sources import (
     channel_statistics,
     fits_on_device,
     place_images,
-    reading_batches,
+    read_all,
 )
 from hpo.train.data.splits import split_indices
 from hpo.train.seeding import seed_generators
@@ -47,13 +48,18 @@ class SplitDataset:
         return None if self.open_test is None else self.open_test()
 
 
-def load_data(config: DataConfig, *, device: torch.device | str) -> SplitDataset:
-    """Open, split and place the dataset that `config` describes. Raises UserError for whatever is wrong with it."""
+def load_data(config: DataConfig, *, device: torch.device | str, dataset: OpenedDataset | None = None) -> SplitDataset:
+    """Split and place the dataset that `config` describes, opened before or now.
+
+    Raises UserError for whatever is wrong with it.
+    """
     device = torch.device(device)
-    dataset = open_dataset(config)
+    dataset = dataset or open_dataset(config)
     images, num_classes = dataset.train, dataset.num_classes
     _check_labels(images.labels_N, config, num_classes=num_classes)
-    train_indices, val_indices = split_indices(images.labels_N, config, num_classes=num_classes)
+    class_names = dataset.class_names or [str(label) for label in range(num_classes)]
+    _check_every_class(images.labels_N, config, class_names)
+    train_indices, val_indices = split_indices(images.labels_N, config, class_names=class_names)
     height, width, channels = shape_HWC = images.shape_HWC()
     if height != width:
         raise UserError(f"data.name = {config.name!r} must give square pictures, got {height}x{width}")
@@ -63,8 +69,7 @@ def load_data(config: DataConfig, *, device: torch.device | str) -> SplitDataset
     train_source, val_source = place(images, train_indices), place(images, val_indices)
     mean_C, std_C = channel_statistics(train_source, num_images=len(train_indices), channels=channels)
     if not on_device:  # finds an image that cannot be read now, and not after an epoch of training
-        for _ in val_source.read(reading_batches(len(val_indices))):
-            pass
+        deque(read_all(val_source, len(val_indices)), maxlen=0)
 
     def loader(source: ImageSource, labels_N: Tensor, *, flip: bool = False, crop: int = 0) -> BatchLoader:
         mean_C11, std_C11 = (value.float().to(device).view(-1, 1, 1) for value in (mean_C, std_C))
@@ -115,6 +120,22 @@ def _open_test_images(dataset: OpenedDataset, config: DataConfig, *, shape_HWC: 
             f"{shape_HWC} (H, W, C), got {test.shape_HWC()}"
         )
     return test
+
+
+def _check_every_class(labels_N: Tensor, config: DataConfig, class_names: Sequence[str]) -> None:
+    """Raise UserError where a class has too few images to train on one and validate on another."""
+    sizes = torch.bincount(labels_N, minlength=len(class_names)).tolist()
+    fewest = min(range(len(sizes)), key=sizes.__getitem__)
+    if sizes[fewest] == 0:
+        raise UserError(
+            f"data.name = {config.name!r} must have labels that count the classes from 0 without a gap; the labels are "
+            f"{int(labels_N.min())} to {int(labels_N.max())}, and no image has label {fewest}"
+        )
+    if sizes[fewest] == 1:
+        raise UserError(
+            f"data.name = {config.name!r} must have at least 2 images of each class, one to train on and one to "
+            f"validate on; of class {class_names[fewest]} it has 1"
+        )
 
 
 def _check_labels(labels_N: Tensor, config: DataConfig, *, num_classes: int) -> None:

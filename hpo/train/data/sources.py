@@ -5,8 +5,10 @@ Shapes: N images of a split, B batch, H W C image; pixels are uint8.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,10 +21,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from hpo.errors import UserError
 from hpo.train.config import DataConfig
 from hpo.train.data.images import LabeledImages
+from hpo.train.data.progress import ReadingProgress
 from hpo.train.seeding import GeneratorStates
 
 MAX_FREE_MEMORY_FRACTION = 0.25  # of the device's free memory, that images may take with placement "auto"
 READING_BATCH_SIZE = 512  # images at a time where all are read once
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps it
+BATCHES_PER_PROCESS = 3  # that a DataLoader has in shared memory: two prefetched ones, and one in use
+SHARED_MEMORY_SPARE = 4  # for the other split's processes, other workers and other programs
 
 
 def batch_bounds(num_images: int, batch_size: int) -> list[tuple[int, int]]:
@@ -73,8 +79,11 @@ class StreamSource:
     The processes stay from one epoch to the next, and end with this process or when the source is dropped.
     """
 
-    def __init__(self, images: LabeledImages, indices_N: Tensor, *, device: torch.device) -> None:
+    def __init__(
+        self, images: LabeledImages, indices_N: Tensor, *, device: torch.device, bytes_per_image: int = 0
+    ) -> None:
         self.images, self.indices_N, self.device = images, indices_N, device
+        self._bytes_per_image = bytes_per_image
         self._idle: list[DataLoader[Any]] = []  # the loader of the last epoch, with its processes; at most one
         # Torch can end the processes only while their queues are whole, which within a cycle of garbage they are not.
         weakref.finalize(self, self._idle.clear).atexit = False
@@ -82,32 +91,38 @@ class StreamSource:
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the images of each batch; see `ImageSource`."""
-        loader = self._take_loader(self._num_workers(len(batches)))
+        num_workers = self._num_workers(len(batches))
+        num_bytes = max(map(len, batches), default=0) * self._bytes_per_image * num_workers * BATCHES_PER_PROCESS
+        loader = self._take_loader(num_workers, by_value=not has_shared_memory(num_bytes))
         assert isinstance(loader.sampler, _EpochBatches)
         loader.sampler.begin(batches)
         try:
             for images_BHWC in loader:  # of an epoch that was left in its middle, it drops the batches first
                 if isinstance(images_BHWC, UserError):
                     raise images_BHWC
-                yield images_BHWC.to(self.device, non_blocking=True)
+                yield torch.as_tensor(images_BHWC).to(self.device, non_blocking=True)
         except (UserError, GeneratorExit):  # after anything else the processes may be gone
             self._give_back(loader)
             raise
         self._give_back(loader)
 
-    def _take_loader(self, num_workers: int) -> DataLoader[Any]:
-        """Return the idle loader where it has as many processes, or else a new one.
+    def _take_loader(self, num_workers: int, *, by_value: bool) -> DataLoader[Any]:
+        """Return the idle loader where it has as many processes that send as is asked for, or else a new one.
 
         While an epoch is read its loader is not idle, so two readers never share one. Nor does a process that the
         user's code forked use its parent's.
         """
         if self._pid == os.getpid():
-            idle = [loader for loader in self._idle if loader.num_workers == num_workers]
+            idle = [
+                loader
+                for loader in self._idle
+                if loader.num_workers == num_workers and getattr(loader.dataset, "by_value", None) == by_value
+            ]
             self._idle.clear()
             if idle:
                 return idle[0]
         return DataLoader(
-            _BatchReader(self.images, self.indices_N),
+            _BatchReader(self.images, self.indices_N, by_value=by_value),
             batch_size=None,
             sampler=_EpochBatches(),
             num_workers=num_workers,
@@ -116,6 +131,7 @@ class StreamSource:
             # Its own generator, or it would draw from the one that gives the trial its dropout.
             generator=torch.Generator(),
             worker_init_fn=_ignore_ctrl_c,
+            collate_fn=_as_it_is,  # else torch makes a tensor of an array
         )
 
     def _give_back(self, loader: DataLoader[Any]) -> None:
@@ -150,15 +166,16 @@ class _EpochBatches(Sampler[tuple[int, Any]]):
 class _BatchReader(Dataset[Any]):
     """A dataset whose items are whole batches.
 
-    It returns a user's mistake, because a DataLoader rewrites what its workers raise.
+    It returns a user's mistake, because a DataLoader rewrites what its workers raise. With `by_value` a batch is an
+    array, which is sent to another process through a pipe, and not a tensor, which goes through shared memory.
     """
 
-    def __init__(self, images: LabeledImages, indices_N: Tensor) -> None:
-        self.images, self.indices_N = images, indices_N
+    def __init__(self, images: LabeledImages, indices_N: Tensor, *, by_value: bool) -> None:
+        self.images, self.indices_N, self.by_value = images, indices_N, by_value
         self._epoch = 0
         self._generators: GeneratorStates | None = None  # as a worker process began
 
-    def __getitem__(self, item: tuple[int, Any]) -> Tensor | UserError:
+    def __getitem__(self, item: tuple[int, Any]) -> Any:
         epoch, positions_B = item
         if epoch != self._epoch and get_worker_info() is not None:
             # What a user's dataset draws must not depend on how many epochs this process has read.
@@ -166,14 +183,30 @@ class _BatchReader(Dataset[Any]):
             self._generators.restore()
         self._epoch = epoch
         try:
-            return self.images.read(self.indices_N[torch.from_numpy(positions_B)])
+            images_BHWC = self.images.read(self.indices_N[torch.from_numpy(positions_B)])
+            return images_BHWC.numpy() if self.by_value else images_BHWC
         except UserError as error:
             return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _ignore_ctrl_c(number: int) -> None:
     """Have a process that reads images outlive Ctrl-C, after which the epoch in training is finished."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def has_shared_memory(num_bytes: int) -> bool:
+    """Return whether the machine's shared memory has room for so much with some to spare; containers often have 64 MB.
+
+    Where it runs out a process of a DataLoader loses its batch, and the DataLoader waits for that for ever.
+    """
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free > SHARED_MEMORY_SPARE * num_bytes
+    except OSError:  # the system has none of this name
+        return True
 
 
 def fits_on_device(config: DataConfig, *, num_bytes: int, device: torch.device) -> bool:
@@ -198,14 +231,23 @@ def place_images(
     device: torch.device,
 ) -> ImageSource:
     """Return a source of the images at these indices; with `on_device` read them all to the device now."""
-    stream = StreamSource(images, indices_N, device=device)
+    stream = StreamSource(images, indices_N, device=device, bytes_per_image=math.prod(shape_HWC))
     if not on_device:
         return stream
     images_NHWC = torch.empty((len(indices_N), *shape_HWC), dtype=torch.uint8, device=device)
-    bounds = batch_bounds(len(indices_N), READING_BATCH_SIZE)
-    for (start, end), images_BHWC in zip(bounds, stream.read(reading_batches(len(indices_N))), strict=True):
-        images_NHWC[start:end] = images_BHWC
+    start = 0
+    for images_BHWC in read_all(stream, len(indices_N)):
+        images_NHWC[start : start + len(images_BHWC)] = images_BHWC
+        start += len(images_BHWC)
     return DeviceSource(images_NHWC)
+
+
+def read_all(source: ImageSource, num_images: int) -> Iterator[Tensor]:
+    """Yield all images of a source in batches, once, and log how far that is."""
+    progress = ReadingProgress("all of", num_images)
+    for images_BHWC in source.read(reading_batches(num_images)):
+        yield images_BHWC
+        progress.add(len(images_BHWC))
 
 
 def channel_statistics(source: ImageSource, *, num_images: int, channels: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +257,7 @@ def channel_statistics(source: ImageSource, *, num_images: int, channels: int) -
     that is the same everywhere gets a deviation of 1, not 0.
     """
     counts_C256 = torch.zeros((channels, 256), dtype=torch.int64)
-    for images_BHWC in source.read(reading_batches(num_images)):
+    for images_BHWC in read_all(source, num_images):
         counts = [torch.bincount(pixels.flatten(), minlength=256) for pixels in images_BHWC.unbind(-1)]
         counts_C256 += torch.stack(counts).cpu()
     shares_C256 = counts_C256.double() / counts_C256.sum(1, keepdim=True)

@@ -5,6 +5,8 @@ Shapes: N images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def stratified_order(labels_N: Tensor, *, seed: int) -> Tensor:
     return shuffled[torch.argsort(position, stable=True)]
 
 
-def split_indices(labels_N: Tensor, config: DataConfig, *, num_classes: int) -> tuple[Tensor, Tensor]:
+def split_indices(labels_N: Tensor, config: DataConfig, *, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return the indices of the training and of the validation images.
 
     They depend on the labels, the sizes that `config` asks for and its `split_seed` alone. Raises UserError where a
@@ -38,8 +40,8 @@ def split_indices(labels_N: Tensor, config: DataConfig, *, num_classes: int) -> 
     val, rest = order[:num_val], order[num_val:]
     num_train, setting = _num_train(config, num_available=len(rest))
     train = rest[:num_train]
-    _check_has_every_class(labels_N[val], "validation", "data.validation_fraction", config, num_classes=num_classes)
-    _check_has_every_class(labels_N[train], "training", setting, config, num_classes=num_classes)
+    _check_has_every_class(labels_N[val], "validation", "data.validation_fraction", config, class_names)
+    _check_has_every_class(labels_N[train], "training", setting, config, class_names)
     return train, val
 
 
@@ -59,12 +61,14 @@ def _num_train(config: DataConfig, *, num_available: int) -> tuple[int, str]:
     return num_available, "data.validation_fraction"
 
 
-def _check_has_every_class(labels_N: Tensor, split: str, setting: str, config: DataConfig, *, num_classes: int) -> None:
+def _check_has_every_class(
+    labels_N: Tensor, split: str, setting: str, config: DataConfig, class_names: Sequence[str]
+) -> None:
     """Raise UserError, naming `setting`, where a split leaves a class out."""
-    missing = torch.bincount(labels_N, minlength=num_classes).eq(0).nonzero().flatten().tolist()
+    missing = torch.bincount(labels_N, minlength=len(class_names)).eq(0).nonzero().flatten().tolist()
     if missing:
         raise UserError(
-            f"{setting} must leave a picture of each of the {num_classes} classes in the {split} part, got "
+            f"{setting} must leave a picture of each of the {len(class_names)} classes in the {split} part, got "
             f"{getattr(config, setting.removeprefix('data.'))}, which leaves {len(labels_N)} pictures and none of "
-            f"class {missing[0]}"
+            f"class {class_names[missing[0]]}"
         )

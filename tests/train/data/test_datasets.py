@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from PIL import Image
 
 from hpo.errors import UserError
 from hpo.train.data.datasets import DATASETS
@@ -158,7 +160,7 @@ def test_image_folder(image_folder_root: Path) -> None:
 def test_an_unreadable_picture_is_named(placement: Any, image_folder_root: Path) -> None:
     torn = image_folder_root / "train" / "dog" / "7.png"
     torn.write_bytes(torn.read_bytes()[:100])
-    with pytest.raises(UserError, match=f"data.root holds a picture that cannot be read: {torn}") as raised:
+    with pytest.raises(UserError, match=f"data.root holds an image that cannot be read: {torn}") as raised:
         load("image_folder", root=str(image_folder_root), placement=placement)
     assert "\n" not in str(raised.value)
 
@@ -167,10 +169,12 @@ def test_image_folder_without_pictures(tmp_path: Path, image_folder_root: Path) 
     with pytest.raises(UserError, match=f"'image_folder' was not found .looked for {tmp_path}/empty/train.*data.root"):
         load("image_folder", root=str(tmp_path / "empty"))
     (image_folder_root / "test" / "cow").mkdir()
-    with pytest.raises(UserError, match=r"test/cow that is not among those of train/"):
+    assert load("image_folder", root=str(image_folder_root)).test is not None
+    shutil.copy(image_folder_root / "train" / "cat" / "0.png", image_folder_root / "test" / "cow")
+    with pytest.raises(UserError, match=r"images of a class in .*test/cow that train/ has none of"):
         _ = load("image_folder", root=str(image_folder_root)).test
     (tmp_path / "one" / "train" / "cat").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"at least two classes, got .'cat'."):
+    with pytest.raises(UserError, match=r"at least two classes, got \[\] in .*; left out: .*without an image \(cat\)"):
         load("image_folder", root=str(tmp_path / "one"))
 
 
@@ -231,8 +235,6 @@ def test_unknown_data_set() -> None:
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
-    from PIL import Image
-
     for name, level in (("dark", 0x2000), ("light", 0xC000)):
         folder = tmp_path / "train" / name
         folder.mkdir(parents=True)
@@ -242,12 +244,48 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     assert data.mean == pytest.approx([(0x20 + 0xC0) / 2 / 255] * 3, abs=0.01)
 
 
+def write_classes(folder: Path, images: dict[str, Image.Image], suffix: str) -> None:
+    """Write a class for each image, with 8 copies of it."""
+    for name, image in images.items():
+        (folder / "train" / name).mkdir(parents=True)
+        for index in range(8):
+            image.save(folder / "train" / name / f"{index}{suffix}")
+
+
+def test_floats_from_0_to_1_are_scaled_and_others_refused(tmp_path: Path) -> None:
+    levels = {"dark": 0.25, "light": 0.75}
+    write_classes(
+        tmp_path / "ok", {n: Image.fromarray(numpy.full((32, 32), v, "float32")) for n, v in levels.items()}, ".tif"
+    )
+    data = load("image_folder", root=str(tmp_path / "ok"), validation_fraction=0.25)
+    assert data.mean == pytest.approx([0.5] * 3, abs=0.01)
+    for name, level in (("float", 7.5), ("nan", float("nan"))):
+        image = Image.fromarray(numpy.full((32, 32), level, "float32"))
+        write_classes(tmp_path / name, {"a": image, "b": image}, ".tif")
+        with pytest.raises(
+            UserError, match=rf"cannot be read: .*a/.*its values go from {level:g} to {level:g}, and 0 to 1"
+        ):
+            load("image_folder", root=str(tmp_path / name), validation_fraction=0.25)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 16, 32))
+    write_classes(tmp_path, {"a": image.convert(mode), "b": image.convert(mode)}, ".png")
+    data = load("image_folder", root=str(tmp_path), validation_fraction=0.25)
+    assert data.mean == pytest.approx([1.0] * 3, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
         ("numpy.arange(40) / 40", "integer labels, got torch.float64"),
         ("numpy.zeros(40, int)", "at least 2 classes, got 1"),
         ("numpy.arange(40) * 10**9", "labels that count the classes from 0"),
+        ("numpy.arange(40) % 3 + 1", "from 0 without a gap; the labels are 1 to 3, and no image has label 0"),
+        ("numpy.arange(40) % 3 * 2", "the labels are 0 to 4, and no image has label 1"),
+        ("numpy.arange(40) // 39", "at least 2 images of each class.* of class 1 it has 1"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels: str, message: str, own_code: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -241,3 +242,17 @@ def is_running(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+@pytest.mark.parametrize("free", [0, 10**9])
+def test_where_shared_memory_is_small_batches_take_another_way(
+    free: int, monkeypatch: pytest.MonkeyPatch, new_children: Callable[[], set[int]]
+) -> None:
+    monkeypatch.setattr("hpo.train.data.sources.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    stream = StreamSource(
+        Images(lambda index: index), torch.arange(NUM_IMAGES), device=torch.device("cpu"), bytes_per_image=1
+    )
+    assert read(stream) == positions()
+    assert new_children()
+    (loader,) = stream._idle
+    assert loader.dataset.by_value == (free == 0)  # type: ignore[attr-defined]

@@ -1,0 +1,114 @@
+"""Folders of images, a folder for each class: which files are images, and what is left out."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo.train.data.images import FileImages
+from hpo.train.data.progress import ReadingProgress
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jif",
+        ".jfif",
+        ".jp2",
+        ".j2k",
+        ".png",
+        ".apng",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".webp",
+        ".avif",
+        ".tif",
+        ".tiff",
+        ".tga",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".pcx",
+        ".ico",
+        ".sgi",
+    ]
+)
+MAX_NAMES = 5  # that are listed of suffixes, folders and modes
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """The images of a folder by their class, in order, and what is left out, a few words each."""
+
+    images: Mapping[str, Sequence[Path]]
+    left_out: Sequence[str]
+
+
+def scan_folder(folder: Path) -> FoundImages:
+    """Find the images of FOLDER/<class>/ and its sub-folders, as torchvision's ImageFolder does; hidden files are none.
+
+    A class without an image is left out.
+    """
+    images, empty, others = dict[str, list[Path]](), list[str](), list[Path]()
+    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden_name(path.name)):
+        files = sorted(files_below(class_folder))
+        found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        others += [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+        if found:
+            images[class_folder.name] = found
+        else:
+            empty.append(class_folder.name)
+    outside = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    left_out = []
+    if others:
+        suffixes = Counter(path.suffix.lower() or "no ending" for path in others)
+        left_out.append(f"{len(others)} files that are no images ({_listed(suffixes)})")
+    if outside:
+        left_out.append(f"{len(outside)} images in no class's folder")
+    if empty:
+        left_out.append(f"folders without an image ({_listed(dict.fromkeys(empty))})")
+    return FoundImages(images, left_out)
+
+
+def describe_images(images: FileImages, left_out: Sequence[str]) -> str:
+    """Return how many images there are, of what sizes and modes, and what was left out; read the head of each file."""
+    sizes, modes = Counter[tuple[int, int]](), Counter[str]()
+    progress = ReadingProgress("the sizes of", len(images.paths))
+    for size, mode in map(images.read_head, images.paths):
+        sizes[size] += 1
+        modes[mode] += 1
+        progress.add(1)
+    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    pixels = " to ".join(dict.fromkeys(f"{width}x{height}" for width, height in (by_area[0], by_area[-1])))
+    text = f"{len(images.paths):,} of {pixels} pixels, {_listed(modes)}"
+    return f"{text}; left out: {'; '.join(left_out)}" if left_out else text
+
+
+def _listed(counts: Mapping[str, int | None]) -> str:
+    """Return the names with their counts, the most frequent first."""
+    names = sorted(counts, key=lambda name: (-(counts[name] or 0), name))
+    shown = [f"{name} {counts[name]:,}" if counts[name] else name for name in names[:MAX_NAMES]]
+    return ", ".join(shown + ([f"and {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its sub-folders, also behind links, each folder once."""
+    visited = set[str]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [name for name in folders if not is_hidden_name(name)]
+        yield from (Path(parent, name) for name in names if not is_hidden_name(name))
+
+
+def is_hidden_name(name: str) -> bool:
+    """Return whether a file or a folder of this name is hidden."""
+    return name.startswith(".")

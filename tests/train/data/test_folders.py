@@ -1,0 +1,55 @@
+"""Folders of images as people have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from hpo.train.data.folders import describe_images, scan_folder
+from hpo.train.data.images import FileImages
+
+
+def write(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, format="png")
+
+
+def test_images_are_found_in_sub_folders_and_by_any_usual_ending(tmp_path: Path) -> None:
+    names = ["0.png", "1.JPG", "2.jfif", "3.jpe", "camera/day 2/4.jpeg"]
+    write(*(tmp_path / "cat" / name for name in names), tmp_path / "dog" / "0.png")
+    found = scan_folder(tmp_path)
+    assert {name: len(paths) for name, paths in found.images.items()} == {"cat": len(names), "dog": 1}
+    assert found.left_out == []
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "cat" / "0.png", tmp_path / "loose.png", tmp_path / "cat" / ".hidden" / "1.png")
+    for name in ("notes.txt", "labels.csv", "more/notes.txt", "README", ".DS_Store"):
+        (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "cat" / name).write_text("no image")
+    (tmp_path / "owl").mkdir()
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / ".git").mkdir()
+    assert scan_folder(tmp_path).left_out == [
+        "4 files that are no images (.txt 2, .csv 1, no ending 1)",
+        "1 images in no class's folder",
+        "folders without an image (__pycache__, owl)",
+    ]
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "cat" / "0.png", tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "cat" / "loop").symlink_to(tmp_path / "cat")
+    (tmp_path / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    assert [path.name for path in scan_folder(tmp_path).images["cat"]] == ["0.png", "1.png"]
+
+
+def test_sizes_and_modes_are_described(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", tmp_path / "b.png")
+    Image.new("L", (640, 480)).save(tmp_path / "c.png")
+    images = FileImages(sorted(tmp_path.iterdir()), torch.zeros(3), image_size=8)
+    assert describe_images(images, []) == "3 of 8x8 to 640x480 pixels, RGB 2, L 1"
+    assert describe_images(images, ["1 files", "folders"]).endswith("L 1; left out: 1 files; folders")
