@@ -25,7 +25,7 @@ from hpo.study.records import StudyRecord
 from hpo.system.devices import choose_devices
 from hpo.train.imports import ImportAllowlist
 from hpo.workers import preflight
-from hpo.workers.executors import Executor, Local, Ray
+from hpo.workers.executors import Executor, Local, Ray, choose_executor
 from hpo.workers.launcher import Launcher
 from hpo.workers.launching import make_launcher
 from hpo.workers.supervisor import OnTick
@@ -42,6 +42,9 @@ def run(
     spec: StudySpec | str | Path,
     *,
     executor: Executor | None = None,
+    devices: str | None = None,
+    workers: int | None = None,
+    in_process: bool = False,
     storage: str | None = None,
     code_folder: str | Path | None = None,
     watcher: Watcher | None = None,
@@ -51,6 +54,9 @@ def run(
     Args:
         spec: The study, or the path of a study file.
         executor: Where its workers run. Default: `hpo.Local()`, one process for each device of this machine.
+        devices: Short for `executor=hpo.Local(devices)`.
+        workers: Short for `executor=hpo.Local(workers=workers)`.
+        in_process: Short for `executor=hpo.InProcess()`.
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
         code_folder: Where modules of your own that the study names are looked for. Default: the study file's folder,
             or the folder of the running script for a StudySpec.
@@ -64,11 +70,12 @@ def run(
         UserError: The request is wrong. Nothing has been written.
         StudyStopped: The study cannot finish, or was interrupted.
     """
+    executor = choose_executor(executor, devices=devices, workers=workers, in_process=in_process)
     spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
     if (finished := _find_finished(spec, url)) is not None:
         return result_of(*finished)
-    launcher = make_launcher(executor or Local(), spec, allowed, url=url)
+    launcher = make_launcher(executor, spec, allowed, url=url)
     return _run_to_end(spec, allowed, partial(_create, spec, url), launcher, watcher=watcher)
 
 

@@ -119,3 +119,23 @@ def _check_resource(name: str, amount: float) -> None:
         raise UserError(f"--resource {name} must {rule}, got {amount:g}")
     if name == "num_gpus" and amount > 1:
         raise UserError(f"--resource num_gpus must be at most 1, as a worker trains on one GPU, got {amount:g}")
+
+
+def choose_executor(
+    executor: Executor | None, *, devices: str | None, workers: int | None, in_process: bool
+) -> Executor:
+    """Return the executor that is given, or the one that its short forms describe; by default `Local()`.
+
+    Raises:
+        UserError: Two of them exclude each other.
+    """
+    if executor is not None:
+        if devices is not None or workers is not None or in_process:
+            raise UserError("executor has no meaning with its short forms: devices, workers and in_process")
+        return executor
+    devices = "auto" if devices is None else devices
+    if not in_process:
+        return Local(devices, workers)
+    if workers is not None:
+        raise UserError(f"workers has no meaning with in_process, got {workers}")
+    return InProcess(devices)

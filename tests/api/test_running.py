@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from hpo.api import reading, running
+from hpo.cli.display import LiveDisplay, make_console
 from hpo.config.study_spec import StudySpec
-from hpo.errors import UserError
+from hpo.errors import StudyStopped, UserError
 from hpo.store.store import Store
-from hpo.workers.executors import Executor, InProcess, Local, Ray
+from hpo.workers.executors import Executor, InProcess, Local, Ray, choose_executor
 from hpo.workers.worker_handle import WorkerProcess
 
 MakeSpec = Callable[..., StudySpec]
@@ -34,6 +35,15 @@ def test_a_study_gets_the_same_answer_from_every_executor_of_this_machine(make_s
         result = running.run(make_spec(0.1, 0.2), executor=executor, storage=storage, code_folder=tmp_path)
         answers.append((result.best.params, [(trial.state, trial.value) for trial in result.trials]))
     assert answers == [({"lr": 0.2}, [("complete", 0.1), ("complete", 0.2)])] * 3
+
+
+def test_the_short_forms_of_an_executor_are_read() -> None:
+    assert choose_executor(None, devices=None, workers=None, in_process=False) == Local()
+    assert choose_executor(None, devices="cpu", workers=2, in_process=False) == Local("cpu", workers=2)
+    assert choose_executor(None, devices="cpu", workers=None, in_process=True) == InProcess("cpu")
+    for executor, workers in ((Local(), 2), (None, 2)):
+        with pytest.raises(UserError, match="has no meaning with"):
+            choose_executor(executor, devices=None, workers=workers, in_process=True)
 
 
 @pytest.mark.parametrize("executor", [Local(), InProcess(), Ray("ray")])
@@ -119,3 +129,34 @@ def test_a_check_starts_no_worker(make_spec: MakeSpec, tmp_path: Path, monkeypat
     monkeypatch.setattr(WorkerProcess, "start_early", started.append)
     running.check(make_spec(0.1), executor=Local("cpu"), storage=f"sqlite:///{tmp_path}/hpo.db", code_folder=tmp_path)
     assert started == []
+
+
+def test_two_projects_in_one_process_are_trained_each_with_its_own_module(tmp_path: Path) -> None:
+    values = []
+    for folder, value in (("a", 0.1), ("b", 0.7)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "loop.py").write_text(f"def train(trial):\n    trial.report(1, val_accuracy={value})\n")
+        (tmp_path / folder / "study.toml").write_text(
+            f'name = "{folder}"\nsearch.sampler = "grid"\nsearch.space.lr = [0.1]\ntraining.epochs = 1\n'
+            'objective.function = "loop:train"\n'
+        )
+        storage = f"sqlite:///{tmp_path}/hpo.db"
+        result = running.run(tmp_path / folder / "study.toml", executor=InProcess("cpu"), storage=storage)
+        values.append(result.best.value)
+    assert values == [0.1, 0.7]
+
+
+def test_a_study_that_is_deleted_while_it_trains_ends_with_a_sentence(make_spec: MakeSpec, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    (tmp_path / "loop.py").write_text(
+        f"import optuna\ndef train(trial):\n    trial.report(1, val_accuracy=0.5)\n"
+        f"    optuna.delete_study(study_name='s', storage={storage!r})\n    trial.report(2, val_accuracy=0.5)\n"
+    )
+    with LiveDisplay(make_console()) as display, pytest.raises(StudyStopped, match="study 's' was deleted"):
+        running.run(
+            make_spec(0.1, 0.2),
+            executor=InProcess("cpu"),
+            storage=storage,
+            code_folder=tmp_path,
+            watcher=display.watch,
+        )
