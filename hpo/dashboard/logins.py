@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -18,6 +19,10 @@ from hpo.dashboard.middleware import refuse
 from hpo.errors import UserError
 from hpo.system.files import replace_file
 
+logger = logging.getLogger(__name__)
+
+# Requests that may wait for bcrypt at once: as many as a browser sends at once, and fewer than the server has threads.
+MAX_WAITING_CHECKS = 6
 MAX_PASSWORD_BYTES = 72  # bcrypt looks at no more
 # $2y$COST$SALT and digest; the last character of the salt has four bits that must be zero.
 _BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}", re.ASCII)
@@ -29,7 +34,8 @@ class Login:
 
     An unknown name costs the same check as a known one, so that the time tells nothing; where costs differ, as the
     dearest. A login that was right once is remembered, hashed under a key of this process: a page makes many requests,
-    and bcrypt takes 0.2 s.
+    and bcrypt takes 0.2 s. One check runs at a time, so that a flood of guesses takes one core from the training, and
+    MAX_WAITING_CHECKS wait or run, so that threads are left for who has logged in. More are answered with 429.
     """
 
     def __init__(self, app: WSGIApplication, logins: Mapping[str, bytes]) -> None:
@@ -39,17 +45,21 @@ class Login:
         self._nobody = bcrypt.gensalt(cost) + b"." * 31  # the hash of no known password
         self._key = secrets.token_bytes(32)
         self._right: set[bytes] = set()
-        self._checking = (
-            threading.Lock()
-        )  # so that a flood of guesses takes one core from the training, and not one for each thread
+        self._checking = threading.Lock()
+        self._places = threading.Semaphore(MAX_WAITING_CHECKS)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request, or ask for a login."""
-        if not self._is_right(environ.get("HTTP_AUTHORIZATION", "")):
+        try:
+            is_right = self._is_right(environ.get("HTTP_AUTHORIZATION", ""), address=environ.get("REMOTE_ADDR", "?"))
+        except _TooManyChecksError:
+            reason = "Too many logins are being checked; try again in a moment."
+            return refuse(start_response, "429 Too Many Requests", reason)
+        if not is_right:
             return refuse(start_response, "401 Unauthorized", "The dashboard asks for a name and a password.")
         return self.app(environ, start_response)
 
-    def _is_right(self, authorization: str) -> bool:
+    def _is_right(self, authorization: str, *, address: str) -> bool:
         scheme, _, encoded = authorization.partition(" ")
         try:
             given = base64.b64decode(encoded.strip(), validate=True)
@@ -62,13 +72,24 @@ class Login:
         digest = hmac.digest(self._key, given, "sha256")
         if digest in self._right:
             return True
-        with self._checking:
-            if digest in self._right:  # a page makes many requests at once, and the first of them was checked meanwhile
-                return True
-            is_right = bcrypt.checkpw(password, self._logins.get(name, self._nobody)) and name in self._logins
-            if is_right:
-                self._right.add(digest)
-            return is_right
+        if not self._places.acquire(blocking=False):
+            raise _TooManyChecksError
+        try:
+            with self._checking:
+                if digest in self._right:  # a page makes many requests at once, and the first was checked meanwhile
+                    return True
+                is_right = bcrypt.checkpw(password, self._logins.get(name, self._nobody)) and name in self._logins
+        finally:
+            self._places.release()
+        if is_right:
+            self._right.add(digest)
+        else:
+            logger.warning("wrong login as %.80r from %s", name, address)
+        return is_right
+
+
+class _TooManyChecksError(Exception):
+    """As many requests wait for their login to be checked as may wait."""
 
 
 def read_logins(path: Path) -> dict[str, bytes]:

@@ -10,6 +10,9 @@ from urllib.parse import urlsplit
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 MAX_CONTOUR_TRIALS = 500  # a contour plot of 5,000 took 34 s and made an answer of 941 MB
+MAX_STUDY_ID = 2**31 - 1  # of the column in a database
+# For every answer: the type is as said, and no page elsewhere shows the dashboard in a frame, to have it clicked on.
+SAFE_HEADERS = [("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "frame-ancestors 'none'")]
 
 
 class ReadOnly:
@@ -59,6 +62,44 @@ class RedirectByPath:
         return self.app(environ, start)
 
 
+class SafeHeaders:
+    """Middleware that adds SAFE_HEADERS to every answer; those of other middleware too, where it encloses them."""
+
+    def __init__(self, app: WSGIApplication) -> None:
+        self.app = app
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request."""
+
+        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Callable[[bytes], object]:
+            return start_response(status, [*headers, *SAFE_HEADERS], *error)
+
+        return self.app(environ, start)
+
+
+class FillGaps:
+    """Middleware for what optuna-dashboard answers with 500: a study that is not there, and no Accept-Encoding.
+
+    `study_name` returns the name of the study with an id; it raises KeyError where there is none.
+    """
+
+    def __init__(self, app: WSGIApplication, study_name: Callable[[int], str]) -> None:
+        self.app = app
+        self.study_name = study_name
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request, or say that there is no such study."""
+        environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
+        if asked := re.match(r"/(?:api/studies|csv)/(-?\d+)(?:/|$)", environ["PATH_INFO"]):
+            try:
+                if abs(int(asked[1])) > MAX_STUDY_ID:
+                    raise KeyError
+                self.study_name(int(asked[1]))
+            except (KeyError, ValueError):  # ValueError: thousands of digits
+                return refuse(start_response, "404 Not Found", "There is no such study.")
+        return self.app(environ, start_response)
+
+
 class CapContour:
     """Middleware that refuses the contour plot of a study with more than MAX_CONTOUR_TRIALS."""
 
@@ -83,5 +124,7 @@ def refuse(start_response: StartResponse, status: str, reason: str) -> Iterable[
         headers.append(("WWW-Authenticate", 'Basic realm="hpo", charset="UTF-8"'))
     if status.startswith("405"):
         headers.append(("Allow", "GET, HEAD"))
+    if status.startswith("429"):
+        headers.append(("Retry-After", "1"))
     start_response(status, headers)
     return [body]

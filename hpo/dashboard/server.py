@@ -19,7 +19,7 @@ from wsgiref.types import WSGIApplication
 import psutil
 
 from hpo.dashboard.logins import Login, read_logins
-from hpo.dashboard.middleware import CapContour, ReadOnly, RedirectByPath
+from hpo.dashboard.middleware import CapContour, FillGaps, ReadOnly, RedirectByPath, SafeHeaders
 from hpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def serve_dashboard(
             bcrypt hashes; or the host or the port cannot be had.
     """
     import optuna_dashboard  # type: ignore[import-untyped, unused-ignore]
-    import waitress  # type: ignore[import-untyped, unused-ignore]
+
+    from hpo.dashboard.connections import make_server
 
     names = [_host_name(name) for name in allow_hosts]
     if names and auth_file is None:
@@ -60,7 +61,8 @@ def serve_dashboard(
     logins = None if auth_file is None else read_logins(Path(auth_file))
     with _listen(host, port, has_login=logins is not None) as listener:
         port = listener.getsockname()[1]
-        app: WSGIApplication = RedirectByPath(CapContour(optuna_dashboard.wsgi(storage), storage.get_n_trials))
+        app: WSGIApplication = CapContour(optuna_dashboard.wsgi(storage), storage.get_n_trials)
+        app = RedirectByPath(FillGaps(app, storage.get_study_name_from_id))
         if logins is not None:
             app = Login(app, logins)
         own = ["127.0.0.1", "localhost", "::1", host]
@@ -73,7 +75,7 @@ def serve_dashboard(
         hosts = {*names, *(_host_and_port(name, port) for name in own)}
         if port == 80:  # browsers leave it out
             hosts |= {_bracketed(name) for name in own}
-        server = waitress.create_server(ReadOnly(app, hosts), sockets=[listener], threads=8)
+        server = make_server(SafeHeaders(ReadOnly(app, hosts)), listener)
         ready(f"http://{_host_and_port(shown, port)}/")
         server.run()  # waitress returns at Ctrl-C
 

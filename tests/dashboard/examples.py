@@ -18,7 +18,7 @@ def call(
     app: Any, path: str, *, method: str = "GET", host: str | None = HOST, authorization: str | None = None
 ) -> tuple[int, str]:
     """Send a request; return the status and the body, which is the reason of a refusal or the application's answer."""
-    environ: dict[str, Any] = {"PATH_INFO": path, "REQUEST_METHOD": method}
+    environ: dict[str, Any] = {"PATH_INFO": path, "REQUEST_METHOD": method, "REMOTE_ADDR": "127.0.0.1"}
     if authorization is not None:
         environ["HTTP_AUTHORIZATION"] = authorization
     setup_testing_defaults(environ)

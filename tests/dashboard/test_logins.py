@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import bcrypt
 import pytest
 
-from hpo.dashboard.logins import Login, add_login, read_logins
+from hpo.dashboard.connections import NUM_THREADS
+from hpo.dashboard.logins import MAX_WAITING_CHECKS, Login, add_login, read_logins
 from hpo.dashboard.server import serve_dashboard
 from hpo.errors import UserError
 from tests.dashboard.examples import SECRET, application, basic, call, hashed, unreachable
@@ -163,3 +167,60 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     for path, reason in {tmp_path: "Is a directory", tmp_path / "none" / "logins": "No such file or directory"}.items():
         with pytest.raises(UserError, match=f"--auth-file .* cannot be written: {reason}"):
             add_login(path, "ada", SECRET)
+
+
+@pytest.fixture
+def slow_check(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Make every check of a password last until the event is set, and refuse."""
+    go = threading.Event()
+    monkeypatch.setattr(bcrypt, "checkpw", lambda password, hashed: go.wait(500) and False)
+    yield go
+    go.set()
+
+
+def test_guesses_wait_in_a_bounded_line_and_keep_nobody_out_who_has_logged_in(
+    login: Login, wait_for: Callable[..., Any], request: pytest.FixtureRequest
+) -> None:
+    assert call(login, "/", authorization=basic("ada", SECRET))[0] == 200
+    go: threading.Event = request.getfixturevalue("slow_check")
+    statuses: list[int] = []
+
+    def guess(password: str) -> None:
+        statuses.append(call(login, "/", authorization=basic("ada", password))[0])
+
+    guessers = [threading.Thread(target=guess, args=[str(index)]) for index in range(MAX_WAITING_CHECKS)]
+    for guesser in guessers:
+        guesser.start()
+    wait_for(lambda: login._places._value == 0)
+    answered: list[list[tuple[str, str]]] = []
+    environ = {"HTTP_AUTHORIZATION": basic("ada", "one more")}
+    start: Any = lambda status, headers: answered.append([(status, ""), *headers])  # noqa: E731
+    body = b"".join(login(environ, start))
+    assert answered[0][0][0] == "429 Too Many Requests"
+    assert ("Retry-After", "1") in answered[0]
+    assert b"try again" in body
+    assert call(login, "/", authorization=basic("ada", SECRET)) == (200, "through")
+    assert call(login, "/")[0] == 401
+    go.set()
+    for guesser in guessers:
+        guesser.join(500)
+    guess("and again")
+    assert statuses == [401] * (MAX_WAITING_CHECKS + 1)
+
+
+def test_a_line_of_guesses_leaves_threads_of_the_server_free() -> None:
+    assert MAX_WAITING_CHECKS < NUM_THREADS
+
+
+def test_a_wrong_login_is_logged_with_its_name_and_address_and_without_the_password(
+    login: Login, caplog: pytest.LogCaptureFixture
+) -> None:
+    call(login, "/", authorization=basic("ada", SECRET))
+    call(login, "/")
+    assert caplog.messages == []
+    call(login, "/", authorization=basic("eve\x1b]0;\n" + "x" * 5000, "a guess"))
+    (message,) = caplog.messages
+    assert message.startswith("wrong login as 'eve\\x1b]0;\\nxxx")
+    assert message.endswith(" from 127.0.0.1")
+    assert len(message) < 150
+    assert "guess" not in message

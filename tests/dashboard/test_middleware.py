@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
-from hpo.dashboard.middleware import MAX_CONTOUR_TRIALS, CapContour, ReadOnly
+from hpo.dashboard.middleware import MAX_CONTOUR_TRIALS, SAFE_HEADERS, CapContour, FillGaps, ReadOnly, SafeHeaders
 from tests.dashboard.examples import HOST, application, call
 
 
@@ -71,3 +73,32 @@ def test_the_host_is_compared_without_regard_to_case() -> None:
 )
 def test_the_contour_plot_of_a_large_study_is_refused(path: str, num_trials: int, status: int) -> None:
     assert call(CapContour(application, {1: num_trials}.__getitem__), path)[0] == status
+
+
+@pytest.mark.parametrize("app", [application, ReadOnly(application, [])])
+def test_every_answer_has_the_headers_of_a_safe_one(app: Any) -> None:
+    answered: list[list[tuple[str, str]]] = []
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
+    list(SafeHeaders(app)(environ, lambda status, headers: answered.append(headers)))  # type: ignore[arg-type]
+    assert set(SAFE_HEADERS) <= set(answered[0])
+    assert ("X-Content-Type-Options", "nosniff") in SAFE_HEADERS
+    assert ("Content-Security-Policy", "frame-ancestors 'none'") in SAFE_HEADERS
+
+
+@pytest.mark.parametrize("study", ["2", "-1", "0", str(2**31), str(10**30), "9" * 5000])
+@pytest.mark.parametrize("path", ["/api/studies/{}/plot/contour", "/api/studies/{}", "/csv/{}", "/csv/{}/"])
+def test_a_study_that_is_not_there_is_not_found(path: str, study: str) -> None:
+    app = FillGaps(application, {1: "s"}.__getitem__)
+    assert call(app, path.format(study)) == (404, '{"reason": "There is no such study."}')
+    assert call(app, path.format(1)) == (200, "through")
+
+
+def test_a_client_need_not_say_which_encodings_it_takes() -> None:
+    asked: list[str] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        asked.append(environ["HTTP_ACCEPT_ENCODING"])
+        return application(environ, start_response)
+
+    call(FillGaps(app, str), "/favicon.ico")
+    assert asked == ["identity"]

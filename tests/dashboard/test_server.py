@@ -187,6 +187,23 @@ def test_a_write_is_refused_and_the_study_stays(url: str, study: Study) -> None:
     assert study_path(url, study)
 
 
+@pytest.mark.parametrize("path", ["api/studies/9/plot/slice", "api/studies/9", f"csv/{10**20}", "api/studies/-1"])
+def test_a_study_that_is_not_there_is_not_found_and_is_no_error(url: str, path: str) -> None:
+    assert status_of(url + path) == 404
+
+
+@pytest.mark.parametrize("path", ["favicon.ico", "static/bundle.js", "none", "dashboard"])
+def test_every_answer_forbids_frames_and_guessing_its_type(url: str, path: str) -> None:
+    connection = http.client.HTTPConnection(url.split("/")[2])
+    connection.putrequest("GET", f"/{path}", skip_accept_encoding=True)
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert answer.status == (404 if path == "none" else 200)
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert "frame-ancestors 'none'" in (answer.headers.get_all("Content-Security-Policy") or [])
+    connection.close()
+
+
 def test_a_request_by_a_foreign_name_is_refused(url: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(f"{url}api/studies", headers={"Host": "evil.example"}))
