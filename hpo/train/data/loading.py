@@ -5,10 +5,11 @@ Shapes: N images of a split, C channels, H W image.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from hpo.errors import UserError
 from hpo.train.config import DataConfig
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.datasets import OpenedDataset, open_dataset
-from hpo.train.data.images import LabeledImages
+from hpo.train.data.images import DatasetImages, LabeledImages
 from hpo.train.data.sources import (
     ImageSource,
     channel_statistics,
@@ -27,6 +28,8 @@ from hpo.train.data.sources import (
 )
 from hpo.train.data.splits import split_indices
 from hpo.train.seeding import seed_generators
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,11 @@ class SplitDataset:
     mean: tuple[float, ...]  # per channel, of the training images, pixels from 0 to 1
     std: tuple[float, ...]
     open_test: Callable[[], BatchLoader] | None  # None: the dataset has no test images
+
+    def blank_images(self, *, device: torch.device) -> Tensor:
+        """Return two images without content, in the shape and the memory format of all."""
+        shape = (2, self.image_size, self.image_size, self.channels)
+        return self.train.normalise(torch.zeros(shape, dtype=torch.uint8, device=device))
 
     @cached_property
     def test(self) -> BatchLoader | None:
@@ -65,6 +73,8 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
         raise UserError(f"data.name = {config.name!r} must give square pictures, got {height}x{width}")
     num_bytes = (len(train_indices) + len(val_indices)) * height * width * channels
     on_device = fits_on_device(config, num_bytes=num_bytes, device=device)
+    if isinstance(images, DatasetImages) and images.is_random(train_indices):
+        _warn_of_random_images(config, on_device=on_device)
     place = partial(place_images, shape_HWC=shape_HWC, on_device=on_device, device=device)
     train_source, val_source = place(images, train_indices), place(images, val_indices)
     mean_C, std_C = channel_statistics(train_source, num_images=len(train_indices), channels=channels)
@@ -91,6 +101,23 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
         std=tuple((std_C / 255).tolist()),
         open_test=None if dataset.open_test is None else open_test,
     )
+
+
+def _warn_of_random_images(config: DataConfig, *, on_device: bool) -> None:
+    """Say what a data set that transforms its images at random does to the study; a process says it once."""
+    source = f"data.name = {config.name!r} transforms its images at random, the validation images too"
+    if on_device:
+        _warn_once(
+            f"{source}. They are read only once, so each image keeps its first random version in all epochs and "
+            "trials. data.flip and data.crop are drawn anew in each epoch, and for the training images alone"
+        )
+    else:
+        _warn_once(f"{source}, so validation accuracies are those of transformed images")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 class DatasetCache:

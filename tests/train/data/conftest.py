@@ -34,6 +34,8 @@ class Listed(torch.utils.data.Dataset):
             return picture / 255, index % 3
         if self.kind == "sizes":
             return picture[:, index % 2 :], index % 3
+        if self.kind == "flipped" and torch.rand(()) < 0.5:
+            return picture.flip(2), index % 3
         if self.kind == "broken" and index == 50:
             raise RuntimeError("disk on fire")
         return picture, index % 3

@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 from hpo.errors import UserError
-from hpo.train.data.datasets import DATASETS
+from hpo.train.config import DataConfig
+from hpo.train.data import loading
+from hpo.train.data.datasets import DATASETS, open_dataset
+from hpo.train.data.images import DatasetImages
 from tests.train.data.datasets_under_test import epoch, load
 
 
@@ -193,6 +196,34 @@ def test_own_data_as_pil_pictures_and_without_a_test_part(own_data: str) -> None
     pil = load(f"{own_data}:dataset", options={"kind": "pil"})
     assert torch.equal(epoch(pil)[0], epoch(load(f"{own_data}:arrays"))[0])
     assert load(f"{own_data}:arrays", options={"test": False}).test is None
+
+
+@pytest.mark.parametrize(
+    ("placement", "what"), [("device", "They are read only once"), ("stream", "are those of transformed images")]
+)
+def test_random_transforms_are_found_and_said_once(
+    placement: str, what: str, own_data: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loading._warn_once.cache_clear()
+    load(f"{own_data}:dataset", placement=placement)
+    assert caplog.messages == []
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        load(f"{own_data}:dataset", placement=placement, options={"kind": "flipped"})
+        states.append(torch.get_rng_state())
+    (warning,) = caplog.messages
+    assert "transforms its images at random, the validation images too" in warning
+    assert what in warning
+    assert torch.equal(*states)
+
+
+def test_to_look_for_random_transforms_draws_no_number(own_data: str) -> None:
+    images = open_dataset(DataConfig(name=f"{own_data}:dataset", options={"kind": "flipped"})).train
+    assert isinstance(images, DatasetImages)
+    before = torch.get_rng_state()
+    assert images.is_random(torch.arange(60))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_test_part_is_read_only_when_asked_for(own_data: str) -> None:
