@@ -15,6 +15,7 @@ from hpo.analysis.trials import (
     are_alike,
     best_trial,
     direction_sign,
+    guess_accuracy,
     has_rate,
     rate_bounds,
     search_trials,
@@ -127,10 +128,10 @@ def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response
         return None
     lrs, values, doubts = np.array(seen).T
     diverged = [float(trial.params["lr"]) for trial in rated if trial.state == "diverged"]
-    classes = None if study.spec.objective else study.metadata.get("num_classes")
+    guess = guess_accuracy(study)
     low, high = rate_bounds(study, trials)
     response = fit_response(
-        Observations(np.log10(lrs), values, doubts, np.log10(diverged), floor=1 / classes if classes else math.inf),
+        Observations(np.log10(lrs), values, doubts, np.log10(diverged), floor=math.inf if guess is None else guess),
         low=low,
         high=high,
     )

@@ -69,6 +69,15 @@ def value_of(trial: TrialRecord) -> float:
     return trial.value
 
 
+def guess_accuracy(study: StudyRecord) -> float | None:
+    """Return the accuracy of always naming the largest class, or None where the trials classify nothing of ours.
+
+    Studies of older versions do not know how large their classes are; these count as equal.
+    """
+    classes = None if study.spec.objective else study.metadata.get("num_classes")
+    return float(study.metadata.get("guess_accuracy", 1 / classes)) if classes else None
+
+
 def standard_error(accuracy: float, num_images: int) -> float:
     """Return the standard error of an accuracy measured on so many images.
 

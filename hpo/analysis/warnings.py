@@ -12,6 +12,7 @@ from hpo.analysis.trials import (
     TRAINED,
     are_alike,
     direction_sign,
+    guess_accuracy,
     has_rate,
     rate_bounds,
     search_trials,
@@ -78,10 +79,14 @@ class WarningContext:
 
 
 def _guessing(context: WarningContext) -> str | None:
-    classes, value = context.study.metadata.get("num_classes"), value_of(context.winner)
-    if not classes or value > 1 / classes + standard_error(1 / classes, context.study.metadata["num_val"]):
+    metadata, guess = context.study.metadata, guess_accuracy(context.study)
+    if guess is None or value_of(context.winner) > guess + standard_error(guess, metadata["num_val"]):
         return None
-    return f"the best trial is no better than guessing among {classes} classes: give it more epochs, or other rates"
+    classes = metadata["num_classes"]
+    what = f"guessing among {classes} classes"
+    if guess > 1 / classes + standard_error(1 / classes, metadata["num_val"]):
+        what = f"always naming the largest of {classes} classes, which is right for {guess:.1%} of the images"
+    return f"the best trial is no better than {what}: give it more epochs, or other rates"
 
 
 def _not_enough(context: WarningContext) -> str | None:

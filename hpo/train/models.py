@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W image, L classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,6 +84,46 @@ def build_model(config: ModelConfig, *, channels: int, num_classes: int, image_s
             factory = import_object(config.name, setting="model.name")
         return _call(factory, config, shape)
     raise unknown_name("model.name", config.name, [*MODELS, "torchvision:NAME", "package.module:factory"])
+
+
+def fit_memory_format(model: nn.Module, images_BCHW: Tensor) -> nn.Module:
+    """Bring a network to channels_last, the faster memory format, where it can train in it; return the network.
+
+    A network that calls `view` on feature maps, for one, cannot. It keeps its own format and gets contiguous images.
+
+    Args:
+        model: The network, on the device of the images. It is changed in place.
+        images_BCHW: Two images of the data set's shape, in channels_last; their pixels do not matter.
+    """
+    with generators_kept(images_BCHW.device):
+        is_contiguous = not _can_train(model, images_BCHW, torch.channels_last) and _can_train(
+            model, _contiguous(images_BCHW), torch.contiguous_format
+        )
+    if not is_contiguous:
+        return model.to(memory_format=torch.channels_last)
+    model.register_forward_pre_hook(_with_contiguous_images)
+    return model
+
+
+def _can_train(model: nn.Module, images_BCHW: Tensor, memory_format: torch.memory_format) -> bool:
+    """Return whether a copy of the network, with its weights in this format, takes a step with these images."""
+    try:
+        copied = copy.deepcopy(model).to(memory_format=memory_format).train()
+        copied(images_BCHW).float().sum().backward()
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception:  # whatever a user's network raises
+        return False
+    return True
+
+
+def _with_contiguous_images(_model: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(map(_contiguous, images))
+
+
+def _contiguous(images_BCHW: Tensor) -> Tensor:
+    """Return a copy that is contiguous by its strides, too: images of one channel count as contiguous in any format."""
+    return images_BCHW.clone(memory_format=torch.contiguous_format)
 
 
 def _torchvision_model(config: ModelConfig, *, channels: int, num_classes: int) -> nn.Module:

@@ -25,13 +25,17 @@ def seed_generators(*parts: int | str) -> None:
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
-    """Bring the generators back afterwards: a module that draws when it is first imported must not change a trial."""
+def generators_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Bring the generators back afterwards, also that of torch on a GPU.
+
+    A module that draws when it is first imported must not change a trial, nor must a network that is only tried.
+    """
     states = GeneratorStates()
-    try:
-        yield
-    finally:
-        states.restore()
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            states.restore()
 
 
 class GeneratorStates:

@@ -139,6 +139,7 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
     import torch
     from torch.nn.parameter import is_lazy
 
+    from hpo.train.engines.divergence import largest_class
     from hpo.train.engines.lane_state import check_test_set, initial_model
     from hpo.train.models import check_fresh, check_model, named_tensors
 
@@ -155,6 +156,7 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
         "num_train": len(data.train),
         "num_val": len(data.val),
         "num_classes": data.num_classes,
+        "guess_accuracy": largest_class(data.val) / len(data.val),
         "channels": data.channels,
         "image_size": data.image_size,
         "has_test": data.open_test is not None,

@@ -65,6 +65,26 @@ def test_warnings_come_where_they_should_and_nowhere_else(trials: list[TrialReco
     assert all(warning.text[-1] != "." and "\n" not in warning.text for warning in found.warnings)
 
 
+@pytest.mark.parametrize(
+    ("value", "guess", "expected"),
+    [
+        (0.9, 0.9, "always naming the largest of 10 classes, which is right for 90.0% of the images"),
+        (0.96, 0.9, None),
+        (0.1, 0.1, "guessing among 10 classes"),
+        (0.1, None, "guessing among 10 classes"),  # a study of an older version
+    ],
+)
+def test_chance_is_the_share_of_the_largest_class(value: float, guess: float | None, expected: str | None) -> None:
+    study = make_study(**SEARCHED)
+    known = {} if guess is None else {"guess_accuracy": guess}
+    study = replace(study, metadata={**study.metadata, "num_classes": 10, **known})
+    found = find_best(study, numbered(*complete(lambda lr: value)))
+    assert found is not None
+    texts = [warning.text for warning in found.warnings if warning.kind == "guessing"]
+    assert len(texts) == (expected is not None)
+    assert all(f"no better than {expected}: " in text for text in texts)
+
+
 def test_every_warning_has_a_study_that_asks_for_it() -> None:
     table = test_warnings_come_where_they_should_and_nowhere_else.pytestmark[0].args[1]  # type: ignore[attr-defined]
     assert set().union(*(case.values[1] for case in table)) == set(WARNINGS)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import random
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpo.errors import UserError
 from hpo.train.config import ModelConfig
-from hpo.train.models import MODELS, article_cnn, build_model, check_fresh, check_model, named_tensors
+from hpo.train.models import (
+    MODELS,
+    article_cnn,
+    build_model,
+    check_fresh,
+    check_model,
+    fit_memory_format,
+    named_tensors,
+)
 
 OWN_MODELS = """
 import torch
@@ -50,6 +61,47 @@ def build(name: str, *, channels: int = 3, num_classes: int = 10, image_size: in
 
 def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+class Viewing(nn.Module):
+    """Flattens with `view`, as many a tutorial's network does, which channels_last does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 32 * 32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.body(images).view(len(images), -1))
+        return scores
+
+
+class Broken(Viewing):
+    """Raises whatever the format."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("kind", [Viewing, lambda: article_cnn(channels=3, num_classes=10), Broken])
+def test_the_memory_format_is_one_in_which_the_network_computes(kind: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    given = kind()
+    images = torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    states = torch.get_rng_state(), random.getstate()
+    model = fit_memory_format(given, images)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert model is given
+    assert all(parameter.grad is None for parameter in model.parameters())
+    if kind is Broken:
+        with pytest.raises(ZeroDivisionError):
+            model(images)
+        return
+    convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last) == (kind is not Viewing)
+    assert torch.isfinite(model(images)).all()
+    assert list(copy.deepcopy(model).state_dict()) == list(kind().state_dict())
 
 
 def test_article_cnn_is_the_articles_network() -> None:

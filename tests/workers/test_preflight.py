@@ -38,6 +38,7 @@ def test_the_preflight_finds_the_data_and_the_network_and_leaves_the_random_stat
     sizes = {key: metadata[key] for key in ("num_train", "num_val", "num_classes", "channels", "image_size")}
     assert sizes == {"num_train": 200, "num_val": 288, "num_classes": 10, "channels": 1, "image_size": 32}
     assert metadata["num_parameters"] > 0
+    assert 0.1 <= metadata["guess_accuracy"] < 0.11  # the digits' classes are about as large as each other
 
 
 def test_a_precision_that_a_device_lacks_is_found_before_training() -> None:

@@ -60,8 +60,12 @@ def why_diverged(
 
 def is_guessing(val: BatchLoader, *, val_accuracy: float) -> bool:
     """Return whether the validation accuracy is no better than always naming the largest class."""
-    largest_class = int(torch.bincount(val.labels_N).max())
-    return round(val_accuracy * len(val)) <= largest_class
+    return round(val_accuracy * len(val)) <= largest_class(val)
+
+
+def largest_class(val: BatchLoader) -> int:
+    """Return how many images of a split are of the class that has the most: what a constant answer gets right."""
+    return int(torch.bincount(val.labels_N).max())
 
 
 def is_exploding(losses_S: Tensor, *, first_loss: float, num_classes: int) -> bool:

@@ -22,7 +22,7 @@ from hpo.train.data.loading import SplitDataset
 from hpo.train.data.sources import batch_bounds
 from hpo.train.engines.divergence import why_diverged
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
-from hpo.train.models import build_model
+from hpo.train.models import build_model, fit_memory_format
 from hpo.train.optim import OPTIMIZERS, build_optimizer, lr_factor
 from hpo.train.seeding import seed_generators
 from hpo.train.snapshot import Packing, Snapshot
@@ -262,7 +262,7 @@ def initial_model(config: TrialConfig, *, data: SplitDataset, device: torch.devi
     """Return the network as the trial's seed draws it, on the device."""
     seed_generators(config.seed, "init")
     model = build_model(config.model, channels=data.channels, num_classes=data.num_classes, image_size=data.image_size)
-    return model.to(device).to(memory_format=torch.channels_last)
+    return fit_memory_format(model.to(device), data.blank_images(device=device))
 
 
 def mixed_precision(training: TrainingConfig, *, device: torch.device) -> torch.dtype | None:

@@ -10,12 +10,9 @@ Shapes: K lanes (networks), B batch, C H W image, L classes.
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +21,7 @@ from hpo.train.engines.side_effects import SideEffects
 from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
 from hpo.train.engines.vmap_ops import DropoutNotes, DropoutReplay
 from hpo.train.imports import describe_error
+from hpo.train.seeding import generators_kept
 
 MAX_IMAGES = 8  # of the batch: float64 takes twice the memory and, on most devices, several times as long
 # How far apart results may be, relative to the largest of their sort. In float64, 1e-6 is far above rounding in 40
@@ -49,7 +47,7 @@ def check_stackable(
     images_BCHW = images_BCHW[:MAX_IMAGES]
     batches = [images_BCHW, images_BCHW.flip(0)]
     pair = [network.model, other]
-    with _generators_restored(images_BCHW.device), numerics(tf32=False):
+    with generators_kept(images_BCHW.device), numerics(tf32=False):
         alone = _run_alone(network, pair, batches)
         stacked = _run_stacked(network, pair, batches)
         exact = _run_exactly(network, pair, batches, masks=[lane.masks for lane in alone])
@@ -216,15 +214,3 @@ def _run_stacked(network: StackedNetwork, pair: Sequence[nn.Module], batches: Se
 
 def _loss(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).square().sum()
-
-
-@contextmanager
-def _generators_restored(device: torch.device) -> Iterator[None]:
-    """Give every generator the state back that it has now."""
-    states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])

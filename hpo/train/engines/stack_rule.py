@@ -40,7 +40,8 @@ class StepWork:
     num_parameters: int
 
     def __str__(self) -> str:
-        return f"a batch takes {self.num_flops / 1e6:.2g} MFLOP, the network has {self.num_parameters:,} parameters"
+        mega = round(self.num_flops / 1e6, 1)
+        return f"a batch takes {mega:,.9g} MFLOP, the network has {self.num_parameters:,} parameters"
 
     @property
     def is_small(self) -> bool:

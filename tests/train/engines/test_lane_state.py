@@ -10,14 +10,29 @@ import torch
 
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data.loading import DatasetCache
+from hpo.train.engines import lane_state
 from hpo.train.engines.lane_state import numerics
+from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.stack import TrialStack, stack_key
 from hpo.train.lr_ramp import run_range_test
+from tests.train.engines import trials
 
 CPU = torch.device("cpu")
 CUDNN: Any = torch.backends.cudnn
 OPERATIONS = [CUDNN.conv, CUDNN.rnn, torch.backends.cuda.matmul]
+
+
+def test_a_network_that_calls_view_is_that_which_flattens() -> None:
+    """`view` raises in channels_last; the order of its additions is all that may differ."""
+    losses = []
+    for how in ("view", "flatten"):
+        options = {"how": how}
+        model = ModelConfig(name="own_lane_networks:Viewing", options=options)
+        for engine in (PlainEngine(device="cpu"), LaneEngine(device="cpu", lanes=2)):
+            engine.admit(trials.trial(model=model))
+            losses.append(engine.run_epoch()[0].val_loss)
+    assert losses == pytest.approx(losses[:1] * 4, rel=1e-4)
 
 
 def by_operation() -> list[str]:
@@ -91,7 +106,8 @@ def trial(*, tf32: bool) -> TrialConfig:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
-    """Return the flags of each convolution from here on."""
+    """Return the flags of each convolution from here on, but for those that find a network's memory format."""
+    monkeypatch.setattr(lane_state, "fit_memory_format", lambda model, _: model)
     flags: list[tuple[bool, bool]] = []
     convolve = torch.nn.Conv2d.forward
 
