@@ -109,6 +109,11 @@ def _check_cases(search: SearchSpec) -> None:
         if not isinstance(condition, Categorical):
             raise UserError(f"search.space.{key}.by.{parameter.by} must be a list in search.space too")
         names = [str(value) for value in condition.values]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"search.space.{parameter.by} must hold no values that are written alike where search.space.{key}.by "
+                f"names them; got {list(condition.values)}"
+            )
         for case in parameter.cases:
             if case not in names:
                 raise unknown_name(f"search.space.{key}.by.{parameter.by}", case, names)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import UserError, one_line
+from hpo.system.files import read_text
 
 
 def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Read the settings of a study file; `overrides` are `section.key=value` with the value written as in TOML."""
     try:
-        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        settings = tomllib.loads(read_text(path))
     except OSError as error:
         raise UserError(f"the study file {path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # no TOML, no UTF-8, or an integer of thousands of digits

@@ -224,7 +224,7 @@ class StudySpec(Section):
         return [
             f"{key}: {stored.get(key)!r} in the study, {given.get(key)!r} here"
             for key in sorted(stored.keys() | given.keys())
-            if stored.get(key) != given.get(key)
+            if not _are_same(stored.get(key), given.get(key))
             and key not in neutral
             and not (self.confirm is None and key.startswith("confirm."))
         ]
@@ -307,3 +307,9 @@ def single_trial_spec(
     space = {key: [value] for key, value in points.items()} | {"seed": [seed]}
     settings["search"] = {"sampler": "grid", "seed": spec.search.seed, "space": space}
     return StudySpec.from_dict(settings)
+
+
+def _are_same(stored: Any, given: Any) -> bool:
+    """Return whether two settings are the same; 1, 1.0 and true, which Python takes for equal, are not."""
+    first, second = (json.dumps(value, sort_keys=True, default=str) for value in (stored, given))
+    return first == second

@@ -17,7 +17,7 @@ import bcrypt
 
 from hpo.dashboard.middleware import refuse
 from hpo.errors import UserError
-from hpo.system.files import replace_file
+from hpo.system.files import read_text, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def read_logins(path: Path) -> dict[str, bytes]:
         UserError: The file cannot be read, or a line is wrong; the message shows nothing of the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         raise UserError(f"there is no --auth-file {path}; --auth-file {path} --add-user NAME makes it") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -152,7 +152,7 @@ def add_login(path: Path, name: str, password: str) -> None:
     line = f"{name}:{bcrypt.hashpw(given, bcrypt.gensalt()).decode()}"
     try:
         path = path.resolve()  # replace the target of a link, not the link
-        old = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else ""
+        old = read_text(path).rstrip("\n") if path.exists() else ""
         kept = [other for other in old.split("\n") if old and other.strip().partition(":")[0] != name]
         # A server that starts meanwhile must find the old file or the new one, whole.
         replace_file(path, "\n".join([*kept, line, ""]).encode(), is_private=True)

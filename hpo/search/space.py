@@ -250,6 +250,8 @@ def _parse_list(setting: str, values: list[Any]) -> Categorical:
             raise UserError(f"{setting} must hold finite numbers, texts or booleans, got {value!r}")
     if len({(type(value), value) for value in values}) < len(values):
         raise UserError(f"{setting} must hold each value once, got {values}")
+    if len(set(values)) < len(values):  # Optuna, as Python, cannot tell them from each other
+        raise UserError(f"{setting} must hold no values that are equal, as 1, 1.0 and true are; got {values}")
     return Categorical(tuple(values))
 
 

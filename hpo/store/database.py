@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session, scoped_session
 from hpo.errors import UserError
 from hpo.store import schema
 from hpo.store.retry import STORE_ERRORS, RetryPolicy, StoreFailed, database_message
+from hpo.system.files import read_text
 
 POSTGRES = "postgresql+psycopg"
 PASSWORD_FILE = "HPO_STORAGE_PASSWORD_FILE"  # environment variable: a file with the password of a Postgres URL
@@ -212,7 +213,7 @@ def _parse_postgres(parsed: URL) -> URL:
     if not path or parsed.password:
         return parsed
     try:
-        return parsed.set(password=Path(path).read_text(encoding="utf-8").strip("\r\n"))
+        return parsed.set(password=read_text(path).strip("\r\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{PASSWORD_FILE} must name a file that can be read, got {path!r}: {error}") from None
 

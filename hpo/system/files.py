@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
 
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TEMPORARY_NAME = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp", re.DOTALL)
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a user's file in UTF-8, or as editors on Windows write it: with a byte order mark, or UTF-16.
+
+    Raises:
+        OSError: The file cannot be read.
+        UnicodeDecodeError: It is neither.
+    """
+    content = Path(path).read_bytes()
+    text = content.decode("utf-16" if content.startswith(_WIDE_MARKS) else "utf-8-sig")
+    return text.replace("\r\n", "\n")
 
 
 def replace_file(

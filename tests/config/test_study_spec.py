@@ -137,6 +137,14 @@ SPACES = {
     "lr = { low = 1e-3, high = 1.0, log = true, step = 0.1 }": ["search.space.lr.step must be", "log scale"],
     "lr = []": ["search.space.lr must hold at least one value"],
     "lr = [0.1, 0.1]": ["search.space.lr must hold each value once"],
+    "lr = [0.1]\nmodel.option = [1, true]": [
+        "search.space.model.option must hold no values that are equal",
+        "[1, True]",
+    ],
+    "lr = [0.1]\nmodel.option = [0, 0.0]": ["search.space.model.option must hold no values that are equal", "[0, 0.0]"],
+    "model.x = [1, '1']\nlr.by.'model.x'.1 = [0.1]": [
+        "search.space.model.x must hold no values that are written alike"
+    ],
     "lr = [0.1, nan]": ["search.space.lr must hold finite numbers"],
     "lr = [0.1, -0.1]": ["search.space.lr must be greater than 0, got -0.1"],
     "lr = 0.1": ["search.space.lr must be a list of values or { low"],
@@ -249,6 +257,20 @@ def test_a_spec_is_frozen_and_survives_the_store() -> None:
     assert again.data.options == {"color": "red"}
     with pytest.raises(Exception, match="frozen"):
         spec.name = "other"
+
+
+@pytest.mark.parametrize(("stored", "given"), [("true", "1"), ("1", "1.0"), ("0", "-0.0")])
+def test_values_that_python_takes_for_equal_are_different_settings(stored: str, given: str) -> None:
+    spec, other = (read(MINIMAL, "model.name=own:net", f"model.option={value}") for value in (stored, given))
+    assert len(spec.differences(other)) == 1
+    assert spec.differences(spec) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_study_file_from_windows_is_read(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_bytes(MINIMAL.replace("\n", "\r\n").encode(encoding))
+    assert StudySpec.from_toml(path) == read(MINIMAL)
 
 
 def test_differences_name_what_would_change_a_result_and_nothing_else() -> None:

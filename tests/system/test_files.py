@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.system.files import replace_file, target_of_temporary
+from hpo.system.files import read_text, replace_file, target_of_temporary
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +20,18 @@ def usual_umask() -> Iterator[None]:
 
 def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # the last two as Windows writes them
+def test_a_users_text_is_read_whatever_editor_wrote_it(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "file").write_bytes("name = 'größe'\r\nlr = 1\r\n".encode(encoding))
+    assert read_text(tmp_path / "file") == "name = 'größe'\nlr = 1\n"
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"\xfc")
+    with pytest.raises(UnicodeDecodeError):
+        read_text(tmp_path / "file")
 
 
 @pytest.mark.parametrize("sync_folder", [False, True])
