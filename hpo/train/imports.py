@@ -62,26 +62,17 @@ class ImportAllowlist:
             return None
         location = Path(locations[0]).resolve()
         folder = (location.parent if location.name == "__init__.py" else location).parent
-        installed = {Path(path).resolve() for key, path in sysconfig.get_paths().items() if "lib" in key}
-        return None if any(folder.is_relative_to(path) for path in installed) else folder
+        return None if _is_installed(folder) else folder
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """Let this process import what is allowed, for a while.
-
-        What it has imported from the folders is forgotten then: another study's folder may have modules of these names.
-        """
-        known = set(sys.modules)
-        with self._on_python_path() as folders:
+        """Let this process import what is allowed, for a while."""
+        with self._on_python_path():
             _open_lists.append(self)
             try:
                 yield
             finally:
                 _open_lists.remove(self)
-                for name, module in list(sys.modules.items()):
-                    file = getattr(module, "__file__", None)
-                    if name not in known and file and any(Path(file).is_relative_to(folder) for folder in folders):
-                        del sys.modules[name]
 
     def _locations(self, module: str) -> list[str]:
         """Return the files or folders that a module's top-level package would be loaded from; import nothing."""
@@ -95,16 +86,51 @@ class ImportAllowlist:
         return [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
 
     @contextmanager
-    def _on_python_path(self) -> Iterator[Sequence[str]]:
-        """Add the folders to Python's path, for a while; give those that were not on it."""
+    def _on_python_path(self) -> Iterator[None]:
+        """Have modules found in the folders, for a while: after libraries, and before those of the running script.
+
+        Modules of the script that have the names of theirs are set aside meanwhile. What was imported from the folders
+        is forgotten then: another study's may have the same names.
+        """
         added = [folder for folder in dict.fromkeys(self.path) if folder not in sys.path]
-        sys.path.extend(added)
+        script = [sys.path.pop(0)] if added and not _is_installed(Path(sys.path[0]).resolve()) else []
+        sys.path.extend([*added, *script])
+        set_aside = {name: sys.modules.pop(name) for name in _modules_of(script, named_as_in=added)}
+        known = set(sys.modules)
         importlib.invalidate_caches()
         try:
-            yield added
+            yield
         finally:
-            for folder in added:
+            for folder in [*added, *script]:
                 sys.path.remove(folder)
+            sys.path[:0] = script
+            for name in sys.modules.keys() - known:
+                if any(_file_of(sys.modules[name]).is_relative_to(folder) for folder in added):
+                    del sys.modules[name]
+            sys.modules.update(set_aside)
+
+
+def _modules_of(script: Sequence[str], *, named_as_in: Sequence[str]) -> list[str]:
+    """Return the names of the modules that were imported from a script's folder and that other folders have, too."""
+    names = {path.stem for folder in named_as_in for path in Path(folder).glob("*.py")}
+    names |= {path.parent.name for folder in named_as_in for path in Path(folder).glob("*/__init__.py")}
+    return [
+        name
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] in names - {"__main__"}
+        and any(_file_of(module).is_relative_to(Path(folder).resolve()) for folder in script)
+    ]
+
+
+def _file_of(module: Any) -> Path:
+    """Return the file of a module; the interpreter's, where it has none."""
+    return Path(getattr(module, "__file__", None) or sysconfig.get_path("stdlib"))
+
+
+def _is_installed(path: Path) -> bool:
+    """Return whether a path is one of a library, or of Python's own modules."""
+    installed = {Path(folder).resolve() for key, folder in sysconfig.get_paths().items() if "lib" in key}
+    return any(path.is_relative_to(folder) for folder in installed)
 
 
 _open_lists: list[ImportAllowlist] = []  # of this process; there are several where threads run studies side by side

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -195,10 +196,10 @@ def test_no_file_in_an_allowed_folder_shadows_a_library(module: str, folder: Pat
         import_object(f"{module}:mine", setting="model.name")
 
 
-def test_the_path_is_last_and_as_before_afterwards(folder: Path) -> None:
+def test_the_path_follows_libraries_and_is_as_before_afterwards(folder: Path) -> None:
     before = list(sys.path)
     with allowed(folder, names=["own_door:net"]).importable():
-        assert sys.path == [*before, str(folder)]
+        assert [path for path in sys.path if path != before[0]] == [*before[1:], str(folder)]
     assert sys.path == before
 
 
@@ -220,3 +221,17 @@ def test_each_study_gets_the_module_of_its_own_folder(tmp_path: Path) -> None:
             values.append(import_object("own_module:get", setting="model.name")())
     assert values == ["one", "two", "one"]
     assert not {"own_module", "own_neighbour"} & sys.modules.keys()
+
+
+def test_a_script_keeps_its_own_module_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("script", "study"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own_module.py").write_text(f"def get(): return {name!r}\n")
+    monkeypatch.syspath_prepend(tmp_path / "script")
+    own = importlib.import_module("own_module")
+    path = list(sys.path)
+    with ImportAllowlist(folders=(str(tmp_path / "study"),), path=(str(tmp_path / "study"),)).importable():
+        assert import_object("own_module:get", setting="model.name")() == "study"
+    assert sys.path == path
+    assert sys.modules["own_module"] is own
+    assert importlib.import_module("own_module").get() == "script"
