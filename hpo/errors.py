@@ -33,11 +33,6 @@ class Rule:
     words: str
 
 
-def one_line(text: str) -> str:
-    """Return a text with its line breaks and other control characters written as escapes; keys can hold them."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
 def unknown_name(setting: str, value: object, valid: Iterable[str]) -> UserError:
     """Return the error for a name that is not in a table: the setting, the value, the nearest name and all names."""
     valid = sorted(valid)

@@ -60,7 +60,7 @@ def write_export(name: str, output: str | Path, *, storage: str | None = None) -
     else:
         answer = {"what": f"{HEADER} {name}", "study": name, **found.as_dict(), "spec": settings}
         text = json.dumps(answer, indent=2) + "\n"
-    if path.exists() and HEADER not in path.read_text(errors="replace"):
+    if path.exists() and HEADER not in path.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"--output {path} exists and is no export of ours; name another file")
     try:
         path.write_text(text, encoding="utf-8")

@@ -25,14 +25,16 @@ from hpo.cli.options import (
     executor_options,
     json_option,
     overrides_option,
-    print_json,
     repeated,
     storage_option,
     worker_arguments,
 )
 from hpo.cli.reading import READING_COMMANDS
 from hpo.cli.stores import STORE_COMMANDS
+from hpo.cli.streams import outlive_readers
+from hpo.cli.writer import print_json, say, say_lines
 from hpo.errors import StudyStopped, UserError
+from hpo.system.readable import prepare_output
 from hpo.workers.executors import Executor, InProcess, Local
 
 if TYPE_CHECKING:
@@ -46,10 +48,12 @@ class MainGroup(click.Group):
     The exit code is 1 where a study cannot finish, and 2 where the request is wrong.
     """
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Invoke the command."""
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line of this process."""
+        outlive_readers()
+        prepare_output()
         try:
-            return super().invoke(ctx)
+            return super().main(*args, **options)
         except UserError as error:
             _exit_with(error, error.exit_code)
         except StudyStopped as error:
@@ -69,7 +73,7 @@ def _is_store_error(error: Exception) -> bool:
 
 
 def _exit_with(message: object, code: int) -> None:
-    click.echo(f"hpo: {message}", err=True)
+    say_lines(f"hpo: {message}", is_error=True)
     sys.exit(code)
 
 
@@ -150,10 +154,10 @@ def _submit_all(specs: Sequence[StudySpec], *, executor: Executor, storage: str 
     suffix = f" --storage {shlex.quote(storage)}" if storage else ""
     for spec in specs:
         if running.submit(spec, executor=executor, storage=storage, code_folder=code_folder):
-            click.echo(f"study {spec.name} trains on the cluster without this command")
-            click.echo(f"see hpo status {spec.name}{suffix}, hpo stop {spec.name}{suffix}; hpo run attaches to it")
+            say(f"study {spec.name} trains on the cluster without this command")
+            say(f"see hpo status {spec.name}{suffix}, hpo stop {spec.name}{suffix}; hpo run attaches to it")
         else:
-            click.echo(f"study {spec.name} is finished: hpo best {spec.name}{suffix}")
+            say(f"study {spec.name} is finished: hpo best {spec.name}{suffix}")
 
 
 @main.command("worker", short_help="Add workers to a study.")
@@ -190,7 +194,8 @@ def _serve_until_interrupted(
     study: str | None, *, executor: Local, allow: Sequence[str], storage: str | None
 ) -> NoReturn:
     from hpo.api import running
-    from hpo.cli.display import LiveDisplay, make_console
+    from hpo.cli.console import make_console
+    from hpo.cli.display import LiveDisplay
 
     console = make_console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it waits; workers that train are drained
@@ -249,7 +254,8 @@ def _train_and_print_answer(train: Callable[..., Result], study: str, storage: s
     `again` is the command line that resumes the study, without --storage.
     """
     from hpo.api import stores
-    from hpo.cli.display import LiveDisplay, make_console, print_answer
+    from hpo.cli.console import make_console
+    from hpo.cli.display import LiveDisplay, print_answer
 
     suffix = f" --storage {shlex.quote(storage)}" if storage else ""
     console = make_console()
@@ -280,9 +286,9 @@ def stop_command(study: str, storage: str | None) -> None:
     from hpo.api import running
 
     if running.stop(study, storage=storage):
-        click.echo(f"study {study} will stop after this epoch; go on with: hpo resume {study}")
+        say(f"study {study} will stop after this epoch; go on with: hpo resume {study}")
     else:
-        click.echo(f"study {study} is finished; there is nothing to stop")
+        say(f"study {study} is finished; there is nothing to stop")
 
 
 @main.command("range-test", short_help="Find learning rates worth searching.")
@@ -300,10 +306,8 @@ def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None
     hpo range-test studies/quickstart.toml
     hpo range-test studies/optimizers.toml --output ramps.html
     """
-    from rich.progress import Progress
-
     from hpo.analysis.text import params_text
-    from hpo.cli.display import make_console
+    from hpo.cli.console import make_progress
     from hpo.config.study_spec import StudySpec
     from hpo.lr_range import resolve as ranges
     from hpo.lr_range import text
@@ -312,7 +316,7 @@ def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None
     if output is not None:
         ramp_page.check_ramp_output(output)
     parsed = StudySpec.from_toml(spec, overrides=overrides)
-    with Progress(transient=True, disable=as_json or not make_console().is_terminal) as progress:
+    with make_progress(disable=as_json) as progress:
         task = progress.add_task("checking data and network", total=None)
         ramps = ranges.range_test(
             parsed,
@@ -330,9 +334,9 @@ def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None
         return
     for ramp in found:
         for line in text.range_test_report(ramp):
-            click.echo(line)
+            say(line)
     if output is not None:
-        click.echo(f"wrote {output}")
+        say(f"wrote {output}")
 
 
 for _command in (*READING_COMMANDS, *STORE_COMMANDS):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -33,13 +32,16 @@ from hpo.analysis.text import (
     value_text,
 )
 from hpo.analysis.trials import best_trial, search_trials
+from hpo.cli.console import PlainConsole, make_console, make_table, print_table, styled
 from hpo.store.store import Store
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
+from hpo.system.readable import one_line
 
 REFRESH_S = 0.5  # at least; longer if it takes long to read the study
 MAX_ROWS = 60  # of the final table
 BAR_WIDTH = 24
+MAX_MIN_WIDTH = 24  # of a column of values: up to this, the values are not broken over lines
 STRIP_WIDTH = 31
 
 STYLES = {
@@ -50,12 +52,6 @@ STYLES = {
     "running": "cyan",
     "waiting": "dim",
 }
-
-
-def make_console() -> Console:
-    """Return the console for standard output; if that is no terminal, it is wide enough for every row."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
 
 
 class ProgressHandler(logging.Handler):
@@ -88,7 +84,7 @@ class LiveDisplay:
     reads the store only as often as is reasonable.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: PlainConsole) -> None:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._store: Store | None = None
@@ -101,16 +97,16 @@ class LiveDisplay:
     def __enter__(self) -> LiveDisplay:
         if self._live is not None:
             self._live.start()
-            self._live.update(Text("checking devices, data and network ...", style="dim"), refresh=True)
+            self._live.update(styled(("checking devices, data and network ...", "dim")), refresh=True)
         self._progress.show()
         return self
 
     def _say(self, text: str) -> None:
         """Show how far the check of the study has come."""
         if self._live is not None:
-            self._live.update(Text(text, style="dim"), refresh=True)
+            self._live.update(styled((text, "dim")), refresh=True)
         else:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(text)
 
     def __exit__(self, *_: object) -> None:
         self._progress.close()
@@ -129,9 +125,9 @@ class LiveDisplay:
         self._store, self._study = store, study
         self._console.print(heading(study))
         if (found := images_text(study)) is not None:
-            self._console.print(found, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(found, soft_wrap=True)
         for line in range_test_lines(study):
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
         trials = store.trials.get_all(study)
         if done := sum(trial.state in ENDED for trial in trials):
             self._console.print(f"going on: {done} of {len(trials)} trials are done already")
@@ -150,17 +146,17 @@ class LiveDisplay:
         for key, shared in store.studies.shared_values(self._study).items():
             if key not in self._announced:
                 self._announced.add(key)
-                self._console.print(shared["reason"], highlight=False, soft_wrap=True)
+                self._console.print(shared["reason"], soft_wrap=True)
         trials = store.trials.get_all(self._study)
         for key, members in _stages(trials).items():
             if key not in self._announced:
                 self._announced.add(key)
-                self._console.print(_stage_line(members), highlight=False, soft_wrap=True)
+                self._console.print(_stage_line(members), soft_wrap=True)
         for trial in trials:
             if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
-                self._console.print(_ended_line(self._study, trial), highlight=False)
+                self._console.print(_ended_line(self._study, trial))
             elif self._live is None and self._has_new_epoch(trial):
-                self._console.print(_epoch_line(trial), highlight=False)
+                self._console.print(_epoch_line(self._study, trial))
             self._reported[trial.number] = (trial.state, len(trial.epochs))
         if self._live is not None:
             self._live.update(_live_view(self._study, trials), refresh=True)
@@ -178,20 +174,18 @@ class LiveDisplay:
 
 def heading(study: StudyRecord) -> Text:
     """Return one line that says what is searched, and on which data."""
-    text = Text(f"study {study.name}", style="bold")
-    text.append(f": {study_text(study)}", style="not bold")
-    return text
+    return styled((f"study {study.name}", "bold"), f": {study_text(study)}")
 
 
 def print_answer(
-    console: Console, study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, next_steps: Sequence[str]
+    console: PlainConsole, study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, next_steps: Sequence[str]
 ) -> None:
     """Print the table of learning rates and values, the answer, and what to type next."""
     console.print(_trials_table(study, search_trials(trials), found, width=console.width))
     for line in answer_lines(study, found):
-        console.print(line, style="bold", highlight=False, soft_wrap=True)
+        console.print(line, style="bold", soft_wrap=True)
     for step in next_steps:
-        console.print(step, style="dim", highlight=False, soft_wrap=True)
+        console.print(step, style="dim", soft_wrap=True)
 
 
 def print_comparison(found: Comparison) -> None:
@@ -217,9 +211,9 @@ def print_comparison(found: Comparison) -> None:
     print_table(columns, rows)
     console = make_console()
     for line in found.conclusions:
-        console.print(line, style="bold", highlight=False, soft_wrap=True)
+        console.print(line, style="bold", soft_wrap=True)
     for line in found.caveats:
-        console.print(f"warning: {line}", highlight=False, soft_wrap=True)
+        console.print(f"warning: {line}", soft_wrap=True)
 
 
 def _strip(study: ComparedStudy, low: float, high: float) -> str:
@@ -246,14 +240,13 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
     has_bars = width >= 60 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen the numbers come first
     values = [trial.value for trial in rows if trial.value is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"{len(rows)} of {len(trials)} trials" if len(rows) < len(trials) else None
-    )
+    table = make_table(title=f"{len(rows)} of {len(trials)} trials" if len(rows) < len(trials) else None)
     table.add_column("", no_wrap=True)
     for key in keys:
-        width = max(len(number_text(trial.params.get(key, ""))) for trial in rows)
-        table.add_column("learning rate" if key == "lr" else key, justify="right", min_width=width)
-    table.add_column(study.spec.metric, justify="right", min_width=6)
+        longest = max(len(one_line(number_text(trial.params.get(key, "")))) for trial in rows)
+        title = "learning rate" if key == "lr" else key
+        table.add_column(title, justify="right", overflow="fold", min_width=min(longest, MAX_MIN_WIDTH))
+    table.add_column(study.spec.metric, justify="right", overflow="fold", min_width=6)
     if has_bars:
         table.add_column("", width=BAR_WIDTH)
     table.add_column("state", overflow="fold")
@@ -274,8 +267,8 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
             *(number_text(trial.params[key]) if key in trial.params else "" for key in keys),
             "" if trial.value is None else value_text(trial.value, study),
             *([bar] if has_bars else []),
-            Text(
-                trial.state if trial.state in ("complete", "waiting") else f"{trial.state}: {trial.reason}", style=style
+            styled(
+                (trial.state if trial.state in ("complete", "waiting") else f"{trial.state}: {trial.reason}", style)
             ),
             str(len(trial.epochs)),
             str(trial.number),
@@ -293,7 +286,7 @@ def _live_view(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableT
     )
     running = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("trial", "values", "device", "epoch", "train loss", study.spec.metric, "time left"):
-        running.add_column(column, justify="left" if column in ("values", "device") else "right")
+        running.add_column(column, overflow="fold", justify="left" if column in ("values", "device") else "right")
     for trial in trials:
         if trial.state == "running":
             running.add_row(
@@ -305,13 +298,13 @@ def _live_view(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableT
                 _last(trial, study.spec.metric, "{:.4f}"),
                 _time_left(study, trial),
             )
-    parts: list[RenderableType] = [bar, running if running.row_count else Text("starting workers ...", style="dim")]
+    parts: list[RenderableType] = [bar, running if running.row_count else styled(("starting workers ...", "dim"))]
     if (found := best_trial(study, trials)) is not None and found.value is not None:
         value = f"{study.spec.metric} {value_text(found.value, study)}"
-        parts.append(Text(f"best so far: {params_text(found.params)}, {value}, trial {found.number}"))
+        parts.append(f"best so far: {params_text(found.params)}, {value}, trial {found.number}")
     where = find_peak(study, trials)
     if where is not None and where.fitted:
-        parts.append(Text(peak_text(where.lr, where.epochs)))
+        parts.append(peak_text(where.lr, where.epochs))
     return Group(*parts)
 
 
@@ -334,27 +327,24 @@ def _ended_line(study: StudyRecord, trial: TrialRecord) -> Text:
     value = "" if trial.value is None else f", {study.spec.metric} {value_text(trial.value, study)}"
     if trial.kind == "test" and trial.state == "complete":
         value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}')}"
-    text = Text(f"trial {trial.number} ")
-    text.append(trial.state, style=STYLES[trial.state])
-    text.append(f": {params_text(trial.params)}{value}, {trial.reason}, {seconds}")
-    return text
-
-
-def _epoch_line(trial: TrialRecord) -> str:
-    metrics = "  ".join(
-        f"{name} {_last(trial, name, '{:.4g}')}"
-        for name in trial.curves
-        if name not in ("lr", "seconds", "train_accuracy")
+    return styled(
+        f"trial {trial.number} ",
+        (trial.state, STYLES[trial.state]),
+        f": {params_text(trial.params)}{value}, {trial.reason}, {seconds}",
     )
+
+
+def _epoch_line(study: StudyRecord, trial: TrialRecord) -> str:
+    left_out = (
+        () if study.spec.objective else ("lr", "seconds", "train_accuracy")
+    )  # our engines' own; a loop's are all shown
+    metrics = "  ".join(f"{name} {_last(trial, name, '{:.4g}')}" for name in trial.curves if name not in left_out)
     return f"trial {trial.number} epoch {trial.epochs[-1]}: {metrics}"
 
 
 def _counts(trials: Sequence[TrialRecord]) -> Text:
-    text = Text()
-    for state in ENDED:
-        if count := sum(trial.state == state for trial in trials):
-            text.append(f"{count} {state}  ", style=STYLES[state])
-    return text
+    counts = {state: sum(trial.state == state for trial in trials) for state in ENDED}
+    return styled(*((f"{count} {state}  ", STYLES[state]) for state, count in counts.items() if count))
 
 
 def _time_left(study: StudyRecord, trial: TrialRecord) -> str:
@@ -376,11 +366,3 @@ def _last(trial: TrialRecord, name: str, form: str) -> str:
 
 def _sort_key(value: Any) -> tuple[int, Any]:
     return (2, "") if value is None else (1, value) if isinstance(value, str) else (0, value)
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a plain table."""
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*map(str, row))
-    make_console().print(table)

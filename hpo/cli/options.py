@@ -1,9 +1,8 @@
-"""What several commands share: options, the executor that options describe, command lines to copy, JSON."""
+"""What several commands share: options, the executor that options describe, command lines to copy."""
 
 from __future__ import annotations
 
 import functools
-import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -223,8 +222,3 @@ def repeated(option: str, values: Iterable[str]) -> list[str]:
 def command_line(*arguments: str) -> str:
     """Return the command line `hpo ARGUMENTS`, quoted for a shell."""
     return shlex.join(["hpo", *arguments])
-
-
-def print_json(value: Any) -> None:
-    """Print a value as indented JSON; it must hold no number that is not finite."""
-    click.echo(json.dumps(value, indent=2, allow_nan=False))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from hpo.cli.options import json_option, print_json, storage_option
+from hpo.cli.options import json_option, storage_option
+from hpo.cli.writer import print_json, say, say_lines
 
 STATES = ("waiting", "running", "complete", "pruned", "diverged", "failed")
 
@@ -19,7 +20,7 @@ def list_command(as_json: bool, storage: str | None) -> None:
     hpo list --json
     """
     from hpo.api import reading
-    from hpo.cli.display import print_table
+    from hpo.cli.console import print_table
 
     found = reading.studies(storage=storage)
     if as_json:
@@ -43,23 +44,24 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     """
     from hpo.analysis.text import cell_text, params_text, peak_text
     from hpo.api import reading
-    from hpo.cli.display import print_table
+    from hpo.cli.console import print_table
 
     found = reading.status(study, storage=storage)
     if as_json:
         print_json(found)
         return
     counts = ", ".join(f"{found['trials'][state]} {state}" for state in STATES if state in found["trials"])
-    click.echo(f"study {study}: {counts}")
+    say(f"study {study}: {counts}")
     if found["stop"]:
-        click.echo(f"stopped ({found['stop_reason']}); go on with: hpo resume {study}")
+        reason, *traceback = str(found["stop_reason"]).split("\n")
+        say_lines("\n".join([f"stopped ({reason}); go on with: hpo resume {study}", *traceback]))
     if found["best"]:
         best = found["best"]
         if best["confirmation"]:
-            click.echo(f"confirmed: {params_text(best['recommended'])}, value {best['confirmation']['value']:.4f}")
-        click.echo(f"best so far: {params_text(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
+            say(f"confirmed: {params_text(best['recommended'])}, value {best['confirmation']['value']:.4f}")
+        say(f"best so far: {params_text(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
     if found["peak"] and found["peak"]["fitted"] and found["trials"].keys() & {"waiting", "running"}:
-        click.echo(peak_text(found["peak"]["lr"], found["peak"]["epochs"]))
+        say(peak_text(found["peak"]["lr"], found["peak"]["epochs"]))
     if found["workers"]:
         columns = ["host", "pid", "device", "trial", "epoch", "seen_s"]
         print_table(
@@ -71,9 +73,9 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
             ),
         )
     else:
-        click.echo("no workers")
+        say("no workers")
     for failed in found["failed_devices"]:
-        click.echo(f"failed device: {failed['device']} of {failed['host']} ({failed['failures']}x): {failed['reason']}")
+        say(f"failed device: {failed['device']} of {failed['host']} ({failed['failures']}x): {failed['reason']}")
 
 
 @click.command("trials", short_help="List the trials of a study.")
@@ -88,7 +90,7 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     """
     from hpo.analysis.text import cell_text, params_text
     from hpo.api import reading
-    from hpo.cli.display import print_table
+    from hpo.cli.console import print_table
 
     found = reading.trials(study, storage=storage)
     if as_json:
@@ -132,7 +134,7 @@ def best_command(study: str, as_json: bool, storage: str | None) -> None:
         return
     _, record = stores.open_study(study, storage=storage)
     for line in answer_lines(record, found):
-        click.echo(line)
+        say(line)
 
 
 @click.command("compare", short_help="Compare studies side by side.")
@@ -175,7 +177,7 @@ def report_command(study: str, output: str | None, form: str | None, figure: str
     """
     from hpo.api import exporting
 
-    click.echo(f"wrote {exporting.write_report(study, output, form=form, figure=figure, storage=storage)}")
+    say(f"wrote {exporting.write_report(study, output, form=form, figure=figure, storage=storage)}")
 
 
 @click.command("export", short_help="Export the best trial.")
@@ -191,7 +193,7 @@ def export_command(study: str, output: str, storage: str | None) -> None:
     from hpo.api import exporting
 
     exporting.write_export(study, output, storage=storage)
-    click.echo(f"wrote {output}")
+    say(f"wrote {output}")
 
 
 READING_COMMANDS = (

@@ -7,7 +7,8 @@ import sys
 
 import click
 
-from hpo.cli.options import json_option, print_json, refuse_password, storage_option
+from hpo.cli.options import json_option, refuse_password, storage_option
+from hpo.cli.writer import print_json, say
 from hpo.errors import UserError
 
 
@@ -21,16 +22,15 @@ def copy_command(study: str, to: str, storage: str | None) -> None:
     \b
     hpo copy quickstart --to postgresql+psycopg://hpo@database/hpo
     """
-    from rich.progress import Progress
-
     from hpo.api import stores
+    from hpo.cli.console import make_progress
 
-    with Progress(transient=True) as progress:
+    with make_progress() as progress:
         task = progress.add_task("copying trials", total=None)
         url = stores.copy(
             study, to=to, storage=storage, progress=lambda done, of: progress.update(task, completed=done, total=of)
         )
-    click.echo(f"copied to {url}; go on there with: hpo resume {study} --storage {shlex.quote(to)}")
+    say(f"copied to {url}; go on there with: hpo resume {study} --storage {shlex.quote(to)}")
 
 
 @click.command("delete", short_help="Delete a study.")
@@ -50,7 +50,7 @@ def delete_command(study: str, yes: bool, storage: str | None) -> None:
             raise UserError("hpo delete needs --yes where nobody can be asked")
         click.confirm(f"delete study {study} with its trials, logs and checkpoints?", abort=True)
     stores.delete(study, storage=storage)
-    click.echo(f"deleted study {study}")
+    say(f"deleted study {study}")
 
 
 @click.group("storage", short_help="Upgrade or check a store.")
@@ -70,7 +70,7 @@ def storage_upgrade_command(storage: str | None) -> None:
     from hpo.api import stores
 
     for line in stores.upgrade_storage(storage=storage):
-        click.echo(line)
+        say(line)
 
 
 @storage_command.command("check", short_help="Check a store for problems.")
@@ -81,10 +81,10 @@ def storage_check_command(storage: str | None) -> None:
 
     lines, problems = stores.check_storage(storage=storage)
     for line in [*lines, *problems]:
-        click.echo(line)
+        say(line)
     if problems:
         sys.exit(1)
-    click.echo("no problem found")
+    say("no problem found")
 
 
 @click.command("dashboard", short_help="Show a store in the browser.")
@@ -125,15 +125,15 @@ def dashboard_command(
         else:
             password = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
         logins.add_login(Path(auth_file), add_user, password)
-        click.echo(f"{auth_file}: {add_user} can log in; a dashboard that runs already must be started again")
+        say(f"{auth_file}: {add_user} can log in; a dashboard that runs already must be started again")
         return
 
     from hpo.store.store import Store
 
     def ready(url: str) -> None:
-        click.echo(f"dashboard: {url} (Ctrl-C ends it)")
+        say(f"dashboard: {url} (Ctrl-C ends it)")
         if auth_file is not None:
-            click.echo(f"log in as in {auth_file}; the password travels unencrypted, unless a TLS proxy is in front")
+            say(f"log in as in {auth_file}; the password travels unencrypted, unless a TLS proxy is in front")
 
     dashboard.serve_dashboard(
         Store(stores.storage_url(storage)).storage,
@@ -164,9 +164,9 @@ def doctor_command(as_json: bool, storage: str | None) -> None:
         return
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
-        click.echo(f"{finding.subject:<{width}}  {finding.found}")
+        say(f"{finding.subject:<{width}}  {finding.found}")
         if finding.advice:
-            click.echo(f"{'':<{width}}  -> {finding.advice}")
+            say(f"{'':<{width}}  -> {finding.advice}")
 
 
 STORE_COMMANDS = (copy_command, delete_command, storage_command, dashboard_command, doctor_command)

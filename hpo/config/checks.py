@@ -39,6 +39,7 @@ from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
 from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 MAX_GRID = 10**6
+MAX_LISTED = 10**6  # values of a range, in a sampler's memory
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 REFERENCE_PATTERN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
@@ -66,6 +67,7 @@ def joined_options(section: str, extra: Mapping[str, Any], names: Collection[str
 def check_search(search: SearchSpec) -> None:
     """Refuse a space that its sampler cannot search, and points to try first that are not in it."""
     _check_sampler(search)
+    _check_listed_values(search)
     _check_cases(search)
     _check_grid_size(search)
     for index in range(len(search.try_first)):
@@ -95,6 +97,16 @@ def _check_sampler(search: SearchSpec) -> None:
             f"search.sampler {name!r} needs at least {SAMPLERS[name].min_ranges} ranges in search.space, "
             f"got {len(ranges)} ({', '.join(ranges) or 'none'})"
         )
+
+
+def _check_listed_values(search: SearchSpec) -> None:
+    """Refuse ranges of more values than a sampler that lists them all has room for."""
+    for key, parameter in search.parameters.items() if SAMPLERS[search.sampler].lists_values else ():
+        if isinstance(parameter, Range) and MAX_LISTED < parameter.num_values < math.inf:
+            raise UserError(
+                f"search.space.{key} must have at most {MAX_LISTED:,} values for sampler {search.sampler!r}, "
+                f"got {parameter.num_values:,}"
+            )
 
 
 def _check_cases(search: SearchSpec) -> None:

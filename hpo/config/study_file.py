@@ -9,8 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import UserError, one_line
+from hpo.errors import UserError
 from hpo.system.files import read_text
+from hpo.system.readable import one_line
+
+MAX_DEPTH = 64  # of tables and lists within each other
 
 
 def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -25,7 +28,20 @@ def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
         raise UserError(f"the study file {path} is nested too deeply") from None
     for override in overrides:
         apply_override(settings, override)
+    _check_values(settings, source=str(path))
     return settings
+
+
+def _check_values(value: Any, *, source: str, key: str = "", depth: int = 0) -> None:
+    """Refuse what no setting can be and all code would have to expect: deep nesting, integers beyond 64 bits."""
+    if depth > MAX_DEPTH:
+        raise UserError(one_line(f"{key} is nested more than {MAX_DEPTH} levels deep ({source})"))
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise UserError(one_line(f"{key} must be an integer of at most 64 bits ({source})"))
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        _check_values(inner, source=source, key=f"{key}.{name}" if key else name, depth=depth + 1)
+    for inner in value if isinstance(value, list) else ():
+        _check_values(inner, source=source, key=key, depth=depth + 1)
 
 
 def expand_compare(settings: Mapping[str, Any], *, source: str) -> list[dict[str, Any]]:

@@ -29,9 +29,10 @@ from hpo.config.sections import (
     ObjectiveSpec,
 )
 from hpo.config.trial_settings import CONFIGS, extreme_points, unread_keys, with_values
-from hpo.errors import UserError, check_keys, one_line
+from hpo.errors import UserError, check_keys
 from hpo.search.config import PrunerSpec, SearchSpec, Section
 from hpo.search.space import Scalar
+from hpo.system.readable import one_line
 from hpo.train.config import TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
 
 

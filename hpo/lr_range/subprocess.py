@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hpo.errors import StudyStopped, UserError
 from hpo.system.devices import Device, torch_device, worker_environment
 from hpo.system.processes import SAFE_PATH
+from hpo.system.readable import prepare_output
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.imports import ImportAllowlist, open_allowlists
 
@@ -45,7 +46,8 @@ def range_test_in_subprocess(
         env={**os.environ, **worker_environment(device, threads=threads)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -96,4 +98,5 @@ def _send(message: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
+    prepare_output(encoding="utf-8")
     run_task()

@@ -19,6 +19,7 @@ from hpo.analysis.text import cell_text, interval_text, number_text, rate_text, 
 from hpo.report.figures.style import THEMES, line_colours
 from hpo.report.study_report import MAX_LISTED_TRIALS, StudyReport, provenance_rows, spec_toml, trial_table
 from hpo.study.records import StudyRecord
+from hpo.system.readable import one_line, visible
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -52,7 +53,7 @@ def render_html(report: StudyReport, _figure: str) -> bytes:
         style=_resource("report.css"),
         data=_embeddable_json(_script_data(report)),
     )
-    return page.encode()
+    return page.encode(errors="backslashreplace")  # half characters are left in the JSON alone, which reads this
 
 
 # The data of the page's script
@@ -154,7 +155,16 @@ def _plotly_js() -> str:
 
 def _template(name: str) -> Template:
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup, escape
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
     environment.globals.update(symbols=SYMBOLS, number=number_text)
+    environment.filters["lines"] = lambda text: Markup(escape(visible(text)))
     return environment.from_string(_resource(name))
+
+
+def _shown(value: Any) -> Any:
+    """Return a value as the page shows it: what is no markup yet on one line, without control characters."""
+    return one_line(value) if isinstance(value, str) and not hasattr(value, "__html__") else value

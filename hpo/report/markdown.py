@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from hpo.report.output_file import REPORT_MARK
 from hpo.report.study_report import MAX_LISTED_TRIALS, StudyReport, provenance_rows, spec_toml, trial_table
+from hpo.system.readable import one_line, visible
+
+# What Markdown gives a meaning, also GitHub's and optuna-dashboard's; an underscore within a word has none.
+SPECIAL = r"[\\`*\[\]<>|&~$#]|(?<!\w)_|_(?!\w)"
 
 
 def render_markdown(report: StudyReport, _figure: str) -> bytes:
@@ -21,7 +26,9 @@ def render_markdown(report: StudyReport, _figure: str) -> bytes:
     lines += [_markdown_row([cell.text for cell in row.cells]) for row in rows[:MAX_LISTED_TRIALS]]
     lines += ["", "## How it was made", ""]
     lines += [f"- {what}: {escape_markdown(how)}" for what, how in provenance_rows(report)]
-    lines += ["", "```toml", spec_toml(report.study).strip().replace("```", "'''"), "```", ""]
+    toml = visible(spec_toml(report.study)).strip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", toml)), default=0))  # longer than any in the text
+    lines += ["", f"{fence}toml", toml, fence, ""]
     return "\n".join(lines).encode()
 
 
@@ -39,7 +46,4 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def escape_markdown(text: str) -> str:
     """Return the text on one line, escaped so that Markdown shows it as it is."""
-    text = " ".join(text.split())
-    for character in "\\`*[]<>|":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return re.sub(SPECIAL, r"\\\g<0>", one_line(text))

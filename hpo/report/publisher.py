@@ -31,7 +31,7 @@ def publish_report(store: Store, report: StudyReport) -> None:
         STORE_ERRORS: The store cannot be written.
     """
     from hpo.report.figures.table import FIGURES
-    from hpo.report.markdown import markdown_answer
+    from hpo.report.markdown import escape_markdown, markdown_answer
 
     figures: dict[str, str | None] = dict.fromkeys(FIGURES)
     for drawn in report.figures:
@@ -40,8 +40,8 @@ def publish_report(store: Store, report: StudyReport) -> None:
         if len(text) <= MAX_FIGURE_CHARACTERS:
             figures[drawn.name] = text
     note = [*markdown_answer(report), ""]
-    note += [f"**{drawn.title}.** {drawn.caption}\n" for drawn in report.figures]
-    note += [f"All of it as one page: `hpo report {report.study.name}`"]
+    note += [f"**{drawn.title}.** {escape_markdown(drawn.caption)}\n" for drawn in report.figures]
+    note += [f"All of it as one page: hpo report {escape_markdown(report.study.name)}"]
     store.studies.show(report.study, figures, note="\n".join(note))
 
 

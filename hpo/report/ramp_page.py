@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ def write_ramp_page(tests: Sequence[Mapping[str, Any]], output: str | Path, *, t
         UserError: The file cannot be written.
     """
     from hpo.report.figures.range_test import draw_ramps
+    from hpo.report.figures.style import escape_plotly
 
     figure = draw_ramps(tests)
-    figure.update_layout(title={"text": escape(title)}, paper_bgcolor="white", plot_bgcolor="white")
+    figure.update_layout(title={"text": escape_plotly(title)}, paper_bgcolor="white", plot_bgcolor="white")
     try:
         figure.write_html(str(output), include_plotlyjs=True)
     except OSError as error:

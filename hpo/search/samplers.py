@@ -49,6 +49,7 @@ class SamplerEntry:
     build: Callable[[int, int, SearchSettings], BaseSampler]
     takes_cases: bool = False  # can search a parameter that depends on another one
     min_ranges: int = 0
+    lists_values: bool = False  # makes a list of all values of a range of integers, or with steps
     has_counter: bool = False  # keeps a counter in the study, which one trial at a time may read and write
     begins_spread: bool = False  # learns from its first trials, which are spread over the space
     study_view: Callable[[], type[optuna.Study]] = _search_study  # how the sampler sees the trials before
@@ -105,7 +106,7 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "random": SamplerEntry(_random, takes_cases=True),
     "tpe": SamplerEntry(_tpe, takes_cases=True, begins_spread=True, study_view=_reports_study),
     "qmc": SamplerEntry(_qmc, has_counter=True),
-    "gp": SamplerEntry(_gp, begins_spread=True, study_view=_values_study),
+    "gp": SamplerEntry(_gp, lists_values=True, begins_spread=True, study_view=_values_study),
     "cmaes": SamplerEntry(_cmaes, min_ranges=2, study_view=_values_study),
 }
 

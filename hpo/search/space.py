@@ -17,6 +17,7 @@ from hpo.train.config import Doc
 Scalar = str | bool | int | float
 
 MAX_POINTS = 10_000  # of one range in a grid
+MAX_VALUES = 10**9  # of a range with steps; Optuna counts them in decimals of 28 digits
 AUTO = "auto"  # in place of the learning rate's range: a range test finds it
 
 
@@ -34,6 +35,12 @@ class Range:
     def num_points(self) -> int:
         """The number of values in a grid, before integers that fall together are counted once."""
         return self.points or 0 if self.step is None else self._num_steps(self.step)
+
+    @property
+    def num_values(self) -> float:
+        """The number of values that the range holds; infinite for floats without a step."""
+        step = self.step or (1 if self.is_integer else None)
+        return math.inf if step is None else self._num_steps(step)
 
     @property
     def is_integer(self) -> bool:
@@ -269,8 +276,11 @@ def _parse_range(setting: str, value: dict[str, Any], *, grid: bool) -> Range:
     _check_bounds(setting, low, high, log=log)
     if step is not None and (log or step <= 0):
         raise UserError(f"{setting}.step must be greater than 0 and not on a log scale, got {step}")
-    if step is not None and not _is_finite_number((high - low) / step):
-        raise UserError(f"{setting}.step must not be so small beside {setting}.high - {setting}.low, got {step}")
+    if step is not None and (high - low) / step >= MAX_VALUES:
+        raise UserError(
+            f"{setting}.step must not be so small beside {setting}.high - {setting}.low that there are more than "
+            f"{MAX_VALUES:,} values, got {step}"
+        )
     _check_points(setting, value.get("points"), has_step=step is not None, grid=grid)
     parsed = Range(low=low, high=high, log=log, step=step, points=value.get("points"))
     if grid and parsed.num_points > MAX_POINTS:

@@ -183,14 +183,15 @@ def read_trial(
 def trial_as_dict(trial: TrialRecord) -> dict[str, Any]:
     """Return a trial as plain data: what `hpo trials --json` prints.
 
-    `curves` has all that the trial reported. The curves are also keys of the trial itself, as far as it has no key of
-    its own by their names, and `train_loss` and `val_accuracy` always are.
+    `curves` has all that the trial reported, whatever its name. The curves are also keys of the trial itself, as far as
+    it has no key of its own by their names, and `train_loss` and `val_accuracy` always are.
     """
     curves = {name: list(values) for name, values in trial.curves.items()}
     return {
         "train_loss": [],
         "val_accuracy": [],
         **curves,
+        **{key: value for key, value in trial.attributes.items() if key != "ended"},
         "number": trial.number,
         "kind": trial.kind,
         "state": trial.state,
@@ -201,7 +202,6 @@ def trial_as_dict(trial: TrialRecord) -> dict[str, Any]:
         "curves": curves,
         "reason": trial.reason,
         "error": trial.error,
-        **{key: value for key, value in trial.attributes.items() if key not in ("ended", "kind", "curves")},
         "attempts": [_attempt_as_dict(attempt) for attempt in trial.attempts],
         "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
     }

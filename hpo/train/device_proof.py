@@ -17,6 +17,7 @@ from typing import Self
 from hpo.errors import UserError
 from hpo.system.devices import Device, torch_device, worker_environment
 from hpo.system.processes import SAFE_PATH
+from hpo.system.readable import prepare_output
 from hpo.train.config import TrainingConfig
 
 PROOF_S = 120.0  # how long a proof may take with its imports; a device that takes longer hangs
@@ -87,7 +88,7 @@ class DeviceProof:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
         )
@@ -146,6 +147,7 @@ def _run() -> int:
 
 
 if __name__ == "__main__":
+    prepare_output(encoding="utf-8")
     exit_code = _run()
     sys.stdout.flush()
     os._exit(exit_code)  # a driver that fails at the end of a process must not turn the result over

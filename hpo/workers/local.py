@@ -236,6 +236,6 @@ class LocalWorker:
 
     def describe_end(self) -> str:
         """Return how the last process ended, with the end of its log."""
-        tail = self._log.read_text(errors="replace")[-3000:]
+        tail = self._log.read_text(encoding="utf-8", errors="replace")[-3000:]
         end = describe_exit_code(self._worker.exit_code or 0)
         return f"{end}; the end of its log, {self._log}:\n{tail}"

@@ -31,6 +31,7 @@ from hpo.errors import StudyStopped, UserError
 from hpo.study.processes import Process
 from hpo.system.devices import Device, choose_devices, torch_device
 from hpo.system.processes import machine_id
+from hpo.system.readable import visible
 from hpo.train.imports import ImportAllowlist
 from hpo.workers.stages import add_due_trials
 from hpo.workers.worker_handle import EXIT_NO_DEVICE, WorkerProcess, WorkerTask, describe_exit_code
@@ -284,7 +285,7 @@ class StudyController:
         except BaseException:
             self._problem = f"the study's supervisor failed:\n{traceback.format_exc()}"
         if self._problem is not None:
-            print(self._problem, flush=True)  # to its log, for those who were not watching
+            print(visible(self._problem), flush=True)  # to its log, for those who were not watching
         self._ended.set()
         if self._request.publishes:  # it is detached, so nobody else ends it
             time.sleep(LINGER_S)

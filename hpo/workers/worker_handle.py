@@ -99,7 +99,7 @@ class WorkerProcess:
         found = b""
         while select.select([self._proof], [], [], max(0.0, self._deadline_s - time.monotonic()))[0]:
             if not (part := os.read(self._proof, 4096)):
-                return found.decode() or None
+                return found.decode(errors="replace") or None
             found += part
         return f"it has computed nothing in {PROOF_S:g} s"
 

@@ -19,6 +19,7 @@ from hpo.errors import StudyStopped, UserError
 from hpo.store.database import Unreachable
 from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
 from hpo.store.store import Store
+from hpo.system.readable import ReadableFormatter, prepare_output
 from hpo.workers.worker import Worker
 from hpo.workers.worker_device import DeviceFailed, WorkerDevice
 from hpo.workers.worker_handle import (
@@ -64,7 +65,7 @@ def run_worker_process() -> None:
     sys.addaudithook(partial(_refuse_signals_to_itself, os.getpid()))
     # Processes that the user's code forks must die of SIGTERM: multiprocessing sends it to its own and waits for them.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _set_up_log()
     store = _open_once_up(task.storage, until=stop.is_set)
     study = store.studies.get(task.study)
     allowed = allowed_for(study.spec, task.allowed)
@@ -164,7 +165,7 @@ def _wait_to_begin(task: WorkerTask, pipe: int) -> None:
         WorkerDevice(task.device, torch_device=task.torch_device, precisions=task.precisions).prove()
     except DeviceFailed as failure:
         with suppress(BrokenPipeError):  # the supervisor has begun without it: the next process says why
-            os.write(pipe, failure.reason.encode())
+            os.write(pipe, failure.reason.encode(errors="backslashreplace"))
         os._exit(EXIT_RESTART)
     os.close(pipe)
     path = b""
@@ -176,6 +177,19 @@ def _wait_to_begin(task: WorkerTask, pipe: int) -> None:
     for output in (1, 2):
         os.dup2(log, output)
     os.close(log)
+
+
+def _set_up_log() -> None:
+    """Write what this process and its libraries have to say to standard error, its log, without control characters."""
+    import optuna
+
+    prepare_output(encoding="utf-8")
+    handler = logging.StreamHandler()
+    handler.setFormatter(ReadableFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
+    optuna.logging.disable_default_handler()
+    optuna.logging.enable_propagation()
 
 
 def _run_to_exit_code(worker: Worker) -> int:

@@ -10,11 +10,11 @@ import io
 import re
 from pathlib import Path
 
-from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from hpo.analysis.answer import find_best
 from hpo.api.stores import storage_url
+from hpo.cli.console import PlainConsole
 from hpo.cli.display import heading, print_answer
 from hpo.store.store import Store
 
@@ -31,7 +31,7 @@ def main() -> None:
     trials = store.trials.get_all(study)
     found = find_best(study, trials)
     assert found is not None, "the study has no complete trial"
-    console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
+    console = PlainConsole(record=True, width=118, file=io.StringIO(), force_terminal=True)
     console.print(heading(study))
     print_answer(console, study, trials, found, next_steps=[])
     svg = console.export_svg(title=f"hpo run studies/{arguments.study}.toml", theme=MONOKAI)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from hpo.api import reading, running
-from hpo.cli.display import LiveDisplay, make_console
+from hpo.cli.console import make_console
+from hpo.cli.display import LiveDisplay
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
 from hpo.store.store import Store

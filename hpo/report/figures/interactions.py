@@ -76,7 +76,8 @@ def _add_legend(figure: go.Figure) -> None:
 def interactions_caption(data: FigureData) -> str:
     """Return which parameters are drawn, and the values of the best trial."""
     first, others = _ranked_parameters(data)
-    caption = f"{_axis_name(first)} against {', '.join(others[:MAX_INTERACTIONS])}"
+    subject = "learning rate" if first == "lr" else first
+    caption = f"{subject} against {', '.join(others[:MAX_INTERACTIONS])}"
     if data.best is not None:
         caption += f"; the best trial has {params_text(data.best.params)}"
     if len(others) > MAX_INTERACTIONS:

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from plotly.colors import sample_colorscale
 
+from hpo.system.readable import one_line
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, GREEN, ORANGE, VERMILLION, PURPLE, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#808080"
 NUM_COLOURS = 16  # by which lines tell learning rates apart
+PLOTLY_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "%": "&#37;"})
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,11 @@ def rate_axis(**settings: Any) -> dict[str, Any]:
 
 
 def escape_plotly(text: object) -> str:
-    """Return the text so that Plotly shows it as it is: in any text it reads a few tags, links among them."""
-    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Return the text so that Plotly shows it as it is.
+
+    In any text Plotly reads a few tags, links among them, and formulas; in the texts under the pointer variables, too.
+    """
+    return one_line(str(text)).translate(PLOTLY_ENTITIES)
 
 
 def shares_text(counts: Mapping[str, float]) -> str:

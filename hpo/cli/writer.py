@@ -1,0 +1,28 @@
+"""What the commands write: every text as it is, with control characters as escapes, whatever a store holds.
+
+No other module of the command line prints; what rich draws goes through `hpo.cli.console`. `click.echo` would write
+UTF-8 to a terminal that asks for ASCII.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from hpo.system.readable import one_line, visible
+
+
+def say(text: str) -> None:
+    """Print a text on one line."""
+    print(one_line(text), flush=True)
+
+
+def say_lines(text: str, *, is_error: bool = False) -> None:
+    """Print a text of several lines, those after its first indented: none can pass for another message of ours."""
+    print(visible(text).replace("\n", "\n  "), file=sys.stderr if is_error else sys.stdout, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON; it must hold no number that is not finite."""
+    print(json.dumps(value, indent=2, allow_nan=False), flush=True)
