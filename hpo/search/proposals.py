@@ -23,10 +23,21 @@ def fixed_values(spec: SearchSettings) -> list[dict[str, Scalar]]:
     """Return the values of each trial that are fixed before it is claimed: all for a grid, none where it is sampled."""
     if spec.search.sampler == "grid":
         return spec.search.grid
-    first = spec.search.try_first
+    first = [_as_listed(spec, point) for point in spec.search.try_first]
     if SAMPLERS[spec.search.sampler].begins_spread:
         first = first + _spread_points(spec, max(0, num_startup(spec) - len(first)))
     return first + [{} for _ in range(spec.num_trials - len(first))]
+
+
+def _as_listed(spec: SearchSettings, point: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return the point with the values of lists as the lists have them: 32.0 is a batch size of 32."""
+    listed = {}
+    for key, value in point.items():
+        parameter = spec.search.parameters[key]
+        case = parameter.cases[str(point[parameter.by])] if isinstance(parameter, Conditional) else parameter
+        values = case.values if isinstance(case, Categorical) else (value,)
+        listed[key] = next((known for known in values if known == value), value)
+    return listed
 
 
 def _spread_points(spec: SearchSettings, count: int) -> list[dict[str, Scalar]]:

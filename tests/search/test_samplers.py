@@ -253,6 +253,13 @@ def test_what_is_to_be_tried_first_is_tried_first_and_the_rest_of_it_sampled(tmp
     assert 1e-6 <= drawn[1]["weight_decay"] <= 1e-2
 
 
+def test_a_value_to_try_first_is_the_one_of_the_list() -> None:
+    space = {"lr": [0.1], "batch_size": [16, 32]}
+    search = {"sampler": "tpe", "trials": 3, "space": space, "try_first": [{"batch_size": 32.0}]}
+    (value,) = proposals.fixed_values(StudySpec.from_dict({"name": "s", "search": search}))[0].values()
+    assert (value, type(value)) == (32, int)
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 def test_a_sampler_that_learns_begins_with_points_that_leave_no_gap(sampler: str) -> None:
     space = {

@@ -20,10 +20,11 @@ from hpo.store.ledger import MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS
 from hpo.store.store import Store
 from hpo.store.workers import MAX_DEVICE_FAILURES
 from hpo.study.records import DeviceFailures, TrialRecord
-from hpo.system.devices import Device
+from hpo.system.devices import Device, worker_environment
 from hpo.train.imports import ImportAllowlist
 from hpo.workers.executors import InProcess, Local
 from hpo.workers.local import InProcessLauncher, LocalLauncher
+from hpo.workers.worker_handle import WorkerTask
 from tests.rows import slow_except
 from tests.workers.sick_gpu import needs_no_gpu, tells_why, write_sick_gpu
 
@@ -372,6 +373,29 @@ def test_a_range_test_has_a_gpu_to_itself(
         launcher.start_early()
         wait_for(lambda: len(hpo.worker_pids()) == 2)
         assert launcher.call(lambda: len(hpo.worker_pids()), on_device=True) == (2 if are_kept else 0)
+
+
+@pytest.mark.parametrize(
+    ("executor", "threads"), [(Local("cpu", workers=2), 3), (Local("cpu", workers=2, threads=5), 5)]
+)
+def test_every_worker_has_the_threads_that_were_asked_for(
+    executor: Local, threads: int, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    class Process:
+        def __init__(self, task: WorkerTask, device: Device) -> None:
+            started.append(task.threads)
+            assert worker_environment(device, threads=task.threads)["OMP_NUM_THREADS"] == str(threads)
+
+        def start_early(self) -> None:
+            pass
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr("hpo.workers.local.WorkerProcess", Process)
+    launcher = LocalLauncher(executor, make_spec(0.1, 0.2), allowed=ImportAllowlist(), url=parse_url("sqlite:///x.db"))
+    launcher.start_early()
+    assert started == [threads, threads]
 
 
 @needs_no_gpu

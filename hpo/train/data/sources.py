@@ -24,6 +24,9 @@ from hpo.train.data.images import LabeledImages
 from hpo.train.data.progress import ReadingProgress
 from hpo.train.seeding import GeneratorStates
 
+# So many bytes of images are kept in memory on a CPU however little is free. Trials that train as a stack need them
+# there, and whether they do must not change from run to run.
+SMALL_BYTES = 2**28
 MAX_FREE_MEMORY_FRACTION = 0.25  # of the device's free memory, that images may take with placement "auto"
 READING_BATCH_SIZE = 512  # images at a time where all are read once
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps it
@@ -215,6 +218,8 @@ def fits_on_device(config: DataConfig, *, num_bytes: int, device: torch.device) 
         return config.placement == "device"
     if device.type == "cuda":
         free_bytes = torch.cuda.mem_get_info(device)[0]
+    elif num_bytes <= SMALL_BYTES:
+        return True
     else:
         import psutil
 

@@ -18,7 +18,7 @@ from hpo.train.checkpoint import Checkpoint
 from hpo.train.config import TrialConfig
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import SplitDataset
-from hpo.train.data.sources import DeviceSource
+from hpo.train.data.sources import SMALL_BYTES, DeviceSource
 from hpo.train.engines.lane_state import evaluation_batch_size, initial_model
 from hpo.train.engines.stack import TrialStack
 from hpo.train.engines.stacked_network import NotStackable
@@ -61,6 +61,9 @@ def check_rule(config: TrialConfig, *, data: SplitDataset, device: torch.device,
     if not work.is_small:
         limits = f"{MAX_FLOPS / 1e6:g} MFLOP and {MAX_PARAMETERS:,} parameters"
         raise NotStackable(f"{work}, and trials at once gain up to {limits}")
+    num_bytes = (len(data.train) + len(data.val)) * data.channels * data.image_size**2
+    if num_bytes > SMALL_BYTES or not isinstance(data.train.source, DeviceSource):
+        raise NotStackable(f"its images are streamed, or take more than {SMALL_BYTES / 2**20:g} MiB")
     _check_digits(config, data=data, device=device, lanes=lanes)
     return str(work)
 
@@ -78,8 +81,6 @@ def _check_digits(config: TrialConfig, *, data: SplitDataset, device: torch.devi
 
     It trains an epoch of one whole batch and the last one, and validates a batch, in CHECKED_LANES.
     """
-    if not isinstance(data.train.source, DeviceSource):
-        raise NotStackable("its images are not on the device")
     batch_size = config.training.batch_size
     config = replace(config, training=replace(config.training, report_test_accuracy=False))
     small = replace(

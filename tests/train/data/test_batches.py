@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hpo.train.data import sources
 from hpo.train.data.batches import BatchLoader, flip_and_crop
 from hpo.train.data.sources import DeviceSource, batch_bounds
 from tests.train.data.datasets_under_test import epoch, load
@@ -89,6 +90,8 @@ def test_auto_placement_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
         return type(load().train.source).__name__
 
+    assert store(0) == "DeviceSource"  # so few that the memory that is free does not decide it
+    monkeypatch.setattr(sources, "SMALL_BYTES", 0)
     num_bytes = 1438 * 32 * 32
     assert store(num_bytes * 4 + 4) == "DeviceSource"
     assert store(num_bytes * 4) == "StreamSource"
