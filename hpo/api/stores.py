@@ -14,10 +14,10 @@ import fsspec
 from hpo.errors import UserError
 from hpo.store import database
 from hpo.store.copying import copy_study
-from hpo.store.database import parse_url
 from hpo.store.retry import STORE_ERRORS
 from hpo.store.schema import deleted_study_ids
 from hpo.store.store import Store
+from hpo.store.urls import parse_url
 from hpo.study.records import StudyRecord
 
 DEFAULT_STORAGE = "sqlite:///hpo.db"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from hpo.workers.executors import Executor, InProcess, Local, Ray
 
 def refuse_password(_context: click.Context, parameter: click.Parameter, url: str | None) -> str | None:
     """Refuse a URL with a password, which every process of the machine could read on the command line."""
-    if url and "@" in url and _has_password(url):
+    if url and re.search("[@?=]", url) and _may_hold_secret(url):
         raise UserError(
             f"{parameter.opts[0]} must not hold a password, which others could read in the list of processes; "
             "leave it out of the URL and give it in HPO_STORAGE_PASSWORD_FILE, PGPASSFILE or PGPASSWORD, "
@@ -24,14 +25,10 @@ def refuse_password(_context: click.Context, parameter: click.Parameter, url: st
     return url
 
 
-def _has_password(url: str) -> bool:
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
+def _may_hold_secret(url: str) -> bool:
+    from hpo.store.urls import may_hold_secret  # it loads SQLAlchemy
 
-    try:
-        return bool(make_url(url).password)
-    except (ArgumentError, ValueError):
-        return True  # SQLAlchemy cannot read it, so what stands before the @ may be a password
+    return may_hold_secret(url)
 
 
 def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,21 +12,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import BaseStorage, RDBStorage, get_storage
-from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, scoped_session
 
 from hpo.errors import UserError
 from hpo.store import schema
 from hpo.store.retry import STORE_ERRORS, RetryPolicy, StoreFailed, database_message
-from hpo.system.files import read_text
+from hpo.store.urls import POSTGRES, database_path
 
-POSTGRES = "postgresql+psycopg"
-PASSWORD_FILE = "HPO_STORAGE_PASSWORD_FILE"  # environment variable: a file with the password of a Postgres URL
 BUSY_TIMEOUT_S = 60.0  # how long a writer waits for SQLite's one write lock, unless the URL has `?timeout=`
 OPEN_TIMEOUT_S = 10.0  # the same while opening, where a lock held for longer is a mistake
 # For the threads that train, report, write checkpoints and renew leases: none must wait for another.
@@ -170,57 +167,6 @@ def exclude_others(connection: Connection) -> None:
     """Let no other transaction pass this point until the caller's has ended; SQLite's write lock does so already."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
-
-
-def parse_url(url: str) -> URL:
-    """Return the URL of a store, with an SQLite path made absolute and a Postgres password read from its file.
-
-    Raises:
-        UserError: The text is no URL of a store.
-    """
-    try:
-        parsed = make_url(url)
-    except (sa.exc.ArgumentError, ValueError):
-        raise UserError(
-            "--storage must be a URL such as sqlite:///hpo.db or postgresql+psycopg://user@host/database"
-            + (f", got {url!r}" if "@" not in url else "")
-        ) from None
-    if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
-        return _parse_sqlite(parsed, url)
-    if parsed.drivername == POSTGRES:
-        return _parse_postgres(parsed)
-    if parsed.drivername.startswith("postgres"):
-        raise UserError(f"--storage must name the driver, as {POSTGRES}://..., got {parsed}")
-    raise UserError(f"--storage must be an SQLite or Postgres URL (sqlite:///..., {POSTGRES}://...), got {parsed}")
-
-
-def _parse_sqlite(parsed: URL, url: str) -> URL:
-    if not parsed.database or parsed.database == ":memory:":
-        raise UserError(f"--storage must name a file, which workers can share, got {url!r}")
-    if parsed.database.startswith("file:"):
-        return parsed
-    return parsed.set(database=str(Path(parsed.database).expanduser().absolute()))
-
-
-def _parse_postgres(parsed: URL) -> URL:
-    if {"password", "passfile", "sslpassword"} & parsed.query.keys():
-        raise UserError(
-            f"--storage must not hold a password in its query; {PASSWORD_FILE}, PGPASSFILE and PGPASSWORD are read"
-        )
-    if not parsed.database:
-        raise UserError(f"--storage must name a database, as {POSTGRES}://user@host/database, got {parsed}")
-    path = os.environ.get(PASSWORD_FILE)
-    if not path or parsed.password:
-        return parsed
-    try:
-        return parsed.set(password=read_text(path).strip("\r\n"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{PASSWORD_FILE} must name a file that can be read, got {path!r}: {error}") from None
-
-
-def database_path(url: URL) -> Path | None:
-    """Return the file of an SQLite database, whose URL may hold a URI: sqlite:///file:/x/hpo.db?mode=ro&uri=true."""
-    return None if url.drivername == POSTGRES else Path((url.database or "").removeprefix("file:"))
 
 
 def open_storage(url: URL, *, create: bool) -> JoinedStorage:

@@ -15,11 +15,12 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import URL
 
 from hpo.store.copying import read_rows
-from hpo.store.database import CONNECTIONS_PER_WORKER, Database, JoinedStorage, database_path, open_storage, parse_url
+from hpo.store.database import CONNECTIONS_PER_WORKER, Database, JoinedStorage, open_storage
 from hpo.store.retry import RetryPolicy
 from hpo.store.schema import schema_version, slots_table
 from hpo.store.studies import Studies
 from hpo.store.trials import Trials
+from hpo.store.urls import database_path, parse_url
 from hpo.store.workers import Workers
 from hpo.study.records import StudyRecord
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
-from hpo.store.database import parse_url
+from hpo.store.urls import parse_url
 from hpo.train.imports import ImportAllowlist
 from hpo.workers.executors import Executor, InProcess, Local, Ray
 from hpo.workers.launcher import Launcher

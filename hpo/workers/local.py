@@ -14,8 +14,8 @@ from sqlalchemy.engine import URL
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
-from hpo.store.database import PASSWORD_FILE
 from hpo.store.store import Store
+from hpo.store.urls import PASSWORD_FILE
 from hpo.study.processes import Process
 from hpo.study.records import StudyRecord
 from hpo.system.devices import (

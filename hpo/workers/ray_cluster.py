@@ -25,8 +25,8 @@ from sqlalchemy.engine import URL
 from hpo._version import __version__
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
-from hpo.store.database import database_path
 from hpo.store.store import Store
+from hpo.store.urls import database_path
 from hpo.study.records import ENDED, StudyRecord
 from hpo.system import provenance
 from hpo.system.devices import choose_devices, num_cores

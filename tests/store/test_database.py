@@ -58,7 +58,7 @@ def test_any_file_name_will_do(tmp_path: Path, make_spec: MakeSpec, name: str) -
     ("given", "message"),
     [
         ("postgres", "must be a URL"),
-        ("mysql://user:secret@host/db", "must be an SQLite or Postgres URL .*got mysql://user:\\*\\*\\*@host/db"),
+        ("mysql://user:secret@host/db", "must be an SQLite or Postgres URL .*got mysql://\\*\\*\\*$"),
         ("postgresql://user:secret@host/db", r"must name the driver, as postgresql\+psycopg:.*user:\*\*\*@host/db"),
         ("postgresql+psycopg2://host/db", "must name the driver"),
         ("postgresql+psycopg://user@host", "must name a database"),

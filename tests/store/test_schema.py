@@ -7,6 +7,7 @@ import pytest
 from hpo.errors import UserError
 from hpo.store import database, schema
 from hpo.store.store import Store
+from hpo.store.urls import parse_url
 from tests.store.helpers import MakeSpec, begin, claim, report, trial
 
 
@@ -34,11 +35,11 @@ def test_a_store_of_an_older_version_is_refused_until_it_is_upgraded_and_then_go
     for create in (False, True):
         with pytest.raises(UserError, match=r"schema version 1, and this hpo needs 3: .*`hpo storage upgrade`"):
             Store(url, create=create)
-    assert database.upgrade(database.parse_url(url)) == [
+    assert database.upgrade(parse_url(url)) == [
         "our tables: from version 1 to 3",
         f"Optuna's tables: version {store.storage.get_current_version()} already",
     ]
-    assert database.upgrade(database.parse_url(url))[0] == "our tables: version 3 already"
+    assert database.upgrade(parse_url(url))[0] == "our tables: version 3 already"
     upgraded = Store(url)
     assert trial(upgraded, study).epochs == [1]
     assert claim(upgraded, study, worker).number == 1
@@ -46,8 +47,8 @@ def test_a_store_of_an_older_version_is_refused_until_it_is_upgraded_and_then_go
 
 
 def test_upgrading_an_empty_database_makes_the_tables(url: str) -> None:
-    assert database.upgrade(database.parse_url(url)) == [
-        f"made the tables of {database.parse_url(url)}, schema version {schema.SCHEMA_VERSION}"
+    assert database.upgrade(parse_url(url)) == [
+        f"made the tables of {parse_url(url)}, schema version {schema.SCHEMA_VERSION}"
     ]
     assert Store(url).studies.get_all() == []
 

@@ -15,9 +15,9 @@ from optuna.trial import TrialState
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped
-from hpo.store.database import parse_url
 from hpo.store.ledger import MAX_TRIAL_CRASHES, MAX_TRIAL_KILLS
 from hpo.store.store import Store
+from hpo.store.urls import parse_url
 from hpo.store.workers import MAX_DEVICE_FAILURES
 from hpo.study.records import DeviceFailures, TrialRecord
 from hpo.system.devices import Device, worker_environment
