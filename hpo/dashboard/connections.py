@@ -13,12 +13,12 @@ from waitress.channel import HTTPChannel  # type: ignore[import-untyped, unused-
 
 NUM_THREADS = 8
 MAX_CONNECTIONS = 500
-IDLE_S = 20  # how long a connection may go without a whole request
+CONNECTION_IDLE_S = 20  # how long a connection may go without a whole request
 MAX_BODY_BYTES = 1024  # a dashboard that is only read is sent none
 
 
 class Connection(HTTPChannel):  # type: ignore[misc, unused-ignore]
-    """A connection that is closed without a whole request in IDLE_S, or earlier where others need its place.
+    """A connection that is closed without a whole request in CONNECTION_IDLE_S, or earlier where others need its place.
 
     One more than the server's `max_connections` closes the one that has been idle longest.
     """
@@ -49,8 +49,8 @@ def make_server(app: WSGIApplication, listener: socket.socket) -> Any:
         sockets=[listener],
         threads=NUM_THREADS,
         connection_limit=2 * MAX_CONNECTIONS,  # never reached: connections make room before
-        channel_timeout=IDLE_S,
-        cleanup_interval=IDLE_S // 4,
+        channel_timeout=CONNECTION_IDLE_S,
+        cleanup_interval=CONNECTION_IDLE_S // 4,
         max_request_body_size=MAX_BODY_BYTES,
         asyncore_use_poll=True,  # select() knows no file descriptor above 1023
     )

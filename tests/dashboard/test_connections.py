@@ -67,7 +67,7 @@ def test_there_is_room_for_many_connections() -> None:
 
 
 def test_a_request_that_trickles_in_does_not_hold_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "IDLE_S", 0.3)
+    monkeypatch.setattr(connections, "CONNECTION_IDLE_S", 0.3)
     with serving() as (_, address), socket.create_connection(address) as client:
         client.sendall(b"GET / HTTP/1.1\r\nX: ")
         client.settimeout(0.05)
