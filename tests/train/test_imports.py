@@ -196,11 +196,12 @@ def test_no_file_in_an_allowed_folder_shadows_a_library(module: str, folder: Pat
         import_object(f"{module}:mine", setting="model.name")
 
 
-def test_the_path_follows_libraries_and_is_as_before_afterwards(folder: Path) -> None:
-    before = list(sys.path)
+def test_the_path_follows_libraries_and_is_as_before_afterwards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = list(sys.path)
+    monkeypatch.setattr(sys, "path", ["/a/script", *libraries])
     with allowed(folder, names=["own_door:net"]).importable():
-        assert [path for path in sys.path if path != before[0]] == [*before[1:], str(folder)]
-    assert sys.path == before
+        assert sys.path == [*libraries, str(folder), "/a/script"]
+    assert sys.path == ["/a/script", *libraries]
 
 
 def test_a_module_that_is_not_there_is_said_with_where_it_was_looked_for(folder: Path) -> None:
