@@ -38,7 +38,7 @@ from hpo.train.engines.lane_state import (
     train_step,
 )
 from hpo.train.engines.plain import PlainLaneState
-from hpo.train.engines.side_effects import SideEffects, own_state
+from hpo.train.engines.side_effects import SideEffects, has_torchscript, own_state
 from hpo.train.engines.vmap_ops import LaneGenerators
 from hpo.train.failures import is_out_of_memory
 from hpo.train.imports import describe_error
@@ -378,6 +378,8 @@ def _check_capturable(config: TrialConfig, model: nn.Module) -> None:
     """Raise NotCapturable for what a graph would lose without an error."""
     if config.training.compile:
         raise NotCapturable("training.compile compiles a network by itself")
+    if has_torchscript(model):
+        raise NotCapturable("it has modules of TorchScript")
     if (name := own_state(model)) is not None:
         raise NotCapturable(f"{name} keeps a state of its own (get_extra_state)")
     if not all(parameter.requires_grad and parameter.is_floating_point() for parameter in model.parameters()):

@@ -32,6 +32,11 @@ class SideEffects:
         return pickle.dumps((random.getstate(), numpy.random.get_state(), of_host))
 
 
+def has_torchscript(network: nn.Module) -> bool:
+    """Return whether a network has modules of TorchScript, whose parameters cannot be given with a call."""
+    return any(isinstance(module, torch.jit.ScriptModule) for module in network.modules())
+
+
 def own_state(network: nn.Module) -> str | None:
     """Return the name of a class of module that keeps a state of its own beyond its tensors, or None."""
     for module in network.modules():

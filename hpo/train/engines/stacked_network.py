@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hpo.train.engines.side_effects import own_state
+from hpo.train.engines.side_effects import has_torchscript, own_state
 from hpo.train.engines.vmap_ops import CONVOLUTIONS, CustomOps, LaneGenerators
 
 
@@ -34,6 +34,8 @@ class StackedNetwork:
         Raises:
             NotStackable: Such networks cannot be run as one.
         """
+        if has_torchscript(model):
+            raise NotStackable("it has modules of TorchScript")
         if (name := own_state(model)) is not None:
             raise NotStackable(f"{name} keeps a state of its own (get_extra_state)")
         if not all(parameter.requires_grad and parameter.is_floating_point() for parameter in model.parameters()):

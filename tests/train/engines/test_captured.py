@@ -224,6 +224,7 @@ def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: d
         (trial(data={"placement": "stream"}), "its images are not on the device"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "frozen"})), "not trained"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "state"})), "get_extra_state"),
+        (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "torchscript"})), "TorchScript"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "counter"})), "own attributes"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "python_random"})), "on the host"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "unused"})), "does not depend on"),
@@ -234,7 +235,7 @@ def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: d
             "does not depend on",
         ),
     ],
-    ids=["compile", "stream", "frozen", "state", "counter", "random", "unused", "unused-rule"],
+    ids=["compile", "stream", "frozen", "state", "torchscript", "counter", "random", "unused", "unused-rule"],
 )
 def test_what_a_graph_would_lose_is_refused(config: TrialConfig, reason: str) -> None:
     with pytest.raises(NotCapturable, match=reason):

@@ -259,6 +259,7 @@ def test_checkpoints_go_on_in_either_engine(model: ModelConfig, settings: dict[s
         ("counter", "change their own attributes"),
         ("frozen", "not trained"),
         ("state", "get_extra_state"),
+        ("torchscript", "TorchScript"),
     ],
 )
 def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
@@ -320,8 +321,9 @@ def test_memory_that_runs_out_at_the_door_leaves_those_inside_whole(monkeypatch:
     assert_equal(engine.checkpoint(lane), expected)
 
 
-def test_one_that_cannot_be_stacked_trains_beside_those_that_are(caplog: pytest.LogCaptureFixture) -> None:
-    alone = trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "branch"}))
+@pytest.mark.parametrize("kind", ["branch", "torchscript"])
+def test_one_that_cannot_be_stacked_trains_beside_those_that_are(caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    alone = trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": kind}))
     engine = LaneEngine(device="cpu", lanes=3)
     lanes = [engine.admit(trial()), engine.admit(alone), engine.admit(trial(seed=5))]
     assert engine.next_lanes == [lanes[0], lanes[2]]

@@ -116,6 +116,8 @@ class State(nn.Linear):
         pass
 
 def doubtful(*, channels, num_classes, kind):
+    if kind == "torchscript":
+        return nn.Sequential(nn.Flatten(), torch.jit.script(nn.Linear(1024, 10)))
     return nn.Sequential(nn.Flatten(), State(1024, 10)) if kind == "state" else Doubtful(kind)
 """
 
