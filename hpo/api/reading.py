@@ -37,17 +37,24 @@ def studies(*, storage: str | None = None) -> list[dict[str, Any]]:
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
 
     Returns:
-        One dictionary a study: its name (`study`), the number of trials in each state (`trials`), and whether it was
-        stopped (`stop`: None, "requested" or "failure").
+        One dictionary a study: its name (`study`), the number of trials in each state (`trials`), whether it was
+        stopped (`stop`: None, "requested" or "failure"), and, where it cannot be read, why (`damaged`, else None).
 
     Raises:
         UserError: There is no such store.
     """
     store = Store(storage_url(storage))
-    return [
-        {"study": study.name, "trials": store.trials.counts(study.study_id), "stop": study.stop}
-        for study in store.studies.get_all()
-    ]
+    found: list[dict[str, Any]] = []
+    damages = store.studies.damages()
+    for study in store.studies.get_all():
+        try:
+            counts = store.trials.counts(study.study_id)
+        except UserError as error:
+            damages[study.name] = str(error)
+        else:
+            found.append({"study": study.name, "trials": counts, "stop": study.stop, "damaged": None})
+    found += [{"study": name, "trials": {}, "stop": None, "damaged": problem} for name, problem in damages.items()]
+    return found
 
 
 def status(name: str, *, storage: str | None = None) -> dict[str, Any]:

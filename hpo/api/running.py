@@ -208,9 +208,13 @@ def serve(
     parse_allow(allow)
     store = Store(storage_url(storage))
     passed_over: set[tuple[int, float]] = set()
+    told: set[str] = set()  # which studies cannot be read
     last_message = ""
     while True:
         try:
+            for problem in set(store.studies.damages().values()) - told:
+                told.add(problem)
+                say(f"passed over: {problem}")
             study, message = _next_study(store, first, passed_over), "waiting for a study"
         except STORE_ERRORS as error:
             study, message = None, f"the store does not answer, waiting for it: {error}"
@@ -362,6 +366,7 @@ def _opened(
     """Check everything, then open the study with the metadata that was found."""
     with _checked(spec, allowed, launcher) as metadata:
         store, study = opener(launcher, metadata)
+        store.trials.get_all(study)  # raises where the study is damaged
         yield store.retrying(for_s=OUTAGE_S), study
 
 
@@ -406,6 +411,9 @@ def _next_study(store: Store, first: str | None, passed_over: Container[tuple[in
 
 
 def _has_work(store: Store, study: StudyRecord) -> bool:
-    """Return whether a new worker would find a trial to take."""
-    counts = store.trials.counts(study.study_id)
+    """Return whether a new worker would find a trial to take, or, by joining the study, why it cannot be read."""
+    try:
+        counts = store.trials.counts(study.study_id)
+    except UserError:
+        return True
     return "waiting" in counts or ("running" not in counts and store.trials.num_left(study) > 0)

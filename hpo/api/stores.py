@@ -131,7 +131,7 @@ def upgrade_storage(*, storage: str | None = None) -> list[str]:
 
 
 def check_storage(*, storage: str | None = None) -> tuple[list[str], list[str]]:
-    """Check that everything in a store agrees, such as its slots with Optuna's trials.
+    """Check that a store holds nothing damaged, and that everything in it agrees, such as slots with Optuna's trials.
 
     Args:
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
@@ -143,11 +143,11 @@ def check_storage(*, storage: str | None = None) -> tuple[list[str], list[str]]:
         UserError: There is no such store.
     """
     store = Store(storage_url(storage))
-    problems = [problem for study in store.studies.get_all() for problem in store.problems(study)]
+    problems = store.check()
     with store.database.connect() as connection:
         if deleted := deleted_study_ids(connection):
             problems.append(
                 f"rows are left of studies that were deleted with Optuna: {len(deleted)}; remove them with: "
                 "hpo storage upgrade"
             )
-    return store.describe(), store.studies.damages() + problems
+    return store.describe(), problems

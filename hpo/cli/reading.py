@@ -7,8 +7,6 @@ import click
 from hpo.cli.options import json_option, storage_option
 from hpo.cli.writer import print_json, say, say_lines
 
-STATES = ("waiting", "running", "complete", "pruned", "diverged", "failed")
-
 
 @click.command("list", short_help="List the studies in a store.")
 @json_option
@@ -21,6 +19,7 @@ def list_command(as_json: bool, storage: str | None) -> None:
     """
     from hpo.api import reading
     from hpo.cli.console import print_table
+    from hpo.study.records import STATES
 
     found = reading.studies(storage=storage)
     if as_json:
@@ -28,8 +27,18 @@ def list_command(as_json: bool, storage: str | None) -> None:
         return
     print_table(
         ["study", *STATES, ""],
-        ([row["study"], *(row["trials"].get(state, 0) for state in STATES), row["stop"] or ""] for row in found),
+        (
+            [
+                row["study"],
+                *(row["trials"].get(state, 0) for state in STATES),
+                "damaged" if row["damaged"] else row["stop"] or "",
+            ]
+            for row in found
+        ),
     )
+    for row in found:
+        if row["damaged"]:
+            say(row["damaged"])
 
 
 @click.command("status", short_help="Show where a study stands.")
@@ -45,6 +54,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     from hpo.analysis.text import cell_text, params_text, peak_text
     from hpo.api import reading
     from hpo.cli.console import print_table
+    from hpo.study.records import STATES
 
     found = reading.status(study, storage=storage)
     if as_json:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from hpo.store.damage import is_number
 from hpo.store.schema import attempts_table, slots_table, workers_table
 from hpo.system import processes as liveness
 
@@ -50,8 +51,11 @@ def on_same_device(worker_id: str) -> sa.Select[Any]:
 
 
 def process_is_gone(worker: Any) -> bool:
-    """Return whether a row of hpo_workers is of a process of this machine that has ended; elsewhere a lease tells."""
-    is_here = worker.machine == liveness.machine_id()
+    """Return whether a row of hpo_workers is of a process of this machine that has ended.
+
+    Elsewhere, and where the row is damaged, a lease tells.
+    """
+    is_here = worker.machine == liveness.machine_id() and type(worker.pid) is int and is_number(worker.pid_started)
     return is_here and not liveness.is_running(worker.pid, started=worker.pid_started)
 
 
@@ -61,5 +65,5 @@ def is_lost(row: Any, at: float) -> bool:
 
 
 def is_given_up(row: Any, at: float) -> bool:
-    """Return whether a running slot's lease is over, or its worker has left."""
-    return row.lease_until < at or row.left is not None
+    """Return whether a running slot's lease is over, or damaged, or its worker has left."""
+    return not is_number(row.lease_until) or row.lease_until < at or row.left is not None

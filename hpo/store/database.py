@@ -220,6 +220,7 @@ def _joined_storage(url: URL) -> JoinedStorage:
     storage = JoinedStorage(url)
     if url.drivername != POSTGRES:
         sa.event.listen(storage.engine, "connect", _set_pragmas)
+        sa.event.listen(storage.engine, "connect", _read_any_text)
     storage.engine.dispose()  # connections opened so far were made without the pragmas
     return storage
 
@@ -270,6 +271,8 @@ def _probing(url: URL) -> Iterator[Engine]:
     if url.drivername != POSTGRES:
         options["connect_args"]["timeout"] = OPEN_TIMEOUT_S
     engine = sa.create_engine(url, **options, poolclass=sa.pool.NullPool)
+    if url.drivername != POSTGRES:
+        sa.event.listen(engine, "connect", _read_any_text)
     try:
         yield engine
     finally:
@@ -289,6 +292,11 @@ def _create_tables(engine: Engine) -> None:
 def _set_pragmas(connection: Any, _record: Any) -> None:
     # In WAL mode a commit without fsync survives the death of any process, and is many times faster.
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _read_any_text(connection: Any, _record: Any) -> None:
+    # Text that is no UTF-8, which SQLite keeps all the same, would keep its whole table from being read.
+    connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
 
 
 def _opening_message(error: sa.exc.DatabaseError) -> str:

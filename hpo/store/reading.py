@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,11 +13,11 @@ from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
+from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.schema import (
     attempts_table,
     epochs_table,
-    labelled,
     optuna_studies,
     select_all,
     slots_table,
@@ -43,12 +44,10 @@ def find_study_id(database: Database, connection: Connection, name: str) -> int 
 def load_study(database: Database, connection: Connection, study_id: int, name: str) -> StudyRecord:
     """Return the study; raise UserError if its row is damaged."""
     row = connection.execute(select_all(studies_table).where(studies_table.c.study_id == study_id)).one()
+    refuse_damage(database.url, name, studies_table, [row])
     source = f"study {name!r} in {database.url}"
-    try:
-        settings, metadata = json.loads(row.spec), dict(json.loads(row.metadata))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{source} is damaged: {error}") from None
-    spec = StudySpec.from_dict(settings, source=source)
+    metadata = json.loads(row.metadata)
+    spec = StudySpec.from_dict(json.loads(row.spec), source=source)
     uid = metadata.get("uid")
     # Name and uid become part of a path: a store must not be able to name any folder of this machine.
     if spec.name != name or not re.fullmatch(r"[0-9a-f]{8}", str(uid)):
@@ -67,13 +66,15 @@ def check_exists(connection: Connection, study: StudyRecord) -> None:
         raise StudyStopped(f"study {study.name!r} was deleted from the store")
 
 
-def read_trials(database: Database, study_id: int) -> list[TrialRecord]:
-    """Return every slot of the study with what is known of it, in order."""
+def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
+    """Return every slot of the study with what is known of it, in order; raise UserError where a row is damaged."""
+    study_id = study.study_id
     with database.snapshot() as connection:
         query = select_all(slots_table).where(slots_table.c.study_id == study_id).order_by(slots_table.c.number)
         rows = connection.execute(query).all()
-        reports, last_attempt = _read_reports(connection, study_id)
-        attempts = _read_attempts(connection, study_id)
+        refuse_damage(database.url, study.name, slots_table, rows)
+        reports, last_attempt = _read_reports(database, connection, study)
+        attempts = _read_attempts(database, connection, study)
         frozen = _optuna_trials(database, study_id)
         known = [(row.state, frozen[row.trial_id].state) for row in rows if row.trial_id in frozen]
         if any(state != "failed" and theirs is TrialState.FAIL for state, theirs in known):
@@ -103,27 +104,31 @@ def read_epoch_seconds(connection: Connection, claim: Claim) -> dict[int, float]
     return {row.epoch: json.loads(row.metrics).get("seconds") or 0.0 for row in rows}
 
 
-def _read_reports(connection: Connection, study_id: int) -> tuple[dict[int, Reports], dict[int, int]]:
+def _read_reports(
+    database: Database, connection: Connection, study: StudyRecord
+) -> tuple[dict[int, Reports], dict[int, int]]:
     """Return the reports of each trial, and the attempt that reported last, both by the trial's number."""
     reports: dict[int, Reports] = {}
     last_attempt: dict[int, int] = {}
-    query = select_all(epochs_table).where(epochs_table.c.study_id == study_id)
-    for row in connection.execute(query.order_by(epochs_table.c.number, epochs_table.c.epoch)):
+    query = select_all(epochs_table).where(epochs_table.c.study_id == study.study_id)
+    rows = connection.execute(query.order_by(epochs_table.c.number, epochs_table.c.epoch)).all()
+    refuse_damage(database.url, study.name, epochs_table, rows)
+    for row in rows:
         reports.setdefault(row.number, []).append((row.epoch, json.loads(row.metrics)))
         last_attempt[row.number] = row.attempt
     return reports, last_attempt
 
 
-def _read_attempts(connection: Connection, study_id: int) -> dict[int, list[Attempt]]:
+def _read_attempts(database: Database, connection: Connection, study: StudyRecord) -> dict[int, list[Attempt]]:
     """Return the attempts at each trial by its number."""
+    mine = attempts_table.c.study_id == study.study_id
+    query = select_all(attempts_table).where(mine).order_by(attempts_table.c.number, attempts_table.c.attempt)
+    rows: Sequence[Any] = connection.execute(query).all()
+    refuse_damage(database.url, study.name, attempts_table, rows)
+    whose = workers_table.c.worker_id.in_(sa.select(attempts_table.c.worker_id).where(mine))
+    workers = {row.worker_id: row for row in connection.execute(select_all(workers_table).where(whose))}
+    refuse_damage(database.url, study.name, workers_table, list(workers.values()))
     attempts: dict[int, list[Attempt]] = {}
-    query = (
-        sa.select(*labelled(attempts_table), workers_table.c.host, workers_table.c.device)
-        .outerjoin(workers_table, workers_table.c.worker_id == attempts_table.c.worker_id)
-        .where(attempts_table.c.study_id == study_id)
-        .order_by(attempts_table.c.number, attempts_table.c.attempt)
-    )
-    row: Any
-    for row in connection.execute(query):
-        attempts.setdefault(row.number, []).append(read_attempt(row))
+    for row in rows:
+        attempts.setdefault(row.number, []).append(read_attempt(row, workers.get(row.worker_id)))
     return attempts

@@ -168,6 +168,8 @@ def check_tables(engine: Engine, url: URL, *, create: bool) -> bool:
 def schema_version(connection: Connection) -> int:
     """Return the version of our tables."""
     version = connection.execute(sa.select(meta_table.c.value).where(meta_table.c.key == "schema_version")).scalar()
+    if version is not None and not str(version).isdecimal():
+        raise UserError(f"the store is damaged: schema_version in hpo_meta must be a number, got {version!a}")
     return SCHEMA_VERSION if version is None else int(version)
 
 

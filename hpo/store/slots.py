@@ -12,8 +12,11 @@ from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.search import proposals
+from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
-from hpo.store.schema import optuna_trials, slots_table, studies_table
+from hpo.store.reading import study_names
+from hpo.store.schema import optuna_trials, select_all, slots_table, studies_table
+from hpo.study.records import KINDS, STATES
 
 # Of a slot at which nothing has failed yet.
 FRESH = {
@@ -101,4 +104,14 @@ def slot_states(database: Database, study_id: int) -> list[SlotState]:
     query = sa.select(*columns).where(slots_table.c.study_id == study_id).order_by(slots_table.c.number)
     with database.connect() as connection:  # enqueued ones first: rather one twice than one that nobody sees
         enqueued = [SlotState(row.number, "search", "waiting") for row in connection.execute(enqueued_trials(study_id))]
-        return [SlotState(*row) for row in connection.execute(query)] + enqueued
+        slots = [SlotState(*row) for row in connection.execute(query)]
+        if not all(type(slot.number) is int and slot.kind in KINDS and slot.state in STATES for slot in slots):
+            refuse_damaged_slots(database, connection, study_id)
+    return slots + enqueued
+
+
+def refuse_damaged_slots(database: Database, connection: Connection, study_id: int) -> None:
+    """Raise UserError where a slot of the study is damaged."""
+    rows = connection.execute(select_all(slots_table).where(slots_table.c.study_id == study_id)).all()
+    name = study_names(database, connection).get(study_id, f"with the id {study_id}")
+    refuse_damage(database.url, name, slots_table, rows)

@@ -15,7 +15,9 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import URL
 
 from hpo.store.copying import read_rows
+from hpo.store.damage import check_rows
 from hpo.store.database import CONNECTIONS_PER_WORKER, Database, JoinedStorage, open_storage
+from hpo.store.reading import study_names
 from hpo.store.retry import RetryPolicy
 from hpo.store.schema import schema_version, slots_table
 from hpo.store.studies import Studies
@@ -100,6 +102,17 @@ class Store:
         if database_path(self.url) is None:
             lines.append(f"a worker process has up to {CONNECTIONS_PER_WORKER} connections open")
         return lines
+
+    def check(self) -> list[str]:
+        """Return what is wrong in this store: damaged rows, and studies whose rows do not agree with each other."""
+        with self.database.snapshot() as connection:
+            studies = study_names(self.database, connection)
+            damaged = check_rows(connection, studies)
+        problems = [problem for found in damaged.values() for problem in found]
+        hurt = {studies[study_id] for study_id in damaged if study_id is not None}
+        problems += [problem for name, problem in self.studies.damages().items() if name not in hurt]
+        sound = [study for study in self.studies.get_all() if study.name not in hurt]
+        return problems + [problem for study in sound for problem in self.problems(study)]
 
     def problems(self, study: StudyRecord) -> list[str]:
         """Return where the ledger and Optuna's tables disagree about a study: they do if others changed them."""

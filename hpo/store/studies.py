@@ -114,18 +114,18 @@ class Studies:
         """Return the studies that can be read; `damages` tells what is wrong with others."""
         return self._load_all()[0]
 
-    def damages(self) -> list[str]:
-        """Return what is wrong with studies that cannot be read, a sentence each."""
+    def damages(self) -> dict[str, str]:
+        """Return what is wrong with each study that cannot be read, a sentence by its name."""
         return self._load_all()[1]
 
-    def _load_all(self) -> tuple[list[StudyRecord], list[str]]:
-        studies, damages = [], []
+    def _load_all(self) -> tuple[list[StudyRecord], dict[str, str]]:
+        studies, damages = [], {}
         with self._database.connect() as connection:
             for study_id, name in study_names(self._database, connection).items():
                 try:
                     studies.append(load_study(self._database, connection, study_id, name))
                 except UserError as error:
-                    damages.append(str(error))
+                    damages[name] = str(error)
         return studies, damages
 
     def enlarge(self, study: StudyRecord, trials: int) -> None:

@@ -12,6 +12,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.search import proposals, samplers
 from hpo.store.claiming import choose_slot, take_slot
 from hpo.store.conditions import is_attempt, is_slot
+from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
@@ -19,10 +20,10 @@ from hpo.store.reading import check_exists, read_epoch_seconds, read_trials
 from hpo.store.reports import judge_epochs, record_epoch
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table, studies_table, trial_values
-from hpo.store.slots import lock_study, num_enqueued, num_slots, slot_states
+from hpo.store.slots import lock_study, num_enqueued, num_slots, refuse_damaged_slots, slot_states
 from hpo.store.suggesting import BufferedStorage, sampling_study
 from hpo.study import stages
-from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord
+from hpo.study.records import ENDED, STATES, Claim, EpochReport, StudyRecord, TrialRecord
 from hpo.train.failures import OUT_OF_MEMORY
 
 
@@ -60,6 +61,7 @@ class Trials:
             row = choose_slot(connection, study.study_id, worker_id, num_held=num_held, at=at)
             if row is None:
                 return None
+            refuse_damage(self._database.url, study.name, slots_table, [row])
             trial_id = row.trial_id
             if trial_id is not None and self._database.cached.get_trial(trial_id).state.is_finished():
                 self._database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
@@ -224,7 +226,7 @@ class Trials:
     @retry_on_outage
     def get_all(self, study: StudyRecord) -> list[TrialRecord]:
         """Return every slot of the study with what is known of it, in order."""
-        return read_trials(self._database, study.study_id)
+        return read_trials(self._database, study)
 
     @retry_on_outage
     def counts(self, study_id: int) -> dict[str, int]:
@@ -237,6 +239,8 @@ class Trials:
         with self._database.connect() as connection:
             enqueued = num_enqueued(connection, study_id)  # first: rather one twice than one that nobody sees
             counts = {row.state: row.num for row in connection.execute(query)}
+            if not counts.keys() <= set(STATES):
+                refuse_damaged_slots(self._database, connection, study_id)
         return counts | ({"waiting": counts.get("waiting", 0) + enqueued} if enqueued else {})
 
     @retry_on_outage

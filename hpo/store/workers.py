@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 
 from hpo.store.claiming import sign_on
 from hpo.store.conditions import is_given_up, is_held, process_is_gone
+from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.ledger import LEASE_S, Ledger, storable_text
 from hpo.store.retry import retry_on_outage
@@ -73,6 +74,7 @@ class Workers:
         with self._database.connect() as connection:
             at = self._database.now(connection)
             rows = connection.execute(_living(study.study_id)).all()
+        refuse_damage(self._database.url, study.name, workers_table, rows)
         return [
             WorkerRecord(
                 row.worker_id,
@@ -130,6 +132,9 @@ class Workers:
 
         Returns:
             The number of slots that were freed.
+
+        Raises:
+            UserError: A row of these slots or workers is damaged.
         """
 
         def is_dead(row: Any) -> bool:
@@ -140,9 +145,11 @@ class Workers:
         living = _living(study.study_id)
         with self._database.connect() as connection:  # asked often: no write lock if there is nothing to do
             at = self._database.now(connection)
-            any_lost = any(is_dead(row) or is_given_up(row, at) for row in connection.execute(running))
-            if not any_lost and not any(is_dead(row) for row in connection.execute(living)):
-                return 0
+            slots, workers = connection.execute(running).all(), connection.execute(living).all()
+        refuse_damage(self._database.url, study.name, slots_table, slots)
+        refuse_damage(self._database.url, study.name, workers_table, workers)
+        if not any(is_dead(row) or is_given_up(row, at) for row in slots) and not any(map(is_dead, workers)):
+            return 0
         with self._database.transaction() as connection:
             at = self._database.now(connection)
             # A slot that is locked is being reported on at this moment: its worker lives.

@@ -13,6 +13,8 @@ from hpo.search.proposals import values_from_optuna
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+STATES = ("waiting", "running", "complete", "pruned", "diverged", "failed")
+KINDS = ("search", "confirm", "test")
 ENDED = ("complete", "pruned", "diverged", "failed")  # the states that a trial does not leave
 
 
@@ -132,13 +134,13 @@ class DeviceFailures:
         return f"{self.device} of {self.host} failed {times}: {self.reason}"
 
 
-def read_attempt(row: Any) -> Attempt:
-    """Return an attempt from its row of hpo_attempts, with host and device of its worker."""
+def read_attempt(row: Any, worker: Any | None) -> Attempt:
+    """Return an attempt from its row of hpo_attempts and, where there is one, the row of its worker."""
     return Attempt(
         attempt=row.attempt,
         worker_id=row.worker_id,
-        host=row.host,
-        device=row.device,
+        host=None if worker is None else worker.host,
+        device=None if worker is None else worker.device,
         began=row.began_at,
         ended=row.ended_at,
         last_epoch=row.last_epoch,

@@ -14,6 +14,7 @@ from hpo.cli.console import make_console
 from hpo.cli.display import LiveDisplay
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
+from hpo.store.schema import slots_table, studies_table
 from hpo.store.store import Store
 from hpo.workers.executors import Executor, InProcess, Local, Ray, choose_executor
 from hpo.workers.worker_handle import WorkerProcess
@@ -74,6 +75,10 @@ def test_a_store_is_served_study_by_study_and_what_cannot_be_trained_is_passed_o
     for name in ("early", "late"):
         store.studies.create(make_spec(0.1, name=name), metadata={})
     store.studies.create(make_spec(0.1, name="foreign", objective={"function": "elsewhere:train"}), metadata={})
+    for table, damage in ((studies_table, {"spec": "[" * 100_000}), (slots_table, {"state": "bogus"})):
+        study = store.studies.create(make_spec(0.1, name=f"damaged-{table.name}"), metadata={})
+        with store.storage.engine.begin() as connection:
+            connection.execute(table.update().where(table.c.study_id == study.study_id).values(damage))
     messages: list[str] = []
 
     def say(message: str) -> None:
@@ -83,15 +88,17 @@ def test_a_store_is_served_study_by_study_and_what_cannot_be_trained_is_passed_o
 
     with pytest.raises(NothingIsLeftError):
         running.serve("late", executor=Local("cpu", workers=1), storage=storage, allow=["loop", str(tmp_path)], say=say)
-    assert messages[:2] == ["study late is finished", "study early is finished"]
-    assert messages[2].startswith("study foreign is passed over: ")
-    assert "elsewhere" in messages[2]
-    assert messages[3:] == ["waiting for a study"]
-    assert [study["trials"] for study in reading.studies(storage=storage)] == [
-        {"complete": 1},
-        {"complete": 1},
-        {"waiting": 1},
-    ]
+    assert "spec must be a JSON object" in messages[0]
+    assert messages[1:3] == ["study late is finished", "study early is finished"]
+    assert messages[3].startswith("study foreign is passed over: ")
+    assert "elsewhere" in messages[3]
+    assert messages[4].startswith("study damaged-hpo_slots is passed over: ")
+    assert "state must be one of waiting" in messages[4]
+    assert messages[5:] == ["waiting for a study"]
+    *sound, unreadable, unknown = reading.studies(storage=storage)
+    assert [study["trials"] for study in sound] == [{"complete": 1}, {"complete": 1}, {"waiting": 1}]
+    assert "spec must be" in unreadable["damaged"]
+    assert "state must be" in unknown["damaged"]
 
 
 WRONG_ARGUMENTS: list[tuple[Callable[..., Executor], dict[str, Any], str]] = [

@@ -154,7 +154,7 @@ def test_best_as_json_and_in_words(hpo: Hpo, ran: Result) -> None:
 
 def test_list_and_status(hpo: Hpo, ran: Result) -> None:
     assert json.loads(hpo.quick("list", "--json").stdout) == [
-        {"study": "tiny", "trials": {"complete": 2, "diverged": 1}, "stop": None}
+        {"study": "tiny", "trials": {"complete": 2, "diverged": 1}, "stop": None, "damaged": None}
     ]
     status = json.loads(hpo.quick("status", "tiny", "--json").stdout)
     assert (status["trials"], status["workers"]) == ({"complete": 2, "diverged": 1}, [])

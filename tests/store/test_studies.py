@@ -98,8 +98,10 @@ def test_one_damaged_study_does_not_keep_anybody_from_the_others(
             schema.studies_table.update().where(schema.studies_table.c.study_id == bad.study_id), {column: content}
         )
     assert [study.name for study in store.studies.get_all()] == ["good"]
-    (damage,) = store.studies.damages()
+    (damage,) = store.studies.damages().values()
     assert "study 'bad'" in damage
+    (problem,) = store.check()
+    assert "study 'bad'" in problem
     with pytest.raises(UserError, match="study 'bad'"):
         store.studies.get("bad")
 
