@@ -45,13 +45,17 @@ def load_study(database: Database, connection: Connection, study_id: int, name: 
     """Return the study; raise UserError if its row is damaged."""
     row = connection.execute(select_all(studies_table).where(studies_table.c.study_id == study_id)).one()
     refuse_damage(database.url, name, studies_table, [row])
-    source = f"study {name!r} in {database.url}"
+    source = f"study {name!r} in {database.url} is damaged: {studies_table.name}, study_id {study_id}"
+    try:
+        spec = StudySpec.from_dict(json.loads(row.spec))
+    except UserError as error:
+        raise UserError(f"{source}: spec: {error}, unless a newer hpo wrote it") from None
     metadata = json.loads(row.metadata)
-    spec = StudySpec.from_dict(json.loads(row.spec), source=source)
-    uid = metadata.get("uid")
     # Name and uid become part of a path: a store must not be able to name any folder of this machine.
-    if spec.name != name or not re.fullmatch(r"[0-9a-f]{8}", str(uid)):
-        raise UserError(f"{source} is damaged: its spec names it {spec.name!r}, its uid is {uid!r}")
+    if spec.name != name:
+        raise UserError(f"{source}: spec names it {spec.name!r}")
+    if not re.fullmatch(r"[0-9a-f]{8}", str(metadata.get("uid"))):
+        raise UserError(f"{source}: facts must have a uid of 8 digits, got {metadata.get('uid')!a}")
     return StudyRecord(study_id, name, spec, metadata, row.stop, row.stop_reason, row.started_at)
 
 

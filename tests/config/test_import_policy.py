@@ -137,5 +137,5 @@ def test_a_uid_from_a_store_cannot_name_a_folder_elsewhere(store: Store, make_sp
     study = store.studies.create(make_spec(0.1), metadata={})
     with store.storage.engine.begin() as connection:
         connection.exec_driver_sql('UPDATE hpo_studies SET facts = \'{"uid": "../../x"}\'')
-    with pytest.raises(UserError, match=rf"study '{study.name}' in .* is damaged: .* its uid is '../../x'"):
+    with pytest.raises(UserError, match=rf"study '{study.name}' in .* is damaged: .* got '../../x'"):
         store.studies.get("s")
