@@ -93,7 +93,7 @@ SECONDS = ColumnRule("a number of seconds from 0 to 1e11", lambda value: is_numb
 TEXT = ColumnRule("text in UTF-8", _is_text)
 OF_TYPE: dict[type, ColumnRule] = {int: WHOLE, float: SECONDS, str: TEXT}
 # The columns of which more is asked than of all those of their type.
-SPECIAL: dict[sa.Column[Any], ColumnRule] = {
+STRICTER: dict[sa.Column[Any], ColumnRule] = {
     meta_table.c.value: ColumnRule("the digits of a number", lambda value: _is_text(value) and value.isdecimal()),
     studies_table.c.spec: ColumnRule("a JSON object", lambda value: _object_of(value) is not None),
     studies_table.c.metadata: ColumnRule("a JSON object of whole numbers num_... and range tests", _is_metadata),
@@ -119,7 +119,7 @@ def _rules(table: sa.Table) -> Sequence[tuple[sa.Column[Any], Callable[[Any], bo
 
 
 def _rule(column: sa.Column[Any]) -> ColumnRule:
-    return SPECIAL.get(column) or OF_TYPE[column.type.python_type]
+    return STRICTER.get(column) or OF_TYPE[column.type.python_type]
 
 
 def find_damage(table: sa.Table, rows: Iterable[Sequence[Any]]) -> Iterator[str]:
@@ -131,7 +131,7 @@ def find_damage(table: sa.Table, rows: Iterable[Sequence[Any]]) -> Iterator[str]
     for row in rows:
         for (column, holds), value in zip(rules, row, strict=False):
             if not (holds(value) or (value is None and column.nullable)):
-                yield f"{_row_name(table, row)}: {column.name} must be {_rule(column).words}, got {_shown(value)}"
+                yield f"{_row_name(table, row)}: {column.name} must be {_rule(column).words}, got {_shortened(value)}"
 
 
 def refuse_damage(database_url: object, study: str, table: sa.Table, rows: Iterable[Sequence[Any]]) -> None:
@@ -145,7 +145,7 @@ def check_rows(connection: Connection, studies: Mapping[int, str]) -> dict[int |
     found: dict[int | None, list[str]] = {}
     keys = connection.execute(sa.select(meta_table.c.key)).scalars().all()
     if "schema_version" not in keys:
-        found[None] = [f"{meta_table.name}: it must have the key schema_version, got {_shown(keys)}"]
+        found[None] = [f"{meta_table.name}: it must have the key schema_version, got {_shortened(keys)}"]
     known = set(connection.execute(sa.select(studies_table.c.study_id)).scalars())  # with those that Optuna has deleted
     for table in our_tables.sorted_tables:
         for row in connection.execute(select_all(table)):
@@ -155,17 +155,19 @@ def check_rows(connection: Connection, studies: Mapping[int, str]) -> dict[int |
             if study_id is not None:
                 problems = [f"study {studies[study_id]!r}: {problem}" for problem in problems]
             elif table is not meta_table and not problems and row.study_id not in known:
-                problems = [f"{_row_name(table, row)}: there is no study with the id {_shown(row.study_id)}"]
+                problems = [f"{_row_name(table, row)}: there is no study with the id {_shortened(row.study_id)}"]
             if problems:
                 found.setdefault(study_id, []).extend(problems)
     return found
 
 
 def _row_name(table: sa.Table, row: Sequence[Any]) -> str:
-    keys = [f"{column.name} {_shown(value)}" for column, value in zip(table.c, row, strict=False) if column.primary_key]
+    keys = [
+        f"{column.name} {_shortened(value)}" for column, value in zip(table.c, row, strict=False) if column.primary_key
+    ]
     return f"{table.name}, {', '.join(keys)}"
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = ascii(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
