@@ -14,6 +14,7 @@ from hpo.objective import Trial
 from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.train.imports import import_loop
+from hpo.workers.carried_weights import CarriedWeights
 from hpo.workers.held_trials import HeldTrials
 from hpo.workers.reporting import TrialEnd, complete_end, diverged_end, pruned_end
 from hpo.workers.stop_signal import StopSignal
@@ -42,6 +43,7 @@ class FunctionRunner:
         self._stop = stop
         self._function = function
         self._torch_device = torch_device
+        self._carried = CarriedWeights()
 
     def step(self) -> bool:
         """Claim a trial and call the function for it; return False where there was no trial to claim."""
@@ -74,7 +76,8 @@ class FunctionRunner:
         )
         function = import_loop(self._function)
         try:
-            with chdir(os.curdir):  # back again where the function leaves: the next trial's paths may be relative
+            # The folder is back again where the function leaves it: the next trial's paths may be relative.
+            with chdir(os.curdir), self._carried.watching(claim.number):
                 function(trial)
         except bdb.BdbQuit as error:
             raise UserError(

@@ -34,6 +34,22 @@ trial.report(1, val_accuracy=0.5)
     assert (fine.state, fine.value) == ("complete", 0.5)
 
 
+def test_a_trial_that_goes_on_with_the_weights_of_another_fails(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+import torch
+train.network = getattr(train, "network", None) or torch.nn.Linear(2, 1)
+train.network(torch.ones(1, 2)).sum().backward()
+torch.optim.SGD(train.network.parameters(), lr=trial.params["lr"]).step()
+trial.report(1, val_accuracy=0.5)
+""")
+    study = store.studies.create(make_spec(0.1, 0.2, search={"retries": 0}), metadata={})
+    first, second = work(store, study)
+    assert (first.state, second.state) == ("complete", "failed")
+    assert str(second.reason).startswith("UserError: this trial goes on with weights that trial 0 ended with")
+
+
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [
