@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from hpo.store.schema import (
 )
 from hpo.study.records import KINDS, STATES
 
+LARGEST = sys.float_info.max  # no integer may be larger than every float, either
 MAX_SHOWN = 60  # characters of a damaged value
 RAMP_KEYS = {"params", "epochs", "lrs", "losses", "low", "high", "falls", "breaks", "leaps"}
 
@@ -41,10 +42,7 @@ class ColumnRule(NamedTuple):
 
 def is_number(value: Any) -> bool:
     """Return whether a value is a finite number."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST
 
 
 def _is_whole(value: Any) -> bool:

@@ -22,6 +22,7 @@ from hpo.store.schema import (
     select_all,
     slots_table,
     studies_table,
+    trial_values,
     workers_table,
 )
 from hpo.study.records import Attempt, Claim, StudyRecord, TrialRecord, read_attempt, read_trial
@@ -99,6 +100,21 @@ def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
 def _optuna_trials(database: Database, study_id: int) -> dict[int, FrozenTrial]:
     """Return Optuna's trials of the study by their ids."""
     return {trial._trial_id: trial for trial in database.cached.get_all_trials(study_id, deepcopy=False)}
+
+
+def best_values(connection: Connection, study: StudyRecord, count: int) -> list[tuple[int, float]]:
+    """Return the numbers and values of the `count` best complete trials of the search, the best first."""
+    value = trial_values.c.value
+    order = value.desc() if study.spec.direction == "maximize" else value.asc()
+    is_complete = (slots_table.c.state == "complete") & (slots_table.c.kind == "search")
+    query = (
+        sa.select(slots_table.c.number, value)
+        .join(trial_values, trial_values.c.trial_id == slots_table.c.trial_id)
+        .where(slots_table.c.study_id == study.study_id, is_complete)
+        .order_by(order, slots_table.c.number)
+        .limit(count)
+    )
+    return [(number, value) for number, value in connection.execute(query)]
 
 
 def read_epoch_seconds(connection: Connection, claim: Claim) -> dict[int, float]:

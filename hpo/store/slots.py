@@ -106,11 +106,26 @@ def slot_states(database: Database, study_id: int) -> list[SlotState]:
         enqueued = [SlotState(row.number, "search", "waiting") for row in connection.execute(enqueued_trials(study_id))]
         slots = [SlotState(*row) for row in connection.execute(query)]
         if not all(type(slot.number) is int and slot.kind in KINDS and slot.state in STATES for slot in slots):
-            refuse_damaged_slots(database, connection, study_id)
+            _refuse_damaged_slots(database, connection, study_id)
     return slots + enqueued
 
 
-def refuse_damaged_slots(database: Database, connection: Connection, study_id: int) -> None:
+def count_slots(database: Database, study_id: int) -> dict[str, int]:
+    """Return how many slots are in each state, without the states that none is in; enqueued trials wait."""
+    query = (
+        sa.select(slots_table.c.state, sa.func.count().label("num"))
+        .where(slots_table.c.study_id == study_id)
+        .group_by(slots_table.c.state)
+    )
+    with database.connect() as connection:
+        enqueued = num_enqueued(connection, study_id)  # first: rather one twice than one that nobody sees
+        counts = {row.state: row.num for row in connection.execute(query)}
+        if not counts.keys() <= set(STATES):
+            _refuse_damaged_slots(database, connection, study_id)
+    return counts | ({"waiting": counts.get("waiting", 0) + enqueued} if enqueued else {})
+
+
+def _refuse_damaged_slots(database: Database, connection: Connection, study_id: int) -> None:
     """Raise UserError where a slot of the study is damaged."""
     rows = connection.execute(select_all(slots_table).where(slots_table.c.study_id == study_id)).all()
     name = study_names(database, connection).get(study_id, f"with the id {study_id}")

@@ -16,14 +16,14 @@ from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
-from hpo.store.reading import check_exists, read_epoch_seconds, read_trials
+from hpo.store.reading import best_values, check_exists, read_epoch_seconds, read_trials
 from hpo.store.reports import judge_epochs, record_epoch
 from hpo.store.retry import retry_on_outage
-from hpo.store.schema import attempts_table, slots_table, studies_table, trial_values
-from hpo.store.slots import lock_study, num_enqueued, num_slots, refuse_damaged_slots, slot_states
+from hpo.store.schema import attempts_table, slots_table, studies_table
+from hpo.store.slots import count_slots, lock_study, num_enqueued, num_slots, slot_states
 from hpo.store.suggesting import BufferedStorage, sampling_study
 from hpo.study import stages
-from hpo.study.records import ENDED, STATES, Claim, EpochReport, StudyRecord, TrialRecord
+from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord
 from hpo.train.failures import OUT_OF_MEMORY
 
 
@@ -231,17 +231,7 @@ class Trials:
     @retry_on_outage
     def counts(self, study_id: int) -> dict[str, int]:
         """Return how many trials are in each state, without the states that none is in; enqueued ones wait."""
-        query = (
-            sa.select(slots_table.c.state, sa.func.count().label("num"))
-            .where(slots_table.c.study_id == study_id)
-            .group_by(slots_table.c.state)
-        )
-        with self._database.connect() as connection:
-            enqueued = num_enqueued(connection, study_id)  # first: rather one twice than one that nobody sees
-            counts = {row.state: row.num for row in connection.execute(query)}
-            if not counts.keys() <= set(STATES):
-                refuse_damaged_slots(self._database, connection, study_id)
-        return counts | ({"waiting": counts.get("waiting", 0) + enqueued} if enqueued else {})
+        return count_slots(self._database, study_id)
 
     @retry_on_outage
     def num_epochs(self, study: StudyRecord) -> int:
@@ -253,18 +243,8 @@ class Trials:
     @retry_on_outage
     def best(self, study: StudyRecord, count: int) -> list[tuple[int, float]]:
         """Return the numbers and values of the `count` best complete trials of the search, the best first."""
-        value = trial_values.c.value
-        order = value.desc() if study.spec.direction == "maximize" else value.asc()
-        is_complete = (slots_table.c.state == "complete") & (slots_table.c.kind == "search")
-        query = (
-            sa.select(slots_table.c.number, value)
-            .join(trial_values, trial_values.c.trial_id == slots_table.c.trial_id)
-            .where(slots_table.c.study_id == study.study_id, is_complete)
-            .order_by(order, slots_table.c.number)
-            .limit(count)
-        )
         with self._database.connect() as connection:
-            return [(number, value) for number, value in connection.execute(query)]
+            return best_values(connection, study, count)
 
     @retry_on_outage
     def ended_numbers(self, study: StudyRecord) -> set[int]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,8 @@ def call_factory(
     except TypeError as error:
         raise UserError(f"{setting} cannot be called with {given}: {error}") from None
     try:
-        return factory(**arguments)
+        with chdir(os.curdir):  # back again where the factory leaves: other paths may be relative
+            return factory(**arguments)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:  # whatever the user's factory raises

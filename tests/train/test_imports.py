@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -237,3 +238,9 @@ def test_a_script_keeps_its_own_module_of_the_same_name(tmp_path: Path, monkeypa
     assert sys.path == path
     assert sys.modules["own_module"] is own
     assert importlib.import_module("own_module").get() == "script"
+
+
+def test_a_factory_that_leaves_its_folder_takes_nobody_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    call_factory(lambda: os.chdir("/"), section="model", name="net:make", options={}, fixed={})
+    assert Path.cwd() == tmp_path
