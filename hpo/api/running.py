@@ -212,9 +212,7 @@ def serve(
     last_message = ""
     while True:
         try:
-            for problem in set(store.studies.damages().values()) - told:
-                told.add(problem)
-                say(f"passed over: {problem}")
+            _tell_of_damage(store, told, say)
             study, message = _next_study(store, first, passed_over), "waiting for a study"
         except STORE_ERRORS as error:
             study, message = None, f"the store does not answer, waiting for it: {error}"
@@ -398,6 +396,13 @@ def _run_to_end(
     if left:
         raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_resume=True)
     return result_of(store, study)
+
+
+def _tell_of_damage(store: Store, told: set[str], say: Callable[[str], None]) -> None:
+    """Say once of each study that cannot be read why it is passed over."""
+    for problem in set(store.studies.damages().values()) - told:
+        told.add(problem)
+        say(f"passed over: {problem}")
 
 
 def _next_study(store: Store, first: str | None, passed_over: Container[tuple[int, float]]) -> StudyRecord | None:
