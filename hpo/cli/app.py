@@ -32,7 +32,7 @@ from hpo.cli.options import (
 from hpo.cli.reading import READING_COMMANDS
 from hpo.cli.stores import STORE_COMMANDS
 from hpo.cli.streams import outlive_readers
-from hpo.cli.writer import print_json, say, say_lines
+from hpo.cli.writer import print_json, say, say_error
 from hpo.errors import StudyStopped, UserError
 from hpo.system.readable import prepare_output
 from hpo.workers.executors import Executor, InProcess, Local
@@ -73,7 +73,7 @@ def _is_store_error(error: Exception) -> bool:
 
 
 def _exit_with(message: object, code: int) -> None:
-    say_lines(f"hpo: {message}", is_error=True)
+    say_error(f"hpo: {message}")
     sys.exit(code)
 
 

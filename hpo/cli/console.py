@@ -9,11 +9,13 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
 from rich.style import Style
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from hpo.system.readable import one_line
 
+USUAL_WIDTH = 80  # columns of a terminal
+SHORT = 10  # characters, such as a state or a number, which are not broken over lines on a usual terminal
 FILE_WIDTH = 100_000  # columns of an output that is no terminal: no line is broken or cut
 
 
@@ -40,17 +42,22 @@ def styled(*parts: str | tuple[str, str | Style]) -> Text:
     return Text.assemble(*((one_line(text), style) for text, style in pairs))
 
 
-def make_table(columns: Sequence[str] = (), **options: Any) -> Table:
-    """Return an empty table; long words in it are broken over lines, not cut."""
-    return Table(*(Column(column, overflow="fold") for column in columns), box=box.SIMPLE_HEAD, **options)
+def make_table(**options: Any) -> Table:
+    """Return an empty table."""
+    return Table(box=box.SIMPLE_HEAD, **options)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a plain table."""
-    table = make_table(columns)
-    for row in rows:
-        table.add_row(*map(str, row))
-    make_console().print(table)
+    """Print a plain table. On a screen that is too narrow for it, long texts are broken over lines, none is cut."""
+    console, table = make_console(), make_table(padding=(0, 1, 0, 0))
+    cells = [list(map(str, row)) for row in rows]
+    for index, column in enumerate(columns):
+        longest = max(len(one_line(row[index])) for row in [columns, *cells])
+        is_short = longest <= SHORT and console.width >= USUAL_WIDTH
+        table.add_column(column, overflow="fold", no_wrap=is_short)
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
 
 
 def make_progress(*, disable: bool = False) -> Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hpo.cli.options import json_option, storage_option
-from hpo.cli.writer import print_json, say, say_lines
+from hpo.cli.writer import print_json, say
 
 
 @click.command("list", short_help="List the studies in a store.")
@@ -63,8 +63,10 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     counts = ", ".join(f"{found['trials'][state]} {state}" for state in STATES if state in found["trials"])
     say(f"study {study}: {counts}")
     if found["stop"]:
-        reason, *traceback = str(found["stop_reason"]).split("\n")
-        say_lines("\n".join([f"stopped ({reason}); go on with: hpo resume {study}", *traceback]))
+        reason, *others = str(found["stop_reason"]).split("\n")
+        say(f"stopped ({reason}); go on with: hpo resume {study}")
+        for line in others:
+            say(f"  {line}")  # such as a traceback; no line of it can pass for one of ours
     if found["best"]:
         best = found["best"]
         if best["confirmation"]:

@@ -18,9 +18,9 @@ def say(text: str) -> None:
     print(one_line(text), flush=True)
 
 
-def say_lines(text: str, *, is_error: bool = False) -> None:
-    """Print a text of several lines, those after its first indented: none can pass for another message of ours."""
-    print(visible(text).replace("\n", "\n  "), file=sys.stderr if is_error else sys.stdout, flush=True)
+def say_error(text: str) -> None:
+    """Print a text of one or more lines to standard error."""
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
