@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -201,6 +201,8 @@ class RayLauncher(Launcher):
             where |= {"num_cpus": num_cores(), "num_gpus": len(gpus)}
             if gpus:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in gpus)
+        if not self._is_client:
+            where["job_config"] = _job_config(ray)
         try:
             with packed(self._code_folders if self._packs_code else []) as folder:
                 environment = {} if folder is None else {"working_dir": folder}
@@ -293,6 +295,23 @@ def _import_ray() -> Any:
     except ImportError:
         raise UserError("--on needs Ray: pip install 'hpo-studies[ray]'") from None
     return ray
+
+
+class _NoFolders(list[str]):
+    """A list that stays empty."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        """Add nothing."""
+
+
+def _job_config(ray: Any) -> Any:
+    """Return Ray's settings of a job, without the working directory of this process first on the path of its workers.
+
+    Ray would put it there, and a file that is called like a library's module would be imported in its place.
+    """
+    config = ray.job_config.JobConfig()
+    config._py_driver_sys_path = _NoFolders()
+    return config
 
 
 def _grpc_errors() -> tuple[type[BaseException], ...]:

@@ -315,6 +315,7 @@ def test_a_ray_of_its_own_trains_from_an_sqlite_store_and_ends_with_the_command(
     before = raylets()
     hpo.environment = {"HPO_TEST_FOLDER": str(hpo.folder)}
     hpo.write(make_spec(0.1, 0.2, 0.3, epochs=2), LOOP.replace("fcntl.flock", "(lambda *_: None)"))
+    (hpo.folder / "numpy.py").write_text("raise RuntimeError('imported in place of the library')")
     exit_code, output = hpo.run("run", "study.toml", "--on", "ray", "--devices", "cpu")
     assert exit_code == 0, output
     assert Counter(trial.state for trial in trials(hpo)) == {"complete": 3}
