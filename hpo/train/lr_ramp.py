@@ -49,6 +49,7 @@ ABORT_LOSS_RATIO = 10.0  # times the loss at the start, on average over a window
 HIGH_OVER_DIVERGENCE = 6.0  # the end of the range, relative to the rate at which training diverges
 DIVERGENCE_OVER_LOW = 30.0  # that rate relative to the beginning of the range, at least
 FALL_OVER_LOW = 3.0  # the rate at which the loss begins to fall, relative to the beginning of the range, at least
+HIGH_OVER_FALL = 1.5  # the end of the range relative to that rate, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ def read_ramp(
         leaps=leaps,
         edge=divergence_lr,
         low=min(divergence_lr / DIVERGENCE_OVER_LOW, falls / FALL_OVER_LOW if falls else math.inf),
-        high=min(divergence_lr * HIGH_OVER_DIVERGENCE, MAX_LR),
+        high=min(max(divergence_lr * HIGH_OVER_DIVERGENCE, (falls or 0.0) * HIGH_OVER_FALL), MAX_LR),
         from_zero=from_zero,
     )
 

@@ -114,6 +114,14 @@ def test_a_loss_that_is_not_finite_from_the_start_leaves_no_range(losses: list[f
     assert len(found.losses) == len(losses)
 
 
+def test_the_range_reaches_above_the_rate_at_which_the_loss_was_seen_to_fall() -> None:
+    """Steps may be large for the weights, as with a low-rank adapter, long before anything is learnt."""
+    found = read_ramp(LRS, made((1e-5, 2.3), (1e-2, 2.3), (5e-2, 0.3), (1e-1, 0.3)), steps(leaps_at=1e-4))
+    assert found.falls is not None
+    assert found.high is not None
+    assert found.high >= 1.4 * found.falls > 6 * 1e-4
+
+
 def test_a_scale_of_the_loss_does_not_matter() -> None:
     losses = made((1e-5, 2.3), (1e-4, 2.3), (3e-3, 0.3), (1e-2, 0.3), (1.1e-2, 8.0))
     one, other = read_ramp(LRS, losses, steps()), read_ramp(LRS, [7 * loss for loss in losses], steps())
