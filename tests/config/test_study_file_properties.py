@@ -158,10 +158,21 @@ def test_a_torn_file_gives_specs_or_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "text", ["x = " + "[" * 10_000, "x = " + "1" * 5000, "x = 0x" + "f" * 5000, "\ufeff", "name = '\x00'"]
+    "text",
+    [
+        "x = " + "[" * 10_000,
+        "x = " + "1" * 5000,
+        "x = 0x" + "f" * 5000,
+        "\ufeff",
+        "name = '\x00'",
+        "model.x = " + "[" * 65 + "]" * 65,
+        "[[compare]]\nname = 'b'\nmodel." + ".".join("a" * 3000) + " = 1",
+        "[[compare]]\nname = 0x" + "f" * 5000,
+        f"model.x = {2**64}",
+    ],
 )
 def test_a_file_that_no_reader_of_toml_likes_is_refused_in_one_sentence(text: str, tmp_path: Path) -> None:
-    (tmp_path / "s.toml").write_text(text)
+    (tmp_path / "s.toml").write_text(f"{text}\n[search.space]\nlr = [0.1]")
     with pytest.raises(UserError) as caught:
         StudySpec.from_toml(tmp_path / "s.toml")
     assert len(str(caught.value).splitlines()) == 1

@@ -125,6 +125,10 @@ SPACES = {
     "lr = { low = 0.0, high = 0.1 }": ["search.space.lr must be greater than 0, got 0.0"],
     f"lr = {{ low = 0.1, high = 1{'0' * 400} }}": ["search.space.lr.high must be a finite number, got 1000"],
     "lr = { low = 1e-3, high = 1.0, step = 1e-320 }": ["search.space.lr.step must not be so small", "1e-320"],
+    "lr = [0.1]\nx = { low = 0, high = 1, step = 1e-300 }": [
+        "search.space.x.step must not be so small",
+        "1,000,000,000",
+    ],
     "weight_decay = { low = -1e308, high = 1e308 }": ["search.space.weight_decay.high - search.space.weight_decay.low"],
     "lr = [0.1]\n'x[0]' = [1]": ["search.space: each key must be without '[', got 'x[0]'"],
     "optimizer = ['adam']\nlr.by.optimizer = {}": ["search.space.lr.by must name one other parameter and its cases"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hpo.config.checks import check_search
 from hpo.errors import UserError
 from hpo.search.config import PrunerSpec, SearchSpec
 from hpo.search.proposals import check_values, fixed_values, optuna_params, suggest, values_from_optuna
+from hpo.search.samplers import SAMPLERS, build_sampler
 from hpo.search.space import Categorical, Conditional, Parameter, Range, grid_points, parse_space, point_at
 
 quick = settings(derandomize=True, deadline=None, max_examples=80)
@@ -235,3 +238,23 @@ def test_a_grids_list_of_numbers_holds_the_rates_between_them_as_a_confirmation_
     check_values(search, {"lr": 0.2})
     with pytest.raises(UserError, match=r"lr = 0\.4"):
         check_values(search, {"lr": 0.4})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # also those of Optuna's that it calls experimental
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_space_that_is_accepted_can_be_searched(sampler: str) -> None:
+    for high, step in itertools.product([1.0, 1e300, 2**31, 2**62], [None, 1e-300, 1e-30, 1e-17, 1e-9, 0.3, 2.0]):
+        table = {"low": type(high)(0), "high": high} | ({} if step is None else {"step": step})
+        try:
+            search = SearchSpec(sampler=sampler, trials=5, space={"x": table, "y": {"low": 0.0, "high": 1.0}})
+            check_search(search)
+        except UserError:
+            continue
+        settings = Settings(search)
+        study = optuna.create_study(sampler=build_sampler(settings, number=0))
+        for point in [*fixed_values(settings)[:4], {}]:
+            study.enqueue_trial(optuna_params(settings, point))
+            trial = study.ask()
+            values = suggest(trial, settings)
+            assert all(case_of(search.parameters[key], values).contains(value) for key, value in values.items())
+            study.tell(trial, 0.5)

@@ -28,7 +28,7 @@ def test_a_worker_is_given_its_task_whole() -> None:
 def early(tmp_path: Path, device: Device, *precisions: str) -> WorkerProcess:
     """Start a worker early, for a store that is not there."""
     allowed = ImportAllowlist()
-    url = f"sqlite:///{tmp_path}/absent.db"
+    url = f"sqlite:///{tmp_path}/absent\x1b.db"
     task = WorkerTask(url, "s", device.name, torch_device(device), 1, allowed, precisions=precisions)
     worker = WorkerProcess(task, device)
     worker.start_early()
@@ -50,7 +50,7 @@ def test_a_worker_that_was_started_early_waits_until_it_is_told_to_begin_and_the
     assert not worker.begin(log)  # it has begun
     wait_for(lambda: not worker.is_running())
     assert worker.exit_code == 1
-    assert "absent.db; `hpo run` makes one" in log.read_text()
+    assert "absent\\x1b.db; `hpo run` makes one" in log.read_text()
 
 
 @pytest.mark.parametrize("precisions", [(), ("fp32",)], ids=["own loop", "engine"])
@@ -115,7 +115,7 @@ def test_a_log_may_have_any_name_that_a_file_may_have(tmp_path: Path, wait_for: 
     log = tmp_path / os.fsdecode(b"worker \xff.log")
     assert worker.begin(log)
     wait_for(lambda: not worker.is_running())
-    assert "absent.db" in log.read_text()
+    assert "absent\\x1b.db" in log.read_text(), "a log obeys no text, also in a traceback"
 
 
 def test_a_worker_that_hangs_before_it_begins_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpo.report.figures.style import STATE_STYLES, THEMES
+from hpo.report.figures.style import STATE_STYLES, THEMES, escape_plotly
 
 
 def test_every_state_has_a_symbol_and_a_pattern_of_its_own() -> None:
@@ -28,3 +28,8 @@ def test_marks_stand_out_from_a_light_and_from_a_dark_page(page: str) -> None:
         least = 3.0 if name not in ("pruned", "running") else 2.0  # orange and purple on white; their shapes are solid
         assert (light + 0.05) / (dark + 0.05) >= least, name
     assert set(THEMES) == {"light", "dark"}
+
+
+def test_plotly_reads_no_tag_no_formula_and_no_variable_in_a_text() -> None:
+    assert escape_plotly("<b>&lt; $x$ %{y}\x1b\n") == "&lt;b&gt;&amp;lt; &#36;x&#36; &#37;{y}\\x1b\\n"
+    assert escape_plotly(0.5) == "0.5"
