@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hpo.analysis.confirmation import Confirmation, find_confirmation
-from hpo.analysis.response import Observations, Response, fit_response
+from hpo.analysis.response import ObservedTrial, Response, fit_response
 from hpo.analysis.trials import (
     TRAINED,
     are_alike,
@@ -24,6 +24,8 @@ from hpo.analysis.trials import (
 )
 from hpo.analysis.warnings import StudyWarning, find_warnings
 from hpo.study.records import StudyRecord, TrialRecord
+
+OBSERVED = (*TRAINED, "running")  # states of trials that say something about their learning rate
 
 
 @dataclass(frozen=True)
@@ -117,52 +119,37 @@ def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response
 
     Trials that also differ in another range count all the same: that is part of the noise.
     """
-    import numpy as np
-
-    sign = direction_sign(study)
-    rated = [trial for trial in trials if has_rate(trial)]
-    complete = [trial for trial in rated if trial.state == "complete" and trial.value is not None]
-    seen = [(float(trial.params["lr"]), sign * value_of(trial), 0.0) for trial in complete]
-    seen += _expected_of_pruned(study, rated, complete)
-    if not seen:
+    sign, metric, spec = direction_sign(study), study.spec.metric, study.spec
+    rated = [trial for trial in trials if has_rate(trial) and trial.state in OBSERVED]
+    reached = max((epoch for trial in rated for epoch in trial.epochs), default=1)
+    num_epochs = reached if spec.objective else spec.max_epochs
+    observed = [
+        _observe(trial, metric, sign, num_epochs)
+        for trial in rated
+        if trial.state != "complete" or trial.value is not None
+    ]
+    if not observed:
         return None
-    lrs, values, doubts = np.array(seen).T
-    diverged = [float(trial.params["lr"]) for trial in rated if trial.state == "diverged"]
     guess = guess_accuracy(study)
     low, high = rate_bounds(study, trials)
     response = fit_response(
-        Observations(np.log10(lrs), values, doubts, np.log10(diverged), floor=math.inf if guess is None else guess),
+        observed,
+        num_epochs=num_epochs,
         low=low,
         high=high,
+        floor=-math.inf if guess is None else guess,
+        is_share=metric.endswith("accuracy") and sign == 1,
     )
     return response if response is None or sign == 1 else response.mirrored()
 
 
-def _expected_of_pruned(
-    study: StudyRecord, trials: Sequence[TrialRecord], complete: Sequence[TrialRecord]
-) -> list[tuple[float, float, float]]:
-    """Return (learning rate, value, doubt) of each pruned trial; of two such values the higher is the better.
-
-    The value is its last one plus what complete trials gained from that epoch on, on average. The doubt is a standard
-    deviation. It grows with that gain, with its spread, and with the distance of the trial from the others at its end.
-    """
-    sign, metric = direction_sign(study), study.spec.metric
-    curves = {trial.number: dict(zip(trial.epochs, trial.curves.get(metric, ()), strict=False)) for trial in complete}
-    expected = []
-    for trial in trials:
-        if trial.state != "pruned" or trial.value is None:
-            continue
-        epoch = trial.epochs[-1] if trial.epochs else 0
-        at_epoch = [(value_of(other), curves[other.number].get(epoch)) for other in complete]
-        known = [(last, then) for last, then in at_epoch if then is not None]
-        if known:
-            gains = [sign * (last - then) for last, then in known]
-            gain = statistics.fmean(gains)
-            # The complete trials are the survivors: one that was worse, and far from them, may have gained anything.
-            distance = abs(value_of(trial) - statistics.fmean(then for _, then in known))
-            doubt = max(statistics.pstdev(gains), abs(gain) / 2, distance)
-            expected.append((float(trial.params["lr"]), sign * value_of(trial) + gain, doubt))
-    return expected
+def _observe(trial: TrialRecord, metric: str, sign: int, num_epochs: int) -> ObservedTrial:
+    """Return what a trial has shown: its curve, or its value alone if it reported nothing."""
+    seen = zip(trial.epochs, trial.curves.get(metric, ()), strict=False)
+    curve = {epoch: sign * value for epoch, value in seen if value is not None and math.isfinite(value)}
+    if trial.state in ("complete", "pruned") and trial.value is not None:
+        curve[max(trial.epochs, default=num_epochs)] = sign * value_of(trial)
+    return ObservedTrial(math.log10(trial.params["lr"]), trial.state, list(curve), list(curve.values()))
 
 
 def learning_rate_interval(

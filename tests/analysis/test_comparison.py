@@ -62,7 +62,7 @@ def test_best_rates_whose_ratio_is_not_1_are_told_apart() -> None:
     assert second.lr == pytest.approx(1e-1, rel=0.5)
     assert changed_settings(first, second) == {"training.optimizer": "sgd"}  # momentum and beta1 follow from it
     assert "t, with training.optimizer sgd instead of adam, has its best learning rate at" in text
-    assert "times 0.001 of s" in text
+    assert f"times {first.lr:.2g} of s" in text
     low, high = found.studies[1].ratio or (0, 0)
     assert 10 < low < 100 < high < 1000
     assert "no learning rate is as good as the best in all of these 2" in text

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo.analysis.answer import Best
-from hpo.analysis.response import WORST
+from hpo.analysis.scale import WORST
 from hpo.analysis.text import params_text, plural, value_text
 from hpo.analysis.trials import is_rate
 from hpo.report.figures.style import escape_plotly

@@ -1,0 +1,198 @@
+"""The value at the end of training over the learning rate, from the curves of all trials, whole ones or not.
+
+The value over log10 of the learning rate and the log of the epoch is a Gaussian process (Rasmussen and Williams, 2006;
+over both at once: Swersky et al., Freeze-Thaw Bayesian Optimization, arXiv 1406.3896). It is the sum of what epochs
+bring at all learning rates and of what they bring at this one, so a pruned trial counts with what the others gained
+since, as far as they are like it. A trial is off by one amount at all its epochs, which stands for its seed; and off at
+each epoch by as much as its own curve is rough. Seeds matter more where curves are rougher. The process is not fitted
+once: it is averaged over a grid of its hyperparameters, each weighed by how well it explains the curves, because with
+20 to 40 trials several explain them well.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[np.float64]]
+
+NUM_DRAWS = 400
+NUM_FITTED_POINTS = 240  # at most, of all curves; those of more trials than that are averaged with their neighbours'
+NUM_POINTS_OF_CURVE = 6  # at most, after epochs that are evenly apart on a log scale
+LENGTHS = (0.35, 0.6, 1.0, 1.8)  # decades of the learning rate over which the value bends
+EPOCH_LENGTHS = (3.0, 8.0)  # powers of e of the epoch over which it bends
+AMPLITUDES = (0.03, 0.1, 0.3, 1.0, 2.0)  # of what depends on the learning rate, in standard deviations of all points
+NOISES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a trial with a curve of usual roughness, in the same
+USUAL_LENGTH = 0.7  # decades, of the log-normal prior
+LEAST_USUAL_NOISE = 0.05  # of the log-normal prior where curves are smooth, in standard deviations of all points
+SEED_OVER_ROUGHNESS = 1.5  # how much more two seeds differ than two epochs of a curve
+MISFIT = 0.01  # of each point, in standard deviations of all points
+AVERAGED = 0.2  # a point is the mean over this last share of its epochs
+SMOOTHED_DECADES = 0.3  # over which roughness is averaged
+MIN_ROUGH = 4  # values from which a roughness is known
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The values of a trial on the line of a `Scale`, after each of `epochs`, at log10 of its learning rate."""
+
+    x: float
+    epochs: Sequence[int]
+    line: Array
+
+
+@dataclass(frozen=True)
+class FinalValues:
+    """What the end of training may bring, on the line of a `Scale`, at each x of a grid."""
+
+    draws: Array  # (NUM_DRAWS, len(x))
+    noise: Array  # (len(x),) standard deviation of a trial about that
+
+
+@dataclass(frozen=True)
+class _Points:
+    x: Array
+    time: Array  # log of the share of all epochs
+    line: Array
+    trial: Any  # number of the trial of each point
+    variance: Array  # by the roughness of the curve
+    roughness: Array  # of the trials about there, relative to the usual one
+
+
+def draw_final_values(
+    curves: Sequence[Curve], *, num_epochs: int, x: Array, random: np.random.Generator
+) -> FinalValues:
+    """Draw from what is known of the values after `num_epochs`."""
+    import numpy as np
+    from scipy.linalg import solve_triangular
+    from scipy.special import softmax
+
+    curves = sorted(curves, key=lambda curve: (len(curve.epochs), curve.x, *curve.line))
+    roughness = _Roughness(curves)
+    points = _points(curves, roughness, num_epochs)
+    mean = points.line.mean()
+    scale = points.line.std() or 1e-9 * (abs(mean) or 1.0)
+    usual_noise = max(SEED_OVER_ROUGHNESS * roughness.usual / scale, LEAST_USUAL_NOISE)
+    apart, apart_in_time = abs(points.x[:, None] - points.x), abs(points.time[:, None] - points.time)
+    same_trial = (points.trial[:, None] == points.trial) * np.outer(points.roughness, points.roughness)
+    own = np.diag(points.variance / scale**2 + MISFIT**2)
+    evidence, fits = [], []
+    for length, epoch_length, amplitude, noise in itertools.product(LENGTHS, EPOCH_LENGTHS, AMPLITUDES, NOISES):
+        shared = _matern(apart_in_time, epoch_length)
+        covariance = shared * (1 + amplitude**2 * _matern(apart, length) + noise**2 * same_trial) + own
+        root = np.linalg.cholesky(covariance)
+        whitened = solve_triangular(root, (points.line - mean) / scale, lower=True)
+        # Log-normal priors: the values of usual networks are the most common.
+        prior = (
+            math.log(length / USUAL_LENGTH) / 0.7,
+            math.log(amplitude) / 1.5,
+            math.log(noise / usual_noise) / 1.5,
+        )
+        evidence.append(-0.5 * (whitened @ whitened + math.hypot(*prior) ** 2) - np.log(np.diag(root)).sum())
+        fits.append((length, epoch_length, amplitude, noise, root, whitened))
+    weights = softmax(evidence)
+    drawn = []
+    for (length, epoch_length, amplitude, _, root, whitened), times in zip(
+        fits, random.multinomial(NUM_DRAWS, weights), strict=True
+    ):
+        if times:
+            across = _matern(points.time, epoch_length) * (
+                1 + amplitude**2 * _matern(abs(x[:, None] - points.x), length)
+            )
+            explained = solve_triangular(root, across.T, lower=True)
+            covariance = 1 + amplitude**2 * _matern(abs(x[:, None] - x), length) - explained.T @ explained
+            values, vectors = np.linalg.eigh(covariance)
+            spread = (vectors * np.sqrt(values.clip(0))).T  # rounding may have made it a little indefinite
+            drawn.append(explained.T @ whitened + random.standard_normal((times, len(x))) @ spread)
+    noise = math.sqrt(weights @ np.square([fit[3] for fit in fits])) * scale
+    return FinalValues(np.concatenate(drawn) * scale + mean, noise * roughness.relative_at(x))
+
+
+class _Roughness:
+    """How rough the curves are: the standard deviation of a value about the smooth curve through its neighbours."""
+
+    def __init__(self, curves: Sequence[Curve]) -> None:
+        import numpy as np
+
+        of_curves = [(curve.x, _roughness(curve.line)) for curve in curves]
+        known = np.array([(x, rough) for x, rough in of_curves if rough > 0]).reshape(-1, 2)
+        self._x, self._log = known[:, 0], np.log(known[:, 1])
+        self.usual = float(np.exp(self._log.mean())) if len(known) else 0.0  # 0: not known
+
+    def relative_at(self, x: Any) -> Array:
+        """Return how rough the curves about log10 of learning rates are, relative to the usual roughness."""
+        import numpy as np
+
+        x = np.asarray(x)
+        if not self.usual:
+            return np.ones(len(x))
+        weights = np.exp(-0.5 * ((x[:, None] - self._x) / SMOOTHED_DECADES) ** 2)
+        # One curve of the usual roughness is added everywhere.
+        logs = (weights @ self._log + math.log(self.usual)) / (weights.sum(axis=1) + 1)
+        relative: Array = np.exp(logs) / self.usual
+        return relative
+
+
+def _roughness(line: Array) -> float:
+    """Return the roughness of the later half of a curve by its second differences, or 0 if it is too short for that."""
+    import numpy as np
+
+    later = line[len(line) // 2 :]
+    return float(np.sqrt(np.square(np.diff(later, 2)).mean() / 6)) if len(later) >= MIN_ROUGH else 0.0
+
+
+def _points(curves: Sequence[Curve], roughness: _Roughness, num_epochs: int) -> _Points:
+    import numpy as np
+
+    count = min(max(NUM_FITTED_POINTS // len(curves), 1), NUM_POINTS_OF_CURVE)
+    relative = roughness.relative_at([curve.x for curve in curves])
+    rows = [
+        (
+            curve.x,
+            math.log(curve.epochs[last - 1] / num_epochs),
+            curve.line[first:last].mean(),
+            index,
+            (relative[index] * roughness.usual) ** 2 / (last - first),
+            relative[index],
+        )
+        for index, curve in enumerate(curves)
+        for first, last in _windows(curve, count)
+    ]
+    # Of too many trials, which have a point each, neighbours count with their mean.
+    groups = (
+        np.array_split(np.array(rows), NUM_FITTED_POINTS)
+        if len(curves) > NUM_FITTED_POINTS
+        else np.array(rows)[:, None]
+    )
+    x, time, line, _, variance, rough = np.array([group.mean(axis=0) for group in groups]).T
+    sizes = np.array([len(group) for group in groups])
+    trials = np.array([group[0][3] for group in groups])
+    return _Points(x, time, line, trials, variance / sizes, rough / np.sqrt(sizes))
+
+
+def _windows(curve: Curve, count: int) -> list[tuple[int, int]]:
+    """Return (first, last + 1) of the values of each point of a curve, of which the last point ends at its end."""
+    import numpy as np
+
+    length = len(curve.line)
+    lasts = sorted({round(last) for last in np.geomspace(1, length, count)}) if count > 1 else [length]
+    windows, before = [], 0
+    for last in lasts:
+        windows.append((min(max(before, int(last * (1 - AVERAGED))), last - 1), last))
+        before = last
+    return windows
+
+
+def _matern(distance: Array, length: float) -> Array:
+    """Return the Matérn 5/2 correlation."""
+    import numpy as np
+
+    scaled = math.sqrt(5) * abs(distance) / length
+    correlation: Array = (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+    return correlation
