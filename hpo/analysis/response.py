@@ -3,8 +3,8 @@
 Two things are drawn together: the value at the end of training of trials that do not die (`final_values`), and the edge
 above which trials die (`divergence_edge`). A trial that dies is worth what a guess is worth. The interval of the best
 learning rate comes from the argmax of each draw. The rate to train with is the one that loses least to the best one in
-half of the draws, among those for which there is evidence: near one that trained to the end, not above all of these, and
-not below all that were tried. `make bench-analysis` and `make bench-curves` measure how often that is right.
+half of the draws, among those for which there is evidence: near one that trained to the end, not above all of these,
+and not below all that were tried. `make bench-analysis` measures how often that is right.
 """
 
 from __future__ import annotations
