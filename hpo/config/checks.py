@@ -186,6 +186,23 @@ def check_pruner(pruner: PrunerSpec) -> None:
         raise UserError(f"pruner.lower must be less than pruner.upper, got {pruner.lower} and {pruner.upper}")
 
 
+# --- [checkpoints] ---
+
+
+def check_checkpoints(checkpoints: CheckpointsSpec) -> None:
+    """Refuse a URL with a secret in it, and a chain of URLs, by which a store could have workers read any file system.
+
+    No part of such a URL is shown.
+    """
+    protocol, _, rest = (checkpoints.url or "").rpartition("://")
+    if "::" in protocol + rest:
+        raise UserError("checkpoints.url must be one folder or URL, not a chain of several with '::'")
+    if protocol and re.search(r":.*@|\?", rest):
+        raise UserError(
+            "checkpoints.url must hold no password, key or query: they belong into the environment; got '***'"
+        )
+
+
 # --- [objective] ---
 
 

@@ -259,6 +259,7 @@ class StudySpec(Section):
         checks.check_name(self.name)
         checks.check_search(self.search)
         checks.check_pruner(self.pruner)
+        checks.check_checkpoints(self.checkpoints)
         if self.objective:
             checks.check_objective(self.objective, search=self.search, checkpoints=self.checkpoints, engine=self.engine)
             checks.check_unused_with_objective(self.model, self.data, self.training)

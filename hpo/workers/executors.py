@@ -82,8 +82,10 @@ class Ray:
     placement: str = "pack"
 
     def __post_init__(self) -> None:
-        if self.address not in (OWN_RAY, RUNNING_RAY) and not str(self.address).startswith(RAY_CLIENT):
-            raise UserError(f"--on must be ray, auto or ray://HOST:PORT, got {self.address!r}")
+        is_client = str(self.address).startswith(RAY_CLIENT) and "@" not in self.address
+        if self.address not in (OWN_RAY, RUNNING_RAY) and not is_client:
+            got = "one with a login, which is not shown" if "@" in str(self.address) else repr(self.address)
+            raise UserError(f"--on must be ray, auto or ray://HOST:PORT, got {got}")
         if self.placement not in PLACEMENTS:
             raise UserError(f"--placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
         if not isinstance(self.resources, Mapping):

@@ -56,6 +56,7 @@ def executor_of(
     ("arguments", "message"),
     [
         ({"address": "local"}, r"^--on must be ray, auto or ray://HOST:PORT, got 'local'$"),
+        ({"address": "ray://u:hunter2@h:1"}, r"HOST:PORT, got one with a login, which is not shown$"),
         ({"threads": 4}, r"^--threads has no meaning with --on: --resource num_cpus=4 gives a worker its threads$"),
         ({"placement": "strict"}, r"^--placement must be one of pack, spread, got 'strict'$"),
         ({"resources": ("num_cpus",)}, r"^--resource must be NAME=AMOUNT, such as num_cpus=4, got 'num_cpus'$"),
