@@ -38,7 +38,7 @@ def take_in(database: Database, connection: Connection, study: StudyRecord) -> N
         values = proposals.values_from_optuna(database.storage.get_trial(row.trial_id).system_attrs.get(FIXED, {}))
         slot = {**new_slot(study.spec, {}), "study_id": study.study_id, "number": row.number, "trial_id": row.trial_id}
         try:
-            check_point(study.spec.search, values, setting="the enqueued trial")
+            check_point(study.spec.search, values, setting="enqueued")
         except UserError as error:
             slot |= {"state": "failed", "reason": str(error), "ended_at": database.now(connection)}
             database.storage.set_trial_state_values(row.trial_id, TrialState.FAIL)

@@ -243,19 +243,21 @@ class Studies:
         storage = self._database.storage
         with self._database.transaction() as connection:
             lock_study(connection, study.study_id)
-            known = storage.get_study_user_attrs(study.study_id)
-            if name not in known:
-                storage.set_study_user_attr(study.study_id, name, dict(value))
-            return dict(known.get(name, value))
+            known = storage.get_study_user_attrs(study.study_id).get(name)
+            # Else another program has set it.
+            if isinstance(known, dict) and known.keys() <= value.keys() and isinstance(known.get("reason", ""), str):
+                return dict(known)
+            storage.set_study_user_attr(study.study_id, name, dict(value))
+            return dict(value)
 
     @retry_on_outage
     def shared_values(self, study: StudyRecord) -> dict[str, Any]:
-        """Return all values that `get_or_set_shared` has set, by key."""
+        """Return the values with a reason that `get_or_set_shared` has set, by key."""
         attributes = self._database.storage.get_study_user_attrs(study.study_id)
         return {
             name.removeprefix(SHARED_PREFIX): value
             for name, value in attributes.items()
-            if name.startswith(SHARED_PREFIX)
+            if name.startswith(SHARED_PREFIX) and isinstance(value, dict) and isinstance(value.get("reason"), str)
         }
 
     def show(self, study: StudyRecord, figures: Mapping[str, str | None], *, note: str) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -190,8 +191,11 @@ class Workers:
     def _device_failures(self, connection: Connection, study: StudyRecord) -> dict[tuple[str, str], DeviceFailures]:
         attributes = self._database.storage.get_study_user_attrs(study.study_id)
         started = self._started(connection, study)
-        rows = [dict(row) for row in attributes.get(DEVICE_FAILURES, []) if row["started"] == started]
-        failures = [DeviceFailures(**{key: row[key] for key in row if key != "started"}) for row in rows]
+        failures = []
+        with suppress(TypeError, AttributeError, KeyError):  # anybody can set attributes of a study, of any form
+            for row in attributes.get(DEVICE_FAILURES, []):
+                if row["started"] == started:
+                    failures.append(DeviceFailures(**{key: row[key] for key in row if key != "started"}))
         return {(one.machine, one.device): one for one in failures}
 
     def _started(self, connection: Connection, study: StudyRecord) -> float:

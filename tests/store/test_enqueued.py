@@ -101,3 +101,18 @@ def test_a_trial_that_another_program_tells_fails_and_the_study_goes_on(
     told = store.trials.get_all(study)[0]
     assert (told.state, told.value, told.reason) == ("failed", None, "another program has ended the trial with Optuna")
     assert train(store, study, worker) == 1
+
+
+@pytest.mark.parametrize("value", [5, "text", [1], {"reason": 3}, {"other": "key", "reason": "none of ours"}])
+def test_user_attributes_of_other_programs_that_have_our_names_do_no_harm(
+    store: Store, make_spec: MakeSpec, value: Any
+) -> None:
+    study, _ = begin(store, make_spec(0.1))
+    ours = {"lanes": 2, "reason": "measured"}
+    for name in ("hpo: lanes", "hpo device failures"):
+        theirs(store).set_user_attr(name, value)
+    assert store.studies.get_or_set_shared(study, "lanes", ours) == ours
+    assert store.studies.get_or_set_shared(study, "lanes", {**ours, "lanes": 3}) == ours
+    assert store.studies.shared_values(study) == {"lanes": ours}
+    assert store.workers.device_failures(study) == {}
+    assert store.workers.count_device_failure(study, device="cuda:0", host="h", reason="sick").count == 1
