@@ -269,7 +269,7 @@ def _train_and_print_answer(train: Callable[..., Result], study: str, storage: s
         f"every trial in the browser:  hpo dashboard{suffix}",
         f"train the best trial again:  hpo export {study} --output best.toml{suffix}",
     ]
-    if any(trial.state == "failed" for trial in result.trials):
+    if any(trial.state == "failed" and trial.attempt for trial in result.trials):
         steps.append(f"train the failed trials again:  hpo resume {study} --retry-failed{suffix}")
     print_answer(console, record, result.trials, result.best, next_steps=steps)
 
