@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: help setup demo test test-all lint bench bench-gpu bench-search bench-analysis bench-report bench-range-test bench-ray bench-scale chaos constraints clean
+.PHONY: help setup demo test test-all lint bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-ray bench-scale chaos constraints clean
 PYTHON ?= python3
 BIN := .venv/bin
 # As many processes as the machine has cores; tests that share a server run in the same process (tests/conftest.py).
@@ -45,6 +45,9 @@ bench-search: setup ## compare the search with other tools
 
 bench-analysis: setup ## measure how good the answers are
 	$(BIN)/python -m scripts.bench.analysis
+
+bench-curves: setup ## measure the answers on networks of others
+	$(BIN)/python -m scripts.bench.curves $(CURVES)
 
 bench-report: setup ## measure the report of a large study
 	$(BIN)/python -m scripts.bench.report

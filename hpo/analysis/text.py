@@ -53,7 +53,7 @@ def answer_lines(study: StudyRecord, answer: Best) -> list[str]:
         subject = f"best learning rate: {rate_text(answer.response.best)}"
         rate = number_text(answer.params["lr"])
         lines = [
-            subject + _other_values(answer.params),
+            subject + _other_values(answer.params) + _open_text(answer.response),
             *response_lines(study, answer.response),
             f"the best trial: learning rate {rate}, {_trial_text(study, answer)}; the luckiest, too",
         ]
@@ -67,6 +67,13 @@ def answer_lines(study: StudyRecord, answer: Best) -> list[str]:
             )
     lines += range_text.range_test_lines(study, best=answer.lr, params=answer.recommended)
     return lines + [f"warning: {warning.text}" for warning in answer.warnings]
+
+
+def _open_text(response: Response) -> str:
+    """Return what follows the best learning rate where the trials leave it open, or nothing."""
+    if response.is_determined:
+        return ""
+    return f" so far, but not determined: any from {interval_text(response.interval)} may be best; try more rates"
 
 
 def _confirmed_lines(study: StudyRecord, answer: Best, confirmation: Confirmation) -> list[str]:

@@ -105,7 +105,11 @@ def _key_numbers(report: StudyReport) -> list[KeyNumber]:
         return [KeyNumber("best learning rate", cell_text(best.lr), "of those tried"), value]
     plateau, interval = interval_text(response.plateau), interval_text(response.interval)
     numbers = [
-        KeyNumber("best learning rate", rate_text(best.lr or response.best), f"plateau {plateau}"),
+        KeyNumber(
+            "best learning rate" if response.is_determined else "best learning rate so far, not determined",
+            rate_text(best.lr or response.best),
+            f"plateau {plateau}",
+        ),
         KeyNumber(f"{CONFIDENCE:.0%} interval", interval, "holds the best learning rate"),
     ]
     if best.confirmation is None:
