@@ -171,9 +171,12 @@ def import_object(path: str, *, setting: str) -> Callable[..., Any]:
         raise not_allowed(f"{setting} = {path!r}", module_name)
     module = _import_module(path, setting=setting, allowed=allowed)
     if not hasattr(module, attribute):
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        kinds = inspect.getmembers(module, inspect.isfunction) + inspect.getmembers(module, inspect.isclass)
+        names = [name for name, value in kinds if value.__module__ == module_name and not name.startswith("_")]
         origin = getattr(module, "__file__", None) or "built into Python"
-        raise unknown_name(f"the name after ':' in {setting} = {path!r} ({origin})", attribute, names)
+        raise unknown_name(
+            f"the name after ':' in {setting} = {path!r} ({origin})", attribute, names or ["what it defines"]
+        )
     named = getattr(module, attribute)
     if not inspect.isfunction(named) and not inspect.isclass(named):
         raise UserError(f"{setting} = {path!r} must name a function or a class, got {type(named).__name__}")

@@ -244,3 +244,11 @@ def test_a_factory_that_leaves_its_folder_takes_nobody_along(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     call_factory(lambda: os.chdir("/"), section="model", name="net:make", options={}, fixed={})
     assert Path.cwd() == tmp_path
+
+
+def test_a_name_that_is_not_there_is_said_with_those_that_may_be_named(folder: Path) -> None:
+    with (
+        allowed(folder, modules=["own_door"]).importable(),
+        pytest.raises(UserError, match=rf"{folder}/own_door.py\) must be one of Net, net, two, wrapped; got 'nett'"),
+    ):
+        import_object("own_door:nett", setting="model.name")
