@@ -104,7 +104,14 @@ def _parse_sqlite(parsed: URL) -> URL:
         raise UserError(f"--storage must name a file, which workers can share, got {parsed}")
     if parsed.database.startswith("file:"):
         return parsed
-    return parsed.set(database=str(Path(parsed.database).expanduser().absolute()))
+    path = str(Path(parsed.database).expanduser().absolute())
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # a URL cannot hold the bytes of such a path
+        raise UserError(
+            f"--storage must be a file whose path is UTF-8 text, in a locale that is (LC_ALL=C.UTF-8), got {path!r}"
+        ) from None
+    return parsed.set(database=path)
 
 
 def _parse_postgres(parsed: URL) -> URL:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
@@ -117,3 +120,11 @@ def test_a_url_without_a_secret_may_stand_on_the_command_line(url: str) -> None:
 
 def test_the_url_of_a_store_is_one_that_hides(store: Store) -> None:
     assert isinstance(store.url, StoreURL)
+
+
+def test_a_path_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=r"must be a file whose path is UTF-8 text.*caf.udce9/hpo\.db'"):
+        parse_url("sqlite:///hpo.db")
