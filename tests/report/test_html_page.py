@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ from hpo.analysis.text import answer_lines
 from hpo.report.output_file import write_report_file
 from hpo.report.render import render_report
 from hpo.report.study_report import StudyReport
+from hpo.system.readable import one_line
 from scripts.bench.report import make_study as make_large
+from tests.analysis.examples import make_study, make_trials
 from tests.report.examples import unusual
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
-from tests.report.examples import EVIL, evil_report, reported
+from tests.report.examples import EVIL, MINIMIZED, evil_report, reported
 
 MOST_BYTES = 6_000_000
 
@@ -150,6 +153,19 @@ def test_what_comes_from_users_is_shown_and_never_run(browser: Browser, tmp_path
         assert page.title() != "owned"
         assert EVIL in (page.locator("#trials details pre").first.text_content() or "")
         assert EVIL in (page.locator("#trials tbody").text_content() or "")
+
+
+def test_plotly_obeys_no_text(browser: Browser, tmp_path: Path) -> None:
+    traps = "%{x} $x^2$ <b>b</b> &lt; \x1b[31m \u202e"
+    study = make_study(objective=MINIMIZED | {"metric": traps})
+    trials = [replace(trial, epochs=[1], curves={traps: [0.5]}) for trial in make_trials((0.1, 0.5), (0.2, 0.7))]
+    path = tmp_path / "traps.html"
+    write_report_file(path, render_report(reported(study, trials), "html"))
+    with opened(browser, path) as page:
+        page.locator("#plot-curves .scatterlayer .point").first.hover(force=True)
+        page.wait_for_selector(".hoverlayer text")
+        for place in ("#plot-curves .ytitle", "#plot-curves .hoverlayer"):
+            assert one_line(traps) in (page.locator(place).first.text_content() or "")
 
 
 def test_the_policy_of_the_page_lets_no_script_but_its_own_run_and_nothing_be_fetched(
