@@ -147,6 +147,8 @@ def _call(factory: Callable[..., Any], config: ModelConfig, fixed: Mapping[str, 
     model = call_factory(factory, section="model", name=config.name, options=config.options, fixed=fixed)
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name = {config.name!r} must return a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters()):
+        raise UserError("model.name must name a network whose layers all have their sizes; it has lazy ones")
     return model
 
 

@@ -326,6 +326,7 @@ def test_the_commands_are_those_of_the_contract() -> None:
         "compare",
         "copy",
         "dashboard",
+        "delete",
         "doctor",
         "export",
         "list",
