@@ -157,8 +157,6 @@ def check_model(model: nn.Module, *, batch: Tensor, num_classes: int) -> None:
 
     Raises UserError where the network cannot take the images, or its output is not a float tensor (B, num_classes).
     """
-    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters()):
-        raise UserError("model.name must name a network whose layers all have their sizes; it has lazy ones")
     was_training = model.training
     model.eval()
     try:

@@ -137,7 +137,6 @@ def _load_checked(config: DataConfig) -> tuple[SplitDataset, dict[str, Any]]:
 def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> dict[str, Any]:
     """Build the network of a trial, train it on a small batch, build it again, and return the metadata."""
     import torch
-    from torch.nn.parameter import is_lazy
 
     from hpo.train.engines.divergence import largest_class
     from hpo.train.engines.lane_state import check_test_set, initial_model
@@ -146,7 +145,7 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
     cpu = torch.device("cpu")
     check_test_set(config, data=data)
     model = initial_model(config, data=data, device=cpu)
-    begun = {name: tensor.clone() for name, tensor in named_tensors(model).items() if not is_lazy(tensor)}
+    begun = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
     images, _ = next(data.val.batches(2))
     check_model(model, batch=images, num_classes=data.num_classes)
     batch_sizes = [LARGEST_TRIED_BATCH, config.training.batch_size, *_extreme_values(spec, "batch_size")]
