@@ -5,6 +5,7 @@ Shapes: N images of 32x32 with 3 channels.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import multiprocessing
@@ -12,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +30,7 @@ from hpo.train.data.loading import DatasetCache, SplitDataset
 from hpo.train.engines.plain import PlainEngine, build_lane
 from hpo.train.engines.protocol import Engine
 from hpo.train.engines.stack import TrialStack
+from hpo.train.imports import ImportAllowlist
 from scripts.gpu_day.figures import Figures
 from scripts.gpu_day.noise import noise_images
 from scripts.gpu_day.packages import ROOT
@@ -39,6 +41,11 @@ TINY_WIDTH = 0.05  # of the article's network in a tiny day
 LR_OF = {"sgd": 0.05, "rmsprop": 3e-4, "adagrad": 3e-3, "adadelta": 1.0}  # where 1e-3 moves too little or far
 MIN_CHUNK_S = 0.4  # of a measured rate, which is the median of NUM_CHUNKS
 NUM_CHUNKS = 3
+
+# Trials may name these networks until this process ends.
+_allowed = ExitStack()
+_allowed.enter_context(ImportAllowlist(modules=(NETWORKS,)).importable())
+atexit.register(_allowed.close)
 
 
 @dataclass(frozen=True, kw_only=True)
