@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from hpo.errors import StudyStopped, UserError
 from hpo.system.devices import Device, torch_device, worker_environment
-from hpo.system.processes import SAFE_PATH
 from hpo.system.readable import prepare_output
+from hpo.system.safe_path import SAFE_PATH
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.imports import ImportAllowlist, open_allowlists
 

@@ -14,10 +14,6 @@ import psutil
 
 logger = logging.getLogger(__name__)
 
-# Python's options with which a folder is not on the path because a process starts there: a file that is called like a
-# library's module must not be imported in its place.
-SAFE_PATH = ("-P",)
-
 
 def machine_id() -> str:
     """Return an id of the process table that pids belong to: a machine's boot and, in containers, its pid namespace."""

@@ -16,8 +16,8 @@ from typing import Self
 
 from hpo.errors import UserError
 from hpo.system.devices import Device, torch_device, worker_environment
-from hpo.system.processes import SAFE_PATH
 from hpo.system.readable import prepare_output
+from hpo.system.safe_path import SAFE_PATH
 from hpo.train.config import TrainingConfig
 
 PROOF_S = 120.0  # how long a proof may take with its imports; a device that takes longer hangs

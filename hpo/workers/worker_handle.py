@@ -17,7 +17,7 @@ from typing import IO
 
 from hpo.study.processes import Cause
 from hpo.system.devices import Device, worker_environment
-from hpo.system.processes import SAFE_PATH
+from hpo.system.safe_path import SAFE_PATH
 from hpo.train.device_proof import PROOF_S
 from hpo.train.imports import ImportAllowlist
 
