@@ -309,6 +309,7 @@ class Arena:
             "HPO_STORAGE": self.database.url,
             "HPO_LEASE_S": f"{LEASE_S:g}",
             "HPO_FILES": str(self.folder / "hpo_files"),
+            "PYTHONPATH": str(self.folder),  # of sitecustomize.py; a study's own folder is not on the path that early
         }
         hpo = str(Path(sys.executable).parent / "hpo")
         with output.open("wb") as stream:

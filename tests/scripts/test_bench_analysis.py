@@ -37,7 +37,8 @@ def test_a_study_of_every_kind_is_answered_and_the_same_when_repeated(scenario: 
     assert one == bench.repeat((scenario, 1))
     assert one["interval"][0] < one["interval"][1]
     assert one["quarter"][0] <= one["quarter"][1]
-    assert one["regret"] >= 0 <= one["trial_regret"]
+    # The best rate of a made response is known to a thousandth of a decade.
+    assert min(one["regret"], one["trial_regret"]) > -1e-6
 
 
 def test_trials_under_asha_are_pruned() -> None:
