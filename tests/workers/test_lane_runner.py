@@ -200,10 +200,8 @@ def test_workers_whose_trials_take_turns_share_them(store: Store) -> None:
 def test_what_the_first_worker_chose_holds_for_all(store: Store) -> None:
     study = engine_study(store, 1e-4)
     store.storage.set_study_user_attr(study.study_id, "owner", "somebody")  # with Optuna's own tools
-    assert store.studies.get_or_set_shared(study, "lanes auto on the CPU", {"lanes": 8}) == {"lanes": 8}
-    assert store.studies.get_or_set_shared(study, "lanes auto on the CPU", {"lanes": 2}) == {"lanes": 8}
-    assert store.studies.get_or_set_shared(study, "lanes auto on some GPU", {"lanes": 2}) == {"lanes": 2}
-    assert store.studies.shared_values(study) == {
-        "lanes auto on the CPU": {"lanes": 8},
-        "lanes auto on some GPU": {"lanes": 2},
-    }
+    eight, two = {"lanes": 8, "reason": "by a rule"}, {"lanes": 2, "reason": "measured"}
+    assert store.studies.get_or_set_shared(study, "lanes auto on the CPU", eight) == eight
+    assert store.studies.get_or_set_shared(study, "lanes auto on the CPU", two) == eight
+    assert store.studies.get_or_set_shared(study, "lanes auto on some GPU", two) == two
+    assert store.studies.shared_values(study) == {"lanes auto on the CPU": eight, "lanes auto on some GPU": two}
