@@ -97,16 +97,17 @@ def _try_networks(spec: StudySpec) -> dict[str, Any]:
         config = spec.trial_config(values, seed=0)
         if loaded is None or loaded[0] != config.data:
             loaded = None  # frees its memory
-            loaded = config.data, *_load_checked(config.data)
+            loaded = config.data, *_load_checked(config.data, with_test=spec.confirm is not None)
         _, data, described = loaded
         tried.append(_try_network(spec, config, data) | described)
     return tried[0]
 
 
-def _load_checked(config: DataConfig) -> tuple[SplitDataset, dict[str, Any]]:
+def _load_checked(config: DataConfig, *, with_test: bool) -> tuple[SplitDataset, dict[str, Any]]:
     """Open a dataset twice where it is the user's, read each of its images once, and return it with its metadata.
 
-    Raises UserError where the second one is another dataset, or an image cannot be read, one of the test set included.
+    The test set is read only `with_test`: a study that never measures it does not touch it. Raises UserError where the
+    second one is another dataset, or an image cannot be read.
     """
     from hpo.train.data.datasets import open_dataset
     from hpo.train.data.folders import describe_images
@@ -129,7 +130,7 @@ def _load_checked(config: DataConfig) -> tuple[SplitDataset, dict[str, Any]]:
     if isinstance(dataset.train, FileImages):
         described["images"] = describe_images(dataset.train, dataset.left_out)
     data = load_data(config, device="cpu", dataset=dataset)
-    if data.test is not None:
+    if with_test and data.test is not None:
         deque(read_all(data.test.source, len(data.test)), maxlen=0)
     return data, described
 

@@ -255,11 +255,12 @@ def test_a_loop_may_have_processes_of_its_own_and_leaves_none_behind(
 
 
 def test_workers_that_die_at_their_start_stop_the_study_with_the_end_of_their_log(
-    hpo: Hpo, make_spec: MakeSpec
+    hpo: Hpo, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hpo.write(make_spec(0.1), QUICK)
-    # Python runs this file only in the workers, which have the study file's folder on their path from the start.
-    (hpo.folder / "sitecustomize.py").write_text("import os\nprint('no licence', flush=True)\nos._exit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(hpo.folder))
+    ends = "import os\nif 'HPO_WORKER' in os.environ:\n    print('no licence', flush=True)\n    os._exit(3)\n"
+    (hpo.folder / "sitecustomize.py").write_text(ends)
     exit_code, output = hpo.run(*RUN)
     assert exit_code == 1
     assert "workers died 5 times without finishing another epoch, the last one with exit code 3" in output
