@@ -32,6 +32,7 @@ NOISES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a trial with a curve of usual 
 USUAL_LENGTH = 0.7  # decades, of the log-normal prior
 LEAST_USUAL_NOISE = 0.05  # of the log-normal prior where curves are smooth, in standard deviations of all points
 SEED_OVER_ROUGHNESS = 1.5  # how much more two seeds differ than two epochs of a curve
+TRUST = 0.3  # share of the evidence that counts: points of a curve say less than as many trials would
 MISFIT = 0.01  # of each point, in standard deviations of all points
 AVERAGED = 0.2  # a point is the mean over this last share of its epochs
 SMOOTHED_DECADES = 0.3  # over which roughness is averaged
@@ -96,7 +97,7 @@ def draw_final_values(
         )
         evidence.append(-0.5 * (whitened @ whitened + math.hypot(*prior) ** 2) - np.log(np.diag(root)).sum())
         fits.append((length, epoch_length, amplitude, noise, root, whitened))
-    weights = softmax(evidence)
+    weights = softmax(TRUST * np.array(evidence))
     drawn = []
     for (length, epoch_length, amplitude, _, root, whitened), times in zip(
         fits, random.multinomial(NUM_DRAWS, weights), strict=True

@@ -125,8 +125,11 @@ def _most_diverged(context: WarningContext) -> str | None:
 
 def _tied(context: WarningContext) -> str | None:
     complete, ended, (first, last) = context.complete, context.ended, context.plateau
-    if context.response is not None:
-        tied = [trial for trial in complete if first <= trial.params["lr"] <= last]
+    response = context.response
+    if response is not None:
+        # A rate from anywhere falls short by less than two trials of one rate differ.
+        is_flat = abs(response.sensitivity) <= response.noise
+        tied = [trial for trial in complete if is_flat or first <= trial.params["lr"] <= last]
     else:
         margin = math.sqrt(2) * (context.noise or 0.0)  # of a difference of two
         tied = [trial for trial in complete if abs(value_of(trial) - value_of(context.winner)) <= margin]

@@ -65,8 +65,10 @@ def test_a_rate_that_falls_behind_later_is_not_the_peak() -> None:
     rows = [(10**x, accuracies(x, until)) for x, until in zip((-4.5, -4, -3.5, -3, -2.5, -2), (10, 3) * 3, strict=True)]
     found = find_peak(make_study(), reporting(*rows))
     assert found is not None
-    assert found.lr == pytest.approx(1e-3, rel=0.7)
     assert max(rows, key=lambda row: row[1][0])[0] == pytest.approx(10**-2)
+    assert found.lr == pytest.approx(1e-3, rel=1.5)
+    assert found.interval is not None
+    assert found.interval[0] < 1e-3 < found.interval[1]
 
 
 def test_only_trials_like_the_best_count_and_none_that_failed_or_has_no_number() -> None:
