@@ -95,6 +95,7 @@ def run(task: PublicTask, pruner: str, *, seed: int) -> list[TrialRecord]:
     """Return the trials of a study of TPE in memory."""
     random = np.random.default_rng(seed)
     study = optuna.create_study(
+        study_name=f"{task.name}, seed {seed}",  # Hyperband draws its brackets by it
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=make_pruner(pruner, task.num_epochs),
