@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hpo.analysis.answer import find_best, find_response
+from hpo.analysis.text import answer_lines
 from tests.analysis.examples import LOG_LR, RATES, SEARCHED, complete, hill, make_study, make_trials, numbered, trained
 
 
@@ -74,6 +75,17 @@ def test_with_enough_learning_rates_the_answer_is_the_responses() -> None:
     assert found.interval == found.response.interval
     assert found.responses == [({}, found.response)]
     assert json.loads(json.dumps(found.as_dict()))["response"]["interval"] == list(found.response.interval)
+
+
+def test_an_answer_that_is_open_says_so_and_one_that_is_not_does_not() -> None:
+    study = make_study(**SEARCHED)
+    for value, is_open in ((hill, False), (lambda lr: 0.6, True)):
+        found = find_best(study, numbered(*complete(value)))
+        assert found is not None
+        assert found.response is not None
+        first = answer_lines(study, found)[0]
+        assert first.startswith(f"best learning rate: {found.lr:.2g}")
+        assert ("not determined" in first) == is_open == (not found.response.is_determined)
 
 
 def test_a_lower_value_is_better_where_that_is_asked_for() -> None:

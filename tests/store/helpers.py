@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import optuna
@@ -98,29 +98,6 @@ class Interruption(Exception):
 
 
 @contextmanager
-def interrupted(store: Store, *, at: int) -> Iterator[None]:
-    """Raise before the statement of this index that this store sends to its database."""
-    count = 0
-
-    def before(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count - 1 == at:
-            raise Interruption(statement)
-
-    engine = store.storage.engine
-    sa.event.listen(engine, "before_cursor_execute", before)
-    try:
-        yield
-    finally:
-        sa.event.remove(engine, "before_cursor_execute", before)
-
-
-def fail_once(store: Store, claimed: Claim, spec: StudySpec, key: str = "ValueError here") -> bool:
-    return store.trials.fail(claimed, spec, reason="ValueError: no luck", error="Traceback", failure_key=key)
-
-
-@contextmanager
 def meanwhile(store: Store, action: Callable[[], object], *, at: int) -> Iterator[None]:
     """Do something, as another process would, before the statement of this index that this store sends."""
     count = 0
@@ -137,3 +114,16 @@ def meanwhile(store: Store, action: Callable[[], object], *, at: int) -> Iterato
         yield
     finally:
         sa.event.remove(engine, "before_cursor_execute", before)
+
+
+def interrupted(store: Store, *, at: int) -> AbstractContextManager[None]:
+    """Raise before the statement of this index that this store sends to its database."""
+
+    def interrupt() -> None:
+        raise Interruption(f"before statement {at}")
+
+    return meanwhile(store, interrupt, at=at)
+
+
+def fail_once(store: Store, claimed: Claim, spec: StudySpec, key: str = "ValueError here") -> bool:
+    return store.trials.fail(claimed, spec, reason="ValueError: no luck", error="Traceback", failure_key=key)
