@@ -83,10 +83,12 @@ def draw_final_values(
     apart, apart_in_time = abs(points.x[:, None] - points.x), abs(points.time[:, None] - points.time)
     same_trial = (points.trial[:, None] == points.trial) * np.outer(points.roughness, points.roughness)
     own = np.diag(points.variance / scale**2 + MISFIT**2)
+    near_in_time = {length: _matern(apart_in_time, length) for length in EPOCH_LENGTHS}
+    near = {length: _matern(apart, length) for length in LENGTHS}
     evidence, fits = [], []
     for length, epoch_length, amplitude, noise in itertools.product(LENGTHS, EPOCH_LENGTHS, AMPLITUDES, NOISES):
-        shared = _matern(apart_in_time, epoch_length)
-        covariance = shared * (1 + amplitude**2 * _matern(apart, length) + noise**2 * same_trial) + own
+        depends = 1 + amplitude**2 * near[length] + noise**2 * same_trial
+        covariance = near_in_time[epoch_length] * depends + own
         root = np.linalg.cholesky(covariance)
         whitened = solve_triangular(root, (points.line - mean) / scale, lower=True)
         # Log-normal priors: the values of usual networks are the most common.
