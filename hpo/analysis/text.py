@@ -180,9 +180,9 @@ def interval_text(interval: tuple[float, float]) -> str:
     return " to ".join(map(rate_text, interval))
 
 
-def peak_text(lr: float, epochs: int) -> str:
-    """Return where the trials point so far."""
-    return f"all trials together, compared after {plural(epochs, 'epoch')}, point to lr={lr:.3g}"
+def peak_text(lr: float, interval: tuple[float, float]) -> str:
+    """Return where the curves of all trials point so far, with its interval."""
+    return f"all curves so far point to lr={rate_text(lr)} ({CONFIDENCE:.0%} interval {interval_text(interval)})"
 
 
 def number_text(value: Any) -> str:

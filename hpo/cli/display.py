@@ -303,8 +303,8 @@ def _live_view(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableT
         value = f"{study.spec.metric} {value_text(found.value, study)}"
         parts.append(f"best so far: {params_text(found.params)}, {value}, trial {found.number}")
     where = find_peak(study, trials)
-    if where is not None and where.fitted:
-        parts.append(peak_text(where.lr, where.epochs))
+    if where is not None and where.interval is not None:
+        parts.append(peak_text(where.lr, where.interval))
     return Group(*parts)
 
 

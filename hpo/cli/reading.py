@@ -72,8 +72,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         if best["confirmation"]:
             say(f"confirmed: {params_text(best['recommended'])}, value {best['confirmation']['value']:.4f}")
         say(f"best so far: {params_text(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
-    if found["peak"] and found["peak"]["fitted"] and found["trials"].keys() & {"waiting", "running"}:
-        say(peak_text(found["peak"]["lr"], found["peak"]["epochs"]))
+    if found["peak"] and found["peak"]["interval"] and found["trials"].keys() & {"waiting", "running"}:
+        say(peak_text(found["peak"]["lr"], found["peak"]["interval"]))
     if found["workers"]:
         columns = ["host", "pid", "device", "trial", "epoch", "seen_s"]
         print_table(
