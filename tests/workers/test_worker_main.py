@@ -43,7 +43,10 @@ def train(trial):
 """
 
 
-def test_what_a_loop_does_to_its_worker_is_the_failure_of_its_trial(hpo: Hpo, make_spec: MakeSpec) -> None:
+def test_what_a_loop_does_to_its_worker_is_the_failure_of_its_trial(
+    hpo: Hpo, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)  # 0 turns breakpoint() off, as its user wants it
     hpo.write(make_spec(0.1, 0.2, 0.3, 0.4, epochs=2, search={"retries": 0}), MISCHIEF)
     exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu")
     assert exit_code == 0, output
