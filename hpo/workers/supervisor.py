@@ -10,6 +10,7 @@ from functools import partial
 from typing import Protocol
 
 from hpo.errors import StudyStopped
+from hpo.store.ledger import MAX_TRIAL_KILLS
 from hpo.store.retry import STORE_ERRORS
 from hpo.store.store import Store
 from hpo.store.workers import MAX_DEVICE_FAILURES
@@ -25,7 +26,9 @@ KILL_S = DRAIN_S + 10.0  # a worker that is still there so long after it was ask
 UNKILLABLE_S = 20.0  # a worker that is still there so long after that is left to itself: it hangs in its driver
 LEAVING = f"saving after this epoch, for {DRAIN_S:g} s at most; Ctrl-C again ends the workers at once"
 ROOM_S = 30.0  # how long workers that wait for room are waited for when all others have lost their devices
-MAX_CRASHES = 5  # for each worker: processes that died one after the other without an epoch in between
+# For each worker: processes that died one after the other without an epoch in between. Of those that had a trial, so
+# many that it fails before the study stops.
+MAX_CRASHES, MAX_CRASHES_WITH_TRIAL = 5, MAX_TRIAL_KILLS + 1
 
 # Called several times a second while workers run, to show progress. The store that it is given waits for an outage to
 # pass until the run is interrupted.
@@ -121,12 +124,13 @@ def _watch_over(
             return  # nobody trains, though a worker may wait for room
         if ended and not is_stopping:
             dead = {worker.process: cause_of_death(worker.exit_code) for worker in ended if worker.process is not None}
-            store.workers.reap(study, dead=dead, supervised=_processes(pool))
+            had_trials = store.workers.reap(study, dead=dead, supervised=_processes(pool)) > 0
+            max_crashes = MAX_CRASHES_WITH_TRIAL if had_trials else MAX_CRASHES
             for worker in ended:
                 previous, progress = progress, _progress(store, study)
                 was_sent_away = worker.exit_code == EXIT_RESTART or worker.process is None
                 crashes = 0 if was_sent_away or progress > previous else crashes + 1
-                if crashes >= MAX_CRASHES * len(pool.workers):
+                if crashes >= max_crashes * len(pool.workers):
                     raise StudyStopped(
                         f"workers died {crashes} times without finishing another epoch, the last one "
                         f"{worker.describe_end()}",

@@ -222,11 +222,6 @@ def test_a_trial_that_gets_its_worker_killed_keeps_the_study_neither_from_the_ot
         "    trial.report(1, val_accuracy=1)\n",
     )
     exit_code, output = hpo.run(*RUN)
-    assert exit_code == 1
-    assert "workers died 5 times without finishing another epoch, the last one by SIGKILL" in output
-    assert "go on with: hpo run study.toml" in output
-    assert [trial.state for trial in trials(hpo)] == ["waiting", "complete"]
-    exit_code, output = hpo.run(*RUN)
     assert exit_code == 0, output
     assert [(trial.state, trial.reason) for trial in trials(hpo)] == [
         ("failed", f"its worker died {MAX_TRIAL_KILLS} times"),
