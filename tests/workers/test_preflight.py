@@ -81,9 +81,13 @@ def test_an_image_of_the_test_set_that_cannot_be_read_is_found_before_training(t
     spec = digits_spec()
     settings = {**spec.frozen(), "data": {"name": "image_folder", "root": str(tmp_path), "validation_fraction": 0.5}}
     assert run_preflight(StudySpec.from_dict(settings), {"cpu"})["images"] == "8 of 40x30 pixels, RGB 8"
+    confirmed = StudySpec.from_dict({**settings, "confirm": {"top": 2, "seeds": 2}})
+    (tmp_path / "test" / "dog" / "4.heic").write_bytes(b"")
+    assert run_preflight(confirmed, {"cpu"})["images"].endswith(
+        "RGB 8; for the test: 8 of 40x30 pixels, RGB 8; left out: 1 files that are no images (.heic 1)"
+    )
     (tmp_path / "test" / "dog" / "3.png").write_bytes(b"half a download")
     run_preflight(StudySpec.from_dict(settings), {"cpu"})  # a study without a confirmation never measures it
-    confirmed = StudySpec.from_dict({**settings, "confirm": {"top": 2, "seeds": 2}})
     with pytest.raises(UserError, match=r"data\.root holds an image that cannot be read: .*test/dog/3\.png"):
         run_preflight(confirmed, {"cpu"})
 

@@ -12,7 +12,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import DataConfig
-from hpo.train.data.folders import FoundImages, scan_folder
+from hpo.train.data.folders import FoundImages, other_folders, scan_folder
 from hpo.train.data.images import ArrayImages, DatasetImages, FileImages, LabeledImages
 from hpo.train.data.splits import stratified_order
 from hpo.train.imports import call_factory, describe_error, import_object, is_import_path
@@ -37,7 +37,6 @@ class OpenedDataset:
     open_test: Callable[[], LabeledImages] | None  # None: there are no test images
     num_classes: int
     class_names: Sequence[str] = ()  # where they have any
-    left_out: Sequence[str] = ()  # what of a folder was not taken for an image, a few words each
 
 
 def open_dataset(config: DataConfig) -> OpenedDataset:
@@ -181,18 +180,18 @@ def _image_folder(config: DataConfig) -> OpenedDataset:
         return _file_images(test, classes, config)
 
     return OpenedDataset(
-        train=_file_images(found, classes, config),
+        train=_file_images(replace(found, left_out=[*found.left_out, *other_folders(root)]), classes, config),
         open_test=open_test if (root / "test").is_dir() else None,
         num_classes=len(classes),
         class_names=classes,
-        left_out=found.left_out,
     )
 
 
 def _file_images(found: FoundImages, classes: Sequence[str], config: DataConfig) -> FileImages:
     files = [(path, classes.index(name)) for name, paths in found.images.items() for path in paths]
     labels_N = torch.tensor([label for _, label in files], dtype=torch.int64)
-    return FileImages([path for path, _ in files], labels_N, image_size=config.image_size)
+    paths = [path for path, _ in files]
+    return FileImages(paths, labels_N, image_size=config.image_size, left_out=found.left_out)
 
 
 def _user_dataset(config: DataConfig) -> OpenedDataset:
@@ -229,7 +228,7 @@ def _user_images(part: Any, name: str) -> LabeledImages:
             f"data.name = {name!r} must return uint8 images (N, C, H, W) and labels (N,), got {images.dtype} of shape "
             f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
         )
-    if labels.is_floating_point():
+    if labels.is_floating_point() or labels.is_complex():
         raise UserError(f"data.name = {name!r} must return integer labels, got {labels.dtype}")
     return ArrayImages(images.permute(0, 2, 3, 1).contiguous(), labels.long())
 

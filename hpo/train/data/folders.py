@@ -76,7 +76,7 @@ def scan_folder(folder: Path) -> FoundImages:
     return FoundImages(images, left_out)
 
 
-def describe_images(images: FileImages, left_out: Sequence[str]) -> str:
+def describe_images(images: FileImages) -> str:
     """Return how many images there are, of what sizes and modes, and what was left out; read the head of each file."""
     sizes, modes = Counter[tuple[int, int]](), Counter[str]()
     progress = ReadingProgress("the sizes of", len(images.paths))
@@ -87,7 +87,7 @@ def describe_images(images: FileImages, left_out: Sequence[str]) -> str:
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     pixels = " to ".join(dict.fromkeys(f"{width}x{height}" for width, height in (by_area[0], by_area[-1])))
     text = f"{len(images.paths):,} of {pixels} pixels, {_listed(modes)}"
-    return f"{text}; left out: {'; '.join(left_out)}" if left_out else text
+    return f"{text}; left out: {'; '.join(images.left_out)}" if images.left_out else text
 
 
 def _listed(counts: Mapping[str, int | None]) -> str:
@@ -97,8 +97,18 @@ def _listed(counts: Mapping[str, int | None]) -> str:
     return ", ".join(shown + ([f"and {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []))
 
 
+def other_folders(root: Path) -> list[str]:
+    """Return what is left out of a folder that has others than train/ and test/, in a few words."""
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden_name(path.name))
+    others = [name for name in folders if name not in ("train", "test")]
+    return [f"folders beside train and test ({_listed(dict.fromkeys(others))})"] if others else []
+
+
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its sub-folders, also behind links, each folder once."""
+    """Yield the files in a folder and its sub-folders, also behind links, each folder once.
+
+    Pipes and devices are no files: to open a pipe would wait for ever. A link to nothing is one, which cannot be read.
+    """
     visited = set[str]()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in visited:
@@ -106,7 +116,8 @@ def files_below(folder: Path) -> Iterator[Path]:
             continue
         visited.add(real)
         folders[:] = [name for name in folders if not is_hidden_name(name)]
-        yield from (Path(parent, name) for name in names if not is_hidden_name(name))
+        files = (Path(parent, name) for name in names if not is_hidden_name(name))
+        yield from (path for path in files if path.is_file() or not path.exists())
 
 
 def is_hidden_name(name: str) -> bool:

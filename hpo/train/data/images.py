@@ -19,6 +19,7 @@ from hpo.errors import UserError
 from hpo.train.imports import describe_error
 from hpo.train.seeding import GeneratorStates
 
+INDEXED_MODES = ("P", "PA")  # PIL's, whose numbers are those of colours in a palette
 NUM_READ_TWICE = 32  # images: of a transform that changes one in ten, all but one in a thousand studies are found
 
 if TYPE_CHECKING:
@@ -64,10 +65,15 @@ class ArrayImages(LabeledImages):
 
 
 class FileImages(LabeledImages):
-    """Image files, decoded as RGB and resized to a square when they are read."""
+    """Image files, decoded as RGB and resized to a square when they are read.
 
-    def __init__(self, paths: Sequence[Path], labels_N: Tensor, *, image_size: int) -> None:
-        self.paths, self.labels_N, self.image_size = paths, labels_N, image_size
+    `left_out` is what of their folder was not taken for an image, a few words each.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], labels_N: Tensor, *, image_size: int, left_out: Sequence[str] = ()
+    ) -> None:
+        self.paths, self.labels_N, self.image_size, self.left_out = paths, labels_N, image_size, left_out
 
     def read(self, indices_B: Tensor) -> Tensor:
         """Return the images at these indices. Raises UserError for a damaged file."""
@@ -102,32 +108,59 @@ class DatasetImages(LabeledImages):
 
     def __init__(self, dataset: Any, *, name: str) -> None:
         self.dataset, self.name = dataset, name
-        # Without `targets`, torchvision's name for the labels, every item has to be read once for its label.
-        labels = getattr(dataset, "targets", None)
-        if labels is None:
-            labels = [self._item(index)[1] for index in range(len(dataset))]
-        self.labels_N = torch.as_tensor(labels).long()
+        try:
+            labels = torch.as_tensor(self._labels(len(dataset)))
+        except UserError:
+            raise
+        except Exception as error:  # whatever the user's dataset does
+            raise UserError(f"data.name = {name!r} cannot give its labels: {describe_error(error)}") from error
+        self.labels_N = labels.long()
+        if not torch.equal(self.labels_N.to(labels.dtype), labels):
+            raise UserError(f"data.name = {name!r} must give integer labels, got {labels.dtype}")
         if self.labels_N.shape != (len(dataset),):
             raise UserError(
                 f"data.name = {name!r} must give one label for each of its {len(dataset)} pictures, "
                 f"got labels of shape {tuple(self.labels_N.shape)}"
             )
 
-    def _item(self, index: int) -> tuple[Any, int]:
+    def _labels(self, num_images: int) -> Any:
+        """Return the labels, for which every item is read once unless `targets`, torchvision's name, has them."""
+        targets = getattr(self.dataset, "targets", None)
+        if targets is None or getattr(self.dataset, "target_transform", None) is not None:
+            return [self._item(index)[1] for index in range(num_images)]
+        return targets
+
+    def _item(self, index: int) -> tuple[Tensor, int]:
+        """Return an image (H, W, C) and its label. Raises UserError where the dataset fails or gives something else."""
         try:
             image, label = self.dataset[index]
-            return image, int(label)
+            pixels, number = _to_pixels(image), int(label)
         except Exception as error:  # whatever the user's dataset does
             raise UserError(
                 f"data.name = {self.name!r} cannot give picture {index}: {describe_error(error)}"
             ) from error
+        if pixels is None:
+            kind = f"{image.dtype} of shape {tuple(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
+            raise UserError(f"data.name = {self.name!r} must give uint8 pictures (C, H, W) or PIL pictures, got {kind}")
+        if number != float(label):
+            raise UserError(f"data.name = {self.name!r} must give integer labels, got {label!r} for picture {index}")
+        return pixels, number
 
     def read(self, indices_B: Tensor) -> Tensor:
-        """Return the images at these indices. Raises UserError where the dataset fails or they differ in size."""
-        images = [self._image(index) for index in indices_B.tolist()]
+        """Return the images at these indices.
+
+        Raises UserError where the dataset fails, the images differ in size, or a label is not the one known before.
+        """
+        images, labels = zip(*map(self._item, indices_B.tolist()), strict=True)
         if len({image.shape for image in images}) > 1:
             sizes = ", ".join(sorted({str(tuple(image.shape)) for image in images}))
             raise UserError(f"data.name = {self.name!r} must give pictures of one size, got (H, W, C) of {sizes}")
+        for index, label, known in zip(indices_B.tolist(), labels, self.labels_N[indices_B].tolist(), strict=True):
+            if label != known:
+                raise UserError(
+                    f"data.name = {self.name!r} must give each picture one label; picture {index} comes with {label}, "
+                    f"and had {known} before, or in `targets`"
+                )
         return torch.stack(images)
 
     def is_random(self, indices_N: Tensor) -> bool:
@@ -142,35 +175,49 @@ class DatasetImages(LabeledImages):
         finally:
             states.restore()
 
-    def _image(self, index: int) -> Tensor:
-        image = self._item(index)[0]
-        if isinstance(image, Tensor):
-            if image.dtype != torch.uint8 or image.dim() != 3:
-                raise UserError(
-                    f"data.name = {self.name!r} must give uint8 pictures (C, H, W) or PIL pictures, "
-                    f"got {image.dtype} of shape {tuple(image.shape)}"
-                )
-            return image.permute(1, 2, 0)
+
+def _to_pixels(image: Any) -> Tensor | None:
+    """Return an item of a user's dataset as uint8 (H, W, C); None where it is no image that can be taken as it is."""
+    from PIL.Image import Image
+
+    if isinstance(image, Image):
+        return _to_tensor(_to_rgb(image) if image.mode in INDEXED_MODES else _to_8_bits(image))
+    if isinstance(image, numpy.ndarray) and image.dtype == numpy.uint8 and image.ndim in (2, 3):
         return _to_tensor(image)
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3:
+        return image.cpu().permute(1, 2, 0)
+    return None
 
 
 def _to_rgb(image: Image) -> Image:
-    """Return a PIL image as RGB: 16 bits and floats from 0 to 1 scaled to 8 bits, and white for what is transparent.
+    """Return a PIL image as RGB, with white for what is transparent. Raises ValueError as `_to_8_bits`.
 
-    PIL would clip numbers that are no 8 bits, and give transparent pixels their hidden colour, which is mostly black.
+    PIL would give transparent pixels their hidden colour, which is mostly black.
+    """
+    from PIL import Image
+
+    image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image) -> Image:
+    """Return a PIL image with 8 bits a channel: 1 bit, 16 bits and floats from 0 to 1 are scaled, as PIL does not.
+
     Raises ValueError where the numbers are of no such scale.
     """
     from PIL import Image
 
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = numpy.asarray(image, dtype=numpy.float64)
-        white = 1.0 if image.mode == "F" else 65535.0
-        if not (values.min() >= 0 and values.max() <= white):
-            raise ValueError(f"its values go from {values.min():g} to {values.max():g}, and 0 to {white:g} can be read")
-        return Image.fromarray((values * (255 / white)).round().astype(numpy.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = numpy.asarray(image, dtype=numpy.float64)
+    white = 1.0 if image.mode == "F" else 65535.0
+    if not (values.min() >= 0 and values.max() <= white):
+        raise ValueError(f"its values go from {values.min():g} to {values.max():g}, and 0 to {white:g} can be read")
+    return Image.fromarray((values * (255 / white)).round().astype(numpy.uint8))
 
 
 def _to_tensor(image: Any) -> Tensor:

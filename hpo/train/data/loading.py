@@ -71,6 +71,8 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
     height, width, channels = shape_HWC = images.shape_HWC()
     if height != width:
         raise UserError(f"data.name = {config.name!r} must give square pictures, got {height}x{width}")
+    if 0 in shape_HWC:
+        raise UserError(f"data.name = {config.name!r} must give pictures with pixels, got (H, W, C) of {shape_HWC}")
     num_bytes = (len(train_indices) + len(val_indices)) * height * width * channels
     on_device = fits_on_device(config, num_bytes=num_bytes, device=device)
     if isinstance(images, DatasetImages) and images.is_random(train_indices):
@@ -140,7 +142,7 @@ def _open_test_images(dataset: OpenedDataset, config: DataConfig, *, shape_HWC: 
     """Return the test images; raise UserError where their labels or their shape are not as in training."""
     assert dataset.open_test is not None
     test = dataset.open_test()
-    _check_labels(test.labels_N, config, num_classes=dataset.num_classes)
+    _check_labels(test.labels_N, config, num_classes=dataset.num_classes, pictures="test pictures")
     if test.shape_HWC() != shape_HWC:
         raise UserError(
             f"data.name = {config.name!r} must have test pictures of the training pictures' shape "
@@ -165,10 +167,10 @@ def _check_every_class(labels_N: Tensor, config: DataConfig, class_names: Sequen
         )
 
 
-def _check_labels(labels_N: Tensor, config: DataConfig, *, num_classes: int) -> None:
+def _check_labels(labels_N: Tensor, config: DataConfig, *, num_classes: int, pictures: str = "pictures") -> None:
     """Raise UserError where there are no images, or their labels do not count the classes from 0."""
     if len(labels_N) == 0:
-        raise UserError(f"data.name = {config.name!r} must have pictures, got none")
+        raise UserError(f"data.name = {config.name!r} must have {pictures}, got none")
     low, high = int(labels_N.min()), int(labels_N.max())
     if num_classes < 2:
         raise UserError(f"data.name = {config.name!r} must have at least 2 classes, got {num_classes}")

@@ -229,7 +229,7 @@ def test_to_look_for_random_transforms_draws_no_number(own_data: str) -> None:
 def test_the_test_part_is_read_only_when_asked_for(own_data: str) -> None:
     data = load(f"{own_data}:test_is_unreadable")
     epoch(data)
-    with pytest.raises(AssertionError, match=r"the test part was read"):
+    with pytest.raises(UserError, match=r"the test part was read"):
         _ = data.test
 
 
@@ -244,6 +244,7 @@ def test_the_test_part_is_read_only_when_asked_for(own_data: str) -> None:
         ("dataset", {"kind": "broken"}, "cannot give picture 50: RuntimeError: disk on fire"),
         ("not_a_pair", {}, r"must return \(train, test\), got int"),
         ("oblong", {}, "must give square pictures, got 8x9"),
+        ("arrays", {"size": 0}, r"must give pictures with pixels, got \(H, W, C\) of \(0, 0, 3\)"),
         ("array", {}, "data.name.*got 'array'.*did you mean 'arrays'"),
     ],
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from hpo.train.data.folders import describe_images, scan_folder
+from hpo.train.data.folders import describe_images, other_folders, scan_folder
 from hpo.train.data.images import FileImages
 
 
@@ -47,9 +48,25 @@ def test_a_folder_that_links_to_itself_is_read_once(tmp_path: Path) -> None:
     assert [path.name for path in scan_folder(tmp_path).images["cat"]] == ["0.png", "1.png"]
 
 
+def test_a_pipe_is_no_image_and_a_broken_link_is_one_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "cat" / "0.png")
+    os.mkfifo(tmp_path / "cat" / "1.png")
+    (tmp_path / "cat" / "2.png").symlink_to(tmp_path / "gone.png")
+    assert [path.name for path in scan_folder(tmp_path).images["cat"]] == ["0.png", "2.png"]
+
+
+def test_folders_that_are_not_used_are_said(tmp_path: Path) -> None:
+    for name in ("train", "test", ".git"):
+        (tmp_path / name).mkdir()
+    assert other_folders(tmp_path) == []
+    (tmp_path / "val").mkdir()
+    assert other_folders(tmp_path) == ["folders beside train and test (val)"]
+
+
 def test_sizes_and_modes_are_described(tmp_path: Path) -> None:
     write(tmp_path / "a.png", tmp_path / "b.png")
     Image.new("L", (640, 480)).save(tmp_path / "c.png")
-    images = FileImages(sorted(tmp_path.iterdir()), torch.zeros(3), image_size=8)
-    assert describe_images(images, []) == "3 of 8x8 to 640x480 pixels, RGB 2, L 1"
-    assert describe_images(images, ["1 files", "folders"]).endswith("L 1; left out: 1 files; folders")
+    paths, labels = sorted(tmp_path.iterdir()), torch.zeros(3)
+    assert describe_images(FileImages(paths, labels, image_size=8)) == "3 of 8x8 to 640x480 pixels, RGB 2, L 1"
+    images = FileImages(paths, labels, image_size=8, left_out=["1 files", "folders"])
+    assert describe_images(images).endswith("L 1; left out: 1 files; folders")
