@@ -10,6 +10,7 @@ from typing import Any
 
 from hpo.analysis.confirmation import Confirmation, find_confirmation
 from hpo.analysis.response import ObservedTrial, Response, fit_response
+from hpo.analysis.text import rate_text
 from hpo.analysis.trials import (
     TRAINED,
     are_alike,
@@ -68,12 +69,28 @@ class Best:
             return dict(self.confirmation.winner.params)
         return {**self.params, "lr": self.response.best} if self.response else dict(self.params)
 
+    def is_recommended(self, params: Mapping[str, Any]) -> bool:
+        """Return whether a trial's values are the recommended ones, whatever its seed.
+
+        Args:
+            params: The trial's values. Learning rates are the same if their two digits are: no more of them are known.
+
+        Returns:
+            True if they are.
+        """
+        return all(
+            rate_text(params.get(key)) == rate_text(value) if key == "lr" else params.get(key) == value
+            for key, value in self.recommended.items()
+            if key != "seed"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return the answer as plain data for JSON, without the curves of the responses."""
+        best_trial = {"params": dict(self.params), "value": self.value}
         return {
             "trial": self.trial,
-            "params": dict(self.params),
-            "value": self.value,
+            **best_trial,
+            "best_trial": {"number": self.trial, **best_trial},
             "lr": self.lr,
             "recommended": self.recommended,
             "interval": self.interval,

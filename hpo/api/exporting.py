@@ -1,8 +1,9 @@
-"""The public functions that write files: a study's best trial as a study file, and its report."""
+"""The public functions that write files: what a study recommends as a study file, and its report."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,49 +19,56 @@ from hpo.errors import UserError
 from hpo.report.publisher import publish_report
 from hpo.search.proposals import check_values
 from hpo.store.retry import STORE_ERRORS
+from hpo.study.records import TrialRecord
 
-HEADER = "The best trial of study"  # begins every export; no other file is overwritten
+HEADER = "Exported from study"  # begins every export; no other file is overwritten
+HEADERS = (HEADER, "The best trial of study")  # that of older versions, too
 
 
-def export(name: str, *, storage: str | None = None) -> dict[str, Any]:
-    """Return the best trial of a study as the settings of a study that trains it alone.
+def export(name: str, *, trial: int | None = None, storage: str | None = None) -> dict[str, Any]:
+    """Return the recommended values of a study as the settings of a study that trains these alone.
 
     Args:
         name: The study.
+        trial: The number of a trial to train again instead. Default: what the study recommends.
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
 
     Returns:
-        The content of a study file, for `StudySpec.from_dict`. Its only trial has the best trial's values and seed.
+        The content of a study file, for `StudySpec.from_dict`. Its only trial has the seed of the trial that has been
+        trained with these values, if there is one, and of the best trial if not.
 
     Raises:
-        UserError: There is no such study.
+        UserError: There is no such study or trial, or the trial has not begun.
         StudyStopped: No trial has completed.
     """
-    return _answer_and_settings(name, storage)[1]
+    return _answer_and_settings(name, trial, storage)[1]
 
 
-def write_export(name: str, output: str | Path, *, storage: str | None = None) -> None:
-    """Write the best trial of a study to a file.
+def write_export(name: str, output: str | Path, *, trial: int | None = None, storage: str | None = None) -> None:
+    """Write the recommended values of a study to a file.
 
     Args:
         name: The study.
         output: The file: a study file where it ends in .toml, the answer and the study in one where it ends in .json.
+        trial: The number of a trial to train again instead. Default: what the study recommends.
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
 
     Raises:
-        UserError: There is no such study, or `output` has another ending, cannot be written or is no earlier export.
+        UserError: There is no such study or trial, or `output` has another ending, cannot be written or is no earlier
+            export.
         StudyStopped: No trial has completed.
     """
     path = Path(output)
     if path.suffix not in (".toml", ".json"):
         raise UserError(f"--output must end in .toml or .json, got {str(output)!r}")
-    found, settings = _answer_and_settings(name, storage)
+    found, settings = _answer_and_settings(name, trial, storage)
+    exported = "what it recommends" if trial is None else f"trial {trial}"
+    what = f"{HEADER} {name}: {exported}"
     if path.suffix == ".toml":
-        text = f"# {HEADER} {name}\n\n{tomli_w.dumps(settings)}"
+        text = f"# {what}\n\n{tomli_w.dumps(settings)}"
     else:
-        answer = {"what": f"{HEADER} {name}", "study": name, **found.as_dict(), "spec": settings}
-        text = json.dumps(answer, indent=2) + "\n"
-    if path.exists() and HEADER not in path.read_text(encoding="utf-8", errors="replace"):
+        text = json.dumps({"what": what, "study": name, **found.as_dict(), "spec": settings}, indent=2) + "\n"
+    if path.exists() and not any(header in path.read_text(encoding="utf-8", errors="replace") for header in HEADERS):
         raise UserError(f"--output {path} exists and is no export of ours; name another file")
     try:
         path.write_text(text, encoding="utf-8")
@@ -108,16 +116,37 @@ def write_report(
     return path
 
 
-def _answer_and_settings(name: str, storage: str | None) -> tuple[Best, dict[str, Any]]:
-    """Return the answer and the settings that train the best trial again, from one look at the study."""
+def _answer_and_settings(name: str, number: int | None, storage: str | None) -> tuple[Best, dict[str, Any]]:
+    """Return the answer, and the settings to train from one look at a study."""
     store, study = open_study(name, storage=storage)
     all_trials = store.trials.get_all(study)
     found = answer_of(study, all_trials)
-    numbers = [found.trial] if found.confirmation is None else found.confirmation.winner.trials
-    best = next(trial for trial in all_trials if trial.number in numbers and trial.state == "complete")
-    check_values(study.spec, best.params)
+    if number is None:
+        trained, label = _recommended_trial(found, all_trials), "best"
+        values = found.recommended
+    else:
+        trained, label = _trial_of_number(all_trials, number), f"trial-{number}"
+        values = dict(trained.params)
+    check_values(study.spec, trained.params)
     stacked = any(agreed["convolution"] for agreed in store.studies.shared_values(study).values())
     again = single_trial_spec(
-        study.spec, best.params, name=f"{name[:95]}-best", seed=best.attributes["seed"], stacked=stacked
+        study.spec, values, name=f"{name[:85]}-{label}", seed=trained.attributes["seed"], stacked=stacked
     )
     return found, again.frozen()
+
+
+def _recommended_trial(found: Best, all_trials: Sequence[TrialRecord]) -> TrialRecord:
+    """Return the trial whose seed is trained again: one with exactly the recommended values, or the best one."""
+    complete = [trial for trial in all_trials if trial.state == "complete" and trial.kind != "test"]
+    numbers = [found.trial] if found.confirmation is None else found.confirmation.winner.trials
+    ranked = sorted(complete, key=lambda trial: (trial.params != found.recommended, trial.number not in numbers))
+    return ranked[0]
+
+
+def _trial_of_number(all_trials: Sequence[TrialRecord], number: int) -> TrialRecord:
+    trial = next((trial for trial in all_trials if trial.number == number), None)
+    if trial is None:
+        raise UserError(f"--trial must be the number of a trial of the study, 0 to {len(all_trials) - 1}, got {number}")
+    if "seed" not in trial.attributes:
+        raise UserError(f"--trial must be a trial that has begun, got {number}, which is {trial.state}")
+    return trial

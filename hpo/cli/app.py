@@ -27,6 +27,7 @@ from hpo.cli.options import (
     overrides_option,
     repeated,
     storage_option,
+    verbose_option,
     worker_arguments,
 )
 from hpo.cli.reading import READING_COMMANDS
@@ -104,9 +105,12 @@ def main() -> None:
 @overrides_option
 @click.option("--in-process", is_flag=True, help="Train in this process, without workers: for a debugger.")
 @click.option("--detach", is_flag=True, help="Leave the study to the Ray cluster, and return at once.")
+@verbose_option
 @executor_options
 @storage_option
-def run_command(spec: str, overrides: tuple[str, ...], detach: bool, executor: Executor, storage: str | None) -> None:
+def run_command(
+    spec: str, overrides: tuple[str, ...], detach: bool, verbose: bool, executor: Executor, storage: str | None
+) -> None:
     """Run the study file SPEC to its answer, or resume it.
 
     A finished study is answered from the store, without training. A study file with [[compare]] holds several studies:
@@ -135,7 +139,7 @@ def run_command(spec: str, overrides: tuple[str, ...], detach: bool, executor: E
     for parsed in specs:
         try:
             train = partial(running.run, parsed, executor=executor, storage=storage, code_folder=folder)
-            _train_and_print_answer(train, parsed.name, storage, again=again)
+            _train_and_print_answer(train, parsed.name, storage, verbose=verbose, again=again)
             answered.append(parsed.name)
         except StudyStopped as error:
             if error.can_resume:
@@ -164,10 +168,11 @@ def _submit_all(specs: Sequence[StudySpec], *, executor: Executor, storage: str 
 @click.argument("study", metavar="[STUDY]", required=False)
 @click.option("--stay", is_flag=True, help="Stay when the study is done, for every study of the store.")
 @allow_option
+@verbose_option
 @executor_options
 @storage_option
 def worker_command(
-    study: str | None, stay: bool, allow: tuple[str, ...], executor: Executor, storage: str | None
+    study: str | None, stay: bool, allow: tuple[str, ...], verbose: bool, executor: Executor, storage: str | None
 ) -> None:
     """Add workers of this machine, or of a Ray cluster, to STUDY until it is done.
 
@@ -187,7 +192,7 @@ def worker_command(
         raise UserError("hpo worker needs the name of a study, or --stay for every study of the store")
     again = command_line("worker", study, *repeated("--allow", allow), *worker_arguments(executor))
     train = partial(running.join, study, executor=executor, storage=storage, allow=allow)
-    _train_and_print_answer(train, study, storage, again=again)
+    _train_and_print_answer(train, study, storage, verbose=verbose, again=again)
 
 
 def _serve_until_interrupted(
@@ -217,6 +222,7 @@ def _serve_until_interrupted(
 @click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; finished trials stay.")
 @click.option("--retry-failed", is_flag=True, help="Train failed trials again, each from its start.")
 @allow_option
+@verbose_option
 @executor_options
 @storage_option
 def resume_command(
@@ -224,6 +230,7 @@ def resume_command(
     trials: int | None,
     retry_failed: bool,
     allow: tuple[str, ...],
+    verbose: bool,
     executor: Executor,
     storage: str | None,
 ) -> None:
@@ -245,13 +252,20 @@ def resume_command(
         retry_failed=retry_failed,
         allow=allow,
     )
-    _train_and_print_answer(train, study, storage, again=again)
+    _train_and_print_answer(train, study, storage, verbose=verbose, again=again)
 
 
-def _train_and_print_answer(train: Callable[..., Result], study: str, storage: str | None, *, again: str) -> None:
-    """Train with a live display (`train` takes its `watcher`), then print the answer.
+def _train_and_print_answer(
+    train: Callable[..., Result], study: str, storage: str | None, *, verbose: bool, again: str
+) -> None:
+    """Train with a live display, then print the answer.
 
-    `again` is the command line that resumes the study, without --storage.
+    Args:
+        train: Called with the display's `watcher`.
+        study: The study.
+        storage: The value of --storage.
+        verbose: Whether to print the details of the answer.
+        again: The command line that resumes the study, without --storage.
     """
     from hpo.api import stores
     from hpo.cli.console import make_console
@@ -264,14 +278,26 @@ def _train_and_print_answer(train: Callable[..., Result], study: str, storage: s
             result = train(watcher=progress.watch)
     except StudyStopped as error:
         raise StudyStopped(f"{error}\ngo on with: {again}{suffix}" if error.can_resume else str(error)) from None
-    _, record = stores.open_study(study, storage=storage)
+    store, record = stores.open_study(study, storage=storage)
     steps = [
+        f"all of it as one page:  hpo report {study}{suffix}",
         f"every trial in the browser:  hpo dashboard{suffix}",
-        f"train the best trial again:  hpo export {study} --output best.toml{suffix}",
+        f"train the recommended values:  hpo export {study} --output best.toml{suffix}",
     ]
+    if not verbose:
+        steps.insert(0, f"the details:  hpo best {study} --verbose{suffix}")
     if any(trial.state == "failed" and trial.attempt for trial in result.trials):
         steps.append(f"train the failed trials again:  hpo resume {study} --retry-failed{suffix}")
-    print_answer(console, record, result.trials, result.best, next_steps=steps)
+    print_answer(
+        console,
+        record,
+        result.trials,
+        result.best,
+        storage=str(store.url),
+        is_trained=progress.has_watched,
+        verbose=verbose,
+        next_steps=steps,
+    )
 
 
 @main.command("stop", short_help="Stop a study.")

@@ -16,14 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.analysis.answer import Best
+from hpo.analysis.answer_text import answer_lines, source_text
 from hpo.analysis.comparison import ComparedStudy, Comparison, changed_settings
 from hpo.analysis.peak import find_peak
 from hpo.analysis.range_text import range_test_lines
 from hpo.analysis.text import (
-    answer_lines,
     cell_text,
     images_text,
     interval_text,
+    marked_text,
     number_text,
     params_text,
     peak_text,
@@ -93,6 +94,11 @@ class LiveDisplay:
         self._reported: dict[int, tuple[str, int]] = {}
         self._progress = ProgressHandler(self._say)
         self._announced: set[str] = set()  # stages, and values that the workers share
+
+    @property
+    def has_watched(self) -> bool:
+        """Whether a study was watched; one that is answered from the store is not."""
+        return self._study is not None
 
     def __enter__(self) -> LiveDisplay:
         if self._live is not None:
@@ -178,12 +184,38 @@ def heading(study: StudyRecord) -> Text:
 
 
 def print_answer(
-    console: PlainConsole, study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, next_steps: Sequence[str]
+    console: PlainConsole,
+    study: StudyRecord,
+    trials: Sequence[TrialRecord],
+    found: Best,
+    *,
+    storage: str,
+    is_trained: bool,
+    verbose: bool,
+    next_steps: Sequence[str],
 ) -> None:
-    """Print the table of learning rates and values, the answer, and what to type next."""
-    console.print(_trials_table(study, search_trials(trials), found, width=console.width))
-    for line in answer_lines(study, found):
-        console.print(line, style="bold", soft_wrap=True)
+    """Print the table of learning rates and values, the answer, and what to type next.
+
+    Args:
+        console: Where to print.
+        study: The study.
+        trials: All of its trials.
+        found: Its answer.
+        storage: The URL of the store, as people may see it.
+        is_trained: Whether the study was trained just now.
+        verbose: Whether to show the details of the answer.
+        next_steps: Commands, each with what it does.
+    """
+    searched = search_trials(trials)
+    console.print(_trials_table(study, searched, found, width=console.width))
+    num_marked = sum(found.is_recommended(trial.params) for trial in searched)
+    console.print(f"  {marked_text(found.recommended, num_marked)}", style="dim", soft_wrap=True)
+    console.print()
+    source = source_text(study, trials, storage=storage, is_trained=is_trained)
+    headline, *lines = answer_lines(study, found, source=source, verbose=verbose)
+    console.print(headline, style="bold", soft_wrap=True)
+    for line in lines:
+        console.print(line, soft_wrap=True)
     for step in next_steps:
         console.print(step, style="dim", soft_wrap=True)
 
@@ -236,7 +268,7 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
     if len(rows) > MAX_ROWS:
         sign = -1 if study.spec.direction == "minimize" else 1
         rows = sorted(rows, key=lambda trial: -math.inf if trial.value is None else sign * trial.value, reverse=True)
-        rows = rows[:MAX_ROWS]
+        rows = sorted(rows, key=lambda trial: not found.is_recommended(trial.params))[:MAX_ROWS]
     has_bars = width >= 60 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen the numbers come first
     values = [trial.value for trial in rows if trial.value is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
@@ -263,7 +295,7 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
             else ""
         )
         table.add_row(
-            "►" if trial.number == found.trial else "",
+            "►" if found.is_recommended(trial.params) else "",
             *(number_text(trial.params[key]) if key in trial.params else "" for key in keys),
             "" if trial.value is None else value_text(trial.value, study),
             *([bar] if has_bars else []),
@@ -272,7 +304,7 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
             ),
             str(len(trial.epochs)),
             str(trial.number),
-            style="bold" if trial.number == found.trial else "",
+            style="bold" if found.is_recommended(trial.params) else "",
         )
     return table
 
@@ -301,7 +333,7 @@ def _live_view(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableT
     parts: list[RenderableType] = [bar, running if running.row_count else styled(("starting workers ...", "dim"))]
     if (found := best_trial(study, trials)) is not None and found.value is not None:
         value = f"{study.spec.metric} {value_text(found.value, study)}"
-        parts.append(f"best so far: {params_text(found.params)}, {value}, trial {found.number}")
+        parts.append(f"best trial so far: {params_text(found.params)}, {value}, trial {found.number}")
     where = find_peak(study, trials)
     if where is not None and where.interval is not None:
         parts.append(peak_text(where.lr, where.interval))
@@ -326,7 +358,7 @@ def _ended_line(study: StudyRecord, trial: TrialRecord) -> Text:
     seconds = f"{trial.ended - trial.started:.1f} s" if trial.ended and trial.started else ""
     value = "" if trial.value is None else f", {study.spec.metric} {value_text(trial.value, study)}"
     if trial.kind == "test" and trial.state == "complete":
-        value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}')}"
+        value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}').replace('%', ' %')}"
     return styled(
         f"trial {trial.number} ",
         (trial.state, STYLES[trial.state]),

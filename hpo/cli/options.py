@@ -67,6 +67,11 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+def verbose_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --verbose."""
+    return click.option("--verbose", is_flag=True, help="Print the details of the answer, too.")(command)
+
+
 def devices_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --devices."""
     return click.option(

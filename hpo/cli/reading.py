@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hpo.cli.options import json_option, storage_option
+from hpo.cli.options import json_option, storage_option, verbose_option
 from hpo.cli.writer import print_json, say
 
 
@@ -71,7 +71,9 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         best = found["best"]
         if best["confirmation"]:
             say(f"confirmed: {params_text(best['recommended'])}, value {best['confirmation']['value']:.4f}")
-        say(f"best so far: {params_text(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
+        else:
+            say(f"recommended so far: {params_text(best['recommended'])}")
+        say(f"best trial so far: {params_text(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
     if found["peak"] and found["peak"]["interval"] and found["trials"].keys() & {"waiting", "running"}:
         say(peak_text(found["peak"]["lr"], found["peak"]["interval"]))
     if found["workers"]:
@@ -129,23 +131,26 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
 
 @click.command("best", short_help="Print the answer of a study.")
 @click.argument("study", metavar="STUDY")
+@verbose_option
 @json_option
 @storage_option
-def best_command(study: str, as_json: bool, storage: str | None) -> None:
+def best_command(study: str, verbose: bool, as_json: bool, storage: str | None) -> None:
     """Print the answer of STUDY: the best learning rate, how sure it is, and the warnings.
 
     \b
+    hpo best quickstart --verbose
     hpo best quickstart --json
     """
-    from hpo.analysis.text import answer_lines
+    from hpo.analysis.answer_text import answer_lines, source_text
     from hpo.api import reading, stores
 
     found = reading.best(study, storage=storage)
     if as_json:
         print_json(found.as_dict())
         return
-    _, record = stores.open_study(study, storage=storage)
-    for line in answer_lines(record, found):
+    store, record = stores.open_study(study, storage=storage)
+    source = source_text(record, store.trials.get_all(record), storage=str(store.url), is_trained=False)
+    for line in answer_lines(record, found, source=source, verbose=verbose):
         say(line)
 
 
@@ -192,19 +197,21 @@ def report_command(study: str, output: str | None, form: str | None, figure: str
     say(f"wrote {exporting.write_report(study, output, form=form, figure=figure, storage=storage)}")
 
 
-@click.command("export", short_help="Export the best trial.")
+@click.command("export", short_help="Export the recommended values.")
 @click.argument("study", metavar="STUDY")
 @click.option("--output", required=True, metavar="FILE", help="A study file (.toml), or that and the answer (.json).")
+@click.option("--trial", type=int, metavar="N", help="Export this trial. Default: what the study recommends.")
 @storage_option
-def export_command(study: str, output: str, storage: str | None) -> None:
-    """Write the best trial of STUDY as a study file that trains only this trial.
+def export_command(study: str, output: str, trial: int | None, storage: str | None) -> None:
+    """Write what STUDY recommends as a study file that trains only that.
 
     \b
     hpo export quickstart --output best.toml
+    hpo export quickstart --output third.toml --trial 3
     """
     from hpo.api import exporting
 
-    exporting.write_export(study, output, storage=storage)
+    exporting.write_export(study, output, trial=trial, storage=storage)
     say(f"wrote {output}")
 
 

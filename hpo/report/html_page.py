@@ -11,14 +11,11 @@ import hashlib
 import json
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from hpo.analysis.confirmation import Confirmation
-from hpo.analysis.response import CONFIDENCE, Response
-from hpo.analysis.text import cell_text, interval_text, number_text, rate_text, study_text, value_text
+from hpo.analysis.text import number_text, study_text
 from hpo.report.figures.style import THEMES, line_colours
 from hpo.report.study_report import MAX_LISTED_TRIALS, StudyReport, provenance_rows, spec_toml, trial_table
-from hpo.study.records import StudyRecord
 from hpo.system.readable import one_line, visible
 
 if TYPE_CHECKING:
@@ -37,9 +34,8 @@ def render_html(report: StudyReport, _figure: str) -> bytes:
     page = _template("report.html.j2").render(
         report=report,
         study=report.study,
-        headline=report.answer[0][0].upper() + report.answer[0][1:],
+        headline=report.answer.headline[0].upper() + report.answer.headline[1:],
         searched=study_text(report.study),
-        key_numbers=_key_numbers(report),
         columns=columns,
         rows=rows[:MAX_LISTED_TRIALS],
         num_rows=len(rows),
@@ -80,63 +76,6 @@ def _embeddable_json(value: Any) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-# The numbers at the head of the page
-
-
-class KeyNumber(NamedTuple):
-    """A number of the answer with its label and its doubt."""
-
-    label: str
-    number: str
-    doubt: str
-
-
-def _key_numbers(report: StudyReport) -> list[KeyNumber]:
-    study, best = report.study, report.best
-    if best is None:
-        return []
-    response = best.response
-    if response is None:
-        value = KeyNumber(f"best {study.spec.metric}", value_text(best.value, study), f"trial {best.trial}")
-        if best.lr is None:
-            return [value]
-        return [KeyNumber("best learning rate", cell_text(best.lr), "of those tried"), value]
-    plateau, interval = interval_text(response.plateau), interval_text(response.interval)
-    numbers = [
-        KeyNumber(
-            "best learning rate" if response.is_determined else "best learning rate so far, not determined",
-            rate_text(best.lr or response.best),
-            f"plateau {plateau}",
-        ),
-        KeyNumber(f"{CONFIDENCE:.0%} interval", interval, "holds the best learning rate"),
-    ]
-    if best.confirmation is None:
-        numbers.append(_expected_number(study, response))
-    else:
-        numbers += _confirmed_numbers(study, best.confirmation)
-    if response.divergence_lr is not None:
-        lr, interval = rate_text(response.divergence_lr.lr), interval_text(response.divergence_lr.interval)
-        numbers.append(KeyNumber("half diverge at", lr, interval))
-    return numbers
-
-
-def _expected_number(study: StudyRecord, response: Response) -> KeyNumber:
-    doubt = f"give or take {value_text(response.noise, study)}"
-    return KeyNumber(f"expected {study.spec.metric}", value_text(response.value, study), doubt)
-
-
-def _confirmed_numbers(study: StudyRecord, confirmation: Confirmation) -> list[KeyNumber]:
-    error = confirmation.standard_error
-    seeds = len(confirmation.winner.values)
-    doubt = f"± {value_text(error, study)}, {seeds} fresh seeds" if error is not None else ""
-    numbers = [KeyNumber(f"confirmed {study.spec.metric}", value_text(confirmation.value, study), doubt)]
-    if confirmation.test_value is not None:
-        error = confirmation.test_standard_error
-        doubt = f"± {value_text(error, study)}" if error is not None else ""
-        numbers.append(KeyNumber("on the test set", value_text(confirmation.test_value, study), doubt))
-    return numbers
 
 
 # The files of the page

@@ -16,7 +16,7 @@ def render_json(report: StudyReport, _figure: str) -> bytes:
     content = {
         "what": f"hpo report of study {report.study.name}",
         "study": report.study.name,
-        "answer": report.answer,
+        "answer": report.answer.sentences,
         **answer,
         "responses": responses,
         "figures": {figure.name: figure.caption for figure in report.figures},

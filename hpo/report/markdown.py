@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from hpo.analysis.answer_text import AnswerLine
 from hpo.report.output_file import REPORT_MARK
 from hpo.report.study_report import MAX_LISTED_TRIALS, StudyReport, provenance_rows, spec_toml, trial_table
 from hpo.system.readable import one_line, visible
@@ -19,11 +20,15 @@ def render_markdown(report: StudyReport, _figure: str) -> bytes:
     for figure in report.figures:
         lines += [f"## {figure.title}", "", escape_markdown(figure.caption), ""]
     columns, rows = trial_table(report)
-    lines += ["## Trials", "", f"{report.counts}.", ""]
+    if report.answer.details:
+        lines += ["## In detail", "", *_markdown_list(report.answer.details), ""]
+    lines += ["## Trials", "", escape_markdown(f"{report.counts}; {report.marked_text}."), ""]
     if len(rows) > MAX_LISTED_TRIALS:
         lines += [f"The best {MAX_LISTED_TRIALS} of {len(rows)}:", ""]
     lines += [_markdown_row(columns), _markdown_row(["---"] * len(columns))]
-    lines += [_markdown_row([cell.text for cell in row.cells]) for row in rows[:MAX_LISTED_TRIALS]]
+    for row in rows[:MAX_LISTED_TRIALS]:
+        number, *others = (cell.text for cell in row.cells)
+        lines.append(_markdown_row([f"► {number}" if row.trial.number in report.marked else number, *others]))
     lines += ["", "## How it was made", ""]
     lines += [f"- {what}: {escape_markdown(how)}" for what, how in provenance_rows(report)]
     toml = visible(spec_toml(report.study)).strip()
@@ -33,11 +38,14 @@ def render_markdown(report: StudyReport, _figure: str) -> bytes:
 
 
 def markdown_answer(report: StudyReport) -> list[str]:
-    """Return the answer and its warnings as lines of Markdown."""
-    first, *others = map(escape_markdown, report.answer)
-    lines = [f"- {line}" for line in others]
-    warnings = [f"- warning: {escape_markdown(warning)}" for warning in report.warnings]
-    return [f"**{first}**", "", *lines, *warnings]
+    """Return the answer and its warnings as lines of Markdown, without the details."""
+    warnings = [f"- warning: {escape_markdown(warning)}" for warning in report.answer.warnings]
+    headline = f"**{escape_markdown(report.answer.headline)}**"
+    return [headline, "", *_markdown_list(report.answer.lines), *warnings]
+
+
+def _markdown_list(lines: Sequence[AnswerLine]) -> list[str]:
+    return [f"- {escape_markdown(line.label)}: {escape_markdown(str(line))}" for line in lines]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

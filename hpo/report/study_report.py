@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import tomli_w
 
 from hpo.analysis.answer import Best
-from hpo.analysis.text import answer_lines, cell_text, counts_text, no_answer_text, study_text, value_text
+from hpo.analysis.answer_text import AnswerText, describe_answer
+from hpo.analysis.text import cell_text, counts_text, marked_text, no_answer_text, study_text, value_text
 from hpo.report.figures.style import round_digits
 from hpo.report.figures.table import FIGURES, DrawnFigure, draw_figures, make_figure_data
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
@@ -30,21 +32,27 @@ class StudyReport:
     made: datetime
     figures: Sequence[DrawnFigure]
 
-    @property
-    def answer(self) -> list[str]:
-        """The answer's sentences, without the warnings."""
+    @cached_property
+    def answer(self) -> AnswerText:
+        """The answer in words, with one more warning if the study is not finished."""
         if self.best is None:
-            return [no_answer_text(self.trials)]
-        lines = answer_lines(self.study, self.best)
-        return lines[: len(lines) - len(self.best.warnings)]
+            text = AnswerText(no_answer_text(self.trials), [], [], [])
+        else:
+            text = describe_answer(self.study, self.best)
+        left = sum(trial.state not in ENDED for trial in self.trials)
+        unfinished = [f"the study is not finished: {left} of {len(self.trials)} trials are left"] if left else []
+        return replace(text, warnings=[*text.warnings, *unfinished])
+
+    @cached_property
+    def marked(self) -> set[int]:
+        """The numbers of the trials that have the recommended values."""
+        best = self.best
+        return {trial.number for trial in self.trials if best is not None and best.is_recommended(trial.params)}
 
     @property
-    def warnings(self) -> list[str]:
-        """The answer's warnings, and one more if the study is not finished."""
-        warnings = [warning.text for warning in self.best.warnings] if self.best else []
-        if left := sum(trial.state not in ENDED for trial in self.trials):
-            warnings.append(f"the study is not finished: {left} of {len(self.trials)} trials are left")
-        return warnings
+    def marked_text(self) -> str:
+        """Which trials of the table are marked, empty without an answer."""
+        return marked_text(self.best.recommended, len(self.marked)) if self.best else ""
 
     @property
     def counts(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hpo.analysis.answer import find_best, find_response
-from hpo.analysis.text import answer_lines
+from hpo.analysis.answer_text import answer_lines
 from tests.analysis.examples import LOG_LR, RATES, SEARCHED, complete, hill, make_study, make_trials, numbered, trained
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from hpo.analysis.answer import find_best
+from hpo.analysis.answer_text import answer_lines
 from hpo.analysis.confirmation import Confirmation, find_confirmation
-from hpo.analysis.text import answer_lines
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.study.records import StudyRecord
@@ -93,11 +94,13 @@ def test_the_answer_says_it() -> None:
     found = find_best(study, trials)
     assert found is not None
     text = "\n".join(answer_lines(study, found))
-    assert "best learning rate: 0.001, confirmed on 3 fresh seeds: val_accuracy 82." in text
-    assert "the search's best trial was 7." in text
-    assert "better than what was confirmed" in text
-    assert "the mean of its seeds is 83.00%" in text
-    assert "the runner-up, lr=0.01, really is worse" in text
+    assert text.startswith("best learning rate: 0.001, confirmed on 3 fresh seeds\n")
+    assert re.search(
+        r"confirmed: +82\.\d+ % \(validation accuracy, ± [\d.]+ percentage points, on 3 fresh seeds\)", text
+    )
+    assert re.search(r"best trial: +#1, lr=0\.001 \(.* 7[\d.]* percentage points better than confirmed\)", text)
+    assert re.search(r"mean of seeds: +83\.00 % \(too high, as the best of several; expect 82\.\d+ %\)", text)
+    assert re.search(r"runner-up: +lr=0\.01 \(really is worse: ", text)
     assert json.loads(json.dumps(found.as_dict()))["confirmation"]["runner_up"]["is_worse"] is True
 
 
@@ -126,8 +129,9 @@ def test_what_wins_may_be_another_optimizer_and_the_answer_is_all_of_that() -> N
     assert found.params["optimizer"] == "adam"  # of the best trial, as it was
     assert found.interval is not None
     assert found.interval[0] > 1e-2
-    assert "best at" in (text := "\n".join(answer_lines(study, found)))
-    assert "with optimizer=sgd" in text
+    text = "\n".join(answer_lines(study, found))
+    assert text.startswith("best learning rate: 0.1 (optimizer sgd), confirmed on 3 fresh seeds")
+    assert "best by the trials of the search alone, with optimizer=sgd" in text
 
 
 def test_a_confirmation_that_failed_is_said() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hpo.analysis.answer import find_best
-from hpo.analysis.text import answer_lines
+from hpo.analysis.answer_text import answer_lines, describe_answer, source_text
 from tests.analysis.examples import LOG_LR, complete, hill, make_study, numbered, trained
 
 LOOP = """
@@ -64,12 +64,12 @@ def test_a_terminal_shows_the_study_each_running_trial_the_best_and_then_the_ans
         row = next(line for line in text.splitlines() if "lr=0.01" in line).split()
         assert row[:3] == ["1", "lr=0.01", "cpu"]
         assert row[4:6] == [f"{1 / 3:.4f}", f"{0.5 + 0.04 * 3:.4f}"]
-        assert "best so far: lr=0.001, val_accuracy 82.00%, trial 0" in text
+        assert "best trial so far: lr=0.001, val_accuracy 82.00 %, trial 0" in text
         (tmp_path / "go").touch()
         text = shown("exit code")
         assert "exit code 0" in text
-        assert "best learning rate: 0.001, val_accuracy 82.00%, trial 0" in text
-        assert "best so far" not in text, "the live lines are gone when the answer is there"
+        assert "best learning rate: 0.001, the best of those tried" in text
+        assert "so far" not in text, "the live lines are gone when the answer is there"
         assert text.count("trial 0 complete") == text.count("trial 1 complete") == 1
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)
@@ -84,18 +84,32 @@ def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_
     assert found is not None
     assert found.response is not None
     assert found.response.divergence_lr is not None
-    answer, confidence, expected, edge, trial, other = answer_lines(study, found)
-    low, high = found.interval or (0, 0)
-    assert answer == f"best learning rate: {found.response.best:.2g} (optimizer adam)"
-    assert confidence.startswith(f"with 90% confidence the best one is between {low:.2g} and {high:.2g}; not told")
-    assert f"val_accuracy {found.response.value:.2%}, give or take {found.response.noise:.2%}" in expected
-    assert edge.startswith(f"half of the trials diverge at {found.response.divergence_lr.lr:.2g} (")
-    assert trial.startswith(f"the best trial: learning rate {found.params['lr']:.4g}, val_accuracy {found.value:.2%}")
+    text = describe_answer(study, found)
+    assert text.headline == f"best learning rate: {found.response.best:.2g} (optimizer adam)"
+    interval, expected, other = text.lines
+    assert (interval.label, interval.fact) == ("90 % interval", "{:.2g} to {:.2g}".format(*found.response.interval))
+    assert expected.fact == f"{100 * found.response.value:.2f} %"
+    assert re.fullmatch(r"validation accuracy of a trial, ± [\d.]+ percentage points from seed to seed", expected.note)
     (_, sgd_response) = found.responses[1]
-    assert other.startswith(f"with optimizer=sgd: {sgd_response.best:.2g} (")
+    assert (other.label, other.fact) == ("with optimizer=sgd", f"{sgd_response.best:.2g}")
+    edge, trial = text.details
+    assert (edge.label, edge.fact) == ("diverge at", f"{found.response.divergence_lr.lr:.2g}")
+    assert trial.fact == f"#{found.trial}, lr={found.params['lr']:.4g} optimizer=adam"
+    assert trial.note.startswith(f"validation accuracy {100 * found.value:.2f} %, optimistic")
+
+
+def test_the_lines_of_an_answer_are_aligned_and_the_details_are_asked_for() -> None:
+    study, trials = make_study(search={"trials": 16, "space": {"lr": LOG_LR}}), numbered(*complete())
+    found = find_best(study, trials)
+    assert found is not None
+    source = source_text(study, trials, storage="sqlite:////x/hpo.db", is_trained=False)
+    short, long = (answer_lines(study, found, source=source, verbose=verbose) for verbose in (False, True))
+    assert len(short) == 1 + 3 + 1 < len(long) or len(describe_answer(study, found).details) == 0
+    assert len({re.match(r"  [^:]+: +", line).end() for line in long[1:]}) == 1  # type: ignore[union-attr]
+    assert long[-1].endswith("s in sqlite:////x/hpo.db (16 complete; answered from the store, nothing trained)")
 
 
 def test_the_warnings_of_an_answer_come_last() -> None:
     found = find_best(make_study(), numbered(*complete()[5:8]))
     assert found is not None
-    assert answer_lines(make_study(), found)[-1].startswith("warning: ")
+    assert answer_lines(make_study(), found)[-1].strip().startswith("warning: ")

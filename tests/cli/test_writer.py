@@ -86,7 +86,7 @@ def check_terminal(made: Texts, shown: str, stored: str) -> None:
         console = PlainConsole(file=file, width=width, force_terminal=is_terminal, height=50)
         with LiveDisplay(console) as display:
             display.watch(made.store, made.study)(made.store)
-        print_answer(console, made.study, trials, found, next_steps=[])
+        print_answer(console, made.study, trials, found, storage=made.url, is_trained=True, verbose=True, next_steps=[])
         output = STYLES.sub("", file.getvalue()).replace("\r", "")
         assert is_readable(output)
         if width > 30:

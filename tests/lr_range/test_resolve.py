@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from hpo.analysis.answer_text import answer_lines
 from hpo.analysis.range_text import position_text, range_test_lines
-from hpo.analysis.text import answer_lines
 from hpo.api import running
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError

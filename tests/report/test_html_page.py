@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hpo.analysis.text import answer_lines
 from hpo.report.output_file import write_report_file
 from hpo.report.render import render_report
 from hpo.report.study_report import StudyReport
@@ -84,10 +83,16 @@ def test_the_page_says_what_the_terminal_says_and_is_sorted_and_read_without_eye
 def check_words(page: Page, small: StudyReport) -> None:
     assert small.best is not None
     text = page.inner_text("main")
-    first, *others = answer_lines(small.study, small.best)
-    assert page.inner_text("h1") == first.capitalize()
-    for line in others:
-        assert line.removeprefix("warning: ") in text
+    answer = small.answer
+    assert page.inner_text("h1") == answer.headline.capitalize()
+    for line in answer.lines:
+        assert line.fact in text
+        assert line.note in text
+    for shown in (*map(str, answer.details), *answer.warnings):
+        assert shown in text
+    assert small.marked_text in (page.locator("#trials caption").text_content() or "")
+    marked = page.locator("#trials tr.best td:first-child").all_text_contents()
+    assert set(map(int, marked)) == small.marked
     for what in ("seeds", "git revision", "versions", "machines"):
         assert what in page.inner_text("#made")
     assert "learning rate" in (page.locator("thead").text_content() or "")
@@ -103,7 +108,7 @@ def check_that_a_press_on_a_columns_name_sorts_by_it_and_empty_cells_stay_last(p
         assert column.get_attribute("aria-sort") == order
         assert page.locator("#trials th[aria-sort]").count() == 1
         cells = page.evaluate(read)
-        assert cells[: len(expected)] == [f"{value:.2%}" for value in expected]
+        assert cells[: len(expected)] == [f"{100 * value:.2f} %" for value in expected]
         assert set(cells[len(expected) :]) == {""}
 
 

@@ -11,7 +11,7 @@ from tests.report.examples import MINIMIZED, evil_report, reported
 
 def test_markdown_has_the_answer_a_text_for_each_figure_and_a_row_for_each_trial(small: StudyReport) -> None:
     text = render_report(small, "md").decode()
-    assert f"**{small.answer[0]}**" in text
+    assert f"**{small.answer.headline}**" in text
     assert text.count("\n| ") == 2 + len(small.trials)
     for drawn in small.figures:
         assert f"## {drawn.title}" in text

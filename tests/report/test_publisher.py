@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import pytest
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-from hpo.analysis.text import answer_lines
+from hpo.analysis.answer_text import answer_lines
 from hpo.api import reading, stores
 from hpo.config.study_spec import StudySpec
 from hpo.report.publisher import Publisher, publish_report

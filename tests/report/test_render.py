@@ -24,15 +24,21 @@ def test_whatever_a_study_is_like_it_can_be_reported(name: str, form: str) -> No
     assert is_report(content)
     if form == "json":
         told = json.loads(content)
-        assert told["answer"] == made.answer
+        assert told["answer"] == made.answer.sentences
         assert len(told["trials"]) == len(made.trials)
 
 
 def test_the_command_writes_a_page_that_says_what_best_says(hpo: Any, trained: Store, tmp_path: Path) -> None:
     assert hpo.run("report", "s") == (0, "wrote s.html\n")
     page = (tmp_path / "s.html").read_text()
-    for line in hpo.run("best", "s")[1].splitlines():
-        assert line.removeprefix("warning: ")[1:] in page
+    headline, *lines = hpo.run("best", "s", "--verbose")[1].splitlines()
+    assert headline[1:] in page
+    for line in lines:
+        label, _, text = line.strip().partition(":")
+        if label == "study":
+            assert "answered from the store, nothing trained" in text
+        else:
+            assert text.strip().removesuffix(")").rpartition(" (")[2] in page, "a card has the fact and its note apart"
 
 
 def test_the_format_is_what_the_file_ends_in_or_as_said(trained: Store, tmp_path: Path) -> None:

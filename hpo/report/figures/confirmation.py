@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from hpo.analysis.answer_text import confirmation_lines
 from hpo.analysis.confirmation import Confirmation
-from hpo.analysis.text import confirmation_lines, paragraph_text, params_text
+from hpo.analysis.text import paragraph_text, params_text
 from hpo.report.figures.data import FigureData, value_axis
 from hpo.report.figures.style import BLUE, GREEN, GREY, PURPLE, STATE_STYLES, escape_plotly, lay_out, round_digits
 
@@ -110,4 +111,5 @@ def confirmation_caption(data: FigureData) -> str:
     """Return what the answer says of the confirmation."""
     assert data.best is not None
     assert data.best.confirmation is not None
-    return paragraph_text(confirmation_lines(data.study, data.best.confirmation))
+    lines = confirmation_lines(data.study, data.best.confirmation)
+    return paragraph_text([f"{line.label}: {line}" for line in lines])

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from hpo.analysis.answer_text import response_lines
 from hpo.analysis.response import CONFIDENCE, Response
-from hpo.analysis.text import interval_text, params_text, rate_text, response_lines, value_text
+from hpo.analysis.text import interval_text, params_text, rate_text, value_text
 from hpo.report.figures.data import FigureData, hover_settings, rate_of, shown_bounds, value_axis
 from hpo.report.figures.style import (
     BLUE,
@@ -86,8 +87,8 @@ def response_caption(data: FigureData) -> str:
         if response is None:
             sentences.append(f"{name}{len(trials)} trials, too few learning rates for a curve")
         else:
-            lines = "; ".join(response_lines(data.study, response))
-            sentences.append(f"{name or 'All trials: '}the best learning rate is {rate_text(response.best)}; {lines}")
+            lines = "; ".join(f"{line.label} {line}" for line in response_lines(data.study, response))
+            sentences.append(f"{name or 'All trials: '}best learning rate {rate_text(response.best)}; {lines}")
     hidden = len(sentences) - MAX_PANELS
     drawn = f"; {hidden} more combinations are not drawn" if hidden > 0 else ""
     return ". ".join(sentences) + drawn + ". Trials without a value, such as diverged ones, are at the axis's end."
@@ -154,7 +155,7 @@ def _add_curve(figure: go.Figure, response: Response, panel: Mapping[str, int]) 
         fillcolor=with_opacity(BLUE, 0.16),
         line={"width": 0},
         hoverinfo="skip",
-        name=f"{CONFIDENCE:.0%} band",
+        name=f"{100 * CONFIDENCE:.0f} % band",
         legendgroup="band",
         showlegend=panel["row"] == 1,
         mode="lines",
@@ -180,7 +181,7 @@ def _add_best_rate(figure: go.Figure, data: FigureData, response: Response, pane
         x=[response.best],
         y=[round_digits(response.value)],
         mode="markers",
-        name=f"best, with its {CONFIDENCE:.0%} interval",
+        name=f"best, with its {100 * CONFIDENCE:.0f} % interval",
         marker={"symbol": "star", "size": 16, "color": GREEN, "line": {"width": 1, "color": "white"}},
         error_x={
             "type": "data",

@@ -15,5 +15,5 @@ def test_the_confirmation_shows_every_seed_its_mean_and_the_test_set(large: Any)
     assert means.error_x.value > 0
     (tests,) = traces(entry, "on the test set")
     assert list(tests.x) == [0.5] * 3
-    assert "Best learning rate: " in entry.caption
-    assert "is not told apart from it" in entry.caption or "really is worse" in entry.caption
+    assert "Confirmed: " in entry.caption
+    assert "not told apart" in entry.caption or "really is worse" in entry.caption

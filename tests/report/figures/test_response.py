@@ -19,7 +19,7 @@ def test_the_response_shows_every_trial_once_by_its_state_and_what_the_answer_sa
     answer = find_best(study, trials)
     assert answer is not None
     assert len(answer.responses) == 3
-    stars = traces(entry, "best, with its 90% interval")
+    stars = traces(entry, "best, with its 90 % interval")
     assert {star.x[0] for star in stars} == {response.best for _, response in answer.responses}
     for star in stars:
         (interval,) = (response.interval for _, response in answer.responses if response.best == star.x[0])
