@@ -132,7 +132,7 @@ def _load_checked(config: DataConfig, *, with_test: bool) -> tuple[SplitDataset,
     data = load_data(config, device="cpu", dataset=dataset)
     if with_test and dataset.open_test is not None and data.test is not None:
         deque(read_all(data.test.source, len(data.test)), maxlen=0)
-        if isinstance(test := dataset.open_test(), FileImages):
+        if isinstance(dataset.train, FileImages) and isinstance(test := dataset.open_test(), FileImages):
             described["images"] += f"; for the test: {describe_images(test)}"
     return data, described
 

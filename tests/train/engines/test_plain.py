@@ -376,7 +376,7 @@ def test_the_test_set_is_read_only_when_it_is_asked_for(tmp_path: Path) -> None:
     config = trial(data=DataConfig(name="own_unreadable_test:data"))
     assert len(train(config)) == 2
     asked = replace(config, training=replace(config.training, report_test_accuracy=True))
-    with pytest.raises(AssertionError, match=r"the test part was read"):
+    with pytest.raises(UserError, match=r"cannot give its labels: AssertionError: the test part was read"):
         train(asked)
     with pytest.raises(UserError, match=r"training.report_test_accuracy needs a test set"):
         train(replace(asked, data=DataConfig(name="own_unreadable_test:without_test")))
