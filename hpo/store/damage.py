@@ -1,7 +1,8 @@
-"""Damage: values in rows of our tables that no hpo has written, found before anything is made of them, and named.
+"""Damage: values in rows of our tables and Optuna's that neither has written, found and named.
 
 A disk, an editor or another program may change any column. SQLite keeps whatever it is given; Postgres at least the
-type of the column.
+type of the column. Rows of ours are checked before anything is made of them, those of trials of Optuna's when it
+cannot read them: there are many, and it checks most itself.
 """
 
 from __future__ import annotations
@@ -10,20 +11,32 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from optuna.distributions import json_to_distribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import Connection
 
-from hpo.errors import UserError
+from hpo.errors import StudyStopped, UserError
+from hpo.store.retry import STORE_ERRORS
 from hpo.store.schema import (
+    OPTUNA_STUDY_TABLES,
+    OPTUNA_TRIAL_TABLES,
     attempts_table,
     epochs_table,
+    intermediate_values,
     meta_table,
+    optuna_trials,
     our_tables,
     select_all,
+    select_raw,
     slots_table,
     studies_table,
+    trial_values,
     workers_table,
 )
 from hpo.study.records import KINDS, STATES
@@ -79,6 +92,29 @@ def _is_metadata(value: Any) -> bool:
     return isinstance(ramps, list) and all(isinstance(ramp, dict) and ramp.keys() >= RAMP_KEYS for ramp in ramps)
 
 
+def _is_json(value: Any) -> bool:
+    try:
+        json.loads(value if _is_text(value) else "")
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_distribution(value: Any) -> bool:
+    try:
+        json_to_distribution(value if _is_text(value) else "")
+    except Exception:  # Optuna's are of several kinds
+        return False
+    return True
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return isinstance(value, datetime) or bool(datetime.fromisoformat(value))
+    except (TypeError, ValueError):
+        return False
+
+
 def _one_of(*values: Any) -> ColumnRule:
     return ColumnRule(
         f"one of {', '.join(map(str, values))}", lambda value: type(value) in (str, int) and value in values
@@ -89,7 +125,10 @@ WHOLE = ColumnRule("a whole number from 0 to 2147483647", _is_whole)
 FROM_ONE = ColumnRule("a whole number from 1 to 2147483647", lambda value: _is_whole(value) and value > 0)
 SECONDS = ColumnRule("a number of seconds from 0 to 1e11", lambda value: is_number(value) and 0 <= value < 1e11)
 TEXT = ColumnRule("text in UTF-8", _is_text)
-OF_TYPE: dict[type, ColumnRule] = {int: WHOLE, float: SECONDS, str: TEXT}
+TIME = ColumnRule("a date and time", _is_time)
+OF_TYPE: dict[type, ColumnRule] = {int: WHOLE, float: SECONDS, str: TEXT, datetime: TIME}
+NUMBER = ColumnRule("a number", is_number)
+FIRST = _one_of(0)
 # The columns of which more is asked than of all those of their type.
 STRICTER: dict[sa.Column[Any], ColumnRule] = {
     meta_table.c.value: ColumnRule("the digits of a number", lambda value: _is_text(value) and value.isdecimal()),
@@ -108,7 +147,37 @@ STRICTER: dict[sa.Column[Any], ColumnRule] = {
         lambda value: _each(value, lambda number: number is None or is_number(number)),
     ),
     workers_table.c.pid: FROM_ONE,
+    optuna_trials.c.state: _one_of(*(state.name for state in TrialState)),
+    trial_values.c.value: NUMBER,
+    trial_values.c.objective: FIRST,
+    intermediate_values.c.intermediate_value: NUMBER,
 }
+for _table in (*OPTUNA_STUDY_TABLES, *OPTUNA_TRIAL_TABLES):
+    STRICTER |= {
+        _table.c[name]: rule
+        for name, rule in {
+            "value_json": ColumnRule("JSON", _is_json),
+            "distribution_json": ColumnRule("a distribution of Optuna's", _is_distribution),
+            "param_value": NUMBER,
+            "direction": _one_of(*(direction.name for direction in StudyDirection)),
+            "value_type": _one_of("FINITE", "INF_POS", "INF_NEG"),
+            "intermediate_value_type": _one_of("FINITE", "INF_POS", "INF_NEG", "NAN"),
+        }.items()
+        if name in _table.c
+    }
+
+
+# Of Optuna's columns; it declares more, which it always fills.
+MAY_BE_NULL = {
+    optuna_trials.c.datetime_start,
+    optuna_trials.c.datetime_complete,
+    trial_values.c.value,
+    intermediate_values.c.intermediate_value,
+}
+
+
+def _may_be_null(column: sa.Column[Any]) -> bool:
+    return column in MAY_BE_NULL if column.table.metadata is not our_tables else bool(column.nullable)
 
 
 @functools.cache
@@ -128,7 +197,7 @@ def find_damage(table: sa.Table, rows: Iterable[Sequence[Any]]) -> Iterator[str]
     rules = _rules(table)
     for row in rows:
         for (column, holds), value in zip(rules, row, strict=False):
-            if not (holds(value) or (value is None and column.nullable)):
+            if not (holds(value) or (value is None and _may_be_null(column))):
                 yield f"{_row_name(table, row)}: {column.name} must be {_rule(column).words}, got {_shortened(value)}"
 
 
@@ -138,8 +207,41 @@ def refuse_damage(database_url: object, study: str, table: sa.Table, rows: Itera
         raise UserError(f"study {study!r} in {database_url} is damaged: {problem}")
 
 
+def refuse_damage_of_optuna(
+    database_url: object, study: str, study_id: int, connection: Connection, tables: Sequence[sa.Table]
+) -> None:
+    """Raise UserError for the first value that cannot be in the rows of a study in these tables of Optuna's."""
+    for table in tables:
+        query = select_raw(table)
+        # All at once: a result that is left in its middle keeps SQLite's lock.
+        rows = connection.execute(query.where(query.selected_columns.whose == study_id)).all()
+        refuse_damage(database_url, study, table, rows)
+
+
+@contextmanager
+def naming_damage(database_url: object, study: str, study_id: int, connection: Connection) -> Iterator[None]:
+    """Raise UserError where the block cannot read the study's trials because a row of Optuna's is damaged."""
+    try:
+        yield
+    except (UserError, StudyStopped, KeyError, *STORE_ERRORS):
+        raise
+    except Exception:  # of whatever kind Optuna makes of it
+        refuse_damage_of_optuna(database_url, study, study_id, connection, OPTUNA_TRIAL_TABLES)
+        raise
+
+
+def check_trial(trial: FrozenTrial) -> None:
+    """Raise TypeError where Optuna has read a trial with names or numbers that are none."""
+    names = [*trial.params, *trial.user_attrs, *trial.system_attrs]
+    numbers = [*(trial.values or ()), *trial.intermediate_values.values()]
+    if not all(type(name) is str for name in names) or not all(type(number) is float for number in numbers):
+        raise TypeError(f"trial {trial.number} is damaged")
+    if type(trial.number) is not int or any(isinstance(value, bytes) for value in trial.params.values()):
+        raise TypeError(f"trial {trial.number} is damaged")
+
+
 def check_rows(connection: Connection, studies: Mapping[int, str]) -> dict[int | None, list[str]]:
-    """Return all damage in our tables by the id of the study; those that belong to none of these have the id None."""
+    """Return all damage in the tables by the id of the study; rows of ours that are no study's have the id None."""
     found: dict[int | None, list[str]] = {}
     keys = connection.execute(sa.select(meta_table.c.key)).scalars().all()
     if "schema_version" not in keys:
@@ -156,6 +258,11 @@ def check_rows(connection: Connection, studies: Mapping[int, str]) -> dict[int |
                 problems = [f"{_row_name(table, row)}: there is no study with the id {_shortened(row.study_id)}"]
             if problems:
                 found.setdefault(study_id, []).extend(problems)
+    for table in (*OPTUNA_STUDY_TABLES, *OPTUNA_TRIAL_TABLES):
+        for row in connection.execute(select_raw(table)):
+            if row.whose in studies and (problems := list(find_damage(table, [row]))):
+                name = studies[row.whose]
+                found.setdefault(row.whose, []).extend(f"study {name!r}: {problem}" for problem in problems)
     return found
 
 

@@ -31,22 +31,27 @@ def take_in(database: Database, connection: Connection, study: StudyRecord) -> N
     The caller has locked the study. An enqueued trial that the study does not search fails with a sentence.
     """
     enqueued = connection.execute(enqueued_trials(study.study_id)).all()
-    if enqueued:
+    slots = [_slot_of(database, connection, study, row) for row in enqueued]
+    if any(slot["state"] == "waiting" for slot in slots):
         drop_unclaimed(connection, study.study_id)  # a confirmation follows the last trial of the search
     _move_unclaimed(connection, study.study_id)
-    for row in enqueued:
-        values = proposals.values_from_optuna(database.storage.get_trial(row.trial_id).system_attrs.get(FIXED, {}))
-        slot = {**new_slot(study.spec, {}), "study_id": study.study_id, "number": row.number, "trial_id": row.trial_id}
-        try:
-            check_point(study.spec.search, values, setting="enqueued")
-        except UserError as error:
-            slot |= {"state": "failed", "reason": str(error), "ended_at": database.now(connection)}
-            database.storage.set_trial_state_values(row.trial_id, TrialState.FAIL)
-        else:
-            given = proposals.optuna_params(study.spec, values)
-            slot |= {"given": json.dumps(given)}
-            database.storage.set_trial_system_attr(row.trial_id, FIXED, given)
+    for slot in slots:
         connection.execute(slots_table.insert().values(slot))
+
+
+def _slot_of(database: Database, connection: Connection, study: StudyRecord, row: Any) -> dict[str, Any]:
+    """Return the slot of an enqueued trial: one that waits, or that has failed where the study does not search it."""
+    fixed = database.storage.get_trial(row.trial_id).system_attrs.get(FIXED, {})
+    values = proposals.values_from_optuna(fixed if isinstance(fixed, dict) else {FIXED: fixed})
+    slot = {**new_slot(study.spec, {}), "study_id": study.study_id, "number": row.number, "trial_id": row.trial_id}
+    try:
+        check_point(study.spec.search, values, setting="enqueued")
+    except UserError as error:
+        database.storage.set_trial_state_values(row.trial_id, TrialState.FAIL)
+        return slot | {"state": "failed", "reason": str(error), "ended_at": database.now(connection)}
+    given = proposals.optuna_params(study.spec, values)
+    database.storage.set_trial_system_attr(row.trial_id, FIXED, given)
+    return slot | {"given": json.dumps(given)}
 
 
 def begin_enqueued(database: Database, connection: Connection, row: Any) -> bool:

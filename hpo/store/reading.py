@@ -13,9 +13,10 @@ from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
-from hpo.store.damage import refuse_damage
+from hpo.store.damage import check_trial, naming_damage, refuse_damage, refuse_damage_of_optuna
 from hpo.store.database import Database
 from hpo.store.schema import (
+    OPTUNA_STUDY_TABLES,
     attempts_table,
     epochs_table,
     optuna_studies,
@@ -32,8 +33,12 @@ Reports = list[tuple[int, dict[str, float | None]]]  # of one trial, in order: e
 
 def study_names(database: Database, connection: Connection) -> dict[int, str]:
     """Return the names of our studies by their ids; the database may hold studies that others made with Optuna."""
-    ours = set(connection.execute(sa.select(studies_table.c.study_id)).scalars())
-    return {s._study_id: s.study_name for s in database.storage.get_all_studies() if s._study_id in ours}
+    # Not by Optuna's means, which read all that studies have: a damaged one would hide the others.
+    query = sa.select(optuna_studies.c.study_id, optuna_studies.c.study_name).join(
+        studies_table, studies_table.c.study_id == optuna_studies.c.study_id
+    )
+    names = connection.execute(query.order_by(optuna_studies.c.study_id))
+    return {row.study_id: row.study_name if isinstance(row.study_name, str) else ascii(row.study_name) for row in names}
 
 
 def find_study_id(database: Database, connection: Connection, name: str) -> int | None:
@@ -46,6 +51,7 @@ def load_study(database: Database, connection: Connection, study_id: int, name: 
     """Return the study; raise UserError if its row is damaged."""
     row = connection.execute(select_all(studies_table).where(studies_table.c.study_id == study_id)).one()
     refuse_damage(database.url, name, studies_table, [row])
+    refuse_damage_of_optuna(database.url, name, study_id, connection, OPTUNA_STUDY_TABLES)
     source = f"study {name!r} in {database.url} is damaged: {studies_table.name}, study_id {study_id}"
     try:
         spec = StudySpec.from_dict(json.loads(row.spec))
@@ -80,7 +86,8 @@ def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
         refuse_damage(database.url, study.name, slots_table, rows)
         reports, last_attempt = _read_reports(database, connection, study)
         attempts = _read_attempts(database, connection, study)
-        frozen = _optuna_trials(database, study_id)
+        with naming_damage(database.url, study.name, study_id, connection):
+            frozen = _optuna_trials(database, study_id)
         known = [(row.state, frozen[row.trial_id].state) for row in rows if row.trial_id in frozen]
         if any(state != "failed" and theirs is TrialState.FAIL for state, theirs in known):
             database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
@@ -98,8 +105,11 @@ def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
 
 
 def _optuna_trials(database: Database, study_id: int) -> dict[int, FrozenTrial]:
-    """Return Optuna's trials of the study by their ids."""
-    return {trial._trial_id: trial for trial in database.cached.get_all_trials(study_id, deepcopy=False)}
+    """Return Optuna's trials of the study by their ids; raise TypeError, or what Optuna does, where one is damaged."""
+    trials = database.cached.get_all_trials(study_id, deepcopy=False)
+    for trial in trials:
+        check_trial(trial)
+    return {trial._trial_id: trial for trial in trials}
 
 
 def best_values(connection: Connection, study: StudyRecord, count: int) -> list[tuple[int, float]]:

@@ -122,6 +122,17 @@ intermediate_values = TrialIntermediateValueModel.__table__  # Optuna's
 trial_values = TrialValueModel.__table__  # Optuna's
 optuna_studies = StudyModel.__table__
 optuna_trials = TrialModel.__table__
+# Optuna's tables that hold what is read of a study, and of its trials.
+OPTUNA_STUDY_TABLES: tuple[sa.Table, ...] = (
+    optuna_studies,
+    *(BaseModel.metadata.tables[f"study_{name}"] for name in ("directions", "user_attributes", "system_attributes")),
+)
+OPTUNA_TRIAL_TABLES: tuple[sa.Table, ...] = (
+    optuna_trials,
+    *(BaseModel.metadata.tables[f"trial_{name}"] for name in ("user_attributes", "system_attributes", "params")),
+    trial_values,
+    intermediate_values,
+)
 # Our rows of a study, in the order in which they are deleted: without its slot no worker can add to the others.
 TABLES_OF_STUDY = (slots_table, epochs_table, attempts_table, workers_table, studies_table)
 
@@ -129,6 +140,17 @@ TABLES_OF_STUDY = (slots_table, epochs_table, attempts_table, workers_table, stu
 def select_all(table: sa.Table) -> sa.Select[Any]:
     """Return a query of all columns of a table, whose rows have the names that the code uses, not those on disk."""
     return sa.select(*labelled(table))
+
+
+def select_raw(table: sa.Table) -> sa.Select[Any]:
+    """Return a query of all columns of a table of Optuna's as the database has them, and the study of each row.
+
+    SQLAlchemy would raise an exception for a value that is none of the column's type.
+    """
+    whose = table if "study_id" in table.c else optuna_trials
+    columns: list[sa.Label[Any]] = [sa.type_coerce(column, sa.types.NullType()).label(column.key) for column in table.c]
+    query: sa.Select[Any] = sa.select(*columns, whose.c.study_id.label("whose"))
+    return query if whose is table else query.join(optuna_trials, optuna_trials.c.trial_id == table.c.trial_id)
 
 
 def labelled(table: sa.Table) -> list[sa.Label[Any]]:

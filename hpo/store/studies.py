@@ -23,7 +23,7 @@ from hpo.store.database import Database, exclude_others
 from hpo.store.enqueued import take_in
 from hpo.store.reading import check_exists, find_study_id, load_study, study_names
 from hpo.store.retry import retry_on_outage
-from hpo.store.schema import delete_rows_of, optuna_trials, slots_table, studies_table
+from hpo.store.schema import delete_rows_of, optuna_studies, optuna_trials, slots_table, studies_table
 from hpo.store.slots import FRESH, add_slots, drop_unclaimed, lock_study, new_slot, num_slots, slot_states
 from hpo.study import stages
 from hpo.study.records import StudyRecord
@@ -189,7 +189,10 @@ class Studies:
 
     def check_absent(self, name: str) -> None:
         """Raise UserError if the database has a study of that name."""
-        if name in {study.study_name for study in self._database.storage.get_all_studies()}:
+        with self._database.connect() as connection:
+            query = sa.select(optuna_studies.c.study_id).where(optuna_studies.c.study_name == name)
+            is_known = connection.execute(query).first() is not None
+        if is_known:
             raise UserError(f"{self._database.url} holds a study {name!r} already")
 
     def rows(self, table: sa.Table, study: StudyRecord) -> list[dict[str, Any]]:

@@ -62,9 +62,10 @@ def num_left(study: StudyRecord, slots: Sequence[Slot]) -> int:
 
 
 def latest(slots: Sequence[AnySlot]) -> list[AnySlot]:
-    """Return the trials that follow the last one of the search: they confirm all of it."""
-    last = max((slot.number for slot in slots if slot.kind == "search"), default=-1)
-    return sorted((slot for slot in slots if slot.number > last), key=lambda slot: slot.number)
+    """Return the trials that follow the last one of the search that did not fail: they confirm all of it."""
+    last = max((slot.number for slot in slots if slot.kind == "search" and slot.state != "failed"), default=-1)
+    following = (slot for slot in slots if slot.kind != "search" and slot.number > last)
+    return sorted(following, key=lambda slot: slot.number)
 
 
 def untested(study: StudyRecord, slots: Sequence[Slot]) -> set[int]:

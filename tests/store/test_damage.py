@@ -1,4 +1,4 @@
-"""A fuzz of a store: nonsense in each column of each of our tables is named, and takes nothing from other studies."""
+"""A fuzz of a store: nonsense in each column that is read is named, and takes nothing from other studies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from hpo.cli.app import main
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
-from hpo.store.schema import meta_table, our_tables
+from hpo.store.schema import OPTUNA_STUDY_TABLES, OPTUNA_TRIAL_TABLES, meta_table, our_tables
 from hpo.store.store import Store
 from hpo.study.records import trial_as_dict
 from tests.store.helpers import begin, claim, report
@@ -23,6 +23,7 @@ from tests.store.helpers import begin, claim, report
 DEEP = "[" * 100_000
 NOT_UTF_8 = b"caf\xe9"  # as text; SQLite keeps it
 JSON_COLUMNS = {"spec", "facts", "given", "metrics"}
+OTHER_JSON = ["[1]", "null", '{"lr": [1]}', '{"lr": 1e999}']
 LISTED_COLUMNS = {"kind", "state", "stop"}
 READING = (
     ("trials", "s", "--json"),
@@ -41,9 +42,9 @@ def nonsense(column: sa.Column[Any]) -> list[Any]:
     """Return values that no hpo writes to a column."""
     if column.table is meta_table:
         return ["nonsense", b"\xff"]
-    if column.name in JSON_COLUMNS:
-        return ["nonsense", DEEP, "[1]", "null", '{"lr": [1]}', '{"lr": 1e999}', b"{}", NOT_UTF_8]
-    if column.name in LISTED_COLUMNS:
+    if column.name in JSON_COLUMNS or column.name.endswith("_json"):
+        return ["nonsense", DEEP, b"{}", NOT_UTF_8, *(OTHER_JSON if column.name in JSON_COLUMNS else [None])]
+    if column.name in LISTED_COLUMNS or isinstance(column.type, sa.Enum | sa.DateTime):
         return ["nonsense", b"\xff", 3]
     if column.type.python_type is int:
         return ["nonsense", -1, 1.5, 2**40, b"\xff"]
@@ -52,9 +53,11 @@ def nonsense(column: sa.Column[Any]) -> list[Any]:
     return [b"\xff", NOT_UTF_8]
 
 
-CASES = [(column, value) for table in our_tables.sorted_tables for column in table.c for value in nonsense(column)]
-
-FIRST_CASES = [(column, nonsense(column)[0]) for table in our_tables.sorted_tables for column in table.c]
+OPTUNA_TABLES = [*OPTUNA_STUDY_TABLES, *OPTUNA_TRIAL_TABLES]
+OUR_COLUMNS = [column for table in our_tables.sorted_tables for column in table.c]
+THEIR_COLUMNS = [c for table in OPTUNA_TABLES for c in table.c if not c.primary_key and not c.foreign_keys]
+FIRST_CASES = [(column, nonsense(column)[0]) for column in OUR_COLUMNS + THEIR_COLUMNS]
+CASES = [(column, value) for column in OUR_COLUMNS for value in nonsense(column)] + FIRST_CASES[-len(THEIR_COLUMNS) :]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
             report(store, held, 0.3, value)
             store.trials.finish(held, state, reason="because", error="Traceback")
         report(store, claim(store, study, worker), 0.3)
+        store.storage.set_study_user_attr(study.study_id, "note", "none")
     store.storage.engine.dispose()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA journal_mode=DELETE")
@@ -94,6 +98,8 @@ def damage(path: Path, content: bytes, column: sa.Column[Any], value: Any) -> bo
     """Put nonsense into a column of the first row of study s, in a sound store; False where SQLite refuses it."""
     path.write_bytes(content)
     table, first = column.table.name, "1" if column.table is meta_table else "study_id = 1"
+    if column.table in OPTUNA_TRIAL_TABLES:
+        first = "trial_id = (SELECT trial_id FROM trials WHERE study_id = 1)"
     new = "CAST(? AS TEXT)" if value is NOT_UTF_8 else "?"
     row = f"rowid = (SELECT min(rowid) FROM {table} WHERE {first})"
     with closing(sqlite3.connect(path)) as connection, suppress(sqlite3.IntegrityError):

@@ -66,6 +66,16 @@ def test_an_enqueued_trial_outside_of_the_space_fails_with_a_sentence_and_keeps_
     assert store.problems(study) == []
 
 
+def test_enqueued_nonsense_fails_as_a_trial_and_ends_no_worker(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 1}))
+    waiting = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.WAITING, system_attrs={"fixed_params": "nonsense"}
+    )
+    theirs(store).add_trial(waiting)
+    assert train(store, study, worker) == 1
+    assert "enqueued: each key must be one of lr" in str(store.trials.get_all(study)[0].reason)
+
+
 def test_trials_that_others_add_keep_their_numbers_from_ours(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(0.1, 0.2))
     train(store, study, worker)

@@ -139,6 +139,21 @@ def test_a_larger_search_is_confirmed_anew(store: Store, make_spec: MakeSpec) ->
         store.studies.enlarge(study, 4)
 
 
+def test_a_trial_that_was_enqueued_in_vain_is_no_reason_to_confirm_again(store: Store, make_spec: MakeSpec) -> None:
+    study = begin(store, make_spec(0.1, 0.2, 0.5, confirm={"top": 2, "seeds": 2}))
+    worker = store.workers.add(study.study_id, device="cpu")
+    theirs = optuna.load_study(study_name="s", storage=store.storage)
+    for value in (0.3, 0.5, 0.4):
+        add_due_trials(store, study)
+        finish(store, study, worker, value)
+    assert add_due_trials(store, study)
+    for num_refused in (1, 2):  # before a trial of the confirmation has begun, and after its end
+        theirs.enqueue_trial({"lr": 7.0})
+        assert finish(store, study, worker, 0.4) is None or run(store, study)
+        assert kinds(store, study) == {"search": 3 + num_refused, "confirm": 4}
+        assert store.trials.num_left(study) == 0
+
+
 def test_enlarging_takes_back_what_nobody_has_begun_to_confirm(store: Store, make_spec: MakeSpec) -> None:
     study = begin(store, make_spec(search={"trials": 3}, confirm={"top": 1, "seeds": 3}))
     worker = store.workers.add(study.study_id, device="cpu")
