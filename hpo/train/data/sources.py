@@ -143,7 +143,7 @@ class StreamSource:
 
     def _num_workers(self, num_batches: int) -> int:
         # Daemons may not have children.
-        if not self.images.reads_files or multiprocessing.current_process().daemon:
+        if not self.images.reads_files or multiprocessing.current_process().daemon or not has_semaphores():
             return 0
         return min(torch.get_num_threads(), num_batches)  # the threads are this worker's share of the cores
 
@@ -199,6 +199,15 @@ def _as_it_is(batch: Any) -> Any:
 def _ignore_ctrl_c(number: int) -> None:
     """Have a process that reads images outlive Ctrl-C, after which the epoch in training is finished."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def has_semaphores() -> bool:
+    """Return whether the system lets processes have locks in common, which it keeps in its shared memory."""
+    try:
+        multiprocessing.Lock()
+    except OSError:  # that is read-only, full, or another user's
+        return False
+    return True
 
 
 def has_shared_memory(num_bytes: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -242,6 +243,17 @@ def is_running(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+def test_where_shared_memory_cannot_be_written_images_are_read_without_processes(
+    monkeypatch: pytest.MonkeyPatch, new_children: Callable[[], set[int]]
+) -> None:
+    def read_only() -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("hpo.train.data.sources.multiprocessing.Lock", read_only)
+    assert read(source(lambda index: index)) == positions()
+    assert not new_children()
 
 
 @pytest.mark.parametrize("free", [0, 10**9])
