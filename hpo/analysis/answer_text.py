@@ -138,8 +138,10 @@ def response_lines(study: StudyRecord, response: Response) -> list[AnswerLine]:
 def _interval_line(response: Response, *, confirmed: float | None = None) -> AnswerLine:
     low, high = response.interval
     note = f"{interval_text(response.plateau)} do equally well"
-    if confirmed is not None and not low <= confirmed <= high:
-        note = f"of the search; what was confirmed, {rate_text(confirmed)}, is outside of it"
+    if confirmed is not None:
+        note = f"in the search, {interval_text(response.plateau)} did equally well"
+        if not low <= confirmed <= high:
+            note += f"; what was confirmed, {rate_text(confirmed)}, is outside of it"
     return AnswerLine(f"{100 * CONFIDENCE:.0f} % interval", interval_text(response.interval), note)
 
 

@@ -2,7 +2,8 @@
 
 Two best learning rates are told apart if the interval of their ratio does not hold 1. That interval is the one of the
 ratios of all pairs of draws from their responses. (That two intervals do not overlap is a much stricter rule: Schenker
-and Gentleman, The American Statistician 55, 2001.)
+and Gentleman, The American Statistician 55, 2001.) The more studies are compared with the first one, the wider these
+intervals are, so that all of them hold together with CONFIDENCE (Bonferroni).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class ComparedStudy:
     factors: Mapping[str, Any]  # its settings in which the compared studies are not all alike
     lr: float | None
     interval: tuple[float, float] | None
-    ratio: tuple[float, float] | None  # of its best learning rate and the first study's, with CONFIDENCE
+    ratio: tuple[float, float] | None  # of its best learning rate and the first study's; all hold with CONFIDENCE
     plateau: tuple[float, float] | None
     divergence_lr: float | None
     value: float | None  # expected at the best learning rate
@@ -115,7 +116,7 @@ def compare_answers(answers: Sequence[tuple[StudyRecord, Sequence[TrialRecord], 
         replace(
             study,
             factors={key: of_study[key] for key in differing if key in of_study},
-            ratio=_ratio(responses[0], response),
+            ratio=_ratio(responses[0], response, num_compared=len(compared) - 1),
         )
         for study, of_study, response in zip(compared, settings, responses, strict=True)
     ]
@@ -134,13 +135,14 @@ def _responses(study: StudyRecord, answer: Best) -> list[tuple[Mapping[str, Any]
     return [(study.spec.search.listed_values(answer.params), None)]
 
 
-def _ratio(first: Response | None, other: Response | None) -> tuple[float, float] | None:
+def _ratio(first: Response | None, other: Response | None, *, num_compared: int) -> tuple[float, float] | None:
     import numpy as np
 
     if first is None or other is None:
         return None
     ratios = np.divide.outer(np.array(other.draws_of_best), np.array(first.draws_of_best))
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    tail = (1 - CONFIDENCE) / 2 / max(num_compared, 1)
+    low, high = np.quantile(ratios, [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpo.analysis.response import CONFIDENCE
 from hpo.analysis.trials import direction_sign
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
+VERDICT_CONFIDENCE = 0.95  # that the winner is not the better of two equals by luck alone
 STANDARD_CONFIDENCE = 0.6827  # the share of a normal distribution within one standard deviation
 
 
@@ -36,11 +36,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RunnerUp:
-    """The second best mean against the winner's, by the differences of equal seeds: positive if the winner leads."""
+    """The second best mean against the winner's, by the differences of equal seeds: positive if the winner leads.
+
+    The winner was chosen as the best of several, so either of the two might have led. The two-sided interval allows for
+    that: however many equally good rates are compared, it calls the second worse in at most 5 % of confirmations
+    (Gutmann and Maymin, Annals of Statistics 15, 1987; Hung and Fithian, Annals of Statistics 47, 2019). It is wrong
+    most often where only two are equal: a third one that comes near makes the lead smaller.
+    """
 
     params: Mapping[str, Any]
     difference: float
-    interval: tuple[float, float]  # holds the true difference with CONFIDENCE, by Student's t
+    interval: tuple[float, float]  # holds the true difference with VERDICT_CONFIDENCE, by Student's t
     is_worse: bool  # the whole interval is above 0
 
 
@@ -168,7 +174,7 @@ def _runner_up(rivals: Sequence[Candidate], *, sign: int, grain: float) -> Runne
     mean, count = statistics.fmean(differences), len(differences)
     deviation = math.hypot(*(difference - mean for difference in differences)) / math.sqrt(count - 1)
     deviation = max(deviation, grain / math.sqrt(6))
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
+    reach = float(t.ppf((1 + VERDICT_CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
     return RunnerUp(second.params, mean, (mean - reach, mean + reach), is_worse=mean - reach > 0)
 
 

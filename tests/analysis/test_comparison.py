@@ -69,6 +69,12 @@ def test_best_rates_whose_ratio_is_not_1_are_told_apart() -> None:
     assert "cannot be told" not in text
 
 
+def test_the_more_studies_are_compared_the_wider_are_their_intervals() -> None:
+    second, others = answer(-3.0, name="t"), [answer(-3.0, name=f"t{index}", num=20) for index in range(4)]
+    alone, among = (told(answer(-3.0), second, *more)[0].studies[1].ratio or (0, 0) for more in ([], others))
+    assert among[0] < alone[0] < 1 < alone[1] < among[1]
+
+
 def test_those_whose_ratio_may_be_1_are_not_and_the_factor_between_them_is_bounded() -> None:
     found, text = told(answer(-3.0), answer(-3.0, name="t", training={"batch_size": 64}))
     assert "not told apart from" in text

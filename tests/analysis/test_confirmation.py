@@ -87,6 +87,18 @@ def test_the_confirmed_value_is_within_its_error_two_times_out_of_three(spread: 
         assert abs(statistics.fmean(errors)) < statistics.fmean(naive) / 2
 
 
+@pytest.mark.parametrize("truths", [[0.8, 0.8], [0.8, 0.8, 0.8], [0.8, 0.8, 0.7]])
+def test_of_equally_good_rates_the_second_is_seldom_called_worse(truths: list[float]) -> None:
+    """Hold whatever the number of rates that are compared, of which the winner is the luckiest."""
+    random = np.random.default_rng(0)
+    verdicts = []
+    for _ in range(1000):
+        found = confirmed(make_study(3, 3), *([*(truth + 0.01 * random.normal(size=3))] for truth in truths))
+        assert found.runner_up is not None
+        verdicts.append(found.runner_up.is_worse)
+    assert statistics.fmean(verdicts) < 0.06
+
+
 def test_the_answer_says_it() -> None:
     study = make_study()
     trials = make_trials((1e-4, 0.5), (1e-3, 0.9), (1e-2, 0.8))
