@@ -123,7 +123,7 @@ class _Roughness:
     def __init__(self, curves: Sequence[Curve]) -> None:
         import numpy as np
 
-        of_curves = [(curve.x, _roughness(curve.line)) for curve in curves]
+        of_curves = [(curve.x, roughness_of(curve.line)) for curve in curves]
         known = np.array([(x, rough) for x, rough in of_curves if rough > 0]).reshape(-1, 2)
         self._x, self._log = known[:, 0], np.log(known[:, 1])
         self.usual = float(np.exp(self._log.mean())) if len(known) else 0.0  # 0: not known
@@ -142,7 +142,7 @@ class _Roughness:
         return relative
 
 
-def _roughness(line: Array) -> float:
+def roughness_of(line: Sequence[float] | Array) -> float:
     """Return the roughness of the later half of a curve by its second differences, or 0 if it is too short for that."""
     import numpy as np
 

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hpo.analysis.response import MIN_RATES, Response
+from hpo.analysis.final_values import roughness_of
+from hpo.analysis.response import MIN_RATES, REACH_DECADES, Response
+from hpo.analysis.text import params_text, rate_text
 from hpo.analysis.trials import (
     TRAINED,
     are_alike,
@@ -23,6 +25,7 @@ from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
 EDGE_FACTOR = 1.1  # a rate within this factor of an end of the range counts as being at that end
+AT_EDGE = 0.1  # share of the draws of the best learning rate that are at an end, to say that it may lie beyond
 MIN_CURVE_EPOCHS = 4  # of a curve, to tell whether it still rises
 
 
@@ -38,8 +41,9 @@ def find_warnings(
     study: StudyRecord, trials: Sequence[TrialRecord], winner: TrialRecord, response: Response | None
 ) -> list[StudyWarning]:
     """Return the warnings of an answer; `response` is that of the trials like the winner, if there is one."""
-    alike = [trial for trial in search_trials(trials) if has_rate(trial) and are_alike(study, trial, winner)]
-    context = WarningContext(study, alike, winner, response, latest(trials))
+    searched = [trial for trial in search_trials(trials) if has_rate(trial)]
+    alike = [trial for trial in searched if are_alike(study, trial, winner)]
+    context = WarningContext(study, alike, winner, response, latest(trials), num_searched=len(searched))
     return [StudyWarning(kind, text) for kind, check in WARNINGS.items() if (text := check(context))]
 
 
@@ -52,6 +56,7 @@ class WarningContext:
     winner: TrialRecord
     response: Response | None
     confirming: Sequence[TrialRecord] = ()  # of any combination of listed parameters
+    num_searched: int = 0  # trials of the search with a learning rate, of any combination
 
     @property
     def complete(self) -> list[TrialRecord]:
@@ -94,17 +99,24 @@ def _not_enough(context: WarningContext) -> str | None:
     if context.response is not None or not known:
         return None
     have = "rate has" if known == 1 else "rates have"
-    return f"{known} learning {have} a value, which is not enough for a curve; {MIN_RATES} are"
+    text = f"{known} learning {have} a value, which is not enough for a curve; {MIN_RATES} are"
+    count = len(context.trials)
+    if count == context.num_searched:
+        return text
+    listed = params_text(context.study.spec.search.listed_values(context.winner.params))
+    return f"only {count} of {context.num_searched} trials count, those with {listed}: {text}"
 
 
 def _edge_of_range(context: WarningContext) -> str | None:
     if len({trial.params["lr"] for trial in context.ended}) < 2:
         return None
     low, high = rate_bounds(context.study, context.trials)
-    first, last = context.plateau
-    if first <= low * EDGE_FACTOR:
+    best = context.response.draws_of_best if context.response else [float(context.winner.params["lr"])]
+    at_low = statistics.fmean(rate <= low * EDGE_FACTOR for rate in best)
+    at_high = statistics.fmean(rate >= high / EDGE_FACTOR for rate in best)
+    if at_low >= max(at_high, AT_EDGE):
         at, end, wider = "low", low, low / 10
-    elif last >= high / EDGE_FACTOR:
+    elif at_high >= AT_EDGE:
         at, end, wider = "high", high, high * 10
     else:
         return None
@@ -147,29 +159,53 @@ def _still_rising(context: WarningContext) -> str | None:
     first, last = context.plateau
     near = [trial for trial in context.complete if first <= trial.params["lr"] <= last] or [context.winner]
     sign = direction_sign(context.study)
-    gains, rises = [], []
+    gains, rises, roughness = [], [], []
     for trial in near:
         curve = [value for value in trial.curves.get(context.study.spec.metric, ()) if value is not None]
         if len(curve) >= MIN_CURVE_EPOCHS:
             gains.append(sign * (curve[-1] - curve[-1 - len(curve) // 4]))
             rises.append(sign * (curve[-1] - curve[0]))
-    noise = (context.noise or 0.0) * math.sqrt(2 / max(1, len(gains)))  # of a mean difference
-    if not gains or statistics.fmean(gains) <= max(2 * noise, statistics.fmean(rises) / 10):
+            roughness.append(roughness_of(curve))
+    if not gains:
+        return None
+    # Of a mean of differences within curves; how far seeds differ moves both ends of a curve alike.
+    noise = math.hypot(*roughness) / len(gains) * math.sqrt(2)
+    if statistics.fmean(gains) <= max(2 * noise, statistics.fmean(rises) / 10):
         return None
     return "the curves are still rising at the end: with more epochs the best learning rate may move up or down"
 
 
 def _pruned_away(context: WarningContext) -> str | None:
-    first, last = context.plateau
-    near = [trial for trial in context.trials if first <= trial.params["lr"] <= last]
-    pruned = sum(trial.state == "pruned" for trial in near)
-    complete = sum(trial.state == "complete" for trial in near)
-    if pruned < 2 or pruned <= complete:
+    """Warn if more is to be expected where trials were pruned and none near by was trained to the end."""
+    response = context.response
+    if response is None:
+        return None
+    pruned, complete = (
+        [math.log10(trial.params["lr"]) for trial in context.trials if trial.state == state]
+        for state in ("pruned", "complete")
+    )
+    sign = direction_sign(context.study)
+    least = sign * response.mean[_nearest(response.lrs, response.best)] + response.noise / 2
+    better = [
+        lr
+        for lr, mean, diverging in zip(response.lrs, response.mean, response.diverging, strict=True)
+        if sign * mean > least and diverging < 0.5 and _distance(lr, pruned) <= REACH_DECADES < _distance(lr, complete)
+    ]
+    if not better:
         return None
     return (
-        f"pruning dropped {pruned} of the {len(near)} trials between {first:.3g} and {last:.3g}, where the best rates "
-        "are: compare them later, with a larger pruner.min_epochs or pruner.warmup_epochs"
+        f"more is expected of learning rates about {rate_text(min(better))} to {rate_text(max(better))}, where every "
+        "trial was pruned: compare them later, with a larger pruner.min_epochs or pruner.warmup_epochs"
     )
+
+
+def _nearest(rates: Sequence[float], lr: float) -> int:
+    return min(range(len(rates)), key=lambda index: abs(math.log(rates[index] / lr)))
+
+
+def _distance(lr: float, others: Sequence[float]) -> float:
+    """Return how many decades a learning rate is away from the nearest of others, given as log10."""
+    return min((abs(math.log10(lr) - other) for other in others), default=math.inf)
 
 
 def _not_confirmed(context: WarningContext) -> str | None:

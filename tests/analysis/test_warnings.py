@@ -44,9 +44,17 @@ def tilted(slope: float) -> list[TrialRecord]:
         pytest.param(complete(lambda lr: 0.6), {"tied", "edge-of-range"}, id="all are equal"),
         pytest.param(RISING, {"still-rising"}, id="stopped early"),
         pytest.param(
-            SOUND + [trained(lr, 0.9, state="pruned", epochs=2) for lr in (8e-4, 9e-4, 1e-3, 1.1e-3, 1.2e-3, 1.3e-3)],
+            [
+                replace(trained(lr, 0.9, state="pruned", epochs=4), params={"lr": lr}) if 1e-4 < lr < 5e-3 else trial
+                for lr, trial in zip(RATES, SOUND, strict=True)
+            ],
             {"pruned-away"},
             id="the best were pruned",
+        ),
+        pytest.param(
+            SOUND + [trained(lr, 0.9, state="pruned", epochs=2) for lr in (8e-4, 9e-4, 1e-3, 1.1e-3, 1.2e-3, 1.3e-3)],
+            set(),
+            id="of many near the best some were pruned",
         ),
         pytest.param([*SOUND, confirming("diverged")], {"not-confirmed"}, id="what was best broke on another seed"),
         pytest.param(
@@ -96,6 +104,32 @@ def test_a_warning_names_what_to_change() -> None:
         found = find_best(study, numbered(*tilted(slope)))
         assert found is not None
         assert bound in found.warnings[0].text
+
+
+def test_curves_that_gain_half_of_all_in_the_last_quarter_still_rise_however_far_seeds_differ() -> None:
+    shares = [0.0, 0.1, 0.2, 0.3, 0.4, 0.51, 0.75, 1.0]
+    trials = numbered(
+        *(
+            replace(trial, value=curve[-1], curves={"val_accuracy": curve})
+            for index, trial in enumerate(complete())
+            for curve in [[0.3 + noise(index, 0.1) + 0.2 * share for share in shares]]
+        )
+    )
+    found = find_best(make_study(**SEARCHED), trials)
+    assert found is not None
+    assert found.response is not None
+    assert found.response.noise > 0.05, "more than is gained in the last quarter"
+    assert "still-rising" in {warning.kind for warning in found.warnings}
+
+
+def test_that_few_trials_count_is_said_with_what_these_have_in_common() -> None:
+    study = make_study(search={"space": {"lr": [0.1, 0.2], "model.dropout": [0.0, 0.5]}})
+    counted = [trained(lr, 0.9, **{"model.dropout": 0.0}) for lr in (1e-4, 1e-3, 1e-2, 1e-1)]
+    others = [trained(lr, 0.5, **{"model.dropout": 0.5}) for lr in (1e-4, 1e-3)]
+    found = find_best(study, numbered(*counted, *others))
+    assert found is not None
+    (text,) = [warning.text for warning in found.warnings if warning.kind == "not-enough"]
+    assert text.startswith("only 4 of 6 trials count, those with model.dropout=0: 4 learning rates have a value")
 
 
 def test_losses_far_from_each_other_are_not_tied() -> None:
