@@ -53,7 +53,7 @@ class FinalValues:
     """What the end of training may bring, on the line of a `Scale`, at each x of a grid."""
 
     draws: Array  # (NUM_DRAWS, len(x))
-    noise: Array  # (len(x),) standard deviation of a trial about that
+    noise: Array  # (len(x),) standard deviation of a trial's last value about that
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def draw_final_values(
             values, vectors = np.linalg.eigh(covariance)
             spread = (vectors * np.sqrt(values.clip(0))).T  # rounding may have made it a little indefinite
             drawn.append(explained.T @ whitened + random.standard_normal((times, len(x))) @ spread)
-    noise = math.sqrt(weights @ np.square([fit[3] for fit in fits])) * scale
+    seeds = math.sqrt(weights @ np.square([fit[3] for fit in fits])) * scale
+    noise = math.hypot(seeds, roughness.usual, MISFIT * scale)
     return FinalValues(np.concatenate(drawn) * scale + mean, noise * roughness.relative_at(x))
 
 

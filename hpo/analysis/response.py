@@ -52,12 +52,14 @@ class EstimatedRate:
 
 @dataclass(frozen=True)
 class Response:
-    """The value of a trial over its learning rate. `mean`, `low` and `high` hold one entry for each of `lrs`."""
+    """The value of a trial over its learning rate. `mean` to `diverging` hold one entry for each of `lrs`."""
 
     lrs: Sequence[float]
     mean: Sequence[float]  # of trials that do not diverge
     low: Sequence[float]  # the mean lies between `low` and `high` with CONFIDENCE
     high: Sequence[float]
+    trial_low: Sequence[float]  # the value of a trial lies between `trial_low` and `trial_high` with CONFIDENCE
+    trial_high: Sequence[float]
     diverging: Sequence[float]  # the share of trials that die
     best: float  # the learning rate to train with, in two digits: it loses least to the best one in half of the draws
     value: float  # expected of a trial at `best`, diverging included
@@ -77,8 +79,11 @@ class Response:
 
     def mirrored(self) -> Response:
         """Return the same response with the sign of all values changed, for studies whose lower values are better."""
-        mean, low, high = ([-value for value in curve] for curve in (self.mean, self.high, self.low))
-        return replace(self, mean=mean, low=low, high=high, value=-self.value)
+        curves = (self.mean, self.high, self.low, self.trial_high, self.trial_low)
+        mean, low, high, trial_low, trial_high = ([-value for value in curve] for curve in curves)
+        return replace(
+            self, mean=mean, low=low, high=high, trial_low=trial_low, trial_high=trial_high, value=-self.value
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the response as plain data, under the keys that JSON output has always had."""
@@ -90,7 +95,9 @@ class Response:
 
 
 JSON_KEYS = {"divergence_lr": "edge", "draws_of_best": "tops"}  # field of a Response -> key in JSON
-CURVES = frozenset({"lrs", "mean", "low", "high", "diverging", "tops"})  # keys with a long list
+CURVES = frozenset(
+    {"lrs", "mean", "low", "high", "trial_low", "trial_high", "diverging", "tops"}
+)  # keys with a long list
 
 
 def fit_response(
@@ -200,12 +207,15 @@ def _fit(
     lrs = 10**x
     tried = max(life.x for life in lives)
     has_edge = any(life.dead is not None for life in lives) and np.median(middles) <= tried
+    of_trials = scale.from_line(final.draws + final.noise * random.standard_normal(final.draws.shape))
     ends = scale.from_line(final.draws[:, at_best].mean() + final.noise[at_best] * np.array([-0.5, 0.5]))
     return Response(
         lrs=lrs.tolist(),
         mean=curves.mean(axis=0).tolist(),
         low=np.quantile(curves, tail, axis=0).tolist(),
         high=np.quantile(curves, 1 - tail, axis=0).tolist(),
+        trial_low=np.quantile(of_trials, tail, axis=0).tolist(),
+        trial_high=np.quantile(of_trials, 1 - tail, axis=0).tolist(),
         diverging=dying.mean(axis=0).tolist(),
         best=best,
         value=float(expected[at_best]),

@@ -111,7 +111,7 @@ def _edge_of_range(context: WarningContext) -> str | None:
     if len({trial.params["lr"] for trial in context.ended}) < 2:
         return None
     low, high = rate_bounds(context.study, context.trials)
-    best = context.response.draws_of_best if context.response else [float(context.winner.params["lr"])]
+    best = context.response.draws_of_best if context.response else context.plateau[:1]
     at_low = statistics.fmean(rate <= low * EDGE_FACTOR for rate in best)
     at_high = statistics.fmean(rate >= high / EDGE_FACTOR for rate in best)
     if at_low >= max(at_high, AT_EDGE):

@@ -14,6 +14,7 @@ The bench prints for each kind of study:
 - how often the 90 % interval of the best learning rate holds it, and for recorded curves how often it is within half a
   step of the recorded rates, which stand for those around them;
 - the median width of the interval in decades;
+- the share of the complete trials' values that lie in the 90 % band that is drawn for trials;
 - the same for the span of the best quarter of the trials, and the width of that span once it is stretched about its
   middle, by one factor for all, until it holds as often;
 - how far, in truth, the recommended rate and the best trial's rate are behind the best one.
@@ -48,6 +49,8 @@ from threadpoolctl import threadpool_limits
 from hpo.analysis import answer as analysis
 from hpo.analysis.confirmation import find_confirmation
 from hpo.analysis.due_trials import plan_due_trials
+from hpo.analysis.response import Response
+from hpo.analysis.trials import value_of
 from hpo.config.study_spec import StudySpec
 from hpo.study.records import StudyRecord, TrialRecord
 
@@ -280,10 +283,21 @@ def repeat(arguments: tuple[str, int]) -> dict[str, Any]:
         "slack": task.step / 2,
         "interval": [math.log10(rate) for rate in found.response.interval],
         "quarter": [min(quarter), max(quarter)],
+        "in_band": share_in_band(found.response, complete),
         "regret": top - float(task.worth(math.log10(found.response.best))),
         "trial_regret": top - float(task.worth(math.log10(found.params["lr"]))),
         "confirmed": confirm(task, trials, random),
     }
+
+
+def share_in_band(response: Response, complete: Sequence[TrialRecord]) -> float:
+    """Return the share of complete trials whose value lies in the band that is drawn for them."""
+    x, inside = np.log10(response.lrs), []
+    for trial in complete:
+        at = int(np.abs(x - math.log10(trial.params["lr"])).argmin())
+        if response.diverging[at] <= 0.5:
+            inside.append(response.trial_low[at] <= value_of(trial) <= response.trial_high[at])
+    return float(np.mean(inside)) if inside else math.nan
 
 
 def holds(one: dict[str, Any], which: str, factor: float = 1.0, *, slack: float = 0.0) -> bool:
@@ -367,6 +381,7 @@ COLUMNS = {  # of a scenario's row -> format
     "held": "14.0%",
     "nearly": "14.0%",
     "width": "14.2f",
+    "in band": "14.0%",
     "quarter held": "14.0%",
     "its width": "14.2f",
     "stretched": "14.2f",
@@ -387,6 +402,7 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, float]:
         "held": held,
         "nearly": mean_of([holds(one, "interval", slack=one["slack"]) for one in results]),
         "width": width(results, "interval"),
+        "in band": float(np.nanmean([one["in_band"] for one in results])),
         "quarter held": mean_of([holds(one, "quarter") for one in results]),
         "its width": width(results, "quarter"),
         "stretched": width(results, "quarter", stretched(results, held)),

@@ -64,6 +64,23 @@ def test_the_band_holds_most_of_the_response() -> None:
     assert 0.7 < np.mean(inside) < 0.99
 
 
+@pytest.mark.parametrize("num_low", [0, 1])
+def test_the_band_for_trials_holds_their_values_also_one_that_is_far_below_the_others(num_low: int) -> None:
+    """As in the quickstart: the only complete trial of a low rate lay outside of its band, 22 to 55 %."""
+    inside = []
+    for seed in range(6):
+        lrs = [*[1.3e-5][:num_low], *np.geomspace(3e-4, 3e-2, 12)]
+        trials = make_trials(lrs, lambda x: 0.198 if x < -4 else 0.98 - 0.02 * (x + 3) ** 2, noise=0.01, seed=seed)
+        found = response(trials)
+        for trial in trials:
+            index = at(found, 10**trial.x)
+            inside.append(found.trial_low[index] <= trial.values[-1] <= found.trial_high[index])
+            assert trial.x > -4 or inside[-1]
+        assert 0 <= min(found.trial_low) <= max(found.trial_high) <= 1
+        assert max(found.mean) <= 1
+    assert 0.8 < np.mean(inside) <= 1
+
+
 def test_more_noise_is_more_doubt() -> None:
     quiet, loud = (response(make_trials(EVENLY, hill, noise=noise)) for noise in (0.003, 0.1))
     assert loud.noise > 5 * quiet.noise

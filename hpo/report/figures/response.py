@@ -26,6 +26,7 @@ from hpo.report.figures.style import (
 )
 from hpo.study.records import TrialRecord
 
+MOST_DIVERGING = 0.5  # where a larger share of trials diverges, no curve of those that do not is drawn
 MAX_PANELS = 8  # of combinations of listed parameters
 PANEL_HEIGHT = 340  # pixels, of a single panel
 LEGEND_BELOW = {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0, "yanchor": "bottom"}
@@ -111,7 +112,8 @@ def _response_groups(data: FigureData) -> list[ResponseGroup]:
 
 def _value_range(data: FigureData, groups: Sequence[ResponseGroup]) -> tuple[float, float]:
     values = [trial.value for group in groups for trial in group.trials if trial.value is not None]
-    values += [value for group in groups if group.response for value in group.response.mean]
+    for response in (group.response for group in groups if group.response is not None):
+        values += [response.mean[index] for index in _drawn_indices(response)]
     return shown_bounds(data, values) if values else (0.0, 1.0)
 
 
@@ -145,17 +147,27 @@ def _add_response(figure: go.Figure, data: FigureData, response: Response, row: 
             figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker, **panel)
 
 
+def _drawn_indices(response: Response) -> list[int]:
+    """Return where the curve is drawn: there is nothing to expect of trials that do not diverge where all do."""
+    return [index for index, share in enumerate(response.diverging) if share <= MOST_DIVERGING]
+
+
 def _add_curve(figure: go.Figure, response: Response, panel: Mapping[str, int]) -> None:
-    """Add the expected value of trials that do not diverge, and its band."""
-    lrs = [round_digits(lr) for lr in response.lrs]
+    """Add the expected value of trials that do not diverge, and the band that holds most of their values."""
+    drawn = _drawn_indices(response)
+    lrs = [round_digits(response.lrs[index]) for index in drawn]
+    mean, low, high = (
+        [round_digits(values[index]) for index in drawn]
+        for values in (response.mean, response.trial_low, response.trial_high)
+    )
     figure.add_scatter(
         x=lrs + lrs[::-1],
-        y=[round_digits(y) for y in [*response.high, *response.low[::-1]]],
+        y=high + low[::-1],
         fill="toself",
         fillcolor=with_opacity(BLUE, 0.16),
         line={"width": 0},
         hoverinfo="skip",
-        name=f"{100 * CONFIDENCE:.0f} % band",
+        name=f"{100 * CONFIDENCE:.0f} % of trials",
         legendgroup="band",
         showlegend=panel["row"] == 1,
         mode="lines",
@@ -163,7 +175,7 @@ def _add_curve(figure: go.Figure, response: Response, panel: Mapping[str, int]) 
     )
     figure.add_scatter(
         x=lrs,
-        y=[round_digits(y) for y in response.mean],
+        y=mean,
         mode="lines",
         line={"color": BLUE, "width": 2.5},
         name="response",
