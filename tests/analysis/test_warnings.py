@@ -124,9 +124,9 @@ def test_curves_that_gain_half_of_all_in_the_last_quarter_still_rise_however_far
 
 def test_that_few_trials_count_is_said_with_what_these_have_in_common() -> None:
     study = make_study(search={"space": {"lr": [0.1, 0.2], "model.dropout": [0.0, 0.5]}})
-    counted = [trained(lr, 0.9, **{"model.dropout": 0.0}) for lr in (1e-4, 1e-3, 1e-2, 1e-1)]
-    others = [trained(lr, 0.5, **{"model.dropout": 0.5}) for lr in (1e-4, 1e-3)]
-    found = find_best(study, numbered(*counted, *others))
+    rows = [(lr, 0.9, 0.0) for lr in (1e-4, 1e-3, 1e-2, 1e-1)] + [(lr, 0.5, 0.5) for lr in (1e-4, 1e-3)]
+    trials = [replace(trained(lr, value), params={"lr": lr, "model.dropout": share}) for lr, value, share in rows]
+    found = find_best(study, numbered(*trials))
     assert found is not None
     (text,) = [warning.text for warning in found.warnings if warning.kind == "not-enough"]
     assert text.startswith("only 4 of 6 trials count, those with model.dropout=0: 4 learning rates have a value")
