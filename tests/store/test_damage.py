@@ -18,7 +18,7 @@ from hpo.errors import UserError
 from hpo.store.schema import OPTUNA_STUDY_TABLES, OPTUNA_TRIAL_TABLES, meta_table, our_tables
 from hpo.store.store import Store
 from hpo.study.records import trial_as_dict
-from tests.store.helpers import begin, claim, report
+from tests.store.helpers import MakeSpec, begin, claim, report
 
 DEEP = "[" * 100_000
 NOT_UTF_8 = b"caf\xe9"  # as text; SQLite keeps it
@@ -124,6 +124,17 @@ def read_everything(store: Store, name: str) -> None:
     json.dumps([trial_as_dict(trial) for trial in trials], allow_nan=False)
     assert store.trials.num_left(study) == 1
     assert [worker.alive for worker in store.workers.get_all(study)] == [True]
+
+
+def test_a_sound_store_of_either_kind_is_not_called_damaged(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2, 0.3))
+    for state, last in (("complete", 0.6), ("failed", 0.5), ("diverged", float("inf"))):
+        held = claim(store, study, worker)
+        report(store, held, float("nan"), last)
+        store.trials.finish(held, state, reason="because")
+    store.studies.get_or_set_shared(study, "lanes", {"count": 1, "reason": "because"})
+    assert store.check() == []
+    assert len(store.trials.get_all(study)) == 3
 
 
 def test_nonsense_in_any_column_is_named_and_takes_nothing_from_other_studies(folder: Path, sound: bytes) -> None:

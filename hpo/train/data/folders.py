@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpo.errors import UserError
 from hpo.train.data.images import FileImages
 from hpo.train.data.progress import ReadingProgress
 
@@ -53,8 +54,15 @@ class FoundImages:
 def scan_folder(folder: Path) -> FoundImages:
     """Find the images of FOLDER/<class>/ and its sub-folders, as torchvision's ImageFolder does; hidden files are none.
 
-    A class without an image is left out.
+    A class without an image is left out. Raises UserError where a folder cannot be read.
     """
+    try:
+        return _scan(folder)
+    except OSError as error:
+        raise UserError(f"data.root holds a folder that cannot be read: {error.filename} ({error.strerror})") from error
+
+
+def _scan(folder: Path) -> FoundImages:
     images, empty, others = dict[str, list[Path]](), list[str](), list[Path]()
     for class_folder in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden_name(path.name)):
         files = sorted(files_below(class_folder))
@@ -108,9 +116,14 @@ def files_below(folder: Path) -> Iterator[Path]:
     """Yield the files in a folder and its sub-folders, also behind links, each folder once.
 
     Pipes and devices are no files: to open a pipe would wait for ever. A link to nothing is one, which cannot be read.
+    Raises OSError where a folder cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     visited = set[str]()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         if (real := os.path.realpath(parent)) in visited:
             folders.clear()
             continue

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
+from hpo.errors import UserError
 from hpo.train.data.folders import describe_images, other_folders, scan_folder
 from hpo.train.data.images import FileImages
 
@@ -53,6 +57,23 @@ def test_a_pipe_is_no_image_and_a_broken_link_is_one_that_cannot_be_read(tmp_pat
     os.mkfifo(tmp_path / "cat" / "1.png")
     (tmp_path / "cat" / "2.png").symlink_to(tmp_path / "gone.png")
     assert [path.name for path in scan_folder(tmp_path).images["cat"]] == ["0.png", "2.png"]
+
+
+@pytest.mark.parametrize("name", ["cat", "cat/more"])
+def test_a_folder_that_cannot_be_read_is_named_and_not_left_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "cat" / "0.png", tmp_path / "cat" / "more" / "1.png")
+    scan = os.scandir
+
+    def scan_as_another_user(path: str) -> Any:
+        if str(path) == str(tmp_path / name):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", scan_as_another_user)
+    with pytest.raises(UserError, match=f"holds a folder that cannot be read: .*/{name} .Permission denied."):
+        scan_folder(tmp_path)
 
 
 def test_folders_that_are_not_used_are_said(tmp_path: Path) -> None:
