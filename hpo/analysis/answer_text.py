@@ -98,8 +98,7 @@ def _headline(answer: Best) -> str:
         return f"{headline}, the best of those tried"
     if response.is_determined:
         return headline
-    interval = interval_text(response.interval)
-    return f"{headline} so far, but not determined: any from {interval} may be best; try more rates"
+    return f"{headline} so far, but not determined"
 
 
 def _findings(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:
@@ -138,7 +137,9 @@ def response_lines(study: StudyRecord, response: Response) -> list[AnswerLine]:
 def _interval_line(response: Response, *, confirmed: float | None = None) -> AnswerLine:
     low, high = response.interval
     note = f"{interval_text(response.plateau)} do equally well"
-    if confirmed is not None:
+    if confirmed is None and not response.is_determined:
+        note = "any of these may be best: try more rates"
+    elif confirmed is not None:
         note = f"in the search, {interval_text(response.plateau)} did equally well"
         if not low <= confirmed <= high:
             note += f"; what was confirmed, {rate_text(confirmed)}, is outside of it"

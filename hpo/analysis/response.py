@@ -207,7 +207,8 @@ def _fit(
     lrs = 10**x
     tried = max(life.x for life in lives)
     has_edge = any(life.dead is not None for life in lives) and np.median(middles) <= tried
-    of_trials = scale.from_line(final.draws + final.noise * random.standard_normal(final.draws.shape))
+    # The same luck at all rates in a draw, so that the band is smooth.
+    of_trials = scale.from_line(final.draws + final.noise * random.standard_normal((len(curves), 1)))
     ends = scale.from_line(final.draws[:, at_best].mean() + final.noise[at_best] * np.array([-0.5, 0.5]))
     return Response(
         lrs=lrs.tolist(),

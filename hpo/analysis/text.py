@@ -44,12 +44,12 @@ def no_answer_text(trials: Sequence[TrialRecord]) -> str:
 
 def marked_text(recommended: Mapping[str, Any], num_marked: int) -> str:
     """Return which trials of a table are marked."""
-    what = "the recommended values"
+    what = "recommended values"
     if "lr" in recommended:
-        what = f"the recommended learning rate, {rate_text(recommended['lr'])}"
+        what = f"recommended learning rate, {rate_text(recommended['lr'])}"
     if not num_marked:
-        return f"no trial has {what}"
-    return f"marked: {plural(num_marked, 'trial')} with {what}"
+        return f"none of these trials has the {what}"
+    return f"marked: {plural(num_marked, 'trial')} with the {what}"
 
 
 def rate_text(lr: Any) -> str:

@@ -25,6 +25,7 @@ from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
 EDGE_FACTOR = 1.1  # a rate within this factor of an end of the range counts as being at that end
+MIN_TIED_RATES = 2 * MIN_RATES  # with fewer, a response cannot tell its noise from itself
 AT_EDGE = 0.1  # share of the draws of the best learning rate that are at an end, to say that it may lie beyond
 MIN_CURVE_EPOCHS = 4  # of a curve, to tell whether it still rises
 
@@ -139,6 +140,8 @@ def _tied(context: WarningContext) -> str | None:
     complete, ended, (first, last) = context.complete, context.ended, context.plateau
     response = context.response
     if response is not None:
+        if len({trial.params["lr"] for trial in complete}) < MIN_TIED_RATES:
+            return None
         # A rate from anywhere falls short by less than two trials of one rate differ.
         is_flat = abs(response.sensitivity) <= response.noise
         tied = [trial for trial in complete if is_flat or first <= trial.params["lr"] <= last]
