@@ -7,6 +7,7 @@ The tests run in several processes (pytest-xdist). This file marks them, decides
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -366,3 +367,9 @@ def change() -> Callable[..., None]:
             connection.execute(statement)
 
     return execute
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported and collected out of every later garbage collection: it lives as long as the process."""
+    gc.collect()
+    gc.freeze()
