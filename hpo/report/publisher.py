@@ -98,7 +98,8 @@ class Publisher:
         self._next = ended + max(EVERY_S, (ended - began) / MAX_TIME_SHARE)
 
     def _publish_what_is_new(self) -> None:
-        import sklearn.gaussian_process  # noqa: F401  loaded now: at first there is too little to fit, at the end no time
+        import scipy.linalg  # noqa: F401  loaded now: at first there is too little to fit, at the end no time
+        import scipy.special  # noqa: F401
 
         from hpo.report.study_report import make_report
 

@@ -42,7 +42,6 @@ def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
     from hpo.search.pruners import build_pruner
     from hpo.search.samplers import build_sampler
     from hpo.train.imports import import_loop
-    from hpo.train.seeding import generators_kept
 
     build_pruner(spec)
     build_sampler(spec, number=0)
@@ -51,6 +50,8 @@ def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
     if spec.objective:
         import_loop(spec.objective.function)
         return {}
+    from hpo.train.seeding import generators_kept  # loads torch, which a loop may do without
+
     _check_precision(spec, kinds)
     with generators_kept():
         return _try_networks(spec)

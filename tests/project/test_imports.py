@@ -16,7 +16,17 @@ import hpo
 PACKAGE = Path(hpo.__file__).parent
 # Each of these takes a quarter of a second or more to load.
 HEAVY = {"torch", "optuna", "plotly", "sklearn", "scipy", "sqlalchemy", "pydantic"}
-LOADED = f"; import sys; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {HEAVY}))"
+# A study whose loop needs no torch: the command that trains it must not wait for it either.
+PREFLIGHT = """
+from hpo.config.study_spec import StudySpec
+from hpo.train.imports import ImportAllowlist
+from hpo.workers.preflight import run_preflight
+search = {"sampler": "grid", "space": {"lr": [0.1]}}
+spec = StudySpec.from_dict({"name": "s", "search": search, "objective": {"function": "textwrap:dedent"}})
+with ImportAllowlist(("textwrap",), ()).importable():
+    run_preflight(spec, ["cpu"])
+"""
+LOADED = f"\nimport sys; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {HEAVY}))"
 
 
 @pytest.mark.parametrize(
@@ -30,6 +40,8 @@ LOADED = f"; import sys; print(sorted({{name.partition('.')[0] for name in sys.m
         ("import hpo; hpo.best", ["optuna", "pydantic", "sqlalchemy"]),
         ("import hpo.train.engines.plain", ["torch"]),
         ("import hpo.train.optim", []),
+        pytest.param(PREFLIGHT, ["optuna", "pydantic", "sqlalchemy"], id="preflight"),
+        ("import hpo.report.publisher", ["optuna", "pydantic", "sqlalchemy"]),
     ],
 )
 def test_a_module_loads_only_what_it_needs(statement: str, expected: list[str]) -> None:
