@@ -23,7 +23,7 @@ test: setup ## run the tests to run while working: every property, in a few minu
 	$(PYTEST) -m "not slow and not cluster and not browser"
 
 test-all: setup ## run all tests: also the slow ones, with clusters, databases and browsers
-	$(PYTEST)
+	$(PYTEST) --durations=20
 
 lint: setup ## check style, imports and types
 	$(BIN)/ruff check .

@@ -171,6 +171,7 @@ def test_in_a_process_of_its_own_it_finds_the_same() -> None:
     assert there.leaps == pytest.approx(here.leaps, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_that_process_is_the_same_sentence() -> None:
     (cpu,) = choose_devices("cpu")
     spec = StudySpec.from_dict({**make_spec().frozen(), "model": {"name": "torchvision:nothing"}})

@@ -79,6 +79,7 @@ def test_the_share_that_is_good_is_counted_at_the_last_step_within_a_budget() ->
     assert bench.shares([found], [good]) == [1, 1, 1, 0]
 
 
+@pytest.mark.slow
 def test_every_tuner_reports_each_epoch_of_all_its_trials() -> None:
     found = landscape()
     ours = bench.measure("ours", found, live=False)

@@ -134,6 +134,7 @@ def test_saturation_is_where_the_asymptotes_meet() -> None:
     assert shares[0] <= 0.1 < shares[1]
 
 
+@pytest.mark.slow
 def test_idle_workers_look_as_often_as_they_may() -> None:
     load, place = Load(10, 0.0), Place(cores=8)
     needs = model.idle(COSTS, load, place)

@@ -296,6 +296,7 @@ def device_failures(hpo: Hpo) -> list[DeviceFailures]:
 
 
 @needs_no_gpu
+@pytest.mark.slow
 def test_a_sick_worker_beside_a_healthy_one_fails_no_trial_and_the_study_completes(
     hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor
 ) -> None:

@@ -87,7 +87,9 @@ def test_networks_stack_in_mixed_precision(model: ModelConfig, convolution: str)
     check_stackable(network, other, images, amp_dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("model", [ARTICLE, BATCH_NORM, DROPOUT], ids=["article", "batch_norm", "dropout"])
+@pytest.mark.parametrize(
+    "model", slow_except([ARTICLE, BATCH_NORM, DROPOUT], BATCH_NORM), ids=["article", "batch_norm", "dropout"]
+)
 def test_a_diverging_neighbour_changes_nothing(model: ModelConfig) -> None:
     config = trial(model=model, optimizer="sgd", momentum=0.9, gradient_clip=None)
     healthy = train_among(config, lanes=4, neighbour={"lr": 1e-3})
@@ -210,7 +212,7 @@ def test_stops_before_the_next_step_and_forgets_what_was_begun() -> None:
             pytest.param(ARTICLE, given, marks=[] if given in QUICK_SETTINGS else [pytest.mark.slow])
             for given in SETTINGS[: len(OPTIMIZERS)]
         ],
-        (BATCH_NORM, SETTINGS[0]),
+        pytest.param(BATCH_NORM, SETTINGS[0], marks=pytest.mark.slow),
         (DROPOUT, SETTINGS[0]),
     ],
     ids=lambda given: given.name if isinstance(given, ModelConfig) else given["optimizer"],

@@ -115,14 +115,12 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__ + str(error)[:4])
-@pytest.mark.parametrize("most", [0, 2])
+@pytest.mark.parametrize(("most", "error"), zip((0, 2, 2, 0), OUT_OF_MEMORY, strict=True))
 @pytest.mark.usefixtures("measured")
 def test_whatever_is_raised_with_many_lanes_means_that_they_do_not_fit(
     most: int, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "MIN_SPEEDUP", 0.0)
-    monkeypatch.setattr(planning, "MAX_MEASURING_S", 0.0)
     config = trial()
     way = StackedWay(config, data=DatasetCache(device=CPU).get(config.data), device=CPU, convolution="grouped")
     monkeypatch.setattr(planning, "_ways", lambda *_, **__: [lambda: TooMany(way, most=most, error=error)])
@@ -213,7 +211,6 @@ def test_lanes_that_were_measured_are_used(monkeypatch: pytest.MonkeyPatch) -> N
         return rates[count]
 
     monkeypatch.setattr(planning, "_rate", rate)
-    monkeypatch.setattr(planning, "MAX_MEASURING_S", 0.0)
     data = DatasetCache(device=CPU).get(config.data)
     found = plan_lanes(config, data=data, captured=lanes, device=CPU)
     assert (found.lanes, found.is_captured, found.is_at_once, found.convolution) == (8, True, True, None)
