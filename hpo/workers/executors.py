@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hpo.errors import UserError
+from hpo.system.devices import MAX_THREADS
 
 OWN_RAY, RUNNING_RAY, RAY_CLIENT = "ray", "auto", "ray://"  # the addresses, of which the last one is a prefix
 PLACEMENTS = {"pack": "DEFAULT", "spread": "SPREAD"}  # our name: Ray's name
@@ -25,7 +26,7 @@ class Local:
         threads: CPU threads of each process. Default: OMP_NUM_THREADS where it is set, else its share of the cores.
 
     Raises:
-        UserError: `workers` or `threads` is below 1, or an argument is of the wrong type.
+        UserError: `workers` or `threads` is below 1, `threads` is above 1024, or an argument is of the wrong type.
     """
 
     devices: str = "auto"
@@ -35,7 +36,7 @@ class Local:
     def __post_init__(self) -> None:
         _check_devices(self.devices)
         _check_count("--workers", self.workers)
-        _check_count("--threads", self.threads)
+        _check_count("--threads", self.threads, most=MAX_THREADS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class InProcess:
 
     def __post_init__(self) -> None:
         _check_devices(self.devices)
-        _check_count("--threads", self.threads)
+        _check_count("--threads", self.threads, most=MAX_THREADS)
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,13 @@ def _check_devices(devices: str) -> None:
         raise UserError(f"--devices must be a text such as 'cpu' or 'cuda:0,cuda:1', got {devices!r}")
 
 
-def _check_count(option: str, count: int | None) -> None:
+def _check_count(option: str, count: int | None, *, most: int | None = None) -> None:
     if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
         raise UserError(f"{option} must be an integer, got {count!r}")
     if count is not None and count < 1:
         raise UserError(f"{option} must be at least 1, got {count}")
+    if count is not None and most is not None and count > most:
+        raise UserError(f"{option} must be at most {most}, got {count}")
 
 
 def _check_resource(name: str, amount: float) -> None:

@@ -251,6 +251,7 @@ REQUESTS = {
     ("run", "tiny.toml", "--set", "name=n", "--set", "training.precision=bf16", "--devices", "cpu"): ["bf16", "cpu"],
     ("run", "tiny.toml", "--set", "name=n", "--devices", "cuda:9"): ["--devices", "cuda:9"],
     ("run", "tiny.toml", "--set", "name=n", "--workers", "0"): ["--workers must be at least 1, got 0"],
+    ("run", "tiny.toml", "--set", "name=n", "--threads", "99999"): ["--threads must be at most 1024, got 99999"],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "hpo.db"): ["--storage must be", "sqlite:///hpo.db"],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///no/such/x.db"): ["does not exist"],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///tiny.toml"): ["not a database"],

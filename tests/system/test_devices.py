@@ -482,7 +482,8 @@ def test_workers_share_the_cores_and_each_gets_at_least_one_thread(monkeypatch: 
 @pytest.mark.usefixtures("no_threads_asked_for")
 @pytest.mark.parametrize("name", devices.THREAD_VARIABLES)
 @pytest.mark.parametrize(
-    ("value", "threads"), [("1", 1), ("3", 3), (" 2 ", 2), ("2,1", 2), ("", 4), ("0", 4), ("-1", 4), ("many", 4)]
+    ("value", "threads"),
+    [("1", 1), ("3", 3), (" 2 ", 2), ("2,1", 2), ("", 4), ("0", 4), ("-1", 4), ("many", 4), ("99999", 4)],
 )
 def test_the_number_of_threads_that_the_environment_asks_for_is_kept(
     name: str, value: str, threads: int, monkeypatch: pytest.MonkeyPatch
