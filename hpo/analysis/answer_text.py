@@ -154,8 +154,8 @@ def _expected_line(study: StudyRecord, response: Response) -> AnswerLine:
 
 def _edge_lines(response: Response) -> Iterator[AnswerLine]:
     if response.divergence_lr is not None:
-        note = f"half of the trials; {interval_text(response.divergence_lr.interval)}"
-        yield AnswerLine("diverge at", rate_text(response.divergence_lr.lr), note)
+        interval = interval_text(response.divergence_lr.interval)
+        yield AnswerLine("half diverge at", rate_text(response.divergence_lr.lr), interval)
 
 
 def _other_lines(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:

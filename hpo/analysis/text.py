@@ -20,7 +20,7 @@ def study_text(study: StudyRecord) -> str:
     if "num_parameters" in metadata:
         text += (
             f"; {spec.model.name} ({metadata['num_parameters']:,} parameters) on {spec.data.name} "
-            f"({metadata['num_train']:,} training, {metadata['num_val']:,} validation pictures, "
+            f"({metadata['num_train']:,} training, {metadata['num_val']:,} validation images, "
             f"{metadata['num_classes']} classes)"
         )
     return text

@@ -33,7 +33,16 @@ def main() -> None:
     assert found is not None, "the study has no complete trial"
     console = PlainConsole(record=True, width=118, file=io.StringIO(), force_terminal=True)
     console.print(heading(study))
-    print_answer(console, study, trials, found, storage=str(store.url), is_trained=True, verbose=False, next_steps=[])
+    print_answer(
+        console,
+        study,
+        trials,
+        found,
+        storage=arguments.storage or "sqlite:///hpo.db",
+        is_trained=True,
+        verbose=False,
+        next_steps=[],
+    )
     svg = console.export_svg(title=f"hpo run studies/{arguments.study}.toml", theme=MONOKAI)
     # The image must ask no other host for its fonts.
     Path(arguments.output).write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL), encoding="utf-8")

@@ -93,7 +93,7 @@ def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_
     (_, sgd_response) = found.responses[1]
     assert (other.label, other.fact) == ("with optimizer=sgd", f"{sgd_response.best:.2g}")
     edge, trial = text.details
-    assert (edge.label, edge.fact) == ("diverge at", f"{found.response.divergence_lr.lr:.2g}")
+    assert (edge.label, edge.fact) == ("half diverge at", f"{found.response.divergence_lr.lr:.2g}")
     assert trial.fact == f"#{found.trial}, lr={found.params['lr']:.4g} optimizer=adam"
     assert trial.note.startswith(f"validation accuracy {100 * found.value:.2f} %, optimistic")
 
