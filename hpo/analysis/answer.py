@@ -93,6 +93,7 @@ class Best:
             "best_trial": {"number": self.trial, **best_trial},
             "lr": self.lr,
             "recommended": self.recommended,
+            "determined": None if self.response is None else self.response.is_determined,
             "interval": self.interval,
             "response": None if self.response is None else self.response.summary_dict(),
             "responses": [{"params": dict(params), **response.summary_dict()} for params, response in self.responses],

@@ -148,7 +148,13 @@ def _interval_line(response: Response, *, confirmed: float | None = None) -> Ans
 
 def _expected_line(study: StudyRecord, response: Response) -> AnswerLine:
     noise = difference_text(study, response.noise, of=response.value)
-    note = f"{metric_text(study)} of a trial, ± {noise} from seed to seed"
+    doubt = f"± {noise} from seed to seed"
+    if not response.is_determined:  # the noise is not known then, either
+        low, high = (
+            value_text(band[response.index_of_best], study) for band in (response.trial_low, response.trial_high)
+        )
+        doubt = f"{low} to {high} is possible"
+    note = f"{metric_text(study)} of a trial, {doubt}"
     return AnswerLine("expected", value_text(response.value, study), note)
 
 

@@ -77,6 +77,11 @@ class Response:
         is_all = low <= self.lrs[1] and high >= self.lrs[-2]
         return not is_all and math.log10(high / low) <= MAX_DETERMINED_DECADES
 
+    @property
+    def index_of_best(self) -> int:
+        """Which of `lrs` is nearest to `best`."""
+        return min(range(len(self.lrs)), key=lambda index: abs(math.log(self.lrs[index] / self.best)))
+
     def mirrored(self) -> Response:
         """Return the same response with the sign of all values changed, for studies whose lower values are better."""
         curves = (self.mean, self.high, self.low, self.trial_high, self.trial_low)

@@ -188,7 +188,7 @@ def _pruned_away(context: WarningContext) -> str | None:
         for state in ("pruned", "complete")
     )
     sign = direction_sign(context.study)
-    least = sign * response.mean[_nearest(response.lrs, response.best)] + response.noise / 2
+    least = sign * response.mean[response.index_of_best] + response.noise / 2
     better = [
         lr
         for lr, mean, diverging in zip(response.lrs, response.mean, response.diverging, strict=True)
@@ -200,10 +200,6 @@ def _pruned_away(context: WarningContext) -> str | None:
         f"more is expected of learning rates about {rate_text(min(better))} to {rate_text(max(better))}, where every "
         "trial was pruned: compare them later, with a larger pruner.min_epochs or pruner.warmup_epochs"
     )
-
-
-def _nearest(rates: Sequence[float], lr: float) -> int:
-    return min(range(len(rates)), key=lambda index: abs(math.log(rates[index] / lr)))
 
 
 def _distance(lr: float, others: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hpo.analysis.answer import find_best, find_response
-from hpo.analysis.answer_text import answer_lines
+from hpo.analysis.answer_text import answer_lines, describe_answer
 from tests.analysis.examples import LOG_LR, RATES, SEARCHED, complete, hill, make_study, make_trials, numbered, trained
 
 
@@ -85,7 +85,10 @@ def test_an_answer_that_is_open_says_so_and_one_that_is_not_does_not() -> None:
         assert found.response is not None
         first = answer_lines(study, found)[0]
         assert first.startswith(f"best learning rate: {found.lr:.2g}")
-        assert ("not determined" in first) == is_open == (not found.response.is_determined)
+        assert ("not determined" in first) == is_open == (not found.as_dict()["determined"])
+        lines = {line.label: line.note for line in describe_answer(study, found).lines}
+        assert ("try more rates" in lines["90 % interval"]) == is_open
+        assert ("from seed to seed" in lines["expected"]) == (not is_open), "of an open answer the noise is not known"
 
 
 def test_a_lower_value_is_better_where_that_is_asked_for() -> None:
