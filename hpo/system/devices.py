@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # As many hardware queues as there are, so that the streams of many lanes do not wait for each other; and the workspace
 # that cuBLAS keeps for each of them, 8 MiB and 128 KiB: by default, on a Hopper GPU, it is 32 MiB.
 STREAMS_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}
-MAX_THREADS = 1024  # of a process; more are a mistake, such as a time or a size
+MAX_CPU_THREADS = 1024  # of a process; more are a mistake, such as a time or a size
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # of which the first one that is set counts
 MPS_SERVER = "nvidia-cuda-mps-server"
 
@@ -152,11 +152,11 @@ def threads_per_worker(num_workers: int) -> int:
 def _threads_asked_for() -> int | None:
     """Return the threads that the user's environment gives each process, or None.
 
-    As for OpenMP, only the first number of a list counts, and what is no number from 1 to MAX_THREADS does not count.
+    As for OpenMP, only the first number of a list counts, and what is no number from 1 to MAX_CPU_THREADS does not count.
     """
     for name in THREAD_VARIABLES:
         first = os.environ.get(name, "").split(",")[0].strip()
-        if first.isdecimal() and 0 < int(first) <= MAX_THREADS:
+        if first.isdecimal() and 0 < int(first) <= MAX_CPU_THREADS:
             return int(first)
     return None
 

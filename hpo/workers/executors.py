@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hpo.errors import UserError
-from hpo.system.devices import MAX_THREADS
+from hpo.system.devices import MAX_CPU_THREADS
 
 OWN_RAY, RUNNING_RAY, RAY_CLIENT = "ray", "auto", "ray://"  # the addresses, of which the last one is a prefix
 PLACEMENTS = {"pack": "DEFAULT", "spread": "SPREAD"}  # our name: Ray's name
@@ -36,7 +36,7 @@ class Local:
     def __post_init__(self) -> None:
         _check_devices(self.devices)
         _check_count("--workers", self.workers)
-        _check_count("--threads", self.threads, most=MAX_THREADS)
+        _check_count("--threads", self.threads, most=MAX_CPU_THREADS)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class InProcess:
 
     def __post_init__(self) -> None:
         _check_devices(self.devices)
-        _check_count("--threads", self.threads, most=MAX_THREADS)
+        _check_count("--threads", self.threads, most=MAX_CPU_THREADS)
 
 
 @dataclass(frozen=True)
