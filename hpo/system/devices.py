@@ -152,7 +152,7 @@ def threads_per_worker(num_workers: int) -> int:
 def _threads_asked_for() -> int | None:
     """Return the threads that the user's environment gives each process, or None.
 
-    As for OpenMP, only the first number of a list counts, and what is no number from 1 to MAX_CPU_THREADS does not count.
+    As for OpenMP, only the first number of a list counts, and none that is not from 1 to MAX_CPU_THREADS.
     """
     for name in THREAD_VARIABLES:
         first = os.environ.get(name, "").split(",")[0].strip()
