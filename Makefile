@@ -3,7 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # As many processes as the machine has cores; tests that share a server run in the same process (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadgroup
+# A process that crashes ends the run: in its place xdist would start one that has been seen to wait for ever.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadgroup --max-worker-restart=0
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 18

@@ -95,8 +95,10 @@ class ImportAllowlist:
         """
         added = [folder for folder in dict.fromkeys(self.path) if folder not in sys.path]
         script = [sys.path.pop(0)] if added and not _is_installed(Path(sys.path[0]).resolve()) else []
+        libraries = [Path(folder).resolve() for folder in sys.path]
         sys.path.extend([*added, *script])
-        set_aside = {name: sys.modules.pop(name) for name in _modules_of(script, named_as_in=added)}
+        named = _modules_of(script, named_as_in=added, libraries=libraries)
+        set_aside = {name: sys.modules.pop(name) for name in named}
         known = set(sys.modules)
         importlib.invalidate_caches()
         try:
@@ -106,26 +108,31 @@ class ImportAllowlist:
                 sys.path.remove(folder)
             sys.path[:0] = script
             for name in sys.modules.keys() - known:
-                if any(_file_of(sys.modules[name]).is_relative_to(folder) for folder in added):
+                if _is_of(sys.modules[name], added, libraries=libraries):
                     del sys.modules[name]
             sys.modules.update(set_aside)
 
 
-def _modules_of(script: Sequence[str], *, named_as_in: Sequence[str]) -> list[str]:
+def _modules_of(script: Sequence[str], *, named_as_in: Sequence[str], libraries: Sequence[Path]) -> list[str]:
     """Return the names of the modules that were imported from a script's folder and that other folders have, too."""
     names = {path.stem for folder in named_as_in for path in Path(folder).glob("*.py")}
     names |= {path.parent.name for folder in named_as_in for path in Path(folder).glob("*/__init__.py")}
     return [
         name
         for name, module in list(sys.modules.items())
-        if name.partition(".")[0] in names - {"__main__"}
-        and any(_file_of(module).is_relative_to(Path(folder).resolve()) for folder in script)
+        if name.partition(".")[0] in names - {"__main__"} and _is_of(module, script, libraries=libraries)
     ]
 
 
-def _file_of(module: Any) -> Path:
-    """Return the file of a module; the interpreter's, where it has none."""
-    return Path(getattr(module, "__file__", None) or sysconfig.get_path("stdlib"))
+def _is_of(module: Any, folders: Sequence[str], *, libraries: Sequence[Path]) -> bool:
+    """Return whether a module lies in one of the folders, and in no folder of libraries inside it, such as `.venv`.
+
+    A library must not be forgotten: torch, loaded twice, corrupts the memory of the process.
+    """
+    file = Path(getattr(module, "__file__", None) or sysconfig.get_path("stdlib"))
+    holding = [folder for folder in map(Path.resolve, map(Path, folders)) if file.is_relative_to(folder)]
+    inside = [library for library in libraries if file.is_relative_to(library)]
+    return any(not any(library.is_relative_to(folder) for library in inside) for folder in holding)
 
 
 def _is_installed(path: Path) -> bool:

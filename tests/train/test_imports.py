@@ -240,6 +240,29 @@ def test_a_script_keeps_its_own_module_of_the_same_name(tmp_path: Path, monkeypa
     assert importlib.import_module("own_module").get() == "script"
 
 
+@pytest.mark.parametrize("where", ["script", "study"])
+def test_a_library_in_the_folder_itself_is_never_forgotten(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch in a project's .venv: loaded a second time, it corrupts the memory of the process."""
+    libraries = tmp_path / where / ".venv" / "site-packages"
+    libraries.mkdir(parents=True)
+    (tmp_path / "study").mkdir(exist_ok=True)
+    (tmp_path / "study" / "own_user_of_it.py").write_text("import own_library\ndef get(): return own_library\n")
+    (libraries / "own_library.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "script"), *sys.path[1:], str(libraries)])
+    if where == "script":
+        (tmp_path / "study" / "own_library.py").write_text("raise RuntimeError('in place of the library')")
+        importlib.import_module("own_library")
+    study = str(tmp_path / "study")
+    try:
+        with ImportAllowlist(folders=(study,), path=(study,)).importable():
+            library = import_object("own_user_of_it:get", setting="model.name")()
+        assert sys.modules["own_library"] is library
+    finally:
+        sys.modules.pop("own_library", None)
+
+
 def test_a_factory_that_leaves_its_folder_takes_nobody_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     call_factory(lambda: os.chdir("/"), section="model", name="net:make", options={}, fixed={})
