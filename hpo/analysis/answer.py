@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hpo.analysis.confirmation import Confirmation, find_confirmation
@@ -84,6 +84,17 @@ class Best:
             if key != "seed"
         )
 
+    def is_open(self, response: Response) -> bool:
+        """Return whether a response leaves open which rate is best, and no confirmation tells it.
+
+        Args:
+            response: One of `responses`.
+
+        Returns:
+            True if it does. Then no rates are said to do equally well.
+        """
+        return self.confirmation is None and not response.is_determined
+
     def as_dict(self) -> dict[str, Any]:
         """Return the answer as plain data for JSON, without the curves of the responses."""
         best_trial = {"params": dict(self.params), "value": self.value}
@@ -118,18 +129,36 @@ def find_best(study: StudyRecord, trials: Sequence[TrialRecord]) -> Best | None:
     listed_values = study.spec.search.listed_values
     chosen = listed_values(confirmation.winner.params if confirmation else winner.params)
     leader = best_trial(study, [trial for trial in searched if listed_values(trial.params) == chosen]) or winner
+    verdict = find_verdict(study, confirmation)
+    if verdict is not None:
+        responses = [
+            (other, replace(known, plateau=verdict.without_worse(known.plateau)) if other == chosen else known)
+            for other, known in responses
+        ]
     response = next((known for other, known in responses if other == chosen and has_rate(leader)), None)
+    interval = response.interval if response else learning_rate_interval(study, searched, leader)
+    if response is None and interval is not None and verdict is not None:
+        interval = verdict.without_worse(interval)
     return Best(
         trial=winner.number,
         params=winner.params,
         value=value_of(winner),
-        interval=response.interval if response else learning_rate_interval(study, searched, leader),
+        interval=interval,
         responses=responses,
         response=response,
-        warnings=find_warnings(study, trials, leader, response),
+        warnings=find_warnings(study, trials, leader, response, is_told_apart=verdict is not None),
         confirmation=confirmation,
         range_test=study.metadata.get("range_test"),
     )
+
+
+def find_verdict(study: StudyRecord, confirmation: Confirmation | None) -> Confirmation | None:
+    """Return the confirmation if its runner-up is worse than its winner and has the same listed parameters."""
+    other = confirmation.runner_up if confirmation else None
+    if confirmation is None or other is None or not other.is_worse:
+        return None
+    listed_values = study.spec.search.listed_values
+    return confirmation if listed_values(other.params) == listed_values(confirmation.winner.params) else None
 
 
 def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response | None:

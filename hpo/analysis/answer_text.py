@@ -107,7 +107,7 @@ def _findings(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:
     if confirmation is not None:
         yield from _confirmed_lines(study, confirmation)
     if response is not None:
-        yield _interval_line(response, confirmed=answer.lr if confirmation else None)
+        yield _interval_line(response, answer)
         if confirmation is None:
             yield _expected_line(study, response)
     elif confirmation is None:
@@ -129,20 +129,25 @@ def _findings(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:
 # What the response says
 
 
-def response_lines(study: StudyRecord, response: Response) -> list[AnswerLine]:
-    """Return what a response says apart from its best learning rate."""
-    return [_interval_line(response), _expected_line(study, response), *_edge_lines(response)]
+def response_lines(study: StudyRecord, answer: Best, response: Response) -> list[AnswerLine]:
+    """Return what one of the responses of an answer says, its best learning rate first."""
+    label = "the search points to" if answer.confirmation else "best learning rate"
+    lines = [_interval_line(response, answer), _expected_line(study, response), *_edge_lines(response)]
+    return [AnswerLine(label, rate_text(response.best)), *lines]
 
 
-def _interval_line(response: Response, *, confirmed: float | None = None) -> AnswerLine:
+def _interval_line(response: Response, answer: Best) -> AnswerLine:
     low, high = response.interval
-    note = f"{interval_text(response.plateau)} do equally well"
-    if confirmed is None and not response.is_determined:
+    if answer.is_open(response):
         note = "any of these may be best: try more rates"
-    elif confirmed is not None:
+    elif rate_text(response.plateau[0]) == rate_text(response.plateau[1]):
+        note = "no other rate does as well"
+    elif answer.confirmation is None:
+        note = f"{interval_text(response.plateau)} do equally well"
+    else:
         note = f"in the search, {interval_text(response.plateau)} did equally well"
-        if not low <= confirmed <= high:
-            note += f"; what was confirmed, {rate_text(confirmed)}, is outside of it"
+    if response is answer.response and answer.lr is not None and not low <= answer.lr <= high:
+        note += f"; what was confirmed, {rate_text(answer.lr)}, is outside of it"
     return AnswerLine(f"{100 * CONFIDENCE:.0f} % interval", interval_text(response.interval), note)
 
 

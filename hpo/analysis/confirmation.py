@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpo.analysis.trials import direction_sign
+from hpo.analysis.text import rate_text
+from hpo.analysis.trials import direction_sign, is_rate
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
@@ -73,6 +74,24 @@ class Confirmation:
     def winner(self) -> Candidate:
         """The candidate that won."""
         return self.candidates[0]
+
+    def without_worse(self, rates: tuple[float, float]) -> tuple[float, float]:
+        """Return what a runner-up that is worse leaves of the learning rates, (lowest, highest), that do equally well.
+
+        The runner-up goes, with the rates beyond it and those that are nearer to it than to the winner. If none is
+        left, the winner's rate stands alone.
+        """
+        won = self.winner.params.get("lr")
+        lost = self.runner_up.params.get("lr") if self.runner_up is not None and self.runner_up.is_worse else None
+        if won is None or lost is None or won == lost or not (is_rate(won) and is_rate(lost)):
+            return rates
+        low, high = rates
+        shown = [float(rate_text(rate)) for rate in (low, lost, high)]
+        if shown != sorted(shown):
+            return rates
+        middle = math.sqrt(won * lost)
+        low, high = (max(low, middle), high) if lost < won else (low, min(high, middle))
+        return (low, high) if low <= high else (won, won)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the confirmation as plain data for JSON."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hpo.analysis.text import interval_text
 from hpo.config.study_spec import StudySpec
 from hpo.search.space import Conditional, Parameter, Range, Scalar
 from hpo.study.records import StudyRecord
@@ -27,20 +28,16 @@ def range_test_lines(
         if test["params"]:
             subject += f" with {', '.join(f'{key} {value}' for key, value in test['params'].items())}"
         low, high = test["low"], test["high"]
-        line = f"{subject} comes from a range test of {test['epochs']:.2g} epochs: {_range_text(low, high)} "
+        line = f"{subject} comes from a range test of {test['epochs']:.2g} epochs: {interval_text((low, high))} "
         line += f"({signs_text(test)})"
         searched = active_parameter(study.spec, "lr", test["params"])
-        if isinstance(searched, Range) and _range_text(searched.low, searched.high) != _range_text(low, high):
+        if isinstance(searched, Range) and interval_text((searched.low, searched.high)) != interval_text((low, high)):
             low, high = float(searched.low), float(searched.high)
-            line += f", within the {_range_text(low, high)} that were searched"
+            line += f", within the {interval_text((low, high))} that were searched"
         if best is not None and params is not None and test["params"].items() <= dict(params).items():
             line += f"; {position_text(best, low, high)}"
         lines.append(line)
     return lines
-
-
-def _range_text(low: float, high: float) -> str:
-    return f"{low:.2g} to {high:.2g}"
 
 
 def signs_text(test: Mapping[str, Any]) -> str:

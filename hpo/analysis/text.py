@@ -54,7 +54,7 @@ def marked_text(recommended: Mapping[str, Any], num_marked: int) -> str:
 
 def rate_text(lr: Any) -> str:
     """Return a learning rate with two digits, and anything else as it is."""
-    return f"{lr:.2g}" if isinstance(lr, int | float) else str(lr)
+    return f"{float(f'{lr:.2g}'):g}" if isinstance(lr, int | float) else str(lr)
 
 
 def interval_text(interval: tuple[float, float]) -> str:

@@ -39,12 +39,25 @@ class StudyWarning:
 
 
 def find_warnings(
-    study: StudyRecord, trials: Sequence[TrialRecord], winner: TrialRecord, response: Response | None
+    study: StudyRecord,
+    trials: Sequence[TrialRecord],
+    winner: TrialRecord,
+    response: Response | None,
+    *,
+    is_told_apart: bool = False,
 ) -> list[StudyWarning]:
-    """Return the warnings of an answer; `response` is that of the trials like the winner, if there is one."""
+    """Return the warnings of an answer.
+
+    Args:
+        study: The study.
+        trials: Its trials.
+        winner: The best trial of those that the answer is about.
+        response: The response of the trials like the winner, if there is one.
+        is_told_apart: Whether a confirmation found that one rate of such trials really is worse than another.
+    """
     searched = [trial for trial in search_trials(trials) if has_rate(trial)]
     alike = [trial for trial in searched if are_alike(study, trial, winner)]
-    context = WarningContext(study, alike, winner, response, latest(trials), num_searched=len(searched))
+    context = WarningContext(study, alike, winner, response, is_told_apart, latest(trials), num_searched=len(searched))
     return [StudyWarning(kind, text) for kind, check in WARNINGS.items() if (text := check(context))]
 
 
@@ -56,6 +69,7 @@ class WarningContext:
     trials: Sequence[TrialRecord]
     winner: TrialRecord
     response: Response | None
+    is_told_apart: bool = False  # a confirmation found that one rate is worse than another
     confirming: Sequence[TrialRecord] = ()  # of any combination of listed parameters
     num_searched: int = 0  # trials of the search with a learning rate, of any combination
 
@@ -139,6 +153,8 @@ def _most_diverged(context: WarningContext) -> str | None:
 def _tied(context: WarningContext) -> str | None:
     complete, ended, (first, last) = context.complete, context.ended, context.plateau
     response = context.response
+    if context.is_told_apart:
+        return None
     if response is not None:
         if len({trial.params["lr"] for trial in complete}) < MIN_TIED_RATES:
             return None

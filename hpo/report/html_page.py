@@ -30,7 +30,7 @@ def render_html(report: StudyReport, _figure: str) -> bytes:
     """Return the report as an HTML page."""
     scripts = {"plotly": _plotly_js(), "page": _resource("report.js")}
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts.values()]
-    columns, rows = trial_table(report)
+    columns, rows, table_text = trial_table(report)
     page = _template("report.html.j2").render(
         report=report,
         study=report.study,
@@ -39,6 +39,7 @@ def render_html(report: StudyReport, _figure: str) -> bytes:
         columns=columns,
         rows=rows[:MAX_LISTED_TRIALS],
         num_rows=len(rows),
+        table_text=table_text,
         numeric={*NUMERIC, report.study.spec.metric},
         failures=[trial for trial in report.trials if trial.error][:MAX_FAILURES],
         provenance=provenance_rows(report),

@@ -19,10 +19,10 @@ def render_markdown(report: StudyReport, _figure: str) -> bytes:
     lines = [REPORT_MARK, f"# Study {escape_markdown(report.study.name)}", "", *markdown_answer(report), ""]
     for figure in report.figures:
         lines += [f"## {figure.title}", "", escape_markdown(figure.caption), ""]
-    columns, rows = trial_table(report)
+    columns, rows, table_text = trial_table(report)
     if report.answer.details:
         lines += ["## In detail", "", *_markdown_list(report.answer.details), ""]
-    lines += ["## Trials", "", escape_markdown(f"{report.counts}; {report.marked_text}."), ""]
+    lines += ["## Trials", "", escape_markdown(table_text), ""]
     if len(rows) > MAX_LISTED_TRIALS:
         lines += [f"The best {MAX_LISTED_TRIALS} of {len(rows)}:", ""]
     lines += [_markdown_row(columns), _markdown_row(["---"] * len(columns))]

@@ -19,6 +19,7 @@ from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.system import provenance
 
 MAX_LISTED_TRIALS = 2000  # in the table of the page and of Markdown
+SAID_ONCE = ("kind", "attempt", "device")  # columns in which trials are often alike
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,18 @@ class TableRow(NamedTuple):
     cells: list[TableCell]
 
 
-def trial_table(report: StudyReport) -> tuple[list[str], list[TableRow]]:
-    """Return the names of the columns and a row for each trial.
+class TrialTable(NamedTuple):
+    """The names of the columns, a row for each trial, and what is said of all trials."""
 
-    If there are more than MAX_LISTED_TRIALS, the best ones come first.
+    columns: list[str]
+    rows: list[TableRow]
+    text: str
+
+
+def trial_table(report: StudyReport) -> TrialTable:
+    """Return the table of trials. If there are more than MAX_LISTED_TRIALS, the best ones come first.
+
+    Columns without any text are left out, and those of SAID_ONCE in which all trials are alike: the text says these.
     """
     study = report.study
     keys = list(dict.fromkeys(key for trial in report.trials for key in trial.params))
@@ -103,7 +112,17 @@ def trial_table(report: StudyReport) -> tuple[list[str], list[TableRow]]:
         trials.sort(key=lambda trial: (trial.value is None, sign * (trial.value or 0)))
     columns = ["trial", "state", "kind", *keys, study.spec.metric]
     columns += ["epochs", "train_loss", "attempt", "seconds", "device", "why it ended"]
-    return columns, [TableRow(trial, [_rounded(cell) for cell in _cells(study, trial, keys)]) for trial in trials]
+    table = [[_rounded(cell) for cell in _cells(study, trial, keys)] for trial in trials]
+    texts = {name: {row[index].text for row in table} for index, name in enumerate(columns)}
+    alike = {name: next(iter(texts[name])) for name in SAID_ONCE if len(texts[name]) == 1 < len(table)}
+    shown = [index for index, name in enumerate(columns) if name not in alike and texts[name] != {""}]
+    of_all = ", ".join(f"{name} {text}" for name, text in alike.items() if text)
+    said = [report.counts, report.marked_text, f"all have {of_all}" if of_all else ""]
+    return TrialTable(
+        [columns[index] for index in shown],
+        [TableRow(trial, [row[index] for index in shown]) for trial, row in zip(trials, table, strict=True)],
+        f"{'; '.join(text for text in said if text)}.",
+    )
 
 
 def _cells(study: StudyRecord, trial: TrialRecord, keys: Sequence[str]) -> Iterator[TableCell]:

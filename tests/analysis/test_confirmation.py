@@ -12,11 +12,15 @@ import pytest
 
 from hpo.analysis.answer import find_best
 from hpo.analysis.answer_text import answer_lines
+from hpo.analysis.comparison import compare_answers
 from hpo.analysis.confirmation import Confirmation, find_confirmation
+from hpo.analysis.text import rate_text
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.study.records import StudyRecord
 from tests.analysis.confirmation_examples import again, make_study, make_trial, make_trials
+from tests.analysis.examples import SEARCHED, complete, numbered
+from tests.analysis.examples import make_study as make_searched
 
 
 def confirmed(study: StudyRecord, *values: Sequence[float | str]) -> Confirmation:
@@ -171,3 +175,48 @@ def test_a_confirmation_that_failed_is_said() -> None:
 def test_mistakes_are_one_sentence(make_spec: Callable[..., StudySpec], confirm: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_spec(0.1, confirm=confirm)
+
+
+@pytest.mark.parametrize(("share_of_worse", "share_of_winner"), [(0.3, 0.6), (0.6, 0.3)])
+def test_a_rate_that_really_is_worse_does_equally_well_nowhere(share_of_worse: float, share_of_winner: float) -> None:
+    study, trials = make_searched(**SEARCHED, confirm={"top": 2, "seeds": 3}), numbered(*complete(lambda lr: 0.8))
+    before = find_best(study, trials)
+    assert before is not None
+    assert before.response is not None
+    first, last = before.response.plateau
+    worse, winner = (float(f"{first * (last / first) ** share:.2g}") for share in (share_of_worse, share_of_winner))
+    values: list[list[float | str]] = [[0.90, 0.91, 0.92], [0.70, 0.71, 0.72]]
+    confirming = again(trials, *values, params=[{"lr": winner}, {"lr": worse}])
+    found = find_best(study, trials + confirming)
+    assert "tied" in {warning.kind for warning in before.warnings}
+    assert found is not None
+    assert found.response is not None
+    assert found.confirmation is not None
+    low, high = found.response.plateau
+    assert low <= winner <= high
+    assert not float(rate_text(low)) <= worse <= float(rate_text(high))
+    assert found.responses[0][1] is found.response  # of the figures and of the comparison
+    assert "tied" not in {warning.kind for warning in found.warnings}
+    (compared,) = compare_answers([(study, trials + confirming, found)]).studies
+    assert compared.plateau == found.response.plateau
+    assert "tied" not in compared.warnings
+    equal = again(trials, [0.80, 0.82, 0.81], [0.81, 0.80, 0.80], params=[{"lr": winner}, {"lr": worse}])
+    not_told_apart = find_best(study, trials + equal)
+    assert not_told_apart is not None
+    assert not_told_apart.response is not None
+    assert not_told_apart.response.plateau == before.response.plateau
+
+
+def test_without_a_response_the_rates_that_did_as_well_leave_out_a_worse_one_too() -> None:
+    trials = make_trials((1e-4, 0.9), (1e-3, 0.9), (1e-2, 0.9))
+    trials += again(trials, [0.82, 0.83, 0.84], [0.69, 0.70, 0.72], params=[{"lr": 1e-2}, {"lr": 1e-3}])
+    found = find_best(make_study(), trials)
+    assert found is not None
+    assert found.interval == pytest.approx((10**-2.5, 1e-2))
+
+
+def test_where_all_that_did_equally_well_lies_beyond_a_worse_rate_the_winner_stands_alone() -> None:
+    found = confirmed(make_study(), [0.70, 0.71, 0.72], [0.90, 0.91, 0.92])
+    assert found.winner.params == {"lr": 1e-2}
+    assert found.without_worse((1e-4, 1e-3)) == (1e-2, 1e-2)
+    assert found.without_worse((2e-3, 2e-2)) == (2e-3, 2e-2)

@@ -15,7 +15,7 @@ from hpo.report.render import render_report
 from hpo.report.study_report import StudyReport
 from hpo.system.readable import one_line
 from scripts.bench.report import make_study as make_large
-from tests.analysis.examples import make_study, make_trials
+from tests.analysis.examples import make_study, make_trials, numbered, trained
 from tests.report.examples import unusual
 
 if TYPE_CHECKING:
@@ -50,6 +50,30 @@ def page_file(small: StudyReport, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.fixture(scope="module")
+def quickstart_like() -> StudyReport:
+    """Return a report with all that widens a table: several kinds of trials, losses, times, and reasons in words."""
+    ends = {"complete": "trained for 8 epochs", "diverged": "collapsed: every input gets the same output in epoch 2"}
+    trials = [
+        replace(
+            trained(lr, 0.8, state=state),
+            kind=kind,
+            params={"lr": lr},
+            started=0.0,
+            ended=123.4,
+            reason=ends[state],
+            attributes={"host": "a-long-name-of-a-machine", "device": "cuda:0"},
+        )
+        for lr, state, kind in (
+            (1.234e-5, "complete", "search"),
+            (0.02345, "diverged", "search"),
+            (1e-3, "complete", "confirm"),
+        )
+    ]
+    losses = {"train_loss": [0.01234] * 8}
+    return reported(make_study(), numbered(*(replace(t, curves={**t.curves, **losses}) for t in trials)))
+
+
 MARKS = ".scatterlayer .point, .scatterlayer path.js-line, .barlayer .point path"
 
 
@@ -69,6 +93,28 @@ def test_every_figure_is_drawn_and_fits_the_screen(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         points = page.locator("#plot-response .scatterlayer .point")
         assert points.count() >= len(small.trials)
+
+
+@pytest.mark.parametrize(("width", "needs_scrolling"), [(960, False), (390, True)])
+def test_every_column_of_the_trials_can_be_read(
+    browser: Browser, quickstart_like: StudyReport, tmp_path: Path, width: int, needs_scrolling: bool
+) -> None:
+    write_report_file(tmp_path / "report.html", render_report(quickstart_like, "html"))
+    with opened(browser, tmp_path / "report.html", width=width) as page:
+        region = page.locator("#trials .scroll")
+        region.scroll_into_view_if_needed()
+        frame, names = region.bounding_box(), page.locator("#trials th")
+        assert frame is not None
+        assert frame["x"] + frame["width"] <= width
+        assert (region.evaluate("box => box.scrollWidth > box.clientWidth")) == needs_scrolling
+        for name in names.all():
+            name.evaluate("head => head.scrollIntoView({block: 'nearest', inline: 'end'})")
+            box, first = name.bounding_box(), names.first.bounding_box()
+            assert box is not None
+            assert first is not None
+            assert frame["x"] <= box["x"]
+            assert box["x"] + box["width"] <= frame["x"] + frame["width"] + 1
+            assert first["x"] == pytest.approx(frame["x"] + 1, abs=1)  # the trial's number stays
 
 
 def test_the_page_says_what_the_terminal_says_and_is_sorted_and_read_without_eyes(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hpo.report.markdown import escape_markdown
 from hpo.report.render import render_report
 from hpo.report.study_report import StudyReport
-from tests.analysis.examples import make_study
+from tests.analysis.examples import make_study, make_trials
 from tests.report.examples import MINIMIZED, evil_report, reported
 
 
@@ -30,3 +32,17 @@ def test_a_study_file_ends_its_block_of_code_itself() -> None:
     text = render_report(report, "md").decode()
     assert text.count("`````") == 2
     assert '"````"' in text
+
+
+def test_columns_without_text_and_those_in_which_trials_are_alike_are_left_out_of_the_table() -> None:
+    trials = make_trials((0.1, 0.5), (0.2, 0.7))
+    text = render_report(reported(make_study(), trials), "md").decode()
+    assert "| trial | state | lr | val_accuracy | epochs |\n" in text
+    assert (
+        "2 complete; marked: 1 trial with the recommended learning rate, 0.2; all have kind search, attempt 1." in text
+    )
+    again = [replace(trials[0], number=2, kind="confirm", replicate=0, attempt=2)]
+    assert (
+        "| trial | state | kind | lr | val_accuracy | epochs | attempt |\n"
+        in render_report(reported(make_study(), [*trials, *again]), "md").decode()
+    )

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hpo.report.figures.data import FigureData, rate_of
-from hpo.report.figures.style import STATE_STYLES, lay_out, shares_text
+from hpo.report.figures.style import STATE_STYLES, count_axis, lay_out, shares_text
 from hpo.study.records import TrialRecord
 
 
@@ -51,7 +51,8 @@ def draw_epochs(data: FigureData) -> go.Figure | None:
         )
     figure.update_xaxes(title={"text": "learning rate"}, type="category", row=1)
     figure.update_yaxes(title={"text": "epochs"}, row=1)
-    figure.update_xaxes(title={"text": "epochs that a trial was trained"}, row=2)
+    most = max(len(trial.epochs) for trial in trained)
+    figure.update_xaxes(title={"text": "epochs that a trial was trained"}, **count_axis(1, most), row=2)
     figure.update_yaxes(title={"text": "trials"}, row=2)
     return lay_out(figure, height=460, barmode="stack", bargap=0.25)
 
@@ -82,4 +83,5 @@ def _rate_bins(trials: Sequence[TrialRecord]) -> list[tuple[str, list[TrialRecor
     for rate, trial in rated:
         bins[min(math.floor(rate / width) - first, len(bins) - 1)].append(trial)
     ends = [10 ** (width * (first + index)) for index in range(len(bins) + 1)]
-    return [(f"{ends[index]:.1g}–{ends[index + 1]:.1g}", members) for index, members in enumerate(bins)]
+    names = [f"{float(f'{end:.1g}'):g}" for end in ends]  # 10, not 1e+01
+    return [(f"{names[index]}–{names[index + 1]}", members) for index, members in enumerate(bins)]

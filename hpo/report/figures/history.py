@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from hpo.analysis.text import counts_text, value_text
+from hpo.analysis.text import counts_text, plural, value_text
 from hpo.report.figures.data import FigureData, hover_settings, shown_bounds, value_axis
-from hpo.report.figures.style import GREEN, STATE_STYLES, VERMILLION, lay_out, round_digits
+from hpo.report.figures.style import GREEN, STATE_STYLES, VERMILLION, count_axis, lay_out, round_digits
 
 
 def draw_history(data: FigureData) -> go.Figure | None:
@@ -48,19 +48,23 @@ def draw_history(data: FigureData) -> go.Figure | None:
             line={"color": GREEN, "width": 2, "shape": "hv"},
             hovertemplate="best so far %{y}<extra></extra>",
         )
-    figure.update_xaxes(title={"text": "trial"}, rangemode="tozero")
+    figure.update_xaxes(title={"text": "trial"}, **count_axis(0, max(trial.number for trial in data.trials)))
     figure.update_yaxes(**value_axis(data))
     return lay_out(figure, height=360)
 
 
 def history_caption(data: FigureData) -> str:
-    """Return how many trials there are, and which one was the best."""
-    caption = f"{len(data.trials)} trials: {counts_text(data.trials)}"
+    """Return how many trials are drawn, which one was the best, and what is not drawn."""
+    drawn = [trial for trial in data.trials if trial.value is not None or trial.state == "diverged"]
+    others = [trial for trial in data.trials if trial not in drawn]
+    caption = f"{plural(len(drawn), 'trial')}: {counts_text(drawn)}"
     so_far = _best_so_far(data)
     if so_far:
         best = so_far[-1][1]
         number = next(number for number, value in so_far if value == best)
         caption += f"; the best value, {value_text(best, data.study)}, came with trial {number}"
+    if others:
+        caption += f"; without a value, and not drawn: {counts_text(others)}"
     return f"{caption}."
 
 

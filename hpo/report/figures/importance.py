@@ -102,8 +102,12 @@ def draw_importance(data: FigureData) -> go.Figure | None:
 
 def importance_caption(data: FigureData) -> str:
     """Return the importances, and how far to trust them."""
-    return (
-        f"Importance for being among the best quarter of trials (PED-ANOVA): {shares_text(data.importances)}. Pruned "
-        "trials count with their last report, diverged ones with the worst value. It is rough: of a hundred trials, a "
-        "parameter that does nothing may get a fifth."
-    )
+    states = {trial.state for trial in data.trials}
+    counted = {"pruned": "their last report", "diverged": "the worst value"}
+    counting = [f"{state} trials count with {what}" for state, what in counted.items() if state in states]
+    sentences = [
+        f"Importance for being among the best quarter of trials (PED-ANOVA): {shares_text(data.importances)}",
+        *([" and ".join(counting).capitalize()] if counting else []),
+        "It is rough: of a hundred trials, a parameter that does nothing may get a fifth",
+    ]
+    return f"{'. '.join(sentences)}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -47,7 +47,7 @@ def draw_interactions(data: FigureData) -> go.Figure | None:
                     col=1,
                 )
         figure.update_yaxes(**_parameter_axis(data, name), row=row)
-    _add_legend(figure)
+    _add_legend(figure, {trace.name for trace in figure.data})
     figure.update_xaxes(**_parameter_axis(data, first) | {"title": None})
     figure.update_xaxes(title={"text": _axis_name(first)}, row=len(others))
     form = {"tickformat": ".0%"} if data.is_accuracy else {}
@@ -65,9 +65,9 @@ def _mark_colour(state: str, trials: Sequence[TrialRecord], bounds: tuple[float,
     return {"color": values, "coloraxis": "coloraxis"}
 
 
-def _add_legend(figure: go.Figure) -> None:
-    """Add a legend entry for each state; a mark whose colour is its value has none of its own."""
-    for state in ("complete", "pruned", "diverged"):
+def _add_legend(figure: go.Figure, drawn: Collection[str]) -> None:
+    """Add a legend entry for each state that is drawn; a mark whose colour is its value has none of its own."""
+    for state in (state for state in ("complete", "pruned", "diverged") if state in drawn):
         colour = VERMILLION if state == "diverged" else STATE_STYLES["failed"].colour
         marker = {"symbol": STATE_STYLES[state].symbol, "size": 9, "color": colour}
         figure.add_scatter(x=[None], y=[None], mode="markers", name=state, legendgroup=state, marker=marker)

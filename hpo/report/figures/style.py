@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, GREEN, ORANGE, VERMILLION, PURPLE, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#808080"
+MAX_COUNTED_TICKS = 10  # of an axis that counts, each with its number; Plotly would put halves between few of them
 NUM_COLOURS = 16  # by which lines tell learning rates apart
 PLOTLY_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "%": "&#37;"})
 
@@ -110,6 +111,11 @@ def rate_axis(**settings: Any) -> dict[str, Any]:
         "minor": {"ticks": "inside", "dtick": "D1", "ticklen": 3},
         **settings,
     }
+
+
+def count_axis(first: int, last: int) -> dict[str, Any]:
+    """Return an axis of whole numbers, with room for a mark or a bar at each of its ends."""
+    return {"range": [first - 0.5, last + 0.5], **({"dtick": 1} if last - first <= MAX_COUNTED_TICKS else {})}
 
 
 def escape_plotly(text: object) -> str:
