@@ -10,7 +10,7 @@ from typing import Any
 
 from hpo.analysis.confirmation import Confirmation, find_confirmation
 from hpo.analysis.response import ObservedTrial, Response, fit_response
-from hpo.analysis.text import rate_text
+from hpo.analysis.text import rate_text, search_end_text
 from hpo.analysis.trials import (
     TRAINED,
     are_alike,
@@ -45,6 +45,7 @@ class Best:
         warnings: What to be careful about in this answer.
         confirmation: The result of training the best learning rates again on fresh seeds, if that was asked for.
         range_test: The range tests that set the range of learning rates, if `lr` was "auto".
+        search_end: After how many trials the search ended and why, if `search.until` or `search.hours` ended it.
     """
 
     trial: int
@@ -56,6 +57,7 @@ class Best:
     warnings: Sequence[StudyWarning] = field(default=())
     confirmation: Confirmation | None = None
     range_test: Sequence[Mapping[str, Any]] | None = None
+    search_end: str | None = None
 
     @property
     def lr(self) -> float | None:
@@ -111,6 +113,7 @@ class Best:
             "warnings": [asdict(warning) for warning in self.warnings],
             "confirmation": None if self.confirmation is None else self.confirmation.as_dict(),
             "range_test": self.range_test,
+            "search_end": self.search_end,
         }
 
 
@@ -149,6 +152,7 @@ def find_best(study: StudyRecord, trials: Sequence[TrialRecord]) -> Best | None:
         warnings=find_warnings(study, trials, leader, response, is_told_apart=verdict is not None),
         confirmation=confirmation,
         range_test=study.metadata.get("range_test"),
+        search_end=search_end_text(study, trials),
     )
 
 

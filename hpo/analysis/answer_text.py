@@ -13,7 +13,6 @@ from hpo.analysis.answer import Best
 from hpo.analysis.confirmation import Confirmation
 from hpo.analysis.response import CONFIDENCE, Response
 from hpo.analysis.text import (
-    counts_text,
     difference_text,
     interval_text,
     metric_text,
@@ -21,6 +20,7 @@ from hpo.analysis.text import (
     params_text,
     plural,
     rate_text,
+    trials_text,
     value_text,
 )
 from hpo.analysis.trials import direction_sign
@@ -83,7 +83,7 @@ def answer_lines(study: StudyRecord, answer: Best, *, source: str | None = None,
 def source_text(study: StudyRecord, trials: Sequence[TrialRecord], *, storage: str, is_trained: bool) -> str:
     """Return which study an answer is from, and whether it was trained for it."""
     without = "" if is_trained else "; answered from the store, nothing trained"
-    return f"{study.name} in {storage} ({counts_text(trials)}{without})"
+    return f"{study.name} in {storage} ({trials_text(study, trials)}{without})"
 
 
 def _headline(answer: Best) -> str:
@@ -116,6 +116,8 @@ def _findings(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:
     yield from _other_lines(study, answer)
     if response is not None:
         yield from _edge_lines(response)
+    if response is not None and confirmation is None:
+        yield _gain_line(study, response)
     if response is not None or confirmation is not None:
         yield _best_trial_line(study, answer)
     if confirmation is not None:
@@ -161,6 +163,11 @@ def _expected_line(study: StudyRecord, response: Response) -> AnswerLine:
         doubt = f"{low} to {high} is possible"
     note = f"{metric_text(study)} of a trial, {doubt}"
     return AnswerLine("expected", value_text(response.value, study), note)
+
+
+def _gain_line(study: StudyRecord, response: Response) -> AnswerLine:
+    gain = difference_text(study, response.gain, of=response.value)
+    return AnswerLine("one more trial", f"+{gain}", "what it is expected to bring, where it tells most")
 
 
 def _edge_lines(response: Response) -> Iterator[AnswerLine]:

@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hpo.analysis.divergence_edge import Life, draw_edges
-from hpo.analysis.final_values import Curve, draw_final_values
+from hpo.analysis.final_values import Curve, FinalValues, draw_final_values
 from hpo.analysis.scale import Scale, choose_scale
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[np.float64]]
+    Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 MIN_RATES = 5  # different learning rates that have a value; with fewer there is no response
 NUM_RATES = 161  # of the grid on which the response is known
@@ -30,6 +31,7 @@ REACH_DECADES = 0.3  # a rate this far from all that trained to the end is not r
 GUESS_SHARE = 0.05  # values this near to guessing, as a share of the way to the best one, are no better than that
 NUM_CONSTANT = 3  # so many equal values in a row are those of a network that always gives the same answer
 MAX_DETERMINED_DECADES = 1.5  # a wider interval leaves the best learning rate open
+NUM_OUTCOMES = 15  # of a further trial, all equally likely, over which its gain is averaged
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Response:
     sensitivity: float  # how far a learning rate of the range falls short of the best, on average
     noise: float  # the standard deviation of a trial's value about the mean
     draws_of_best: Sequence[float]  # learning rates that may be the best one, all equally likely
+    shortfall: float  # how far `best` is expected to fall short of the best learning rate
+    gain: float  # how much a trial at `best` is expected to be better after one more trial, at the rate that tells most
 
     @property
     def is_determined(self) -> bool:
@@ -203,18 +207,18 @@ def _fit(
     top = int(expected.argmax())
     behind = expected[top] - expected
     draws_of_best = x[worth.argmax(axis=1)]
-    at_best = _index_of_best(alive, worth, x)
+    has_evidence = _has_evidence(alive, x)
+    at_best = _index_of_best(worth, has_evidence)
     lowest, highest = min(trial.x for trial in alive), _trained_to_the_end(alive).max()
     best = min(max(float(f"{10 ** x[at_best]:.2g}"), float(10**lowest)), float(10**highest))
     # That it may diverge excuses no shortfall.
     first, last = _run_around(at_best, behind <= (curves[:, [top]] - curves).std(axis=0))
     tail = (1 - CONFIDENCE) / 2
     lrs = 10**x
-    tried = max(life.x for life in lives)
-    has_edge = any(life.dead is not None for life in lives) and np.median(middles) <= tried
+    has_edge = any(life.dead is not None for life in lives) and np.median(middles) <= max(life.x for life in lives)
     # The same luck at all rates in a draw, so that the band is smooth.
     of_trials = scale.from_line(final.draws + final.noise * random.standard_normal((len(curves), 1)))
-    ends = scale.from_line(final.draws[:, at_best].mean() + final.noise[at_best] * np.array([-0.5, 0.5]))
+    noise = _noise(final, scale)
     return Response(
         lrs=lrs.tolist(),
         mean=curves.mean(axis=0).tolist(),
@@ -229,8 +233,10 @@ def _fit(
         plateau=(min(float(lrs[first]), best), max(float(lrs[last]), best)),
         divergence_lr=EstimatedRate(float(10 ** np.median(middles)), _rate_interval(middles, x)) if has_edge else None,
         sensitivity=float(behind.mean()),
-        noise=float(ends[1] - ends[0]),
+        noise=float(noise[at_best]),
         draws_of_best=(10**draws_of_best).tolist(),
+        shortfall=float((worth.max(axis=1) - worth[:, at_best]).mean()),
+        gain=_expected_gain(worth, noise, x, has_evidence=has_evidence),
     )
 
 
@@ -243,18 +249,56 @@ def _curves(alive: Sequence[ObservedTrial], scale: Scale) -> list[Curve]:
     return [Curve(trial.x, trial.epochs, line) for trial, line in zip(alive, np.split(lines, ends), strict=True)]
 
 
-def _index_of_best(alive: Sequence[ObservedTrial], worth: Array, x: Array) -> int:
-    """Return which x of the grid to train with: the least median loss where there is evidence."""
-    import numpy as np
+def _noise(final: FinalValues, scale: Scale) -> Array:
+    """Return the standard deviation of a trial's value about its mean, at each x of the grid."""
+    middle = final.draws.mean(axis=0)
+    noise: Array = scale.from_line(middle + final.noise / 2) - scale.from_line(middle - final.noise / 2)
+    return noise
 
-    loss = worth.max(axis=1, keepdims=True) - worth
-    regret = np.median(loss, axis=0) + 1e-3 * loss.mean(axis=0)  # the mean tells equal medians apart
+
+def _has_evidence(alive: Sequence[ObservedTrial], x: Array) -> Flags:
+    """Return for each x of the grid whether a trial near by says that one can train there."""
     whole = _trained_to_the_end(alive)
     distance = abs(x[:, None] - whole).min(axis=1)
     half_step = (x[1] - x[0]) / 2
     lowest = min(trial.x for trial in alive)
     is_between = (x >= lowest - half_step) & (x <= whole.max() + half_step)
-    return int(np.where(is_between & (distance <= max(REACH_DECADES, half_step)), regret, np.inf).argmin())
+    evidence: Flags = is_between & (distance <= max(REACH_DECADES, half_step))
+    return evidence
+
+
+def _index_of_best(worth: Array, has_evidence: Flags) -> int:
+    """Return which x of the grid to train with: the least median loss where there is evidence."""
+    import numpy as np
+
+    loss = worth.max(axis=1, keepdims=True) - worth
+    regret = np.median(loss, axis=0) + 1e-3 * loss.mean(axis=0)  # the mean tells equal medians apart
+    return int(np.where(has_evidence, regret, np.inf).argmin())
+
+
+def _expected_gain(worth: Array, noise: Array, x: Array, *, has_evidence: Flags) -> float:
+    """Return how much the best expected value is to rise with one more trial, at the x where that is most.
+
+    This is the knowledge gradient (Frazier, Powell and Dayanik, INFORMS J. on Computing 21, 2009): a trial at one x
+    moves the expectation at all of them, by their covariance in the draws. It also is evidence for the rates near it.
+
+    Args:
+        worth: The values of each draw at each x.
+        noise: The standard deviation of a trial's value about its mean, at each x.
+        x: The grid.
+        has_evidence: Where a rate may be recommended today.
+    """
+    import numpy as np
+    from scipy.special import ndtri
+
+    size = abs(worth).max() or 1.0  # squares of losses may be too large for a float
+    mean, covariance = worth.mean(axis=0) / size, np.cov(worth / size, rowvar=False)
+    moves = covariance / np.sqrt(np.diag(covariance) + (noise / size) ** 2 + 1e-30)  # at [x, x of the trial]
+    luck = ndtri((np.arange(NUM_OUTCOMES) + 0.5) / NUM_OUTCOMES)
+    after = mean[:, None, None] + moves[:, :, None] * luck
+    is_known = has_evidence[:, None] | (abs(x[:, None] - x) <= REACH_DECADES)
+    best_after = np.where(is_known[:, :, None], after, -np.inf).max(axis=0).mean(axis=1)
+    return max(0.0, float(best_after.max() - mean[has_evidence].max()) * size)
 
 
 def _trained_to_the_end(alive: Sequence[ObservedTrial]) -> Array:

@@ -14,7 +14,7 @@ METRICS = {"val_accuracy": "validation accuracy", "val_loss": "validation loss"}
 def study_text(study: StudyRecord) -> str:
     """Return what a study searches, and on what data."""
     spec, metadata = study.spec, study.metadata
-    text = f"{spec.num_trials} trials, {spec.search.sampler} over {', '.join(spec.search.parameters)}"
+    text = f"{budget_text(study)}, {spec.search.sampler} over {', '.join(spec.search.parameters)}"
     if spec.confirm:
         text += f", then the best {spec.confirm.top} on {spec.confirm.seeds} seeds each"
     if "num_parameters" in metadata:
@@ -26,6 +26,22 @@ def study_text(study: StudyRecord) -> str:
     return text
 
 
+def budget_text(study: StudyRecord) -> str:
+    """Return how many trials the search has at most, and what may end it before."""
+    search, num_trials = study.spec.search, study.spec.num_trials
+    hours = None if search.hours is None else f"{search.hours:g} h in training"
+    limits = [limit for limit in (search.until, hours) if limit is not None]
+    return f"at most {num_trials} trials, until {' or '.join(limits)}" if limits else f"{num_trials} trials"
+
+
+def search_end_text(study: StudyRecord, trials: Sequence[TrialRecord]) -> str | None:
+    """Return after how many trials the search ended and why, or None where it had as many as it could have."""
+    if study.search_end is None:
+        return None
+    num_begun = sum(trial.kind == "search" for trial in trials)
+    return f"the search ended after {num_begun} of at most {study.spec.num_trials} trials: {study.search_end}"
+
+
 def images_text(study: StudyRecord) -> str | None:
     """Return what was found in a study's folder of images, and what was left out; None where it has no folder."""
     return f"images for training and validation: {study.metadata['images']}" if "images" in study.metadata else None
@@ -35,6 +51,12 @@ def counts_text(trials: Sequence[TrialRecord]) -> str:
     """Return how many trials are in each state."""
     states = [trial.state for trial in trials]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def trials_text(study: StudyRecord, trials: Sequence[TrialRecord]) -> str:
+    """Return how many trials are in each state and, where the search ended early, why."""
+    ended = search_end_text(study, trials)
+    return counts_text(trials) if ended is None else f"{counts_text(trials)}; {ended}"
 
 
 def no_answer_text(trials: Sequence[TrialRecord]) -> str:
@@ -80,7 +102,7 @@ def metric_text(study: StudyRecord) -> str:
 
 def value_text(value: float, study: StudyRecord) -> str:
     """Return a value of the study's metric, an accuracy in percent."""
-    return f"{100 * value:.2f} %" if _is_share(value, study) else f"{value:.4g}"
+    return f"{100 * value:.2f} %" if is_share(value, study) else f"{value:.4g}"
 
 
 def difference_text(study: StudyRecord, *differences: float, of: float) -> str:
@@ -88,12 +110,12 @@ def difference_text(study: StudyRecord, *differences: float, of: float) -> str:
 
     They have two digits; those of accuracies are in percentage points.
     """
-    is_share = _is_share(of, study)
-    texts = [f"{float(f'{difference * (100 if is_share else 1):.2g}'):g}" for difference in differences]
-    return " to ".join(texts) + (" percentage points" if is_share else "")
+    factor, unit = (100, " percentage points") if is_share(of, study) else (1, "")
+    return " to ".join(f"{float(f'{difference * factor:.2g}'):g}" for difference in differences) + unit
 
 
-def _is_share(value: float, study: StudyRecord) -> bool:
+def is_share(value: float, study: StudyRecord) -> bool:
+    """Return whether a value of the study's metric is an accuracy as a share of 1."""
     return study.spec.metric.endswith("accuracy") and -1 <= value <= 1
 
 

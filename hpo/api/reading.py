@@ -13,7 +13,7 @@ from hpo.analysis import comparison
 from hpo.analysis.answer import Best
 from hpo.analysis.comparison import Comparison
 from hpo.analysis.peak import find_peak
-from hpo.analysis.text import no_answer_text
+from hpo.analysis.text import no_answer_text, search_end_text
 from hpo.api.stores import open_study, storage_url
 from hpo.errors import StudyStopped, UserError
 from hpo.store.retry import STORE_ERRORS
@@ -65,10 +65,11 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
 
     Returns:
-        Plain data: the number of trials in each state (`trials`), whether and why it was stopped, the best trial so far
-        (`best`), where the highest response is expected (`peak`), the living `workers`, each with the trial and
-        epoch of each of its lanes and the seconds since its last sign of life (`seen_s`), and the `failed_devices`,
-        with the number of their failures since the study was started and the reason of the latest.
+        Plain data: the number of trials in each state (`trials`), whether and why it was stopped (`stop`) and its
+        search ended early (`search_end`), the best trial so far (`best`), where the highest response is expected
+        (`peak`), the living `workers`, each with the trial and epoch of each of its lanes and the seconds since its
+        last sign of life (`seen_s`), and the `failed_devices`, with the number of their failures since the study was
+        started and the reason of the latest.
 
     Raises:
         UserError: There is no such study.
@@ -84,6 +85,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         "trials": dict(Counter(trial.state for trial in all_trials)),
         "stop": study.stop,
         "stop_reason": study.stop_reason,
+        "search_end": search_end_text(study, all_trials),
         "best": found.as_dict() if found else None,
         "peak": asdict(peak) if peak else None,
         "workers": _workers(store, study, all_trials),

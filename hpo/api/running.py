@@ -245,6 +245,8 @@ def resume(
     executor: Executor | None = None,
     storage: str | None = None,
     trials: int | None = None,
+    until: str | None = None,
+    hours: float | None = None,
     retry_failed: bool = False,
     allow: Sequence[str] = (),
     watcher: Watcher | None = None,
@@ -255,7 +257,10 @@ def resume(
         name: The study.
         executor: As in `join`.
         storage: As in `join`.
-        trials: The new number of trials, to enlarge the study; finished trials stay. Default: as it was.
+        trials: The new number of trials, to enlarge the study; finished trials stay. Where `search.until` or
+            `search.hours` has ended the search, they do not hold any more. Default: as it was.
+        until: The new `search.until`. Default: as it was.
+        hours: The new `search.hours`. Default: as it was.
         retry_failed: Whether to train the trials that have failed again, each from its start.
         allow: As in `join`.
         watcher: As in `run`.
@@ -269,13 +274,14 @@ def resume(
     """
     store, study = open_study(name, storage=storage)
     has_failed = retry_failed and store.trials.counts(study.study_id).get("failed", 0) > 0
-    if trials is None and not has_failed and not store.trials.num_left(study):
+    has_bounds = (trials, until, hours) != (None, None, None)
+    if not has_bounds and not has_failed and not store.trials.num_left(study):
         return result_of(store, study)
 
     def open_again(_: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
         store.studies.check_joins(study, study.spec, metadata=metadata)
-        if trials is not None:
-            store.studies.enlarge(study, trials)
+        if has_bounds:
+            store.studies.enlarge(study, trials, until=until, hours=hours)
         if retry_failed:
             store.studies.retry_failed(study)
         store.studies.start(study)
@@ -336,7 +342,8 @@ def _find_finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | Non
     if store is None or study is None:
         return None
     spec = ranges.adopt_stored_ranges(spec, study)
-    if study.spec.differences(spec) or study.spec.num_trials < spec.num_trials:
+    has_other_limits = study.search_end is not None and study.spec.search.limits != spec.search.limits
+    if study.spec.differences(spec) or study.spec.num_trials < spec.num_trials or has_other_limits:
         return None
     if store.trials.num_left(replace(study, spec=spec)):  # a confirmation, which the study may not have had before
         return None

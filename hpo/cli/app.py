@@ -220,6 +220,8 @@ def _serve_until_interrupted(
 @main.command("resume", short_help="Resume a stopped study.")
 @click.argument("study", metavar="STUDY")
 @click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; finished trials stay.")
+@click.option("--until", metavar="TEXT", help="A new search.until, such as '0.2 decades'.")
+@click.option("--hours", type=float, metavar="H", help="A new search.hours.")
 @click.option("--retry-failed", is_flag=True, help="Train failed trials again, each from its start.")
 @allow_option
 @verbose_option
@@ -228,16 +230,19 @@ def _serve_until_interrupted(
 def resume_command(
     study: str,
     trials: int | None,
+    until: str | None,
+    hours: float | None,
     retry_failed: bool,
     allow: tuple[str, ...],
     verbose: bool,
     executor: Executor,
     storage: str | None,
 ) -> None:
-    """Resume STUDY after `hpo stop` or an interruption.
+    """Resume STUDY after `hpo stop` or an interruption, or give its search other bounds.
 
     \b
     hpo resume quickstart --trials 30
+    hpo resume quickstart --until "0.2 decades"
     hpo resume quickstart --retry-failed
     """
     from hpo.api import running
@@ -249,6 +254,8 @@ def resume_command(
         executor=executor,
         storage=storage,
         trials=trials,
+        until=until,
+        hours=hours,
         retry_failed=retry_failed,
         allow=allow,
     )

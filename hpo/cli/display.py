@@ -29,6 +29,7 @@ from hpo.analysis.text import (
     params_text,
     peak_text,
     rate_text,
+    search_end_text,
     study_text,
     value_text,
 )
@@ -93,7 +94,8 @@ class LiveDisplay:
         self._next_read = 0.0
         self._reported: dict[int, tuple[str, int]] = {}
         self._progress = ProgressHandler(self._say)
-        self._announced: set[str] = set()  # stages, and values that the workers share
+        self._announced: set[str] = set()  # stages, values that the workers share, the end of the search
+        self._num_trials = 0
 
     @property
     def has_watched(self) -> bool:
@@ -154,6 +156,7 @@ class LiveDisplay:
                 self._announced.add(key)
                 self._console.print(shared["reason"], soft_wrap=True)
         trials = store.trials.get_all(self._study)
+        self._announce_early_end(store, self._study, trials)
         for key, members in _stages(trials).items():
             if key not in self._announced:
                 self._announced.add(key)
@@ -168,6 +171,15 @@ class LiveDisplay:
             self._live.update(_live_view(self._study, trials), refresh=True)
         ended = time.monotonic()
         self._next_read = ended + max(REFRESH_S, 10 * (ended - began))
+
+    def _announce_early_end(self, store: Store, study: StudyRecord, trials: Sequence[TrialRecord]) -> None:
+        """Say that the search ended before it had all of its trials: those that nobody had begun are gone then."""
+        if len(trials) < self._num_trials:
+            text = search_end_text(store.studies.get(study.name), trials)
+            if text is not None and text not in self._announced:
+                self._announced.add(text)
+                self._console.print(text, soft_wrap=True)
+        self._num_trials = len(trials)
 
     def _has_new_epoch(self, trial: TrialRecord) -> bool:
         return bool(

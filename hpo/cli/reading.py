@@ -67,6 +67,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         say(f"stopped ({reason}); go on with: hpo resume {study}")
         for line in others:
             say(f"  {line}")  # such as a traceback; no line of it can pass for one of ours
+    if found["search_end"]:
+        say(found["search_end"])
     if found["best"]:
         best = found["best"]
         if best["confirmation"]:

@@ -40,6 +40,7 @@ from hpo.train.optim import OPTIMIZERS, SCHEDULES
 
 MAX_GRID = 10**6
 MAX_LISTED = 10**6  # values of a range, in a sampler's memory
+MAX_POINTS_BEHIND = 100  # percentage points; more decades than that has no range either
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 REFERENCE_PATTERN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
@@ -166,6 +167,27 @@ def check_point(search: SearchSpec, point: Mapping[str, Any], *, setting: str) -
             raise UserError(f"{setting}.{key} must be {parameter}, got {value!r}")
     if search.sampler == "grid" and not any(point.items() <= other.items() for other in search.grid):
         raise UserError(f"{setting} must be a point of the grid, got {point}")
+
+
+def check_goal(search: SearchSpec, *, metric: str) -> None:
+    """Refuse a goal that says nothing of this search: one that is reached at once, or never."""
+    goal = search.goal
+    if goal is None:
+        return
+    if "lr" not in search.parameters:
+        raise UserError(f"search.until needs a learning rate, search.space.lr, to be sure of; got {search.until!r}")
+    if not 0 < goal.amount < MAX_POINTS_BEHIND:
+        raise UserError(f"search.until must be greater than 0 and less than {MAX_POINTS_BEHIND}, got {search.until!r}")
+    if goal.unit == "point" and not metric.endswith("accuracy"):
+        raise UserError(
+            f"search.until must be in decades where the metric is no accuracy but {metric!r}, got {search.until!r}"
+        )
+    lr = search.parameters["lr"]
+    ends = [] if is_auto(lr) else [end for end in lr.extreme_values() if isinstance(end, int | float) and end > 0]
+    if goal.unit == "decade" and ends and goal.amount >= (width := math.log10(max(ends) / min(ends))):
+        raise UserError(
+            f"search.until must be less than the {width:.2g} decades that search.space.lr has, got {search.until!r}"
+        )
 
 
 # --- [pruner] ---

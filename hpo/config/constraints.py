@@ -50,7 +50,7 @@ def explain(error: ValidationError, spec: type[BaseModel]) -> str:
     wrong_types, broken_rules = [], []
     for complaint in error.errors():
         metadata = _metadata(spec, complaint["loc"][:2])
-        if _breaks_rule(complaint) or _fits_no_alternative(complaint, metadata):
+        if _breaks_rule(complaint) or _is_told_by_rule(complaint, metadata):
             setting = ".".join(map(str, complaint["loc"][:2]))
             broken_rules.append(f"{setting} must be {rule_in_words(metadata)}, got {complaint['input']!r}")
         else:
@@ -96,10 +96,10 @@ def _breaks_rule(complaint: ErrorDetails) -> bool:
     return complaint["type"] in CONSTRAINT_ERRORS
 
 
-def _fits_no_alternative(complaint: ErrorDetails, metadata: Sequence[object]) -> bool:
+def _is_told_by_rule(complaint: ErrorDetails, metadata: Sequence[object]) -> bool:
     # Of a union pydantic complains about each alternative, by its name; one rule of ours tells them all.
-    has_rule = any(isinstance(rule, Rule) for rule in metadata)
-    return has_rule and len(complaint["loc"]) > 2 and isinstance(complaint["loc"][2], str)
+    has_rule, inner = any(isinstance(rule, Rule) for rule in metadata), complaint["loc"][2:]
+    return has_rule and (not inner or isinstance(inner[0], str))
 
 
 def _type_sentence(complaint: ErrorDetails) -> str:

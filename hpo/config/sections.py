@@ -12,9 +12,11 @@ from hpo.train.config import TRIAL_NEUTRAL_KEYS
 
 DIRECTIONS = ("maximize", "minimize")
 OBJECTIVE_TRAINING_KEYS = ("epochs", "seed")  # those of [training] that a user's own loop is given
-# Settings that may differ between two runs of one study without changing a single number of it.
+# Settings that may differ between two runs of one study without changing a single number of its trials.
 STUDY_NEUTRAL_KEYS = TRIAL_NEUTRAL_KEYS | {
     "search.retries",
+    "search.until",
+    "search.hours",
     "engine.lanes",
     "checkpoints.url",
     "checkpoints.keep_best",

@@ -258,6 +258,7 @@ class StudySpec(Section):
     def _check(self) -> StudySpec:
         checks.check_name(self.name)
         checks.check_search(self.search)
+        checks.check_goal(self.search, metric=self.metric)
         checks.check_pruner(self.pruner)
         checks.check_checkpoints(self.checkpoints)
         if self.objective:

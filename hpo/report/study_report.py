@@ -12,7 +12,7 @@ import tomli_w
 
 from hpo.analysis.answer import Best
 from hpo.analysis.answer_text import AnswerText, describe_answer
-from hpo.analysis.text import cell_text, counts_text, marked_text, no_answer_text, study_text, value_text
+from hpo.analysis.text import cell_text, marked_text, no_answer_text, study_text, trials_text, value_text
 from hpo.report.figures.style import round_digits
 from hpo.report.figures.table import FIGURES, DrawnFigure, draw_figures, make_figure_data
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
@@ -58,7 +58,7 @@ class StudyReport:
     @property
     def counts(self) -> str:
         """How many trials are in each state."""
-        return counts_text(self.trials)
+        return trials_text(self.study, self.trials)
 
 
 def make_report(

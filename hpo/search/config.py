@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hpo.errors import Rule
 from hpo.search.space import Categorical, Conditional, Parameter, Scalar, grid_points, parse_space
 
 DEFAULT_TRIALS = 20
+MAX_HOURS = 100_000
+UNTIL_PATTERN = r"^(\d+(\.\d*)?|\.\d+) (decades?|points?)$"
 
 
 class Section(BaseModel):
     """A table of the study file: frozen, with known keys only and finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Goal(NamedTuple):
+    """How sure the answer should be before a search ends: its doubt is at most `amount` of the `unit`."""
+
+    amount: float
+    unit: str  # decade: of the interval | point: a percentage point by which the recommended rate falls short
 
 
 class SearchSpec(Section):
@@ -29,6 +39,18 @@ class SearchSpec(Section):
     trials: Annotated[
         int | None,
         Field(ge=1, le=10**6, description="The number of trials, 20 by default. A grid has its own size."),
+    ] = None
+    until: Annotated[
+        str | None,
+        Field(
+            pattern=UNTIL_PATTERN,
+            description="End once the interval is so many decades wide, or the expected shortfall so many points.",
+        ),
+        Rule("a width of the interval or an expected shortfall, such as '0.3 decades' or '0.5 points'"),
+    ] = None
+    hours: Annotated[
+        float | None,
+        Field(gt=0, le=MAX_HOURS, description="Begin no new trial after so many hours in which the search trained."),
     ] = None
     seed: Annotated[int, Field(ge=0, description="Seed of the sampler.")] = 0
     retries: Annotated[
@@ -50,6 +72,19 @@ class SearchSpec(Section):
     def num_trials(self) -> int:
         """The number of trials: a grid's own size, else what was given, else 20."""
         return len(self.grid) if self.sampler == "grid" else self.trials or DEFAULT_TRIALS
+
+    @property
+    def goal(self) -> Goal | None:
+        """What `until` says."""
+        if self.until is None:
+            return None
+        amount, unit = self.until.split()
+        return Goal(float(amount), unit.removesuffix("s"))
+
+    @property
+    def limits(self) -> tuple[str | None, float | None]:
+        """What may end the search before it has had all of its trials."""
+        return self.until, self.hours
 
     @cached_property
     def grid(self) -> list[dict[str, Scalar]]:

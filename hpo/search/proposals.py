@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UserError
@@ -27,6 +27,14 @@ def fixed_values(spec: SearchSettings) -> list[dict[str, Scalar]]:
     if SAMPLERS[spec.search.sampler].begins_spread:
         first = first + _spread_points(spec, max(0, num_startup(spec) - len(first)))
     return first + [{} for _ in range(spec.num_trials - len(first))]
+
+
+def values_left(spec: SearchSettings, tried: Sequence[Mapping[str, Scalar]]) -> list[dict[str, Scalar]]:
+    """Return the values of each trial that a study still lacks, given those that its trials were given, in order."""
+    values = fixed_values(spec)
+    if spec.search.sampler == "grid":
+        return [point for point in values if point not in tried]
+    return values[len(tried) :]
 
 
 def _as_listed(spec: SearchSettings, point: Mapping[str, Scalar]) -> dict[str, Scalar]:

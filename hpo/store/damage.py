@@ -39,7 +39,7 @@ from hpo.store.schema import (
     trial_values,
     workers_table,
 )
-from hpo.study.records import KINDS, STATES
+from hpo.study.records import KINDS, SEARCH_END, STATES
 
 LARGEST = sys.float_info.max  # no integer may be larger than every float, either
 MAX_SHOWN = 60  # characters of a damaged value
@@ -88,6 +88,8 @@ def _is_metadata(value: Any) -> bool:
     found = _object_of(value)
     if found is None or not all(_is_whole(count) for key, count in found.items() if key.startswith("num_")):
         return False
+    if not _is_text(found.get(SEARCH_END, "")):
+        return False
     ramps = found.get("range_test", [])
     return isinstance(ramps, list) and all(isinstance(ramp, dict) and ramp.keys() >= RAMP_KEYS for ramp in ramps)
 
@@ -133,7 +135,7 @@ FIRST = _one_of(0)
 STRICTER: dict[sa.Column[Any], ColumnRule] = {
     meta_table.c.value: ColumnRule("the digits of a number", lambda value: _is_text(value) and value.isdecimal()),
     studies_table.c.spec: ColumnRule("a JSON object", lambda value: _object_of(value) is not None),
-    studies_table.c.metadata: ColumnRule("a JSON object of whole numbers num_... and range tests", _is_metadata),
+    studies_table.c.metadata: ColumnRule("a JSON object of whole numbers num_..., texts and range tests", _is_metadata),
     studies_table.c.stop: _one_of("requested", "failure"),
     slots_table.c.kind: _one_of(*KINDS),
     slots_table.c.state: _one_of(*STATES),

@@ -20,6 +20,7 @@ from hpo.store.database import CONNECTIONS_PER_WORKER, Database, JoinedStorage, 
 from hpo.store.reading import study_names
 from hpo.store.retry import RetryPolicy
 from hpo.store.schema import schema_version, slots_table
+from hpo.store.searches import Searches
 from hpo.store.studies import Studies
 from hpo.store.trials import Trials
 from hpo.store.urls import database_path, parse_url
@@ -32,6 +33,7 @@ class Store:
 
     Attributes:
         studies: Creating, reading, stopping and copying studies.
+        searches: How far the search of a study is, and its early end.
         trials: Claiming trials, reporting on them, ending and reading them.
         workers: Registering workers, renewing their leases, and freeing the trials of those that died.
     """
@@ -47,6 +49,7 @@ class Store:
     def _use(self, database: Database) -> Self:
         self.database = database
         self.studies = Studies(database)
+        self.searches = Searches(database)
         self.trials = Trials(database)
         self.workers = Workers(database)
         return self

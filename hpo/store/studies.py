@@ -20,11 +20,11 @@ from hpo.search import proposals
 from hpo.store.copying import read_rows
 from hpo.store.dashboard_attributes import changed_attributes
 from hpo.store.database import Database, exclude_others
-from hpo.store.enqueued import take_in
 from hpo.store.reading import check_exists, find_study_id, load_study, study_names
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import delete_rows_of, optuna_studies, optuna_trials, slots_table, studies_table
-from hpo.store.slots import FRESH, add_slots, drop_unclaimed, lock_study, new_slot, num_slots, slot_states
+from hpo.store.searches import give_budget, rebounded_spec
+from hpo.store.slots import FRESH, add_slots, lock_study, new_slot, num_slots, slot_states
 from hpo.study import stages
 from hpo.study.records import StudyRecord
 
@@ -56,7 +56,7 @@ class Studies:
                 study = load_study(self._database, connection, study_id, spec.name)
                 self.check_joins(study, spec, metadata=metadata)
                 study = replace(study, metadata={**metadata, **study.metadata})  # an older hpo may have found fewer
-                self._save(connection, study, spec, trials=spec.num_trials)
+                give_budget(self._database, connection, study, spec, trials=spec.num_trials)
             return load_study(self._database, connection, study_id, spec.name)
 
     def check_joins(self, study: StudyRecord, spec: StudySpec, *, metadata: Mapping[str, Any]) -> None:
@@ -128,17 +128,26 @@ class Studies:
                     damages[name] = str(error)
         return studies, damages
 
-    def enlarge(self, study: StudyRecord, trials: int) -> None:
-        """Give the study a budget of `trials`, and keep those it has. Raise UserError for a grid or for fewer."""
-        if study.spec.search.sampler == "grid":
-            raise UserError(f"--trials cannot enlarge a grid; study {study.name!r} has {study.spec.num_trials} points")
+    def enlarge(
+        self, study: StudyRecord, trials: int | None = None, *, until: str | None = None, hours: float | None = None
+    ) -> None:
+        """Give the study's search other bounds, and keep its trials.
+
+        Args:
+            study: The study.
+            trials: The new number of trials. Where a limit has ended the search, it no longer has any limit.
+            until: The new `search.until`.
+            hours: The new `search.hours`.
+
+        Raises:
+            UserError: A bound is wrong, there are more trials than that already, or the study is a grid.
+        """
         with self._database.transaction() as connection:
             exclude_others(connection)
             study = load_study(self._database, connection, study.study_id, study.name)
             count = num_slots(connection, study.study_id, kind="search")
-            if trials < count:
-                raise UserError(f"--trials must be at least {count}, which study {study.name!r} has, got {trials}")
-            self._save(connection, study, study.spec, trials=trials)
+            spec = rebounded_spec(study, count, trials=trials, until=until, hours=hours)
+            give_budget(self._database, connection, study, spec, trials=spec.num_trials)
 
     @retry_on_outage
     def retry_failed(self, study: StudyRecord) -> None:
@@ -154,20 +163,6 @@ class Studies:
             connection.execute(optuna_trials.update().where(is_theirs).values(reopened))
             connection.execute(slots_table.update().where(failed).values(FRESH | {"state": "waiting"}))
         self._database.storage.drop_cache()
-
-    def _save(self, connection: Connection, study: StudyRecord, spec: StudySpec, *, trials: int) -> None:
-        """Give the study this spec, its metadata, and a budget of `trials` or the one it has."""
-        lock_study(connection, study.study_id)
-        take_in(self._database, connection, study)
-        count = num_slots(connection, study.study_id, kind="search")
-        if trials > count:
-            drop_unclaimed(connection, study.study_id)
-            add_slots(connection, study.study_id, [new_slot(spec, {}) for _ in range(trials - count)])
-        frozen = spec.frozen()
-        if spec.search.sampler != "grid":
-            frozen["search"]["trials"] = max(trials, count)
-        saved = {"spec": json.dumps(frozen), "metadata": json.dumps(dict(study.metadata))}
-        connection.execute(studies_table.update().where(studies_table.c.study_id == study.study_id).values(saved))
 
     @retry_on_outage
     def stage_due(self, study: StudyRecord) -> str | None:

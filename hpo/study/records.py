@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 STATES = ("waiting", "running", "complete", "pruned", "diverged", "failed")
 KINDS = ("search", "confirm", "test")
+SEARCH_END = "search_end"  # the metadata with the reason of `StudyRecord.search_end`
 ENDED = ("complete", "pruned", "diverged", "failed")  # the states that a trial does not leave
 
 
@@ -34,6 +35,11 @@ class StudyRecord:
     def origin(self) -> str:
         """The uid of the study that it is a copy of, or else its own; it names the checkpoints, which a copy shares."""
         return str(self.metadata.get("origin", self.metadata["uid"]))
+
+    @property
+    def search_end(self) -> str | None:
+        """Why the search ended before it had had all of its trials, in words; None where it did not."""
+        return self.metadata.get(SEARCH_END)
 
     @property
     def key(self) -> str:

@@ -17,6 +17,7 @@ from hpo.system import provenance
 from hpo.train.config import derive_seed
 from hpo.train.failures import OUT_OF_MEMORY, failure_key, first_line, is_out_of_memory
 from hpo.workers.reporting import TrialEnd
+from hpo.workers.search_limits import SearchLimits
 from hpo.workers.stop_signal import StopSignal
 from hpo.workers.worker_device import DeviceFailed, WorkerDevice
 from hpo.workers.worker_handle import EXIT_RESTART
@@ -67,6 +68,7 @@ class HeldTrials:
         self._claims: set[Claim] = set()
         self._suspects: set[Claim] = set()  # claims that have the device to themselves for an epoch
         self._checkpoints: CheckpointFiles = NoCheckpointFiles()
+        self._limits = SearchLimits(store, study)
 
     # The worker
 
@@ -111,9 +113,13 @@ class HeldTrials:
     # A trial's way from its claim to its end
 
     def claim(self, *, num_held: int = 0) -> Claim | None:
-        """Claim a trial of the study; None where none waits for this worker, or the worker should leave."""
+        """Claim a trial of the study; None where none waits for this worker, or the worker should leave.
+
+        Before that, end the search where its limits are reached.
+        """
         if self._stop.is_set():
             return None
+        self._limits.end_search_if_reached()
         claim = self._store.trials.claim(self._study, self._worker_id, num_held=num_held)
         if claim is not None:
             self._claims.add(claim)

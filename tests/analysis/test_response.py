@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpo.analysis.response import MIN_RATES, REACH_DECADES, ObservedTrial, Response, fit_response
+from hpo.analysis.response import MIN_RATES, REACH_DECADES, ObservedTrial, Response, _expected_gain, fit_response
 
 LOW, HIGH = 1e-5, 1e-1
 
@@ -215,6 +215,28 @@ def test_the_sensitivity_is_the_mean_shortfall_over_the_range() -> None:
     assert response(halved).sensitivity == pytest.approx((0.9 - 0.1) / 2, abs=0.03)
 
 
+def test_what_is_known_leaves_little_to_gain_and_one_more_trial_brings_no_more_than_all_that_is_missing() -> None:
+    few = response(make_trials(np.geomspace(LOW, HIGH, 5), hill, noise=0.005))
+    many = response(make_trials(np.geomspace(LOW, HIGH, 40), hill, noise=0.005))
+    assert 0 <= many.gain < 0.001
+    assert few.gain > 0.005
+    assert many.shortfall < 0.003 < few.shortfall
+    for found in (few, many):
+        assert found.gain <= found.shortfall
+        assert (found.mirrored().gain, found.mirrored().shortfall) == (found.gain, found.shortfall)
+
+
+def test_the_expected_gain_is_that_of_two_rates_of_which_one_is_unknown() -> None:
+    # The value at the first rate is 0, at the second it is normal about 0: the better of the two is worth 0.4 of its
+    # deviation more, seen without noise; with as much noise as deviation, 1 / sqrt(2) of that.
+    worth = np.stack([np.zeros(40_000), np.random.default_rng(0).standard_normal(40_000)], axis=1)
+    for noise, gain in ((0.0, 0.4), (1.0, 0.4 / math.sqrt(2))):
+        found = _expected_gain(
+            worth, np.array([noise, noise]), np.array([-3.0, -2.0]), has_evidence=np.array([True, False])
+        )
+        assert found == pytest.approx(gain, abs=0.02)
+
+
 def test_a_flat_response_is_all_plateau() -> None:
     found = response(make_trials(EVENLY, lambda x: 0.8, noise=0.01))
     low, high = found.plateau
@@ -263,7 +285,17 @@ def test_json_has_the_keys_that_it_always_had() -> None:
 
 def test_in_figures_is_plain_data_without_the_curves() -> None:
     figures = response(make_trials(EVENLY, hill, diverged=[0.5])).summary_dict()
-    assert figures.keys() == {"best", "value", "interval", "plateau", "edge", "sensitivity", "noise"}
+    assert figures.keys() == {
+        "best",
+        "value",
+        "interval",
+        "plateau",
+        "edge",
+        "sensitivity",
+        "noise",
+        "shortfall",
+        "gain",
+    }
     assert figures["edge"].keys() == {"lr", "interval"}
 
 

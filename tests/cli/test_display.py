@@ -92,8 +92,10 @@ def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_
     assert re.fullmatch(r"validation accuracy of a trial, ± [\d.]+ percentage points from seed to seed", expected.note)
     (_, sgd_response) = found.responses[1]
     assert (other.label, other.fact) == ("with optimizer=sgd", f"{sgd_response.best:.2g}")
-    edge, trial = text.details
+    edge, gain, trial = text.details
     assert (edge.label, edge.fact) == ("half diverge at", f"{found.response.divergence_lr.lr:.2g}")
+    assert gain.label == "one more trial"
+    assert re.fullmatch(r"\+[\d.e-]+ percentage points", gain.fact)
     assert trial.fact == f"#{found.trial}, lr={found.params['lr']:.4g} optimizer=adam"
     assert trial.note.startswith(f"validation accuracy {100 * found.value:.2f} %, optimistic")
 

@@ -84,6 +84,15 @@ MISTAKES = {
     "[search]\ntry_first = [{}]": ["search.try_first[0] must name values"],
     "[search]\ntrials = 0": ["search.trials must be between 1 and 1,000,000, got 0"],
     "[search]\ntrials = -3": ["search.trials must be between 1 and 1,000,000, got -3"],
+    "[search]\nuntil = 0.3": [
+        "search.until must be a width of the interval or an expected shortfall, such as",
+        "got 0.3",
+    ],
+    "[search]\nuntil = '0.3 decade s'": ["search.until must be a width", "'0.3 decades' or '0.5 points', got"],
+    "[search]\nuntil = '0 points'": ["search.until must be greater than 0 and less than 100, got '0 points'"],
+    "[search]\nuntil = '4 decades'": ["search.until must be less than the 4 decades that search.space.lr has"],
+    "[search]\nhours = 0": ["search.hours must be greater than 0 and at most 100,000, got 0"],
+    "[search]\nhours = 'two'": ["search.hours must be a number, got 'two'"],
     "[search]\nsampler = 'grid'": ["search.space.lr.points must be at least 2 for sampler 'grid'"],
     "[search]\nsampler = 'cmaes'": ["'cmaes' needs at least 2 ranges", "got 1 (lr)"],
     "[search]\ntry_first = [{ lr = 1.0 }]": ["search.try_first[0].lr must be a number from 1e-05 to 0.1, got 1.0"],
@@ -118,6 +127,20 @@ def test_a_mistake_is_one_sentence_naming_setting_rule_and_value(added: str, tmp
         assert part in message
     assert "\n" not in message
     assert str(path) in message
+
+
+def test_a_goal_needs_a_learning_rate_and_percentage_points_an_accuracy() -> None:
+    search = {"until": "1 point", "space": {"lr": [0.1, 0.2]}}
+    loop = {"function": "m:f", "metric": "val_loss", "direction": "minimize"}
+    with pytest.raises(
+        UserError, match=r"search\.until must be in decades where the metric is no accuracy but 'val_loss'"
+    ):
+        StudySpec.from_dict({"name": "s", "search": search, "objective": loop})
+    search = {"until": "1 point", "space": {"batch_size": [32, 64]}}
+    with pytest.raises(UserError, match=r"search\.until needs a learning rate, search\.space\.lr"):
+        StudySpec.from_dict({"name": "s", "search": search, "training": {"lr": 0.1}})
+    for auto in ("0.3 decades", "1 decade", ".5 points"):
+        StudySpec.from_dict({"name": "s", "search": {"until": auto, "space": {"lr": "auto"}}})
 
 
 SPACES = {

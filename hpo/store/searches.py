@@ -1,0 +1,156 @@
+"""How far a search is, and its end before it has had all of its trials: by `search.until` or `search.hours`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from hpo.config.study_spec import StudySpec
+from hpo.errors import UserError
+from hpo.search import proposals
+from hpo.store.database import Database
+from hpo.store.enqueued import take_in
+from hpo.store.reading import load_study
+from hpo.store.retry import retry_on_outage
+from hpo.store.schema import attempts_table, slots_table, studies_table, workers_table
+from hpo.store.slots import add_slots, drop_unclaimed, lock_study, new_slot, num_slots
+from hpo.study.records import ENDED, SEARCH_END, StudyRecord
+
+SECONDS_PER_HOUR = 3600
+
+
+class SearchProgress(NamedTuple):
+    """How far a search is."""
+
+    num_unbegun: int  # trials that nobody has claimed yet
+    num_ended: int
+
+
+class Searches:
+    """The searches of the studies in a database. Any thread and any process may call any method."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.retry = database.retry
+
+    @retry_on_outage
+    def progress(self, study: StudyRecord) -> SearchProgress:
+        """Return how far the study's search is."""
+        with self._database.connect() as connection:
+            num_unbegun = connection.execute(sa.select(sa.func.count()).where(_is_unbegun(study.study_id))).scalar_one()
+            is_ended = _is_searched(study.study_id) & slots_table.c.state.in_(ENDED)
+            num_ended = connection.execute(sa.select(sa.func.count()).where(is_ended)).scalar_one()
+            return SearchProgress(num_unbegun, num_ended)
+
+    @retry_on_outage
+    def hours_in_training(self, study: StudyRecord) -> float:
+        """Return for how long at least one trial of the search was in training, in hours.
+
+        The time between a stop and the next start does not count, and of two workers at once neither counts twice.
+        Where an attempt was lost with its worker, it lasted until the worker's last sign of life.
+        """
+        attempts, seen_at = attempts_table.c, workers_table.c.seen_at
+        is_of_slot = (slots_table.c.study_id == attempts.study_id) & (slots_table.c.number == attempts.number)
+        query = (
+            sa.select(attempts.began_at, attempts.ended_at, attempts.outcome, seen_at)
+            .join(slots_table, is_of_slot)
+            .outerjoin(workers_table, workers_table.c.worker_id == attempts.worker_id)
+            .where(_is_searched(study.study_id))
+        )
+        with self._database.connect() as connection:
+            spans = [
+                (row.began_at, (row.seen_at or row.began_at) if row.outcome in (None, "lost") else row.ended_at)
+                for row in connection.execute(query)
+            ]
+        return _covered(spans) / SECONDS_PER_HOUR
+
+    @retry_on_outage
+    def end(self, study: StudyRecord, reason: str) -> None:
+        """End the search: drop the trials that nobody has begun, and keep the reason with the study.
+
+        Trials that have begun are trained to their end. Nothing is done where the study has other limits by now than
+        the caller knows, or no such trial is left.
+        """
+        with self._database.transaction() as connection:
+            lock_study(connection, study.study_id)
+            known = load_study(self._database, connection, study.study_id, study.name)
+            if known.spec.search.limits != study.spec.search.limits:
+                return
+            if connection.execute(slots_table.delete().where(_is_unbegun(study.study_id))).rowcount:
+                save_study(connection, study, known.spec, {**known.metadata, SEARCH_END: reason})
+
+
+def give_budget(
+    database: Database, connection: Connection, study: StudyRecord, spec: StudySpec, *, trials: int
+) -> None:
+    """Give the study this spec, its metadata, and a budget of `trials` or the one it has.
+
+    A search that its limits have ended stays ended, unless the spec has other limits.
+    """
+    lock_study(connection, study.study_id)
+    take_in(database, connection, study)
+    count = num_slots(connection, study.study_id, kind="search")
+    metadata = dict(study.metadata)
+    if spec.search.limits != study.spec.search.limits:
+        metadata.pop(SEARCH_END, None)
+    frozen = spec.frozen()
+    if spec.search.sampler != "grid":
+        frozen["search"]["trials"] = max(trials, count)
+        spec = StudySpec.from_dict(frozen)
+    if trials > count and SEARCH_END not in metadata:
+        drop_unclaimed(connection, study.study_id)
+        left = proposals.values_left(spec, _given_values(connection, study.study_id))
+        add_slots(connection, study.study_id, [new_slot(spec, values) for values in left])
+    save_study(connection, study, spec, metadata)
+
+
+def rebounded_spec(
+    study: StudyRecord, count: int, *, trials: int | None, until: str | None, hours: float | None
+) -> StudySpec:
+    """Return the spec of a study that has `count` trials, with other bounds of its search; see `Studies.enlarge`."""
+    search = study.spec.frozen()["search"]
+    if trials is not None:
+        if study.spec.search.sampler == "grid" and trials != study.spec.num_trials:
+            raise UserError(f"--trials cannot enlarge a grid; study {study.name!r} has {study.spec.num_trials} points")
+        if trials < count:
+            raise UserError(f"--trials must be at least {count}, which study {study.name!r} has, got {trials}")
+        search["trials"] = trials
+        if study.search_end is not None:
+            search = {key: value for key, value in search.items() if key not in ("until", "hours")}
+    given = {"until": until, "hours": hours}
+    search |= {key: value for key, value in given.items() if value is not None}
+    return StudySpec.from_dict(study.spec.frozen() | {"search": search})
+
+
+def save_study(connection: Connection, study: StudyRecord, spec: StudySpec, metadata: Mapping[str, Any]) -> None:
+    """Write the spec and the metadata of a study."""
+    saved = {"spec": json.dumps(spec.frozen()), "metadata": json.dumps(dict(metadata))}
+    connection.execute(studies_table.update().where(studies_table.c.study_id == study.study_id).values(saved))
+
+
+def _is_searched(study_id: int) -> sa.ColumnElement[bool]:
+    return (slots_table.c.study_id == study_id) & (slots_table.c.kind == "search")
+
+
+def _is_unbegun(study_id: int) -> sa.ColumnElement[bool]:
+    return _is_searched(study_id) & slots_table.c.trial_id.is_(None)
+
+
+def _given_values(connection: Connection, study_id: int) -> list[dict[str, Any]]:
+    """Return the values that each trial of the search was given, in order."""
+    query = sa.select(slots_table.c.given).where(_is_searched(study_id)).order_by(slots_table.c.number)
+    return [proposals.values_from_optuna(json.loads(given)) for given in connection.execute(query).scalars()]
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return how much of a line these spans cover, each from its first to its last point."""
+    total, reached = 0.0, -math.inf
+    for first, last in sorted(spans):
+        total += max(0.0, last - max(first, reached))
+        reached = max(reached, last)
+    return total
