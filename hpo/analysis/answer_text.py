@@ -243,6 +243,10 @@ def _seeds_lines(study: StudyRecord, confirmation: Confirmation) -> Iterator[Ans
         extreme = "high" if direction_sign(study) > 0 else "low"
         note = f"too {extreme}, as the best of several; expect {value_text(value, study)}"
         yield AnswerLine("mean of seeds", value_text(winner.mean, study), note)
+    if study.spec.confirm and any(len(rate.values) < study.spec.confirm.seeds for rate in confirmation.candidates):
+        counts = [f"{params_text(rate.params)} on {len(rate.values)}" for rate in confirmation.candidates]
+        note = f"of at most {study.spec.confirm.seeds}: what really is worse gets no more"
+        yield AnswerLine("seeds", "; ".join(counts), note)
     for candidate in confirmation.candidates:
         if candidate.num_diverged:
             diverged = f"{candidate.num_diverged} of {plural(len(candidate.values), 'seed')}"

@@ -1,10 +1,10 @@
 """Confirmation: what came of the best learning rates of a search when they were trained again on fresh seeds.
 
 The best trial of a search is the luckiest of many: it was chosen by the value that it is then praised for. So
-`confirm.top` different learning rates are each trained in full on `confirm.seeds` seeds that no trial of the search
-had, the same seeds for each. The highest mean of their values wins. Only then are the winner's networks measured on the
-test set, once. These trials follow those of the search in its study. They are never pruned, and no sampler or pruner is
-shown them.
+`confirm.top` different learning rates are each trained in full on seeds that no trial of the search had, the same seeds
+for each: up to `confirm.seeds`, as long as the race over seeds (`hpo.study.seed_race`) needs more. The highest mean of
+their values wins. Only then are the winner's networks measured on the test set, once. These trials follow those of the
+search in its study. They are never pruned, and no sampler or pruner is shown them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from hpo.analysis.text import rate_text
 from hpo.analysis.trials import direction_sign, is_rate
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
+from hpo.study.seed_race import SeedResults, find_lead
 from hpo.study.stages import latest
 
-VERDICT_CONFIDENCE = 0.95  # that the winner is not the better of two equals by luck alone
 STANDARD_CONFIDENCE = 0.6827  # the share of a normal distribution within one standard deviation
 
 
@@ -42,12 +42,13 @@ class RunnerUp:
     The winner was chosen as the best of several, so either of the two might have led. The two-sided interval allows for
     that: however many equally good rates are compared, it calls the second worse in at most 5 % of confirmations
     (Gutmann and Maymin, Annals of Statistics 15, 1987; Hung and Fithian, Annals of Statistics 47, 2019). It is wrong
-    most often where only two are equal: a third one that comes near makes the lead smaller.
+    most often where only two are equal: a third one that comes near makes the lead smaller. It also allows for the
+    looks after earlier seeds, see `hpo.study.seed_race`.
     """
 
     params: Mapping[str, Any]
     difference: float
-    interval: tuple[float, float]  # holds the true difference with VERDICT_CONFIDENCE, by Student's t
+    interval: tuple[float, float]  # holds the true difference, at this look and the others, with 95 % confidence
     is_worse: bool  # the whole interval is above 0
 
 
@@ -110,11 +111,12 @@ def find_confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, sear
     sign = direction_sign(study)
     candidates = [_candidate(group) for group in _group_by_params(confirming)]
     measured = [candidate for candidate in candidates if candidate.mean is not None]
-    ranked = sorted(measured, key=lambda candidate: (candidate.num_diverged, -sign * _mean_of(candidate)))
+    # Those that left the race over seeds before others are behind them.
+    ranked = sorted(
+        measured, key=lambda candidate: (-len(candidate.values), candidate.num_diverged, -sign * _mean_of(candidate))
+    )
     rivals = [candidate for candidate in ranked if candidate.num_diverged == ranked[0].num_diverged]
-    num_val = study.metadata.get("num_val")
-    grain = 1 / num_val if num_val and not study.spec.objective else 0.0  # of an accuracy: one image
-    value, error = _expected_value(rivals, grain=grain)
+    value, error = _expected_value(rivals, grain=study.grain)
     tests = [
         trial.curves["test_accuracy"][-1] for trial in following if trial.kind == "test" and trial.state == "complete"
     ]
@@ -124,7 +126,7 @@ def find_confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, sear
         value=value,
         standard_error=error,
         inflation=sign * (search_value - value),
-        runner_up=_runner_up(rivals, sign=sign, grain=grain),
+        runner_up=_runner_up(study, rivals, sign=sign),
         test_value=statistics.fmean(tested) if tested else None,
         test_standard_error=_student_error(statistics.stdev(tested), len(tested)) if len(tested) > 1 else None,
     )
@@ -180,21 +182,16 @@ def _signal_share(noise: float, spread: float) -> float:
     return 1 - min(1.0, noise / spread) ** 2 if spread else 0.0
 
 
-def _runner_up(rivals: Sequence[Candidate], *, sign: int, grain: float) -> RunnerUp | None:
+def _runner_up(study: StudyRecord, rivals: Sequence[Candidate], *, sign: int) -> RunnerUp | None:
     if len(rivals) < 2:
         return None
-    from scipy.stats import t
-
-    winner, second = rivals[:2]
-    pairs = zip(winner.values, second.values, strict=True)
-    differences = [sign * (won - lost) for won, lost in pairs if won is not None and lost is not None]
-    if len(differences) < 2:
-        return None
-    mean, count = statistics.fmean(differences), len(differences)
-    deviation = math.hypot(*(difference - mean for difference in differences)) / math.sqrt(count - 1)
-    deviation = max(deviation, grain / math.sqrt(6))
-    reach = float(t.ppf((1 + VERDICT_CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
-    return RunnerUp(second.params, mean, (mean - reach, mean + reach), is_worse=mean - reach > 0)
+    max_seeds = study.spec.confirm.seeds if study.spec.confirm else len(rivals[0].values)
+    won, second = (
+        SeedResults([None if value is None else sign * value for value in rival.values], rival.num_diverged)
+        for rival in rivals[:2]
+    )
+    lead = find_lead(won, second, max_seeds=max_seeds, grain=study.grain)
+    return None if lead is None else RunnerUp(rivals[1].params, lead.mean, lead.interval, is_worse=lead.is_certain)
 
 
 def _student_error(deviation: float, count: int, *, freedom: int | None = None) -> float:

@@ -21,8 +21,9 @@ def plan_due_trials(study: StudyRecord, trials: Sequence[TrialRecord], answer: B
     stage = due(study, trials)
     if stage == "confirm":
         used = [trial.replicate + 1 for trial in trials if trial.replicate is not None]
+        chosen = candidates(study, trials, answer)
         seeds = range(max(used, default=0), max(used, default=0) + study.spec.confirm.seeds)
-        return [Planned(stage, params, seed) for params in candidates(study, trials, answer) for seed in seeds]
+        return [Planned(stage, params, seed) for seed in seeds for params in chosen]
     if stage == "test":
         assert answer.confirmation is not None
         tested = [trial for trial in trials if trial.number in answer.confirmation.winner.trials]

@@ -16,7 +16,7 @@ def study_text(study: StudyRecord) -> str:
     spec, metadata = study.spec, study.metadata
     text = f"{budget_text(study)}, {spec.search.sampler} over {', '.join(spec.search.parameters)}"
     if spec.confirm:
-        text += f", then the best {spec.confirm.top} on {spec.confirm.seeds} seeds each"
+        text += f", then the best {spec.confirm.top} on up to {spec.confirm.seeds} seeds each"
     if "num_parameters" in metadata:
         text += (
             f"; {spec.model.name} ({metadata['num_parameters']:,} parameters) on {spec.data.name} "

@@ -46,10 +46,10 @@ class EngineSpec(Section):
 
 
 class ConfirmSpec(Section):
-    """How many of the best learning rates are trained again after the search, and on how many fresh seeds each."""
+    """How many of the best learning rates are trained again after the search, and on how many fresh seeds."""
 
     top: Annotated[int, Field(ge=1, description="How many of the best learning rates are trained again.")] = 3
-    seeds: Annotated[int, Field(ge=2, le=1000, description="On how many fresh seeds each, the same for all.")] = 5
+    seeds: Annotated[int, Field(ge=2, le=1000, description="On how many fresh seeds at most, the same for all.")] = 5
 
 
 class CheckpointsSpec(Section):

@@ -13,8 +13,12 @@ from hpo.store.schema import attempts_table, select_all, slots_table, workers_ta
 from hpo.study.records import Claim
 
 
-def choose_slot(connection: Connection, study_id: int, worker_id: str, *, num_held: int, at: float) -> Any | None:
+def choose_slot(
+    connection: Connection, study_id: int, worker_id: str, *, num_held: int, last_seed: int | None = None, at: float
+) -> Any | None:
     """Return the row of the waiting slot that the worker should claim, or None where none suits it.
+
+    Of those that confirm, only the seeds up to `last_seed` are in turn.
 
     A trial that keeps killing workers is claimed after those that do not, so that it does not keep the study from them,
     and never alongside others, which would pay for it. One that ran out of memory is claimed last, and only by a worker
@@ -24,6 +28,8 @@ def choose_slot(connection: Connection, study_id: int, worker_id: str, *, num_he
     if any(row.exclusive for row in neighbours):
         return None
     waiting = select_all(slots_table).where(slots_table.c.study_id == study_id, slots_table.c.state == "waiting")
+    if last_seed is not None:
+        waiting = waiting.where((slots_table.c.kind != "confirm") | (slots_table.c.replicate <= last_seed))
     fits = slots_table.c.exclusive == 0
     kinds: list[sa.ColumnElement[bool]]
     if num_held:

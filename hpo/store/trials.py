@@ -12,6 +12,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.search import proposals, samplers
 from hpo.store.claiming import choose_slot, take_slot
 from hpo.store.conditions import is_attempt, is_slot
+from hpo.store.confirming import last_seed_in_turn
 from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
@@ -24,6 +25,7 @@ from hpo.store.slots import count_slots, lock_study, num_enqueued, num_slots, sl
 from hpo.store.suggesting import BufferedStorage, sampling_study
 from hpo.study import stages
 from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord
+from hpo.study.seed_race import FIRST_SEEDS
 from hpo.train.failures import OUT_OF_MEMORY
 
 
@@ -58,7 +60,8 @@ class Trials:
                 return None
             take_in(self._database, connection, study)
             at = self._database.now(connection)
-            row = choose_slot(connection, study.study_id, worker_id, num_held=num_held, at=at)
+            last_seed = last_seed_in_turn(self._database, connection, study)
+            row = choose_slot(connection, study.study_id, worker_id, num_held=num_held, last_seed=last_seed, at=at)
             if row is None:
                 return None
             refuse_damage(self._database.url, study.name, slots_table, [row])
@@ -268,7 +271,7 @@ class Trials:
         num_waiting = sum(slot.state == "waiting" for slot in slots)
         if confirm is None or not stages.num_left(study, slots):
             return num_waiting
-        return max(num_waiting, confirm.top * confirm.seeds)
+        return max(num_waiting, confirm.top * min(confirm.seeds, FIRST_SEEDS))
 
     @retry_on_outage
     def untested(self, study: StudyRecord) -> set[int]:

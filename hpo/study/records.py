@@ -42,6 +42,12 @@ class StudyRecord:
         return self.metadata.get(SEARCH_END)
 
     @property
+    def grain(self) -> float:
+        """The smallest difference of two values, if it is known: an accuracy can differ by one validation image."""
+        num_val = self.metadata.get("num_val")
+        return 1 / num_val if num_val and not self.spec.objective else 0.0
+
+    @property
     def key(self) -> str:
         """Its name and its uid, which no other study of that name has: it names the study's folders."""
         return f"{self.name}-{self.metadata['uid']}"

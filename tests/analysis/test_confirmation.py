@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hpo.analysis.answer import find_best
-from hpo.analysis.answer_text import answer_lines
+from hpo.analysis.answer_text import answer_lines, confirmation_lines
 from hpo.analysis.comparison import compare_answers
 from hpo.analysis.confirmation import Confirmation, find_confirmation
 from hpo.analysis.text import rate_text
@@ -51,6 +51,21 @@ def test_the_runner_up_is_compared_seed_by_seed(other: list[float | str], is_wor
     assert found.runner_up is not None
     assert found.runner_up.is_worse == is_worse
     assert found.runner_up.interval[0] < found.runner_up.difference < found.runner_up.interval[1]
+
+
+def test_a_rate_that_left_the_race_is_behind_others_and_the_answer_says_who_got_how_many_seeds() -> None:
+    study = make_study(top=2, seeds=5)
+    found = confirmed(study, [0.90, 0.89, 0.91, 0.70, 0.70], [0.85, 0.84, 0.86])  # its mean is the better one by now
+    assert found.winner.params == {"lr": 1e-3}
+    assert found.runner_up is not None
+    assert found.runner_up.is_worse
+    assert found.runner_up.difference == pytest.approx(0.05)
+    seeds = [line for line in confirmation_lines(study, found) if line.label == "seeds"]
+    assert [str(line) for line in seeds] == [
+        "lr=0.001 on 5; lr=0.01 on 3 (of at most 5: what really is worse gets no more)"
+    ]
+    every = confirmed(make_study(top=2, seeds=3), [0.90, 0.89, 0.91], [0.85, 0.84, 0.86])
+    assert "seeds" not in {line.label for line in confirmation_lines(make_study(top=2, seeds=3), every)}
 
 
 def test_nothing_is_said_before_all_have_ended_or_where_none_completed() -> None:

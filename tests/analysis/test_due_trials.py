@@ -64,7 +64,7 @@ def test_every_rate_gets_the_same_seeds_and_the_winners_networks_are_tested() ->
     assert found is not None
     planned = plan_due_trials(study, trials, found)
     assert [(one.kind, one.params["lr"], one.replicate) for one in planned] == [
-        ("confirm", rate, seed) for rate in (1e-3, 1e-2) for seed in range(3)
+        ("confirm", rate, seed) for seed in range(3) for rate in (1e-3, 1e-2)
     ]
     trials += again(trials, [0.8, 0.7, "failed"], [0.9, 0.85, 0.95], params=[{"lr": 1e-3}, {"lr": 1e-2}])
     found = find_best(study, trials)
