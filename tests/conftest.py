@@ -7,6 +7,7 @@ The tests run in several processes (pytest-xdist). This file marks them, decides
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import alembic.util
 import pytest
 import sqlalchemy as sa
 import tomli_w
@@ -44,6 +46,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # aborted it (Ray 2.60), a minute later and in the middle of another test.
 os.environ.setdefault("RAY_enable_open_telemetry", "0")
 os.environ.setdefault("RAY_enable_metrics_collection", "0")
+# A store is opened a thousand times here, and each time Optuna's ten migrations would be loaded twice.
+alembic.util.load_python_file = functools.cache(alembic.util.load_python_file)  # type: ignore[assignment]
 REPOSITORY = Path(__file__).parents[1]
 CHROMIUM_FLAGS = [
     "--headless",

@@ -230,6 +230,7 @@ def test_what_is_wrong_with_a_later_study_is_said_before_the_first_is_trained(hp
     assert not (hpo.folder / "hpo.db").exists()
 
 
+@pytest.mark.slow
 def test_a_study_without_an_answer_does_not_keep_the_others_from_theirs(hpo: Hpo) -> None:
     (hpo.folder / "loop.py").write_text(LOOP)
     more = '[[compare]]\nname = "broken"\ntraining.epochs = 3\n[[compare]]\nname = "last"\ntraining.seed = 4\n'

@@ -160,6 +160,7 @@ def test_nothing_is_written_where_the_range_test_fails(tmp_path: Path, monkeypat
     assert not (tmp_path / "hpo.db").exists()
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_it_finds_the_same() -> None:
     (cpu,) = choose_devices("cpu")
     config = make_spec().trial_config({}, seed=0)

@@ -258,6 +258,7 @@ def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return str(folder / "venv/bin/python"), {**os.environ, "PYTHONPATH": str(packages)}
 
 
+@pytest.mark.slow
 def test_every_section_can_be_imported_with_torch_alone(bare_machine: Machine, gpu_day: Any) -> None:
     python, environment = bare_machine
     modules = [f"scripts.gpu_day.sections.{name}" for name in gpu_day("day").SECTIONS]

@@ -147,6 +147,7 @@ def test_cmaes_proposes_what_optunas_own_does(tmp_path: Path, monkeypatch: pytes
     assert {"complete", "diverged"} == {trial["state"] for trial in ours}
 
 
+@pytest.mark.slow
 def test_cmaes_is_told_alike_by_every_worker_and_a_generation_that_is_full_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from hpo.store.store import Store
 from tests.store.helpers import MakeSpec, begin, claim, only_postgres, only_sqlite, report, slow_on_postgres, url_of
 
 
+@pytest.mark.slow
 @slow_on_postgres
 def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(search={"trials": 30, "sampler": "tpe"}, pruner={"name": "median"}))

@@ -220,6 +220,7 @@ folder.save(engine.checkpoint(lane))
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_exactly(noisy: TrialConfig, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     whole = train_and_save(noisy, tmp_path)
@@ -563,6 +564,7 @@ def start(writers: subprocess.Popen[str], *, num_writers: int = 1, first: int, l
     writers.stdin.flush()
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_or_the_one_before(
     writers: subprocess.Popen[str], checkpoints: CheckpointFolder, folder: Path
 ) -> None:

@@ -96,6 +96,7 @@ def is_finished(hpo: Hpo, num_trials: int) -> bool:
 # Counts
 
 
+@pytest.mark.slow
 def test_a_grid_of_12_points_and_4_workers_is_12_trials_each_point_once(hpo: Hpo, make_spec: MakeSpec) -> None:
     hpo.write(make_spec(*TWELVE), QUICK)
     exit_code, output = hpo.run(*RUN, "--workers", "4")
@@ -174,6 +175,7 @@ def test_a_study_whose_command_was_killed_goes_on_to_the_same_counts(
 # Workers that die
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced_and_its_trial_trained_again(
     hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor
 ) -> None:
@@ -229,6 +231,7 @@ def test_a_trial_that_gets_its_worker_killed_keeps_the_study_neither_from_the_ot
     ]
 
 
+@pytest.mark.slow
 def test_a_loop_may_have_processes_of_its_own_and_leaves_none_behind(
     hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor
 ) -> None:
@@ -318,6 +321,7 @@ def test_a_sick_worker_beside_a_healthy_one_fails_no_trial_and_the_study_complet
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.slow
 @needs_no_gpu
 def test_where_no_device_can_be_used_the_command_says_so_before_it_writes_anything(
     hpo: Hpo, make_spec: MakeSpec
@@ -332,6 +336,7 @@ def test_where_no_device_can_be_used_the_command_says_so_before_it_writes_anythi
     assert hpo.worker_pids() == []
 
 
+@pytest.mark.slow
 @needs_no_gpu
 def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentence(
     hpo: Hpo, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch

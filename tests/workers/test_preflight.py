@@ -57,6 +57,7 @@ CPU = Device("cpu", "cpu", "a CPU", None)
 SICK = Device("cuda:0", "cuda", "NVIDIA H100", None, uuid="GPU-aaaa0000")
 
 
+@pytest.mark.slow
 @needs_no_gpu
 def test_a_device_that_cannot_be_used_is_found_before_training_and_the_others_do_without_it(
     caplog: pytest.LogCaptureFixture,

@@ -153,6 +153,7 @@ def test_a_worker_saves_as_often_as_saving_is_cheap(
     assert saves == [(0, 1), (0, 4), (0, 7), (0, 9)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_epochs", "prompt_reports")
 def test_trials_of_a_stack_share_the_time_that_saving_may_take(
     store: Store, monkeypatch: pytest.MonkeyPatch, saves: list[tuple[int, int]]

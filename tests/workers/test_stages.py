@@ -111,6 +111,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_the_same_time_add_it_once(
     store: Store, url: str, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
@@ -281,12 +282,11 @@ def test_a_study_that_is_killed_while_it_is_confirmed_goes_on_to_the_same_counts
     hpo: Hpo, make_spec: MakeSpec, wait_for: WaitFor
 ) -> None:
     hpo.write(make_spec(0.1, 0.2, 0.4, confirm={"top": 2, "seeds": 3}), SLOW)
+    store = Store(hpo.url, create=True)  # once: to make tables takes SQLite's lock, again and again the only one
 
     def num_confirmed() -> int:
-        if not (hpo.folder / "hpo.db").exists():
-            return 0
-        with_study = [study for study in Store(hpo.url, create=True).studies.get_all() if study.name == "s"]
-        trials = Store(hpo.url).trials.get_all(with_study[0]) if with_study else []
+        with_study = [study for study in store.studies.get_all() if study.name == "s"]
+        trials = store.trials.get_all(with_study[0]) if with_study else []
         return sum(trial.kind == "confirm" and trial.state == "complete" for trial in trials)
 
     for wanted in (1, 4):
@@ -384,6 +384,7 @@ def test_the_winners_networks_are_measured_on_it_once_and_not_trained_again(tmp_
     assert kept in ({"000000"}, {"000001"})  # the best of the search; of those that confirm, nothing once tested
 
 
+@pytest.mark.slow
 def test_where_no_checkpoint_is_found_the_winner_is_trained_again_to_the_same_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

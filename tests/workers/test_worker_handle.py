@@ -100,6 +100,7 @@ def test_a_worker_that_was_started_early_says_that_its_device_cannot_be_used(tmp
     worker.dismiss()
 
 
+@pytest.mark.slow
 @needs_no_gpu
 def test_a_worker_that_was_told_to_begin_before_its_device_failed_ends_as_one_whose_device_fails_later(
     tmp_path: Path, wait_for: Callable[..., Any]
