@@ -26,7 +26,7 @@ from hpo.analysis.trials import (
 from hpo.analysis.warnings import StudyWarning, find_warnings
 from hpo.study.records import StudyRecord, TrialRecord
 
-OBSERVED = (*TRAINED, "running")  # states of trials that say something about their learning rate
+OBSERVED = (*TRAINED, "running", "waiting")  # states of trials that say something about their learning rate
 
 
 @dataclass(frozen=True)

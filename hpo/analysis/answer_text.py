@@ -107,7 +107,7 @@ def _findings(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:
     if confirmation is not None:
         yield from _confirmed_lines(study, confirmation)
     if response is not None:
-        yield _interval_line(response, answer)
+        yield _interval_line(study, response, answer)
         if confirmation is None:
             yield _expected_line(study, response)
     elif confirmation is None:
@@ -134,14 +134,16 @@ def _findings(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:
 def response_lines(study: StudyRecord, answer: Best, response: Response) -> list[AnswerLine]:
     """Return what one of the responses of an answer says, its best learning rate first."""
     label = "the search points to" if answer.confirmation else "best learning rate"
-    lines = [_interval_line(response, answer), _expected_line(study, response), *_edge_lines(response)]
+    lines = [_interval_line(study, response, answer), _expected_line(study, response), *_edge_lines(response)]
     return [AnswerLine(label, rate_text(response.best)), *lines]
 
 
-def _interval_line(response: Response, answer: Best) -> AnswerLine:
+def _interval_line(study: StudyRecord, response: Response, answer: Best) -> AnswerLine:
     low, high = response.interval
     if answer.is_open(response):
-        note = "any of these may be best: try more rates"
+        is_race = study.spec.search.sampler == "race"
+        remedy = "repeat the race with a larger search.trainings" if is_race else "try more rates"
+        note = f"any of these may be best: {remedy}"
     elif rate_text(response.plateau[0]) == rate_text(response.plateau[1]):
         note = "no other rate does as well"
     elif answer.confirmation is None:

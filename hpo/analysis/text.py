@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpo.analysis.response import CONFIDENCE
+from hpo.search.race import course_of
 from hpo.study.records import StudyRecord, TrialRecord
 
 METRICS = {"val_accuracy": "validation accuracy", "val_loss": "validation loss"}  # in sentences
@@ -29,6 +30,8 @@ def study_text(study: StudyRecord) -> str:
 def budget_text(study: StudyRecord) -> str:
     """Return how many trials the search has at most, and what may end it before."""
     search, num_trials = study.spec.search, study.spec.num_trials
+    if (course := course_of(study.spec)) is not None:
+        return f"{num_trials} trials in {course.budget} epochs"
     hours = None if search.hours is None else f"{search.hours:g} h in training"
     limits = [limit for limit in (search.until, hours) if limit is not None]
     return f"at most {num_trials} trials, until {' or '.join(limits)}" if limits else f"{num_trials} trials"

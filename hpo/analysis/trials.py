@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from hpo.search.race import course_of
 from hpo.search.space import Conditional
-from hpo.study.records import StudyRecord, TrialRecord
+from hpo.study.records import ENDED, StudyRecord, TrialRecord
 
 TRAINED = ("complete", "pruned", "diverged")  # final states that say something about a learning rate
 
@@ -26,6 +27,17 @@ def best_trial(study: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord
     complete = [trial for trial in search_trials(trials) if trial.state == "complete" and trial.value is not None]
     sign = direction_sign(study)
     return min(complete, key=lambda trial: (-sign * value_of(trial), _last_loss(trial), trial.number), default=None)
+
+
+def race_progress(study: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[int, int] | None:
+    """Return how many epochs a race has trained and its budget; None where it is over, or the sampler is another one.
+
+    Its trials wait for each other: how many of them have ended says nothing of how far it has come.
+    """
+    course, searched = course_of(study.spec), search_trials(trials)
+    if course is None or all(trial.state in ENDED for trial in searched):
+        return None
+    return sum(max(trial.epochs, default=0) for trial in searched), course.budget
 
 
 def rate_bounds(study: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[float, float]:

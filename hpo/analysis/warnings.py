@@ -212,10 +212,11 @@ def _pruned_away(context: WarningContext) -> str | None:
     ]
     if not better:
         return None
-    return (
-        f"more is expected of learning rates about {rate_text(min(better))} to {rate_text(max(better))}, where every "
-        "trial was pruned: compare them later, with a larger pruner.min_epochs or pruner.warmup_epochs"
-    )
+    remedy = "every trial was pruned: compare them later, with a larger pruner.min_epochs or pruner.warmup_epochs"
+    if context.study.spec.search.sampler == "race":
+        remedy = "the race has dropped every trial: repeat it with a larger search.trainings"
+    rates = f"{rate_text(min(better))} to {rate_text(max(better))}"
+    return f"more is expected of learning rates about {rates}, where {remedy}"
 
 
 def _distance(lr: float, others: Sequence[float]) -> float:

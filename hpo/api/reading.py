@@ -14,6 +14,7 @@ from hpo.analysis.answer import Best
 from hpo.analysis.comparison import Comparison
 from hpo.analysis.peak import find_peak
 from hpo.analysis.text import no_answer_text, search_end_text
+from hpo.analysis.trials import race_progress
 from hpo.api.stores import open_study, storage_url
 from hpo.errors import StudyStopped, UserError
 from hpo.store.retry import STORE_ERRORS
@@ -65,11 +66,12 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
 
     Returns:
-        Plain data: the number of trials in each state (`trials`), whether and why it was stopped (`stop`) and its
-        search ended early (`search_end`), the best trial so far (`best`), where the highest response is expected
-        (`peak`), the living `workers`, each with the trial and epoch of each of its lanes and the seconds since its
-        last sign of life (`seen_s`), and the `failed_devices`, with the number of their failures since the study was
-        started and the reason of the latest.
+        Plain data: the number of trials in each state (`trials`), the epochs that a `race` has trained and its budget
+        (None where it is over, or the sampler is another one), whether and why it was stopped (`stop`) and its search
+        ended early (`search_end`), the best trial so far (`best`), where the highest response is expected (`peak`), the
+        living `workers`, each with the trial and epoch of each of its lanes and the seconds since its last sign of life
+        (`seen_s`), and the `failed_devices`, with the number of their failures since the study was started and the
+        reason of the latest.
 
     Raises:
         UserError: There is no such study.
@@ -79,10 +81,12 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         store.workers.reap(study)
     all_trials = store.trials.get_all(study)
     found, peak = analysis.find_best(study, all_trials), find_peak(study, all_trials)
+    race = race_progress(study, all_trials)
     return {
         "study": name,
         "storage": str(store.url),
         "trials": dict(Counter(trial.state for trial in all_trials)),
+        "race": None if race is None else {"epochs": race[0], "budget": race[1]},
         "stop": study.stop,
         "stop_reason": study.stop_reason,
         "search_end": search_end_text(study, all_trials),

@@ -428,4 +428,6 @@ def _has_work(store: Store, study: StudyRecord) -> bool:
         counts = store.trials.counts(study.study_id)
     except UserError:
         return True
-    return "waiting" in counts or ("running" not in counts and store.trials.num_left(study) > 0)
+    if "running" in counts:
+        return store.workers.num_claimable(study) > 0
+    return "waiting" in counts or store.trials.num_left(study) > 0

@@ -33,7 +33,7 @@ from hpo.analysis.text import (
     study_text,
     value_text,
 )
-from hpo.analysis.trials import best_trial, search_trials
+from hpo.analysis.trials import best_trial, race_progress, search_trials
 from hpo.cli.console import PlainConsole, make_console, make_table, print_table, styled
 from hpo.store.store import Store
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
@@ -137,8 +137,9 @@ class LiveDisplay:
         for line in range_test_lines(study):
             self._console.print(line, soft_wrap=True)
         trials = store.trials.get_all(study)
-        if done := sum(trial.state in ENDED for trial in trials):
-            self._console.print(f"going on: {done} of {len(trials)} trials are done already")
+        done, total, unit = _amount_done(study, trials)
+        if done:
+            self._console.print(f"going on: {done} of {total} {unit} are done already")
         self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
         self._announced |= {
             key for key, members in _stages(trials).items() if all(trial.state in ENDED for trial in members)
@@ -323,11 +324,9 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
 
 def _live_view(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableType:
     """Return the live part: a bar for the study, a line for each running trial, the best trial so far."""
-    done = sum(trial.state in ENDED for trial in trials)
+    done, total, unit = _amount_done(study, trials)
     bar = Table.grid(padding=(0, 1))
-    bar.add_row(
-        f"{done}/{len(trials)} trials", ProgressBar(total=len(trials), completed=done, width=40), _counts(trials)
-    )
+    bar.add_row(f"{done}/{total} {unit}", ProgressBar(total=total, completed=done, width=40), _counts(trials))
     running = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("trial", "values", "device", "epoch", "train loss", study.spec.metric, "time left"):
         running.add_column(column, overflow="fold", justify="left" if column in ("values", "device") else "right")
@@ -350,6 +349,13 @@ def _live_view(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableT
     if where is not None and where.interval is not None:
         parts.append(peak_text(where.lr, where.interval))
     return Group(*parts)
+
+
+def _amount_done(study: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[int, int, str]:
+    """Return how much of a study is done, how much there is to do, and what is counted."""
+    if (epochs := race_progress(study, trials)) is not None:
+        return *epochs, "epochs"
+    return sum(trial.state in ENDED for trial in trials), len(trials), "trials"
 
 
 def _stages(trials: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:

@@ -62,6 +62,9 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         return
     counts = ", ".join(f"{found['trials'][state]} {state}" for state in STATES if state in found["trials"])
     say(f"study {study}: {counts}")
+    if found["race"]:
+        race = found["race"]
+        say(f"race: {race['epochs']} of {race['budget']} epochs; trials wait for each other at its rungs")
     if found["stop"]:
         reason, *others = str(found["stop_reason"]).split("\n")
         say(f"stopped ({reason}); go on with: hpo resume {study}")

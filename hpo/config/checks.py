@@ -33,6 +33,7 @@ from hpo.errors import UserError, unknown_name
 from hpo.objective import RESERVED_METRICS
 from hpo.search.config import PrunerSpec, SearchSpec
 from hpo.search.pruners import PRUNERS
+from hpo.search.race import MIN_STARTERS, Course
 from hpo.search.samplers import SAMPLERS
 from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, is_auto
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
@@ -71,6 +72,7 @@ def check_search(search: SearchSpec) -> None:
     _check_listed_values(search)
     _check_cases(search)
     _check_grid_size(search)
+    _check_race_space(search)
     for index in range(len(search.try_first)):
         _check_first_point(search, index)
     if search.sampler == "grid" and search.trials not in (None, len(search.grid)):
@@ -187,6 +189,42 @@ def check_goal(search: SearchSpec, *, metric: str) -> None:
     if goal.unit == "decade" and ends and goal.amount >= (width := math.log10(max(ends) / min(ends))):
         raise UserError(
             f"search.until must be less than the {width:.2g} decades that search.space.lr has, got {search.until!r}"
+        )
+
+
+def _check_race_space(search: SearchSpec) -> None:
+    """Refuse a space that a race cannot search, and settings of [search] that it has no use for."""
+    if search.sampler != "race":
+        if search.trainings is not None:
+            raise UserError(f"search.trainings is for sampler 'race', got sampler {search.sampler!r}")
+        return
+    lr = search.parameters.get("lr")
+    if len(search.parameters) > 1 or not isinstance(lr, Range) or lr.step is not None or lr.is_integer:
+        raise UserError(
+            "search.space must be one range of learning rates for sampler 'race', such as "
+            f"lr = {{ low = 1e-5, high = 1e-1, log = true }}; got {search.space}"
+        )
+    if search.trials is not None:
+        raise UserError(
+            f"search.trials has no meaning for sampler 'race', which takes search.trainings; got {search.trials}"
+        )
+    for key in ("try_first", "until", "hours"):
+        if value := getattr(search, key):
+            raise UserError(f"search.{key} has no meaning for sampler 'race', got {value!r}")
+
+
+def check_race(course: Course | None, *, pruner: PrunerSpec) -> None:
+    """Refuse a pruner for a race, which drops trials itself, and a budget for too few learning rates."""
+    if course is None:
+        return
+    if pruner.name != "none":
+        raise UserError(
+            f"pruner.name must be 'none' for sampler 'race', which drops trials itself; got {pruner.name!r}"
+        )
+    if course.num_starters < MIN_STARTERS:
+        raise UserError(
+            f"search.trainings must be at least {course.least_trainings:g} for {MIN_STARTERS} learning rates and "
+            f"training.epochs = {course.num_epochs}, got {course.budget / course.num_epochs:g}"
         )
 
 

@@ -31,6 +31,7 @@ from hpo.config.sections import (
 from hpo.config.trial_settings import CONFIGS, extreme_points, unread_keys, with_values
 from hpo.errors import UserError, check_keys
 from hpo.search.config import PrunerSpec, SearchSpec, Section
+from hpo.search.race import course_of
 from hpo.search.space import Scalar
 from hpo.system.readable import one_line
 from hpo.train.config import TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
@@ -137,7 +138,8 @@ class StudySpec(Section):
     @property
     def num_trials(self) -> int:
         """The number of trials of the search."""
-        return self.search.num_trials
+        course = course_of(self)
+        return self.search.num_trials if course is None else course.num_starters
 
     @property
     def metric(self) -> str:
@@ -260,6 +262,7 @@ class StudySpec(Section):
         checks.check_search(self.search)
         checks.check_goal(self.search, metric=self.metric)
         checks.check_pruner(self.pruner)
+        checks.check_race(course_of(self), pruner=self.pruner)
         checks.check_checkpoints(self.checkpoints)
         if self.objective:
             checks.check_objective(self.objective, search=self.search, checkpoints=self.checkpoints, engine=self.engine)

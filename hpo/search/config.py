@@ -12,6 +12,7 @@ from hpo.errors import Rule
 from hpo.search.space import Categorical, Conditional, Parameter, Scalar, grid_points, parse_space
 
 DEFAULT_TRIALS = 20
+DEFAULT_TRAININGS = 2.0  # of a race
 MAX_HOURS = 100_000
 UNTIL_PATTERN = r"^(\d+(\.\d*)?|\.\d+) (decades?|points?)$"
 
@@ -38,7 +39,11 @@ class SearchSpec(Section):
     sampler: Annotated[str, Field(description="How values are drawn.")] = "tpe"
     trials: Annotated[
         int | None,
-        Field(ge=1, le=10**6, description="The number of trials, 20 by default. A grid has its own size."),
+        Field(ge=1, le=10**6, description="The number of trials, 20 by default. A grid and a race have their own."),
+    ] = None
+    trainings: Annotated[
+        float | None,
+        Field(gt=0, le=10**6, description="For a race: the epochs of all trials, in complete trials; 2 by default."),
     ] = None
     until: Annotated[
         str | None,
@@ -70,8 +75,13 @@ class SearchSpec(Section):
 
     @property
     def num_trials(self) -> int:
-        """The number of trials: a grid's own size, else what was given, else 20."""
+        """The number of trials: a grid's own size, else what was given, else 20; a race's depends on its epochs."""
         return len(self.grid) if self.sampler == "grid" else self.trials or DEFAULT_TRIALS
+
+    @property
+    def num_trainings(self) -> float:
+        """The budget of a race, in complete trials."""
+        return self.trainings or DEFAULT_TRAININGS
 
     @property
     def goal(self) -> Goal | None:

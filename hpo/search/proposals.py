@@ -23,6 +23,8 @@ def fixed_values(spec: SearchSettings) -> list[dict[str, Scalar]]:
     """Return the values of each trial that are fixed before it is claimed: all for a grid, none where it is sampled."""
     if spec.search.sampler == "grid":
         return spec.search.grid
+    if spec.search.sampler == "race":
+        return _even_points(spec)
     first = [_as_listed(spec, point) for point in spec.search.try_first]
     if SAMPLERS[spec.search.sampler].begins_spread:
         first = first + _spread_points(spec, max(0, num_startup(spec) - len(first)))
@@ -46,6 +48,11 @@ def _as_listed(spec: SearchSettings, point: Mapping[str, Scalar]) -> dict[str, S
         values = case.values if isinstance(case, Categorical) else (value,)
         listed[key] = next((known for known in values if known == value), value)
     return listed
+
+
+def _even_points(spec: SearchSettings) -> list[dict[str, Scalar]]:
+    """Return points in the middles of equal parts of a space of one range."""
+    return [point_at(spec.search.parameters, [(index + 0.5) / spec.num_trials]) for index in range(spec.num_trials)]
 
 
 def _spread_points(spec: SearchSettings, count: int) -> list[dict[str, Scalar]]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hpo.search.race import course_of
+
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
 
@@ -101,7 +103,10 @@ def build_pruner(spec: SearchSettings) -> BasePruner:
 
 
 def may_prune_after(epoch: int, spec: SearchSettings) -> bool:
-    """Return whether the study's pruner may stop a trial that has reached this epoch."""
+    """Return whether the study's pruner or its race may stop a trial that has reached this epoch."""
+    course = course_of(spec)
+    if course is not None:
+        return epoch in course.rungs
     return PRUNERS[spec.pruner.name].judges(_pruner_options(spec), epoch)
 
 

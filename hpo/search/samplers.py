@@ -105,6 +105,7 @@ SAMPLERS: dict[str, SamplerEntry] = {
     ),  # a grid's points are given with its slots; nothing is left to sample
     "random": SamplerEntry(_random, takes_cases=True),
     "tpe": SamplerEntry(_tpe, takes_cases=True, begins_spread=True, study_view=_reports_study),
+    "race": SamplerEntry(_random),  # its rates are given with its slots, as those of a grid
     "qmc": SamplerEntry(_qmc, has_counter=True),
     "gp": SamplerEntry(_gp, lists_values=True, begins_spread=True, study_view=_values_study),
     "cmaes": SamplerEntry(_cmaes, min_ranges=2, study_view=_values_study),

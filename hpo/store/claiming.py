@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,11 +15,18 @@ from hpo.study.records import Claim
 
 
 def choose_slot(
-    connection: Connection, study_id: int, worker_id: str, *, num_held: int, last_seed: int | None = None, at: float
+    connection: Connection,
+    study_id: int,
+    worker_id: str,
+    *,
+    num_held: int,
+    at: float,
+    last_seed: int | None = None,
+    without: Collection[int] = (),
 ) -> Any | None:
     """Return the row of the waiting slot that the worker should claim, or None where none suits it.
 
-    Of those that confirm, only the seeds up to `last_seed` are in turn.
+    Of those that confirm, only the seeds up to `last_seed` are in turn. The numbers in `without` are not to be claimed.
 
     A trial that keeps killing workers is claimed after those that do not, so that it does not keep the study from them,
     and never alongside others, which would pay for it. One that ran out of memory is claimed last, and only by a worker
@@ -28,6 +36,7 @@ def choose_slot(
     if any(row.exclusive for row in neighbours):
         return None
     waiting = select_all(slots_table).where(slots_table.c.study_id == study_id, slots_table.c.state == "waiting")
+    waiting = waiting.where(slots_table.c.number.not_in(without))
     if last_seed is not None:
         waiting = waiting.where((slots_table.c.kind != "confirm") | (slots_table.c.replicate <= last_seed))
     fits = slots_table.c.exclusive == 0

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.errors import UserError
@@ -42,7 +42,7 @@ SAME_FAILURE_LIMIT = 3  # this many trials failing the same way stop the study
 ENDED_ELSEWHERE = "another program has ended the trial with Optuna"
 ERROR_CHARACTERS = 20_000  # the end of a traceback that is kept
 
-Verdict = Literal["go on", "prune", "stop"]
+Verdict = Literal["go on", "prune", "wait", "stop"]
 
 
 class ClaimLost(Exception):
@@ -120,32 +120,58 @@ class Ledger:
         A trial that another program has ended with Optuna's tools fails: what it has there is not what was trained.
         Optuna is given the value of a diverged trial too, because its tools hide a curve without one; we never show it.
         """
-        assert state in ENDED
         trial = self._database.storage.get_trial(claim.trial_id)
         is_ended = trial.state.is_finished()
         if is_ended:
             state, reason = "failed", ENDED_ELSEWHERE
         reason, error = storable_text(reason), error and storable_text(error)[-ERROR_CHARACTERS:]
+        self._end_slot(connection, is_held(claim), state, reason, error=error, failure_key=failure_key)
+        self._end_attempt(connection, claim, state, error)
+        if is_ended:
+            return
+        self._end_trial(trial, state, reason)
+        if failure_key is not None:
+            self._stop_on_same_failures(connection, claim.study_id, failure_key, error or reason)
+
+    def prune(self, connection: Connection, slot: sa.ColumnElement[bool], trial_id: int, reason: str) -> None:
+        """End a slot that nobody holds and its trial, which has reported, as pruned."""
+        trial = self._database.storage.get_trial(trial_id)
+        if trial.state.is_finished():
+            self._end_slot(connection, slot, "failed", ENDED_ELSEWHERE)
+        else:
+            self._end_slot(connection, slot, "pruned", reason)
+            self._end_trial(trial, "pruned", reason)
+
+    def _end_slot(
+        self,
+        connection: Connection,
+        slot: sa.ColumnElement[bool],
+        state: str,
+        reason: str,
+        *,
+        error: str | None = None,
+        failure_key: str | None = None,
+    ) -> None:
+        assert state in ENDED
         end = {
             "state": state,
             "lease_until": None,
             "ended_at": self._database.now(connection),
             "reason": reason,
             "error": error,
+            "failure_key": failure_key,
         }
-        connection.execute(slots_table.update().where(is_held(claim)).values(**end, failure_key=failure_key))
-        self._end_attempt(connection, claim, state, error)
-        if is_ended:
-            return
+        connection.execute(slots_table.update().where(slot).values(end))
+
+    def _end_trial(self, trial: FrozenTrial, state: str, reason: str) -> None:
+        """End Optuna's trial of a slot that has ended."""
         last = math.nan if trial.last_step is None else trial.intermediate_values[trial.last_step]
         values = [last] if state != "failed" and math.isfinite(last) else None
         assert values or state != "complete"
-        self._database.cached.set_trial_user_attr(claim.trial_id, "ended", f"{state}: {reason}")
+        self._database.cached.set_trial_user_attr(trial._trial_id, "ended", f"{state}: {reason}")
         # To Optuna a diverged trial is a pruned one: samplers count it among the worst, and would not see a failed one.
         states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
-        self._database.cached.set_trial_state_values(claim.trial_id, states.get(state, TrialState.PRUNED), values)
-        if failure_key is not None:
-            self._stop_on_same_failures(connection, claim.study_id, failure_key, error or reason)
+        self._database.cached.set_trial_state_values(trial._trial_id, states.get(state, TrialState.PRUNED), values)
 
     def _end_attempt(self, connection: Connection, claim: Claim, outcome: str, error: str | None) -> None:
         end = {"ended_at": self._database.now(connection), "outcome": outcome, "error": error}

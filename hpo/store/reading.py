@@ -87,11 +87,7 @@ def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
         reports, last_attempt = _read_reports(database, connection, study)
         attempts = _read_attempts(database, connection, study)
         with naming_damage(database.url, study.name, study_id, connection):
-            frozen = _optuna_trials(database, study_id)
-        known = [(row.state, frozen[row.trial_id].state) for row in rows if row.trial_id in frozen]
-        if any(state != "failed" and theirs is TrialState.FAIL for state, theirs in known):
-            database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
-            frozen = _optuna_trials(database, study_id)
+            frozen = read_optuna_trials(database, study_id, rows)
     for row in rows:
         # A trial that has just been resumed has the epochs up to its checkpoint's: the later ones will be replaced.
         if row.state == "running" and last_attempt.get(row.number) not in (None, row.attempt):
@@ -104,8 +100,20 @@ def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
     ]
 
 
-def _optuna_trials(database: Database, study_id: int) -> dict[int, FrozenTrial]:
-    """Return Optuna's trials of the study by their ids; raise TypeError, or what Optuna does, where one is damaged."""
+def read_optuna_trials(database: Database, study_id: int, rows: Sequence[Any]) -> dict[int, FrozenTrial]:
+    """Return Optuna's trials of the study, whose slots have these rows, by their ids.
+
+    Raise TypeError, or what Optuna does, where one is damaged.
+    """
+    frozen = _known_trials(database, study_id)
+    known = [(row.state, frozen[row.trial_id].state) for row in rows if row.trial_id in frozen]
+    if any(state != "failed" and theirs is TrialState.FAIL for state, theirs in known):
+        database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
+        frozen = _known_trials(database, study_id)
+    return frozen
+
+
+def _known_trials(database: Database, study_id: int) -> dict[int, FrozenTrial]:
     trials = database.cached.get_all_trials(study_id, deepcopy=False)
     for trial in trials:
         check_trial(trial)

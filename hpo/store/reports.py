@@ -16,6 +16,7 @@ from hpo.search.study_views import RoundStudy
 from hpo.store.conditions import is_slot
 from hpo.store.database import Database
 from hpo.store.ledger import Verdict
+from hpo.store.racing import read_race
 from hpo.store.schema import epochs_table, intermediate_values, slots_table, studies_table
 from hpo.study.records import Claim, EpochReport
 
@@ -50,8 +51,10 @@ def judge_epochs(
     """Return how the trials go on whose reports were recorded, and record the pruner's verdict on each new epoch."""
     if not progress:
         return {}  # all claims are lost; the study may be gone, too
-    stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == reports[0].claim.study_id)
-    otherwise: Verdict = "go on" if connection.execute(stop).scalar_one() is None else "stop"
+    study_id = reports[0].claim.study_id
+    stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study_id)
+    is_stopping = connection.execute(stop).scalar_one() is not None
+    race = read_race(database, connection, study_id, spec)
     judge: RoundStudy | None = None  # is made where it is needed
     verdicts: dict[Claim, Verdict] = {}
     for report in reports:
@@ -65,7 +68,12 @@ def judge_epochs(
                 is_pruned = judge.should_prune(claim.trial_id)
             reached = {"last_epoch": report.epoch, "crashes": 0, "pruned_at": report.epoch if is_pruned else None}
             connection.execute(slots_table.update().where(is_slot(claim)).values(reached))
-        verdicts[claim] = "prune" if is_pruned and report.may_prune else otherwise
+        if is_pruned and report.may_prune:
+            verdicts[claim] = "prune"
+        elif is_stopping:
+            verdicts[claim] = "stop"
+        else:
+            verdicts[claim] = "wait" if report.may_prune and claim.number in race.held_back else "go on"
     return verdicts
 
 

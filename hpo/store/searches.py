@@ -99,7 +99,7 @@ def give_budget(
     if spec.search.limits != study.spec.search.limits:
         metadata.pop(SEARCH_END, None)
     frozen = spec.frozen()
-    if spec.search.sampler != "grid":
+    if spec.search.sampler not in ("grid", "race"):
         frozen["search"]["trials"] = max(trials, count)
         spec = StudySpec.from_dict(frozen)
     if trials > count and SEARCH_END not in metadata:
@@ -115,6 +115,8 @@ def rebounded_spec(
     """Return the spec of a study that has `count` trials, with other bounds of its search; see `Studies.enlarge`."""
     search = study.spec.frozen()["search"]
     if trials is not None:
+        if study.spec.search.sampler == "race":
+            raise UserError(f"--trials cannot enlarge a race; study {study.name!r} has a budget of epochs")
         if study.spec.search.sampler == "grid" and trials != study.spec.num_trials:
             raise UserError(f"--trials cannot enlarge a grid; study {study.name!r} has {study.spec.num_trials} points")
         if trials < count:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -75,9 +75,10 @@ def drop_unclaimed(connection: Connection, study_id: int) -> None:
     connection.execute(slots_table.delete().where(slots_table.c.study_id == study_id, ~is_of_search, is_unclaimed))
 
 
-def num_slots(connection: Connection, study_id: int, **columns: str) -> int:
-    """Return how many slots of the study have these values in these columns."""
+def num_slots(connection: Connection, study_id: int, *, without: Collection[int] = (), **columns: str) -> int:
+    """Return how many slots of the study, without those of some numbers, have these values in these columns."""
     query = sa.select(sa.func.count()).select_from(slots_table).where(slots_table.c.study_id == study_id)
+    query = query.where(slots_table.c.number.not_in(without))
     return connection.execute(query.filter_by(**columns)).scalar_one()
 
 

@@ -17,11 +17,12 @@ from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
+from hpo.store.racing import count_claimable, hold_back
 from hpo.store.reading import best_values, check_exists, read_epoch_seconds, read_trials
 from hpo.store.reports import judge_epochs, record_epoch
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table, studies_table
-from hpo.store.slots import count_slots, lock_study, num_enqueued, num_slots, slot_states
+from hpo.store.slots import count_slots, lock_study, slot_states
 from hpo.store.suggesting import BufferedStorage, sampling_study
 from hpo.study import stages
 from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord
@@ -48,8 +49,7 @@ class Trials:
         `choose_slot` has the rules. Return None if no such slot waits, or if the study should stop.
         """
         with self._database.connect() as connection:  # idle workers ask often: no write lock to find nothing
-            has_waiting = num_slots(connection, study.study_id, state="waiting") > 0
-            if not has_waiting and not num_enqueued(connection, study.study_id):
+            if not count_claimable(self._database, connection, study):
                 return None
         with self._database.transaction() as connection:
             # The lock on the study's row lets one worker claim at a time, so that slot n becomes Optuna's trial n.
@@ -61,7 +61,10 @@ class Trials:
             take_in(self._database, connection, study)
             at = self._database.now(connection)
             last_seed = last_seed_in_turn(self._database, connection, study)
-            row = choose_slot(connection, study.study_id, worker_id, num_held=num_held, last_seed=last_seed, at=at)
+            without = hold_back(self._database, connection, study)
+            row = choose_slot(
+                connection, study.study_id, worker_id, num_held=num_held, at=at, last_seed=last_seed, without=without
+            )
             if row is None:
                 return None
             refuse_damage(self._database.url, study.name, slots_table, [row])

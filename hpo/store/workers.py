@@ -18,6 +18,7 @@ from hpo.store.conditions import is_given_up, is_held, process_is_gone
 from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.ledger import LEASE_S, Ledger, storable_text
+from hpo.store.racing import count_claimable
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import labelled, select_all, slots_table, studies_table, workers_table
 from hpo.store.slots import lock_study
@@ -102,6 +103,12 @@ class Workers:
             for row in connection.execute(query):
                 found.setdefault((row.machine, row.pid), []).append((row.number, row.attempt))
         return found
+
+    @retry_on_outage
+    def num_claimable(self, study: StudyRecord) -> int:
+        """Return how many trials wait for a worker."""
+        with self._database.connect() as connection:
+            return count_claimable(self._database, connection, study)
 
     def renew(self, claims: Sequence[Claim], worker_id: str) -> None:
         """Extend the leases of the claims that still hold their slots, and record that the worker lives.

@@ -109,7 +109,7 @@ class FunctionRunner:
         if last is None:
             raise UserError(f"{self._function} returned without a trial.report(...)")
         epoch, value = last
-        if self._stop.is_set() and epoch < self._spec.max_epochs:
+        if self._held.is_waiting(claim) or (self._stop.is_set() and epoch < self._spec.max_epochs):
             return None
         if not math.isfinite(value):
             return diverged_end(f"{self._spec.metric} = {value}", epoch)
@@ -136,7 +136,7 @@ class FunctionAttempt:
                 f"trial.report was called for trial {number}, whose training has ended: report to the trial that "
                 f"your function is called with, not to one that was kept from an earlier call"
             )
-        if self.end is not None:
+        if self.end is not None or self._held.is_waiting(self._claim):
             return True  # it was told to return and reports all the same: nothing more is recorded
         value = metrics[self._spec.metric]
         is_finite, is_last = math.isfinite(value), epoch >= self._spec.max_epochs
@@ -153,4 +153,5 @@ class FunctionAttempt:
             self.end = diverged_end(f"{self._spec.metric} = {value}", epoch)
         elif verdict == "prune" and not is_last:
             self.end = pruned_end(self._spec.pruner.name, epoch)
-        return self.end is not None or (self._stop.is_set() and not is_last)
+        must_leave = self._held.is_waiting(self._claim) or (self._stop.is_set() and not is_last)
+        return self.end is not None or must_leave

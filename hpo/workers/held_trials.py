@@ -67,6 +67,7 @@ class HeldTrials:
         self._pid = os.getpid()
         self._claims: set[Claim] = set()
         self._suspects: set[Claim] = set()  # claims that have the device to themselves for an epoch
+        self._waiting: set[Claim] = set()  # claims to be released, because their trials wait for others of their race
         self._checkpoints: CheckpointFiles = NoCheckpointFiles()
         self._limits = SearchLimits(store, study)
 
@@ -110,6 +111,10 @@ class HeldTrials:
         """Return whether one of the trials held is a suspect."""
         return bool(self._suspects & self._claims)
 
+    def is_waiting(self, claim: Claim) -> bool:
+        """Return whether a trial that is held should be saved and released, to wait for others of its race."""
+        return claim in self._waiting and claim in self._claims
+
     # A trial's way from its claim to its end
 
     def claim(self, *, num_held: int = 0) -> Claim | None:
@@ -149,12 +154,14 @@ class HeldTrials:
         return values, seed(values)
 
     def note_verdict(self, claim: Claim, verdict: Verdict) -> None:
-        """Take note of the store's answer to an epoch's report: the study may be stopping.
+        """Take note of the store's answer to an epoch's report: the study may be stopping, or the trial should wait.
 
         Once a suspect has reported an epoch, it no longer needs the device to itself.
         """
         if verdict == "stop":
             self._stop.study_is_stopping()
+        if verdict == "wait":
+            self._waiting.add(claim)
         self._suspects.discard(claim)
 
     def finish(self, claim: Claim, end: TrialEnd) -> None:

@@ -101,13 +101,8 @@ class LaneRunner:
     def drain(self) -> None:
         """Wait for the last report and save the trials still held, so that they resume where they are."""
         self._reporter.check()
-        for lane, (claim, _, saving) in self._lanes.items():
-            if claim not in self._held:
-                continue
-            if saving.has_unsaved:
-                with self._held.dropping_lost_claims(claim), self._held.failing_trials_on_error([claim]):
-                    self._checkpoints.save(claim, self._engine.snapshot(lane))
-            self._wait_until_saved(claim)
+        for lane in self._lanes:
+            self._save_unsaved(lane)
         self._checkpoints.tidy()
 
     def close(self) -> None:
@@ -156,21 +151,32 @@ class LaneRunner:
         """
         if not self._lanes:
             return True
-        if self._held.has_suspect():
+        num_claimable = self._store.workers.num_claimable(self._study)
+        if self._held.has_suspect() or not num_claimable:
             return False
-        counts = self._store.trials.counts(self._study.study_id)
-        if not counts.get("waiting"):
-            return False
-        num_open = counts.get("waiting", 0) + counts.get("running", 0)
+        num_open = num_claimable + self._store.trials.counts(self._study.study_id).get("running", 0)
         if self._engine.is_interleaving:
             num_open = min(num_open, INTERLEAVED_TRIALS)  # trials of all workers are compared
         num_workers = sum(worker.alive for worker in self._store.workers.get_all(self._study))
         return len(self._lanes) < math.ceil(num_open / max(1, num_workers))
 
+    def _save_unsaved(self, lane: int) -> None:
+        """Save a trial that is held as it is now, and return when that is on disk."""
+        claim, _, saving = self._lanes[lane]
+        if claim not in self._held:
+            return
+        if saving.has_unsaved:
+            with self._held.dropping_lost_claims(claim), self._held.failing_trials_on_error([claim]):
+                self._checkpoints.save(claim, self._engine.snapshot(lane))
+        self._wait_until_saved(claim)
+
     def _evict_dropped(self) -> None:
-        """Free the lanes of trials that are no longer held."""
-        for lane, trial in list(self._lanes.items()):
-            if trial.claim not in self._held:
+        """Free the lanes of trials that are no longer held, and give back those that wait for others of their race."""
+        for lane, (claim, _, _) in list(self._lanes.items()):
+            if self._held.is_waiting(claim):
+                self._save_unsaved(lane)
+                self._held.release(claim)
+            if claim not in self._held:
                 self._engine.evict(lane)
                 del self._lanes[lane]
 

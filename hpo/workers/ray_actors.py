@@ -332,7 +332,7 @@ class RayPool:
         training = store.workers.in_training(study)
         for worker in self.workers:
             worker.show(training.get(worker.process, ()) if worker.process is not None else ())
-        waiting = counts.get("waiting", 0)
+        waiting = store.workers.num_claimable(study)
         if waiting:
             self._add(waiting + counts.get("running", 0))
         self._release_idle(self._usable(), waiting, set(training))

@@ -5,11 +5,12 @@
 The file is a list of tasks, each with the accuracy after every so many epochs at several learning rates (DeepOBS and
 step-back; the README beside the data names its keys). A trial replays a task: its curve is that of its learning rate,
 between recorded rates in proportion on the log scale, off by one amount with a standard deviation of 0.3 percentage
-points, as another seed would be. Studies run through Optuna's TPE and pruners in memory and through `hpo.analysis`.
+points, as another seed would be. Studies run through our race or Optuna's TPE and pruners, in memory, and through
+`hpo.analysis`.
 What a learning rate is worth in truth is the mean of the last tenth of its recorded curve.
 
 Tasks are split in two halves, every second one: the constants of the answer were chosen on the first half. The bench
-prints for each half and pruner:
+prints for each half and way to search:
 
 - trainings: the epochs of all trials, in full trainings, a median;
 - the share of studies within 1 percentage point of the best rate, the mean, 90 % quantile and worst shortfall, each of
@@ -17,6 +18,8 @@ prints for each half and pruner:
 - how often the 90 % interval holds the recorded rate that is best, within half a step of the recorded rates, which
   stand for those around them; and the median width of the interval, in decades;
 - how often the best rate is called determined.
+
+Where too few rates have a value for a curve, the best trial's rate is recommended, and the whole range is the interval.
 """
 
 from __future__ import annotations
@@ -37,10 +40,13 @@ from threadpoolctl import threadpool_limits
 
 from hpo.analysis import answer as analysis
 from hpo.config.study_spec import StudySpec
+from hpo.search.proposals import fixed_values
+from hpo.search.race import Racer, course_of, find_goals
 from hpo.study.records import StudyRecord, TrialRecord
 
 SEED_NOISE = 0.003
-STUDIES = {"none": 20, "median": 20, "hyperband": 20, "asha": 30}  # pruner -> trials
+STUDIES = {"none": 20, "median": 20, "hyperband": 20, "asha": 30}  # pruner of TPE -> trials
+RACE = "race"
 
 
 @dataclass(frozen=True)
@@ -115,37 +121,65 @@ def run(task: PublicTask, pruner: str, *, seed: int) -> list[TrialRecord]:
             study.tell(trial, curve[-1])
         else:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        record = TrialRecord(number, state, {"lr": 10**x}, curve[-1], 1, None, None, None, {}, None, None)
-        trials.append(TrialRecord(**{**vars(record), "epochs": range(1, seen + 1), "curves": {"val_accuracy": curve}}))
+        trials.append(make_trial(number, state, 10**x, curve))
     return trials
 
 
-def make_study(task: PublicTask, pruner: str) -> StudyRecord:
+def run_race(task: PublicTask, *, seed: int) -> list[TrialRecord]:
+    """Return the trials of a race in memory."""
+    spec = make_study(task, RACE).spec
+    course = course_of(spec)
+    assert course is not None
+    random = np.random.default_rng(seed)
+    rates = [float(point["lr"]) for point in fixed_values(spec)]
+    whole = [task.curve(math.log10(rate), random) for rate in rates]
+    reached = [0] * len(rates)
+
+    def racer(number: int) -> Racer:
+        state = "complete" if reached[number] == course.num_epochs else "waiting"
+        return Racer(number, rates[number], state, dict(enumerate(whole[number][: reached[number]], start=1)))
+
+    while (goals := find_goals(course, [racer(number) for number in range(len(rates))])) is not None:
+        reached = [max(epoch, goals[number]) for number, epoch in enumerate(reached)]
+    states = ["complete" if epoch == course.num_epochs else "pruned" for epoch in reached]
+    return [
+        make_trial(number, states[number], rates[number], whole[number][:epoch]) for number, epoch in enumerate(reached)
+    ]
+
+
+def make_trial(number: int, state: str, lr: float, curve: list[float]) -> TrialRecord:
+    record = TrialRecord(number, state, {"lr": lr}, curve[-1], 1, None, None, None, {}, None, None)
+    curves = {"val_accuracy": curve}
+    return TrialRecord(**{**vars(record), "epochs": range(1, len(curve) + 1), "curves": curves})
+
+
+def make_study(task: PublicTask, how: str) -> StudyRecord:
     space = {"lr": {"low": 10 ** task.x[0], "high": 10 ** task.x[-1], "log": True}}
-    search = {"trials": STUDIES[pruner], "space": space}
+    search = {"space": space} | ({"sampler": RACE} if how == RACE else {"trials": STUDIES[how]})
     spec = StudySpec.from_dict({"name": "s", "search": search, "training": {"epochs": task.num_epochs}})
     return StudyRecord(1, "s", spec, {"num_classes": task.num_classes, "num_val": 10_000}, None, None, 0.0)
 
 
 def repeat(arguments: tuple[PublicTask, str, int]) -> dict[str, float]:
     """Make one study, and return what its answer is worth."""
-    task, pruner, seed = arguments
+    task, how, seed = arguments
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    trials = run(task, pruner, seed=seed)
-    found = analysis.find_best(make_study(task, pruner), trials)
-    if found is None or found.response is None:
+    trials = run_race(task, seed=seed) if how == RACE else run(task, how, seed=seed)
+    found = analysis.find_best(make_study(task, how), trials)
+    if found is None:
         return {}
     best = int(task.final.argmax())
     step_low = (task.x[best] - task.x[max(best - 1, 0)]) / 2
     step_high = (task.x[min(best + 1, len(task.x) - 1)] - task.x[best]) / 2
-    low, high = (math.log10(rate) for rate in found.response.interval)
+    response = found.response
+    low, high = (math.log10(rate) for rate in response.interval) if response else (task.x[0], task.x[-1])
     return {
         "trainings": sum(len(trial.epochs) for trial in trials) / task.num_epochs,
-        "regret": task.final.max() - task.worth(math.log10(found.response.best)),
+        "regret": task.final.max() - task.worth(math.log10(found.recommended["lr"])),
         "trial_regret": task.final.max() - task.worth(math.log10(found.params["lr"])),
         "held": low <= task.x[best] + step_high and high >= task.x[best] - step_low,
         "width": high - low,
-        "determined": found.response.is_determined,
+        "determined": response is not None and response.is_determined,
     }
 
 
@@ -170,16 +204,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", type=Path, help="curves.json.gz")
     parser.add_argument("--repetitions", type=int, default=20, help="studies of each task")
+    parser.add_argument("--only", choices=[RACE, *STUDIES], help="one way to search: the race, or a pruner of TPE")
     arguments = parser.parse_args()
     tasks = read_tasks(arguments.curves)
     halves = {"chosen on": tasks[::2], "held out": tasks[1::2]}
     with Pool(os.cpu_count(), initializer=threadpool_limits, initargs=(1,)) as pool:
         for half, members in halves.items():
-            for pruner, num_trials in STUDIES.items():
-                jobs = [(task, pruner, seed) for task in members for seed in range(arguments.repetitions)]
+            for how in [arguments.only] if arguments.only else [RACE, *STUDIES]:
+                jobs = [(task, how, seed) for task in members for seed in range(arguments.repetitions)]
                 row = summarize([one for one in pool.map(repeat, jobs, chunksize=4) if one])
                 cells = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-                print(f"{half}, {len(members)} tasks, tpe + {pruner}, {num_trials} trials: {cells}", flush=True)
+                search = RACE if how == RACE else f"tpe + {how}, {STUDIES[how]} trials"
+                print(f"{half}, {len(members)} tasks, {search}: {cells}", flush=True)
 
 
 if __name__ == "__main__":

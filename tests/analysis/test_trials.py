@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from hpo.analysis.trials import best_trial, standard_error
-from tests.analysis.examples import make_study, make_trials
+from hpo.analysis.trials import best_trial, race_progress, standard_error
+from tests.analysis.examples import make_study, make_trials, reporting
 
 
 def test_among_equal_values_the_lower_validation_loss_wins() -> None:
@@ -17,6 +17,15 @@ def test_among_equal_values_the_lower_validation_loss_wins() -> None:
     found = best_trial(make_study(), trials)
     assert found is not None
     assert found.number == 1
+
+
+def test_a_race_is_as_far_as_its_epochs_until_it_is_over() -> None:
+    space = {"lr": {"low": 1e-5, "high": 1e-1, "log": True}}
+    study = make_study(search={"sampler": "race", "space": space}, training={"epochs": 10})
+    waiting = [*reporting((1e-3, [0.1, 0.2]), (1e-2, [0.3]), state="waiting"), *make_trials((1e-1, "waiting"))]
+    assert race_progress(study, waiting) == (3, 20)
+    assert race_progress(study, make_trials((1e-3, 0.5), (1e-2, "pruned"))) is None
+    assert race_progress(make_study(), waiting) is None
 
 
 def test_the_standard_error_is_the_binomial_one_and_not_zero_at_100_percent() -> None:

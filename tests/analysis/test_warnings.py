@@ -106,6 +106,18 @@ def test_a_warning_names_what_to_change() -> None:
         assert bound in found.warnings[0].text
 
 
+def test_what_a_race_dropped_asks_for_a_larger_race() -> None:
+    trials = [
+        trained(lr, 0.9, state="pruned", epochs=4) if 1e-4 < lr < 5e-3 else trial
+        for lr, trial in zip(RATES, SOUND, strict=True)
+    ]
+    search = {"sampler": "race", "trainings": 4.0, "space": SEARCHED["search"]["space"]}
+    found = find_best(make_study(**SEARCHED | {"search": search}), numbered(*trials))
+    assert found is not None
+    (text,) = (warning.text for warning in found.warnings if warning.kind == "pruned-away")
+    assert text.endswith("where the race has dropped every trial: repeat it with a larger search.trainings")
+
+
 def test_curves_that_gain_half_of_all_in_the_last_quarter_still_rise_however_far_seeds_differ() -> None:
     shares = [0.0, 0.1, 0.2, 0.3, 0.4, 0.51, 0.75, 1.0]
     trials = numbered(

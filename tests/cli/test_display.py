@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -15,7 +16,12 @@ import pytest
 
 from hpo.analysis.answer import find_best
 from hpo.analysis.answer_text import answer_lines, describe_answer, source_text
+from hpo.cli.console import PlainConsole
+from hpo.cli.display import LiveDisplay
+from hpo.config.study_spec import StudySpec
+from hpo.store.store import Store
 from tests.analysis.examples import LOG_LR, complete, hill, make_study, numbered, trained
+from tests.conftest import Hpo
 
 LOOP = """
 import pathlib, time
@@ -73,6 +79,30 @@ def test_a_terminal_shows_the_study_each_running_trial_the_best_and_then_the_ans
         assert text.count("trial 0 complete") == text.count("trial 1 complete") == 1
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)
+
+
+def test_a_race_is_shown_by_its_epochs(hpo: Hpo) -> None:
+    search = {"sampler": "race", "space": {"lr": LOG_LR}}
+    spec = StudySpec.from_dict({"name": "s", "search": search, "training": {"epochs": 5}})
+    store = Store(hpo.url, create=True)
+    study = store.studies.create(spec, metadata={})
+    worker = store.workers.add(study.study_id, device="cpu")
+    for _ in range(5):
+        claim = store.trials.claim(study, worker)
+        assert claim is not None
+        store.trials.suggest(claim, spec, attributes=lambda _: {})
+        store.trials.report(claim, spec, epoch=1, metrics={"val_accuracy": 0.5}, value=0.5)
+        store.trials.release(claim)
+    console = PlainConsole(file=io.StringIO(), force_terminal=True, width=120)
+    with LiveDisplay(console) as display:
+        display.watch(store, study)(store)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "5 trials in 10 epochs, race over lr" in shown
+    assert "going on: 5 of 10 epochs are done already" in shown
+    assert "5/10 epochs" in shown
+    exit_code, output = hpo.here("status", "s")
+    assert exit_code == 0
+    assert "study s: 5 waiting\nrace: 5 of 10 epochs; trials wait for each other at its rungs\n" in output
 
 
 def test_an_answer_says_the_best_rate_how_sure_that_is_where_it_breaks_and_what_to_beware_of() -> None:

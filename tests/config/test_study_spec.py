@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from hpo.config.study_file import apply_override
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
+from hpo.search.proposals import fixed_values
 from hpo.train.config import TrainingConfig
 
 MINIMAL = """
@@ -52,6 +55,18 @@ MISTAKES = {
     "[pruner]\nname = 'median'\nwarmup = 1": ["unknown key pruner.warmup", "warmup_epochs"],
     "[trainings]\nlr = 1": ["unknown key trainings", "training"],
     "[confirmation]\ntop = 3": ["unknown key confirmation", "confirm"],
+    "[search]\ntrainings = 3.0": ["search.trainings is for sampler 'race', got sampler 'tpe'"],
+    "[search]\nsampler = 'race'\ntrials = 9": [
+        "search.trials has no meaning for sampler 'race', which takes search.trainings; got 9"
+    ],
+    "[search]\nsampler = 'race'\ntry_first = [{ lr = 0.001 }]": ["search.try_first has no meaning for sampler 'race'"],
+    "[search]\nsampler = 'race'\nhours = 2.0": ["search.hours has no meaning for sampler 'race', got 2.0"],
+    "[search]\nsampler = 'race'\ntrainings = 1.0": [
+        "search.trainings must be at least 1.9 for 5 learning rates and training.epochs = 10, got 1"
+    ],
+    "[search]\nsampler = 'race'\n[pruner]\nname = 'asha'": [
+        "pruner.name must be 'none' for sampler 'race', which drops trials itself; got 'asha'"
+    ],
     "[search]\nsampler = 'bayes'": ["search.sampler must be one of", "tpe", "'bayes'"],
     "[pruner]\nname = 'hyperbrand'": ["pruner.name must be one of", "did you mean 'hyperband'"],
     "[training]\noptimizer = 'adm'": ["training.optimizer must be one of", "adadelta", "did you mean"],
@@ -206,6 +221,35 @@ def test_a_mistake_in_the_space_is_one_sentence(space: str) -> None:
         read(f"name = 's'\n[search.space]\n{space}")
     for part in SPACES[space]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        "lr = [0.1, 0.2]",
+        "lr = { low = 0.1, high = 0.9, step = 0.1 }",
+        "lr = { low = 1, high = 9 }",
+        "momentum = { low = 0.1, high = 0.9 }",
+        "lr = { low = 0.1, high = 0.9 }\nmomentum = [0.5, 0.9]",
+        "optimizer = ['adam']\nlr.by.optimizer.adam = { low = 1e-5, high = 1e-1 }",
+    ],
+)
+def test_a_race_is_for_one_range_of_learning_rates(space: str) -> None:
+    with pytest.raises(UserError, match=r"^search\.space(\.lr\.by)? (must be one range|cannot be used)"):
+        read(f"name = 's'\n[search]\nsampler = 'race'\n[search.space]\n{space}")
+
+
+def test_a_race_spreads_as_many_rates_over_its_range_as_its_budget_allows() -> None:
+    few, many = (
+        read(MINIMAL, "search.sampler=race", f"search.trainings={trainings}", "training.epochs=50")
+        for trainings in (1.8, 9.0)
+    )
+    assert (few.num_trials, many.num_trials) == (6, 16)
+    rates = [float(values["lr"]) for values in fixed_values(many)]
+    steps = [math.log10(second / first) for first, second in itertools.pairwise(rates)]
+    assert steps == pytest.approx([4 / 16] * 15, abs=1e-4)
+    assert math.log10(rates[0] / 1e-5) == pytest.approx(2 / 16, abs=1e-4)
+    assert few.differences(many) == ["search.trainings: 1.8 in the study, 9.0 here"]
 
 
 def test_auto_is_no_grid() -> None:

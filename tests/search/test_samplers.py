@@ -68,7 +68,10 @@ def peak(values: dict[str, Any], epoch: int = 1) -> float:
     return 0.9 - 0.1 * abs(math.log10(values["lr"]) + 3)
 
 
-@pytest.mark.parametrize("sampler", sorted(set(samplers.SAMPLERS) - {"grid"}))
+DRAWING = sorted(set(samplers.SAMPLERS) - {"grid", "race"})  # the rates of a race are in tests/search/test_race.py
+
+
+@pytest.mark.parametrize("sampler", DRAWING)
 def test_every_sampler_draws_each_trial_from_the_space(sampler: str, tmp_path: Path) -> None:
     store, study = make_study(tmp_path, search={"sampler": sampler, "trials": 8, "space": RANGES})
     drawn = run_trials(store, study, 8, peak)
@@ -79,7 +82,7 @@ def test_every_sampler_draws_each_trial_from_the_space(sampler: str, tmp_path: P
     assert store.trials.claim(study, "worker") is None, "the budget is exact"
 
 
-@pytest.mark.parametrize("sampler", sorted(set(samplers.SAMPLERS) - {"grid"}))
+@pytest.mark.parametrize("sampler", DRAWING)
 def test_every_sampler_draws_the_same_for_the_same_seed_and_other_values_for_another(
     sampler: str, tmp_path: Path
 ) -> None:

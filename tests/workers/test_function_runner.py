@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,3 +211,31 @@ def test_a_forgotten_breakpoint_fails_its_trial_in_a_sentence(
     assert failed.state == "failed"
     assert str(failed.reason).startswith("UserError: loop:train was left in the debugger, which needs a terminal")
     assert 'loop.py", line' in str(failed.error)
+
+
+def test_a_loop_in_a_race_goes_on_from_what_it_saved_or_else_from_its_start(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+saved = trial.checkpoint_dir / "epoch"
+first = 1 + (int(saved.read_text()) if saved.exists() else 0)
+with (pathlib.Path(__file__).parent / "trained").open("a") as trained:
+    for epoch in range(first, trial.epochs + 1):
+        trained.write(f"{trial.number} ")
+        if trial.params["lr"] < 0.5:
+            saved.write_text(str(epoch))
+        if trial.report(epoch, val_accuracy=(0.9 - abs(trial.params["lr"] - 0.5)) * epoch / 9):
+            return
+""")
+    search = {"sampler": "race", "space": {"lr": {"low": 0.1, "high": 1.0}}}
+    study = store.studies.create(make_spec(search=search, epochs=5), metadata={})
+    trials = work(store, study)
+    assert [(trial.state, list(trial.epochs)) for trial in trials] == [
+        ("pruned", [1]),
+        ("pruned", [1, 2]),
+        ("complete", [1, 2, 3, 4, 5]),
+        ("pruned", [1]),
+        ("pruned", [1]),
+    ]
+    trained = (Path(sys.modules["loop"].__file__ or "").parent / "trained").read_text().split()
+    assert [trained.count(str(number)) for number in range(5)] == [1, 2, 6, 1, 1], "trial 2 began again after it waited"

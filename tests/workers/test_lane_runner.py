@@ -205,3 +205,30 @@ def test_what_the_first_worker_chose_holds_for_all(store: Store) -> None:
     assert store.studies.get_or_set_shared(study, "lanes auto on the CPU", two) == eight
     assert store.studies.get_or_set_shared(study, "lanes auto on some GPU", two) == two
     assert store.studies.shared_values(study) == {"lanes auto on the CPU": eight, "lanes auto on some GPU": two}
+
+
+@pytest.mark.usefixtures("prompt_reports")
+def test_a_race_is_run_alike_one_at_a_time_in_lanes_and_after_a_stop(store: Store) -> None:
+    """Check that trials resume where they waited: of five rates ten epochs are trained, and none of them twice."""
+
+    def race(name: str, lanes: int) -> StudyRecord:
+        settings = engine_study(store, 1e-3, name=f"like-{name}", lanes=lanes, epochs=5).spec.frozen()
+        space = {"lr": {"low": 1e-5, "high": 1e-1, "log": True}}
+        search = {"sampler": "race", "space": space, "trainings": 2.0}
+        spec = StudySpec.from_dict(settings | {"name": name, "search": search})
+        return store.studies.create(spec, metadata={})
+
+    def num_epochs(study: StudyRecord) -> int:
+        return sum(len(trial.epochs) for trial in store.trials.get_all(study))
+
+    alone = work(store, race("alone", 1))
+    assert sorted(len(trial.epochs) for trial in alone if trial.state != "diverged")[-2:] == [2, 5]
+    assert sum(len(trial.epochs) for trial in alone) == 10
+    again = [(attempt.last_epoch, attempt.resumed_from) for trial in alone for attempt in trial.attempts]
+    assert all(last_epoch == resumed_from for last_epoch, resumed_from in again)
+    cut = race("cut", 1)
+    work(store, cut, should_stop=lambda: num_epochs(cut) >= 6)
+    assert num_epochs(cut) < 10
+    assert curves_of(work(store, cut)) == curves_of(alone)
+    for single, stacked in zip(alone, work(store, race("lanes", 4)), strict=True):
+        assert (stacked.state, stacked.epochs) == (single.state, single.epochs)

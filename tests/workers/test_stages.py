@@ -211,7 +211,7 @@ def test_nothing_to_confirm_is_the_end(store: Store, make_spec: MakeSpec) -> Non
     assert store.trials.num_left(study) == 0
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("grid", "race")])
 def test_no_sampler_and_no_pruner_is_shown_what_confirms(tmp_path: Path, make_spec: MakeSpec, sampler: str) -> None:
     store = Store(f"sqlite:///{tmp_path}/hpo.db", create=True)
     space = {"lr": {"low": 0.1, "high": 1.0}, "momentum": {"low": 0.0, "high": 0.9}}
