@@ -170,6 +170,7 @@ def provenance_rows(report: StudyReport) -> list[tuple[str, str]]:
         "trial's own is in hpo trials --json",
         "trained": f"{_utc_text(min(times))} to {_utc_text(max(times))}" if times else "",
         "machines": _listed_once([machine for known in attributes if (machine := _machine(known))]),
+        "CPU threads": _listed_once([str(known["threads"]) for known in attributes if known.get("threads")]),
         "attempts": f"{len(attempts)} by {len(workers)} workers" if attempts else "",
         "git revision": _listed_once(revisions),
         "versions": _listed_once(versions),

@@ -1,10 +1,11 @@
-"""Provenance of a result: host, process, git revision of the caller's tree, and the versions that trained it."""
+"""Provenance of a result: host, process, CPU threads, git revision of the caller's tree, and the versions."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -45,6 +46,15 @@ def git_revision() -> str | None:
     return described.stdout.strip() or None
 
 
+def num_threads() -> int | None:
+    """Return on how many CPU threads torch computes in this process, which its last digits depend on.
+
+    None where nobody has loaded torch.
+    """
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch is not None else None
+
+
 def trial_metadata(*, device: str, host: str, seed: int) -> dict[str, Any]:
     """Return what every trial records of how it was run."""
     return {
@@ -52,6 +62,7 @@ def trial_metadata(*, device: str, host: str, seed: int) -> dict[str, Any]:
         "device": device,
         "host": host,
         "pid": os.getpid(),
+        "threads": num_threads(),
         "git_revision": git_revision(),
         "versions": versions(),
     }

@@ -146,7 +146,7 @@ def test_trials_as_json_have_the_keys_of_the_contract(hpo: Hpo, ran: Result) -> 
         assert len(trial["train_loss"]) == len(trial["val_accuracy"]) == 2
         assert trial["value"] == trial["val_accuracy"][-1]
     assert trials[2]["value"] is None
-    for key in ("seed", "device", "host", "pid", "git_revision", "versions", "duration_s", "reason"):
+    for key in ("seed", "device", "host", "pid", "threads", "git_revision", "versions", "duration_s", "reason"):
         assert key in trials[0]
 
 
