@@ -66,7 +66,7 @@ class Response:
     best: float  # the learning rate to train with, in two digits: it loses least to the best one in half of the draws
     value: float  # expected of a trial at `best`, diverging included
     interval: tuple[float, float]  # holds the best learning rate with CONFIDENCE
-    plateau: tuple[float, float]  # around `best`: within one standard error of the highest expected value
+    plateau: tuple[float, float]  # around `best`: behind the highest expected value by no more than doubt and noise
     divergence_lr: EstimatedRate | None  # half of the trials die there; None if none did, or only where others train
     sensitivity: float  # how far a learning rate of the range falls short of the best, on average
     noise: float  # the standard deviation of a trial's value about the mean
@@ -211,14 +211,14 @@ def _fit(
     at_best = _index_of_best(worth, has_evidence)
     lowest, highest = min(trial.x for trial in alive), _trained_to_the_end(alive).max()
     best = min(max(float(f"{10 ** x[at_best]:.2g}"), float(10**lowest)), float(10**highest))
-    # That it may diverge excuses no shortfall.
-    first, last = _run_around(at_best, behind <= (curves[:, [top]] - curves).std(axis=0))
+    noise = _noise(final, scale)
+    # That it may diverge excuses no shortfall, and that little is known excuses none that seeds would not make.
+    first, last = _run_around(at_best, behind <= np.minimum((curves[:, [top]] - curves).std(axis=0), noise[at_best]))
     tail = (1 - CONFIDENCE) / 2
     lrs = 10**x
     has_edge = any(life.dead is not None for life in lives) and np.median(middles) <= max(life.x for life in lives)
     # The same luck at all rates in a draw, so that the band is smooth.
     of_trials = scale.from_line(final.draws + final.noise * random.standard_normal((len(curves), 1)))
-    noise = _noise(final, scale)
     return Response(
         lrs=lrs.tolist(),
         mean=curves.mean(axis=0).tolist(),

@@ -245,6 +245,25 @@ def test_a_flat_response_is_all_plateau() -> None:
     assert found.value == pytest.approx(0.8, abs=0.01)  # and not the luckiest trial's
 
 
+def test_what_little_is_known_of_does_not_do_equally_well() -> None:
+    """A rate whose trials were pruned young may be as good; what is expected of it is far behind."""
+    grown = [1 - math.exp(-epoch / 6) for epoch in range(1, 31)]
+    ends = [(1e-3, 0.8, 30), (2e-2, 0.25, 30), (5e-3, 0.7, 3), (6e-4, 0.7, 1), (1e-4, 0.6, 1), (1e-5, 0.5, 1)]
+    trials = [
+        ObservedTrial(
+            math.log10(lr),
+            "complete" if epochs == 30 else "pruned",
+            range(1, epochs + 1),
+            [value * share for share in grown[:epochs]],
+        )
+        for lr, value, epochs in ends
+    ]
+    found = response(trials, num_epochs=30)
+    assert found.high[at(found, 1e-4)] > found.value
+    for lr in found.plateau:
+        assert found.mean[at(found, lr)] >= max(found.mean) - found.noise - 0.01
+
+
 def test_very_many_trials_are_no_trouble() -> None:
     lrs = 10 ** np.random.default_rng(1).uniform(-5, -1, 1000)
     found = response(make_trials(lrs, hill, noise=0.05))
