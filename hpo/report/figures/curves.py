@@ -83,7 +83,9 @@ def curves_caption(data: FigureData) -> str:
         for metric in _shown_metrics(data):
             values = [value for value in best.curves.get(metric, ()) if value is not None]
             if values:
-                caption += f"; the best trial's {metric} goes from {values[0]:.4g} to {values[-1]:.4g}"
+                is_share = metric.endswith("accuracy") and all(0 <= value <= 1 for value in values)
+                first, last = (f"{100 * end:.2f} %" if is_share else f"{end:.4g}" for end in (values[0], values[-1]))
+                caption += f"; the best trial's {metric} goes from {first} to {last}"
     return f"{caption}."
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hpo.report.figures.curves import MAX_CURVES
 from scripts.bench.report import make_study as make_large
-from tests.analysis.examples import LOG_LR, complete, make_study, numbered
+from tests.analysis.examples import LOG_LR, complete, make_study, numbered, trained
 from tests.report.examples import drawn
 
 
@@ -40,3 +40,9 @@ def test_of_very_many_trials_some_curves_are_drawn_and_that_is_said() -> None:
     lines = {n for trace in entry.figure.data for n in trace.customdata or ()}
     assert len(lines) == MAX_CURVES
     assert f"{MAX_CURVES} of them are drawn" in entry.caption
+    assert ("best trial's" in entry.caption) == (max(trials, key=lambda trial: trial.value or 0).number in lines)
+
+
+def test_the_caption_says_accuracies_in_percent_as_the_axis_does() -> None:
+    entry = drawn(make_study(), numbered(trained(0.1, 0.5), trained(0.2, 0.8)))["curves"]
+    assert entry.caption.endswith("; the best trial's val_accuracy goes from 50.59 % to 80.00 %.")
