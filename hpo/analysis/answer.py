@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from hpo.analysis.confirmation import Confirmation, find_confirmation
+from hpo.analysis.confirmation import Confirmation, exclude_worse, find_confirmation
 from hpo.analysis.response import ObservedTrial, Response, fit_response
 from hpo.analysis.text import rate_text, search_end_text
 from hpo.analysis.trials import (
@@ -18,6 +18,7 @@ from hpo.analysis.trials import (
     direction_sign,
     guess_accuracy,
     has_rate,
+    is_rate,
     rate_bounds,
     search_trials,
     standard_error,
@@ -132,16 +133,15 @@ def find_best(study: StudyRecord, trials: Sequence[TrialRecord]) -> Best | None:
     listed_values = study.spec.search.listed_values
     chosen = listed_values(confirmation.winner.params if confirmation else winner.params)
     leader = best_trial(study, [trial for trial in searched if listed_values(trial.params) == chosen]) or winner
-    verdict = find_verdict(study, confirmation)
-    if verdict is not None:
-        responses = [
-            (other, replace(known, plateau=verdict.without_worse(known.plateau)) if other == chosen else known)
-            for other, known in responses
-        ]
+    worse = find_worse_rates(study, confirmation)
+    rate = float(confirmation.winner.params["lr"]) if confirmation and worse else math.nan
+    for index, (other, known) in enumerate(responses):
+        if other == chosen:
+            responses[index] = other, replace(known, plateau=exclude_worse(known.plateau, worse=worse, winner=rate))
     response = next((known for other, known in responses if other == chosen and has_rate(leader)), None)
     interval = response.interval if response else learning_rate_interval(study, searched, leader)
-    if response is None and interval is not None and verdict is not None:
-        interval = verdict.without_worse(interval)
+    if response is None and interval is not None:
+        interval = exclude_worse(interval, worse=worse, winner=rate)
     return Best(
         trial=winner.number,
         params=winner.params,
@@ -149,20 +149,24 @@ def find_best(study: StudyRecord, trials: Sequence[TrialRecord]) -> Best | None:
         interval=interval,
         responses=responses,
         response=response,
-        warnings=find_warnings(study, trials, leader, response, is_told_apart=verdict is not None),
+        warnings=find_warnings(study, trials, leader, response, is_told_apart=bool(worse)),
         confirmation=confirmation,
         range_test=study.metadata.get("range_test"),
         search_end=search_end_text(study, trials),
     )
 
 
-def find_verdict(study: StudyRecord, confirmation: Confirmation | None) -> Confirmation | None:
-    """Return the confirmation if its runner-up is worse than its winner and has the same listed parameters."""
-    other = confirmation.runner_up if confirmation else None
-    if confirmation is None or other is None or not other.is_worse:
-        return None
-    listed_values = study.spec.search.listed_values
-    return confirmation if listed_values(other.params) == listed_values(confirmation.winner.params) else None
+def find_worse_rates(study: StudyRecord, confirmation: Confirmation | None) -> list[float]:
+    """Return the learning rates that a confirmation found worse than its winner's, with the same listed parameters."""
+    if confirmation is None:
+        return []
+    listed_values, winner = study.spec.search.listed_values, confirmation.winner.params
+    alike = [rate.params for rate in confirmation.worse if listed_values(rate.params) == listed_values(winner)]
+    return [
+        float(params["lr"])
+        for params in alike
+        if is_rate(winner.get("lr")) and is_rate(params["lr"]) and params["lr"] != winner["lr"]
+    ]
 
 
 def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response | None:

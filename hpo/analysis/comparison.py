@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hpo.analysis.answer import Best, find_verdict
+from hpo.analysis.answer import Best, find_worse_rates
 from hpo.analysis.response import CONFIDENCE, Response
 from hpo.analysis.text import number_text
 from hpo.analysis.trials import best_trial, search_trials
@@ -157,7 +157,7 @@ def _compared_study(
     alike = [trial for trial in search_trials(trials) if listed_values(trial.params) == params]
     leader = best_trial(study, alike)
     is_confirmed = answer.confirmation is not None and listed_values(answer.recommended) == params
-    is_told_apart = is_confirmed and find_verdict(study, answer.confirmation) is not None
+    is_told_apart = is_confirmed and bool(find_worse_rates(study, answer.confirmation))
     warnings = []
     if leader is not None:
         warnings = find_warnings(study, alike, leader, response, is_told_apart=is_told_apart)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hpo.analysis.text import rate_text
-from hpo.analysis.trials import direction_sign, is_rate
+from hpo.analysis.trials import direction_sign
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.seed_race import SeedResults, find_lead
 from hpo.study.stages import latest
@@ -76,23 +76,12 @@ class Confirmation:
         """The candidate that won."""
         return self.candidates[0]
 
-    def without_worse(self, rates: tuple[float, float]) -> tuple[float, float]:
-        """Return what a runner-up that is worse leaves of the learning rates, (lowest, highest), that do equally well.
-
-        The runner-up goes, with the rates beyond it and those that are nearer to it than to the winner. If none is
-        left, the winner's rate stands alone.
-        """
-        won = self.winner.params.get("lr")
-        lost = self.runner_up.params.get("lr") if self.runner_up is not None and self.runner_up.is_worse else None
-        if won is None or lost is None or won == lost or not (is_rate(won) and is_rate(lost)):
-            return rates
-        low, high = rates
-        shown = [float(rate_text(rate)) for rate in (low, lost, high)]
-        if shown != sorted(shown):
-            return rates
-        middle = math.sqrt(won * lost)
-        low, high = (max(low, middle), high) if lost < won else (low, min(high, middle))
-        return (low, high) if low <= high else (won, won)
+    @property
+    def worse(self) -> list[Candidate]:
+        """The candidates that really are worse: the runner-up, if it is, and what left the race over seeds before."""
+        told = self.runner_up.params if self.runner_up is not None and self.runner_up.is_worse else None
+        num_seeds = len(self.winner.values)
+        return [rate for rate in self.candidates[1:] if rate.params == told or len(rate.values) < num_seeds]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the confirmation as plain data for JSON."""
@@ -130,6 +119,21 @@ def find_confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, sear
         test_value=statistics.fmean(tested) if tested else None,
         test_standard_error=_student_error(statistics.stdev(tested), len(tested)) if len(tested) > 1 else None,
     )
+
+
+def exclude_worse(rates: tuple[float, float], *, worse: Sequence[float], winner: float) -> tuple[float, float]:
+    """Return what is left of the learning rates, (lowest, highest), that are said to do equally well.
+
+    A worse rate goes, with those beyond it and those that are nearer to it than to the winner. If none is left, the
+    winner's rate stands alone.
+    """
+    low, high = rates
+    for rate in worse:
+        shown = [float(rate_text(end)) for end in (low, rate, high)]
+        if shown == sorted(shown):
+            middle = math.sqrt(rate * winner)
+            low, high = (max(low, middle), high) if rate < winner else (low, min(high, middle))
+    return (low, high) if low <= high else (winner, winner)
 
 
 def _group_by_params(trials: Sequence[TrialRecord]) -> list[list[TrialRecord]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import pytest
 from hpo.analysis.answer import find_best
 from hpo.analysis.answer_text import answer_lines, confirmation_lines
 from hpo.analysis.comparison import compare_answers
-from hpo.analysis.confirmation import Confirmation, find_confirmation
+from hpo.analysis.confirmation import Confirmation, exclude_worse, find_confirmation
 from hpo.analysis.text import rate_text
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
@@ -231,7 +232,23 @@ def test_without_a_response_the_rates_that_did_as_well_leave_out_a_worse_one_too
 
 
 def test_where_all_that_did_equally_well_lies_beyond_a_worse_rate_the_winner_stands_alone() -> None:
-    found = confirmed(make_study(), [0.70, 0.71, 0.72], [0.90, 0.91, 0.92])
-    assert found.winner.params == {"lr": 1e-2}
-    assert found.without_worse((1e-4, 1e-3)) == (1e-2, 1e-2)
-    assert found.without_worse((2e-3, 2e-2)) == (2e-3, 2e-2)
+    assert exclude_worse((1e-4, 1e-3), worse=[1e-3], winner=1e-2) == (1e-2, 1e-2)
+    assert exclude_worse((2e-3, 2e-2), worse=[1e-3], winner=1e-2) == (2e-3, 2e-2)
+    assert exclude_worse((1e-4, 1e-1), worse=[1e-3, 4e-2], winner=1e-2) == pytest.approx((10**-2.5, 2e-2))
+
+
+def test_what_left_the_race_over_seeds_does_equally_well_nowhere_either() -> None:
+    study = make_searched(**SEARCHED, confirm={"top": 3, "seeds": 5})
+    trials = numbered(*complete(lambda lr: 0.8))
+    before = find_best(study, trials)
+    assert before is not None
+    assert before.response is not None
+    first, last = before.response.plateau
+    rates = [float(f"{first * (last / first) ** share:.2g}") for share in (0.5, 0.7, 0.2)]
+    values: list[list[float | str]] = [[0.9, 0.91, 0.92, 0.9, 0.91], [0.9, 0.9, 0.92, 0.91, 0.9], [0.7, 0.71, 0.72]]
+    found = find_best(study, trials + again(trials, *values, params=[{"lr": rate} for rate in rates]))
+    assert found is not None
+    assert found.confirmation is not None
+    assert [rate.params["lr"] for rate in found.confirmation.worse] == rates[2:]
+    assert found.response is not None
+    assert found.response.plateau == pytest.approx((math.sqrt(rates[2] * found.recommended["lr"]), last))
