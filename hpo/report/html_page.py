@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from hpo.analysis.text import number_text, study_text
 from hpo.report.figures.style import THEMES, line_colours
-from hpo.report.study_report import MAX_LISTED_TRIALS, StudyReport, provenance_rows, spec_toml, trial_table
+from hpo.report.study_report import MAX_LISTED_TRIALS, StudyReport, TableCell, provenance_rows, spec_toml, trial_table
 from hpo.system.readable import one_line, visible
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 MAX_FAILURES = 20  # failed trials whose tracebacks are shown
 SYMBOLS = {"complete": "●", "pruned": "▼", "diverged": "✕", "failed": "■", "running": "◆", "waiting": "○"}
-NUMERIC = ("trial", "epochs", "train_loss", "attempt", "seconds")  # columns
 
 
 def render_html(report: StudyReport, _figure: str) -> bytes:
@@ -40,7 +40,7 @@ def render_html(report: StudyReport, _figure: str) -> bytes:
         rows=rows[:MAX_LISTED_TRIALS],
         num_rows=len(rows),
         table_text=table_text,
-        numeric={*NUMERIC, report.study.spec.metric},
+        numeric={name for index, name in enumerate(columns) if _has_number(row.cells[index] for row in rows)},
         failures=[trial for trial in report.trials if trial.error][:MAX_FAILURES],
         provenance=provenance_rows(report),
         spec=spec_toml(report.study),
@@ -51,6 +51,10 @@ def render_html(report: StudyReport, _figure: str) -> bytes:
         data=_embeddable_json(_script_data(report)),
     )
     return page.encode(errors="backslashreplace")  # half characters are left in the JSON alone, which reads this
+
+
+def _has_number(cells: Iterable[TableCell]) -> bool:
+    return any(isinstance(cell.key, int | float) for cell in cells)
 
 
 # The data of the page's script

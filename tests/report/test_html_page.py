@@ -115,6 +115,8 @@ def test_every_column_of_the_trials_can_be_read(
             assert frame["x"] <= box["x"]
             assert box["x"] + box["width"] <= frame["x"] + frame["width"] + 1
             assert first["x"] == pytest.approx(frame["x"] + 1, abs=1)  # the trial's number stays
+        columns = [(name.get_attribute("class") == "n", name.inner_text()) for name in names.all()]
+        assert {name for is_right, name in columns if not is_right} == {"state", "kind", "why it ended"}
 
 
 def test_the_page_says_what_the_terminal_says_and_is_sorted_and_read_without_eyes(
