@@ -16,15 +16,14 @@ from hpo.analysis.trials import (
     are_alike,
     best_trial,
     direction_sign,
-    guess_accuracy,
     has_rate,
     is_rate,
     rate_bounds,
     search_trials,
-    standard_error,
     value_of,
 )
 from hpo.analysis.warnings import StudyWarning, find_warnings
+from hpo.study.chance import guess_accuracy, standard_error
 from hpo.study.records import StudyRecord, TrialRecord
 
 OBSERVED = (*TRAINED, "running", "waiting")  # states of trials that say something about their learning rate
@@ -185,7 +184,7 @@ def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response
     ]
     if not observed:
         return None
-    guess = guess_accuracy(study)
+    guess = guess_accuracy(study.spec, study.metadata)
     low, high = rate_bounds(study, trials)
     response = fit_response(
         observed,

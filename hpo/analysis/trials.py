@@ -81,25 +81,6 @@ def value_of(trial: TrialRecord) -> float:
     return trial.value
 
 
-def guess_accuracy(study: StudyRecord) -> float | None:
-    """Return the accuracy of always naming the largest class, or None where the trials classify nothing of ours.
-
-    Studies of older versions do not know how large their classes are; these count as equal.
-    """
-    classes = None if study.spec.objective else study.metadata.get("num_classes")
-    return float(study.metadata.get("guess_accuracy", 1 / classes)) if classes else None
-
-
-def standard_error(accuracy: float, num_images: int) -> float:
-    """Return the standard error of an accuracy measured on so many images.
-
-    By Agresti and Coull (1998), so that an accuracy of 100 % is not certain either.
-    """
-    count = num_images + 4
-    share = (accuracy * num_images + 2) / count
-    return math.sqrt(share * (1 - share) / count)
-
-
 def _last_loss(trial: TrialRecord) -> float:
     losses = trial.curves.get("val_loss", ())
     return losses[-1] if losses and losses[-1] is not None else math.inf

@@ -14,13 +14,12 @@ from hpo.analysis.trials import (
     TRAINED,
     are_alike,
     direction_sign,
-    guess_accuracy,
     has_rate,
     rate_bounds,
     search_trials,
-    standard_error,
     value_of,
 )
+from hpo.study.chance import guess_accuracy, lucky_accuracy, standard_error
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
@@ -99,8 +98,9 @@ class WarningContext:
 
 
 def _guessing(context: WarningContext) -> str | None:
-    metadata, guess = context.study.metadata, guess_accuracy(context.study)
-    if guess is None or value_of(context.winner) > guess + standard_error(guess, metadata["num_val"]):
+    spec, metadata = context.study.spec, context.study.metadata
+    guess, by_luck = guess_accuracy(spec, metadata), lucky_accuracy(spec, metadata)
+    if guess is None or by_luck is None or value_of(context.winner) > by_luck:
         return None
     classes = metadata["num_classes"]
     what = f"guessing among {classes} classes"

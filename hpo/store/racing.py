@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
-from hpo.search.race import OPEN, Course, Racer, course_of, find_goals, trains_on
+from hpo.search.race import OPEN, Racer, course_of, find_goals, trains_on
 from hpo.store.database import Database
 from hpo.store.ledger import Ledger
 from hpo.store.reading import read_optuna_trials
-from hpo.store.schema import epochs_table, slots_table
+from hpo.store.schema import epochs_table, slots_table, studies_table
 from hpo.store.slots import num_enqueued, num_slots
+from hpo.study.chance import lucky_accuracy
 from hpo.study.records import StudyRecord
 
 END_REASON = "dropped by the race after epoch {epoch}"
@@ -34,7 +35,7 @@ def read_race(database: Database, connection: Connection, study_id: int, spec: S
     course = course_of(spec)
     if course is None:
         return Race()
-    racers = _read_racers(database, connection, study_id, course, sign=1 if spec.direction == "maximize" else -1)
+    racers = _read_racers(database, connection, study_id, spec, course.rungs)
     goals = find_goals(course, racers)
     held_back = (
         racer.number
@@ -66,24 +67,33 @@ def hold_back(database: Database, connection: Connection, study: StudyRecord) ->
 
 
 def _read_racers(
-    database: Database, connection: Connection, study_id: int, course: Course, *, sign: int
+    database: Database, connection: Connection, study_id: int, spec: StudySpec, rungs: Sequence[int]
 ) -> list[Racer]:
+    """Return the trials of a race. Those that are no better than guessing are equal: their losses tell them apart."""
+    sign, worst = 1 if spec.direction == "maximize" else -1, _lucky_value(connection, study_id, spec)
     columns = (slots_table.c.number, slots_table.c.state, slots_table.c.given, slots_table.c.trial_id)
     is_searched = (slots_table.c.study_id == study_id) & (slots_table.c.kind == "search")
     rows = connection.execute(sa.select(*columns).where(is_searched)).all()
     theirs = read_optuna_trials(database, study_id, rows)
-    losses = _read_losses(connection, study_id, course.rungs)
+    losses = _read_losses(connection, study_id, rungs)
     racers = []
     for row in rows:
         trial = theirs.get(row.trial_id)
         reported = {} if trial is None else trial.intermediate_values
         params = json.loads(row.given) | ({} if trial is None else trial.params)
-        values = {epoch: sign * value for epoch, value in reported.items()}
+        values = {epoch: max(sign * value, worst) for epoch, value in reported.items()}
         racers.append(Racer(row.number, params.get("lr", 0.0), row.state, values, losses.get(row.number, {})))
     return racers
 
 
-def _read_losses(connection: Connection, study_id: int, epochs: Iterable[int]) -> dict[int, dict[int, float]]:
+def _lucky_value(connection: Connection, study_id: int, spec: StudySpec) -> float:
+    """Return what guessing may be worth, or -inf where that is not known."""
+    metadata = connection.execute(sa.select(studies_table.c.metadata).where(studies_table.c.study_id == study_id))
+    value = lucky_accuracy(spec, json.loads(metadata.scalar() or "{}"))
+    return -math.inf if value is None else value
+
+
+def _read_losses(connection: Connection, study_id: int, epochs: Sequence[int]) -> dict[int, dict[int, float]]:
     """Return the validation losses after these epochs, where they are known, by trial and epoch."""
     columns = (epochs_table.c.number, epochs_table.c.epoch, epochs_table.c.metrics)
     wanted = (epochs_table.c.study_id == study_id) & epochs_table.c.epoch.in_(list(epochs))

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from hpo.analysis.trials import best_trial, race_progress, standard_error
+from hpo.analysis.trials import best_trial, race_progress
+from hpo.study.chance import standard_error
 from tests.analysis.examples import make_study, make_trials, reporting
 
 

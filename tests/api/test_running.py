@@ -66,6 +66,25 @@ class NothingIsLeftError(Exception):
     """Ends `serve`, which would wait for ever."""
 
 
+def test_a_race_whose_trials_wait_for_one_in_training_is_no_work(make_spec: MakeSpec, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    store = Store(storage, create=True)
+    search = {"sampler": "race", "space": {"lr": {"low": 0.1, "high": 1.0}}}
+    study = store.studies.create(make_spec(search=search, epochs=5), metadata={})
+    worker = store.workers.add(study.study_id, device="cpu")
+    for claim in [store.trials.claim(study, worker) for _ in range(5)][1:]:
+        assert claim is not None
+        store.trials.report(claim, study.spec, epoch=1, metrics={}, value=0.5)
+        store.trials.release(claim)
+
+    def say(message: str) -> None:
+        assert message == "waiting for a study"
+        raise NothingIsLeftError
+
+    with pytest.raises(NothingIsLeftError):
+        running.serve(executor=Local("cpu", workers=1), storage=storage, say=say)
+
+
 def test_a_store_is_served_study_by_study_and_what_cannot_be_trained_is_passed_over(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:

@@ -148,6 +148,26 @@ def test_the_lower_loss_leads_where_values_are_the_same(store: Store) -> None:
 
 
 @only_sqlite
+def test_accuracies_that_guessing_may_have_decide_nothing(store: Store) -> None:
+    """Check that the lower loss leads among them, and that a higher accuracy leads whatever its loss."""
+    settings = race_spec().frozen()
+    settings.pop("objective")
+    spec = StudySpec.from_dict(settings)
+    metadata = {"num_classes": 10, "guess_accuracy": 0.1, "num_val": 100}
+    study = store.studies.create(spec, metadata=metadata)
+    worker = store.workers.add(study.study_id, device="cpu")
+    for accuracy, loss in ((0.12, 2.31), (0.08, 2.27), (0.125, 2.3), (0.1, 2.29), (0.15, 2.4)):
+        claimed = store.trials.claim(study, worker)
+        assert claimed is not None
+        store.trials.suggest(claimed, spec, attributes=lambda _: {})
+        metrics = {"val_accuracy": accuracy, "val_loss": loss}
+        store.trials.report(claimed, spec, epoch=1, metrics=metrics, value=accuracy)
+        store.trials.release(claimed)
+    both = [store.trials.claim(study, worker) for _ in range(3)]
+    assert [claimed and claimed.number for claimed in both] == [1, 4, None]
+
+
+@only_sqlite
 def test_a_trial_that_failed_and_is_tried_again_joins_the_race_that_was_over(store: Store) -> None:
     study, worker = begin(store, race_spec())
     failed = False
