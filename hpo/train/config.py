@@ -19,7 +19,7 @@ from hpo.errors import Rule
 
 TORCHVISION = "torchvision:"  # begins the name of a model of torchvision's, and of no module of a user's
 # Settings of [training] that earlier checkpoints do not know; where they have their default, they do not count.
-LATER_TRAINING_KEYS = ("tf32",)
+LATER_TRAINING_KEYS = ("tf32", "decay_fraction", "timescale_epochs")
 # Settings that change no number of a trial: where its data and checkpoints are, and how often it is saved.
 TRIAL_NEUTRAL_KEYS = frozenset({"data.root", "data.placement", "training.checkpoint_epochs"})
 
@@ -108,8 +108,15 @@ class TrainingConfig:
     restarts: Annotated[int, Ge(1), Doc("cosine_restarts: number of equal cycles.")] = 3
     power: Annotated[float, Gt(0), Doc("polynomial: its exponent.")] = 1.0
     final_lr_fraction: Annotated[
-        float, Ge(0), Le(1), Doc("cosine, cosine_restarts, polynomial: where the schedule ends, as a fraction of lr.")
+        float,
+        Ge(0),
+        Le(1),
+        Doc("cosine, cosine_restarts, polynomial, linear, wsd: where the schedule ends, as a fraction of lr."),
     ] = 0.0
+    decay_fraction: Annotated[float, Gt(0), Le(1), Doc("wsd: fraction of the training in which the rate falls.")] = 0.2
+    timescale_epochs: Annotated[
+        float, Gt(0), Doc("inverse_sqrt: epochs after the warm-up until lr has fallen by the square root of 2.")
+    ] = 1.0
     peak_fraction: Annotated[float, Gt(0), Lt(1), Doc("one_cycle: fraction of the training before the peak.")] = 0.3
     initial_lr_fraction: Annotated[
         float, Gt(0), Le(1), Doc("one_cycle: where the schedule starts, as a fraction of lr.")

@@ -199,6 +199,21 @@ def _polynomial(training: TrainingConfig, position: SchedulePosition) -> float:
     return final + (1 - final) * math.pow(max(0.0, 1 - position.share), training.power)
 
 
+def _linear_decay(training: TrainingConfig, position: SchedulePosition) -> float:
+    return 1 - (1 - training.final_lr_fraction) * min(1.0, position.share)
+
+
+def _wsd(training: TrainingConfig, position: SchedulePosition) -> float:
+    """Stay, then fall linearly: warm-up, stable, decay (Hägele et al., arXiv 2405.18392)."""
+    share = (position.share - (1 - training.decay_fraction)) / training.decay_fraction
+    return 1 - (1 - training.final_lr_fraction) * min(1.0, max(0.0, share))
+
+
+def _inverse_sqrt(training: TrainingConfig, position: SchedulePosition) -> float:
+    """Fall as the square root of the epochs grows (Vaswani et al., arXiv 1706.03762)."""
+    return math.sqrt(training.timescale_epochs / (training.timescale_epochs + position.epoch))
+
+
 def _plateau(training: TrainingConfig, position: SchedulePosition) -> float:
     """Replay torch's ReduceLROnPlateau, where lower means lower by more than 1e-4 of the best so far."""
     factor, best, bad_epochs = 1.0, math.inf, 0
@@ -221,5 +236,8 @@ SCHEDULES: dict[str, Schedule] = {
     "cosine_restarts": Schedule(factor=_cosine_restarts, keys=frozenset({"restarts", "final_lr_fraction"})),
     "one_cycle": Schedule(factor=_one_cycle, keys=frozenset({"peak_fraction", "initial_lr_fraction"})),
     "polynomial": Schedule(factor=_polynomial, keys=frozenset({"power", "final_lr_fraction"})),
+    "linear": Schedule(factor=_linear_decay, keys=frozenset({"final_lr_fraction"})),
+    "wsd": Schedule(factor=_wsd, keys=frozenset({"decay_fraction", "final_lr_fraction"})),
+    "inverse_sqrt": Schedule(factor=_inverse_sqrt, keys=frozenset({"timescale_epochs"})),
     "plateau": Schedule(factor=_plateau, keys=frozenset({"plateau_epochs", "gamma"})),
 }

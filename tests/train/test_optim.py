@@ -143,6 +143,21 @@ COUNTERPARTS: list[tuple[dict[str, Any], Any, bool]] = [
         lambda o: lr_scheduler.LinearLR(o, 1.0, 0.2, NUM_STEPS),
         False,
     ),
+    ({"schedule": "linear", "final_lr_fraction": 0.2}, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.2, NUM_STEPS), False),
+    (
+        {"schedule": "wsd", "decay_fraction": 0.25, "final_lr_fraction": 0.1},
+        lambda o: lr_scheduler.SequentialLR(
+            o,
+            [lr_scheduler.ConstantLR(o, 1.0), lr_scheduler.LinearLR(o, 1.0, 0.1, NUM_STEPS // 4)],
+            milestones=[NUM_STEPS * 3 // 4],
+        ),
+        False,
+    ),
+    (
+        {"schedule": "inverse_sqrt", "timescale_epochs": 2.0},
+        lambda o: lr_scheduler.LambdaLR(o, lambda step: (1 + step / STEPS_PER_EPOCH / 2) ** -0.5),
+        False,
+    ),
 ]
 
 

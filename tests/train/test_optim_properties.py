@@ -106,10 +106,39 @@ def polynomial(draw: st.DrawFn) -> Counterpart:
 
 
 def linear(draw: st.DrawFn) -> Counterpart:
-    """Take torch's LinearLR for a polynomial of power 1 that ends above zero."""
-    epochs, num, final = draw(lengths), draw(steps), draw(fractions)
-    training = TrainingConfig(schedule="polynomial", epochs=epochs, final_lr_fraction=final)
+    """Draw a polynomial of power 1, too, which ends above zero where torch's does not."""
+    epochs, num, final, name = (
+        draw(lengths),
+        draw(steps),
+        draw(fractions),
+        draw(st.sampled_from(["linear", "polynomial"])),
+    )
+    training = TrainingConfig(schedule=name, epochs=epochs, final_lr_fraction=final)
     return Counterpart(training, num, lambda o: lr_scheduler.LinearLR(o, 1.0, final, epochs * num))
+
+
+def wsd(draw: st.DrawFn) -> Counterpart:
+    """Decay in whole steps, as torch does."""
+    epochs, num, final = draw(lengths), draw(steps), draw(fractions)
+    num_decay = draw(st.integers(1, epochs * num))
+    training = TrainingConfig(
+        schedule="wsd", epochs=epochs, decay_fraction=num_decay / (epochs * num), final_lr_fraction=final
+    )
+
+    def make(optimizer: torch.optim.Optimizer) -> Scheduler:
+        decay = lr_scheduler.LinearLR(optimizer, 1.0, final, num_decay)
+        if num_decay == epochs * num:
+            return decay
+        stable = lr_scheduler.ConstantLR(optimizer, 1.0)
+        return lr_scheduler.SequentialLR(optimizer, [stable, decay], milestones=[epochs * num - num_decay])
+
+    return Counterpart(training, num, make)
+
+
+def inverse_sqrt(draw: st.DrawFn) -> Counterpart:
+    epochs, num, scale = draw(lengths), draw(steps), draw(st.floats(0.1, 20.0))
+    training = TrainingConfig(schedule="inverse_sqrt", epochs=epochs, timescale_epochs=scale)
+    return Counterpart(training, num, lambda o: lr_scheduler.LambdaLR(o, lambda step: (1 + step / num / scale) ** -0.5))
 
 
 COUNTERPARTS = [
@@ -122,6 +151,8 @@ COUNTERPARTS = [
     one_cycle,
     polynomial,
     linear,
+    wsd,
+    inverse_sqrt,
 ]
 
 
@@ -191,6 +222,8 @@ def trainings(draw: st.DrawFn, *, schedules: Sequence[str] = tuple(SCHEDULES)) -
         peak_fraction=draw(st.floats(0.01, 0.99)),
         initial_lr_fraction=draw(st.floats(0.01, 1.0)),
         plateau_epochs=draw(st.integers(0, 5)),
+        decay_fraction=draw(st.floats(0.01, 1.0)),
+        timescale_epochs=draw(st.floats(0.1, 20.0)),
     )
 
 
@@ -219,7 +252,18 @@ def test_after_its_warmup_a_schedule_is_one_without_over_the_epochs_that_remain(
     assert with_warmup[:warmup_steps] == pytest.approx(rising)
 
 
-FALLING = ("constant", "step", "multistep", "exponential", "cosine", "polynomial", "plateau")
+FALLING = (
+    "constant",
+    "step",
+    "multistep",
+    "exponential",
+    "cosine",
+    "polynomial",
+    "linear",
+    "wsd",
+    "inverse_sqrt",
+    "plateau",
+)
 
 
 @given(training=trainings(schedules=FALLING), num=steps, val_losses=losses)
@@ -231,7 +275,9 @@ def test_without_restarts_or_a_cycle_a_factor_never_rises(
     assert all(after <= before + 1e-12 for before, after in itertools.pairwise(all_factors))
 
 
-@given(training=trainings(schedules=("cosine", "cosine_restarts", "polynomial", "one_cycle")), num=steps)
+@given(
+    training=trainings(schedules=("cosine", "cosine_restarts", "polynomial", "one_cycle", "linear", "wsd")), num=steps
+)
 @repeatable
 def test_smooth_schedules_jump_nowhere_but_at_restarts(training: TrainingConfig, num: int) -> None:
     training = replace(training, power=max(1.0, training.power))  # below 1 the end is as steep as one likes
@@ -240,6 +286,8 @@ def test_smooth_schedules_jump_nowhere_but_at_restarts(training: TrainingConfig,
         "cosine": num_steps,
         "cosine_restarts": num_steps / training.restarts,
         "polynomial": num_steps / training.power,
+        "linear": num_steps,
+        "wsd": training.decay_fraction * num_steps,
         "one_cycle": min(training.peak_fraction * num_steps - 1, (1 - training.peak_fraction) * num_steps),
     }[training.schedule]
     all_factors = factors(training, steps_per_epoch=num)
@@ -263,4 +311,4 @@ def test_a_factor_depends_on_nothing_but_the_settings_that_its_schedule_names(
 
 def test_every_schedule_has_a_counterpart_here() -> None:
     drawn = {"step" if name.startswith("step") else name for name in (function.__name__ for function in COUNTERPARTS)}
-    assert drawn - {"linear"} | {"plateau"} == set(SCHEDULES)
+    assert drawn | {"plateau"} == set(SCHEDULES)
