@@ -365,6 +365,9 @@ class Counts:
     def counts(self, _study_id: int) -> dict[str, int]:
         return {"waiting": self.waiting, "running": len(self.busy)}
 
+    def num_claimable(self, _study: object) -> int:
+        return self.waiting
+
     def in_training(self, _study: object) -> dict[tuple[str, int], list[tuple[int, int]]]:
         return {process: [(0, 1)] for process in self.busy}
 
