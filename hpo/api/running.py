@@ -15,6 +15,7 @@ from hpo.api.reading import Result, result_of
 from hpo.api.stores import open_study, storage_url
 from hpo.config.import_policy import allowed_for, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
+from hpo.config.widening import parse_widening, widened_spec
 from hpo.errors import StudyStopped, UserError
 from hpo.lr_range import resolve as ranges
 from hpo.report.publisher import Publisher
@@ -247,6 +248,7 @@ def resume(
     trials: int | None = None,
     until: str | None = None,
     hours: float | None = None,
+    widen: Sequence[str] = (),
     retry_failed: bool = False,
     allow: Sequence[str] = (),
     watcher: Watcher | None = None,
@@ -261,6 +263,8 @@ def resume(
             `search.hours` has ended the search, they do not hold any more. Default: as it was.
         until: The new `search.until`. Default: as it was.
         hours: The new `search.hours`. Default: as it was.
+        widen: Ranges to widen, each as "KEY=LOW:HIGH", such as "lr=1e-6:10". All trials stay. Without `trials` the
+            study gets as many more as the wider range needs to be searched as densely.
         retry_failed: Whether to train the trials that have failed again, each from its start.
         allow: As in `join`.
         watcher: As in `run`.
@@ -274,22 +278,26 @@ def resume(
     """
     store, study = open_study(name, storage=storage)
     has_failed = retry_failed and store.trials.counts(study.study_id).get("failed", 0) > 0
-    has_bounds = (trials, until, hours) != (None, None, None)
+    widening = dict(map(parse_widening, widen))
+    spec = widened_spec(study.spec, widening) if widening else study.spec
+    if widening and any(worker.alive for worker in store.workers.get_all(study)):
+        raise UserError(f"--widen needs a study that nobody trains; end that with: hpo stop {name}")
+    has_bounds = bool(widening) or (trials, until, hours) != (None, None, None)
     if not has_bounds and not has_failed and not store.trials.num_left(study):
         return result_of(store, study)
 
     def open_again(_: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
         store.studies.check_joins(study, study.spec, metadata=metadata)
         if has_bounds:
-            store.studies.enlarge(study, trials, until=until, hours=hours)
+            store.searches.enlarge(study, trials, until=until, hours=hours, widening=widening)
         if retry_failed:
             store.studies.retry_failed(study)
         store.studies.start(study)
         return store, store.studies.get(name)
 
     allowed = parse_allow(allow)
-    launcher = make_launcher(executor or Local(), study.spec, allowed, url=storage_url(storage))
-    return _run_to_end(study.spec, allowed, open_again, launcher, watcher=watcher)
+    launcher = make_launcher(executor or Local(), spec, allowed, url=storage_url(storage))
+    return _run_to_end(spec, allowed, open_again, launcher, watcher=watcher)
 
 
 def stop(name: str, *, storage: str | None = None) -> bool:

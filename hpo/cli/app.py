@@ -222,6 +222,7 @@ def _serve_until_interrupted(
 @click.option("--trials", type=int, metavar="N", help="Enlarge the study to N trials; finished trials stay.")
 @click.option("--until", metavar="TEXT", help="A new search.until, such as '0.2 decades'.")
 @click.option("--hours", type=float, metavar="H", help="A new search.hours.")
+@click.option("--widen", multiple=True, metavar="KEY=LOW:HIGH", help="Widen a range, such as lr=1e-6:10.")
 @click.option("--retry-failed", is_flag=True, help="Train failed trials again, each from its start.")
 @allow_option
 @verbose_option
@@ -232,6 +233,7 @@ def resume_command(
     trials: int | None,
     until: str | None,
     hours: float | None,
+    widen: tuple[str, ...],
     retry_failed: bool,
     allow: tuple[str, ...],
     verbose: bool,
@@ -243,6 +245,7 @@ def resume_command(
     \b
     hpo resume quickstart --trials 30
     hpo resume quickstart --until "0.2 decades"
+    hpo resume quickstart --widen lr=1e-6:10
     hpo resume quickstart --retry-failed
     """
     from hpo.api import running
@@ -256,6 +259,7 @@ def resume_command(
         trials=trials,
         until=until,
         hours=hours,
+        widen=widen,
         retry_failed=retry_failed,
         allow=allow,
     )

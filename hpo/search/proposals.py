@@ -14,6 +14,7 @@ from hpo.train.config import derive_seed
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
     from hpo.search.config import SearchSettings
@@ -135,6 +136,30 @@ def suggest(trial: optuna.trial.BaseTrial, spec: SearchSettings, *, without: Col
             parameter = parameter.cases[str(values[parameter.by])]
         values[key] = _suggest_value(trial, name, parameter, grid=spec.search.sampler == "grid")
     return values
+
+
+def searched_ranges(spec: SearchSettings) -> dict[str, BaseDistribution]:
+    """Return the ranges of the space as Optuna knows them, by its names."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    is_grid = spec.search.sampler == "grid"
+    ranges: dict[str, BaseDistribution] = {}
+    for key, parameter in spec.search.parameters.items():
+        cases: dict[str, Range | Categorical] = {}
+        if isinstance(parameter, Conditional):
+            cases |= {_optuna_name(key, parameter, {parameter.by: case}): of for case, of in parameter.cases.items()}
+        else:
+            cases[key] = parameter
+        for name, case in cases.items():
+            known = _as_recorded(case, grid=is_grid)
+            if isinstance(known, Range):
+                step = None if is_grid else known.step
+                ranges[name] = (
+                    IntDistribution(int(known.low), int(known.high), log=known.log, step=int(step or 1))
+                    if known.is_integer
+                    else FloatDistribution(float(known.low), float(known.high), log=known.log, step=step)
+                )
+    return ranges
 
 
 def _suggest_value(trial: optuna.trial.BaseTrial, name: str, parameter: Range | Categorical, *, grid: bool) -> Scalar:

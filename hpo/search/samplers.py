@@ -15,25 +15,25 @@ from hpo.search.space import Conditional
 from hpo.train.config import derive_seed
 
 if TYPE_CHECKING:
-    import optuna
     from optuna.samplers import BaseSampler
 
     from hpo.search.config import SearchSettings
+    from hpo.search.study_views import SearchStudy
 
 
-def _search_study() -> type[optuna.Study]:
+def _search_study() -> type[SearchStudy]:
     from hpo.search.study_views import SearchStudy
 
     return SearchStudy
 
 
-def _reports_study() -> type[optuna.Study]:
+def _reports_study() -> type[SearchStudy]:
     from hpo.search.study_views import ReportsStudy
 
     return ReportsStudy
 
 
-def _values_study() -> type[optuna.Study]:
+def _values_study() -> type[SearchStudy]:
     from hpo.search.study_views import ValuesStudy
 
     return ValuesStudy
@@ -52,7 +52,7 @@ class SamplerEntry:
     lists_values: bool = False  # makes a list of all values of a range of integers, or with steps
     has_counter: bool = False  # keeps a counter in the study, which one trial at a time may read and write
     begins_spread: bool = False  # learns from its first trials, which are spread over the space
-    study_view: Callable[[], type[optuna.Study]] = _search_study  # how the sampler sees the trials before
+    study_view: Callable[[], type[SearchStudy]] = _search_study  # how the sampler sees the trials before
 
 
 def _random(seed: int, study_seed: int, spec: SearchSettings) -> BaseSampler:

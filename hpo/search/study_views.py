@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 DIVERGED_PREFIX = "diverged"  # the user attribute "ended" of a diverged trial begins with it
@@ -15,11 +16,18 @@ KIND_ATTRIBUTE = "kind"  # the user attribute of trials that are not of the sear
 
 
 class SearchStudy(optuna.Study):
-    """An Optuna study without the trials that confirm its answer: no sampler learns from them."""
+    """An Optuna study without the trials that confirm its answer: no sampler learns from them.
+
+    All trials have the ranges that are searched now. Those from before a range was widened have another one in the
+    store, and no sampler would learn of that parameter from trials that differ in its range.
+    """
+
+    ranges: Mapping[str, BaseDistribution] = {}  # by Optuna's names
 
     def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy=False, use_cache=use_cache)
-        return _of_states([trial for trial in trials if KIND_ATTRIBUTE not in trial.user_attrs], states)
+        searched = [trial for trial in trials if KIND_ATTRIBUTE not in trial.user_attrs]
+        return _of_states([_in_ranges(trial, self.ranges) for trial in searched], states)
 
 
 class ReportsStudy(SearchStudy):
@@ -79,6 +87,15 @@ class RoundStudy(SearchStudy):
 
 def _of_states(trials: Iterable[FrozenTrial], states: Any) -> list[FrozenTrial]:
     return [trial for trial in trials if states is None or trial.state in states]
+
+
+def _in_ranges(trial: FrozenTrial, ranges: Mapping[str, BaseDistribution]) -> FrozenTrial:
+    known = trial.distributions
+    if all(ranges.get(name, known[name]) == known[name] for name in known):
+        return trial
+    shown = copy.copy(trial)
+    shown.distributions = {name: ranges.get(name, known[name]) for name in known}
+    return shown
 
 
 def _as_pruned(trial: FrozenTrial) -> FrozenTrial:

@@ -1,19 +1,22 @@
-"""How far a search is, and its end before it has had all of its trials: by `search.until` or `search.hours`."""
+"""How far a search is, its end by `search.until` or `search.hours`, and the bounds that it may be given later."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
+from hpo.config.widening import Ends, num_trials_to_add, points_to_add, widened_spec
 from hpo.errors import UserError
 from hpo.search import proposals
-from hpo.store.database import Database
+from hpo.search.space import Scalar
+from hpo.store.database import Database, exclude_others
 from hpo.store.enqueued import take_in
 from hpo.store.reading import load_study
 from hpo.store.retry import retry_on_outage
@@ -84,13 +87,55 @@ class Searches:
             if connection.execute(slots_table.delete().where(_is_unbegun(study.study_id))).rowcount:
                 save_study(connection, study, known.spec, {**known.metadata, SEARCH_END: reason})
 
+    def enlarge(
+        self,
+        study: StudyRecord,
+        trials: int | None = None,
+        *,
+        until: str | None = None,
+        hours: float | None = None,
+        widening: Mapping[str, Ends] = {},
+    ) -> None:
+        """Give the study's search other bounds, and keep its trials.
+
+        Args:
+            study: The study.
+            trials: The new number of trials. Where a limit has ended the search, it no longer has any limit.
+            until: The new `search.until`.
+            hours: The new `search.hours`.
+            widening: The new ends of ranges, by their keys, for a study that nobody trains. Without `trials` it gets as
+                many more as it needs to be searched as densely there. The first of them are where nobody has been.
+
+        Raises:
+            UserError: A bound is wrong, there are more trials than that already, or the study is a grid.
+        """
+        with self._database.transaction() as connection:
+            exclude_others(connection)
+            study = load_study(self._database, connection, study.study_id, study.name)
+            count = num_slots(connection, study.study_id, kind="search")
+            if widening and num_slots(connection, study.study_id, state="running"):
+                raise UserError(f"--widen needs a study that nobody trains; end that with: hpo stop {study.name}")
+            wider = widened_spec(study.spec, widening) if widening else study.spec
+            if widening and trials is None:
+                trials = count + num_trials_to_add(study.spec, wider, count=count)
+            spec = rebounded_spec(replace(study, spec=wider), count, trials=trials, until=until, hours=hours)
+            first = points_to_add(study.spec, wider, count=spec.num_trials - count)
+            give_budget(self._database, connection, study, spec, trials=spec.num_trials, first=first)
+
 
 def give_budget(
-    database: Database, connection: Connection, study: StudyRecord, spec: StudySpec, *, trials: int
+    database: Database,
+    connection: Connection,
+    study: StudyRecord,
+    spec: StudySpec,
+    *,
+    trials: int,
+    first: Sequence[Mapping[str, Scalar]] = (),
 ) -> None:
     """Give the study this spec, its metadata, and a budget of `trials` or the one it has.
 
-    A search that its limits have ended stays ended, unless the spec has other limits.
+    A search that its limits have ended stays ended, unless the spec has other limits. The first of the trials that are
+    added have the values in `first`.
     """
     lock_study(connection, study.study_id)
     take_in(database, connection, study)
@@ -105,14 +150,14 @@ def give_budget(
     if trials > count and SEARCH_END not in metadata:
         drop_unclaimed(connection, study.study_id)
         left = proposals.values_left(spec, _given_values(connection, study.study_id))
-        add_slots(connection, study.study_id, [new_slot(spec, values) for values in left])
+        add_slots(connection, study.study_id, [new_slot(spec, values) for values in [*first, *left[len(first) :]]])
     save_study(connection, study, spec, metadata)
 
 
 def rebounded_spec(
     study: StudyRecord, count: int, *, trials: int | None, until: str | None, hours: float | None
 ) -> StudySpec:
-    """Return the spec of a study that has `count` trials, with other bounds of its search; see `Studies.enlarge`."""
+    """Return the spec of a study that has `count` trials, with other bounds of its search; see `Searches.enlarge`."""
     search = study.spec.frozen()["search"]
     if trials is not None:
         if study.spec.search.sampler == "race":

@@ -1,4 +1,4 @@
-"""The studies of a database: created, joined, enlarged, started, stopped, read and deleted."""
+"""The studies of a database: created, joined, started, stopped, read and deleted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hpo.store.database import Database, exclude_others
 from hpo.store.reading import check_exists, find_study_id, load_study, study_names
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import delete_rows_of, optuna_studies, optuna_trials, slots_table, studies_table
-from hpo.store.searches import give_budget, rebounded_spec
+from hpo.store.searches import give_budget
 from hpo.store.slots import FRESH, add_slots, lock_study, new_slot, num_slots, slot_states
 from hpo.study import stages
 from hpo.study.records import StudyRecord
@@ -127,27 +127,6 @@ class Studies:
                 except UserError as error:
                     damages[name] = str(error)
         return studies, damages
-
-    def enlarge(
-        self, study: StudyRecord, trials: int | None = None, *, until: str | None = None, hours: float | None = None
-    ) -> None:
-        """Give the study's search other bounds, and keep its trials.
-
-        Args:
-            study: The study.
-            trials: The new number of trials. Where a limit has ended the search, it no longer has any limit.
-            until: The new `search.until`.
-            hours: The new `search.hours`.
-
-        Raises:
-            UserError: A bound is wrong, there are more trials than that already, or the study is a grid.
-        """
-        with self._database.transaction() as connection:
-            exclude_others(connection)
-            study = load_study(self._database, connection, study.study_id, study.name)
-            count = num_slots(connection, study.study_id, kind="search")
-            spec = rebounded_spec(study, count, trials=trials, until=until, hours=hours)
-            give_budget(self._database, connection, study, spec, trials=spec.num_trials)
 
     @retry_on_outage
     def retry_failed(self, study: StudyRecord) -> None:

@@ -9,7 +9,7 @@ from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 
 from hpo.config.study_spec import StudySpec
-from hpo.search import samplers
+from hpo.search import proposals, samplers
 
 
 class BufferedStorage:
@@ -39,5 +39,6 @@ def sampling_study(storage: BufferedStorage, spec: StudySpec, *, number: int) ->
     sampler = samplers.build_sampler(spec, number=number)
     # Without the study's pruner: Hyperband would show the sampler the trials of one bracket alone.
     study = make_view(spec.name, cast(BaseStorage, storage), sampler, NopPruner())
+    study.ranges = proposals.searched_ranges(spec)
     study.get_trials(deepcopy=False)  # the cache refuses parameters of a trial that it has not seen
     return study

@@ -99,7 +99,7 @@ def test_an_enlarged_search_is_confirmed_anew_by_a_race_over_further_seeds(store
     study, worker = begin(store, spec)
     confirm(store, study, worker, apart=10.0)
     before = seeds_of(store, study)
-    store.studies.enlarge(study, 5)
+    store.searches.enlarge(study, 5)
     study = store.studies.get("s")
     confirm(store, study, worker, apart=10.0)
     trials = store.trials.get_all(study)

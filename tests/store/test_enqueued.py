@@ -89,7 +89,7 @@ def test_trials_that_others_add_keep_their_numbers_from_ours(store: Store, make_
 def test_an_enqueued_trial_that_another_program_takes_is_not_trained_twice(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(search={"trials": 1}))
     theirs(store).enqueue_trial({"lr": 0.25})
-    store.studies.enlarge(study, 2)  # gives it a slot
+    store.searches.enlarge(study, 2)  # gives it a slot
     assert theirs(store).ask().number == 0
     assert store.trials.claim(study, worker) is None
     assert train(store, study, worker) == 1

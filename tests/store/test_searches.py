@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from optuna.search_space import intersection_search_space
 
 from hpo.errors import UserError
 from hpo.search.proposals import values_left
 from hpo.store import schema
 from hpo.store.searches import _covered
 from hpo.store.store import Store
+from hpo.store.suggesting import BufferedStorage, sampling_study
 from hpo.study.records import StudyRecord
 from tests.store.helpers import MakeSpec, begin, claim, only_sqlite, report, url_of
 
@@ -61,10 +63,10 @@ def test_an_ended_search_has_more_trials_only_where_its_bounds_change(store: Sto
         assert len(states(store, study)) == 2
         assert study.search_end == "enough"
     with pytest.raises(UserError, match=r"--trials must be at least 2, .* got 1"):
-        store.studies.enlarge(study, 1)
+        store.searches.enlarge(study, 1)
     with pytest.raises(UserError, match=r"search\.until must be .* got 'soon'"):
-        store.studies.enlarge(study, until="soon")
-    store.studies.enlarge(study, until="0.1 decades")
+        store.searches.enlarge(study, until="soon")
+    store.searches.enlarge(study, until="0.1 decades")
     stricter = store.studies.get("s")
     assert stricter.search_end is None
     assert stricter.spec.search.until == "0.1 decades"
@@ -72,7 +74,7 @@ def test_an_ended_search_has_more_trials_only_where_its_bounds_change(store: Sto
     store.searches.end(study, "a worker that knows the former goal")
     assert store.studies.get("s").search_end is None
     store.searches.end(stricter, "enough")
-    store.studies.enlarge(study, 4)  # whoever asks for so many wants them, whatever the limits say
+    store.searches.enlarge(study, 4)  # whoever asks for so many wants them, whatever the limits say
     study = store.studies.get("s")
     assert study.spec.search.limits == (None, None)
     assert states(store, study) == ["complete", "complete", "waiting", "waiting"]
@@ -86,8 +88,8 @@ def test_a_grid_that_ended_goes_on_with_the_points_it_lacks(store: Store, make_s
     train(store, study, worker)
     store.searches.end(study, "enough")
     with pytest.raises(UserError, match="--trials cannot enlarge a grid; study 's' has 3 points"):
-        store.studies.enlarge(study, 4)
-    store.studies.enlarge(study, 3)
+        store.searches.enlarge(study, 4)
+    store.searches.enlarge(study, 3)
     train(store, study, worker, 2)
     assert [trial.params["lr"] for trial in store.trials.get_all(study)] == [0.1, 0.2, 0.5]
 
@@ -131,3 +133,54 @@ def test_time_in_training_leaves_out_pauses_and_counts_workers_at_once_once(stor
 )
 def test_what_spans_cover(spans: Any, covered: float) -> None:
     assert _covered(spans) == covered
+
+
+SAMPLERS_THAT_LEARN = ["tpe", "gp", "cmaes", "qmc"]
+
+
+@only_sqlite
+@pytest.mark.parametrize("sampler", SAMPLERS_THAT_LEARN)
+def test_a_widened_search_keeps_its_trials_and_its_sampler_learns_from_all_of_them(
+    store: Store, make_spec: MakeSpec, sampler: str
+) -> None:
+    space = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}, "momentum": {"low": 0.0, "high": 0.9}}
+    study, worker = begin(store, make_spec(search={"sampler": sampler, "trials": 8, "space": space}))
+    for _ in range(8):
+        held = claim(store, study, worker)
+        report(store, held, store.trials.get_all(study)[held.number].params["lr"])  # the higher, the better
+        store.trials.finish(held, "complete", reason="")
+    before = store.trials.get_all(study)
+    store.searches.enlarge(study, widening={"lr": (1e-4, 10.0)})
+    study = store.studies.get("s")
+    assert (study.spec.search.space["lr"], study.spec.num_trials) == ({"low": 1e-4, "high": 10.0, "log": True}, 20)
+    assert store.trials.get_all(study)[:8] == before
+    rates = []
+    for _ in range(12):
+        held = claim(store, study, worker)
+        rates.append(store.trials.get_all(study)[held.number].params["lr"])
+        report(store, held, rates[-1])
+        store.trials.finish(held, "complete", reason="")
+    assert any(1e-4 <= lr < 1e-3 for lr in rates)
+    assert any(0.1 < lr <= 10 for lr in rates)
+    seen = sampling_study(BufferedStorage(store.storage.cached), study.spec, number=20)
+    # A parameter whose range differs between trials is none that they have in common.
+    assert intersection_search_space(seen.get_trials(deepcopy=False)).keys() == {"lr", "momentum"}
+    assert store.problems(study) == []
+
+
+@only_sqlite
+def test_a_study_in_training_is_not_widened_and_one_that_ended_early_goes_on(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search=LIMITED))
+    held = claim(store, study, worker)
+    with pytest.raises(UserError, match="--widen needs a study that nobody trains; end that with: hpo stop s"):
+        store.searches.enlarge(study, widening={"lr": (1e-5, 1.0)})
+    store.trials.release(held)
+    store.searches.end(study, "enough")
+    store.searches.enlarge(study, 3, widening={"lr": (1e-5, 1.0)})
+    study = store.studies.get("s")
+    assert study.search_end is None
+    assert study.spec.search.limits == (None, None)
+    train(store, study, worker, 3)
+    lrs = [trial.params["lr"] for trial in store.trials.get_all(study)]
+    assert 1e-5 <= lrs[1] < 1e-4
+    assert store.trials.num_left(study) == 0

@@ -54,15 +54,15 @@ def test_enlarging_adds_waiting_slots_and_keeps_what_was_trained(store: Store, m
     done = claim(store, study, worker)
     report(store, done, 0.5)
     store.trials.finish(done, "complete", reason="")
-    store.studies.enlarge(study, 4)
+    store.searches.enlarge(study, 4)
     study = store.studies.get("s")
     assert study.spec.num_trials == 4
     assert [t.state for t in store.trials.get_all(study)] == ["complete", "waiting", "waiting", "waiting"]
     with pytest.raises(UserError, match=r"at least 4.* got 3"):
-        store.studies.enlarge(study, 3)
+        store.searches.enlarge(study, 3)
     grid = store.studies.create(make_spec(0.1, name="grid"), metadata={})
     with pytest.raises(UserError, match="cannot enlarge a grid"):
-        store.studies.enlarge(grid, 4)
+        store.searches.enlarge(grid, 4)
 
 
 def test_a_stopped_study_gives_no_slot_until_it_is_started_again(store: Store, make_spec: MakeSpec) -> None:
@@ -81,7 +81,7 @@ def test_a_stopped_study_gives_no_slot_until_it_is_started_again(store: Store, m
 def test_several_may_enlarge_a_study_at_once(store: Store, make_spec: MakeSpec) -> None:
     study, _ = begin(store, make_spec(search={"trials": 2}))
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: Store(url_of(store)).studies.enlarge(study, 9), range(4)))
+        list(pool.map(lambda _: Store(url_of(store)).searches.enlarge(study, 9), range(4)))
     assert store.trials.counts(study.study_id) == {"waiting": 9}
     assert store.studies.get("s").spec.num_trials == 9
 

@@ -18,6 +18,7 @@ from hpo.analysis.text import budget_text
 from hpo.api import reading, running
 from hpo.cli.app import main
 from hpo.config.study_spec import StudySpec
+from hpo.errors import UserError
 from hpo.report.study_report import StudyReport
 from hpo.store import schema
 from hpo.store.store import Store
@@ -174,5 +175,14 @@ def test_what_a_user_sees_of_an_ended_search_and_how_it_goes_on(
         more = running.resume("s", until="0.7 decades", allow=allow, **here)  # type: ignore[arg-type]
         assert num_trained < len(more.trials) < MAX_TRIALS
         every = running.resume("s", trials=len(more.trials) + 2, allow=allow, **here)  # type: ignore[arg-type]
+        # A wider range keeps all trials, and is searched as densely; the file then has to say the same.
+        wider = running.resume("s", widen=["lr=1e-5:1"], allow=allow, **here)  # type: ignore[arg-type]
     assert len(every.trials) == len(more.trials) + 2
+    assert wider.trials[: len(every.trials)] == every.trials
+    assert len(wider.trials) == len(every.trials) + math.ceil(len(every.trials) / 4)
+    assert any(trial.params["lr"] < 1e-4 for trial in wider.trials)
+    assert wider.best.response is not None
+    assert wider.best.response.lrs[0] == pytest.approx(1e-5)
+    with pytest.raises(UserError, match=r"search\.space\.lr\.low: 1e-05 in the study, 0\.0001 here"):
+        running.run(spec, code_folder=tmp_path, **here)  # type: ignore[arg-type]
     assert reading.status("s", storage=url)["search_end"] is None

@@ -128,7 +128,7 @@ def test_processes_that_ask_at_the_same_time_add_it_once(
 def test_a_larger_search_is_confirmed_anew(store: Store, make_spec: MakeSpec) -> None:
     study = begin(store, make_spec(search={"trials": 3}, confirm={"top": 1, "seeds": 2}))
     assert [claim.number for claim in run(store, study)] == [0, 1, 2, 3, 4]
-    store.studies.enlarge(study, 5)
+    store.searches.enlarge(study, 5)
     study = store.studies.get(study.name)
     assert store.trials.num_left(study) == 2
     assert [claim.number for claim in run(store, study)] == [5, 6, 7, 8]
@@ -139,7 +139,7 @@ def test_a_larger_search_is_confirmed_anew(store: Store, make_spec: MakeSpec) ->
     assert found.confirmation is not None
     assert found.confirmation.winner.trials == [7, 8]
     with pytest.raises(UserError, match="--trials must be at least 5"):
-        store.studies.enlarge(study, 4)
+        store.searches.enlarge(study, 4)
 
 
 def test_a_trial_that_was_enqueued_in_vain_is_no_reason_to_confirm_again(store: Store, make_spec: MakeSpec) -> None:
@@ -163,7 +163,7 @@ def test_enlarging_takes_back_what_nobody_has_begun_to_confirm(store: Store, mak
     for value in (0.1, 0.3, 0.2, 0.25):
         assert add_due_trials(store, study)
         finish(store, study, worker, value)
-    store.studies.enlarge(study, 5)
+    store.searches.enlarge(study, 5)
     study = store.studies.get("s")
     assert [trial.kind[0] for trial in store.trials.get_all(study)] == list("ssscss")
     run(store, study)
@@ -223,7 +223,7 @@ def test_no_sampler_and_no_pruner_is_shown_what_confirms(tmp_path: Path, make_sp
         numbers = [trial.number for trial in shown(study.name, store.storage).get_trials(deepcopy=False)]
         assert numbers == [0, 1, 2, 3]
     assert len(optuna.load_study(study_name="s", storage=store.storage).trials) == 8  # the dashboard shows them
-    store.studies.enlarge(study, 6)
+    store.searches.enlarge(study, 6)
     run(store, store.studies.get("s"))
 
 
