@@ -56,10 +56,15 @@ def counts_text(trials: Sequence[TrialRecord]) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
+def growth_text(study: StudyRecord) -> str | None:
+    """Return how far the range of learning rates grew by itself, or None where it did not."""
+    grown = [one["after"]["lr"] for one in study.widenings if one["grew"]]
+    return f"the range grew to {interval_text((grown[-1]['low'], grown[-1]['high']))}" if grown else None
+
+
 def trials_text(study: StudyRecord, trials: Sequence[TrialRecord]) -> str:
-    """Return how many trials are in each state and, where the search ended early, why."""
-    ended = search_end_text(study, trials)
-    return counts_text(trials) if ended is None else f"{counts_text(trials)}; {ended}"
+    """Return how many trials are in each state and, where the search grew or ended early, how far and why."""
+    return "; ".join(filter(None, (counts_text(trials), growth_text(study), search_end_text(study, trials))))
 
 
 def no_answer_text(trials: Sequence[TrialRecord]) -> str:

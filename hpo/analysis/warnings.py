@@ -127,18 +127,29 @@ def _edge_of_range(context: WarningContext) -> str | None:
         return None
     low, high = rate_bounds(context.study, context.trials)
     best = context.response.draws_of_best if context.response else context.plateau[:1]
-    at_low = statistics.fmean(rate <= low * EDGE_FACTOR for rate in best)
-    at_high = statistics.fmean(rate >= high / EDGE_FACTOR for rate in best)
-    if at_low >= max(at_high, AT_EDGE):
-        at, end, wider = "low", low, low / 10
-    elif at_high >= AT_EDGE:
-        at, end, wider = "high", high, high * 10
-    else:
+    at = find_touched_end(best, low, high)
+    if at is None:
         return None
+    end, wider = (low, low / 10) if at == "low" else (high, high * 10)
     return (
         f"the best learning rate may lie beyond {end:.3g}, the {at} end of what was searched: "
         f"widen search.space.lr to {wider:.3g}"
     )
+
+
+def find_touched_end(best: Sequence[float], low: float, high: float) -> str | None:
+    """Return which end of a range, "low" or "high", the best learning rate may lie beyond, or None.
+
+    Args:
+        best: Learning rates that may be the best one, all equally likely.
+        low: The lowest one of the range.
+        high: The highest one.
+    """
+    at_low = statistics.fmean(rate <= low * EDGE_FACTOR for rate in best)
+    at_high = statistics.fmean(rate >= high / EDGE_FACTOR for rate in best)
+    if max(at_low, at_high) < AT_EDGE:
+        return None
+    return "low" if at_low >= at_high else "high"
 
 
 def _most_diverged(context: WarningContext) -> str | None:

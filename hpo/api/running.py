@@ -15,7 +15,7 @@ from hpo.api.reading import Result, result_of
 from hpo.api.stores import open_study, storage_url
 from hpo.config.import_policy import allowed_for, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
-from hpo.config.widening import parse_widening, widened_spec
+from hpo.config.widening import adopt_widened_ranges, parse_widening, widened_spec
 from hpo.errors import StudyStopped, UserError
 from hpo.lr_range import resolve as ranges
 from hpo.report.publisher import Publisher
@@ -280,8 +280,6 @@ def resume(
     has_failed = retry_failed and store.trials.counts(study.study_id).get("failed", 0) > 0
     widening = dict(map(parse_widening, widen))
     spec = widened_spec(study.spec, widening) if widening else study.spec
-    if widening and any(worker.alive for worker in store.workers.get_all(study)):
-        raise UserError(f"--widen needs a study that nobody trains; end that with: hpo stop {name}")
     has_bounds = bool(widening) or (trials, until, hours) != (None, None, None)
     if not has_bounds and not has_failed and not store.trials.num_left(study):
         return result_of(store, study)
@@ -322,6 +320,9 @@ def stop(name: str, *, storage: str | None = None) -> bool:
 
 def _create(spec: StudySpec, url: str, launcher: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
     """Create the study, with the learning rates that a range test finds where the spec asks for one."""
+    known = _find(spec.name, url)[1]
+    if known is not None:
+        spec = adopt_widened_ranges(spec, known.spec, known.widenings)
     closed, found = ranges.resolve(
         spec,
         measure=lambda spec: launcher.call(
@@ -349,7 +350,7 @@ def _find_finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | Non
     store, study = _find(spec.name, url)
     if store is None or study is None:
         return None
-    spec = ranges.adopt_stored_ranges(spec, study)
+    spec = adopt_widened_ranges(ranges.adopt_stored_ranges(spec, study), study.spec, study.widenings)
     has_other_limits = study.search_end is not None and study.spec.search.limits != spec.search.limits
     if study.spec.differences(spec) or study.spec.num_trials < spec.num_trials or has_other_limits:
         return None

@@ -22,6 +22,7 @@ from hpo.analysis.peak import find_peak
 from hpo.analysis.range_text import range_test_lines
 from hpo.analysis.text import (
     cell_text,
+    growth_text,
     images_text,
     interval_text,
     marked_text,
@@ -140,6 +141,7 @@ class LiveDisplay:
         done, total, unit = _amount_done(study, trials)
         if done:
             self._console.print(f"going on: {done} of {total} {unit} are done already")
+        self._num_trials = len(trials)
         self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
         self._announced |= {
             key for key, members in _stages(trials).items() if all(trial.state in ENDED for trial in members)
@@ -157,7 +159,7 @@ class LiveDisplay:
                 self._announced.add(key)
                 self._console.print(shared["reason"], soft_wrap=True)
         trials = store.trials.get_all(self._study)
-        self._announce_early_end(store, self._study, trials)
+        self._announce_bounds(store, self._study, trials)
         for key, members in _stages(trials).items():
             if key not in self._announced:
                 self._announced.add(key)
@@ -173,13 +175,14 @@ class LiveDisplay:
         ended = time.monotonic()
         self._next_read = ended + max(REFRESH_S, 10 * (ended - began))
 
-    def _announce_early_end(self, store: Store, study: StudyRecord, trials: Sequence[TrialRecord]) -> None:
-        """Say that the search ended before it had all of its trials: those that nobody had begun are gone then."""
-        if len(trials) < self._num_trials:
-            text = search_end_text(store.studies.get(study.name), trials)
-            if text is not None and text not in self._announced:
-                self._announced.add(text)
-                self._console.print(text, soft_wrap=True)
+    def _announce_bounds(self, store: Store, study: StudyRecord, trials: Sequence[TrialRecord]) -> None:
+        """Say that the search ended before it had all of its trials, or that its range grew: their number changes."""
+        if trials and len(trials) != self._num_trials:
+            study = store.studies.get(study.name)
+            for text in filter(None, (growth_text(study), search_end_text(study, trials))):
+                if text not in self._announced:
+                    self._announced.add(text)
+                    self._console.print(text, soft_wrap=True)
         self._num_trials = len(trials)
 
     def _has_new_epoch(self, trial: TrialRecord) -> bool:

@@ -208,7 +208,7 @@ def _check_race_space(search: SearchSpec) -> None:
         raise UserError(
             f"search.trials has no meaning for sampler 'race', which takes search.trainings; got {search.trials}"
         )
-    for key in ("try_first", "until", "hours"):
+    for key in ("try_first", "until", "hours", "grow"):
         if value := getattr(search, key):
             raise UserError(f"search.{key} has no meaning for sampler 'race', got {value!r}")
 
@@ -225,6 +225,17 @@ def check_race(course: Course | None, *, pruner: PrunerSpec) -> None:
         raise UserError(
             f"search.trainings must be at least {course.least_trainings:g} for {MIN_STARTERS} learning rates and "
             f"training.epochs = {course.num_epochs}, got {course.budget / course.num_epochs:g}"
+        )
+
+
+def check_growth(search: SearchSpec) -> None:
+    """Refuse to grow anything but one range of learning rates."""
+    lr = search.parameters.get("lr")
+    is_range = isinstance(lr, Range) and lr.log and lr.step is None and not lr.is_integer
+    if search.grow and (search.sampler == "grid" or not is_range):
+        raise UserError(
+            "search.grow needs one range of learning rates and a sampler other than 'grid', such as "
+            f"lr = {{ low = 1e-5, high = 1e-1, log = true }}; got {search.space.get('lr')} and {search.sampler!r}"
         )
 
 

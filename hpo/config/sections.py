@@ -17,6 +17,7 @@ STUDY_NEUTRAL_KEYS = TRIAL_NEUTRAL_KEYS | {
     "search.retries",
     "search.until",
     "search.hours",
+    "search.grow",
     "engine.lanes",
     "checkpoints.url",
     "checkpoints.keep_best",

@@ -261,6 +261,7 @@ class StudySpec(Section):
         checks.check_name(self.name)
         checks.check_search(self.search)
         checks.check_goal(self.search, metric=self.metric)
+        checks.check_growth(self.search)
         checks.check_pruner(self.pruner)
         checks.check_race(course_of(self), pruner=self.pruner)
         checks.check_checkpoints(self.checkpoints)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError, unknown_name
@@ -22,7 +23,7 @@ def parse_widening(text: str) -> tuple[str, Ends]:
     key, _, ends = text.partition("=")
     low, _, high = ends.partition(":")
     try:
-        return key, (_number(low), _number(high))
+        return key, (_end_of_range(low), _end_of_range(high))
     except ValueError:
         raise UserError(f"--widen must be KEY=LOW:HIGH, such as lr=1e-6:10, got {text!r}") from None
 
@@ -33,8 +34,8 @@ def widened_spec(spec: StudySpec, widening: Mapping[str, Ends]) -> StudySpec:
     Raises:
         UserError: The study has no such range, or one that cannot be widened so.
     """
-    if spec.search.sampler == "grid":
-        raise UserError("--widen has no meaning for a grid, whose points are given; run one with other points")
+    if spec.search.sampler in ("grid", "race"):
+        raise UserError(f"--widen has no meaning for sampler {spec.search.sampler!r}, whose learning rates are given")
     frozen = spec.frozen()
     space = frozen["search"]["space"]
     for key, (low, high) in widening.items():
@@ -53,6 +54,23 @@ def widened_spec(spec: StudySpec, widening: Mapping[str, Ends]) -> StudySpec:
         ends = (low, high) if searched.is_integer else (float(low), float(high))
         space[key] |= dict(zip(("low", "high"), ends, strict=True))
     return StudySpec.from_dict(frozen)
+
+
+def adopt_widened_ranges(spec: StudySpec, stored: StudySpec, widenings: Sequence[Mapping[str, Any]]) -> StudySpec:
+    """Return the spec with the stored study's ranges where it still has those from before they were widened.
+
+    Args:
+        spec: The spec of whoever runs the study again, perhaps by the file that it was made from.
+        stored: The spec in the store.
+        widenings: How its ranges were widened, as `StudyRecord.widenings`.
+    """
+    frozen = spec.frozen()
+    space = frozen["search"]["space"]
+    known = [ranges for one in widenings for ranges in one["before"].items()]
+    for key, before in known:
+        if space.get(key) == before and key in stored.search.space:
+            space[key] = stored.search.space[key]
+    return StudySpec.from_dict(frozen) if known else spec
 
 
 def num_trials_to_add(spec: StudySpec, wider: StudySpec, *, count: int) -> int:
@@ -93,7 +111,7 @@ def _width(scale: Range, low: float, high: float) -> float:
     return math.log(high / low) if scale.log else high - low
 
 
-def _number(text: str) -> float:
+def _end_of_range(text: str) -> float:
     """Return an integer where the text is one, as TOML does."""
     try:
         return int(text)

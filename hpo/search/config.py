@@ -57,6 +57,10 @@ class SearchSpec(Section):
         float | None,
         Field(gt=0, le=MAX_HOURS, description="Begin no new trial after so many hours in which the search trained."),
     ] = None
+    grow: Annotated[
+        bool,
+        Field(description="Widen the range of learning rates where the best ones lie at an end of it."),
+    ] = False
     seed: Annotated[int, Field(ge=0, description="Seed of the sampler.")] = 0
     retries: Annotated[
         int, Field(ge=0, le=100, description="How often a trial is retried after an exception, from its checkpoint.")

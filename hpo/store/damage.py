@@ -39,7 +39,7 @@ from hpo.store.schema import (
     trial_values,
     workers_table,
 )
-from hpo.study.records import KINDS, SEARCH_END, STATES
+from hpo.study.records import KINDS, SEARCH_END, STATES, WIDENED
 
 LARGEST = sys.float_info.max  # no integer may be larger than every float, either
 MAX_SHOWN = 60  # characters of a damaged value
@@ -84,11 +84,19 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, bool) or _is_text(value) or is_number(value)
 
 
+def _is_widening(value: Any) -> bool:
+    is_whole = isinstance(value, dict) and value.keys() >= {"before", "after", "grew"}
+    return is_whole and all(isinstance(value[when], dict) for when in ("before", "after"))
+
+
 def _is_metadata(value: Any) -> bool:
     found = _object_of(value)
     if found is None or not all(_is_whole(count) for key, count in found.items() if key.startswith("num_")):
         return False
     if not _is_text(found.get(SEARCH_END, "")):
+        return False
+    widened = found.get(WIDENED, [])
+    if not isinstance(widened, list) or not all(_is_widening(one) for one in widened):
         return False
     ramps = found.get("range_test", [])
     return isinstance(ramps, list) and all(isinstance(ramp, dict) and ramp.keys() >= RAMP_KEYS for ramp in ramps)
@@ -135,7 +143,9 @@ FIRST = _one_of(0)
 STRICTER: dict[sa.Column[Any], ColumnRule] = {
     meta_table.c.value: ColumnRule("the digits of a number", lambda value: _is_text(value) and value.isdecimal()),
     studies_table.c.spec: ColumnRule("a JSON object", lambda value: _object_of(value) is not None),
-    studies_table.c.metadata: ColumnRule("a JSON object of whole numbers num_..., texts and range tests", _is_metadata),
+    studies_table.c.metadata: ColumnRule(
+        "a JSON object of whole numbers num_..., texts, widenings and range tests", _is_metadata
+    ),
     studies_table.c.stop: _one_of("requested", "failure"),
     slots_table.c.kind: _one_of(*KINDS),
     slots_table.c.state: _one_of(*STATES),

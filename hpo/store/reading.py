@@ -26,7 +26,7 @@ from hpo.store.schema import (
     trial_values,
     workers_table,
 )
-from hpo.study.records import Attempt, Claim, StudyRecord, TrialRecord, read_attempt, read_trial
+from hpo.study.records import WIDENED, Attempt, Claim, StudyRecord, TrialRecord, read_attempt, read_trial
 
 Reports = list[tuple[int, dict[str, float | None]]]  # of one trial, in order: epoch and metrics
 
@@ -75,6 +75,13 @@ def check_exists(connection: Connection, study: StudyRecord) -> None:
     )
     if study.metadata["uid"] not in str(connection.execute(query).scalar()):
         raise StudyStopped(f"study {study.name!r} was deleted from the store")
+
+
+def is_outdated(connection: Connection, study: StudyRecord) -> bool:
+    """Return whether a range of the study was widened since this record of it was read."""
+    row = connection.execute(select_all(studies_table).where(studies_table.c.study_id == study.study_id)).one()
+    refuse_damage(connection.engine.url, study.name, studies_table, [row])
+    return len(json.loads(row.metadata).get(WIDENED, [])) != len(study.widenings)
 
 
 def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:

@@ -18,11 +18,11 @@ from hpo.search import proposals
 from hpo.search.space import Scalar
 from hpo.store.database import Database, exclude_others
 from hpo.store.enqueued import take_in
-from hpo.store.reading import load_study
+from hpo.store.reading import is_outdated, load_study
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table, studies_table, workers_table
 from hpo.store.slots import add_slots, drop_unclaimed, lock_study, new_slot, num_slots
-from hpo.study.records import ENDED, SEARCH_END, StudyRecord
+from hpo.study.records import ENDED, SEARCH_END, WIDENED, StudyRecord
 
 SECONDS_PER_HOUR = 3600
 
@@ -31,6 +31,7 @@ class SearchProgress(NamedTuple):
     """How far a search is."""
 
     num_unbegun: int  # trials that nobody has claimed yet
+    num_open: int  # trials that have begun and not ended
     num_ended: int
 
 
@@ -45,10 +46,13 @@ class Searches:
     def progress(self, study: StudyRecord) -> SearchProgress:
         """Return how far the study's search is."""
         with self._database.connect() as connection:
-            num_unbegun = connection.execute(sa.select(sa.func.count()).where(_is_unbegun(study.study_id))).scalar_one()
-            is_ended = _is_searched(study.study_id) & slots_table.c.state.in_(ENDED)
-            num_ended = connection.execute(sa.select(sa.func.count()).where(is_ended)).scalar_one()
-            return SearchProgress(num_unbegun, num_ended)
+            return read_progress(connection, study.study_id)
+
+    @retry_on_outage
+    def is_outdated(self, study: StudyRecord) -> bool:
+        """Return whether a range of the study was widened since this record of it was read."""
+        with self._database.connect() as connection:
+            return is_outdated(connection, study)
 
     @retry_on_outage
     def hours_in_training(self, study: StudyRecord) -> float:
@@ -87,6 +91,11 @@ class Searches:
             if connection.execute(slots_table.delete().where(_is_unbegun(study.study_id))).rowcount:
                 save_study(connection, study, known.spec, {**known.metadata, SEARCH_END: reason})
 
+    @retry_on_outage
+    def grow(self, study: StudyRecord, ends: Ends) -> None:
+        """Give the range of learning rates these ends, unless a range was widened since `study` was read."""
+        self.enlarge(study, widening={"lr": ends}, grew=True)
+
     def enlarge(
         self,
         study: StudyRecord,
@@ -95,6 +104,7 @@ class Searches:
         until: str | None = None,
         hours: float | None = None,
         widening: Mapping[str, Ends] = {},
+        grew: bool = False,
     ) -> None:
         """Give the study's search other bounds, and keep its trials.
 
@@ -103,23 +113,29 @@ class Searches:
             trials: The new number of trials. Where a limit has ended the search, it no longer has any limit.
             until: The new `search.until`.
             hours: The new `search.hours`.
-            widening: The new ends of ranges, by their keys, for a study that nobody trains. Without `trials` it gets as
-                many more as it needs to be searched as densely there. The first of them are where nobody has been.
+            widening: The new ends of ranges, by their keys. Without `trials` the study gets as many more as it needs to
+                be searched as densely there. The first of them are where nobody has been.
+            grew: Whether the search widens by itself. Nothing is done where it was widened since `study` was read.
 
         Raises:
             UserError: A bound is wrong, there are more trials than that already, or the study is a grid.
         """
         with self._database.transaction() as connection:
             exclude_others(connection)
+            if grew and is_outdated(connection, study):
+                return
             study = load_study(self._database, connection, study.study_id, study.name)
             count = num_slots(connection, study.study_id, kind="search")
-            if widening and num_slots(connection, study.study_id, state="running"):
-                raise UserError(f"--widen needs a study that nobody trains; end that with: hpo stop {study.name}")
             wider = widened_spec(study.spec, widening) if widening else study.spec
             if widening and trials is None:
                 trials = count + num_trials_to_add(study.spec, wider, count=count)
             spec = rebounded_spec(replace(study, spec=wider), count, trials=trials, until=until, hours=hours)
             first = points_to_add(study.spec, wider, count=spec.num_trials - count)
+            if widening:
+                space = study.spec.search.space
+                before, after = ({key: of[key] for key in widening} for of in (space, spec.search.space))
+                entry = {"before": before, "after": after, "grew": grew}
+                study = replace(study, metadata={**study.metadata, WIDENED: [*study.widenings, entry]})
             give_budget(self._database, connection, study, spec, trials=spec.num_trials, first=first)
 
 
@@ -172,6 +188,26 @@ def rebounded_spec(
     given = {"until": until, "hours": hours}
     search |= {key: value for key, value in given.items() if value is not None}
     return StudySpec.from_dict(study.spec.frozen() | {"search": search})
+
+
+def read_progress(connection: Connection, study_id: int) -> SearchProgress:
+    """Return how far the study's search is."""
+    is_unbegun = slots_table.c.trial_id.is_(None).label("is_unbegun")
+    is_ended = slots_table.c.state.in_(ENDED).label("is_ended")
+    query = sa.select(is_unbegun, is_ended, sa.func.count().label("num")).where(_is_searched(study_id))
+    counts = {
+        (bool(row.is_unbegun), bool(row.is_ended)): row.num
+        for row in connection.execute(query.group_by(is_unbegun, is_ended))
+    }
+    num_ended = counts.get((True, True), 0) + counts.get((False, True), 0)
+    return SearchProgress(counts.get((True, False), 0), counts.get((False, False), 0), num_ended)
+
+
+def last_unbegun(connection: Connection, study_id: int) -> set[int]:
+    """Return the number of the only trial of the search that nobody has begun; nothing where there are others."""
+    query = sa.select(slots_table.c.number).where(_is_unbegun(study_id)).limit(2)
+    numbers = set(connection.execute(query).scalars())
+    return numbers if len(numbers) == 1 else set()
 
 
 def save_study(connection: Connection, study: StudyRecord, spec: StudySpec, metadata: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.search import proposals, samplers
@@ -18,10 +19,11 @@ from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
 from hpo.store.racing import count_claimable, hold_back
-from hpo.store.reading import best_values, check_exists, read_epoch_seconds, read_trials
+from hpo.store.reading import best_values, check_exists, is_outdated, read_epoch_seconds, read_trials
 from hpo.store.reports import judge_epochs, record_epoch
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table, studies_table
+from hpo.store.searches import last_unbegun
 from hpo.store.slots import count_slots, lock_study, slot_states
 from hpo.store.suggesting import BufferedStorage, sampling_study
 from hpo.study import stages
@@ -43,10 +45,13 @@ class Trials:
         self.retry = database.retry
 
     @retry_on_outage
-    def claim(self, study: StudyRecord, worker_id: str, *, num_held: int = 0) -> Claim | None:
+    def claim(
+        self, study: StudyRecord, worker_id: str, *, num_held: int = 0, may_begin_last: bool = True
+    ) -> Claim | None:
         """Claim the first waiting slot that suits the worker, which holds `num_held` trials already.
 
-        `choose_slot` has the rules. Return None if no such slot waits, or if the study should stop.
+        `choose_slot` has the rules. Return None if no such slot waits, if the study should stop, or if it was widened
+        since `study` was read. Without `may_begin_last`, do not begin the last trial of the search.
         """
         with self._database.connect() as connection:  # idle workers ask often: no write lock to find nothing
             if not count_claimable(self._database, connection, study):
@@ -56,25 +61,22 @@ class Trials:
             stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study.study_id).with_for_update()
             is_stopping = connection.execute(stop).scalar() is not None
             check_exists(connection, study)
-            if is_stopping:
+            if is_stopping or is_outdated(connection, study):
                 return None
             take_in(self._database, connection, study)
             at = self._database.now(connection)
             last_seed = last_seed_in_turn(self._database, connection, study)
             without = hold_back(self._database, connection, study)
+            if not may_begin_last:
+                without |= last_unbegun(connection, study.study_id)
             row = choose_slot(
                 connection, study.study_id, worker_id, num_held=num_held, at=at, last_seed=last_seed, without=without
             )
             if row is None:
                 return None
             refuse_damage(self._database.url, study.name, slots_table, [row])
-            trial_id = row.trial_id
-            if trial_id is not None and self._database.cached.get_trial(trial_id).state.is_finished():
-                self._database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
+            trial_id = _begin_trial(self._database, connection, study, row)
             if trial_id is None:
-                new_trial = proposals.new_trial(study.spec, row)
-                trial_id = self._database.cached.create_new_trial(study.study_id, new_trial)
-            elif row.attempt == 0 and not begin_enqueued(self._database, connection, row):
                 return None
             return take_slot(connection, row, trial_id=trial_id, worker_id=worker_id, at=at)
 
@@ -280,3 +282,15 @@ class Trials:
     def untested(self, study: StudyRecord) -> set[int]:
         """Return the numbers of the trials whose networks the test set may yet be measured with."""
         return stages.untested(study, slot_states(self._database, study.study_id)) if study.spec.confirm else set()
+
+
+def _begin_trial(database: Database, connection: Connection, study: StudyRecord, row: Any) -> int | None:
+    """Return the id of the Optuna trial of a slot, made if need be; None where another program has begun it."""
+    trial_id: int | None = row.trial_id
+    if trial_id is not None and database.cached.get_trial(trial_id).state.is_finished():
+        database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
+    if trial_id is None:
+        return int(database.cached.create_new_trial(study.study_id, proposals.new_trial(study.spec, row)))
+    if row.attempt == 0 and not begin_enqueued(database, connection, row):
+        return None
+    return trial_id

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 STATES = ("waiting", "running", "complete", "pruned", "diverged", "failed")
 KINDS = ("search", "confirm", "test")
 SEARCH_END = "search_end"  # the metadata with the reason of `StudyRecord.search_end`
+WIDENED = "widened"  # the metadata with `StudyRecord.widenings`
 ENDED = ("complete", "pruned", "diverged", "failed")  # the states that a trial does not leave
 
 
@@ -40,6 +41,17 @@ class StudyRecord:
     def search_end(self) -> str | None:
         """Why the search ended before it had had all of its trials, in words; None where it did not."""
         return self.metadata.get(SEARCH_END)
+
+    @property
+    def widenings(self) -> Sequence[Mapping[str, Any]]:
+        """How ranges were widened, in order: the ranges `before` and `after` by their keys, and whether they `grew`."""
+        widened: Sequence[Mapping[str, Any]] = self.metadata.get(WIDENED, [])
+        return widened
+
+    @property
+    def num_growths(self) -> int:
+        """How often the range of learning rates grew by itself."""
+        return sum(bool(one["grew"]) for one in self.widenings)
 
     @property
     def grain(self) -> float:

@@ -90,6 +90,11 @@ class HeldTrials:
             self.release(claim)
         self._store.workers.remove(self._worker_id)
 
+    def follow(self, study: StudyRecord) -> None:
+        """Go on with the study as it is now that a range was widened; nothing is held at that moment."""
+        self._study, self._spec = study, study.spec
+        self._limits = SearchLimits(self._store, study)
+
     def look_after(self, checkpoints: CheckpointFiles) -> None:
         """From now on, finish writing a trial's checkpoint before giving it up, and remove it when the trial ends."""
         self._checkpoints = checkpoints
@@ -120,12 +125,12 @@ class HeldTrials:
     def claim(self, *, num_held: int = 0) -> Claim | None:
         """Claim a trial of the study; None where none waits for this worker, or the worker should leave.
 
-        Before that, end the search where its limits are reached.
+        Before that, end the search or let its range grow where that is due.
         """
         if self._stop.is_set():
             return None
-        self._limits.end_search_if_reached()
-        claim = self._store.trials.claim(self._study, self._worker_id, num_held=num_held)
+        may_begin_last = self._limits.check()
+        claim = self._store.trials.claim(self._study, self._worker_id, num_held=num_held, may_begin_last=may_begin_last)
         if claim is not None:
             self._claims.add(claim)
             if claim.is_suspect:

@@ -85,12 +85,19 @@ class Worker:
             self.leave()
 
     def _prove_and_train(self) -> None:
-        """Prove the device, then train; outside of a trial's training, too, an error may be the device's."""
+        """Prove the device, then train until nothing is left, from anew where a range was widened meanwhile."""
         self._device.prove()
+        while self._train_study():
+            self._study = self._store.studies.get(self._study.name)
+            self._held.follow(self._study)
+
+    def _train_study(self) -> bool:
+        """Train the study as it is, and return whether it was widened; an error may be the device's anywhere."""
         runner = self._make_runner()
         try:
-            self._train(runner)
+            is_outdated = self._train(runner)
             runner.drain()
+            return is_outdated
         except DeviceFailed:
             raise
         except Exception as error:
@@ -135,14 +142,17 @@ class Worker:
 
         return LaneRunner(self._store, self._study, self._held, self._stop, torch_device=self._torch_device)
 
-    def _train(self, runner: Runner) -> None:
+    def _train(self, runner: Runner) -> bool:
+        """Train until nothing is left, this worker should leave, or the study was widened; return whether it was."""
         next_reap_s, pause_s = 0.0, POLL_S
         while not self._stop.is_set():
             if runner.step():
                 pause_s = POLL_S
                 continue
             if not add_due_trials(self._store, self._study):
-                return
+                return False
+            if self._store.searches.is_outdated(self._study):
+                return True
             if time.monotonic() > next_reap_s:
                 self._store.workers.reap(self._study)
                 next_reap_s = time.monotonic() + REAP_S
@@ -150,6 +160,7 @@ class Worker:
                 self._stop.study_is_stopping()
             self._pause(pause_s)
             pause_s = min(2 * pause_s, LONGEST_POLL_S)
+        return False
 
     def _pause(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds

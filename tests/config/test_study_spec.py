@@ -107,6 +107,7 @@ MISTAKES = {
     "[search]\nuntil = '0 points'": ["search.until must be greater than 0 and less than 100, got '0 points'"],
     "[search]\nuntil = '4 decades'": ["search.until must be less than the 4 decades that search.space.lr has"],
     "[search]\nhours = 0": ["search.hours must be greater than 0 and at most 100,000, got 0"],
+    "[search]\ngrow = 1": ["search.grow must be true or false, got 1"],
     "[search]\nhours = 'two'": ["search.hours must be a number, got 'two'"],
     "[search]\nsampler = 'grid'": ["search.space.lr.points must be at least 2 for sampler 'grid'"],
     "[search]\nsampler = 'cmaes'": ["'cmaes' needs at least 2 ranges", "got 1 (lr)"],
@@ -142,6 +143,16 @@ def test_a_mistake_is_one_sentence_naming_setting_rule_and_value(added: str, tmp
         assert part in message
     assert "\n" not in message
     assert str(path) in message
+
+
+@pytest.mark.parametrize(
+    ("lr", "sampler"), [([0.1, 0.2], "tpe"), ({"low": 0.1, "high": 0.2}, "random"), ([0.1, 0.2], "grid")]
+)
+def test_only_one_range_of_learning_rates_on_a_log_scale_grows(lr: Any, sampler: str) -> None:
+    search = {"sampler": sampler, "grow": True, "space": {"lr": lr}}
+    with pytest.raises(UserError, match=r"search\.grow needs one range of learning rates .* got .* and"):
+        StudySpec.from_dict({"name": "s", "search": search})
+    StudySpec.from_dict({"name": "s", "search": {"grow": True, "space": {"lr": "auto"}}})
 
 
 def test_a_goal_needs_a_learning_rate_and_percentage_points_an_accuracy() -> None:

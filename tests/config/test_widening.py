@@ -46,7 +46,7 @@ def test_what_cannot_be_widened_is_refused_with_a_sentence(text: str) -> None:
 
 def test_a_grid_has_no_range_to_widen() -> None:
     grid = StudySpec.from_dict({"name": "s", "search": {"sampler": "grid", "space": {"lr": [0.1, 0.2]}}})
-    with pytest.raises(UserError, match="--widen has no meaning for a grid"):
+    with pytest.raises(UserError, match="--widen has no meaning for sampler 'grid'"):
         widened_spec(grid, {"lr": (0.01, 1.0)})
 
 

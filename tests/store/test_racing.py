@@ -211,5 +211,5 @@ def test_a_race_cannot_be_enlarged_by_trials(store: Store) -> None:
 
     study, _ = begin(store, race_spec())
     with pytest.raises(UserError, match="--trials cannot enlarge a race; study 's' has a budget of epochs"):
-        store.studies.enlarge(study, 20)
+        store.searches.enlarge(study, 20)
     assert store.studies.create(race_spec(), metadata={}).study_id == study.study_id

@@ -38,11 +38,11 @@ def test_the_end_drops_what_nobody_has_begun_once_and_says_why(store: Store, mak
     train(store, study, worker, 2)
     held = claim(store, study, worker)
     store.trials.release(claim(store, study, worker))
-    assert store.searches.progress(study) == (2, 2)
+    assert store.searches.progress(study) == (2, 2, 2)
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: Store(url_of(store)).searches.end(study, "enough"), range(3)))
     assert states(store, study) == ["complete", "complete", "running", "waiting"]
-    assert store.searches.progress(study) == (0, 2)
+    assert store.searches.progress(study) == (0, 2, 2)
     study = store.studies.get("s")
     assert study.search_end == "enough"
     assert study.spec.num_trials == 6
@@ -169,18 +169,38 @@ def test_a_widened_search_keeps_its_trials_and_its_sampler_learns_from_all_of_th
 
 
 @only_sqlite
-def test_a_study_in_training_is_not_widened_and_one_that_ended_early_goes_on(store: Store, make_spec: MakeSpec) -> None:
+def test_a_search_is_widened_in_training_and_after_an_early_end_and_claims_ask_for_the_new_range(
+    store: Store, make_spec: MakeSpec
+) -> None:
     study, worker = begin(store, make_spec(search=LIMITED))
     held = claim(store, study, worker)
-    with pytest.raises(UserError, match="--widen needs a study that nobody trains; end that with: hpo stop s"):
-        store.searches.enlarge(study, widening={"lr": (1e-5, 1.0)})
-    store.trials.release(held)
     store.searches.end(study, "enough")
     store.searches.enlarge(study, 3, widening={"lr": (1e-5, 1.0)})
+    assert store.searches.is_outdated(study)
+    assert store.trials.claim(study, worker) is None  # by who knows the former range
+    store.searches.grow(study, (1e-6, 1.0))  # so has no say in it, either
+    report(store, held, 0.5)
+    store.trials.finish(held, "complete", reason="")
     study = store.studies.get("s")
-    assert study.search_end is None
-    assert study.spec.search.limits == (None, None)
-    train(store, study, worker, 3)
+    assert (study.search_end, study.spec.search.limits) == (None, (None, None))
+    assert study.spec.search.space["lr"]["low"] == 1e-5
+    train(store, study, worker, 2)
     lrs = [trial.params["lr"] for trial in store.trials.get_all(study)]
     assert 1e-5 <= lrs[1] < 1e-4
     assert store.trials.num_left(study) == 0
+    assert store.problems(study) == []
+
+
+@only_sqlite
+def test_the_last_trial_of_a_search_that_may_grow_is_begun_only_by_who_has_seen_that_it_should_not(
+    store: Store, make_spec: MakeSpec
+) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 2, "grow": True, "space": LIMITED["space"]}))
+    held = store.trials.claim(study, worker, may_begin_last=False)
+    assert held is not None
+    assert store.trials.claim(study, worker, may_begin_last=False) is None
+    store.trials.release(held)  # what was begun is anybody's
+    assert store.trials.claim(study, worker, may_begin_last=False) is not None
+    last = store.trials.claim(study, worker, may_begin_last=True)
+    assert last is not None
+    assert last.number == 1

@@ -14,11 +14,10 @@ from click.testing import CliRunner
 
 import hpo as api
 from hpo.analysis import answer
-from hpo.analysis.text import budget_text
+from hpo.analysis.text import budget_text, growth_text
 from hpo.api import reading, running
 from hpo.cli.app import main
 from hpo.config.study_spec import StudySpec
-from hpo.errors import UserError
 from hpo.report.study_report import StudyReport
 from hpo.store import schema
 from hpo.store.store import Store
@@ -49,7 +48,7 @@ def train(store: Store, study: StudyRecord, *limits: SearchLimits) -> int:
     num_trained = 0
     while add_due_trials(store, study):
         index = num_trained % len(limits)
-        limits[index].end_search_if_reached()
+        limits[index].check()
         held = store.trials.claim(study, workers[index])
         if held is not None:
             values = store.trials.suggest(held, study.spec, attributes=lambda _: {})
@@ -105,7 +104,7 @@ def test_whoever_comes_after_a_killed_worker_ends_the_search_too(store: Store, m
     study = store.studies.create(make_spec(epochs=1, search=search(until="1 decade")), metadata={})
     numbers: list[int] = []
     while len(numbers) < MAX_TRIALS:  # each worker is killed after its trial, before it would claim another one
-        SearchLimits(store, study).end_search_if_reached()
+        SearchLimits(store, study).check()
         worker = store.workers.add(study.study_id, device="cpu")
         held = store.trials.claim(study, worker)
         if held is None:
@@ -125,7 +124,7 @@ def test_no_trial_is_begun_after_the_hours_and_what_follows_the_search_is(store:
     study = store.studies.create(spec, metadata={})
     limits, worker = SearchLimits(store, study), store.workers.add(study.study_id, device="cpu")
     for _ in range(2):
-        limits.end_search_if_reached()
+        limits.check()
         held = store.trials.claim(study, worker)
         assert held is not None
         store.trials.suggest(held, study.spec, attributes=lambda _: {})
@@ -175,7 +174,7 @@ def test_what_a_user_sees_of_an_ended_search_and_how_it_goes_on(
         more = running.resume("s", until="0.7 decades", allow=allow, **here)  # type: ignore[arg-type]
         assert num_trained < len(more.trials) < MAX_TRIALS
         every = running.resume("s", trials=len(more.trials) + 2, allow=allow, **here)  # type: ignore[arg-type]
-        # A wider range keeps all trials, and is searched as densely; the file then has to say the same.
+        # A wider range keeps all trials, and is searched as densely.
         wider = running.resume("s", widen=["lr=1e-5:1"], allow=allow, **here)  # type: ignore[arg-type]
     assert len(every.trials) == len(more.trials) + 2
     assert wider.trials[: len(every.trials)] == every.trials
@@ -183,6 +182,43 @@ def test_what_a_user_sees_of_an_ended_search_and_how_it_goes_on(
     assert any(trial.params["lr"] < 1e-4 for trial in wider.trials)
     assert wider.best.response is not None
     assert wider.best.response.lrs[0] == pytest.approx(1e-5)
-    with pytest.raises(UserError, match=r"search\.space\.lr\.low: 1e-05 in the study, 0\.0001 here"):
-        running.run(spec, code_folder=tmp_path, **here)  # type: ignore[arg-type]
     assert reading.status("s", storage=url)["search_end"] is None
+    # The file that it was made from has the former range, and is the same study still.
+    assert running.run(spec, code_folder=tmp_path, **here).trials == wider.trials  # type: ignore[arg-type]
+
+
+RISING = """
+import math
+def train(trial):
+    lr = trial.params["lr"]
+    trial.report(1, val_accuracy=DIVERGES if lr > 0.5 else 0.5 + 0.1 * math.log10(lr / 1e-4))
+"""
+
+
+@only_sqlite
+@pytest.mark.parametrize("beyond", ["0.2", "math.nan"])
+def test_a_range_grows_where_the_best_rates_touch_an_end_and_not_past_what_diverges(
+    store: Store, make_spec: MakeSpec, tmp_path: Path, beyond: str
+) -> None:
+    name = f"loop_that_grows_{len(beyond)}"
+    (tmp_path / f"{name}.py").write_text(RISING.replace("DIVERGES", beyond))
+    space = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}}
+    settings = {"sampler": "qmc", "trials": 7, "grow": True, "space": space}
+    confirm = {"top": 1, "seeds": 2}
+    spec = make_spec(epochs=1, search=settings, objective={"function": f"{name}:train"}, confirm=confirm)
+    url = store.url.render_as_string(hide_password=False)
+    result = running.run(spec, code_folder=tmp_path, storage=url, executor=api.InProcess("cpu"))
+    study = store.studies.get("s")
+    assert study.num_growths >= 1
+    assert study.spec.search.space["lr"]["low"] == 1e-3
+    assert study.spec.search.space["lr"]["high"] >= 1.0
+    searched = [trial for trial in result.trials if trial.kind == "search"]
+    assert len(searched) == study.spec.num_trials > 7
+    assert all(trial.params["lr"] <= 0.1 for trial in searched[:6])
+    assert any(trial.params["lr"] > 0.1 for trial in searched)
+    assert str(growth_text(study)).startswith("the range grew to 0.001 to ")
+    assert 0.1 < result.best.params["lr"] <= 0.5
+    if beyond == "math.nan":
+        assert study.spec.search.space["lr"]["high"] == 1.0
+    assert len(running.run(spec, code_folder=tmp_path, storage=url).trials) == len(result.trials)
+    assert store.problems(study) == []
