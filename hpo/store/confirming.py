@@ -27,19 +27,22 @@ def last_seed_in_turn(database: Database, connection: Connection, study: StudyRe
     if study.spec.confirm is None or not unbegun:
         return None
     num_common: int = min(row.replicate for row in rows) + FIRST_SEEDS
-    seed: int = min(row.replicate for row in unbegun)
-    if seed < num_common:
-        return num_common - 1
-    before = [row for row in rows if row.replicate < seed]
-    if any(row.state not in ENDED for row in before):
-        return seed - 1
-    left = _racing_on(study, before)
-    needed = [row for row in unbegun if row.given in left]
-    if len(needed) < len(unbegun):
+    last: int = min(row.replicate for row in unbegun)
+    needed = sorted(unbegun, key=lambda row: row.replicate)  # earlier versions added them rate by rate
+    if last < num_common:
+        last = num_common - 1
+    else:
+        before = [row for row in rows if row.replicate < last]
+        if any(row.state not in ENDED for row in before):
+            last -= 1
+        else:
+            left = _racing_on(study, before)
+            needed = [row for row in needed if row.given in left]
+    if needed != unbegun:
         drop_unclaimed(connection, study.study_id)  # and all of them again: each slot has the number of Optuna's trial
         new = [{**UNCLAIMED, "given": row.given, "kind": row.kind, "replicate": row.replicate} for row in needed]
         add_slots(connection, study.study_id, new)
-    return seed
+    return last
 
 
 def _latest_rows(database: Database, connection: Connection, study: StudyRecord) -> Sequence[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from hpo.analysis.answer import find_best
+from hpo.analysis.due_trials import plan_due_trials
 from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.workers.stages import add_due_trials
@@ -107,3 +109,20 @@ def test_an_enlarged_search_is_confirmed_anew_by_a_race_over_further_seeds(store
     later = [trial.replicate for trial in trials[3 + 2 * 3 + 2 :]]
     assert later == [3, 3, 4, 4, 5, 5]
     assert store.problems(study) == []
+
+
+def test_a_confirmation_whose_seeds_an_earlier_version_added_rate_by_rate_is_raced_like_any_other(
+    store: Store, make_spec: MakeSpec
+) -> None:
+    study, worker = begin(store, make_spec(0.1, 0.2, 0.5, confirm=CONFIRM))
+    while (held := claim(store, study, worker)) is not None:
+        finish(store, study, held, apart=10.0)
+    trials = store.trials.get_all(study)
+    answer = find_best(study, trials)
+    assert answer is not None
+    planned = sorted(plan_due_trials(study, trials, answer), key=lambda trial: trial.params["lr"], reverse=True)
+    assert [trial.replicate for trial in planned[:5]] == [0, 1, 2, 3, 4]
+    store.studies.add_planned(study, planned, after=len(trials))
+    confirm(store, study, worker, apart=10.0)
+    assert store.problems(study) == []
+    assert seeds_of(store, study) == {0.5: [0, 1, 2], 0.2: [0, 1, 2], 0.1: [0, 1, 2]}
