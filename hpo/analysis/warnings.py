@@ -19,6 +19,7 @@ from hpo.analysis.trials import (
     search_trials,
     value_of,
 )
+from hpo.search.space import Range
 from hpo.study.chance import guess_accuracy, lucky_accuracy, standard_error
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
@@ -131,10 +132,13 @@ def _edge_of_range(context: WarningContext) -> str | None:
     if at is None:
         return None
     end, wider = (low, low / 10) if at == "low" else (high, high * 10)
-    return (
-        f"the best learning rate may lie beyond {end:.3g}, the {at} end of what was searched: "
-        f"widen search.space.lr to {wider:.3g}"
-    )
+    beyond = f"the best learning rate may lie beyond {end:.3g}, the {at} end of what was searched: "
+    lr = context.study.spec.search.parameters.get("lr")
+    can_widen = context.study.spec.search.sampler not in ("grid", "race") and isinstance(lr, Range) and lr.step is None
+    if not can_widen:
+        return f"{beyond}widen search.space.lr to {wider:.3g}"
+    ends = f"{wider:.3g}:{high}" if at == "low" else f"{low}:{wider:.3g}"
+    return f"{beyond}go on there with `hpo resume {context.study.name} --widen lr={ends}`"
 
 
 def find_touched_end(best: Sequence[float], low: float, high: float) -> str | None:
