@@ -376,7 +376,7 @@ def _stage_line(trials: Sequence[TrialRecord]) -> str:
 
 
 def _ended_line(study: StudyRecord, trial: TrialRecord) -> Text:
-    seconds = f"{trial.ended - trial.started:.1f} s" if trial.ended and trial.started else ""
+    seconds = "" if trial.duration_s is None else f"{trial.duration_s:.1f} s"
     value = "" if trial.value is None else f", {study.spec.metric} {value_text(trial.value, study)}"
     if trial.kind == "test" and trial.state == "complete":
         value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}').replace('%', ' %')}"

@@ -127,7 +127,7 @@ def trial_table(report: StudyReport) -> TrialTable:
 
 def _cells(study: StudyRecord, trial: TrialRecord, keys: Sequence[str]) -> Iterator[TableCell]:
     losses = [loss for loss in trial.curves.get("train_loss", ()) if loss is not None]
-    seconds = trial.ended - trial.started if trial.ended and trial.started else None
+    seconds = trial.duration_s
     machine, reason = _machine(trial.attributes), trial.reason or ""
     yield TableCell(str(trial.number), trial.number)
     yield TableCell(trial.state, trial.state)

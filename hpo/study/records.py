@@ -130,6 +130,14 @@ class TrialRecord:
     replicate: int | None = None  # which seed of a confirmation, from 0
     tested: int | None = None  # of a test: the number of the trial whose network it measures
 
+    @property
+    def duration_s(self) -> float | None:
+        """How long the latest attempt took, once the trial has ended: a loser of a race waits for its end untrained."""
+        if not self.started or not self.ended:
+            return None
+        left = self.attempts[-1].ended if self.attempts else None
+        return (left or self.ended) - self.started
+
 
 @dataclass(frozen=True)
 class WorkerRecord:
@@ -229,7 +237,7 @@ def trial_as_dict(trial: TrialRecord) -> dict[str, Any]:
         "reason": trial.reason,
         "error": trial.error,
         "attempts": [_attempt_as_dict(attempt) for attempt in trial.attempts],
-        "duration_s": round(trial.ended - trial.started, 3) if trial.ended and trial.started else None,
+        "duration_s": None if trial.duration_s is None else round(trial.duration_s, 3),
     }
 
 
