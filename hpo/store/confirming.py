@@ -22,9 +22,9 @@ def last_seed_in_turn(database: Database, connection: Connection, study: StudyRe
     When a seed has ended for all rates, the trials of those that get no more of them are deleted. The caller has locked
     the study. What has ended by then decides, so every worker decides alike.
     """
-    rows = _latest_rows(database, connection, study)
+    rows = [] if study.spec.confirm is None else _latest_rows(database, connection, study)
     unbegun = [row for row in rows if row.trial_id is None]
-    if study.spec.confirm is None or not unbegun:
+    if not unbegun:
         return None
     num_common: int = min(row.replicate for row in rows) + FIRST_SEEDS
     last: int = min(row.replicate for row in unbegun)

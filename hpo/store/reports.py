@@ -16,7 +16,7 @@ from hpo.search.study_views import RoundStudy
 from hpo.store.conditions import is_slot
 from hpo.store.database import Database
 from hpo.store.ledger import Verdict
-from hpo.store.racing import read_race
+from hpo.store.racing import Race, read_race
 from hpo.store.schema import epochs_table, intermediate_values, slots_table, studies_table
 from hpo.study.records import Claim, EpochReport
 
@@ -54,7 +54,8 @@ def judge_epochs(
     study_id = reports[0].claim.study_id
     stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study_id)
     is_stopping = connection.execute(stop).scalar_one() is not None
-    race = read_race(database, connection, study_id, spec)
+    is_at_rung = any(report.may_prune for report in reports)
+    race = read_race(database, connection, study_id, spec) if is_at_rung else Race()
     judge: RoundStudy | None = None  # is made where it is needed
     verdicts: dict[Claim, Verdict] = {}
     for report in reports:
