@@ -20,7 +20,8 @@ from hpo.analysis.warnings import find_warnings
 from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.config.study_file import flatten
 from hpo.study.records import StudyRecord, TrialRecord
-from hpo.train.optim import OPTIMIZERS, SCHEDULES
+from hpo.train.optim import OPTIMIZERS
+from hpo.train.schedules import SCHEDULES
 
 # Settings that do not change the question of a study: how it was searched, and which of many equal draws it was.
 NOT_COMPARED = (

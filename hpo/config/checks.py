@@ -37,7 +37,8 @@ from hpo.search.race import MIN_STARTERS, Course
 from hpo.search.samplers import SAMPLERS
 from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, is_auto
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
-from hpo.train.optim import OPTIMIZERS, SCHEDULES
+from hpo.train.optim import OPTIMIZERS
+from hpo.train.schedules import SCHEDULES
 
 MAX_GRID = 10**6
 MAX_LISTED = 10**6  # values of a range, in a sampler's memory

@@ -17,7 +17,8 @@ from hpo.config.study_spec import StudySpec
 from hpo.search.pruners import PRUNERS
 from hpo.search.samplers import SAMPLERS
 from hpo.search.space import AUTO, Range
-from hpo.train.optim import OPTIMIZERS, SCHEDULES
+from hpo.train.optim import OPTIMIZERS
+from hpo.train.schedules import SCHEDULES
 
 Schema = dict[str, Any]
 

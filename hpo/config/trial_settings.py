@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.search.space import Conditional, Parameter, Scalar, value_combinations
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
-from hpo.train.optim import OPTIMIZERS, SCHEDULES
+from hpo.train.optim import OPTIMIZERS
+from hpo.train.schedules import SCHEDULES
 
 MAX_EXTREME_POINTS = 4096
 CONFIGS: dict[str, type[ModelConfig | DataConfig | TrainingConfig]] = {

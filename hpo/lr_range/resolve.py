@@ -16,7 +16,7 @@ from hpo.errors import UserError
 from hpo.search.space import AUTO, Categorical, Conditional, Parameter, Range, Scalar, is_auto, value_combinations
 from hpo.system.devices import choose_devices, threads_per_worker
 from hpo.train.config import TrialConfig, derive_seed
-from hpo.train.optim import SCHEDULES
+from hpo.train.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from hpo.study.records import StudyRecord

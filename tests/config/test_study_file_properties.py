@@ -20,7 +20,8 @@ from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.search.pruners import PRUNERS
 from hpo.search.samplers import SAMPLERS
-from hpo.train.optim import OPTIMIZERS, SCHEDULES
+from hpo.train.optim import OPTIMIZERS
+from hpo.train.schedules import SCHEDULES
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
 VALID: list[dict[str, Any]] = [

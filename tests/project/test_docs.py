@@ -23,7 +23,8 @@ from hpo.search.space import Range
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
 from hpo.train.data.datasets import DATASETS
 from hpo.train.models import MODELS
-from hpo.train.optim import OPTIMIZERS, SCHEDULES
+from hpo.train.optim import OPTIMIZERS
+from hpo.train.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -43,7 +43,8 @@ from hpo.train.config import (
 )
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.protocol import Engine
-from hpo.train.optim import OPTIMIZERS, SCHEDULES
+from hpo.train.optim import OPTIMIZERS
+from hpo.train.schedules import SCHEDULES
 
 EPOCHS = 4
 IDENTITY: dict[str, str | int] = {"study": "4f1c", "trial": 7}

@@ -23,7 +23,8 @@ from hpo.train.data.sources import batch_bounds
 from hpo.train.engines.divergence import why_diverged
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
 from hpo.train.models import build_model, fit_memory_format
-from hpo.train.optim import OPTIMIZERS, build_optimizer, lr_factor
+from hpo.train.optim import OPTIMIZERS, build_optimizer
+from hpo.train.schedules import lr_factor
 from hpo.train.seeding import seed_generators
 from hpo.train.snapshot import Packing, Snapshot
 

@@ -19,7 +19,8 @@ from hpo.train.data.loading import SplitDataset, load_data
 from hpo.train.engines.divergence import SAME_OUTPUT, is_exploding, output_spread
 from hpo.train.engines.plain import PlainEngine, build_lane
 from hpo.train.engines.protocol import Engine, Stopped
-from hpo.train.optim import OPTIMIZERS, SCHEDULES
+from hpo.train.optim import OPTIMIZERS
+from hpo.train.schedules import SCHEDULES
 
 TINY = ModelConfig(options={"width": 0.05})
 QUARTER = ModelConfig(options={"width": 0.25})

@@ -18,7 +18,8 @@ from hpo.train.config import DataConfig, EpochResult, ModelConfig, TrainingConfi
 from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.protocol import Engine
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
-from hpo.train.optim import OPTIMIZERS, SCHEDULES
+from hpo.train.optim import OPTIMIZERS
+from hpo.train.schedules import SCHEDULES
 
 EPOCHS = 3
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
 from hpo.train.config import TrainingConfig
-from hpo.train.optim import SCHEDULES, lr_factor
+from hpo.train.schedules import SCHEDULES, lr_factor
 
 repeatable = settings(max_examples=75, derandomize=True, deadline=None)
 
