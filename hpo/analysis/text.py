@@ -50,6 +50,11 @@ def images_text(study: StudyRecord) -> str | None:
     return f"images for training and validation: {study.metadata['images']}" if "images" in study.metadata else None
 
 
+def weights_text(study: StudyRecord) -> str | None:
+    """Return which tensors the networks of a study start with, and which are new; None where all are drawn."""
+    return f"weights: {study.metadata['weights']}" if "weights" in study.metadata else None
+
+
 def counts_text(trials: Sequence[TrialRecord]) -> str:
     """Return how many trials are in each state."""
     states = [trial.state for trial in trials]

@@ -33,6 +33,7 @@ from hpo.analysis.text import (
     search_end_text,
     study_text,
     value_text,
+    weights_text,
 )
 from hpo.analysis.trials import best_trial, race_progress, search_trials
 from hpo.cli.console import PlainConsole, make_console, make_table, print_table, styled
@@ -133,8 +134,9 @@ class LiveDisplay:
         self._progress.close()
         self._store, self._study = store, study
         self._console.print(heading(study))
-        if (found := images_text(study)) is not None:
-            self._console.print(found, soft_wrap=True)
+        for found in (images_text(study), weights_text(study)):
+            if found is not None:
+                self._console.print(found, soft_wrap=True)
         for line in range_test_lines(study):
             self._console.print(line, soft_wrap=True)
         trials = store.trials.get_all(study)

@@ -353,7 +353,7 @@ def check_training(parameters: Mapping[str, Parameter], *, data: DataConfig, tra
 def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:
     """Refuse a value of the space that the setting itself could not have."""
     section, name = section_and_name(key)
-    if section == "model" and name != "name":
+    if section == "model" and name not in ("name", "weights"):
         return  # an option of the network: its own constructor judges it, in the preflight
     names = {field.name for field in dataclasses.fields(CONFIGS[section])} - {"options"}
     if name not in names or f"{section}.{name}" in STUDY_NEUTRAL_KEYS:

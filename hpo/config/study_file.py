@@ -12,6 +12,7 @@ from typing import Any
 from hpo.errors import UserError
 from hpo.system.files import read_text
 from hpo.system.readable import one_line
+from hpo.train.config import is_weights_file
 
 MAX_DEPTH = 64  # of tables and lists within each other
 
@@ -66,6 +67,25 @@ def expand_compare(settings: Mapping[str, Any], *, source: str) -> list[dict[str
         changes = {key: value for key, value in table.items() if key != "name"}
         studies.append(_merged(base, changes) | {"name": f"{base.get('name')}-{name}"})
     return studies
+
+
+def anchor_weights(settings: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
+    """Return the settings with the files of model.weights, one or a list to search, made absolute from a folder."""
+    anchored = copy.deepcopy(dict(settings))
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, str) and is_weights_file(value):
+            return str((folder / Path(value).expanduser()).absolute())
+        return [absolute(item) for item in value] if isinstance(value, list) else value
+
+    search = anchored.get("search")
+    space = search.get("space") if isinstance(search, dict) else None
+    of_models = [anchored.get("model"), space.get("model") if isinstance(space, dict) else None]
+    tables = [(table, "weights") for table in of_models] + [(space, "model.weights")]
+    for table, key in tables:
+        if isinstance(table, dict) and key in table:
+            table[key] = absolute(table[key])
+    return anchored
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -108,7 +108,8 @@ class StudySpec(Section):
         """
         settings = study_file.expand_compare(study_file.read(path, overrides=overrides), source=str(path))
         sources = [str(path), *(f"{path}, [[compare]] for {one['name']}" for one in settings[1:])]
-        return [cls.from_dict(one, source=source) for one, source in zip(settings, sources, strict=True)]
+        anchored = [study_file.anchor_weights(one, folder=Path(path).parent) for one in settings]
+        return [cls.from_dict(one, source=source) for one, source in zip(anchored, sources, strict=True)]
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], *, source: str | None = None) -> StudySpec:

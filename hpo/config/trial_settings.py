@@ -34,7 +34,7 @@ def searchable_keys() -> list[str]:
     training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in STUDY_NEUTRAL_KEYS]
     left_out = {*STUDY_NEUTRAL_KEYS, "data.options"}
     data = [f"data.{f.name}" for f in dataclasses.fields(DataConfig) if f"data.{f.name}" not in left_out]
-    return [*training, "model.name", *data]
+    return [*training, "model.name", "model.weights", *data]
 
 
 def unread_keys(training: TrainingConfig) -> set[str]:

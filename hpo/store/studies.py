@@ -29,7 +29,7 @@ from hpo.study import stages
 from hpo.study.records import StudyRecord
 
 SHARED_PREFIX = "hpo: "  # begins the names of Optuna's study attributes that are ours
-DESCRIPTIONS = ("images",)  # metadata that changes no result: a note may be added to a folder of images
+DESCRIPTIONS = ("images", "weights")  # metadata that changes no result: a note may be added to a folder of images
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
 
 

@@ -24,13 +24,27 @@ from torch import Tensor, nn
 
 from hpo.errors import UserError
 from hpo.system.files import replace_file, target_of_temporary
-from hpo.train.config import LATER_TRAINING_KEYS, TRIAL_NEUTRAL_KEYS, EpochResult, TrainingConfig, TrialConfig
+from hpo.train.config import (
+    LATER_KEYS,
+    TRIAL_NEUTRAL_KEYS,
+    DataConfig,
+    EpochResult,
+    ModelConfig,
+    TrainingConfig,
+    TrialConfig,
+)
+from hpo.train.weight_files import weights_digest
 
 MAGIC = b"hpo checkpoint\n"
 FORMAT_VERSION = 1
 _HEADER = struct.Struct(f">{len(MAGIC)}sI32sQ")  # magic, format version, SHA-256 and length in bytes of the payload
 _CHECKPOINT = re.compile(r"epoch-(\d{6,})\.ckpt")
 ABANDONED_TEMPORARY_S = 3600.0  # a temporary file that nobody wrote to for so long has lost its writer
+_DEFAULTS = {
+    "model": dataclasses.asdict(ModelConfig()),
+    "data": dataclasses.asdict(DataConfig()),
+    "training": dataclasses.asdict(TrainingConfig()),
+}
 _EXTRAS = {"s3": "hpo[s3]", "s3a": "hpo[s3]", "gs": "hpo[gs]", "gcs": "hpo[gs]"}
 
 
@@ -46,14 +60,20 @@ class Checkpoint:
 
 
 def config_digest(config: TrialConfig) -> str:
-    """Return a digest that is the same, on every machine, for configurations whose trials give the same results."""
+    """Return a digest that is the same, on every machine, for configurations whose trials give the same results.
+
+    Weights to start from count by their content. Raises UserError where their file is not found.
+    """
     content = dataclasses.asdict(config)
     for key in TRIAL_NEUTRAL_KEYS:
         section, _, name = key.partition(".")
         del content[section][name]
-    for name in LATER_TRAINING_KEYS:
-        if content["training"][name] == getattr(TrainingConfig, name):
-            del content["training"][name]
+    for key in LATER_KEYS:
+        section, _, name = key.partition(".")
+        if content[section][name] == _DEFAULTS[section][name]:
+            del content[section][name]
+    if config.model.weights is not None:
+        content["model"]["weights"] = weights_digest(config.model)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -189,27 +209,7 @@ class CheckpointFolder:
         return _read_local(path) if isinstance(self._filesystem, LocalFileSystem) else self._filesystem.cat_file(path)
 
     def _parse(self, data: bytes, *, epoch: int, config: TrialConfig) -> Checkpoint:
-        if data[: len(MAGIC)] != MAGIC[: len(data)]:
-            raise _Unusable("it is not a checkpoint of hpo's")
-        if len(data) < _HEADER.size:
-            raise _Unusable(f"it is torn, {len(data)} bytes long and shorter than its header")
-        _, version, digest, length = _HEADER.unpack_from(data)
-        if version != FORMAT_VERSION:
-            raise _Unusable(f"it has format version {version}, and this hpo reads version {FORMAT_VERSION}")
-        payload = data[_HEADER.size :]
-        if len(payload) != length:
-            raise _Unusable(f"it is torn, with {len(payload)} bytes of content in place of {length}")
-        if hashlib.sha256(payload).digest() != digest:
-            raise _Unusable("it is damaged: its checksum differs from that of its content")
-        try:
-            content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-            identity = dict(content.pop("identity"))
-            content["results"] = [EpochResult(**result) for result in content["results"]]
-            checkpoint = Checkpoint(**content)
-        except MemoryError:
-            raise
-        except Exception as error:  # torch's messages advise to switch its safeguard off
-            raise _Unusable(f"its content is not that of a checkpoint ({type(error).__name__})") from error
+        checkpoint, identity = _parsed(data)
         if identity != self.identity:
             whose = ", ".join(f"{key} {value}" for key, value in identity.items())
             raise _Unusable(f"it belongs to another trial ({whose})")
@@ -218,6 +218,19 @@ class CheckpointFolder:
         if not checkpoint.epoch == len(checkpoint.results) == epoch:
             raise _Unusable(f"it is of epoch {checkpoint.epoch}")
         return checkpoint
+
+
+def read_checkpoint_weights(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return the state of the network in a file that `CheckpointFolder` wrote, whichever trial it belongs to.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no whole checkpoint; the message says why.
+    """
+    try:
+        return dict(_parsed(_read_local(os.fspath(path)))[0].state["model"])
+    except _Unusable as error:
+        raise ValueError(str(error)) from None
 
 
 def list_folders(url: str) -> list[str]:
@@ -232,6 +245,31 @@ def list_folders(url: str) -> list[str]:
 
 class _Unusable(Exception):
     """A file is not this trial's whole checkpoint; the message says why."""
+
+
+def _parsed(data: bytes) -> tuple[Checkpoint, dict[str, str | int]]:
+    """Return the checkpoint in a file, and the identity of its trial; raise _Unusable where it is not whole."""
+    if data[: len(MAGIC)] != MAGIC[: len(data)]:
+        raise _Unusable("it is not a checkpoint of hpo's")
+    if len(data) < _HEADER.size:
+        raise _Unusable(f"it is torn, {len(data)} bytes long and shorter than its header")
+    _, version, digest, length = _HEADER.unpack_from(data)
+    if version != FORMAT_VERSION:
+        raise _Unusable(f"it has format version {version}, and this hpo reads version {FORMAT_VERSION}")
+    payload = data[_HEADER.size :]
+    if len(payload) != length:
+        raise _Unusable(f"it is torn, with {len(payload)} bytes of content in place of {length}")
+    if hashlib.sha256(payload).digest() != digest:
+        raise _Unusable("it is damaged: its checksum differs from that of its content")
+    try:
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        identity = dict(content.pop("identity"))
+        content["results"] = [EpochResult(**result) for result in content["results"]]
+        return Checkpoint(**content), identity
+    except MemoryError:
+        raise
+    except Exception as error:  # torch's messages advise to switch its safeguard off
+        raise _Unusable(f"its content is not that of a checkpoint ({type(error).__name__})") from error
 
 
 def _file_name(epoch: int) -> str:

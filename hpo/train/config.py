@@ -18,8 +18,9 @@ from annotated_types import Ge, Gt, Le, Lt, Predicate
 from hpo.errors import Rule
 
 TORCHVISION = "torchvision:"  # begins the name of a model of torchvision's, and of no module of a user's
-# Settings of [training] that earlier checkpoints do not know; where they have their default, they do not count.
-LATER_TRAINING_KEYS = ("tf32", "decay_fraction", "timescale_epochs")
+WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+# Settings that earlier checkpoints do not know; where they have their default, they do not count.
+LATER_KEYS = ("model.weights", "training.tf32", "training.decay_fraction", "training.timescale_epochs")
 # Settings that change no number of a trial: where its data and checkpoints are, and how often it is saved.
 TRIAL_NEUTRAL_KEYS = frozenset({"data.root", "data.placement", "training.checkpoint_epochs"})
 
@@ -46,6 +47,10 @@ class ModelConfig:
     name: Annotated[str, Doc("The network: article_cnn, torchvision:NAME, or package.module:factory of your own.")] = (
         "article_cnn"
     )
+    weights: Annotated[
+        str | None,
+        Doc("Weights to start from: a file, or a name of torchvision's such as DEFAULT. By default they are drawn."),
+    ] = None
     options: Annotated[Mapping[str, Any], Doc("Further keys, which go to the network's constructor.")] = field(
         default_factory=dict
     )
@@ -186,6 +191,11 @@ class EpochResult:
         if self.test_accuracy is not None:
             metrics["test_accuracy"] = self.test_accuracy
         return metrics
+
+
+def is_weights_file(weights: str) -> bool:
+    """Return whether a value of model.weights is the path of a file, not the name of weights that a library has."""
+    return weights.endswith(WEIGHTS_ENDINGS) or "/" in weights
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import TORCHVISION, ModelConfig
 from hpo.train.imports import call_factory, describe_error, import_object, is_import_path
+from hpo.train.modules import RepeatChannels, named_network
 from hpo.train.seeding import generators_kept
+from hpo.train.weights import fit_weights
 
 ARTICLE_IMAGE_SIZE = 32
 
@@ -48,25 +50,20 @@ def article_cnn(*, channels: int, num_classes: int, width: float = 1.0) -> nn.Se
 MODELS: dict[str, Callable[..., nn.Module]] = {"article_cnn": article_cnn}
 
 
-class RepeatChannels(nn.Module):
-    """A network that shows images of one channel to a network that takes three."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images_B1HW: Tensor) -> Tensor:
-        """Return the logits (B, L)."""
-        logits_BL: Tensor = self.model(images_B1HW.expand(-1, 3, -1, -1))
-        return logits_BL
-
-
 def build_model(config: ModelConfig, *, channels: int, num_classes: int, image_size: int) -> nn.Module:
     """Return the network that `config` names, on the CPU, with parameters drawn from torch's global generator.
 
-    Raises UserError for an unknown name, for options that the network does not take, and for a factory that cannot be
-    imported or does not return an nn.Module.
+    What `config.weights` has of it is in the place of what was drawn. Raises UserError for an unknown name, for options
+    that the network does not take, for weights that do not fit, and for a factory that cannot be imported or does not
+    return an nn.Module.
     """
+    model = _untrained_model(config, channels=channels, num_classes=num_classes, image_size=image_size)
+    if config.weights is not None:
+        fit_weights(named_network(model), config, num_classes=num_classes).load()
+    return model
+
+
+def _untrained_model(config: ModelConfig, *, channels: int, num_classes: int, image_size: int) -> nn.Module:
     shape = {"channels": channels, "num_classes": num_classes}
     for key in config.options.keys() & shape.keys():
         raise UserError(f"model.{key} comes from the data set and cannot be set, got {config.options[key]!r}")
@@ -134,8 +131,6 @@ def _torchvision_model(config: ModelConfig, *, channels: int, num_classes: int) 
         raise unknown_name("model.name after 'torchvision:'", name, models.list_models(module=models))
     if channels not in (1, 3):
         raise UserError(f"model.name = {config.name!r} takes pictures of 1 or 3 channels, got {channels}")
-    if "weights" in config.options:
-        raise UserError(f"model.weights cannot be set: networks are trained from scratch; got {config.options!r}")
     fixed: dict[str, Any] = {"num_classes": num_classes, "weights": None}
     if name in ("googlenet", "inception_v3"):  # else they return a tuple in training, and warn
         fixed |= {"aux_logits": False, "init_weights": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpo.config.study_spec import StudySpec
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS_KEYS = ("weights_digest", "weights")  # in the metadata: of the content of model.weights, and what is loaded
 LARGEST_TRIED_BATCH = 8  # images of the batch that a network is trained on, unless the search asks for smaller ones
 
 
@@ -101,7 +102,13 @@ def _try_networks(spec: StudySpec) -> dict[str, Any]:
             loaded = config.data, *_load_checked(config.data, with_test=spec.confirm is not None)
         _, data, described = loaded
         tried.append(_try_network(spec, config, data) | described)
-    return tried[0]
+    return tried[0] | _joined_weights(tried)
+
+
+def _joined_weights(tried: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the digests and the descriptions of the weights that the networks start from; nothing without any."""
+    keys = [key for key in WEIGHTS_KEYS if any(key in found for found in tried)]
+    return {key: "; ".join(dict.fromkeys(found[key] for found in tried if key in found)) for key in keys}
 
 
 def _load_checked(config: DataConfig, *, with_test: bool) -> tuple[SplitDataset, dict[str, Any]]:
@@ -145,6 +152,9 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
     from hpo.train.engines.divergence import largest_class
     from hpo.train.engines.lane_state import check_test_set, initial_model
     from hpo.train.models import check_fresh, check_model, named_tensors
+    from hpo.train.modules import named_network
+    from hpo.train.weight_files import weights_digest
+    from hpo.train.weights import fit_weights
 
     cpu = torch.device("cpu")
     check_test_set(config, data=data)
@@ -153,6 +163,10 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
     images, _ = next(data.val.batches(2))
     check_model(model, batch=images, num_classes=data.num_classes)
     batch_sizes = [LARGEST_TRIED_BATCH, config.training.batch_size, *_extreme_values(spec, "batch_size")]
+    weights: dict[str, Any] = {}
+    if config.model.weights is not None:
+        fitted = fit_weights(named_network(model), config.model, num_classes=data.num_classes)
+        weights = dict(zip(WEIGHTS_KEYS, (weights_digest(config.model), fitted.text), strict=True))
     _check_trainable(model, *next(data.train.batches(min(map(int, batch_sizes)))))
     check_fresh(initial_model(config, data=data, device=cpu), begun, trained=model, name=config.model.name)
     return {
@@ -164,6 +178,7 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
         "image_size": data.image_size,
         "has_test": data.open_test is not None,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **weights,
     }
 
 

@@ -386,6 +386,20 @@ def test_overrides_are_toml_values_and_bare_words(tmp_path: Path) -> None:
         StudySpec.from_toml(path, overrides=["training.epochs"])
 
 
+def test_files_of_weights_are_relative_to_the_study_file_and_names_are_names(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(MINIMAL + "model.weights = ['a.pt', '/b.pt', 'DEFAULT']\n[model]\nname = 'torchvision:resnet18'")
+    assert StudySpec.from_toml(path).search.parameters["model.weights"].extreme_values() == [
+        str(tmp_path / "a.pt"),
+        "/b.pt",
+        "DEFAULT",
+    ]
+    path.write_text(MINIMAL + "[[compare]]\nname = 'tuned'\nmodel = { weights = 'a/b' }")
+    assert [spec.model.weights for spec in StudySpec.all_from_toml(path)] == [None, str(tmp_path / "a" / "b")]
+    with pytest.raises(UserError, match=r"search.space.model.weights is wrong: .* valid string, got 3"):
+        read(MINIMAL + "model.weights = [3]")
+
+
 def test_a_trial_gets_the_values_of_the_space_over_the_files() -> None:
     spec = read(MINIMAL + "model.width = [0.5]\ndata.crop = [2]\n[model]\nname = 'article_cnn'\nwidth = 1.0")
     config = spec.trial_config({"lr": 0.01, "model.width": 0.5, "data.crop": 2}, seed=5)

@@ -164,7 +164,6 @@ def test_own_model_gets_what_its_signature_takes(own_models: str) -> None:
         ("article_cnn", {"depth": 2}, "model.depth is not an option of .*article_cnn.* takes width"),
         ("torchvision:resnet81", {}, "torchvision.*resnet18.*got 'resnet81'"),
         ("torchvision:resnet18", {"depth": 2}, "model.name = 'torchvision:resnet18' failed when called with .*depth=2"),
-        ("torchvision:resnet18", {"weights": "DEFAULT"}, "model.weights cannot be set"),
         ("own_models_under_test:smal", {}, "model.name.*small; got 'smal'.*did you mean 'small'"),
         ("own_models_under_test:small", {"depth": 2}, "model.depth is not an option.*takes hidden"),
         ("own_models_under_test:not_a_module", {}, "must return a torch.nn.Module, got str"),

@@ -13,7 +13,9 @@ from PIL import Image
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.system.devices import Device
+from hpo.train.config import ModelConfig
 from hpo.train.device_proof import proofs_of
+from hpo.train.models import build_model
 from hpo.workers.preflight import check_devices, run_preflight
 from tests.workers.sick_gpu import needs_no_gpu, tells_why
 
@@ -39,6 +41,22 @@ def test_the_preflight_finds_the_data_and_the_network_and_leaves_the_random_stat
     assert sizes == {"num_train": 200, "num_val": 288, "num_classes": 10, "channels": 1, "image_size": 32}
     assert metadata["num_parameters"] > 0
     assert 0.1 <= metadata["guess_accuracy"] < 0.11  # the digits' classes are about as large as each other
+
+
+def test_the_preflight_says_what_is_loaded_of_weights_and_keeps_a_digest_of_them(tmp_path: Path) -> None:
+    model = {"name": "article_cnn", "width": 0.05}
+    ten, two = (
+        build_model(ModelConfig(options={"width": 0.05}), channels=1, num_classes=n, image_size=32) for n in (10, 2)
+    )
+    torch.save(ten.state_dict(), tmp_path / "ten.pt")
+    torch.save(two.state_dict(), tmp_path / "two.pt")
+    settings = digits_spec().frozen() | {"model": model | {"weights": str(tmp_path / "ten.pt")}}
+    metadata = run_preflight(StudySpec.from_dict(settings), {"cpu"})
+    assert metadata["weights"] == "16 of 16 tensors from ten.pt; the head too"
+    settings["search"]["space"]["model"] = {"weights": [str(tmp_path / "ten.pt"), str(tmp_path / "two.pt")]}
+    searched = run_preflight(StudySpec.from_dict(settings | {"model": model}), {"cpu"})
+    assert searched["weights"].endswith("; 14 of 16 tensors from two.pt; the head is new (18.weight, 18.bias)")
+    assert searched["weights_digest"].startswith(f"{metadata['weights_digest']}; ")
 
 
 def test_a_precision_that_a_device_lacks_is_found_before_training() -> None:

@@ -40,6 +40,10 @@ class LaneState:
     network: Callable[[], nn.Module]  # as trained so far
     first_loss: float = math.nan  # of the trial's first step
     results: list[EpochResult] = field(default_factory=list)  # of the finished epochs
+    config_digest: str = field(init=False)  # as the trial begins: the file of its weights may change later
+
+    def __post_init__(self) -> None:
+        self.config_digest = config_digest(self.config)
 
     @property
     def epoch(self) -> int:
@@ -210,7 +214,7 @@ def take_snapshot(lane: LaneState, *, model: Mapping[str, Any], optimizer: Mappi
     packing = Packing(lane.data.val.labels_N.device)
     setting = f"model.name = {lane.config.model.name!r}"
     checkpoint = Checkpoint(
-        config_digest=config_digest(lane.config),
+        config_digest=lane.config_digest,
         epoch=lane.epoch,
         state=storable_copy(state, setting=setting, copy_tensor=packing.add),
         results=tuple(lane.results),

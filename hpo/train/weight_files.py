@@ -1,0 +1,88 @@
+"""Files of weights: where the one is that a study names, by path or by torchvision's name, and a digest of it."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpo.errors import UserError, unknown_name
+from hpo.train.config import TORCHVISION, WEIGHTS_ENDINGS, ModelConfig, is_weights_file
+from hpo.train.data.datasets import DOWNLOAD_TIMEOUT_S
+
+
+def weights_digest(config: ModelConfig) -> str | None:
+    """Return a digest of the content of the weights that `config` names; None where it names none."""
+    return None if config.weights is None else _digest(*file_signature(find_weights(config)))
+
+
+def find_weights(config: ModelConfig) -> Path:
+    """Return the file of the weights that `config` names; download torchvision's where they are not in the hub's cache.
+
+    Raises UserError where there is none.
+    """
+    assert config.weights is not None
+    if not is_weights_file(config.weights):
+        return _torchvision_file(config)
+    path = Path(config.weights).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"model.weights must be a file, and there is none at {path.absolute()} on {socket.gethostname()}"
+        )
+    return path
+
+
+def torchvision_weights(config: ModelConfig) -> Any:
+    """Return the entry of torchvision's table that `config` names. Raises UserError where it names none."""
+    from torchvision import models
+
+    setting = f"model.weights = {config.weights!r}"
+    if not config.name.startswith(TORCHVISION):
+        raise UserError(
+            f"{setting} must be a file ({', '.join(WEIGHTS_ENDINGS)}): "
+            f"model.name = {config.name!r} has no weights by name"
+        )
+    table = models.get_model_weights(config.name.removeprefix(TORCHVISION))
+    names = [*table.__members__]
+    if not names:
+        raise UserError(f"{setting} must be a file: torchvision has no weights for model.name = {config.name!r}")
+    if config.weights not in names:
+        raise unknown_name("model.weights", config.weights, names)
+    return table[config.weights]
+
+
+def _torchvision_file(config: ModelConfig) -> Path:
+    """Return torchvision's file in the hub's cache, where it is downloaded if need be."""
+    url = torchvision_weights(config).url
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if path.is_file():
+        return path
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"model.weights = {config.weights!r} was not found (looked for {path}) and cannot be downloaded from {url} "
+            f"({' '.join(str(error).split())}); put the file there, or let TORCH_HOME be a folder with hub/checkpoints/"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path
+
+
+def file_signature(path: Path) -> tuple[Path, int, int]:
+    """Return what tells a file from a later one at the same place: its path, its size and its time."""
+    status = path.stat()
+    return path, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _digest(path: Path, size_bytes: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
