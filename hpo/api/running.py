@@ -13,6 +13,7 @@ from typing import Any
 
 from hpo.api.reading import Result, result_of
 from hpo.api.stores import open_study, storage_url
+from hpo.config.earlier_studies import adopt_stored_data
 from hpo.config.import_policy import allowed_for, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
 from hpo.config.widening import adopt_widened_ranges, parse_widening, widened_spec
@@ -74,6 +75,7 @@ def run(
     executor = choose_executor(executor, devices=devices, workers=workers, in_process=in_process)
     spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
+    spec = _read_as_stored(spec, url)
     if (finished := _find_finished(spec, url)) is not None:
         return result_of(*finished)
     launcher = make_launcher(executor, spec, allowed, url=url)
@@ -104,6 +106,7 @@ def submit(
     """
     spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
+    spec = _read_as_stored(spec, url)
     if _find_finished(spec, url) is not None:
         return False
     launcher = make_launcher(executor or Ray(), spec, allowed, url=url)
@@ -133,11 +136,14 @@ def check(
         UserError: `run` would refuse the study.
     """
     url = storage_url(storage)
+    spec = _read_as_stored(spec, url)
     if _find_finished(spec, url) is None:
         _, allowed = load_own_spec(spec, folder=code_folder)
         launcher = make_launcher(executor or Local(), spec, allowed, url=url)
         with launcher, allowed_for(spec, allowed).importable():
-            launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
+            metadata = launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
+        if _find(spec.name, url)[1] is None:
+            preflight.refuse_random_images(spec, metadata)
 
 
 def join(
@@ -321,7 +327,9 @@ def stop(name: str, *, storage: str | None = None) -> bool:
 def _create(spec: StudySpec, url: str, launcher: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
     """Create the study, with the learning rates that a range test finds where the spec asks for one."""
     known = _find(spec.name, url)[1]
-    if known is not None:
+    if known is None:
+        preflight.refuse_random_images(spec, metadata)
+    else:
         spec = adopt_widened_ranges(spec, known.spec, known.widenings)
     closed, found = ranges.resolve(
         spec,
@@ -343,6 +351,12 @@ def _find(name: str, url: str) -> tuple[Store, StudyRecord] | tuple[None, None]:
         return store, store.studies.get(name)
     except UserError:
         return None, None  # whatever else may be wrong is told when the store is opened for writing
+
+
+def _read_as_stored(spec: StudySpec, url: str) -> StudySpec:
+    """Return the spec with the way to read images that its study has, where the store has it."""
+    known = _find(spec.name, url)[1]
+    return spec if known is None else adopt_stored_data(spec, known.spec)
 
 
 def _find_finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | None:

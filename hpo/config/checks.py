@@ -36,7 +36,8 @@ from hpo.search.pruners import PRUNERS
 from hpo.search.race import MIN_STARTERS, Course
 from hpo.search.samplers import SAMPLERS
 from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, is_auto
-from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
+from hpo.train.config import IMAGE_FOLDER, DataConfig, ModelConfig, TrainingConfig
+from hpo.train.imports import is_import_path
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.schedules import SCHEDULES
 
@@ -335,8 +336,7 @@ def check_training(parameters: Mapping[str, Parameter], *, data: DataConfig, tra
     for key, parameter in parameters.items():
         for value in parameter.extreme_values():
             _check_searched_value(key, value, data=data)
-    if data.image_size != DataConfig.image_size and data.name != "image_folder":
-        raise UserError(f"data.image_size has no meaning but for image_folder, got {data.image_size}")
+    _check_images(data)
     _check_fixed_beside_searched(parameters, training)
     if training.lr is None and "lr" not in parameters:
         raise UserError("training.lr must be set, or searched as search.space.lr")
@@ -348,6 +348,20 @@ def check_training(parameters: Mapping[str, Parameter], *, data: DataConfig, tra
         _check_keys_of(kind, entries, names, parameters, training)
     for values in extreme_points(parameters, CONFIGS):
         _check_combination(with_values(training, values, section="training"), values)
+
+
+def _check_images(data: DataConfig) -> None:
+    """Refuse settings of image files for other data, and groups that are no pattern."""
+    for key in ("image_size", "resize", "bits"):
+        if not is_default(data, key) and data.name != IMAGE_FOLDER:
+            raise UserError(f"data.{key} has no meaning but for image_folder, got {getattr(data, key)!r}")
+    if data.groups is not None and not is_import_path(data.groups):
+        try:
+            re.compile(data.groups)
+        except re.error as error:
+            raise UserError(
+                f"data.groups must be a regular expression or package.module:function ({error}), got {data.groups!r}"
+            ) from None
 
 
 def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:

@@ -33,13 +33,15 @@ def parse_allow(values: Iterable[str]) -> ImportAllowlist:
 def allowed_for(spec: StudySpec, allowed: ImportAllowlist) -> ImportAllowlist:
     """Return what a process that trains this study needs to import: of `allowed`, or nothing where it names no code.
 
+    Its data is looked for in the folders of `allowed` all the same.
+
     Raises UserError, naming the module, where the study names code that is not allowed; import nothing.
     """
     names = spec.names_of_code()
     for name, setting in names.items():
         if not allowed.allows(name):
             raise not_allowed(f"{setting} of study {spec.name!r}", name.partition(":")[0])
-    return allowed if names else ImportAllowlist()
+    return allowed if names else ImportAllowlist(path=allowed.path)
 
 
 def load_own_spec(spec: StudySpec | str | Path, *, folder: str | Path | None) -> tuple[StudySpec, ImportAllowlist]:

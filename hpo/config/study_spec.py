@@ -34,7 +34,16 @@ from hpo.search.config import PrunerSpec, SearchSpec, Section
 from hpo.search.race import course_of
 from hpo.search.space import Scalar
 from hpo.system.readable import one_line
-from hpo.train.config import TORCHVISION, DataConfig, ModelConfig, TrainingConfig, TrialConfig
+from hpo.train.config import (
+    DEFAULT_RESIZE,
+    IMAGE_FOLDER,
+    TORCHVISION,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    TrialConfig,
+)
+from hpo.train.imports import is_import_path
 
 
 class StudySpec(Section):
@@ -163,6 +172,8 @@ class StudySpec(Section):
         references: list[tuple[str, object]] = []
         if self.objective:
             references.append(("objective.function", self.objective.function))
+        if self.data.groups is not None and is_import_path(self.data.groups):
+            references.append(("data.groups", self.data.groups))
         for setting, value in (("model.name", self.model.name), ("data.name", self.data.name)):
             if searched := self.search.parameters.get(setting):
                 references += [(f"search.space.{setting}", name) for name in searched.extreme_values()]
@@ -207,6 +218,8 @@ class StudySpec(Section):
         settings = self.model_dump(mode="json", exclude_none=True)
         for section in ("model", "data"):
             settings[section] |= settings[section].pop("options")
+        if self.data.name == IMAGE_FOLDER:
+            settings["data"].setdefault("resize", DEFAULT_RESIZE)
         if self.objective:
             settings = {key: value for key, value in settings.items() if key not in ("model", "data")}
             settings["training"] = {key: settings["training"][key] for key in OBJECTIVE_TRAINING_KEYS}

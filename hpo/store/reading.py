@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import Connection
 
-from hpo.config.study_spec import StudySpec
+from hpo.config.earlier_studies import stored_spec
 from hpo.errors import StudyStopped, UserError
 from hpo.store.damage import check_trial, naming_damage, refuse_damage, refuse_damage_of_optuna
 from hpo.store.database import Database
@@ -54,7 +54,7 @@ def load_study(database: Database, connection: Connection, study_id: int, name: 
     refuse_damage_of_optuna(database.url, name, study_id, connection, OPTUNA_STUDY_TABLES)
     source = f"study {name!r} in {database.url} is damaged: {studies_table.name}, study_id {study_id}"
     try:
-        spec = StudySpec.from_dict(json.loads(row.spec))
+        spec = stored_spec(json.loads(row.spec))
     except UserError as error:
         raise UserError(f"{source}: spec: {error}, unless a newer hpo wrote it") from None
     metadata = json.loads(row.metadata)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hpo.errors import UserError
 from hpo.system.files import replace_file, target_of_temporary
 from hpo.train.config import (
+    EARLIER_RESIZE,
     LATER_KEYS,
     TRIAL_NEUTRAL_KEYS,
     DataConfig,
@@ -68,6 +69,8 @@ def config_digest(config: TrialConfig) -> str:
     for key in TRIAL_NEUTRAL_KEYS:
         section, _, name = key.partition(".")
         del content[section][name]
+    if content["data"]["resize"] == EARLIER_RESIZE:
+        content["data"]["resize"] = None
     for key in LATER_KEYS:
         section, _, name = key.partition(".")
         if content[section][name] == _DEFAULTS[section][name]:

@@ -20,7 +20,19 @@ from hpo.errors import Rule
 TORCHVISION = "torchvision:"  # begins the name of a model of torchvision's, and of no module of a user's
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Settings that earlier checkpoints do not know; where they have their default, they do not count.
-LATER_KEYS = ("model.weights", "training.tf32", "training.decay_fraction", "training.timescale_epochs")
+LATER_KEYS = (
+    "model.weights",
+    "data.groups",
+    "data.resize",
+    "data.bits",
+    "training.tf32",
+    "training.decay_fraction",
+    "training.timescale_epochs",
+)
+# How studies read the images of folders whose spec names no data.resize, because it was stored before that was a key.
+EARLIER_RESIZE, DEFAULT_RESIZE = "squash", "crop"
+IMAGE_FOLDER = "image_folder"
+DEFAULT_VALIDATION_FRACTION = 0.1
 # Settings that change no number of a trial: where its data and checkpoints are, and how often it is saved.
 TRIAL_NEUTRAL_KEYS = frozenset({"data.root", "data.placement", "training.checkpoint_epochs"})
 
@@ -63,9 +75,22 @@ class DataConfig:
     name: Annotated[str, Doc("The data set: a built-in name, or package.module:factory of your own.")] = "digits"
     root: Annotated[str | None, Doc("Folder of the data. By default $HPO_DATA, else ./data.")] = None
     validation_fraction: Annotated[
-        float, Gt(0), Lt(1), Doc("Fraction of the training images to validate on, stratified by class.")
-    ] = 0.1
+        float | None,
+        Gt(0),
+        Lt(1),
+        Doc(
+            "Fraction of the training images to validate on, stratified by class. By default the data's own "
+            "validation images, such as those of a folder val/, else 0.1."
+        ),
+    ] = None
     split_seed: Annotated[int, Ge(0), Doc("Draws the validation images and the subset; one value, one split.")] = 0
+    groups: Annotated[
+        str | None,
+        Doc(
+            "Images of one group, such as a patient's, are all trained on or all validated on. A regular expression "
+            "on the path below train/, or package.module:function of that path, or of an image's index."
+        ),
+    ] = None
     train_samples: Annotated[
         int | None, Ge(1), Doc("Train on this many images only. By default on all that are not for validation.")
     ] = None
@@ -73,6 +98,19 @@ class DataConfig:
     image_size: Annotated[
         int, Ge(8), Le(4096), Doc("Side in pixels of the square to which images of an image_folder are resized.")
     ] = 32
+    resize: Annotated[
+        Literal["crop", "squash"] | None,
+        Doc(
+            "image_folder: crop (the default) scales the short side and cuts out the centre; squash stretches what the "
+            "file stores, EXIF rotations ignored, as earlier versions did."
+        ),
+    ] = None
+    bits: Annotated[
+        int,
+        Ge(9),
+        Le(16),
+        Doc("image_folder: bits of white in image files of 16 bits; 12 for many cameras and scanners."),
+    ] = 16
     flip: Annotated[bool, Doc("Mirror images left-right at random.")] = False
     crop: Annotated[int, Ge(0), Le(64), Doc("Pixels of zero padding before a random crop; 0: no crop.")] = 0
     placement: Annotated[

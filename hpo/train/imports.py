@@ -14,7 +14,8 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,15 @@ class ImportAllowlist:
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """Let this process import what is allowed, for a while."""
-        with self._on_python_path():
+        """Let this process import what is allowed, for a while, and this thread look there for data."""
+        has_code = bool(self.modules or self.folders or self.names)
+        with self._on_python_path() if has_code else nullcontext():
             _open_lists.append(self)
+            token = _code_path.set(self.path)
             try:
                 yield
             finally:
+                _code_path.reset(token)
                 _open_lists.remove(self)
 
     def _locations(self, module: str) -> list[str]:
@@ -142,6 +146,12 @@ def _is_installed(path: Path) -> bool:
 
 
 _open_lists: list[ImportAllowlist] = []  # of this process; there are several where threads run studies side by side
+_code_path: ContextVar[tuple[str, ...]] = ContextVar("code_path", default=())  # of the study that this thread runs
+
+
+def code_path() -> tuple[str, ...]:
+    """Return the folders where modules of this thread's study are found; `data.root` is looked for there, too."""
+    return _code_path.get()
 
 
 def open_allowlists() -> list[ImportAllowlist]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WEIGHTS_KEYS = ("weights_digest", "weights")  # in the metadata: of the content of model.weights, and what is loaded
+RANDOM_IMAGES = "random_images"  # whether a user's data set gives other images when they are read again
 LARGEST_TRIED_BATCH = 8  # images of the batch that a network is trained on, unless the search asks for smaller ones
 
 
@@ -56,6 +57,20 @@ def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
     _check_precision(spec, kinds)
     with generators_kept():
         return _try_networks(spec)
+
+
+def refuse_random_images(spec: StudySpec, metadata: Mapping[str, Any]) -> None:
+    """Refuse a new study whose data set transforms its images at random; earlier versions have made such studies.
+
+    Raises:
+        UserError: The preflight, whose metadata is given, found such a data set.
+    """
+    if metadata.get(RANDOM_IMAGES):
+        raise UserError(
+            f"data.name = {spec.data.name!r} transforms its images at random, but each is read only once, and those to "
+            "validate on must stay as they are: leave random transforms out of the data set, and set data.flip and "
+            "data.crop, which are drawn anew in each epoch, and for the training images alone"
+        )
 
 
 def check_devices(devices: Collection[Device], proofs: Mapping[str, Proof]) -> None:
@@ -120,7 +135,7 @@ def _load_checked(config: DataConfig, *, with_test: bool) -> tuple[SplitDataset,
     from hpo.train.data.datasets import open_dataset
     from hpo.train.data.folders import describe_images
     from hpo.train.data.images import FileImages
-    from hpo.train.data.loading import load_data
+    from hpo.train.data.loading import is_random, load_data
     from hpo.train.data.sources import read_all
     from hpo.train.imports import is_import_path
     from hpo.train.seeding import seed_generators
@@ -129,14 +144,19 @@ def _load_checked(config: DataConfig, *, with_test: bool) -> tuple[SplitDataset,
     dataset = open_dataset(config)
     if is_import_path(config.name):
         seed_generators(config.split_seed, "data")
-        if not dataset.train.equals(open_dataset(config).train):
+        again = open_dataset(config)
+        if not dataset.train.equals(again.train) or (dataset.val and again.val and not dataset.val.equals(again.val)):
             raise UserError(
                 f"data.name = {config.name!r} must give the same images and labels whenever it is called; "
                 "called twice, with torch's, numpy's and random's generators seeded alike, it gave others"
             )
-    described = {}
+    described: dict[str, Any] = {}
     if isinstance(dataset.train, FileImages):
         described["images"] = describe_images(dataset.train)
+    if isinstance(dataset.val, FileImages):
+        described["images"] += f"; for the validation: {describe_images(dataset.val)}"
+    if is_random(dataset):
+        described[RANDOM_IMAGES] = True
     data = load_data(config, device="cpu", dataset=dataset)
     if with_test and dataset.open_test is not None and data.test is not None:
         deque(read_all(data.test.source, len(data.test)), maxlen=0)

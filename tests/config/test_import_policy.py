@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from hpo.config.import_policy import allowed_for, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.store.store import Store
-from hpo.train.imports import ImportAllowlist
+from hpo.train.imports import ImportAllowlist, code_path
 
 if TYPE_CHECKING:
     from tests.conftest import Hpo
@@ -81,7 +82,13 @@ def test_a_folder_allows_the_modules_that_are_found_in_it_and_no_others(tmp_path
 
 def test_a_study_that_names_no_code_needs_no_folder_on_the_path(tmp_path: Path) -> None:
     for allowed in (parse_allow(["own", str(tmp_path)]), load_own_spec(naming("model.name", "a:b"), folder=".")[1]):
-        assert allowed_for(naming("model.name", "article_cnn"), allowed) == ImportAllowlist()
+        needed = allowed_for(naming("model.name", "article_cnn"), allowed)
+        assert needed == ImportAllowlist(path=allowed.path)
+        before = list(sys.path)
+        with needed.importable():
+            assert sys.path == before
+            assert code_path() == allowed.path  # where data is looked for
+        assert code_path() == ()
 
 
 def test_an_author_allows_what_the_study_names_and_nothing_beside_it(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hpo.config.earlier_studies import adopt_stored_data, stored_spec
 from hpo.config.study_file import apply_override
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
@@ -46,6 +47,11 @@ MISTAKES = {
     "[checkpoints]\nurl = 's3://key:hunter2@bucket'": ["checkpoints.url must hold no password", "got '***'"],
     "[checkpoints]\nurl = 'https://host/?token=hunter2'": ["checkpoints.url must hold no password", "got '***'"],
     "[data]\ncrop = 65": ["data.crop must be between 0 and 64, got 65"],
+    "[data]\nbits = 8": ["data.bits must be between 9 and 16, got 8"],
+    "[data]\nresize = 'crop'": ["data.resize has no meaning but for image_folder, got 'crop'"],
+    "[data]\nbits = 12": ["data.bits has no meaning but for image_folder, got 12"],
+    "[data]\nresize = 'stretch'": ["data.resize must be 'crop' or 'squash', got 'stretch'"],
+    "[data]\ngroups = '('": ["data.groups must be a regular expression or package.module:function (missing )"],
     "[data]\nimage_size = 4097": ["data.image_size must be between 8 and 4096, got 4097"],
     "[confirm]\nseeds = 1": ["confirm.seeds must be between 2 and 1,000, got 1"],
     "[pruner]\nname = 'threshold'\nlower = inf": ["pruner.lower must be a finite number, got inf"],
@@ -366,6 +372,25 @@ def test_differences_name_what_would_change_a_result_and_nothing_else() -> None:
     ]
     assert spec.differences(read(MINIMAL, "data.root=/elsewhere", "data.placement=stream")) == []
     assert spec.differences(read(MINIMAL, "training.checkpoint_epochs=3")) == []
+
+
+def test_an_older_study_reads_its_images_as_before_and_its_file_may_say_nothing_of_it() -> None:
+    file: dict[str, Any] = {"name": "s", "search": {"space": {"lr": [0.1]}}, "data": {"name": "image_folder"}}
+    new = StudySpec.from_dict(file)
+    assert new.frozen()["data"]["resize"] == "crop"
+    assert "validation_fraction" not in new.frozen()["data"]
+    assert stored_spec(new.frozen()).data.resize == "crop"
+    older_settings = new.frozen()
+    older_settings["data"] |= {"validation_fraction": 0.1}  # as all settings were kept
+    del older_settings["data"]["resize"]
+    older = stored_spec(older_settings)
+    assert (older.data.resize, older.data.validation_fraction) == ("squash", 0.1)
+    assert older.differences(new) != []
+    assert older.differences(adopt_stored_data(new, older)) == []
+    named = StudySpec.from_dict({**file, "data": {"name": "image_folder", "resize": "crop"}})
+    (difference,) = older.differences(adopt_stored_data(named, older))
+    assert difference.startswith("data.resize")
+    assert stored_spec({**older_settings, "data": {"name": "cifar10"}}).data.resize is None
 
 
 def test_how_often_an_older_study_saves_stays_what_it_was() -> None:

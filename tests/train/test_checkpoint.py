@@ -387,13 +387,16 @@ def test_a_setting_that_earlier_checkpoints_lack_counts_where_it_is_not_its_defa
     """The digest was recorded when [training] had no `tf32`; a new one would make every earlier checkpoint useless."""
     config = TrialConfig(
         model=ModelConfig(options={"width": 0.05}),
-        data=DataConfig(train_samples=200),
+        data=DataConfig(train_samples=200, validation_fraction=0.1),  # as every study had it then
         training=TrainingConfig(lr=1e-2, precision="fp32"),
         seed=3,
     )
     digest = "547baef90b906ade0d62fb7bfb592a4fe3ed70f9aa9db20129a5166c727a1a41"
     assert config_digest(config) == digest
+    assert config_digest(replace(config, data=replace(config.data, resize="squash"))) == digest
     assert config_digest(replace(config, training=replace(config.training, tf32=True))) != digest
+    for changed in ({"resize": "crop"}, {"groups": "a"}, {"bits": 12}):
+        assert config_digest(replace(config, data=replace(config.data, **changed))) != digest
 
 
 # Torn, damaged, foreign

@@ -17,6 +17,7 @@ import hpo
 from hpo.errors import UserError
 from hpo.train.config import DataConfig, ModelConfig
 from hpo.train.data.datasets import open_dataset
+from hpo.train.data.groups import group_numbers
 from hpo.train.imports import ImportAllowlist, call_factory, import_loop, import_object
 from hpo.train.models import build_model
 
@@ -65,6 +66,7 @@ IMPORTS: dict[str, Callable[[str], object]] = {
     "import_loop": import_loop,
     "build_model": build,
     "_user_dataset": lambda name: open_dataset(DataConfig(name=name)),
+    "group_numbers": lambda name: group_numbers(open_dataset(DataConfig()).train, name),
 }
 
 

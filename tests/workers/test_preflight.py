@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hpo.system.devices import Device
 from hpo.train.config import ModelConfig
 from hpo.train.device_proof import proofs_of
 from hpo.train.models import build_model
-from hpo.workers.preflight import check_devices, run_preflight
+from hpo.workers.preflight import check_devices, refuse_random_images, run_preflight
 from tests.workers.sick_gpu import needs_no_gpu, tells_why
 
 
@@ -124,6 +125,43 @@ def test_what_carries_state_from_trial_to_trial_is_refused(
     (own_code / "carries.py").write_text(CARRIES)
     with pytest.raises(UserError, match=message):
         run_preflight(StudySpec.from_dict({**digits_spec().frozen(), **setting}), {"cpu"})
+
+
+def test_a_new_study_of_random_images_is_refused(own_code: Path) -> None:
+    (own_code / "draws.py").write_text(DRAWS)
+    for factory, is_refused in (("data", True), ("val", True), ("still", False)):
+        spec = StudySpec.from_dict({**digits_spec().frozen(), "data": {"name": f"draws:{factory}"}})
+        metadata = run_preflight(spec, {"cpu"})
+        with (
+            pytest.raises(UserError, match=f"'draws:{factory}' transforms its images at random.*leave random")
+            if is_refused
+            else nullcontext()
+        ):
+            refuse_random_images(spec, metadata)
+
+
+DRAWS = """
+import numpy, torch
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, transform):
+        self.targets, self.transform = [index % 3 for index in range(60)], transform
+    def __len__(self):
+        return 60
+    def __getitem__(self, index):
+        image = torch.full((1, 32, 32), 4 * index, dtype=torch.uint8)
+        return self.transform(image), index % 3
+
+def noisy(image):
+    return image + torch.randint(2, image.shape, dtype=torch.uint8)
+
+def still():
+    return Images(torch.clone), None
+def data():
+    return Images(noisy), None
+def val():
+    return Images(torch.clone), Images(noisy), None
+"""
 
 
 CARRIES = """

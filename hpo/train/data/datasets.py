@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ import torch
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import DataConfig
-from hpo.train.data.folders import FoundImages, other_folders, scan_folder
+from hpo.train.data.folders import FoundImages, other_folders, scan_folder, validation_folder
 from hpo.train.data.images import ArrayImages, DatasetImages, FileImages, LabeledImages
 from hpo.train.data.splits import stratified_order
-from hpo.train.imports import call_factory, describe_error, import_object, is_import_path
+from hpo.train.imports import call_factory, code_path, describe_error, import_object, is_import_path
 from hpo.train.seeding import generators_kept
 
 DOWNLOAD_TIMEOUT_S = 10.0  # of silence; torchvision would wait for the operating system's minutes
@@ -33,10 +34,11 @@ DOWNLOAD_TIMEOUT_S = 10.0  # of silence; torchvision would wait for the operatin
 class OpenedDataset:
     """A dataset as it was found: not yet split, and its test images not yet read."""
 
-    train: LabeledImages  # to be split into training and validation images
+    train: LabeledImages  # to be split into training and validation images, unless there are `val`
     open_test: Callable[[], LabeledImages] | None  # None: there are no test images
     num_classes: int
     class_names: Sequence[str] = ()  # where they have any
+    val: LabeledImages | None = None
 
 
 def open_dataset(config: DataConfig) -> OpenedDataset:
@@ -56,9 +58,10 @@ def _candidates(config: DataConfig) -> list[Path]:
 
 
 def _bases(config: DataConfig) -> list[Path]:
-    """Return the folders of datasets: `data.root` alone, or else $HPO_DATA and ./data."""
+    """Return the folders of datasets: `data.root`, from where code is looked for, or else $HPO_DATA and ./data."""
     if config.root is not None:
-        return [Path(config.root)]
+        root = Path(config.root).expanduser()
+        return [Path(folder) / root for folder in dict.fromkeys((*code_path(), os.getcwd()))]
     environment = os.environ.get("HPO_DATA")
     return [*([Path(environment)] if environment else []), Path("data")]
 
@@ -159,7 +162,10 @@ def _digits(config: DataConfig) -> OpenedDataset:
 
 
 def _image_folder(config: DataConfig) -> OpenedDataset:
-    """Open the images of ROOT/train/<class>/ and, where that folder exists, of ROOT/test/<class>/."""
+    """Open the images of ROOT/train/<class>/ and, where these folders exist, of ROOT/val/ and ROOT/test/.
+
+    With a `data.validation_fraction` the validation images are taken from train/ all the same.
+    """
     root = next((folder for folder in _candidates(config) if (folder / "train").is_dir()), None)
     if root is None:
         raise _not_found_error(config, "train", "")
@@ -172,39 +178,60 @@ def _image_folder(config: DataConfig) -> OpenedDataset:
             f"{left_out}"
         )
 
-    def open_test() -> LabeledImages:
-        test = scan_folder(root / "test")
-        for name in test.images:
+    def open_part(part: str) -> LabeledImages:
+        images = scan_folder(root / part)
+        for name in images.images:
             if name not in classes:
-                raise UserError(f"data.root has images of a class in {root / 'test' / name} that train/ has none of")
-        return _file_images(test, classes, config)
+                raise UserError(f"data.root has images of a class in {root / part / name} that train/ has none of")
+        return _file_images(images, classes, config, folder=root / part)
 
+    val = validation_folder(root) if config.validation_fraction is None else None
+    others = other_folders(root, ["train", *([val] if val else []), "test"])
     return OpenedDataset(
-        train=_file_images(replace(found, left_out=[*found.left_out, *other_folders(root)]), classes, config),
-        open_test=open_test if (root / "test").is_dir() else None,
+        train=_file_images(replace(found, left_out=[*found.left_out, *others]), classes, config, folder=root / "train"),
+        val=open_part(val) if val else None,
+        open_test=partial(open_part, "test") if (root / "test").is_dir() else None,
         num_classes=len(classes),
         class_names=classes,
     )
 
 
-def _file_images(found: FoundImages, classes: Sequence[str], config: DataConfig) -> FileImages:
+def _file_images(found: FoundImages, classes: Sequence[str], config: DataConfig, *, folder: Path) -> FileImages:
     files = [(path, classes.index(name)) for name, paths in found.images.items() for path in paths]
     labels_N = torch.tensor([label for _, label in files], dtype=torch.int64)
     paths = [path for path, _ in files]
-    return FileImages(paths, labels_N, image_size=config.image_size, left_out=found.left_out)
+    return FileImages(
+        paths,
+        labels_N,
+        image_size=config.image_size,
+        folder=folder,
+        squash=config.resize == "squash",
+        bits=config.bits,
+        left_out=found.left_out,
+    )
 
 
 def _user_dataset(config: DataConfig) -> OpenedDataset:
-    """Open what a user's factory returns when called with the options: (train, test), where test may be None."""
+    """Open what a user's factory returns when called with the options: (train, test) or (train, val, test).
+
+    All but the training images may be None.
+    """
     with generators_kept():
         factory = import_object(config.name, setting="data.name")
     parts = call_factory(factory, section="data", name=config.name, options=config.options, fixed={})
-    if not isinstance(parts, tuple | list) or len(parts) != 2:
-        raise UserError(f"data.name = {config.name!r} must return (train, test), got {type(parts).__name__}")
-    train, test = parts
+    if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
+        got = f"{len(parts)} items" if isinstance(parts, tuple | list) else type(parts).__name__
+        raise UserError(f"data.name = {config.name!r} must return (train, test) or (train, val, test), got {got}")
+    train, val, test = parts if len(parts) == 3 else (parts[0], None, parts[1])
+    if val is not None and config.validation_fraction is not None:
+        raise UserError(
+            f"data.validation_fraction has no effect where data.name = {config.name!r} returns validation images, "
+            f"got {config.validation_fraction}"
+        )
     images = _user_images(train, config.name)
     return OpenedDataset(
         train=images,
+        val=None if val is None else _user_images(val, config.name),
         open_test=None if test is None else lambda: _user_images(test, config.name),
         num_classes=int(images.labels_N.max()) + 1 if len(images.labels_N) else 0,
     )

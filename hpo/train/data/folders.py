@@ -40,6 +40,10 @@ IMAGE_SUFFIXES = frozenset(
         ".sgi",
     ]
 )
+VALIDATION_FOLDERS = ("val", "valid", "validation")
+UNUSED_BITS = (
+    2  # of white: where files of 16 bits leave so many unused, at most 64 of 256 levels are left, and it is said
+)
 MAX_NAMES = 5  # that are listed of suffixes, folders and modes
 
 
@@ -86,15 +90,23 @@ def _scan(folder: Path) -> FoundImages:
 
 def describe_images(images: FileImages) -> str:
     """Return how many images there are, of what sizes and modes, and what was left out; read the head of each file."""
-    sizes, modes = Counter[tuple[int, int]](), Counter[str]()
+    sizes, modes, brightest = Counter[tuple[int, int]](), Counter[str](), 0
     progress = ReadingProgress("the sizes of", len(images.paths))
-    for size, mode in map(images.read_head, images.paths):
+    for path in images.paths:
+        size, mode = images.read_head(path)
         sizes[size] += 1
         modes[mode] += 1
+        if mode.startswith("I;16"):
+            brightest = max(brightest, images.brightest(path))
         progress.add(1)
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     pixels = " to ".join(dict.fromkeys(f"{width}x{height}" for width, height in (by_area[0], by_area[-1])))
     text = f"{len(images.paths):,} of {pixels} pixels, {_listed(modes)}"
+    needed_bits = max(9, brightest.bit_length())
+    if brightest and needed_bits <= images.bits - UNUSED_BITS:
+        text += (
+            f"; no number in those of 16 bits is above {brightest:,}: set data.bits = {needed_bits} if that is white"
+        )
     return f"{text}; left out: {'; '.join(images.left_out)}" if images.left_out else text
 
 
@@ -105,11 +117,22 @@ def _listed(counts: Mapping[str, int | None]) -> str:
     return ", ".join(shown + ([f"and {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []))
 
 
-def other_folders(root: Path) -> list[str]:
-    """Return what is left out of a folder that has others than train/ and test/, in a few words."""
+def validation_folder(root: Path) -> str | None:
+    """Return the name of the folder beside train/ that has the validation images, or None where there is none.
+
+    Raises UserError where there are several.
+    """
+    found = [name for name in VALIDATION_FOLDERS if (root / name).is_dir()]
+    if len(found) > 1:
+        raise UserError(f"data.root must hold one folder of validation images, got {' and '.join(found)} in {root}")
+    return found[0] if found else None
+
+
+def other_folders(root: Path, used: Sequence[str] = ("train", "test")) -> list[str]:
+    """Return what is left out of a folder that has others than those that are used, in a few words."""
     folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden_name(path.name))
-    others = [name for name in folders if name not in ("train", "test")]
-    return [f"folders beside train and test ({_listed(dict.fromkeys(others))})"] if others else []
+    others = [name for name in folders if name not in used]
+    return [f"folders beside {' and '.join(used)} ({_listed(dict.fromkeys(others))})"] if others else []
 
 
 def files_below(folder: Path) -> Iterator[Path]:

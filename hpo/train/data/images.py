@@ -65,15 +65,32 @@ class ArrayImages(LabeledImages):
 
 
 class FileImages(LabeledImages):
-    """Image files, decoded as RGB and resized to a square when they are read.
-
-    `left_out` is what of their folder was not taken for an image, a few words each.
-    """
+    """Image files, decoded as RGB and brought to a square when they are read."""
 
     def __init__(
-        self, paths: Sequence[Path], labels_N: Tensor, *, image_size: int, left_out: Sequence[str] = ()
+        self,
+        paths: Sequence[Path],
+        labels_N: Tensor,
+        *,
+        image_size: int,
+        folder: Path = Path(),
+        squash: bool = False,
+        bits: int = 16,
+        left_out: Sequence[str] = (),
     ) -> None:
+        """Note which files to read, and how.
+
+        Args:
+            paths: The files.
+            labels_N: Their labels.
+            image_size: Side of the square in pixels.
+            folder: The folder above those of the classes.
+            squash: Stretch what a file stores, and leave its EXIF rotation alone. Else cut out the centre.
+            bits: Of white, in files of 16 bits a channel.
+            left_out: What of their folder was not taken for an image, a few words each.
+        """
         self.paths, self.labels_N, self.image_size, self.left_out = paths, labels_N, image_size, left_out
+        self.folder, self.squash, self.bits = folder, squash, bits
 
     def read(self, indices_B: Tensor) -> Tensor:
         """Return the images at these indices. Raises UserError for a damaged file."""
@@ -83,6 +100,11 @@ class FileImages(LabeledImages):
         """Return width and height of an image file, and its mode as PIL names it; decode nothing."""
         with self._open(path) as image:
             return image.size, image.mode
+
+    def brightest(self, path: Path) -> int:
+        """Return the largest number in a file of 16 bits a channel, as it is stored."""
+        with self._open(path) as image:
+            return int(numpy.asarray(image).max())
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[Image]:
@@ -95,12 +117,16 @@ class FileImages(LabeledImages):
             raise UserError(f"data.root holds an image that cannot be read: {path} ({error})") from error
 
     def _read_one(self, path: Path) -> Tensor:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         with self._open(path) as image:
-            rgb = _to_rgb(image)
+            rgb = _to_rgb(image if self.squash else _upright(image), bits=self.bits)
         size = (self.image_size, self.image_size)
-        return _to_tensor(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
+        if rgb.size == size:
+            return _to_tensor(rgb)
+        if self.squash:
+            return _to_tensor(rgb.resize(size, Image.Resampling.BILINEAR))
+        return _to_tensor(ImageOps.fit(rgb, size, Image.Resampling.BILINEAR))
 
 
 class DatasetImages(LabeledImages):
@@ -189,23 +215,34 @@ def _to_pixels(image: Any) -> Tensor | None:
     return None
 
 
-def _to_rgb(image: Image) -> Image:
+def _upright(image: Image) -> Image:
+    """Return a PIL image as its EXIF rotation says that it is shown."""
+    from PIL import ExifTags, ImageOps
+
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # PIL raises SyntaxError, struct.error and others for damaged EXIF; the pixels may be whole
+        return image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image: Image, *, bits: int = 16) -> Image:
     """Return a PIL image as RGB, with white for what is transparent. Raises ValueError as `_to_8_bits`.
 
     PIL would give transparent pixels their hidden colour, which is mostly black.
     """
     from PIL import Image
 
-    image = _to_8_bits(image)
+    image = _to_8_bits(image, bits=bits)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def _to_8_bits(image: Image) -> Image:
+def _to_8_bits(image: Image, *, bits: int = 16) -> Image:
     """Return a PIL image with 8 bits a channel: 1 bit, 16 bits and floats from 0 to 1 are scaled, as PIL does not.
 
-    Raises ValueError where the numbers are of no such scale.
+    Of 16 bits, so many are those of white. Raises ValueError where the numbers are of no such scale.
     """
     from PIL import Image
 
@@ -214,7 +251,7 @@ def _to_8_bits(image: Image) -> Image:
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = numpy.asarray(image, dtype=numpy.float64)
-    white = 1.0 if image.mode == "F" else 65535.0
+    white = 1.0 if image.mode == "F" else 2.0**bits - 1
     if not (values.min() >= 0 and values.max() <= white):
         raise ValueError(f"its values go from {values.min():g} to {values.max():g}, and 0 to {white:g} can be read")
     return Image.fromarray((values * (255 / white)).round().astype(numpy.uint8))

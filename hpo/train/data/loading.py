@@ -18,6 +18,7 @@ from hpo.errors import UserError
 from hpo.train.config import DataConfig
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.datasets import OpenedDataset, open_dataset
+from hpo.train.data.groups import group_numbers
 from hpo.train.data.images import DatasetImages, LabeledImages
 from hpo.train.data.sources import (
     ImageSource,
@@ -26,7 +27,7 @@ from hpo.train.data.sources import (
     place_images,
     read_all,
 )
-from hpo.train.data.splits import split_indices
+from hpo.train.data.splits import split_indices, training_indices
 from hpo.train.seeding import seed_generators
 
 logger = logging.getLogger(__name__)
@@ -65,9 +66,7 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
     dataset = dataset or open_dataset(config)
     images, num_classes = dataset.train, dataset.num_classes
     _check_labels(images.labels_N, config, num_classes=num_classes)
-    class_names = dataset.class_names or [str(label) for label in range(num_classes)]
-    _check_every_class(images.labels_N, config, class_names)
-    train_indices, val_indices = split_indices(images.labels_N, config, class_names=class_names)
+    train_indices, val_images, val_indices = _split(dataset, config)
     height, width, channels = shape_HWC = images.shape_HWC()
     if height != width:
         raise UserError(f"data.name = {config.name!r} must give square pictures, got {height}x{width}")
@@ -75,10 +74,10 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
         raise UserError(f"data.name = {config.name!r} must give pictures with pixels, got (H, W, C) of {shape_HWC}")
     num_bytes = (len(train_indices) + len(val_indices)) * height * width * channels
     on_device = fits_on_device(config, num_bytes=num_bytes, device=device)
-    if isinstance(images, DatasetImages) and images.is_random(train_indices):
+    if is_random(dataset):
         _warn_of_random_images(config, on_device=on_device)
     place = partial(place_images, shape_HWC=shape_HWC, on_device=on_device, device=device)
-    train_source, val_source = place(images, train_indices), place(images, val_indices)
+    train_source, val_source = place(images, train_indices), place(val_images, val_indices)
     mean_C, std_C = channel_statistics(train_source, num_images=len(train_indices), channels=channels)
     if not on_device:  # finds an image that cannot be read now, and not after an epoch of training
         deque(read_all(val_source, len(val_indices)), maxlen=0)
@@ -90,12 +89,14 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
         )
 
     def open_test() -> BatchLoader:
-        test = _open_test_images(dataset, config, shape_HWC=shape_HWC)
+        assert dataset.open_test is not None
+        test = dataset.open_test()
+        _check_part(test, dataset, config, shape_HWC=shape_HWC, part="test")
         return loader(place(test, torch.arange(len(test.labels_N))), test.labels_N)
 
     return SplitDataset(
         train=loader(train_source, images.labels_N[train_indices], flip=config.flip, crop=config.crop),
-        val=loader(val_source, images.labels_N[val_indices]),
+        val=loader(val_source, val_images.labels_N[val_indices]),
         num_classes=num_classes,
         channels=channels,
         image_size=height,
@@ -105,13 +106,44 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
     )
 
 
+def _split(dataset: OpenedDataset, config: DataConfig) -> tuple[Tensor, LabeledImages, Tensor]:
+    """Return the indices of the training images, the images that hold the validation images, and their indices there.
+
+    Raises UserError where the split leaves a class out, or what there is to validate on does not fit the training.
+    """
+    images, val, labels_N = dataset.train, dataset.val, dataset.train.labels_N
+    if dataset.num_classes > len(labels_N):
+        raise UserError(
+            f"data.name = {config.name!r} must have labels that count the classes from 0, got up to {labels_N.max()}"
+        )
+    class_names = dataset.class_names or [str(label) for label in range(dataset.num_classes)]
+    _check_every_class(labels_N, config, class_names, is_split=val is None)
+    if val is None:
+        groups_N = None if config.groups is None else group_numbers(images, config.groups)
+        train, held_out = split_indices(labels_N, config, class_names=class_names, groups_N=groups_N)
+        return train, images, held_out
+    if config.groups is not None:
+        raise UserError(
+            f"data.groups has no effect where data.name = {config.name!r} has validation images of its own, "
+            f"got {config.groups!r}"
+        )
+    _check_part(val, dataset, config, shape_HWC=images.shape_HWC(), part="validation")
+    return training_indices(labels_N, config, class_names=class_names), val, torch.arange(len(val.labels_N))
+
+
+def is_random(dataset: OpenedDataset) -> bool:
+    """Return whether a user's dataset gives other training or validation images when they are read again."""
+    parts = [part for part in (dataset.train, dataset.val) if isinstance(part, DatasetImages)]
+    return any(part.is_random(torch.arange(len(part.labels_N))) for part in parts)
+
+
 def _warn_of_random_images(config: DataConfig, *, on_device: bool) -> None:
     """Say what a data set that transforms its images at random does to the study; a process says it once."""
     source = f"data.name = {config.name!r} transforms its images at random, the validation images too"
     if on_device:
         _warn_once(
             f"{source}. They are read only once, so each image keeps its first random version in all epochs and "
-            "trials. data.flip and data.crop are drawn anew in each epoch, and for the training images alone"
+            "trials. What data.augment names is drawn anew in each epoch, and for the training images alone"
         )
     else:
         _warn_once(f"{source}, so validation accuracies are those of transformed images")
@@ -138,21 +170,20 @@ class DatasetCache:
         return self._loaded[1]
 
 
-def _open_test_images(dataset: OpenedDataset, config: DataConfig, *, shape_HWC: tuple[int, int, int]) -> LabeledImages:
-    """Return the test images; raise UserError where their labels or their shape are not as in training."""
-    assert dataset.open_test is not None
-    test = dataset.open_test()
-    _check_labels(test.labels_N, config, num_classes=dataset.num_classes, pictures="test pictures")
-    if test.shape_HWC() != shape_HWC:
+def _check_part(
+    images: LabeledImages, dataset: OpenedDataset, config: DataConfig, *, shape_HWC: tuple[int, int, int], part: str
+) -> None:
+    """Raise UserError where the labels or the shape of validation or test images are not as in training."""
+    _check_labels(images.labels_N, config, num_classes=dataset.num_classes, pictures=f"{part} pictures")
+    if images.shape_HWC() != shape_HWC:
         raise UserError(
-            f"data.name = {config.name!r} must have test pictures of the training pictures' shape "
-            f"{shape_HWC} (H, W, C), got {test.shape_HWC()}"
+            f"data.name = {config.name!r} must have {part} pictures of the training pictures' shape "
+            f"{shape_HWC} (H, W, C), got {images.shape_HWC()}"
         )
-    return test
 
 
-def _check_every_class(labels_N: Tensor, config: DataConfig, class_names: Sequence[str]) -> None:
-    """Raise UserError where a class has too few images to train on one and validate on another."""
+def _check_every_class(labels_N: Tensor, config: DataConfig, class_names: Sequence[str], *, is_split: bool) -> None:
+    """Raise UserError where a class has too few images to train on, and, where these are split, to validate on."""
     sizes = torch.bincount(labels_N, minlength=len(class_names)).tolist()
     fewest = min(range(len(sizes)), key=sizes.__getitem__)
     if sizes[fewest] == 0:
@@ -160,7 +191,7 @@ def _check_every_class(labels_N: Tensor, config: DataConfig, class_names: Sequen
             f"data.name = {config.name!r} must have labels that count the classes from 0 without a gap; the labels are "
             f"{int(labels_N.min())} to {int(labels_N.max())}, and no image has label {fewest}"
         )
-    if sizes[fewest] == 1:
+    if sizes[fewest] == 1 and is_split:
         raise UserError(
             f"data.name = {config.name!r} must have at least 2 images of each class, one to train on and one to "
             f"validate on; of class {class_names[fewest]} it has 1"
@@ -174,8 +205,6 @@ def _check_labels(labels_N: Tensor, config: DataConfig, *, num_classes: int, pic
     low, high = int(labels_N.min()), int(labels_N.max())
     if num_classes < 2:
         raise UserError(f"data.name = {config.name!r} must have at least 2 classes, got {num_classes}")
-    if num_classes > len(labels_N):
-        raise UserError(f"data.name = {config.name!r} must have labels that count the classes from 0, got up to {high}")
     if low < 0 or high >= num_classes:
         raise UserError(
             f"data.name = {config.name!r} must have labels from 0 to {num_classes - 1}, got {low} to {high}"

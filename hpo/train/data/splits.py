@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hpo.errors import UserError
-from hpo.train.config import DataConfig, derive_seed
+from hpo.train.config import DEFAULT_VALIDATION_FRACTION, DataConfig, derive_seed
 
 
 def stratified_order(labels_N: Tensor, *, seed: int) -> Tensor:
@@ -27,26 +27,67 @@ def stratified_order(labels_N: Tensor, *, seed: int) -> Tensor:
     return shuffled[torch.argsort(position, stable=True)]
 
 
-def split_indices(labels_N: Tensor, config: DataConfig, *, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def split_indices(
+    labels_N: Tensor, config: DataConfig, *, class_names: Sequence[str], groups_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the indices of the training and of the validation images.
 
-    They depend on the labels, the sizes that `config` asks for and its `split_seed` alone. Raises UserError where a
-    size is out of its range, or leaves a class out of either split.
+    They depend on the labels, the groups, the sizes that `config` asks for and its `split_seed` alone. Of each group
+    all images are on one side. Raises UserError where a size is out of its range, or leaves a class out of a split.
     """
-    if not 0 < config.validation_fraction < 1:
-        raise UserError(f"data.validation_fraction must be between 0 and 1, got {config.validation_fraction}")
+    fraction = DEFAULT_VALIDATION_FRACTION if config.validation_fraction is None else config.validation_fraction
+    if not 0 < fraction < 1:
+        raise UserError(f"data.validation_fraction must be between 0 and 1, got {fraction}")
     order = stratified_order(labels_N, seed=derive_seed(config.split_seed, "split"))
-    num_val = round(config.validation_fraction * len(order))
-    val, rest = order[:num_val], order[num_val:]
-    num_train, setting = _num_train(config, num_available=len(rest))
+    is_val_N = torch.zeros(len(order), dtype=torch.bool)
+    if groups_N is None:
+        is_val_N[order[: round(fraction * len(order))]] = True
+    else:
+        is_val_N = _whole_groups(labels_N, groups_N, fraction=fraction, seed=derive_seed(config.split_seed, "groups"))
+    val, rest = order[is_val_N[order]], order[~is_val_N[order]]
+    setting = "data.validation_fraction" if groups_N is None else "data.groups"
+    _check_has_every_class(labels_N[val], "validation", setting, config, class_names)
+    return _training_part(rest, labels_N, config, class_names=class_names, setting=setting), val
+
+
+def training_indices(labels_N: Tensor, config: DataConfig, *, class_names: Sequence[str]) -> Tensor:
+    """Return the indices of the training images where none of these are for validation; raises as `split_indices`."""
+    order = stratified_order(labels_N, seed=derive_seed(config.split_seed, "split"))
+    return _training_part(order, labels_N, config, class_names=class_names, setting="data.name")
+
+
+def _training_part(
+    rest: Tensor, labels_N: Tensor, config: DataConfig, *, class_names: Sequence[str], setting: str
+) -> Tensor:
+    """Return those of the images in this order that are trained on; `setting` has left so many."""
+    num_train, size_setting = _num_train(config, num_available=len(rest))
     train = rest[:num_train]
-    _check_has_every_class(labels_N[val], "validation", "data.validation_fraction", config, class_names)
-    _check_has_every_class(labels_N[train], "training", setting, config, class_names)
-    return train, val
+    _check_has_every_class(labels_N[train], "training", size_setting or setting, config, class_names)
+    return train
 
 
-def _num_train(config: DataConfig, *, num_available: int) -> tuple[int, str]:
-    """Return the number of training images and the setting that gives it; raise UserError for one out of range."""
+def _whole_groups(labels_N: Tensor, groups_N: Tensor, *, fraction: float, seed: int) -> Tensor:
+    """Return which images are for validation (N,): whole groups, with about this fraction of each class.
+
+    Groups are looked at in a random order. One is taken where the classes' shares come nearer to the fraction by it.
+    """
+    class_sizes = torch.bincount(labels_N).double()
+    missing = fraction * class_sizes  # images of each class
+    by_group = torch.split(torch.argsort(groups_N, stable=True), torch.bincount(groups_N).tolist())
+    is_val_N = torch.zeros(len(labels_N), dtype=torch.bool)
+    for group in torch.randperm(len(by_group), generator=torch.Generator().manual_seed(seed)).tolist():
+        left = missing - torch.bincount(labels_N[by_group[group]], minlength=len(missing))
+        if ((left.square() - missing.square()) / class_sizes).sum() < 0:
+            missing = left
+            is_val_N[by_group[group]] = True
+    return is_val_N
+
+
+def _num_train(config: DataConfig, *, num_available: int) -> tuple[int, str | None]:
+    """Return the number of training images, and the setting that gives it, or None where all are trained on.
+
+    Raises UserError for a setting out of its range.
+    """
     if config.train_samples is not None:
         if not 0 < config.train_samples <= num_available:
             raise UserError(
@@ -58,7 +99,7 @@ def _num_train(config: DataConfig, *, num_available: int) -> tuple[int, str]:
         if not 0 < config.train_fraction <= 1:
             raise UserError(f"data.train_fraction must be above 0 and at most 1, got {config.train_fraction}")
         return round(config.train_fraction * num_available), "data.train_fraction"
-    return num_available, "data.validation_fraction"
+    return num_available, None
 
 
 def _check_has_every_class(
@@ -67,8 +108,10 @@ def _check_has_every_class(
     """Raise UserError, naming `setting`, where a split leaves a class out."""
     missing = torch.bincount(labels_N, minlength=len(class_names)).eq(0).nonzero().flatten().tolist()
     if missing:
+        value = getattr(config, setting.removeprefix("data."))
+        value = DEFAULT_VALIDATION_FRACTION if value is None else value
         raise UserError(
             f"{setting} must leave a picture of each of the {len(class_names)} classes in the {split} part, got "
-            f"{getattr(config, setting.removeprefix('data.'))}, which leaves {len(labels_N)} pictures and none of "
+            f"{value!r}, which leaves {len(labels_N)} pictures and none of "
             f"class {class_names[missing[0]]}"
         )

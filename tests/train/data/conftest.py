@@ -56,6 +56,10 @@ def bad_test_labels():
     (images, labels), (test_images, test_labels) = arrays()
     return (images, labels), (test_images, test_labels + 3)
 
+def three_parts(val=True, test=True, val_size=8):
+    train, (images, labels) = arrays()[0], arrays(size=val_size)[0]
+    return train, (images[:6], labels[:6]) if val else None, (train[0][:9], train[1][:9]) if test else None
+
 def not_a_pair():
     return 3
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageColor
 
 from hpo.errors import UserError
 from hpo.train.config import DataConfig
 from hpo.train.data import loading
 from hpo.train.data.datasets import DATASETS, open_dataset
 from hpo.train.data.images import DatasetImages
+from hpo.train.imports import ImportAllowlist
 from tests.train.data.datasets_under_test import epoch, load
 
 
@@ -181,6 +182,88 @@ def test_image_folder_without_pictures(tmp_path: Path, image_folder_root: Path) 
         load("image_folder", root=str(tmp_path / "one"))
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_folder_of_validation_images_is_used(name: str, image_folder_root: Path) -> None:
+    shutil.copytree(image_folder_root / "test", image_folder_root / name)
+    data = load("image_folder", root=str(image_folder_root))
+    assert (len(data.train), len(data.val)) == (40, 6)
+    assert data.val.labels_N.tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(load("image_folder", root=str(image_folder_root), train_samples=10).train) == 10
+    split = load("image_folder", root=str(image_folder_root), validation_fraction=0.25)
+    assert (len(split.train), len(split.val)) == (30, 10)
+    with pytest.raises(UserError, match=r"data.groups has no effect where .* has validation images of its own"):
+        load("image_folder", root=str(image_folder_root), groups="a")
+    (image_folder_root / name / "dog").rename(image_folder_root / name / "cow")
+    with pytest.raises(UserError, match=rf"images of a class in .*{name}/cow that train/ has none of"):
+        load("image_folder", root=str(image_folder_root))
+
+
+def test_a_root_is_looked_for_beside_the_study_file_and_at_home(
+    image_folder_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"was not found .looked for .*/images/train"):
+        load("image_folder", root="images")
+    with ImportAllowlist(path=(str(image_folder_root.parent),)).importable():
+        assert len(load("image_folder", root="images").train) == 36
+    monkeypatch.setenv("HOME", str(image_folder_root.parent))
+    assert len(load("image_folder", root="~/images").train) == 36
+
+
+def striped(width: int, height: int) -> Image.Image:
+    """Return an image of three parts, red, green and blue, from left to right."""
+    image = Image.new("RGB", (width, height), "green")
+    image.paste("red", (0, 0, width // 5, height))
+    image.paste("blue", (width - width // 5, 0, width, height))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "orientation", "resize", "corners"),
+    [
+        (500, 300, 1, None, "green green"),  # the sides are cut off
+        (500, 300, 1, "squash", "red blue"),
+        (64, 64, 3, None, "blue red"),  # upside down
+        (64, 64, 3, "squash", "red blue"),
+        (64, 64, 1, None, "red blue"),
+    ],
+)
+def test_images_are_upright_and_keep_their_shape(
+    width: int, height: int, orientation: int, resize: Any, corners: str, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(2):
+            striped(width, height).save(tmp_path / "train" / name / f"{index}.png", exif=exif)
+    data = open_dataset(DataConfig(name="image_folder", root=str(tmp_path), resize=resize, image_size=32))
+    image = data.train.read(torch.tensor([0]))[0]
+    assert image.shape == (32, 32, 3)
+    expected = [ImageColor.getrgb(color) for color in corners.split()]
+    assert [tuple(image[16, column].tolist()) for column in (1, 30)] == expected
+
+
+def test_bits_say_what_is_white(tmp_path: Path) -> None:
+    write_classes(tmp_path, {name: Image.new("I;16", (32, 32), 0x800) for name in "ab"}, ".png")
+    data = load("image_folder", root=str(tmp_path), validation_fraction=0.25, bits=12)
+    assert data.mean == pytest.approx([0.5] * 3, abs=0.01)
+    with pytest.raises(UserError, match="values go from 2048 to 2048, and 0 to 1023 can be read"):
+        load("image_folder", root=str(tmp_path), validation_fraction=0.25, bits=10)
+
+
+def test_own_validation_images_are_used(own_data: str) -> None:
+    data = load(f"{own_data}:three_parts")
+    assert (len(data.train), len(data.val)) == (60, 6)
+    assert data.test is not None
+    assert len(data.test) == 9
+    assert load(f"{own_data}:three_parts", options={"test": False}).test is None
+    assert len(load(f"{own_data}:three_parts", options={"val": False}).val) == 6  # a tenth of the training images
+    with pytest.raises(UserError, match=r"data.validation_fraction has no effect where .*three_parts' returns valid"):
+        load(f"{own_data}:three_parts", validation_fraction=0.2)
+    with pytest.raises(UserError, match=r"must have validation pictures of the training pictures' shape .8, 8, 3."):
+        load(f"{own_data}:three_parts", options={"val_size": 9})
+
+
 @pytest.mark.parametrize("factory", ["arrays", "dataset"])
 @pytest.mark.parametrize("placement", ["device", "stream"])
 def test_own_data(factory: str, placement: Any, own_data: str) -> None:
@@ -242,7 +325,7 @@ def test_the_test_part_is_read_only_when_asked_for(own_data: str) -> None:
         ("dataset", {"kind": "float"}, r"uint8 pictures \(C, H, W\) or PIL.*got torch.float32"),
         ("dataset", {"kind": "sizes"}, "must give pictures of one size"),
         ("dataset", {"kind": "broken"}, "cannot give picture 50: RuntimeError: disk on fire"),
-        ("not_a_pair", {}, r"must return \(train, test\), got int"),
+        ("not_a_pair", {}, r"must return \(train, test\) or \(train, val, test\), got int"),
         ("oblong", {}, "must give square pictures, got 8x9"),
         ("arrays", {"size": 0}, r"must give pictures with pixels, got \(H, W, C\) of \(0, 0, 3\)"),
         ("array", {}, "data.name.*got 'array'.*did you mean 'arrays'"),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from hpo.errors import UserError
-from hpo.train.data.folders import describe_images, other_folders, scan_folder
+from hpo.train.data.folders import describe_images, other_folders, scan_folder, validation_folder
 from hpo.train.data.images import FileImages
 
 
@@ -82,6 +82,11 @@ def test_folders_that_are_not_used_are_said(tmp_path: Path) -> None:
     assert other_folders(tmp_path) == []
     (tmp_path / "val").mkdir()
     assert other_folders(tmp_path) == ["folders beside train and test (val)"]
+    assert other_folders(tmp_path, ["train", "val", "test"]) == []
+    assert validation_folder(tmp_path) == "val"
+    (tmp_path / "valid").mkdir()
+    with pytest.raises(UserError, match=r"data.root must hold one folder of validation images, got val and valid in "):
+        validation_folder(tmp_path)
 
 
 def test_sizes_and_modes_are_described(tmp_path: Path) -> None:
@@ -91,3 +96,14 @@ def test_sizes_and_modes_are_described(tmp_path: Path) -> None:
     assert describe_images(FileImages(paths, labels, image_size=8)) == "3 of 8x8 to 640x480 pixels, RGB 2, L 1"
     images = FileImages(paths, labels, image_size=8, left_out=["1 files", "folders"])
     assert describe_images(images).endswith("L 1; left out: 1 files; folders")
+
+
+@pytest.mark.parametrize(
+    ("brightest", "bits", "said"),
+    [(4095, 16, "is above 4,095: set data.bits = 12 if that is white"), (4095, 12, None), (40000, 16, None)],
+)
+def test_dark_images_of_16_bits_are_said(brightest: int, bits: int, said: str | None, tmp_path: Path) -> None:
+    Image.new("I;16", (8, 8), brightest).save(tmp_path / "a.png")
+    text = describe_images(FileImages([tmp_path / "a.png"], torch.zeros(1), image_size=8, bits=bits))
+    assert text.startswith("1 of 8x8 pixels, I;16 1")
+    assert said in text if said else "white" not in text

@@ -1,0 +1,33 @@
+"""Studies that a store has had since before there were all settings: how they read their images stays as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from hpo.config.study_spec import StudySpec
+from hpo.train.config import EARLIER_RESIZE, IMAGE_FOLDER
+
+
+def stored_spec(settings: Mapping[str, Any]) -> StudySpec:
+    """Return the spec of a study in a store, whose settings are those that `StudySpec.frozen` gave when it was made.
+
+    Raises UserError where a setting is wrong.
+    """
+    data = settings.get("data") if isinstance(settings, dict) else None
+    if isinstance(data, dict) and data.get("name") == IMAGE_FOLDER:
+        settings = {**settings, "data": {"resize": EARLIER_RESIZE, **data}}
+    return StudySpec.from_dict(settings)
+
+
+def adopt_stored_data(spec: StudySpec, stored: StudySpec) -> StudySpec:
+    """Return the spec with the stored study's way to read its images where it names none of its own.
+
+    Args:
+        spec: The spec of whoever runs the study again, perhaps by the file that it was made from.
+        stored: The spec in the store.
+    """
+    optional = ("resize", "validation_fraction")
+    left_out = {name: getattr(stored.data, name) for name in optional if getattr(spec.data, name) is None}
+    return spec.model_copy(update={"data": dataclasses.replace(spec.data, **left_out)})
