@@ -24,6 +24,7 @@ from hpo.config.sections import (
 from hpo.config.trial_settings import (
     CONFIGS,
     extreme_points,
+    group_and_factor,
     is_default,
     searchable_keys,
     section_and_name,
@@ -41,6 +42,7 @@ from hpo.train.imports import is_import_path
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.schedules import SCHEDULES
 
+MULTIPLIERS = ("lr", "weight_decay")  # of training.groups
 MAX_GRID = 10**6
 MAX_LISTED = 10**6  # values of a range, in a sampler's memory
 MAX_POINTS_BEHIND = 100  # percentage points; more decades than that has no range either
@@ -338,6 +340,7 @@ def check_training(parameters: Mapping[str, Parameter], *, data: DataConfig, tra
             _check_searched_value(key, value, data=data)
     _check_images(data)
     _check_fixed_beside_searched(parameters, training)
+    _check_groups(training)
     if training.lr is None and "lr" not in parameters:
         raise UserError("training.lr must be set, or searched as search.space.lr")
     if data.train_samples is not None and data.train_fraction is not None:
@@ -367,6 +370,9 @@ def _check_images(data: DataConfig) -> None:
 def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:
     """Refuse a value of the space that the setting itself could not have."""
     section, name = section_and_name(key)
+    if (group := group_and_factor(name)) is not None:
+        _check_multiplier(f"search.space.{key}", group[1], value)
+        return
     if section == "model" and name not in ("name", "weights"):
         return  # an option of the network: its own constructor judges it, in the preflight
     names = {field.name for field in dataclasses.fields(CONFIGS[section])} - {"options"}
@@ -377,7 +383,31 @@ def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:
     check_value(f"search.space.{key}", value, CONFIGS[section], name)
 
 
+def _check_groups(training: TrainingConfig) -> None:
+    """Refuse multipliers that are none, and settings of what is frozen where nothing is."""
+    for pattern, group in training.groups.items():
+        if not group:
+            raise UserError(f"training.groups.{pattern} must have a multiplier, such as lr = 10.0")
+        for name, value in group.items():
+            _check_multiplier(f"training.groups.{pattern}.{name}", name, value)
+    if training.freeze_epochs is not None and not training.freeze:
+        raise UserError(f"training.freeze_epochs has no meaning without training.freeze, got {training.freeze_epochs}")
+
+
+def _check_multiplier(setting: str, name: str, value: Scalar) -> None:
+    if name not in MULTIPLIERS:
+        raise unknown_name(f"the last part of {setting}", name, MULTIPLIERS)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < 0 or (value == 0 and name == "lr"):  # type: ignore[operator]
+        rule = "a number greater than 0" if name == "lr" else "a number of at least 0"
+        raise UserError(f"{setting} must be {rule}, got {value!r}")
+
+
 def _check_fixed_beside_searched(parameters: Mapping[str, Parameter], training: TrainingConfig) -> None:
+    for key in parameters:
+        group = group_and_factor(key)
+        if group is not None and group[1] in training.groups.get(group[0], {}):
+            raise UserError(f"training.{key} has no effect beside search.space.{key}")
     for field in dataclasses.fields(TrainingConfig):
         name = field.name
         if isinstance(parameters.get(name), Range | Categorical) and not is_default(training, name):

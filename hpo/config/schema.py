@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from hpo.config.study_spec import StudySpec
 from hpo.search.pruners import PRUNERS
 from hpo.search.samplers import SAMPLERS
-from hpo.search.space import AUTO, Range
+from hpo.search.space import AUTO, GROUPS, Range
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.schedules import SCHEDULES
 
@@ -51,7 +51,8 @@ def study_schema() -> Schema:
     parameter = {"$ref": "#/definitions/parameter"}
     nested = {"anyOf": [parameter, {"type": "object", "additionalProperties": parameter}]}  # model.width = ...
     space = sections["search"]["properties"]["space"]
-    space |= {"properties": {"model": nested, "data": nested}, "additionalProperties": parameter}
+    groups = {"type": "object", "additionalProperties": nested}  # groups.head.lr = ...
+    space |= {"properties": {"model": nested, "data": nested, GROUPS: groups}, "additionalProperties": parameter}
     changes = {section: {"$ref": f"#/definitions/{section}"} for section in sections}
     tables = dict(changes)
     for section, definition in sections.items():  # a table of [[compare]] changes some keys, and need not have these

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 from hpo.config.sections import STUDY_NEUTRAL_KEYS
-from hpo.search.space import Conditional, Parameter, Scalar, value_combinations
+from hpo.search.space import GROUPS, Conditional, Parameter, Scalar, value_combinations
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.schedules import SCHEDULES
@@ -29,12 +29,20 @@ def section_and_name(key: str) -> tuple[str, str]:
     return (section, name) if dot and section in ("model", "data") else ("training", key)
 
 
+def group_and_factor(name: str) -> tuple[str, str] | None:
+    """Return the pattern and the multiplier that `groups.head.lr` names: ("head", "lr"); None for any other key."""
+    prefix, _, rest = name.partition(".")
+    pattern, _, factor = rest.rpartition(".")
+    return (pattern, factor) if prefix == GROUPS and pattern else None
+
+
 def searchable_keys() -> list[str]:
     """Return the keys that a space can have, without those of users' own networks and data."""
-    training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in STUDY_NEUTRAL_KEYS]
+    left_out = {*STUDY_NEUTRAL_KEYS, f"training.{GROUPS}", "training.freeze"}
+    training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in left_out]
     left_out = {*STUDY_NEUTRAL_KEYS, "data.options"}
     data = [f"data.{f.name}" for f in dataclasses.fields(DataConfig) if f"data.{f.name}" not in left_out]
-    return [*training, "model.name", "model.weights", *data]
+    return [*training, "groups.PATTERN.lr", "groups.PATTERN.weight_decay", "model.name", "model.weights", *data]
 
 
 def unread_keys(training: TrainingConfig) -> set[str]:
@@ -60,7 +68,11 @@ def with_values(config: Config, values: Mapping[str, Scalar], *, section: str) -
     options: dict[str, Any] = {}
     for key, value in values.items():
         key_section, name = section_and_name(key)
-        if key_section == section:
+        if key_section == section and (group := group_and_factor(name)) is not None:
+            assert isinstance(config, TrainingConfig)
+            groups = fields.setdefault(GROUPS, {pattern: dict(of) for pattern, of in config.groups.items()})
+            groups.setdefault(group[0], {})[group[1]] = value
+        elif key_section == section:
             (fields if name in names else options)[name] = value
     if options:
         assert not isinstance(config, TrainingConfig)

@@ -18,6 +18,7 @@ Scalar = str | bool | int | float
 
 MAX_POINTS = 10_000  # of one range in a grid
 MAX_VALUES = 10**9  # of a range with steps; Optuna counts them in decimals of 28 digits
+GROUPS = "groups"  # begins the key of a multiplier of training.groups: groups.head.lr
 AUTO = "auto"  # in place of the learning rate's range: a range test finds it
 
 
@@ -193,14 +194,20 @@ def point_at(parameters: Mapping[str, Parameter], fractions: Sequence[float]) ->
 
 
 def parse_space(space: Mapping[str, Any], *, grid: bool) -> dict[str, Parameter]:
-    """Return the parameters of a table [search.space], by their keys; `model.width = ...` is a nested table in TOML.
+    """Return the parameters of a table [search.space], by their keys.
+
+    `model.width = ...` and `groups.head.lr = ...` are nested tables in TOML.
 
     Raises UserError, naming the setting, for what is no parameter.
     """
     flat: dict[str, Any] = {}
     for key, value in space.items():
-        if key in ("model", "data") and isinstance(value, dict):
-            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        if key in ("model", "data", GROUPS) and isinstance(value, dict):
+            for name, inner in value.items():
+                is_group = key == GROUPS and isinstance(inner, dict)
+                flat |= (
+                    {f"{key}.{name}.{of}": one for of, one in inner.items()} if is_group else {f"{key}.{name}": inner}
+                )
         else:
             flat[key] = value
     for key in flat:

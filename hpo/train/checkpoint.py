@@ -73,7 +73,7 @@ def config_digest(config: TrialConfig) -> str:
         content["data"]["resize"] = None
     for key in LATER_KEYS:
         section, _, name = key.partition(".")
-        if content[section][name] == _DEFAULTS[section][name]:
+        if json.dumps(content[section][name]) == json.dumps(_DEFAULTS[section][name]):  # a list is as good as a tuple
             del content[section][name]
     if config.model.weights is not None:
         content["model"]["weights"] = weights_digest(config.model)

@@ -28,6 +28,11 @@ LATER_KEYS = (
     "training.tf32",
     "training.decay_fraction",
     "training.timescale_epochs",
+    "training.groups",
+    "training.layer_decay",
+    "training.no_decay",
+    "training.freeze",
+    "training.freeze_epochs",
 )
 # How studies read the images of folders whose spec names no data.resize, because it was stored before that was a key.
 EARLIER_RESIZE, DEFAULT_RESIZE = "squash", "crop"
@@ -167,6 +172,18 @@ class TrainingConfig:
     plateau_epochs: Annotated[
         int, Ge(0), Doc("plateau: epochs without a lower validation loss before the learning rate drops.")
     ] = 3
+    groups: Annotated[
+        Mapping[str, Mapping[str, float]],
+        Doc("Multipliers of lr and weight_decay by module or pattern, such as head = { lr = 10.0 }."),
+    ] = field(default_factory=dict)
+    layer_decay: Annotated[
+        float, Gt(0), Le(1), Doc("Multiplier of the learning rate from each layer to the one before it.")
+    ] = 1.0
+    no_decay: Annotated[Literal["none", "auto"], Doc("auto: no weight decay of biases and norms.")] = "none"
+    freeze: Annotated[Sequence[str], Doc("Modules or patterns that are not trained; body: all but the head.")] = ()
+    freeze_epochs: Annotated[
+        int | None, Ge(1), Doc("Epochs until what is frozen trains, too. By default it is never trained.")
+    ] = None
     gradient_clip: Annotated[float | None, Gt(0), Doc("Largest global gradient norm. By default no clipping.")] = None
     label_smoothing: Annotated[float, Ge(0), Lt(1), Doc("Label smoothing of the training loss.")] = 0.0
     precision: Annotated[Literal["auto", "fp32", "bf16"], Doc("auto: bf16 where the GPU has it, else fp32.")] = "auto"

@@ -24,6 +24,7 @@ from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache
 from hpo.train.engines.lane_state import numerics
 from hpo.train.engines.plain import PlainEngine, PlainLaneState, build_lane
+from hpo.train.optim import set_lr
 from hpo.train.seeding import seed_generators
 
 MIN_LR, MAX_LR = 1e-7, 10.0  # the learning rates that are tried at all
@@ -244,8 +245,7 @@ def _ramp_step(
 
     The norm counts as at least `least_norm`.
     """
-    for group in lane.optimizer.param_groups:
-        group["lr"] = lr
+    set_lr(lane.optimizer, lr)
     parameters = [parameter for parameter in lane.model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in parameters]
     with numerics(tf32=lane.config.training.tf32):

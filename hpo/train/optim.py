@@ -51,7 +51,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], training: TrainingConfig, *, device_type: str
+    parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], training: TrainingConfig, *, device_type: str
 ) -> torch.optim.Optimizer:
     """Return the torch optimizer that `training` describes; keys that it does not understand are not passed.
 
@@ -78,6 +78,12 @@ def build_optimizer(
     except ValueError as error:  # torch's own rules, such as Nesterov's need of a momentum
         raise UserError(f"training.optimizer = {training.optimizer!r} refuses its settings: {error}") from error
     return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group of an optimizer its learning rate: `lr` times its own multiplier, where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_multiplier", 1.0)
 
 
 def with_eps(training: TrainingConfig) -> TrainingConfig:

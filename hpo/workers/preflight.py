@@ -110,8 +110,9 @@ def _check_precision(spec: StudySpec, kinds: Collection[str]) -> None:
 def _try_networks(spec: StudySpec) -> dict[str, Any]:
     """Load the data and try the network for each extreme point of the space; return the metadata of the first."""
     tried, loaded = [], None
+    of_training = next(spec.extreme_points(sections=("training",)))  # with the patterns of searched multipliers
     for values in spec.extreme_points(sections=("data", "model")):
-        config = spec.trial_config(values, seed=0)
+        config = spec.trial_config({**of_training, **values}, seed=0)
         if loaded is None or loaded[0] != config.data:
             loaded = None  # frees its memory
             loaded = config.data, *_load_checked(config.data, with_test=spec.confirm is not None)
@@ -173,6 +174,7 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
     from hpo.train.engines.lane_state import check_test_set, initial_model
     from hpo.train.models import check_fresh, check_model, named_tensors
     from hpo.train.modules import named_network
+    from hpo.train.parameter_groups import multipliers_of, set_trained
     from hpo.train.weight_files import weights_digest
     from hpo.train.weights import fit_weights
 
@@ -187,6 +189,8 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
     if config.model.weights is not None:
         fitted = fit_weights(named_network(model), config.model, num_classes=data.num_classes)
         weights = dict(zip(WEIGHTS_KEYS, (weights_digest(config.model), fitted.text), strict=True))
+    multipliers_of(model, config.training, num_classes=data.num_classes)
+    set_trained(model, config.training, epoch=0, num_classes=data.num_classes)
     _check_trainable(model, *next(data.train.batches(min(map(int, batch_sizes)))))
     check_fresh(initial_model(config, data=data, device=cpu), begun, trained=model, name=config.model.name)
     return {
@@ -215,7 +219,6 @@ def _check_trainable(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     from hpo.train.imports import describe_error
 
     try:
-        model.train()
         functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for parameter in model.parameters():

@@ -82,6 +82,19 @@ MISTAKES = {
     ],
     "[training]\ncheckpoint_epochs = 'often'": ["training.checkpoint_epochs must be 'auto' or an", "got 'often'"],
     "[training]\ncheckpoint_epochs = 1.5": ["training.checkpoint_epochs must be 'auto' or an", "got 1.5"],
+    "[training.groups]\nhead = { lr = 0 }": ["training.groups.head.lr must be a number greater than 0, got 0"],
+    "[training.groups]\nhead = { weight_decay = -1.0 }": ["training.groups.head.weight_decay must be a number of at"],
+    "[training.groups]\nhead = { wd = 1.0 }": ["the last part of training.groups.head.wd must be one of lr"],
+    "[training.groups]\nhead = {}": ["training.groups.head must have a multiplier, such as lr = 10.0"],
+    "[training.groups]\nhead = { lr = 'x' }": ["training.groups.head.lr must be a number, got 'x'"],
+    "[training]\nfreeze_epochs = 2": ["training.freeze_epochs has no meaning without training.freeze, got 2"],
+    "[training]\nlayer_decay = 0.0": ["training.layer_decay must be greater than 0 and at most 1, got 0.0"],
+    "groups.head.lr = [0.0]": ["search.space.groups.head.lr must be a number greater than 0, got 0.0"],
+    "groups.head.l = [0.0]": ["the last part of search.space.groups.head.l must be one of lr, weight_decay; got 'l'"],
+    "groups.lr = [1.0]": ["search.space: each key must be one of", "groups.PATTERN.lr", "got 'groups.lr'"],
+    "groups.head.lr = [2.0]\n[training.groups]\nhead = { lr = 3.0 }": [
+        "training.groups.head.lr has no effect beside search.space.groups.head.lr"
+    ],
     "[training]\nepochs = 0": ["training.epochs must be at least 1, got 0"],
     "[training]\nepochs = 2.5": ["training.epochs must be an integer, got 2.5"],
     "[training]\nepochs = true": ["training.epochs must be", "True"],
@@ -431,6 +444,20 @@ def test_a_trial_gets_the_values_of_the_space_over_the_files() -> None:
     assert config.training == TrainingConfig(lr=0.01)
     assert config.model.options == {"width": 0.5}
     assert (config.data.crop, config.seed) == (2, 5)
+
+
+def test_multipliers_of_groups_are_searched_beside_fixed_ones() -> None:
+    ranges = "groups.head.lr = { low = 1.0, high = 100.0, log = true }\ngroups.'a.*'.weight_decay = [0, 1]"
+    spec = read(MINIMAL + ranges + "\n[training.groups]\nhead = { weight_decay = 0.5 }\nb = { lr = 2 }")
+    assert list(spec.search.parameters) == ["lr", "groups.head.lr", "groups.a.*.weight_decay"]
+    config = spec.trial_config({"lr": 0.1, "groups.head.lr": 3.0, "groups.a.*.weight_decay": 0}, seed=1)
+    assert config.training.groups == {
+        "head": {"weight_decay": 0.5, "lr": 3.0},
+        "b": {"lr": 2},
+        "a.*": {"weight_decay": 0},
+    }
+    assert spec.training.groups == {"head": {"weight_decay": 0.5}, "b": {"lr": 2.0}}
+    assert StudySpec.from_dict(spec.frozen()).frozen() == spec.frozen()
 
 
 def test_a_grid_is_every_combination_with_those_to_try_first_in_front() -> None:

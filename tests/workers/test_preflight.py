@@ -60,6 +60,15 @@ def test_the_preflight_says_what_is_loaded_of_weights_and_keeps_a_digest_of_them
     assert searched["weights_digest"].startswith(f"{metadata['weights_digest']}; ")
 
 
+@pytest.mark.parametrize("given", [{"freeze": ["layer9"]}, {"groups": {"layer9": {"lr": 2.0}}}, {}])
+def test_a_pattern_that_names_nothing_is_found_before_training(given: dict[str, Any]) -> None:
+    settings = digits_spec(**given).frozen()
+    if not given:
+        settings["search"]["space"]["groups"] = {"layer9": {"lr": [1.0, 2.0]}}
+    with pytest.raises(UserError, match="'layer9' names no module of the network"):
+        run_preflight(StudySpec.from_dict(settings), {"cpu"})
+
+
 def test_a_precision_that_a_device_lacks_is_found_before_training() -> None:
     with pytest.raises(UserError, match="bf16"):
         run_preflight(digits_spec(precision="bf16"), {"cpu"})

@@ -43,6 +43,7 @@ from hpo.train.engines.vmap_ops import LaneGenerators
 from hpo.train.failures import is_out_of_memory
 from hpo.train.imports import describe_error
 from hpo.train.optim import OPTIMIZERS
+from hpo.train.parameter_groups import has_groups
 from hpo.train.snapshot import Snapshot
 
 NUM_WARM_UPS = 3  # runs before a capture, in which libraries choose kernels and allocate workspaces
@@ -53,7 +54,12 @@ def capture_key(config: TrialConfig) -> str:
     training = config.training
     keys = {"batch_size", "optimizer", "label_smoothing", "gradient_clip", "precision", "tf32", "compile"}
     keys |= {"report_test_accuracy", *OPTIMIZERS[training.optimizer].keys}
-    constants = [config.model, config.data, *((key, getattr(training, key)) for key in sorted(keys))]
+    constants = [
+        config.model,
+        config.data,
+        has_groups(training),
+        *((key, getattr(training, key)) for key in sorted(keys)),
+    ]
     return json.dumps([repr(constant) for constant in constants])
 
 
@@ -131,6 +137,7 @@ class CapturedLane:
             config=plain.config,
             data=self._data,
             network=lambda: self._model,
+            multipliers=plain.multipliers,
             first_loss=plain.first_loss,
             results=list(plain.results),
         )
@@ -179,7 +186,7 @@ class CapturedLane:
     def snapshot(self) -> Snapshot:
         """Return the trial after its last epoch; see `Engine`."""
         assert self.trial is not None, "there is no trial in this lane"
-        optimizer = optimizer_state_dict(self.trial, self._parameters, self._optimizer.moments, device=self._device)
+        optimizer = optimizer_state_dict(self.trial, self._model, self._optimizer.moments, device=self._device)
         return take_snapshot(self.trial, model=self._model.state_dict(), optimizer=optimizer)
 
     def copy_network(self) -> nn.Module:
@@ -378,6 +385,8 @@ def _check_capturable(config: TrialConfig, model: nn.Module) -> None:
     """Raise NotCapturable for what a graph would lose without an error."""
     if config.training.compile:
         raise NotCapturable("training.compile compiles a network by itself")
+    if has_groups(config.training):
+        raise NotCapturable("its parameters are not all trained alike (groups, layer_decay, no_decay or freeze)")
     if has_torchscript(model):
         raise NotCapturable("it has modules of TorchScript")
     if (name := own_state(model)) is not None:

@@ -23,7 +23,8 @@ from hpo.train.data.sources import batch_bounds
 from hpo.train.engines.divergence import why_diverged
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
 from hpo.train.models import build_model, fit_memory_format
-from hpo.train.optim import OPTIMIZERS, build_optimizer
+from hpo.train.optim import OPTIMIZERS, build_optimizer, set_lr
+from hpo.train.parameter_groups import Multipliers, parameter_groups
 from hpo.train.schedules import lr_factor
 from hpo.train.seeding import seed_generators
 from hpo.train.snapshot import Packing, Snapshot
@@ -38,6 +39,7 @@ class LaneState:
     config: TrialConfig
     data: SplitDataset
     network: Callable[[], nn.Module]  # as trained so far
+    multipliers: Sequence[Multipliers]  # of each parameter of the network
     first_loss: float = math.nan  # of the trial's first step
     results: list[EpochResult] = field(default_factory=list)  # of the finished epochs
     config_digest: str = field(init=False)  # as the trial begins: the file of its weights may change later
@@ -224,7 +226,7 @@ def take_snapshot(lane: LaneState, *, model: Mapping[str, Any], optimizer: Mappi
 
 def optimizer_state_dict(
     lane: LaneState,
-    parameters: Sequence[nn.Parameter],
+    model: nn.Module,
     moments: Callable[[Sequence[str]], Sequence[Mapping[str, Tensor]]],
     *,
     device: torch.device,
@@ -233,16 +235,19 @@ def optimizer_state_dict(
 
     Args:
         lane: The trial.
-        parameters: Those of its network.
-        moments: Returns these moments, by name, of each parameter.
+        model: A network like its own.
+        moments: Returns these moments, by name, of each parameter of the network, in their order.
         device: Where the trial is trained.
     """
     training = lane.config.training
-    state_dict = build_optimizer(parameters, training, device_type=device.type).state_dict()
+    groups = parameter_groups(model, training, lane.multipliers)
+    optimizer = build_optimizer(groups, training, device_type=device.type)
     if lane.epoch == 0:
-        return state_dict
-    for group in state_dict["param_groups"]:
-        group["lr"] = lane.results[-1].lr
+        return optimizer.state_dict()
+    set_lr(optimizer, lane.results[-1].lr)
+    state_dict = optimizer.state_dict()
+    in_groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index_of = {id(parameter): index for index, parameter in enumerate(in_groups)}
     steps = lane.epoch * lane.data.train.num_batches(training.batch_size)
     common: dict[str, Tensor] = {}
     if training.optimizer != "sgd":
@@ -251,7 +256,11 @@ def optimizer_state_dict(
         common["mu_product"] = torch.tensor(nadam_momentum_product(training.beta1, steps))
     kept = OPTIMIZERS[training.optimizer].update.moments
     names = [name for name in kept if name != "momentum_buffer" or training.momentum]
-    state_dict["state"] = {index: common | dict(of_one) for index, of_one in enumerate(moments(names))}
+    states = {
+        index_of[id(parameter)]: common | dict(of_one)
+        for parameter, of_one in zip(model.parameters(), moments(names), strict=True)
+    }
+    state_dict["state"] = dict(sorted(states.items()))
     return state_dict
 
 

@@ -30,7 +30,8 @@ from hpo.train.engines.lane_state import (
 )
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.imports import describe_error
-from hpo.train.optim import build_optimizer
+from hpo.train.optim import build_optimizer, set_lr
+from hpo.train.parameter_groups import multipliers_of, parameter_groups, set_trained
 from hpo.train.seeding import seed_generators
 from hpo.train.snapshot import Snapshot
 
@@ -128,13 +129,12 @@ class PlainEngine(Engine):
         losses_S = torch.empty(num_steps, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         seed_generators(seed, "epoch", lane.epoch)
-        lane.model.train()
+        set_trained(lane.model, training, epoch=lane.epoch, num_classes=data.num_classes)
         batches = data.train.batches(training.batch_size, seed=seed, epoch=lane.epoch)
         for step, (images_BCHW, labels_B) in enumerate(batches):
             if self._should_stop():
                 raise Stopped
-            for group in lane.optimizer.param_groups:
-                group["lr"] = lane.lr_at(step, num_steps=num_steps)
+            set_lr(lane.optimizer, lane.lr_at(step, num_steps=num_steps))
             losses_S[step], step_hits = self.step(lane, images_BCHW, labels_B)
             hits += step_hits
         return losses_S.cpu(), int(hits)
@@ -164,13 +164,17 @@ def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device)
     check_test_set(config, data=data)
     amp_dtype = mixed_precision(config.training, device=device)
     model = initial_model(config, data=data, device=device)
+    set_trained(model, config.training, epoch=0, num_classes=data.num_classes)
+    multipliers = multipliers_of(model, config.training, num_classes=data.num_classes)
+    groups = parameter_groups(model, config.training, multipliers)
     return PlainLaneState(
         config=config,
         data=data,
         network=lambda: model,
         model=model,
         forward=torch.compile(model) if config.training.compile else model,
-        optimizer=build_optimizer(model.parameters(), config.training, device_type=device.type),
+        multipliers=multipliers,
+        optimizer=build_optimizer(groups, config.training, device_type=device.type),
         amp_dtype=amp_dtype,
     )
 

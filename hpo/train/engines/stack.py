@@ -37,8 +37,9 @@ from hpo.train.engines.plain import build_lane, restore
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.engines.stack_probe import check_stackable
 from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
+from hpo.train.engines.stacked_numbers import StepNumbers
 from hpo.train.engines.stacked_rows import StackedRows
-from hpo.train.optim import OPTIMIZERS, build_optimizer, with_eps
+from hpo.train.optim import OPTIMIZERS, build_optimizer
 from hpo.train.snapshot import Snapshot
 
 
@@ -46,7 +47,8 @@ def stack_key(config: TrialConfig) -> str:
     """Return a key that is the same for trials of one kind: those whose networks, batches and update rules agree."""
     training = config.training
     agreeing = [config.model, config.data, training.batch_size, training.optimizer, training.precision]
-    return json.dumps([*map(repr, agreeing), training.tf32, training.compile, training.report_test_accuracy])
+    switches = [training.tf32, training.compile, training.report_test_accuracy, bool(training.freeze)]
+    return json.dumps([*map(repr, agreeing), *switches])
 
 
 class TrialStack(Engine):
@@ -76,6 +78,8 @@ class TrialStack(Engine):
         """
         if config.training.compile:
             raise NotStackable("training.compile compiles a single network")
+        if config.training.freeze:
+            raise NotStackable("training.freeze leaves parameters untrained")
         if not isinstance(data.train.source, DeviceSource):
             raise NotStackable("its images are not on the device")
         check_test_set(config, data=data)
@@ -121,6 +125,7 @@ class TrialStack(Engine):
             config=config,
             data=self._data,
             network=lambda: self._load(number),
+            multipliers=plain.multipliers,
             first_loss=plain.first_loss,
             results=plain.results,
         )
@@ -143,7 +148,7 @@ class TrialStack(Engine):
         assert trial is not None, "there is no trial in this lane"
         optimizer = optimizer_state_dict(
             trial,
-            list(self._model.parameters()),
+            self._model,
             lambda names: self._tensors.moments_of(self._row_lanes.index(lane), names),
             device=self.device,
         )
@@ -212,28 +217,10 @@ class TrialStack(Engine):
         self._update.apply(self._tensors.params_KP, gradients_KP, self._tensors.moments, factors)
         return losses_K.detach(), (logits_KBL.detach().argmax(2) == labels_KB).sum(1)
 
-    def factors(self, num_steps: int) -> list[dict[str, Tensor]]:
-        """Return for each step of the epoch every lane's numbers (K, 1): of the update rule, the loss, the clipping."""
-        trials = self._trials()
-        clips = any(trial.config.training.gradient_clip is not None for trial in trials)
-        by_lane: list[list[dict[str, float]]] = []
-        for trial in trials:
-            training = with_eps(trial.config.training)
-            fixed = {"label_smoothing": training.label_smoothing}
-            if clips:
-                fixed["largest_norm"] = torch.inf if training.gradient_clip is None else training.gradient_clip
-            steps_done = trial.epoch * num_steps
-            by_lane.append(
-                [
-                    self._update.factors(training, trial.lr_at(step, num_steps=num_steps), steps_done + step + 1)
-                    | fixed
-                    for step in range(num_steps)
-                ]
-            )
-        names = list(by_lane[0][0])
-        numbers = [[[of_step[name] for name in names] for of_step in of_lane] for of_lane in by_lane]
-        numbers_KSN = torch.tensor(numbers, dtype=torch.float64).float().to(self.device)  # N names
-        return [dict(zip(names, of_step.unsqueeze(-1).unbind(1), strict=True)) for of_step in numbers_KSN.unbind(1)]
+    def factors(self, num_steps: int) -> StepNumbers:
+        """Return for each step of the epoch every lane's numbers: of the update rule, the loss, the clipping."""
+        sizes = [parameter.numel() for parameter in self._model.parameters()]
+        return StepNumbers(self._trials(), self._update, num_steps=num_steps, sizes=sizes, device=self.device)
 
     def _train(self, trials: Sequence[LaneState]) -> tuple[Tensor, list[int]]:
         """Train an epoch of every lane; return the loss of each step (K, S), on the CPU, and the correct images."""

@@ -46,7 +46,7 @@ def steps_of(convolution: str, optimizer: str) -> list[Calls]:
     batches = stack.batches()
     stack.step(*next(batches), factors[0])
     steps = []
-    for of_step in factors[1:]:
+    for of_step in (factors[step] for step in range(1, stack.num_steps)):
         with Calls() as calls:
             images_KBCHW, labels_KB = next(batches)
             num_batch_calls = len(calls.seen)
