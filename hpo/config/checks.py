@@ -38,6 +38,7 @@ from hpo.search.race import MIN_STARTERS, Course
 from hpo.search.samplers import SAMPLERS
 from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, is_auto
 from hpo.train.config import IMAGE_FOLDER, DataConfig, ModelConfig, TrainingConfig
+from hpo.train.data.augment import AUGMENTATIONS, named
 from hpo.train.imports import is_import_path
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.schedules import SCHEDULES
@@ -358,6 +359,8 @@ def _check_images(data: DataConfig) -> None:
     for key in ("image_size", "resize", "bits"):
         if not is_default(data, key) and data.name != IMAGE_FOLDER:
             raise UserError(f"data.{key} has no meaning but for image_folder, got {getattr(data, key)!r}")
+    for entry in data.augment:
+        _check_augmentation(entry)
     if data.groups is not None and not is_import_path(data.groups):
         try:
             re.compile(data.groups)
@@ -365,6 +368,18 @@ def _check_images(data: DataConfig) -> None:
             raise UserError(
                 f"data.groups must be a regular expression or package.module:function ({error}), got {data.groups!r}"
             ) from None
+
+
+def _check_augmentation(entry: Any) -> None:
+    """Refuse an entry of data.augment that is no name, or names what no transform is."""
+    if not isinstance(entry, str) and not (isinstance(entry, dict) and isinstance(entry.get("name"), str)):
+        raise UserError(
+            f"data.augment must be a list of names and of tables with a name, such as {{ name = 'RandAugment', "
+            f"magnitude = 9 }}; got {entry!r}"
+        )
+    name, _ = named(entry)
+    if name not in AUGMENTATIONS and not is_import_path(name):
+        raise unknown_name("data.augment: each name", name, [*AUGMENTATIONS, "package.module:function"])
 
 
 def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:

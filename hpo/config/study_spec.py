@@ -43,6 +43,7 @@ from hpo.train.config import (
     TrainingConfig,
     TrialConfig,
 )
+from hpo.train.data.augment import named
 from hpo.train.imports import is_import_path
 
 
@@ -172,6 +173,7 @@ class StudySpec(Section):
         references: list[tuple[str, object]] = []
         if self.objective:
             references.append(("objective.function", self.objective.function))
+        references += [("data.augment", name) for name, _ in map(named, self.data.augment) if is_import_path(name)]
         if self.data.groups is not None and is_import_path(self.data.groups):
             references.append(("data.groups", self.data.groups))
         for setting, value in (("model.name", self.model.name), ("data.name", self.data.name)):

@@ -40,7 +40,7 @@ def searchable_keys() -> list[str]:
     """Return the keys that a space can have, without those of users' own networks and data."""
     left_out = {*STUDY_NEUTRAL_KEYS, f"training.{GROUPS}", "training.freeze"}
     training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in left_out]
-    left_out = {*STUDY_NEUTRAL_KEYS, "data.options"}
+    left_out = {*STUDY_NEUTRAL_KEYS, "data.options", "data.augment"}
     data = [f"data.{f.name}" for f in dataclasses.fields(DataConfig) if f"data.{f.name}" not in left_out]
     return [*training, "groups.PATTERN.lr", "groups.PATTERN.weight_decay", "model.name", "model.weights", *data]
 

@@ -25,6 +25,7 @@ LATER_KEYS = (
     "data.groups",
     "data.resize",
     "data.bits",
+    "data.augment",
     "training.tf32",
     "training.decay_fraction",
     "training.timescale_epochs",
@@ -118,6 +119,13 @@ class DataConfig:
     ] = 16
     flip: Annotated[bool, Doc("Mirror images left-right at random.")] = False
     crop: Annotated[int, Ge(0), Le(64), Doc("Pixels of zero padding before a random crop; 0: no crop.")] = 0
+    augment: Annotated[
+        Sequence[Any],
+        Doc(
+            "Random changes of training images after flip and crop: names of torchvision.transforms.v2 or "
+            "package.module:function, or tables { name, options }."
+        ),
+    ] = ()
     placement: Annotated[
         Literal["auto", "device", "stream"],
         Doc("Where images are kept: on the device, or streamed in each epoch. Results are the same."),

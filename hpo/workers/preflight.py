@@ -68,8 +68,8 @@ def refuse_random_images(spec: StudySpec, metadata: Mapping[str, Any]) -> None:
     if metadata.get(RANDOM_IMAGES):
         raise UserError(
             f"data.name = {spec.data.name!r} transforms its images at random, but each is read only once, and those to "
-            "validate on must stay as they are: leave random transforms out of the data set, and set data.flip and "
-            "data.crop, which are drawn anew in each epoch, and for the training images alone"
+            "validate on must stay as they are: leave random transforms out of the data set, and name them in "
+            "data.augment, which is drawn anew in each epoch, and for the training images alone"
         )
 
 

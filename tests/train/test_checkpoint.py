@@ -395,7 +395,7 @@ def test_a_setting_that_earlier_checkpoints_lack_counts_where_it_is_not_its_defa
     assert config_digest(config) == digest
     assert config_digest(replace(config, data=replace(config.data, resize="squash"))) == digest
     assert config_digest(replace(config, training=replace(config.training, tf32=True))) != digest
-    for changed in ({"resize": "crop"}, {"groups": "a"}, {"bits": 12}):
+    for changed in ({"resize": "crop"}, {"groups": "a"}, {"bits": 12}, {"augment": ["AugMix"]}):
         assert config_digest(replace(config, data=replace(config.data, **changed))) != digest
 
 

@@ -16,6 +16,7 @@ import pytest
 import hpo
 from hpo.errors import UserError
 from hpo.train.config import DataConfig, ModelConfig
+from hpo.train.data.augment import Augmentation
 from hpo.train.data.datasets import open_dataset
 from hpo.train.data.groups import group_numbers
 from hpo.train.imports import ImportAllowlist, call_factory, import_loop, import_object
@@ -64,8 +65,9 @@ def build(name: str) -> object:
 # Every import of a user's name in the package; `test_no_other_code_imports_what_a_name_says` finds a new one.
 IMPORTS: dict[str, Callable[[str], object]] = {
     "import_loop": import_loop,
-    "build_model": build,
+    "_untrained_model": build,
     "_user_dataset": lambda name: open_dataset(DataConfig(name=name)),
+    "_own": lambda name: Augmentation(DataConfig(augment=[name]), shape_CHW=(1, 8, 8)),
     "group_numbers": lambda name: group_numbers(open_dataset(DataConfig()).train, name),
 }
 

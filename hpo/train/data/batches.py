@@ -1,8 +1,8 @@
 """Batches of one split: shuffled, augmented and normalised on the device.
 
 Both placements of images give the same batches bit for bit. Everything random in an epoch (order, flips, crops) is
-drawn on the CPU before it starts, from the trial's seed and the epoch. The pixels go through the same operations on the
-device.
+drawn on the CPU before it starts, from the trial's seed and the epoch, but for what `augment.py` draws for each image.
+The pixels go through the same operations on the device.
 Shapes: K lanes, N images of a split, B batch, C H W image. Pixels are uint8 (N, H, W, C); batches are float32
 (B, C, H, W) in channels_last memory format.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hpo.train.config import derive_seed
+from hpo.train.data.augment import Augmentation
 from hpo.train.data.sources import ImageSource, batch_bounds
 
 
@@ -29,6 +30,7 @@ class BatchLoader:
     std_C11: Tensor
     flip: bool = False
     crop: int = 0  # pixels of zero padding
+    augmentation: Augmentation | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -44,10 +46,12 @@ class BatchLoader:
         With a seed the images are shuffled and augmented, the same way for the same (seed, epoch). Without one they
         come as they are, in their fixed order.
         """
-        order_1N, augment = torch.arange(len(self))[None], None
-        if seed is not None:
-            order_1N, augment = self.shuffled([(seed, epoch)])
-        for images_1BCHW, labels_1B in self._read(batch_size, order_1N, augment):
+        batches = (
+            self._read(batch_size, torch.arange(len(self))[None])
+            if seed is None
+            else self.stacked_batches(batch_size, [(seed, epoch)])
+        )
+        for images_1BCHW, labels_1B in batches:
             yield images_1BCHW[0], labels_1B[0]
 
     def stacked_batches(self, batch_size: int, epochs: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -55,7 +59,8 @@ class BatchLoader:
 
         Each lane gets the batches that `batches` gives for its seed and epoch.
         """
-        return self._read(batch_size, *self.shuffled(epochs))
+        order_KN, flips_and_offsets = self.shuffled(epochs)
+        return self._read(batch_size, order_KN, flips_and_offsets, epochs=epochs)
 
     def shuffled(self, epochs: Sequence[tuple[int, int]]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Return the order of each epoch (K, N), and its flips (K, N) and offsets (K, N, 2) where it is augmented.
@@ -73,20 +78,30 @@ class BatchLoader:
         return torch.stack(orders), augment
 
     def _read(
-        self, batch_size: int, order_KN: Tensor, augment: tuple[Tensor, Tensor] | None
+        self,
+        batch_size: int,
+        order_KN: Tensor,
+        flips_and_offsets: tuple[Tensor, Tensor] | None = None,
+        *,
+        epochs: Sequence[tuple[int, int]] = (),
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of images in this order, augmented where the epochs that they are of are given."""
         device, num_lanes = self.labels_N.device, len(order_KN)
         bounds = batch_bounds(len(self), batch_size)
         labels_KN = self.labels_N[order_KN.to(device)]
-        if augment is not None:
-            flips_KN, offsets_KN2 = (drawn.to(device) for drawn in augment)
+        if flips_and_offsets is not None:
+            flips_KN, offsets_KN2 = (drawn.to(device) for drawn in flips_and_offsets)
         # Each read has the batches of all lanes, one lane after the other.
         stored = self.source.read([order_KN[:, start:end].flatten() for start, end in bounds])
         for (start, end), images_BHWC in zip(bounds, stored, strict=True):
             images = images_BHWC
-            if augment is not None:
+            if flips_and_offsets is not None:
                 flips_B, offsets_B2 = flips_KN[:, start:end].flatten(), offsets_KN2[:, start:end].flatten(0, 1)
                 images = flip_and_crop(images, flips_B=flips_B, offsets_B2=offsets_B2, padding=self.crop)
+            if self.augmentation is not None and epochs:
+                numbers_KB = order_KN[:, start:end].tolist()
+                draws = [(*of, number) for of, row in zip(epochs, numbers_KB, strict=True) for number in row]
+                images = self.augmentation(images, draws)
             images_BCHW = self.normalise(images)
             yield images_BCHW.view(num_lanes, end - start, *images_BCHW.shape[1:]), labels_KN[:, start:end]
 

@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpo.errors import UserError
 from hpo.train.config import DataConfig
+from hpo.train.data.augment import Augmentation
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.datasets import OpenedDataset, open_dataset
 from hpo.train.data.groups import group_numbers
@@ -74,6 +76,7 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
         raise UserError(f"data.name = {config.name!r} must give pictures with pixels, got (H, W, C) of {shape_HWC}")
     num_bytes = (len(train_indices) + len(val_indices)) * height * width * channels
     on_device = fits_on_device(config, num_bytes=num_bytes, device=device)
+    augmentation = Augmentation(config, shape_CHW=(channels, height, width)) if config.augment else None
     if is_random(dataset):
         _warn_of_random_images(config, on_device=on_device)
     place = partial(place_images, shape_HWC=shape_HWC, on_device=on_device, device=device)
@@ -82,11 +85,9 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
     if not on_device:  # finds an image that cannot be read now, and not after an epoch of training
         deque(read_all(val_source, len(val_indices)), maxlen=0)
 
-    def loader(source: ImageSource, labels_N: Tensor, *, flip: bool = False, crop: int = 0) -> BatchLoader:
+    def loader(source: ImageSource, labels_N: Tensor, **random: Any) -> BatchLoader:
         mean_C11, std_C11 = (value.float().to(device).view(-1, 1, 1) for value in (mean_C, std_C))
-        return BatchLoader(
-            source=source, labels_N=labels_N.to(device), mean_C11=mean_C11, std_C11=std_C11, flip=flip, crop=crop
-        )
+        return BatchLoader(source=source, labels_N=labels_N.to(device), mean_C11=mean_C11, std_C11=std_C11, **random)
 
     def open_test() -> BatchLoader:
         assert dataset.open_test is not None
@@ -95,7 +96,13 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
         return loader(place(test, torch.arange(len(test.labels_N))), test.labels_N)
 
     return SplitDataset(
-        train=loader(train_source, images.labels_N[train_indices], flip=config.flip, crop=config.crop),
+        train=loader(
+            train_source,
+            images.labels_N[train_indices],
+            flip=config.flip,
+            crop=config.crop,
+            augmentation=augmentation,
+        ),
         val=loader(val_source, val_images.labels_N[val_indices]),
         num_classes=num_classes,
         channels=channels,

@@ -387,6 +387,8 @@ def _check_capturable(config: TrialConfig, model: nn.Module) -> None:
         raise NotCapturable("training.compile compiles a network by itself")
     if has_groups(config.training):
         raise NotCapturable("its parameters are not all trained alike (groups, layer_decay, no_decay or freeze)")
+    if config.data.augment:
+        raise NotCapturable("data.augment draws on the host, image by image")
     if has_torchscript(model):
         raise NotCapturable("it has modules of TorchScript")
     if (name := own_state(model)) is not None:
