@@ -2,6 +2,8 @@
 .PHONY: help setup demo test test-all lint bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-ray bench-scale chaos constraints clean
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests start hundreds of processes; without its .pyc files each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 # As many processes as the machine has cores; tests that share a server run in the same process (tests/conftest.py).
 # A process that crashes ends the run: in its place xdist would start one that has been seen to wait for ever.
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadgroup --max-worker-restart=0

@@ -22,6 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# numpy and torch read these when they are imported, here and in the processes that are started here. Matrices and
+# networks as small as these need one thread. Where a worker has more, those that wait for each other let others on:
+# spinning, on busy cores, takes fifty times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import alembic.util
 import pytest
 import sqlalchemy as sa
@@ -37,11 +43,6 @@ from hpo.train.imports import ImportAllowlist
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-# torch reads these when it starts, here and in the processes that are started here. Networks as small as these need one
-# thread. Where a worker has more, those that wait for each other let others on: spinning, on busy cores, takes fifty
-# times as long.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray reads these when it starts. Its threads that export metrics go on in this process when a cluster is gone, and have
 # aborted it (Ray 2.60), a minute later and in the middle of another test.
 os.environ.setdefault("RAY_enable_open_telemetry", "0")
@@ -227,10 +228,11 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own_code(tmp_path: Path) -> Iterator[Path]:
     """Let this process import what modules of the test's folder define, and return the folder."""
+    known = set(sys.modules)
     with ImportAllowlist(folders=(str(tmp_path),), path=(str(tmp_path),)).importable():
         yield tmp_path
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")).startswith(f"{tmp_path}/"):
+    for name in sys.modules.keys() - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(f"{tmp_path}/"):
             del sys.modules[name]
 
 
@@ -335,14 +337,20 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def wait_for() -> Callable[..., Any]:
-    """Return a function that asks a condition every 20 ms until it is true, and returns its value."""
+    """Return a function that asks a condition until it is true, and returns its value.
+
+    It is asked every 20 ms, or less often where asking takes long: most of the time is left to what is waited for.
+    """
 
     def wait(condition: Callable[[], Any], *, timeout_s: float = WAIT_S) -> Any:
         deadline = time.monotonic() + timeout_s
-        while not (value := condition()):
-            assert time.monotonic() < deadline, "waited in vain"
-            time.sleep(0.02)
-        return value
+        while True:
+            asked = time.monotonic()
+            if value := condition():
+                return value
+            now = time.monotonic()
+            assert now < deadline, "waited in vain"
+            time.sleep(min(max(0.02, 4 * (now - asked)), 0.5))
 
     return wait
 

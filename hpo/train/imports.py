@@ -121,10 +121,11 @@ def _modules_of(script: Sequence[str], *, named_as_in: Sequence[str], libraries:
     """Return the names of the modules that were imported from a script's folder and that other folders have, too."""
     names = {path.stem for folder in named_as_in for path in Path(folder).glob("*.py")}
     names |= {path.parent.name for folder in named_as_in for path in Path(folder).glob("*/__init__.py")}
+    names.discard("__main__")
     return [
         name
         for name, module in list(sys.modules.items())
-        if name.partition(".")[0] in names - {"__main__"} and _is_of(module, script, libraries=libraries)
+        if name.partition(".")[0] in names and _is_of(module, script, libraries=libraries)
     ]
 
 

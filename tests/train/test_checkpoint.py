@@ -46,7 +46,7 @@ from hpo.train.engines.protocol import Engine
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.schedules import SCHEDULES
 
-EPOCHS = 4
+EPOCHS = 3
 IDENTITY: dict[str, str | int] = {"study": "4f1c", "trial": 7}
 
 
@@ -126,8 +126,9 @@ WITH_OPTIMIZER = [
 ]
 OF_SCHEDULE: dict[str, dict[str, Any]] = {
     "step": {"step_epochs": 1},
-    "multistep": {"milestones": (1, 3)},
+    "multistep": {"milestones": (1, 2)},
     "cosine": {"warmup_epochs": 1.5},
+    "cosine_restarts": {"restarts": 2},
     "plateau": {"plateau_epochs": 0, "gamma": 0.5, "lr": 1e-9},  # so low that the validation loss never falls
 }
 WITH_SCHEDULE = [

@@ -131,7 +131,7 @@ def test_two_runs_of_one_study_at_the_same_time_share_its_trials(
 
 def test_a_finished_study_is_answered_without_training(hpo: Hpo, make_spec: MakeSpec) -> None:
     hpo.write(make_spec(0.1, 0.2), QUICK)
-    assert hpo.run(*RUN)[0] == 0
+    assert hpo.here(*RUN)[0] == 0
     before = trials(hpo)
     (hpo.folder / "loop.py").unlink()
     exit_code, output = hpo.here(*RUN)
@@ -166,7 +166,7 @@ def test_a_study_whose_command_was_killed_goes_on_to_the_same_counts(
     assert states(hpo) == ({"running": 2, "waiting": 4} if workers_too else {"waiting": 6})
     chosen = [trial.params for trial in trials(hpo)[:2]]
     go(hpo)
-    exit_code, output = hpo.run(*RUN, "--workers", "2")
+    exit_code, output = hpo.here(*RUN)
     assert exit_code == 0, output
     assert is_finished(hpo, 6)
     assert [(trial.params, trial.attempt) for trial in trials(hpo)[:2]] == [(params, 2) for params in chosen]
@@ -259,7 +259,7 @@ def test_workers_that_die_at_their_start_stop_the_study_with_the_end_of_their_lo
     monkeypatch.setenv("PYTHONPATH", str(hpo.folder))
     ends = "import os\nif 'HPO_WORKER' in os.environ:\n    print('no licence', flush=True)\n    os._exit(3)\n"
     (hpo.folder / "sitecustomize.py").write_text(ends)
-    exit_code, output = hpo.run(*RUN)
+    exit_code, output = hpo.here(*RUN)
     assert exit_code == 1
     assert "workers died 5 times without finishing another epoch, the last one with exit code 3" in output
     assert "worker-0.log:\nno licence" in output
@@ -268,7 +268,7 @@ def test_workers_that_die_at_their_start_stop_the_study_with_the_end_of_their_lo
 
 def test_three_trials_that_fail_the_same_way_end_the_command_with_the_traceback(hpo: Hpo, make_spec: MakeSpec) -> None:
     hpo.write(make_spec(*TWELVE), "def train(trial):\n    raise ZeroDivisionError('of mine')\n")
-    exit_code, output = hpo.run(*RUN)
+    exit_code, output = hpo.here(*RUN)
     assert exit_code == 1
     assert "3 trials failed the same way" in output
     assert output.count("ZeroDivisionError: of mine\n") >= 1
@@ -435,7 +435,7 @@ def test_an_interrupted_command_ends_by_itself_says_how_to_go_on_and_does(
     # Nobody was killed: the workers left at their next report.
     assert {attempt.outcome for trial in trials(hpo) for attempt in trial.attempts} == {"released"}
     go(hpo)
-    assert hpo.run(*RUN)[0] == 0
+    assert hpo.here(*RUN)[0] == 0
     assert is_finished(hpo, 4)
 
 
@@ -449,7 +449,7 @@ def test_hpo_stop_ends_the_command_and_resume_goes_on(hpo: Hpo, make_spec: MakeS
     assert "study 's' was stopped with 3 trials left" in output
     assert hpo.worker_pids() == []
     go(hpo)
-    exit_code, output = hpo.run("resume", "s", "--devices", "cpu", "--allow", "loop")
+    exit_code, output = hpo.here("resume", "s", "--devices", "cpu", "--allow", "loop")
     assert exit_code == 0, output
     assert is_finished(hpo, 3)
 

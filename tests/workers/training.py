@@ -48,7 +48,7 @@ def engine_study(
             "engine": {"lanes": lanes},
             "search": {"sampler": "grid", "space": {"lr": list(lrs)}},
             "model": {"name": "article_cnn", "width": 0.05},
-            "data": {"name": "digits", "train_samples": 200, "validation_fraction": 0.2},
+            "data": {"name": "digits", "train_samples": 100, "validation_fraction": 0.2},
             "training": {"epochs": 2, "optimizer": "adam", "batch_size": 50, **training},
             "checkpoints": {"keep_best": keep_best},
         }

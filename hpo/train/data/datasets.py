@@ -6,6 +6,7 @@ Shapes: N images, C H W image.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import DataConfig
@@ -145,13 +147,7 @@ def _download(dataset_class: Any, subfolder: str, config: DataConfig) -> Path:
 
 def _digits(config: DataConfig) -> OpenedDataset:
     """Open scikit-learn's 1,797 scanned digits: 8x8 with 17 levels of grey, enlarged to 32x32; a fifth is the test."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images_N1HW = torch.from_numpy(digits.images).float().unsqueeze(1)
-    enlarged = torch.nn.functional.interpolate(images_N1HW, size=(32, 32), mode="bilinear")
-    images = (enlarged * 255 / 16).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    labels = torch.from_numpy(digits.target).long()
+    images, labels = _scanned_digits()
     order = stratified_order(labels, seed=0)
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     return OpenedDataset(
@@ -159,6 +155,17 @@ def _digits(config: DataConfig) -> OpenedDataset:
         open_test=lambda: ArrayImages(images[test], labels[test]),
         num_classes=10,
     )
+
+
+@functools.cache  # 2 MB, for every split of them
+def _scanned_digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images_N1HW = torch.from_numpy(digits.images).float().unsqueeze(1)
+    enlarged = torch.nn.functional.interpolate(images_N1HW, size=(32, 32), mode="bilinear")
+    images_NHWC = (enlarged * 255 / 16).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return images_NHWC, torch.from_numpy(digits.target).long()
 
 
 def _image_folder(config: DataConfig) -> OpenedDataset:

@@ -159,6 +159,12 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def _free_gpu(device: torch.device) -> None:
+    """Free the memory of a GPU; on a CPU nothing is short of memory yet, and looking through all objects takes long."""
+    if device.type == "cuda":
+        free_memory()
+
+
 class Way(Protocol):
     """A way to train several trials at once."""
 
@@ -270,14 +276,14 @@ def _made(make: Callable[[], Made], refusals: list[str], *, device: torch.device
     except Exception as error:  # of libraries; what is the trial's own fault is raised again where it trains alone
         _raise_if_unusable(device)
         refusals.append(describe_error(error))
-    free_memory()
+    _free_gpu(device)
     return None
 
 
 def _measure(way: Way, counts: Iterable[int], *, device: torch.device) -> list[Measured]:
     """Return the rates with each number of lanes, until doubling gains little; leave the way without a trial."""
     measured: list[Measured] = []
-    free_memory()
+    _free_gpu(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for lanes in counts:
@@ -291,7 +297,7 @@ def _measure(way: Way, counts: Iterable[int], *, device: torch.device) -> list[M
         if rate < MIN_GAIN_OF_DOUBLING * fastest:
             break
     way.clear()
-    free_memory()
+    _free_gpu(device)
     return measured
 
 

@@ -126,7 +126,7 @@ def test_the_emulated_graph_repeats_what_the_host_computed() -> None:
     ],
 )
 def test_checkpoints_are_resumed_by_either_engine(model: ModelConfig, settings: dict[str, Any]) -> None:
-    config = trial(model=model, schedule="cosine", eps=1e-4, **settings)
+    config = trial(model=model, schedule="cosine", eps=1e-4, epochs=3, **settings)
     plain, captured = PlainEngine(device="cpu"), CapturedLanes(device=CPU)
     whole = train(CapturedLanes(device=CPU), config)
     plain.admit(config)

@@ -55,7 +55,7 @@ from tests.train.engines.trials import (
 def test_every_optimizer_and_schedule_is_the_plain_engines(settings: dict[str, Any]) -> None:
     config = trial(**settings, weight_decay=1e-2, gradient_clip=1.0, label_smoothing=0.1)
     plain = train(PlainEngine(device="cpu"), config)
-    among = {lanes: train_among(config, lanes=lanes) for lanes in (1, 4, 8)}
+    among = {lanes: train_among(config, lanes=lanes) for lanes in (1, 4)}
     for checkpoint in among.values():
         assert_close(checkpoint, plain)
         assert_equal(checkpoint, among[1])

@@ -1,6 +1,6 @@
 """Trials, networks and comparisons for the tests of engines that train many trials.
 
-Tolerances: losses agree to 1e-4 and parameters to 1e-3 of the largest (and 1e-6), over 3 epochs in float32. That is
+Tolerances: losses agree to 1e-4 and parameters to 1e-3 of the largest (and 1e-6), over 2 epochs in float32. That is
 rounding, which training amplifies: products are added in another order.
 """
 
@@ -21,7 +21,7 @@ from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.schedules import SCHEDULES
 
-EPOCHS = 3
+EPOCHS = 2
 CPU = torch.device("cpu")
 MOMENTUM = {"sgd": 0.9, "rmsprop": 0.5}
 # With the usual eps of 1e-8, rounding in place of a gradient that is zero would make whole steps of Adam's; the rules
