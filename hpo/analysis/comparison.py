@@ -19,9 +19,8 @@ from hpo.analysis.trials import best_trial, search_trials
 from hpo.analysis.warnings import find_warnings
 from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.config.study_file import flatten
+from hpo.config.trial_settings import PLUG_INS, keys_of
 from hpo.study.records import StudyRecord, TrialRecord
-from hpo.train.optim import OPTIMIZERS
-from hpo.train.schedules import SCHEDULES
 
 # Settings that do not change the question of a study: how it was searched, and which of many equal draws it was.
 NOT_COMPARED = (
@@ -248,10 +247,9 @@ def _setting_key(parameter: str) -> str:
 def _used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings without those of optimizers and schedules that are not used."""
     used = {"name"}
-    for table, kind in ((OPTIMIZERS, "training.optimizer"), (SCHEDULES, "training.schedule")):
-        entry = table.get(str(settings.get(kind)))
-        used |= set(entry.keys) if entry else set()
-    unused = {key for table in (OPTIMIZERS, SCHEDULES) for entry in table.values() for key in entry.keys} - used
+    for kind in PLUG_INS:
+        used |= keys_of(kind, str(settings[f"training.{kind}"])) if f"training.{kind}" in settings else set()
+    unused = {key for table in PLUG_INS.values() for entry in table.values() for key in entry.keys} - used
     return {key: value for key, value in settings.items() if key.removeprefix("training.") not in unused}
 
 

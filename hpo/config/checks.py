@@ -23,9 +23,11 @@ from hpo.config.sections import (
 )
 from hpo.config.trial_settings import (
     CONFIGS,
+    PLUG_INS,
     extreme_points,
     group_and_factor,
     is_default,
+    keys_of,
     searchable_keys,
     section_and_name,
     with_values,
@@ -40,14 +42,14 @@ from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar,
 from hpo.train.config import IMAGE_FOLDER, DataConfig, ModelConfig, TrainingConfig
 from hpo.train.data.augment import AUGMENTATIONS, named
 from hpo.train.imports import is_import_path
-from hpo.train.optim import OPTIMIZERS
-from hpo.train.schedules import SCHEDULES
+from hpo.train.optim import OPTIMIZERS, REFUSED_OPTIMIZERS, check_optimizer_options, optimizer_keys
 
 MULTIPLIERS = ("lr", "weight_decay")  # of training.groups
 MAX_GRID = 10**6
 MAX_LISTED = 10**6  # values of a range, in a sampler's memory
 MAX_POINTS_BEHIND = 100  # percentage points; more decades than that has no range either
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+OPTION = "optimizer_options."  # begins a key of the space that is an argument of the optimizer's
 REFERENCE_PATTERN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
@@ -346,10 +348,11 @@ def check_training(parameters: Mapping[str, Parameter], *, data: DataConfig, tra
         raise UserError("training.lr must be set, or searched as search.space.lr")
     if data.train_samples is not None and data.train_fraction is not None:
         raise UserError("data.train_samples and data.train_fraction cannot both be set")
-    for kind, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        entries = {name: entry.keys for name, entry in table.items()}
-        names = _check_names(kind, entries, parameters, training)
-        _check_keys_of(kind, entries, names, parameters, training)
+    names = {kind: _check_names(kind, parameters, training) for kind in PLUG_INS}
+    for kind in PLUG_INS:
+        _check_keys_of(kind, names[kind], parameters, training)
+    _check_optimizer_options(names["optimizer"], parameters, training)
+    _check_rprop_rates(names["optimizer"], parameters)
     for values in extreme_points(parameters, CONFIGS):
         _check_combination(with_values(training, values, section="training"), values)
 
@@ -390,7 +393,9 @@ def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:
         return
     if section == "model" and name not in ("name", "weights"):
         return  # an option of the network: its own constructor judges it, in the preflight
-    names = {field.name for field in dataclasses.fields(CONFIGS[section])} - {"options"}
+    if key.startswith(OPTION):
+        return  # `_check_optimizer_options` judges it
+    names = {field.name for field in dataclasses.fields(CONFIGS[section])} - {"options", "optimizer_options"}
     if name not in names or f"{section}.{name}" in STUDY_NEUTRAL_KEYS:
         if section == "data" and ":" in data.name:
             return
@@ -430,34 +435,56 @@ def _check_fixed_beside_searched(parameters: Mapping[str, Parameter], training: 
             raise UserError(f"training.{name} has no effect beside search.space.{name}, got {value!r}")
 
 
-def _check_names(
-    kind: str, table: Mapping[str, Any], parameters: Mapping[str, Parameter], training: TrainingConfig
-) -> set[str]:
-    """Return the names of the optimizers or schedules that trials can have; refuse one that is not in the table."""
+def _check_names(kind: str, parameters: Mapping[str, Parameter], training: TrainingConfig) -> set[str]:
+    """Return the names of the optimizers or schedules that trials can have; refuse one that is no name of any."""
     searched = parameters.get(kind)
     setting, names = f"training.{kind}", {str(getattr(training, kind))}
     if searched is not None:
         setting, names = f"search.space.{kind}", {str(value) for value in searched.extreme_values()}
     for name in names:
-        if name not in table:
-            raise unknown_name(setting, name, table)
+        if kind == "optimizer" and name in REFUSED_OPTIMIZERS:
+            raise UserError(f"{setting} cannot be {name!r}: {REFUSED_OPTIMIZERS[name]}")
+        if name not in PLUG_INS[kind] and not re.fullmatch(REFERENCE_PATTERN, name):
+            raise unknown_name(setting, name, PLUG_INS[kind])
     return names
 
 
+def _check_optimizer_options(
+    names: Collection[str], parameters: Mapping[str, Parameter], training: TrainingConfig
+) -> None:
+    """Refuse options that none of these optimizers takes; those of a user's own are known when it is imported."""
+    searched = {key.removeprefix(OPTION): one for key, one in parameters.items() if key.startswith(OPTION)}
+    for key in searched.keys() & training.optimizer_options.keys():
+        raise UserError(f"training.{OPTION}{key} has no effect beside search.space.{OPTION}{key}")
+    if not set(names) <= OPTIMIZERS.keys():
+        return
+    check_optimizer_options(training.optimizer_options, names, setting=f"training.{OPTION[:-1]}")
+    for key, parameter in searched.items():
+        for value in parameter.extreme_values():
+            check_optimizer_options({key: value}, names, setting=f"search.space.{OPTION[:-1]}")
+
+
+def _check_rprop_rates(names: Collection[str], parameters: Mapping[str, Parameter]) -> None:
+    lr = parameters.get("lr")
+    of_rprop = lr.cases.get("rprop") if isinstance(lr, Conditional) and lr.by == "optimizer" else lr
+    if "rprop" in names and is_auto(of_rprop):
+        raise UserError(
+            "search.space.lr must be a range or a list for optimizer 'rprop', which reads lr at its first step alone; "
+            "got 'auto'"
+        )
+
+
 def _check_keys_of(
-    kind: str,
-    table: Mapping[str, Collection[str]],
-    names: Collection[str],
-    parameters: Mapping[str, Parameter],
-    training: TrainingConfig,
+    kind: str, names: Collection[str], parameters: Mapping[str, Parameter], training: TrainingConfig
 ) -> None:
     """Refuse a key of [training] that none of these optimizers or schedules reads."""
-    known = {key for keys in table.values() for key in keys}
-    used = {key for name in names for key in table[name]}
+    table = PLUG_INS[kind]
+    known = {key for entry in table.values() for key in entry.keys}
+    used = {key for name in names for key in keys_of(kind, name)}
     for key in sorted(known - used):
         if key in parameters or not is_default(training, key):
             setting = f"search.space.{key}" if key in parameters else f"training.{key}"
-            takers = ", ".join(name for name, keys in table.items() if key in keys)
+            takers = ", ".join(name for name, entry in table.items() if key in entry.keys)
             raise UserError(f"{setting} has no meaning for {kind} {', '.join(sorted(names))} (only for {takers})")
 
 
@@ -466,10 +493,15 @@ def _check_combination(training: TrainingConfig, values: Mapping[str, Scalar]) -
     searched = f" (with {dict(values)} from search.space)" if values else ""
     if training.lr is None:
         raise UserError(f"training.lr must be set where search.space.lr has no case for it{searched}")
-    if training.nesterov and training.momentum == 0 and "nesterov" in OPTIMIZERS[training.optimizer].keys:
+    if training.nesterov and training.momentum == 0 and "nesterov" in optimizer_keys(training.optimizer):
         raise UserError(f"training.momentum must be greater than 0 with training.nesterov, got 0{searched}")
     if training.tf32 and training.precision != "fp32":
         raise UserError(f"training.precision must be 'fp32' with training.tf32, got {training.precision!r}{searched}")
+    if training.optimizer == "rprop" and (training.schedule != "constant" or training.warmup_epochs > 0):
+        raise UserError(
+            "training.schedule must be 'constant', without warm-up, for optimizer 'rprop', which reads lr at its first "
+            f"step alone; got {training.schedule!r}{searched}"
+        )
     if training.schedule == "multistep" and not training.milestones:
         raise UserError(f"training.milestones must name at least one epoch for schedule 'multistep'{searched}")
     if training.warmup_epochs >= training.epochs:

@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from hpo.config.checks import REFERENCE_PATTERN
 from hpo.config.study_spec import StudySpec
+from hpo.config.trial_settings import PLUG_INS
 from hpo.search.pruners import PRUNERS
 from hpo.search.samplers import SAMPLERS
-from hpo.search.space import AUTO, GROUPS, Range
-from hpo.train.optim import OPTIMIZERS
-from hpo.train.schedules import SCHEDULES
+from hpo.search.space import AUTO, GROUPS, NESTED, Range
 
 Schema = dict[str, Any]
 
@@ -26,8 +26,6 @@ Schema = dict[str, Any]
 NAMES: dict[tuple[str, str], Iterable[str]] = {
     ("search", "sampler"): SAMPLERS,
     ("pruner", "name"): PRUNERS,
-    ("training", "optimizer"): OPTIMIZERS,
-    ("training", "schedule"): SCHEDULES,
 }
 VALUES: Schema = {
     "type": "array",
@@ -45,6 +43,8 @@ def study_schema() -> Schema:
     name = sections.pop("name")
     for (section, key), table in NAMES.items():
         sections[section]["properties"][key]["enum"] = [*table]
+    for key, table in PLUG_INS.items():  # by name, or as package.module:name
+        sections["training"]["properties"][key]["anyOf"] = [{"enum": [*table]}, {"pattern": f"^{REFERENCE_PATTERN}$"}]
     for section in ("model", "data"):  # further keys go to a network or data set of a user's own
         sections[section]["properties"].pop("options")
         sections[section]["additionalProperties"] = True
@@ -52,7 +52,8 @@ def study_schema() -> Schema:
     nested = {"anyOf": [parameter, {"type": "object", "additionalProperties": parameter}]}  # model.width = ...
     space = sections["search"]["properties"]["space"]
     groups = {"type": "object", "additionalProperties": nested}  # groups.head.lr = ...
-    space |= {"properties": {"model": nested, "data": nested, GROUPS: groups}, "additionalProperties": parameter}
+    tables = dict.fromkeys(NESTED, nested) | {GROUPS: groups}
+    space |= {"properties": tables, "additionalProperties": parameter}
     changes = {section: {"$ref": f"#/definitions/{section}"} for section in sections}
     tables = dict(changes)
     for section, definition in sections.items():  # a table of [[compare]] changes some keys, and need not have these

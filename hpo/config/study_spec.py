@@ -28,7 +28,7 @@ from hpo.config.sections import (
     EngineSpec,
     ObjectiveSpec,
 )
-from hpo.config.trial_settings import CONFIGS, extreme_points, unread_keys, with_values
+from hpo.config.trial_settings import CONFIGS, PLUG_INS, extreme_points, unread_keys, with_values
 from hpo.errors import UserError, check_keys
 from hpo.search.config import PrunerSpec, SearchSpec, Section
 from hpo.search.race import course_of
@@ -37,6 +37,7 @@ from hpo.system.readable import one_line
 from hpo.train.config import (
     DEFAULT_RESIZE,
     IMAGE_FOLDER,
+    TIMM,
     TORCHVISION,
     DataConfig,
     ModelConfig,
@@ -176,15 +177,17 @@ class StudySpec(Section):
         references += [("data.augment", name) for name, _ in map(named, self.data.augment) if is_import_path(name)]
         if self.data.groups is not None and is_import_path(self.data.groups):
             references.append(("data.groups", self.data.groups))
-        for setting, value in (("model.name", self.model.name), ("data.name", self.data.name)):
-            if searched := self.search.parameters.get(setting):
-                references += [(f"search.space.{setting}", name) for name in searched.extreme_values()]
+        named = {"model.name": self.model.name, "data.name": self.data.name}
+        named |= {kind: getattr(self.training, kind) for kind in PLUG_INS}
+        for key, value in named.items():
+            if searched := self.search.parameters.get(key):
+                references += [(f"search.space.{key}", name) for name in searched.extreme_values()]
             else:
-                references.append((setting, value))
+                references.append((key if "." in key else f"training.{key}", value))
         return {
             str(reference): setting
             for setting, reference in reversed(references)
-            if ":" in str(reference) and not str(reference).startswith(TORCHVISION)
+            if ":" in str(reference) and not str(reference).startswith((TORCHVISION, TIMM))
         }
 
     def trial_config(self, values: Mapping[str, Scalar], *, seed: int) -> TrialConfig:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.search.space import GROUPS, Conditional, Parameter, Scalar, value_combinations
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
-from hpo.train.optim import OPTIMIZERS
-from hpo.train.schedules import SCHEDULES
+from hpo.train.optim import OPTIMIZERS, OWN_OPTIMIZER_KEYS, Optimizer
+from hpo.train.schedules import SCHEDULES, Schedule
 
 MAX_EXTREME_POINTS = 4096
 CONFIGS: dict[str, type[ModelConfig | DataConfig | TrainingConfig]] = {
@@ -20,11 +20,18 @@ CONFIGS: dict[str, type[ModelConfig | DataConfig | TrainingConfig]] = {
     "training": TrainingConfig,
 }
 
+# The plug-ins that [training] names, and the keys that a user's own understands.
+PLUG_INS: dict[str, Mapping[str, Optimizer | Schedule]] = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+OWN_KEYS: dict[str, frozenset[str]] = {"optimizer": OWN_OPTIMIZER_KEYS, "schedule": frozenset()}
+
 Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
 
 
 def section_and_name(key: str) -> tuple[str, str]:
-    """Return the setting that a key of the space names: `lr` is ("training", "lr"), `data.crop` ("data", "crop")."""
+    """Return the setting that a key of the space names: `lr` is ("training", "lr"), `data.crop` ("data", "crop").
+
+    An option of the optimizer, `optimizer_options.amsgrad`, keeps the name of its table.
+    """
     section, dot, name = key.partition(".")
     return (section, name) if dot and section in ("model", "data") else ("training", key)
 
@@ -38,9 +45,9 @@ def group_and_factor(name: str) -> tuple[str, str] | None:
 
 def searchable_keys() -> list[str]:
     """Return the keys that a space can have, without those of users' own networks and data."""
-    left_out = {*STUDY_NEUTRAL_KEYS, f"training.{GROUPS}", "training.freeze"}
-    training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in left_out]
     left_out = {*STUDY_NEUTRAL_KEYS, "data.options", "data.augment"}
+    left_out |= {f"training.{name}" for name in (GROUPS, "freeze", "optimizer_options")}
+    training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in left_out]
     data = [f"data.{f.name}" for f in dataclasses.fields(DataConfig) if f"data.{f.name}" not in left_out]
     return [*training, "groups.PATTERN.lr", "groups.PATTERN.weight_decay", "model.name", "model.weights", *data]
 
@@ -48,9 +55,15 @@ def searchable_keys() -> list[str]:
 def unread_keys(training: TrainingConfig) -> set[str]:
     """Return the keys of [training] that other optimizers and schedules read, but not these."""
     unread: set[str] = set()
-    for table, name in ((OPTIMIZERS, training.optimizer), (SCHEDULES, training.schedule)):
-        unread |= {key for entry in table.values() for key in entry.keys} - table[name].keys
+    for kind, table in PLUG_INS.items():
+        unread |= {key for entry in table.values() for key in entry.keys} - keys_of(kind, getattr(training, kind))
     return unread
+
+
+def keys_of(kind: str, name: str) -> frozenset[str]:
+    """Return the keys of [training] that a plug-in of this name understands, be it in the table or the user's own."""
+    entry = PLUG_INS[kind].get(name)
+    return OWN_KEYS[kind] if entry is None else entry.keys
 
 
 def is_default(config: ModelConfig | DataConfig | TrainingConfig, name: str) -> bool:
@@ -64,6 +77,7 @@ def is_default(config: ModelConfig | DataConfig | TrainingConfig, name: str) -> 
 def with_values(config: Config, values: Mapping[str, Scalar], *, section: str) -> Config:
     """Return a section's config with a trial's values in it; a key that is no field's becomes an option."""
     names = {field.name for field in dataclasses.fields(config)}
+    table = "optimizer_options" if isinstance(config, TrainingConfig) else "options"
     fields: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for key, value in values.items():
@@ -73,10 +87,9 @@ def with_values(config: Config, values: Mapping[str, Scalar], *, section: str) -
             groups = fields.setdefault(GROUPS, {pattern: dict(of) for pattern, of in config.groups.items()})
             groups.setdefault(group[0], {})[group[1]] = value
         elif key_section == section:
-            (fields if name in names else options)[name] = value
+            (fields if name in names else options)[name.removeprefix(f"{table}.")] = value
     if options:
-        assert not isinstance(config, TrainingConfig)
-        fields["options"] = {**config.options, **options}
+        fields[table] = {**getattr(config, table), **options}
     return dataclasses.replace(config, **fields)
 
 

@@ -16,6 +16,7 @@ from hpo.train.config import Doc
 
 Scalar = str | bool | int | float
 
+NESTED = ("model", "data", "optimizer_options")  # tables in [search.space]
 MAX_POINTS = 10_000  # of one range in a grid
 MAX_VALUES = 10**9  # of a range with steps; Optuna counts them in decimals of 28 digits
 GROUPS = "groups"  # begins the key of a multiplier of training.groups: groups.head.lr
@@ -202,12 +203,15 @@ def parse_space(space: Mapping[str, Any], *, grid: bool) -> dict[str, Parameter]
     """
     flat: dict[str, Any] = {}
     for key, value in space.items():
-        if key in ("model", "data", GROUPS) and isinstance(value, dict):
+        if key == GROUPS and isinstance(value, dict):
             for name, inner in value.items():
-                is_group = key == GROUPS and isinstance(inner, dict)
                 flat |= (
-                    {f"{key}.{name}.{of}": one for of, one in inner.items()} if is_group else {f"{key}.{name}": inner}
+                    {f"{key}.{name}.{of}": one for of, one in inner.items()}
+                    if isinstance(inner, dict)
+                    else {f"{key}.{name}": inner}
                 )
+        elif key in NESTED and isinstance(value, dict):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
         else:
             flat[key] = value
     for key in flat:

@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt, Predicate
 from hpo.errors import Rule
 
 TORCHVISION = "torchvision:"  # begins the name of a model of torchvision's, and of no module of a user's
+TIMM = "timm:"  # the same for what is timm's
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Settings that earlier checkpoints do not know; where they have their default, they do not count.
 LATER_KEYS = (
@@ -34,6 +35,7 @@ LATER_KEYS = (
     "training.no_decay",
     "training.freeze",
     "training.freeze_epochs",
+    "training.optimizer_options",
 )
 # How studies read the images of folders whose spec names no data.resize, because it was stored before that was a key.
 EARLIER_RESIZE, DEFAULT_RESIZE = "squash", "crop"
@@ -141,7 +143,12 @@ class TrainingConfig:
 
     epochs: Annotated[int, Ge(1), Doc("Number of epochs of a trial.")] = 10
     batch_size: Annotated[int, Ge(1), Doc("Number of images in a training step.")] = 128
-    optimizer: Annotated[str, Doc("Name of the optimizer.")] = "adam"
+    optimizer: Annotated[
+        str, Doc("The optimizer: a name of torch.optim in lower case, muon, timm:NAME, or package.module:Class.")
+    ] = "adam"
+    optimizer_options: Annotated[
+        Mapping[str, Any], Doc("Further arguments of the optimizer's class, such as amsgrad = true.")
+    ] = field(default_factory=dict)
     lr: Annotated[float | None, Gt(0), Doc("Learning rate, the peak of the schedule. Leave it out to search it.")] = (
         None
     )
@@ -151,7 +158,9 @@ class TrainingConfig:
     beta2: Annotated[float, Ge(0), Lt(1), Doc("The adam family: decay of the squared gradient's running mean.")] = 0.999
     eps: Annotated[float | None, Gt(0), Doc("Added to the denominator. By default the optimizer's own value.")] = None
     weight_decay: Annotated[float, Ge(0), Doc("Weight decay.")] = 0.0
-    schedule: Annotated[str, Doc("Name of the learning rate schedule.")] = "constant"
+    schedule: Annotated[
+        str, Doc("The learning rate schedule: a name, or package.module:function of the progress, from 0 to 1.")
+    ] = "constant"
     warmup_epochs: Annotated[float, Ge(0), Doc("Linear warm-up in front of any schedule, in epochs.")] = 0.0
     step_epochs: Annotated[int, Ge(1), Doc("step: epochs between two drops.")] = 10
     milestones: Annotated[

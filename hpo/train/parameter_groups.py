@@ -68,20 +68,23 @@ def multipliers_of(model: nn.Module, training: TrainingConfig, *, num_classes: i
 def parameter_groups(model: nn.Module, training: TrainingConfig, multipliers: Sequence[Multipliers]) -> Any:
     """Return what torch.optim takes: groups of the parameters with the same multipliers, or all parameters at once.
 
-    A group has its multiplier of the learning rate as `lr_multiplier`.
+    A group has its multiplier of the learning rate as `lr_multiplier`, and the places of its parameters in the network
+    as `places`.
     """
     if not has_groups(training):
         return model.parameters()
     assert training.lr is not None
     groups: dict[Multipliers, dict[str, Any]] = {}
-    for parameter, multiplier in zip(model.parameters(), multipliers, strict=True):
+    for place, (parameter, multiplier) in enumerate(zip(model.parameters(), multipliers, strict=True)):
         group = {
             "params": [],
             "lr": training.lr * multiplier.lr,
             "weight_decay": multiplier.scaled(training).weight_decay,
             "lr_multiplier": multiplier.lr,
+            "places": [],
         }
         groups.setdefault(multiplier, group)["params"].append(parameter)
+        groups[multiplier]["places"].append(place)
     return list(groups.values())
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as a table: the name of each, and the keys of [training] that it reads.
+"""Learning-rate schedules: the table of those with a name, and functions of users' own.
 
 A schedule is a pure function of explicit state: the position in the training, and the validation losses so far. A
 resumed trial therefore needs no scheduler object restored. Tests hold each schedule to its counterpart in
@@ -10,9 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from hpo.errors import unknown_name
+from hpo.errors import UserError, unknown_name
 from hpo.train.config import TrainingConfig
+from hpo.train.imports import describe_error, import_object, is_import_path
+
+CHECKED_POINTS = 101  # of a training, at which a user's own schedule is tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,40 @@ class Schedule:
     keys: frozenset[str] = frozenset()
 
 
-def lr_factor(training: TrainingConfig, *, epoch: float, steps_per_epoch: int, val_losses: Sequence[float]) -> float:
+def find_schedule(name: str) -> Schedule:
+    """Return the schedule that training.schedule names; `package.module:function` is imported.
+
+    Such a function is given the progress after the warm-up, from 0 to 1 at the end of the training, and returns the
+    factor. Raises UserError where there is no such schedule.
+    """
+    if is_import_path(name):
+        return Schedule(factor=partial(_own_factor, import_object(name, setting="training.schedule"), name))
+    if name not in SCHEDULES:
+        raise unknown_name("training.schedule", name, SCHEDULES)
+    return SCHEDULES[name]
+
+
+def check_own_schedule(name: str) -> None:
+    """Refuse a user's own schedule that gives no factor somewhere, or another one when it is asked again."""
+    function = import_object(name, setting="training.schedule")
+    shares = [point / (CHECKED_POINTS - 1) for point in range(CHECKED_POINTS)]
+    first, second = ([_call_own(function, name, share) for share in shares] for _ in range(2))
+    for share, one, other in zip(shares, first, second, strict=True):
+        if one != other:
+            raise UserError(
+                f"training.schedule = {name!r} must depend on the progress alone; at progress {share:g} it returned "
+                f"{one:g}, and then {other:g}"
+            )
+
+
+def lr_factor(
+    training: TrainingConfig,
+    *,
+    epoch: float,
+    steps_per_epoch: int,
+    val_losses: Sequence[float],
+    schedule: Schedule | None = None,
+) -> float:
     """Return the multiplier of `training.lr` for one step.
 
     The warm-up rises linearly over `warmup_epochs`, from one step's worth at the first step to 1 at its last. The
@@ -54,10 +92,9 @@ def lr_factor(training: TrainingConfig, *, epoch: float, steps_per_epoch: int, v
         epoch: The position of the step: steps done / steps per epoch, so 0 for the first one.
         steps_per_epoch: The number of steps of an epoch.
         val_losses: The validation loss of each finished epoch.
+        schedule: What `find_schedule` returns for it, to find it once for many steps.
     """
-    schedule = SCHEDULES.get(training.schedule)
-    if schedule is None:
-        raise unknown_name("training.schedule", training.schedule, SCHEDULES)
+    schedule = schedule or find_schedule(training.schedule)
     warmup = training.warmup_epochs
     if epoch < warmup:
         return min(1.0, (epoch + 1 / steps_per_epoch) / warmup)
@@ -78,6 +115,28 @@ def _robust_floor(position: float) -> int:
 def _cosine_from(start: float, end: float, share: float) -> float:
     """Return the point at `share` of half a cosine from `start` at share 0 to `end` at share 1."""
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _own_factor(function: Callable[..., Any], name: str, training: TrainingConfig, position: SchedulePosition) -> float:
+    return _call_own(function, name, min(1.0, position.share))
+
+
+def _call_own(function: Callable[..., Any], name: str, progress: float) -> float:
+    """Return what a user's own schedule gives; raise UserError where that is no factor."""
+    setting = f"training.schedule = {name!r}"
+    try:
+        returned = function(progress)
+    except Exception as error:  # whatever the user's function raises
+        raise UserError(f"{setting} failed at progress {progress:g}: {describe_error(error)}") from error
+    try:
+        factor = float(returned)
+    except (TypeError, ValueError, OverflowError):
+        factor = math.nan
+    if not (math.isfinite(factor) and factor >= 0):
+        raise UserError(
+            f"{setting} must return a finite number of at least 0, got {returned!r} at progress {progress:g}"
+        )
+    return factor
 
 
 def _constant(training: TrainingConfig, position: SchedulePosition) -> float:

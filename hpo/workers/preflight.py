@@ -118,6 +118,8 @@ def _try_networks(spec: StudySpec) -> dict[str, Any]:
             loaded = config.data, *_load_checked(config.data, with_test=spec.confirm is not None)
         _, data, described = loaded
         tried.append(_try_network(spec, config, data) | described)
+        if len(tried) == 1:
+            _try_recipes(spec, values, data)
     return tried[0] | _joined_weights(tried)
 
 
@@ -184,14 +186,13 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
     begun = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
     images, _ = next(data.val.batches(2))
     check_model(model, batch=images, num_classes=data.num_classes)
-    batch_sizes = [LARGEST_TRIED_BATCH, config.training.batch_size, *_extreme_values(spec, "batch_size")]
     weights: dict[str, Any] = {}
     if config.model.weights is not None:
         fitted = fit_weights(named_network(model), config.model, num_classes=data.num_classes)
         weights = dict(zip(WEIGHTS_KEYS, (weights_digest(config.model), fitted.text), strict=True))
     multipliers_of(model, config.training, num_classes=data.num_classes)
     set_trained(model, config.training, epoch=0, num_classes=data.num_classes)
-    _check_trainable(model, *next(data.train.batches(min(map(int, batch_sizes)))))
+    _check_trainable(model, *next(data.train.batches(_tried_batch_size(spec))))
     check_fresh(initial_model(config, data=data, device=cpu), begun, trained=model, name=config.model.name)
     return {
         "num_train": len(data.train),
@@ -204,6 +205,38 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         **weights,
     }
+
+
+def _try_recipes(spec: StudySpec, values: Mapping[str, Any], data: SplitDataset) -> None:
+    """Build the optimizer of each extreme point of the space, for a network with these values.
+
+    Optimizers and schedules that are not of the table are tried.
+    """
+    import torch
+
+    from hpo.train.engines.lane_state import initial_model
+    from hpo.train.engines.optimizer_proof import check_optimizer_resumes
+    from hpo.train.optim import OPTIMIZERS, build_optimizer
+    from hpo.train.parameter_groups import multipliers_of, parameter_groups
+    from hpo.train.schedules import SCHEDULES, check_own_schedule
+
+    batch = next(data.train.batches(_tried_batch_size(spec)))
+    model = initial_model(spec.trial_config(values, seed=0), data=data, device=torch.device("cpu"))
+    tried: set[str] = set()
+    for point in spec.extreme_points(sections=("training",)):
+        config = spec.trial_config({**values, **point}, seed=0)
+        multipliers = multipliers_of(model, config.training, num_classes=data.num_classes)
+        build_optimizer(parameter_groups(model, config.training, multipliers), config.training, device_type="cpu")
+        optimizer, schedule = config.training.optimizer, config.training.schedule
+        if optimizer not in tried | OPTIMIZERS.keys():
+            check_optimizer_resumes(config, data=data, batch=batch)
+        if schedule not in tried | SCHEDULES.keys():
+            check_own_schedule(schedule)
+        tried |= {optimizer, schedule}
+
+
+def _tried_batch_size(spec: StudySpec) -> int:
+    return min(map(int, [LARGEST_TRIED_BATCH, spec.training.batch_size, *_extreme_values(spec, "batch_size")]))
 
 
 def _extreme_values(spec: StudySpec, key: str) -> list[Any]:

@@ -76,6 +76,31 @@ MISTAKES = {
     "[search]\nsampler = 'bayes'": ["search.sampler must be one of", "tpe", "'bayes'"],
     "[pruner]\nname = 'hyperbrand'": ["pruner.name must be one of", "did you mean 'hyperband'"],
     "[training]\noptimizer = 'adm'": ["training.optimizer must be one of", "adadelta", "did you mean"],
+    "[training]\noptimizer = 'adamxa'": ["training.optimizer must be one of", "did you mean 'adamax'"],
+    "[training]\noptimizer = 'lbfgs'": ["training.optimizer cannot be 'lbfgs': it calls the network several times"],
+    "[training]\noptimizer = 'my.module:'": ["training.optimizer must be one of", "got 'my.module:'"],
+    "[training]\noptimizer = 'm:C'\nmomentum = 0.9": ["training.momentum has no meaning for optimizer m:C"],
+    "[training.optimizer_options]\namsgradd = true": [
+        "training.optimizer_options.amsgradd is not an option of optimizer adam (did you mean 'amsgrad'?), "
+        "which takes amsgrad, decoupled_weight_decay"
+    ],
+    "[training.optimizer_options]\nbetas = [0.9, 0.99]": [
+        "training.optimizer_options.betas has a place of its own: training.beta1 and training.beta2"
+    ],
+    "[training.optimizer_options]\nlr = 0.1": ["optimizer_options.lr has a place of its own: training.lr or search"],
+    "[training.optimizer_options]\nfused = true": ["training.optimizer_options.fused cannot be set"],
+    "[training.optimizer_options]\namsgrad = 1": ["training.optimizer_options.amsgrad must be true or false, got 1"],
+    "[training]\noptimizer = 'rmsprop'\noptimizer_options = { alpha = nan }": ["must be a finite number, got nan"],
+    "[training]\noptimizer = 'rprop'\noptimizer_options = { etas = [1] }": ["must be a list of 2 numbers, got [1]"],
+    "[training]\noptimizer = 'muon'\noptimizer_options = { ns_steps = 1.5 }": ["ns_steps must be an integer, got 1.5"],
+    "[training]\noptimizer = 'muon'\noptimizer_options = { adjust_lr_fn = 3 }": ["adjust_lr_fn must be a text, got 3"],
+    "[training]\noptimizer = 'adamax'\noptimizer_options = { amsgrad = true }": ["which takes no options"],
+    "[search.space.optimizer_options]\namsgrad = [1, 2]": ["search.space.optimizer_options.amsgrad must be true or"],
+    "[search.space.optimizer_options]\namsgrda = [true]": ["search.space.optimizer_options.amsgrda is not an option"],
+    "[search.space.optimizer_options]\namsgrad = [true]\n[training.optimizer_options]\namsgrad = true": [
+        "training.optimizer_options.amsgrad has no effect beside search.space.optimizer_options.amsgrad"
+    ],
+    "[training]\noptimizer = 'rprop'\nschedule = 'cosine'": ["training.schedule must be 'constant', without warm-up"],
     "[training]\nschedule = 'cosin'": ["training.schedule must be one of", "'cosin'", "did you mean 'cosine'"],
     "[training]\ncheckpoint_epochs = 0": [
         "training.checkpoint_epochs must be 'auto' or an integer of at least 1, got 0"
@@ -186,6 +211,21 @@ def test_a_goal_needs_a_learning_rate_and_percentage_points_an_accuracy() -> Non
         StudySpec.from_dict({"name": "s", "search": search, "training": {"lr": 0.1}})
     for auto in ("0.3 decades", "1 decade", ".5 points"):
         StudySpec.from_dict({"name": "s", "search": {"until": auto, "space": {"lr": "auto"}}})
+
+
+def test_options_of_an_optimizer_are_settings_and_can_be_searched() -> None:
+    text = MINIMAL + "optimizer = ['adam', 'nadam', 'own:Lion']\noptimizer_options.amsgrad = [true, false]\n"
+    spec = read(text + "[training.optimizer_options]\nmomentum_decay = 0.1\n[pruner]\nname = 'none'")
+    assert StudySpec.from_dict(spec.frozen()).frozen() == spec.frozen()
+    assert spec.names_of_code() == {"own:Lion": "search.space.optimizer"}
+    training = spec.trial_config({"lr": 0.1, "optimizer": "adam", "optimizer_options.amsgrad": True}, seed=0).training
+    assert (training.optimizer, training.optimizer_options) == ("adam", {"momentum_decay": 0.1, "amsgrad": True})
+
+
+@pytest.mark.parametrize("lr", ["lr = 'auto'", "lr.by.optimizer = { adam = [0.1], rprop = 'auto' }"])
+def test_a_range_test_is_no_use_to_rprop(lr: str) -> None:
+    with pytest.raises(UserError, match=r"search\.space\.lr must be a range or a list for optimizer 'rprop'"):
+        read(f"name = 's'\n[search.space]\noptimizer = ['adam', 'rprop']\n{lr}")
 
 
 SPACES = {

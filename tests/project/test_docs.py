@@ -108,10 +108,12 @@ def test_defaults_of_pruners_are_those_documented() -> None:
 
 def test_options_of_optimizers_and_schedules_are_those_documented() -> None:
     text = section("### `[training]`")
-    keys_of = {name: entry.keys for table in (OPTIMIZERS, SCHEDULES) for name, entry in table.items()}
-    for name, keys in keys_of.items():
+    known = {name: [entry.keys, entry.options.keys()] for name, entry in OPTIMIZERS.items()}
+    known |= {name: [entry.keys] for name, entry in SCHEDULES.items()}
+    for name, columns in known.items():
         row = next(line for line in text.splitlines() if line.startswith("| `") and f"`{name}`" in line.split("|")[1])
-        assert set(re.findall(r"`(\w+)`", row.split("|", 2)[2])) == set(keys)
+        for names, cell in zip(columns, row.split("|")[2:-1], strict=True):
+            assert set(re.findall(r"`(\w+)`", cell)) == set(names), name
 
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]

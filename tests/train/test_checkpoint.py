@@ -124,6 +124,48 @@ WITH_OPTIMIZER = [
     pytest.param({"optimizer": name, "momentum": MOMENTUM.get(name, 0.0), "weight_decay": 1e-3}, id=name)
     for name in OPTIMIZERS
 ]
+WITH_OPTIMIZER += [
+    pytest.param({"optimizer": "own_recipe:Averaged"}, id="own"),
+    pytest.param({"optimizer": "rmsprop", "optimizer_options": {"centered": True}}, id="options"),
+]
+# An optimizer that trains one set of weights and evaluates another, as those without a schedule do, with a number of
+# its own in its group; and a schedule.
+OWN_RECIPE = """
+import torch
+
+class Averaged(torch.optim.SGD):
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.param_groups[0] |= {"steps": 0, "is_training": False}
+
+    @torch.no_grad()
+    def swap(self, is_training):
+        group = self.param_groups[0]
+        if group["steps"] and group["is_training"] != is_training:
+            for parameter in group["params"]:
+                other = self.state[parameter]["other"]
+                self.state[parameter]["other"] = parameter.clone()
+                parameter.copy_(other)
+        group["is_training"] = is_training
+
+    def train(self):
+        self.swap(True)
+
+    def eval(self):
+        self.swap(False)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        group = self.param_groups[0]
+        assert group["is_training"]
+        super().step()
+        group["steps"] += 1
+        for parameter in group["params"]:
+            self.state[parameter].setdefault("other", torch.zeros_like(parameter)).lerp_(parameter, 1 / group["steps"])
+
+def halving(progress):
+    return 0.5 ** (4 * progress)
+"""
 OF_SCHEDULE: dict[str, dict[str, Any]] = {
     "step": {"step_epochs": 1},
     "multistep": {"milestones": (1, 2)},
@@ -133,12 +175,15 @@ OF_SCHEDULE: dict[str, dict[str, Any]] = {
 }
 WITH_SCHEDULE = [
     pytest.param({"optimizer": "sgd", "momentum": 0.9, "schedule": name} | OF_SCHEDULE.get(name, {}), id=name)
-    for name in SCHEDULES
+    for name in [*SCHEDULES, "own_recipe:halving"]
 ]
 
 
 @pytest.mark.parametrize("settings", [*WITH_OPTIMIZER, *WITH_SCHEDULE])
-def test_a_trial_interrupted_after_any_epoch_ends_as_if_it_had_not_been(settings: Any, tmp_path: Path) -> None:
+def test_a_trial_interrupted_after_any_epoch_ends_as_if_it_had_not_been(
+    settings: Any, own_code: Path, tmp_path: Path
+) -> None:
+    (own_code / "own_recipe.py").write_text(OWN_RECIPE)
     config = trial(**settings)
     whole = train_and_save(config, tmp_path)
     assert (len({result.lr for result in whole.results}) > 1) == (config.training.schedule != "constant")

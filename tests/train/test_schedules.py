@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from hpo.errors import UserError
 from hpo.train.config import TrainingConfig
-from hpo.train.schedules import SCHEDULES, lr_factor
+from hpo.train.schedules import SCHEDULES, check_own_schedule, lr_factor
 
 EPOCHS, STEPS_PER_EPOCH = 12, 7
 NUM_STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -142,3 +144,48 @@ def test_falls_at_the_epoch_where_division_rounds_down() -> None:
 def test_unknown_schedule() -> None:
     with pytest.raises(UserError, match=r"training.schedule must be one of .*got 'cosin' .*'cosine'"):
         lr_factor(TrainingConfig(schedule="cosin"), epoch=0, steps_per_epoch=1, val_losses=())
+
+
+OWN_SCHEDULES = """
+from random import random
+
+def cosine(progress):
+    from math import cos, pi
+    return (1 + cos(pi * progress)) / 2
+
+def raises(progress):
+    return 1 / (1 - progress)
+
+def negative(progress):
+    return 0.5 - progress
+
+def words(progress):
+    return "half"
+
+def draws(progress):
+    return random()
+"""
+
+
+def test_a_schedule_of_ones_own_is_a_function_of_the_progress(own_code: Path) -> None:
+    (own_code / "own_schedules.py").write_text(OWN_SCHEDULES)
+    for warmup_epochs in (0, 2):
+        training = TrainingConfig(epochs=EPOCHS, schedule="own_schedules:cosine", warmup_epochs=warmup_epochs)
+        assert factors(training) == pytest.approx(factors(replace(training, schedule="cosine")))
+    check_own_schedule("own_schedules:cosine")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "failed at progress 1: ZeroDivisionError"),
+        ("negative", "must return a finite number of at least 0, got -0.01"),
+        ("words", "must return a finite number of at least 0, got 'half' at progress 0"),
+        ("draws", "must depend on the progress alone; at progress 0 it returned"),
+    ],
+)
+def test_what_gives_no_factor_is_refused_before_training(name: str, message: str, own_code: Path) -> None:
+    (own_code / "own_schedules.py").write_text(OWN_SCHEDULES)
+    with pytest.raises(UserError, match=f"training.schedule = 'own_schedules:{name}' {message}") as caught:
+        check_own_schedule(f"own_schedules:{name}")
+    assert "\n" not in str(caught.value)

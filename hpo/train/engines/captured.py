@@ -42,7 +42,7 @@ from hpo.train.engines.side_effects import SideEffects, has_torchscript, own_sta
 from hpo.train.engines.vmap_ops import LaneGenerators
 from hpo.train.failures import is_out_of_memory
 from hpo.train.imports import describe_error
-from hpo.train.optim import OPTIMIZERS
+from hpo.train.optim import optimizer_keys, why_no_rule
 from hpo.train.parameter_groups import has_groups
 from hpo.train.snapshot import Snapshot
 
@@ -53,7 +53,7 @@ def capture_key(config: TrialConfig) -> str:
     """Return a key that is the same for trials that the same graphs can train: what is a constant in them agrees."""
     training = config.training
     keys = {"batch_size", "optimizer", "label_smoothing", "gradient_clip", "precision", "tf32", "compile"}
-    keys |= {"report_test_accuracy", *OPTIMIZERS[training.optimizer].keys}
+    keys |= {"report_test_accuracy", "optimizer_options", *optimizer_keys(training.optimizer)}
     constants = [
         config.model,
         config.data,
@@ -389,6 +389,8 @@ def _check_capturable(config: TrialConfig, model: nn.Module) -> None:
         raise NotCapturable("its parameters are not all trained alike (groups, layer_decay, no_decay or freeze)")
     if config.data.augment:
         raise NotCapturable("data.augment draws on the host, image by image")
+    if (reason := why_no_rule(config.training)) is not None:
+        raise NotCapturable(reason)
     if has_torchscript(model):
         raise NotCapturable("it has modules of TorchScript")
     if (name := own_state(model)) is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hpo.train.config import TrainingConfig
 from hpo.train.engines.lane_state import LaneState
-from hpo.train.optim import OPTIMIZERS, build_optimizer, with_eps
+from hpo.train.optim import OPTIMIZERS, build_optimizer, update_rule, with_eps
 
 ALIGNMENT_NUMBERS = 64  # float32: 256 bytes, as torch aligns a tensor of its own; the padding has no gradient
 
@@ -122,7 +122,7 @@ class RuleOptimizer:
     ) -> None:
         build_optimizer(parameters, training, device_type=device.type)  # refuses wrong settings
         training = with_eps(training)
-        self._rule = OPTIMIZERS[training.optimizer].update
+        self._rule = update_rule(training)
         self._parameters = parameters
         self._names = list(self._rule.factors(training, 0.0, 1))
         self._numbers_SN = torch.zeros((num_steps, len(self._names)), device=device)

@@ -23,9 +23,9 @@ from hpo.train.data.sources import batch_bounds
 from hpo.train.engines.divergence import why_diverged
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
 from hpo.train.models import build_model, fit_memory_format
-from hpo.train.optim import OPTIMIZERS, build_optimizer, set_lr
+from hpo.train.optim import build_optimizer, set_lr, update_rule
 from hpo.train.parameter_groups import Multipliers, parameter_groups
-from hpo.train.schedules import lr_factor
+from hpo.train.schedules import Schedule, find_schedule, lr_factor
 from hpo.train.seeding import seed_generators
 from hpo.train.snapshot import Packing, Snapshot
 
@@ -43,9 +43,11 @@ class LaneState:
     first_loss: float = math.nan  # of the trial's first step
     results: list[EpochResult] = field(default_factory=list)  # of the finished epochs
     config_digest: str = field(init=False)  # as the trial begins: the file of its weights may change later
+    schedule: Schedule = field(init=False)
 
     def __post_init__(self) -> None:
         self.config_digest = config_digest(self.config)
+        self.schedule = find_schedule(self.config.training.schedule)
 
     @property
     def epoch(self) -> int:
@@ -61,6 +63,7 @@ class LaneState:
             epoch=self.epoch + step / num_steps,
             steps_per_epoch=num_steps,
             val_losses=[result.val_loss for result in self.results],
+            schedule=self.schedule,
         )
         return training.lr * factor
 
@@ -254,7 +257,7 @@ def optimizer_state_dict(
         common["step"] = torch.tensor(float(steps))
     if training.optimizer == "nadam":
         common["mu_product"] = torch.tensor(nadam_momentum_product(training.beta1, steps))
-    kept = OPTIMIZERS[training.optimizer].update.moments
+    kept = update_rule(training).moments
     names = [name for name in kept if name != "momentum_buffer" or training.momentum]
     states = {
         index_of[id(parameter)]: common | dict(of_one)

@@ -30,7 +30,7 @@ from hpo.train.engines.lane_state import (
 )
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.imports import describe_error
-from hpo.train.optim import build_optimizer, set_lr
+from hpo.train.optim import NOT_OPTIONS, build_optimizer, set_lr, set_optimizer_mode
 from hpo.train.parameter_groups import multipliers_of, parameter_groups, set_trained
 from hpo.train.seeding import seed_generators
 from hpo.train.snapshot import Snapshot
@@ -45,6 +45,16 @@ class PlainLaneState(LaneState):
     optimizer: torch.optim.Optimizer
     amp_dtype: torch.dtype | None  # of automatic mixed precision; None: float32 throughout
     is_whole: bool = True  # between two epochs, not within one
+
+    def begin_training(self) -> None:
+        """Have the network, but what is frozen in the epoch in progress, and the optimizer train."""
+        set_trained(self.model, self.config.training, epoch=self.epoch, num_classes=self.data.num_classes)
+        set_optimizer_mode(self.optimizer, training=True)
+
+    def begin_evaluation(self) -> None:
+        """Have the network and the optimizer ready for an evaluation."""
+        self.model.eval()
+        set_optimizer_mode(self.optimizer, training=False)
 
 
 class PlainEngine(Engine):
@@ -129,7 +139,7 @@ class PlainEngine(Engine):
         losses_S = torch.empty(num_steps, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         seed_generators(seed, "epoch", lane.epoch)
-        set_trained(lane.model, training, epoch=lane.epoch, num_classes=data.num_classes)
+        lane.begin_training()
         batches = data.train.batches(training.batch_size, seed=seed, epoch=lane.epoch)
         for step, (images_BCHW, labels_B) in enumerate(batches):
             if self._should_stop():
@@ -153,6 +163,7 @@ class PlainEngine(Engine):
 
     def _evaluate(self, lane: PlainLaneState, loader: BatchLoader) -> tuple[float, float]:
         """Return the mean loss and the accuracy over a split, from float32 sums."""
+        lane.begin_evaluation()
         batches = loader.batches(evaluation_batch_size(lane.config, data=lane.data))
         sums_2 = evaluation_sums(lane.model, batches, device=self.device, amp_dtype=lane.amp_dtype)
         loss, accuracy = (sums_2 / len(loader)).tolist()
@@ -164,10 +175,9 @@ def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device)
     check_test_set(config, data=data)
     amp_dtype = mixed_precision(config.training, device=device)
     model = initial_model(config, data=data, device=device)
-    set_trained(model, config.training, epoch=0, num_classes=data.num_classes)
     multipliers = multipliers_of(model, config.training, num_classes=data.num_classes)
     groups = parameter_groups(model, config.training, multipliers)
-    return PlainLaneState(
+    lane = PlainLaneState(
         config=config,
         data=data,
         network=lambda: model,
@@ -177,6 +187,8 @@ def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device)
         optimizer=build_optimizer(groups, config.training, device_type=device.type),
         amp_dtype=amp_dtype,
     )
+    lane.begin_training()
+    return lane
 
 
 def restore(lane: PlainLaneState, checkpoint: Checkpoint) -> None:
@@ -186,9 +198,13 @@ def restore(lane: PlainLaneState, checkpoint: Checkpoint) -> None:
     optimizer = lane.optimizer
     try:
         lane.model.load_state_dict(state["model"])
-        # The groups keep the settings of this device, such as `fused`, which decides where `step` is stored.
-        groups = zip(optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
-        new_groups = [{**group, "lr": saved["lr"]} for group, saved in groups]
+        # A group may keep numbers of its own, as Prodigy's do, and keeps how steps are computed on this device, such as
+        # `fused`, which decides where `step` is stored.
+        ours, saved = optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]
+        new_groups = [
+            group | of_trial | {key: group[key] for key in NOT_OPTIONS & group.keys()}
+            for group, of_trial in zip(ours, saved, strict=True)
+        ]
         optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": new_groups})
     except torch.OutOfMemoryError:
         raise

@@ -39,16 +39,16 @@ from hpo.train.engines.stack_probe import check_stackable
 from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
 from hpo.train.engines.stacked_numbers import StepNumbers
 from hpo.train.engines.stacked_rows import StackedRows
-from hpo.train.optim import OPTIMIZERS, build_optimizer
+from hpo.train.optim import build_optimizer, update_rule, why_no_rule
 from hpo.train.snapshot import Snapshot
 
 
 def stack_key(config: TrialConfig) -> str:
     """Return a key that is the same for trials of one kind: those whose networks, batches and update rules agree."""
     training = config.training
-    agreeing = [config.model, config.data, training.batch_size, training.optimizer, training.precision]
+    agreeing = [config.model, config.data, training.batch_size, training.optimizer, training.optimizer_options]
     switches = [training.tf32, training.compile, training.report_test_accuracy, bool(training.freeze)]
-    return json.dumps([*map(repr, agreeing), *switches])
+    return json.dumps([*map(repr, [*agreeing, training.precision]), *switches])
 
 
 class TrialStack(Engine):
@@ -80,6 +80,8 @@ class TrialStack(Engine):
             raise NotStackable("training.compile compiles a single network")
         if config.training.freeze:
             raise NotStackable("training.freeze leaves parameters untrained")
+        if (reason := why_no_rule(config.training)) is not None:
+            raise NotStackable(reason)
         if not isinstance(data.train.source, DeviceSource):
             raise NotStackable("its images are not on the device")
         check_test_set(config, data=data)
@@ -92,7 +94,7 @@ class TrialStack(Engine):
         images_BCHW, _ = next(data.train.batches(config.training.batch_size))
         other = initial_model(replace(config, seed=config.seed + 1), data=data, device=device)
         check_stackable(self._network, other, images_BCHW, amp_dtype=self._amp_dtype)
-        self._update = OPTIMIZERS[config.training.optimizer].update
+        self._update = update_rule(config.training)
         self._lanes: list[LaneState | None] = []  # by lane; None where it is free
         self._row_lanes: list[int] = []  # the lane of each row
         self._tensors = StackedRows(self._model, self._update, device=device)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Factors: TypeAlias = "Mapping[str, Tensor]"  # each (K, 1)
 Moments: TypeAlias = "Mapping[str, Tensor]"  # each (K, P), changed in place
 
-RMSPROP_ALPHA = 0.99  # torch's defaults; studies cannot set them
+RMSPROP_ALPHA = 0.99  # torch's defaults; a trial with others has no update rule
 ADADELTA_RHO = 0.9
 NADAM_MOMENTUM_DECAY = 4e-3
 
@@ -161,6 +161,25 @@ def _radam(params_KP: Tensor, grads_KP: Tensor, moments: Moments, factors: Facto
     params_KP.addcdiv_(average * factors["step_size"], scale)
 
 
+def _adamax_factors(training: TrainingConfig, lr: float, step: int) -> dict[str, float]:
+    assert training.eps is not None
+    return {
+        "weight_decay": training.weight_decay,
+        "new_average": 1 - training.beta1,
+        "old_largest": training.beta2,
+        "eps": training.eps,
+        "step_size": -lr / (1 - training.beta1**step),
+    }
+
+
+def _adamax(params_KP: Tensor, grads_KP: Tensor, moments: Moments, factors: Factors) -> None:
+    grads_KP.addcmul_(params_KP, factors["weight_decay"])
+    average, largest = moments["exp_avg"], moments["exp_inf"]
+    average.lerp_(grads_KP, factors["new_average"])
+    largest.mul_(factors["old_largest"]).clamp_(min=grads_KP.abs_().add_(factors["eps"]))
+    params_KP.addcdiv_(average * factors["step_size"], largest)
+
+
 def _rmsprop_factors(training: TrainingConfig, lr: float, step: int) -> dict[str, float]:
     assert training.eps is not None
     return {
@@ -208,6 +227,7 @@ SGD = Update(moments=("momentum_buffer",), factors=_sgd_factors, apply=_sgd)
 ADAM = Update(moments=_AVERAGES, factors=_adam_factors, apply=_adam)
 ADAMW = Update(moments=_AVERAGES, factors=_adamw_factors, apply=_adamw)
 NADAM = Update(moments=_AVERAGES, factors=_nadam_factors, apply=_nadam)
+ADAMAX = Update(moments=("exp_avg", "exp_inf"), factors=_adamax_factors, apply=_adamax)
 RADAM = Update(moments=_AVERAGES, factors=_radam_factors, apply=_radam)
 RMSPROP = Update(moments=("square_avg", "momentum_buffer"), factors=_rmsprop_factors, apply=_rmsprop)
 ADAGRAD = Update(moments=("sum",), factors=_ada_factors, apply=_adagrad)

@@ -21,7 +21,6 @@ from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.planning import LanePlan
 from hpo.train.engines.protocol import Stopped
-from hpo.train.optim import OPTIMIZERS
 from tests.rows import slow_except
 from tests.train.engines.replay import RecordedGraph, ReplayingRunner
 from tests.train.engines.trials import (
@@ -34,6 +33,7 @@ from tests.train.engines.trials import (
     QUICK_SETTINGS,
     SETTINGS,
     UNUSUAL,
+    WITH_RULE,
     assert_close,
     assert_equal,
     timeless,
@@ -87,7 +87,7 @@ def test_every_kind_of_network_is_the_plain_engines_among_others(name: str) -> N
         pytest.param(UNUSUAL, {"optimizer": "sgd"}, id="unusual", marks=pytest.mark.slow),
         *(
             pytest.param(ARTICLE, {"optimizer": name}, id=name, marks=pytest.mark.slow)
-            for name in OPTIMIZERS
+            for name in WITH_RULE
             if name != "adam"
         ),
     ],

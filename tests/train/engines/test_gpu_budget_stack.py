@@ -18,8 +18,8 @@ from hpo.train.data.loading import DatasetCache
 from hpo.train.engines.stack import TrialStack
 from hpo.train.engines.stacked_network import StackedNetwork
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
-from hpo.train.optim import OPTIMIZERS
 from tests.train.engines.dispatch import Calls
+from tests.train.engines.trials import WITH_RULE
 
 CPU = torch.device("cpu")
 LANES = 3
@@ -28,6 +28,7 @@ LANES = 3
 STEP_LAUNCHES = {"grouped": 109, "products": 154}
 MORE_LAUNCHES = {
     "adam": 0, "adamw": 0, "sgd": -4, "nadam": 2, "radam": 1, "rmsprop": -2, "adagrad": -4, "adadelta": 2,
+    "adamax": -2,
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def steps_of(convolution: str, optimizer: str) -> list[Calls]:
 EVERY_WAY = [
     pytest.param(convolution, optimizer, marks=[] if optimizer in ("adam", "sgd") else [pytest.mark.slow])
     for convolution in CONVOLUTIONS
-    for optimizer in OPTIMIZERS
+    for optimizer in WITH_RULE
 ]
 
 

@@ -26,7 +26,7 @@ from hpo.train.engines.stack import TrialStack
 from hpo.train.engines.stack_probe import check_stackable
 from hpo.train.engines.stacked_network import StackedNetwork
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
-from hpo.train.optim import OPTIMIZERS, build_optimizer, with_eps
+from hpo.train.optim import build_optimizer, update_rule, with_eps
 from tests.rows import slow_except
 from tests.train.engines.trials import (
     ARTICLE,
@@ -38,6 +38,7 @@ from tests.train.engines.trials import (
     QUICK_SETTINGS,
     SETTINGS,
     UNUSUAL,
+    WITH_RULE,
     assert_close,
     assert_equal,
     timeless,
@@ -135,7 +136,7 @@ def test_trials_of_several_kinds_share_an_engine() -> None:
         assert result.val_loss == pytest.approx(expected.val_loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", WITH_RULE)
 def test_update_rules_are_those_of_torch(optimizer: str) -> None:
     """Twelve steps of three lanes with settings of their own, some of them past RAdam's start."""
     settings: list[dict[str, Any]] = [
@@ -151,7 +152,7 @@ def test_update_rules_are_those_of_torch(optimizer: str) -> None:
         build_optimizer([parameter], training, device_type="cpu")
         for parameter, training in zip(parameters, trainings, strict=True)
     ]
-    update = OPTIMIZERS[optimizer].update
+    update = update_rule(trainings[0])
     moments = {name: torch.zeros_like(rows) for name in update.moments}
     for step in range(1, 13):
         gradients = torch.randn(3, 50, generator=generator) * 10.0 ** torch.randint(-3, 2, (3, 1), generator=generator)
@@ -211,7 +212,7 @@ def test_stops_before_the_next_step_and_forgets_what_was_begun() -> None:
     [
         *[
             pytest.param(ARTICLE, given, marks=[] if given in QUICK_SETTINGS else [pytest.mark.slow])
-            for given in SETTINGS[: len(OPTIMIZERS)]
+            for given in SETTINGS[: len(WITH_RULE)]
         ],
         pytest.param(BATCH_NORM, SETTINGS[0], marks=pytest.mark.slow),
         (DROPOUT, SETTINGS[0]),
@@ -277,7 +278,12 @@ def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
-    [({"data": {"placement": "stream"}}, "images are not on the device"), ({"compile": True}, "training.compile")],
+    [
+        ({"data": {"placement": "stream"}}, "images are not on the device"),
+        ({"compile": True}, "training.compile"),
+        ({"optimizer": "asgd"}, "alone, optimizer 'asgd' has no update rule for several trials at once"),
+        ({"optimizer_options": {"amsgrad": True}}, "know no training.optimizer_options"),
+    ],
 )
 def test_settings_that_need_a_network_to_themselves_fall_back(changed: dict[str, Any], reason: str) -> None:
     config = trial(**changed)

@@ -23,11 +23,16 @@ from hpo.train.schedules import SCHEDULES
 
 EPOCHS = 2
 CPU = torch.device("cpu")
+WITH_RULE = [name for name, entry in OPTIMIZERS.items() if entry.update]  # those that train in lanes
 MOMENTUM = {"sgd": 0.9, "rmsprop": 0.5}
 # With the usual eps of 1e-8, rounding in place of a gradient that is zero would make whole steps of Adam's; the rules
 # themselves are held to torch's with it, and without, below.
 EPS = 1e-4
-SETTINGS = [{"optimizer": name, "momentum": MOMENTUM.get(name, 0.0), "eps": EPS} for name in OPTIMIZERS] + [
+# At 1e-2 one of the images of this trial comes to lie on the kink of a ReLU, and rounding decides what it moves.
+LR = {"adamax": 1e-3}
+SETTINGS = [
+    {"optimizer": name, "momentum": MOMENTUM.get(name, 0.0), "eps": EPS, "lr": LR.get(name, 1e-2)} for name in WITH_RULE
+] + [
     {"optimizer": "sgd", "momentum": 0.9, "schedule": name, "warmup_epochs": 0.5, "step_epochs": 1, "milestones": (1,)}
     for name in SCHEDULES
 ]
