@@ -28,7 +28,7 @@ from hpo.config.sections import (
     EngineSpec,
     ObjectiveSpec,
 )
-from hpo.config.trial_settings import CONFIGS, PLUG_INS, extreme_points, unread_keys, with_values
+from hpo.config.trial_settings import CONFIGS, extreme_points, named_plug_ins, unread_keys, with_values
 from hpo.errors import UserError, check_keys
 from hpo.search.config import PrunerSpec, SearchSpec, Section
 from hpo.search.race import course_of
@@ -171,23 +171,14 @@ class StudySpec(Section):
 
     def names_of_code(self) -> dict[str, str]:
         """Return each `package.module:name` of users' own code in the study, with the first setting that has it."""
-        references: list[tuple[str, object]] = []
-        if self.objective:
-            references.append(("objective.function", self.objective.function))
-        references += [("data.augment", name) for name, _ in map(named, self.data.augment) if is_import_path(name)]
-        if self.data.groups is not None and is_import_path(self.data.groups):
-            references.append(("data.groups", self.data.groups))
-        named = {"model.name": self.model.name, "data.name": self.data.name}
-        named |= {kind: getattr(self.training, kind) for kind in PLUG_INS}
-        for key, value in named.items():
-            if searched := self.search.parameters.get(key):
-                references += [(f"search.space.{key}", name) for name in searched.extreme_values()]
-            else:
-                references.append((key if "." in key else f"training.{key}", value))
+        references = [("objective.function", self.objective.function)] if self.objective else []
+        references += [("data.augment", named(transform)[0]) for transform in self.data.augment]
+        references += [("data.groups", self.data.groups or "")]
+        references += named_plug_ins(self.model, self.data, self.training, self.search.parameters)
         return {
-            str(reference): setting
-            for setting, reference in reversed(references)
-            if ":" in str(reference) and not str(reference).startswith((TORCHVISION, TIMM))
+            name: setting
+            for setting, name in reversed(references)
+            if is_import_path(name) and not name.startswith((TORCHVISION, TIMM))
         }
 
     def trial_config(self, values: Mapping[str, Scalar], *, seed: int) -> TrialConfig:

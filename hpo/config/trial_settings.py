@@ -66,6 +66,20 @@ def keys_of(kind: str, name: str) -> frozenset[str]:
     return OWN_KEYS[kind] if entry is None else entry.keys
 
 
+def named_plug_ins(
+    model: ModelConfig, data: DataConfig, training: TrainingConfig, parameters: Mapping[str, Parameter]
+) -> list[tuple[str, str]]:
+    """Return each name of a network, a data set or a plug-in that trials can have, after the setting that has it."""
+    fixed = {"model.name": model.name, "data.name": data.name, **{kind: getattr(training, kind) for kind in PLUG_INS}}
+    names = []
+    for key, value in fixed.items():
+        if (searched := parameters.get(key)) is not None:
+            names += [(f"search.space.{key}", str(name)) for name in searched.extreme_values()]
+        else:
+            names.append((".".join(section_and_name(key)), str(value)))
+    return names
+
+
 def is_default(config: ModelConfig | DataConfig | TrainingConfig, name: str) -> bool:
     """Return whether a field of a config has its default."""
     field = next(field for field in dataclasses.fields(config) if field.name == name)
