@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_RANGE_TESTS = 8  # of one study: each takes most of an epoch
 MAX_STORED_POINTS = 64  # of a ramp, in the store
 # Parameters that a ramp does not depend on: it is one epoch with rates of its own.
-NO_PART_OF_RAMP = frozenset({"lr", "seed", "epochs", "schedule", "warmup_epochs"}).union(
+NO_PART_OF_RAMP = frozenset({"lr", "seed", "epochs", "schedule", "warmup_epochs", "mixup", "cutmix", "ema"}).union(
     *(schedule.keys for schedule in SCHEDULES.values())
 )
 # Called after each step with the listed values of the tested network, the number of steps done, and that of all steps.

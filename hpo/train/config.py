@@ -27,6 +27,9 @@ LATER_KEYS = (
     "data.resize",
     "data.bits",
     "data.augment",
+    "training.mixup",
+    "training.cutmix",
+    "training.ema",
     "training.tf32",
     "training.decay_fraction",
     "training.timescale_epochs",
@@ -203,6 +206,20 @@ class TrainingConfig:
     ] = None
     gradient_clip: Annotated[float | None, Gt(0), Doc("Largest global gradient norm. By default no clipping.")] = None
     label_smoothing: Annotated[float, Ge(0), Lt(1), Doc("Label smoothing of the training loss.")] = 0.0
+    mixup: Annotated[
+        float, Ge(0), Doc("Mix the images of a batch in pairs, by shares from Beta(mixup, mixup); 0: do not.")
+    ] = 0.0
+    cutmix: Annotated[
+        float,
+        Ge(0),
+        Doc("Paste a rectangle of one image into another, its area from Beta(cutmix, cutmix); 0: do not."),
+    ] = 0.0
+    ema: Annotated[
+        float | None,
+        Gt(0),
+        Lt(1),
+        Doc("Decay of a moving average of the weights, which is validated and kept in their place. By default none."),
+    ] = None
     precision: Annotated[Literal["auto", "fp32", "bf16"], Doc("auto: bf16 where the GPU has it, else fp32.")] = "auto"
     tf32: Annotated[
         bool, Doc("With precision = 'fp32', on CUDA GPUs: use TF32, faster and with fewer digits, for products.")

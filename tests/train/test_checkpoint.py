@@ -45,6 +45,7 @@ from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.protocol import Engine
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.schedules import SCHEDULES
+from tests.train.data.datasets_under_test import EVERY_AUGMENTATION
 
 EPOCHS = 3
 IDENTITY: dict[str, str | int] = {"study": "4f1c", "trial": 7}
@@ -179,7 +180,18 @@ WITH_SCHEDULE = [
 ]
 
 
-@pytest.mark.parametrize("settings", [*WITH_OPTIMIZER, *WITH_SCHEDULE])
+WITH_RECIPE = [
+    pytest.param(settings, id="-".join(settings))
+    for settings in (
+        {"data": {"augment": EVERY_AUGMENTATION}},
+        {"mixup": 0.4},
+        {"cutmix": 1.0},
+        {"mixup": 0.2, "cutmix": 1.0, "ema": 0.9, "optimizer": "sgd", "momentum": 0.9},
+    )
+]
+
+
+@pytest.mark.parametrize("settings", [*WITH_OPTIMIZER, *WITH_SCHEDULE, *WITH_RECIPE])
 def test_a_trial_interrupted_after_any_epoch_ends_as_if_it_had_not_been(
     settings: Any, own_code: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ from hpo.train.engines.lane_state import (
     optimizer_state_dict,
     take_snapshot,
     train_step,
+    why_plain,
 )
 from hpo.train.engines.plain import PlainLaneState
 from hpo.train.engines.side_effects import SideEffects, has_torchscript, own_state
@@ -58,6 +59,7 @@ def capture_key(config: TrialConfig) -> str:
         config.model,
         config.data,
         has_groups(training),
+        why_plain(training),
         *((key, getattr(training, key)) for key in sorted(keys)),
     ]
     return json.dumps([repr(constant) for constant in constants])
@@ -387,6 +389,8 @@ def _check_capturable(config: TrialConfig, model: nn.Module) -> None:
         raise NotCapturable("training.compile compiles a network by itself")
     if has_groups(config.training):
         raise NotCapturable("its parameters are not all trained alike (groups, layer_decay, no_decay or freeze)")
+    if (reason := why_plain(config.training)) is not None:
+        raise NotCapturable(reason)
     if config.data.augment:
         raise NotCapturable("data.augment draws on the host, image by image")
     if (reason := why_no_rule(config.training)) is not None:

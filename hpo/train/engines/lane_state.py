@@ -19,6 +19,7 @@ from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint, config_digest, storable_copy
 from hpo.train.config import EpochResult, TrainingConfig, TrialConfig
 from hpo.train.data.loading import SplitDataset
+from hpo.train.data.mixing import Mix
 from hpo.train.data.sources import batch_bounds
 from hpo.train.engines.divergence import why_diverged
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
@@ -142,11 +143,19 @@ def train_step(
     parameters: Iterable[nn.Parameter],
     training: TrainingConfig,
     amp_dtype: torch.dtype | None,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Train a network on a batch; return its mean loss and its number of correct images, both on the device."""
+    """Train a network on a batch; return its mean loss and its number of correct images, both on the device.
+
+    Of images that were mixed, the one with the larger share says what is correct.
+    """
     with autocast(images_BCHW.device, amp_dtype):
         logits_BL = forward(images_BCHW)
     loss = F.cross_entropy(logits_BL.float(), labels_B, label_smoothing=training.label_smoothing)
+    if mix is not None:
+        other = F.cross_entropy(logits_BL.float(), mix.labels_B, label_smoothing=training.label_smoothing)
+        loss = mix.share * loss + (1 - mix.share) * other
+        labels_B = labels_B if mix.share >= 1 / 2 else mix.labels_B
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     if training.gradient_clip is not None:
@@ -213,9 +222,20 @@ def evaluation_batch_size(config: TrialConfig, *, data: SplitDataset) -> int:
     return max(config.training.batch_size, EVALUATION_PIXELS // data.image_size**2)
 
 
-def take_snapshot(lane: LaneState, *, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Snapshot:
-    """Return a snapshot of a trial whose network and torch.optim optimizer have these states."""
-    state = {"model": model, "optimizer": optimizer, "first_loss": lane.first_loss}
+def take_snapshot(
+    lane: LaneState,
+    *,
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    in_training: Mapping[str, Any] | None = None,
+) -> Snapshot:
+    """Return a snapshot of a trial whose network and torch.optim optimizer have these states.
+
+    `model` is the network that is validated. Where that is an average, `in_training` is what the optimizer trains.
+    """
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "first_loss": lane.first_loss}
+    if in_training is not None:
+        state["in_training"] = in_training
     packing = Packing(lane.data.val.labels_N.device)
     setting = f"model.name = {lane.config.model.name!r}"
     checkpoint = Checkpoint(
@@ -280,6 +300,15 @@ def initial_model(config: TrialConfig, *, data: SplitDataset, device: torch.devi
     seed_generators(config.seed, "init")
     model = build_model(config.model, channels=data.channels, num_classes=data.num_classes, image_size=data.image_size)
     return fit_memory_format(model.to(device), data.blank_images(device=device))
+
+
+def why_plain(training: TrainingConfig) -> str | None:
+    """Return in words what of a trial only the plain engine does, or None where every engine may train it."""
+    if training.mixup or training.cutmix:
+        return "training.mixup and training.cutmix mix the images of each batch by a draw of its own"
+    if training.ema is not None:
+        return "training.ema averages the weights of a single network"
+    return None
 
 
 def mixed_precision(training: TrainingConfig, *, device: torch.device) -> torch.dtype | None:

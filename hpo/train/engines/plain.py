@@ -17,6 +17,7 @@ from hpo.train.checkpoint import Checkpoint, config_digest, storable_copy
 from hpo.train.config import EpochResult, TrialConfig
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache, SplitDataset
+from hpo.train.data.mixing import Mix, mix_batch
 from hpo.train.engines.lane_state import (
     LaneState,
     check_test_set,
@@ -29,6 +30,7 @@ from hpo.train.engines.lane_state import (
     train_step,
 )
 from hpo.train.engines.protocol import Engine, Stopped
+from hpo.train.engines.weight_average import WeightAverage
 from hpo.train.imports import describe_error
 from hpo.train.optim import NOT_OPTIONS, build_optimizer, set_lr, set_optimizer_mode
 from hpo.train.parameter_groups import multipliers_of, parameter_groups, set_trained
@@ -44,7 +46,13 @@ class PlainLaneState(LaneState):
     forward: Callable[[Tensor], Tensor]  # the model, compiled where that was asked for
     optimizer: torch.optim.Optimizer
     amp_dtype: torch.dtype | None  # of automatic mixed precision; None: float32 throughout
+    average: WeightAverage | None = None  # of the model's weights, where it is validated in their place
     is_whole: bool = True  # between two epochs, not within one
+
+    @property
+    def validated(self) -> nn.Module:
+        """Return the network that is validated: the model, or the average of its weights."""
+        return self.model if self.average is None else self.average.network
 
     def begin_training(self) -> None:
         """Have the network, but what is frozen in the epoch in progress, and the optimizer train."""
@@ -100,7 +108,12 @@ class PlainEngine(Engine):
         assert self._lane is not None, "there is no trial in this lane"
         assert self._lane.is_whole, "the trial is in the middle of an epoch"
         trial = self._lane
-        return take_snapshot(trial, model=trial.model.state_dict(), optimizer=trial.optimizer.state_dict())
+        return take_snapshot(
+            trial,
+            model=trial.validated.state_dict(),
+            optimizer=trial.optimizer.state_dict(),
+            in_training=None if trial.average is None else trial.model.state_dict(),
+        )
 
     def run_epoch(self) -> list[EpochResult]:
         """Train the trial for one epoch; see `Engine`."""
@@ -145,11 +158,16 @@ class PlainEngine(Engine):
             if self._should_stop():
                 raise Stopped
             set_lr(lane.optimizer, lane.lr_at(step, num_steps=num_steps))
-            losses_S[step], step_hits = self.step(lane, images_BCHW, labels_B)
+            images, mix = mix_batch(images_BCHW, labels_B, training, seed=seed, epoch=lane.epoch, step=step)
+            losses_S[step], step_hits = self.step(lane, images, labels_B, mix=mix)
             hits += step_hits
+            if lane.average is not None:
+                lane.average.update(lane.model, step=lane.epoch * num_steps + step)
         return losses_S.cpu(), int(hits)
 
-    def step(self, lane: PlainLaneState, images_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        self, lane: PlainLaneState, images_BCHW: Tensor, labels_B: Tensor, *, mix: Mix | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Train on a batch; return its mean loss and its number of correct images, both on the device."""
         return train_step(
             lane.forward,
@@ -159,13 +177,14 @@ class PlainEngine(Engine):
             parameters=lane.model.parameters(),
             training=lane.config.training,
             amp_dtype=lane.amp_dtype,
+            mix=mix,
         )
 
     def _evaluate(self, lane: PlainLaneState, loader: BatchLoader) -> tuple[float, float]:
         """Return the mean loss and the accuracy over a split, from float32 sums."""
         lane.begin_evaluation()
         batches = loader.batches(evaluation_batch_size(lane.config, data=lane.data))
-        sums_2 = evaluation_sums(lane.model, batches, device=self.device, amp_dtype=lane.amp_dtype)
+        sums_2 = evaluation_sums(lane.validated, batches, device=self.device, amp_dtype=lane.amp_dtype)
         loss, accuracy = (sums_2 / len(loader)).tolist()
         return loss, accuracy
 
@@ -177,10 +196,14 @@ def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device)
     model = initial_model(config, data=data, device=device)
     multipliers = multipliers_of(model, config.training, num_classes=data.num_classes)
     groups = parameter_groups(model, config.training, multipliers)
+    average = None
+    if config.training.ema is not None:
+        average = WeightAverage(initial_model(config, data=data, device=device), decay=config.training.ema)
     lane = PlainLaneState(
         config=config,
         data=data,
-        network=lambda: model,
+        average=average,
+        network=lambda: model if average is None else average.network,
         model=model,
         forward=torch.compile(model) if config.training.compile else model,
         multipliers=multipliers,
@@ -197,7 +220,9 @@ def restore(lane: PlainLaneState, checkpoint: Checkpoint) -> None:
     state = storable_copy(checkpoint.state, setting="the checkpoint")
     optimizer = lane.optimizer
     try:
-        lane.model.load_state_dict(state["model"])
+        lane.validated.load_state_dict(state["model"])
+        if lane.average is not None:
+            lane.model.load_state_dict(state["in_training"])
         # A group may keep numbers of its own, as Prodigy's do, and keeps how steps are computed on this device, such as
         # `fused`, which decides where `step` is stored.
         ours, saved = optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]

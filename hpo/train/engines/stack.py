@@ -32,6 +32,7 @@ from hpo.train.engines.lane_state import (
     numerics,
     optimizer_state_dict,
     take_snapshot,
+    why_plain,
 )
 from hpo.train.engines.plain import build_lane, restore
 from hpo.train.engines.protocol import Engine, Stopped
@@ -48,7 +49,7 @@ def stack_key(config: TrialConfig) -> str:
     training = config.training
     agreeing = [config.model, config.data, training.batch_size, training.optimizer, training.optimizer_options]
     switches = [training.tf32, training.compile, training.report_test_accuracy, bool(training.freeze)]
-    return json.dumps([*map(repr, [*agreeing, training.precision]), *switches])
+    return json.dumps([*map(repr, [*agreeing, training.precision]), *switches, why_plain(training)])
 
 
 class TrialStack(Engine):
@@ -80,7 +81,7 @@ class TrialStack(Engine):
             raise NotStackable("training.compile compiles a single network")
         if config.training.freeze:
             raise NotStackable("training.freeze leaves parameters untrained")
-        if (reason := why_no_rule(config.training)) is not None:
+        if (reason := why_no_rule(config.training) or why_plain(config.training)) is not None:
             raise NotStackable(reason)
         if not isinstance(data.train.source, DeviceSource):
             raise NotStackable("its images are not on the device")

@@ -13,20 +13,9 @@ from torchvision.transforms import v2
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.train.config import DataConfig, derive_seed
-from hpo.train.data.augment import AUGMENTATIONS, LISTED_FATES, Augmentation
-from tests.train.data.datasets_under_test import epoch, load
+from hpo.train.data.augment import LISTED_FATES, Augmentation
+from tests.train.data.datasets_under_test import EVERY_AUGMENTATION, epoch, load
 
-NEEDED: dict[str, dict[str, Any]] = {  # options without which a transform is not built, or does nothing
-    "ColorJitter": {"brightness": 0.5},
-    "ElasticTransform": {"sigma": 2.0},
-    "GaussianBlur": {"kernel_size": 3},
-    "RandomAdjustSharpness": {"sharpness_factor": 2.0},
-    "RandomAffine": {"degrees": 30},
-    "RandomCrop": {"padding": 4},
-    "RandomPosterize": {"bits": 2},
-    "RandomRotation": {"degrees": 30},
-    "RandomSolarize": {"threshold": 100},
-}
 OWN = """
 import random, numpy, torch
 
@@ -60,10 +49,6 @@ def own(own_code: Path) -> None:
     (own_code / "own_augment.py").write_text(OWN)
 
 
-def entry(name: str) -> Any:
-    return {"name": name, **NEEDED[name]} if name in NEEDED else name
-
-
 def build(*entries: Any, channels: int = 3, size: int = 16) -> Augmentation:
     return Augmentation(DataConfig(augment=entries), shape_CHW=(channels, size, size))
 
@@ -72,7 +57,7 @@ def noise(num: int = 24, size: int = 16) -> Tensor:
     return torch.randint(256, (num, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("augment", [*map(entry, AUGMENTATIONS), *OWN_ENTRIES], ids=str)
+@pytest.mark.parametrize("augment", [*EVERY_AUGMENTATION, *OWN_ENTRIES], ids=str)
 def test_an_image_is_the_same_in_every_batch(augment: Any) -> None:
     augmentation, images = build(augment), noise()
     draws = [(1, 2, number) for number in range(len(images))]
@@ -103,7 +88,11 @@ def test_a_batch_is_what_torchvision_makes_of_each_image(
 
 
 def test_batches_are_augmented_alike_on_the_device_streamed_and_in_lanes() -> None:
-    keys: dict[str, Any] = {"augment": ["RandAugment", entry("RandomCrop")], "flip": True, "train_samples": 150}
+    keys: dict[str, Any] = {
+        "augment": ["RandAugment", {"name": "RandomCrop", "padding": 4}],
+        "flip": True,
+        "train_samples": 150,
+    }
     kept, streamed = load(**keys, placement="device"), load(**keys, placement="stream")
     assert torch.equal(epoch(kept)[0], epoch(streamed)[0])
     assert torch.equal(epoch(kept)[0], epoch(kept, batch_size=32)[0])

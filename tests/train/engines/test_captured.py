@@ -209,6 +209,7 @@ def test_a_lane_is_captured_once_for_all_trials_of_a_kind(monkeypatch: pytest.Mo
         ({"optimizer": "adam"}, False),
         ({"precision": "bf16"}, False),
         ({"tf32": True}, False),
+        ({"ema": 0.9}, False),
     ],
 )
 def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: dict[str, Any], is_same: bool) -> None:
@@ -221,6 +222,9 @@ def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: d
     ("config", "reason"),
     [
         (trial(compile=True), "training.compile"),
+        (trial(data={"augment": ["AugMix"]}), "data.augment draws on the host"),
+        (trial(cutmix=1.0), "training.cutmix mix the images"),
+        (trial(ema=0.9), "training.ema averages the weights"),
         (trial(data={"placement": "stream"}), "its images are not on the device"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "frozen"})), "not trained"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "state"})), "get_extra_state"),
@@ -235,7 +239,20 @@ def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: d
             "does not depend on",
         ),
     ],
-    ids=["compile", "stream", "frozen", "state", "torchscript", "counter", "random", "unused", "unused-rule"],
+    ids=[
+        "compile",
+        "augment",
+        "cutmix",
+        "ema",
+        "stream",
+        "frozen",
+        "state",
+        "torchscript",
+        "counter",
+        "random",
+        "unused",
+        "unused-rule",
+    ],
 )
 def test_what_a_graph_would_lose_is_refused(config: TrialConfig, reason: str) -> None:
     with pytest.raises(NotCapturable, match=reason):

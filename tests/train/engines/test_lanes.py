@@ -22,7 +22,7 @@ from hpo.train.engines.lanes import LaneEngine
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.engines.planning import LanePlan, plan_lanes
 from hpo.train.engines.protocol import Engine, Stopped
-from hpo.train.engines.stack import TrialStack
+from hpo.train.engines.stack import TrialStack, stack_key
 from hpo.train.engines.stack_probe import check_stackable
 from hpo.train.engines.stacked_network import StackedNetwork
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
@@ -283,6 +283,8 @@ def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
         ({"compile": True}, "training.compile"),
         ({"optimizer": "asgd"}, "alone, optimizer 'asgd' has no update rule for several trials at once"),
         ({"optimizer_options": {"amsgrad": True}}, "know no training.optimizer_options"),
+        ({"mixup": 0.2}, "training.mixup and training.cutmix mix the images of each batch"),
+        ({"ema": 0.9}, "training.ema averages the weights"),
     ],
 )
 def test_settings_that_need_a_network_to_themselves_fall_back(changed: dict[str, Any], reason: str) -> None:
@@ -291,6 +293,12 @@ def test_settings_that_need_a_network_to_themselves_fall_back(changed: dict[str,
     choice = plan_lanes(config, data=data, captured=CapturedLanes(device=CPU), device=CPU, lanes=4)
     assert choice.lanes == 1
     assert reason in choice.reason
+
+
+def test_augmented_trials_share_a_stack() -> None:
+    config = trial(data={"augment": ["RandAugment", "RandomErasing"]})
+    assert_close(train_among(config, lanes=3), train(PlainEngine(device="cpu"), config))
+    assert stack_key(config) != stack_key(trial(mixup=0.2))
 
 
 def test_what_the_probe_could_not_see_ends_the_stack_and_not_the_kind() -> None:
