@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hpo.api.running import run as run
     from hpo.api.running import stop as stop
     from hpo.api.running import submit as submit
+    from hpo.api.trained_weights import load_model as load_model
     from hpo.config.study_spec import StudySpec as StudySpec
     from hpo.errors import StudyStopped as StudyStopped
     from hpo.errors import UserError as UserError
@@ -45,6 +46,7 @@ _MODULES = {
     "best": "hpo.api.reading",
     "export": "hpo.api.exporting",
     "join": "hpo.api.running",
+    "load_model": "hpo.api.trained_weights",
     "range_test": "hpo.lr_range.resolve",
     "resume": "hpo.api.running",
     "run": "hpo.api.running",

@@ -252,3 +252,14 @@ def _mean_value(replicates: Sequence[TrialRecord]) -> float:
     """Return the mean value of the trials, or -inf if one did not complete: then no value is as good."""
     values = [trial.value if trial.state == "complete" else None for trial in replicates]
     return -math.inf if None in values else statistics.fmean(value for value in values if value is not None)
+
+
+def trial_of_weights(study: StudyRecord, answer: Best) -> int:
+    """Return the number of the trial whose weights are to be used: of the confirmed rate the best one, or the best."""
+    if answer.confirmation is None:
+        return answer.trial
+    winner, sign = answer.confirmation.winner, direction_sign(study)
+    complete = [
+        (sign * value, -number) for number, value in zip(winner.trials, winner.values, strict=True) if value is not None
+    ]
+    return -max(complete)[1]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hpo.analysis import range_text
-from hpo.analysis.answer import Best
+from hpo.analysis.answer import Best, trial_of_weights
 from hpo.analysis.confirmation import Confirmation
 from hpo.analysis.response import CONFIDENCE, Response
 from hpo.analysis.text import (
@@ -74,7 +74,9 @@ def answer_lines(study: StudyRecord, answer: Best, *, source: str | None = None,
     """
     text = describe_answer(study, answer)
     rows = [(line.label, str(line)) for line in (*text.lines, *(text.details if verbose else ()))]
-    rows += [("study", source)] if source is not None else []
+    if source is not None:
+        rows += [("weights", weights) for weights in weights_lines(study, answer)]
+        rows.append(("study", source))
     rows += [("warning", warning) for warning in text.warnings]
     width = max((len(label) for label, _ in rows), default=0) + 1
     return [text.headline, *(f"  {f'{label}:':<{width}}  {line}" for label, line in rows)]
@@ -84,6 +86,14 @@ def source_text(study: StudyRecord, trials: Sequence[TrialRecord], *, storage: s
     """Return which study an answer is from, and whether it was trained for it."""
     without = "" if is_trained else "; answered from the store, nothing trained"
     return f"{study.name} in {storage} ({trials_text(study, trials)}{without})"
+
+
+def weights_lines(study: StudyRecord, answer: Best) -> list[str]:
+    """Return how to get the weights that the answer recommends; nothing where none are kept."""
+    if study.spec.objective is not None or not study.spec.checkpoints.keep_best:
+        return []
+    trial = trial_of_weights(study, answer)
+    return [f"of trial {trial}: hpo export {study.name} --weights best.safetensors"]
 
 
 def _headline(answer: Best) -> str:

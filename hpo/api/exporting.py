@@ -125,7 +125,7 @@ def _answer_and_settings(name: str, number: int | None, storage: str | None) -> 
         trained, label = _recommended_trial(found, all_trials), "best"
         values = found.recommended
     else:
-        trained, label = _trial_of_number(all_trials, number), f"trial-{number}"
+        trained, label = find_trial(all_trials, number), f"trial-{number}"
         values = dict(trained.params)
     check_values(study.spec, trained.params)
     stacked = any(agreed["convolution"] for agreed in store.studies.shared_values(study).values())
@@ -143,7 +143,8 @@ def _recommended_trial(found: Best, all_trials: Sequence[TrialRecord]) -> TrialR
     return ranked[0]
 
 
-def _trial_of_number(all_trials: Sequence[TrialRecord], number: int) -> TrialRecord:
+def find_trial(all_trials: Sequence[TrialRecord], number: int) -> TrialRecord:
+    """Return the trial of this number; raise UserError, naming --trial, where there is none or it has not begun."""
     trial = next((trial for trial in all_trials if trial.number == number), None)
     if trial is None:
         raise UserError(f"--trial must be the number of a trial of the study, 0 to {len(all_trials) - 1}, got {number}")

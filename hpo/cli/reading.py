@@ -6,6 +6,7 @@ import click
 
 from hpo.cli.options import json_option, storage_option, verbose_option
 from hpo.cli.writer import print_json, say
+from hpo.errors import UserError
 
 
 @click.command("list", short_help="List the studies in a store.")
@@ -204,20 +205,30 @@ def report_command(study: str, output: str | None, form: str | None, figure: str
 
 @click.command("export", short_help="Export the recommended values.")
 @click.argument("study", metavar="STUDY")
-@click.option("--output", required=True, metavar="FILE", help="A study file (.toml), or that and the answer (.json).")
+@click.option("--output", metavar="FILE", help="A study file (.toml), or that and the answer (.json).")
+@click.option("--weights", metavar="FILE", help="The trained weights (.safetensors), with a JSON file beside them.")
 @click.option("--trial", type=int, metavar="N", help="Export this trial. Default: what the study recommends.")
 @storage_option
-def export_command(study: str, output: str, trial: int | None, storage: str | None) -> None:
-    """Write what STUDY recommends as a study file that trains only that.
+def export_command(study: str, output: str | None, weights: str | None, trial: int | None, storage: str | None) -> None:
+    """Write what STUDY recommends: a study file that trains only that, or the trained weights.
 
     \b
     hpo export quickstart --output best.toml
+    hpo export quickstart --weights best.safetensors
     hpo export quickstart --output third.toml --trial 3
     """
-    from hpo.api import exporting
+    if output is None and weights is None:
+        raise UserError("hpo export needs --output FILE, --weights FILE, or both")
+    if output is not None:
+        from hpo.api import exporting
 
-    exporting.write_export(study, output, trial=trial, storage=storage)
-    say(f"wrote {output}")
+        exporting.write_export(study, output, trial=trial, storage=storage)
+        say(f"wrote {output}")
+    if weights is not None:
+        from hpo.api import trained_weights
+
+        found = trained_weights.write_weights(study, weights, trial=trial, storage=storage)
+        say(f"wrote {weights}: the weights of trial {found['trial']} after epoch {found['epoch']}")
 
 
 READING_COMMANDS = (

@@ -64,7 +64,13 @@ class CheckpointsSpec(Section):
         ),
         Rule("an absolute folder or a URL such as s3://bucket/folder, which every machine can reach"),
     ] = None
-    keep_best: Annotated[int, Field(ge=0, description="Of how many of the best trials the last checkpoint stays.")] = 1
+    keep_best: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Of how many of the best trials the last checkpoint stays; with any, of confirmed rates too.",
+        ),
+    ] = 1
 
 
 SECTIONS: dict[str, type[Section]] = {

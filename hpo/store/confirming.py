@@ -10,8 +10,10 @@ from sqlalchemy.engine import Connection
 
 from hpo.store.damage import is_number, refuse_damage
 from hpo.store.database import Database
+from hpo.store.reading import best_values
 from hpo.store.schema import labelled, slots_table, trial_values
-from hpo.store.slots import UNCLAIMED, add_slots, drop_unclaimed
+from hpo.store.slots import UNCLAIMED, add_slots, drop_unclaimed, slot_states
+from hpo.study import stages
 from hpo.study.records import ENDED, StudyRecord
 from hpo.study.seed_race import FIRST_SEEDS, SeedResults, racing_on
 
@@ -43,6 +45,28 @@ def last_seed_in_turn(database: Database, connection: Connection, study: StudyRe
         new = [{**UNCLAIMED, "given": row.given, "kind": row.kind, "replicate": row.replicate} for row in needed]
         add_slots(connection, study.study_id, new)
     return last
+
+
+def weights_to_keep(
+    database: Database, connection: Connection, study: StudyRecord, count: int
+) -> tuple[set[int], set[int]]:
+    """Return the numbers of the trials whose last checkpoint stays, and of others that may have one.
+
+    The `count` best of the search stay and, where any does, the best one of each rate of the latest confirmation; so do
+    those whose networks the test set may yet be measured with.
+    """
+    best = [number for number, _ in best_values(connection, study, count + 1)]
+    if study.spec.confirm is None:
+        return set(best[:count]), set(best[count:])
+    rows = [
+        row for row in _latest_rows(database, connection, study) if row.state == "complete" and is_number(row.value)
+    ]
+    sign = 1 if study.spec.direction == "maximize" else -1
+    ascending = sorted(rows, key=lambda row: (sign * row.value, -row.number))
+    of_rates = {row.given: row.number for row in ascending}  # the last and best one of each
+    kept = set(best[:count]) | (set(of_rates.values()) if count else set())
+    kept |= stages.untested(study, slot_states(database, study.study_id))
+    return kept, {*best, *(row.number for row in rows)} - kept
 
 
 def _latest_rows(database: Database, connection: Connection, study: StudyRecord) -> Sequence[Any]:

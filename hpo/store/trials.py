@@ -13,7 +13,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.search import proposals, samplers
 from hpo.store.claiming import choose_slot, take_slot
 from hpo.store.conditions import is_attempt, is_slot
-from hpo.store.confirming import last_seed_in_turn
+from hpo.store.confirming import last_seed_in_turn, weights_to_keep
 from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
@@ -204,8 +204,7 @@ class Trials:
             slot = is_slot(claim)
             error_tail = storable_text(error)[-ERROR_CHARACTERS:]
             if alongside_others:
-                suspected = slots_table.update().where(slot, slots_table.c.crashes == 0).values(crashes=1)
-                connection.execute(suspected)
+                connection.execute(slots_table.update().where(slot, slots_table.c.crashes == 0).values(crashes=1))
                 outcome = f"beside others: {storable_text(reason)}"
                 self._ledger.free(connection, claim, outcome, error=error_tail)
                 return False
@@ -255,6 +254,12 @@ class Trials:
             return best_values(connection, study, count)
 
     @retry_on_outage
+    def keeping_weights(self, study: StudyRecord, count: int) -> tuple[set[int], set[int]]:
+        """Return the numbers of the trials whose last checkpoint stays, and of others that may have one."""
+        with self._database.connect() as connection:
+            return weights_to_keep(self._database, connection, study, count)
+
+    @retry_on_outage
     def ended_numbers(self, study: StudyRecord) -> set[int]:
         """Return the numbers of the trials that have ended, in whatever state."""
         has_ended = slots_table.c.state.in_(ENDED)
@@ -277,11 +282,6 @@ class Trials:
         if confirm is None or not stages.num_left(study, slots):
             return num_waiting
         return max(num_waiting, confirm.top * min(confirm.seeds, FIRST_SEEDS))
-
-    @retry_on_outage
-    def untested(self, study: StudyRecord) -> set[int]:
-        """Return the numbers of the trials whose networks the test set may yet be measured with."""
-        return stages.untested(study, slot_states(self._database, study.study_id)) if study.spec.confirm else set()
 
 
 def _begin_trial(database: Database, connection: Connection, study: StudyRecord, row: Any) -> int | None:

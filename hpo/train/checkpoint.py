@@ -166,8 +166,8 @@ class CheckpointFolder:
             with suppress(FileNotFoundError), _raises_os_error(self.url):  # another process removed it
                 self._filesystem.rm_file(self._path_of(epoch))
 
-    def load(self, config: TrialConfig) -> tuple[Checkpoint | None, list[str]]:
-        """Return the newest whole checkpoint of this trial and configuration, or None.
+    def load(self, config: TrialConfig | None) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest whole checkpoint of this trial and configuration, or None; without one, of any.
 
         Also return a sentence for each newer file that was passed over; none where there is no folder.
         """
@@ -211,12 +211,12 @@ class CheckpointFolder:
     def _read(self, path: str) -> bytes:
         return _read_local(path) if isinstance(self._filesystem, LocalFileSystem) else self._filesystem.cat_file(path)
 
-    def _parse(self, data: bytes, *, epoch: int, config: TrialConfig) -> Checkpoint:
+    def _parse(self, data: bytes, *, epoch: int, config: TrialConfig | None) -> Checkpoint:
         checkpoint, identity = _parsed(data)
         if identity != self.identity:
             whose = ", ".join(f"{key} {value}" for key, value in identity.items())
             raise _Unusable(f"it belongs to another trial ({whose})")
-        if checkpoint.config_digest != config_digest(config):
+        if config is not None and checkpoint.config_digest != config_digest(config):
             raise _Unusable("it belongs to another configuration of the trial")
         if not checkpoint.epoch == len(checkpoint.results) == epoch:
             raise _Unusable(f"it is of epoch {checkpoint.epoch}")

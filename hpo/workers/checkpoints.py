@@ -121,32 +121,36 @@ class StudyCheckpoints:
         return len(best) < self._num_kept or any((sign * value, -number) > (sign * v, -n) for n, v in best)
 
     def forget(self, number: int) -> None:
-        """Remove what a trial that has ended no longer needs, and the checkpoint of the one that it displaced."""
+        """Remove what a trial that has ended no longer needs, and the checkpoints of those that it displaced."""
         with suppress(Exception):  # what is still being written of it must not appear after this
             self.wait(number)
-        best = [other for other, _ in self._store.trials.best(self._study, self._num_kept + 1)]
-        for unneeded in {number, *best} - {*best[: self._num_kept]} - self._store.trials.untested(self._study):
+        kept, displaced = self._store.trials.keeping_weights(self._study, self._num_kept)
+        for unneeded in {number, *displaced} - kept:
             self._remove(unneeded)
 
     def tidy(self) -> None:
         """Remove what workers that were killed, or that had lost their trial, have left of trials that have ended."""
         ended = self._store.trials.ended_numbers(self._study)  # read first: a trial may end meanwhile, and be the best
-        unneeded = ended - {number for number, _ in self._store.trials.best(self._study, self._num_kept)}
-        unneeded -= self._store.trials.untested(self._study)
+        unneeded = ended - self._store.trials.keeping_weights(self._study, self._num_kept)[0]
         with suppress(OSError):
             for name in list_folders(self._url):
                 if name.isdecimal() and int(name) in unneeded:
                     self._remove(int(name))
 
     def _folder(self, number: int) -> CheckpointFolder:
-        identity: dict[str, str | int] = {"study": self._study.origin, "trial": number}
-        return CheckpointFolder(f"{self._url}/{number:06d}", identity=identity)
+        return checkpoint_folder(self._url, self._study, number)
 
     def _remove(self, number: int) -> None:
         try:
             self._folder(number).remove()
         except OSError as error:
             logger.warning("the checkpoints of trial %d could not be removed: %s", number, error)
+
+
+def checkpoint_folder(url: str, study: StudyRecord, number: int) -> CheckpointFolder:
+    """Return the folder of one trial's checkpoints below `url`, that of its study."""
+    identity: dict[str, str | int] = {"study": study.origin, "trial": number}
+    return CheckpointFolder(f"{url}/{number:06d}", identity=identity)
 
 
 def _again(first: int, last: int, seconds: float) -> str:

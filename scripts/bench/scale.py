@@ -231,9 +231,8 @@ def keep(store: Store, study: StudyRecord, claim: Any) -> None:
     """Ask and tell the store what hpo.workers.checkpoints does of a trial, from its beginning to its end."""
     store.trials.last_report(claim)
     store.trials.begin(claim, resumed_from=0)
-    for count in (1, 2, 1):
-        store.trials.best(study, count)
-    store.trials.untested(study)
+    store.trials.best(study, 1)
+    store.trials.keeping_weights(study, 1)
 
 
 def use(store: Store, study: StudyRecord, meter: Meter, *, trials: int) -> None:

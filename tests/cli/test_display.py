@@ -136,7 +136,8 @@ def test_the_lines_of_an_answer_are_aligned_and_the_details_are_asked_for() -> N
     assert found is not None
     source = source_text(study, trials, storage="sqlite:////x/hpo.db", is_trained=False)
     short, long = (answer_lines(study, found, source=source, verbose=verbose) for verbose in (False, True))
-    assert len(short) == 1 + 3 + 1 < len(long) or len(describe_answer(study, found).details) == 0
+    assert short[4].strip() == f"weights:         of trial {found.trial}: hpo export s --weights best.safetensors"
+    assert len(short) == 1 + 3 + 2 < len(long) or len(describe_answer(study, found).details) == 0
     assert len({re.match(r"  [^:]+: +", line).end() for line in long[1:]}) == 1  # type: ignore[union-attr]
     assert long[-1].endswith("s in sqlite:////x/hpo.db (16 complete; answered from the store, nothing trained)")
 

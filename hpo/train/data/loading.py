@@ -47,6 +47,18 @@ class SplitDataset:
     mean: tuple[float, ...]  # per channel, of the training images, pixels from 0 to 1
     std: tuple[float, ...]
     open_test: Callable[[], BatchLoader] | None  # None: the dataset has no test images
+    class_names: Sequence[str] = ()  # where they have any
+
+    def description(self) -> dict[str, Any]:
+        """Return what a network needs to know of the images to be used on others: plain data."""
+        return {
+            "num_classes": self.num_classes,
+            "channels": self.channels,
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "class_names": list(self.class_names),
+        }
 
     def blank_images(self, *, device: torch.device) -> Tensor:
         """Return two images without content, in the shape and the memory format of all."""
@@ -110,6 +122,7 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
         mean=tuple((mean_C / 255).tolist()),
         std=tuple((std_C / 255).tolist()),
         open_test=None if dataset.open_test is None else open_test,
+        class_names=dataset.class_names,
     )
 
 

@@ -233,7 +233,12 @@ def take_snapshot(
 
     `model` is the network that is validated. Where that is an average, `in_training` is what the optimizer trains.
     """
-    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "first_loss": lane.first_loss}
+    state: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "first_loss": lane.first_loss,
+        "data": lane.data.description(),  # for whoever uses the weights later
+    }
     if in_training is not None:
         state["in_training"] = in_training
     packing = Packing(lane.data.val.labels_N.device)
