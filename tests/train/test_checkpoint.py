@@ -183,7 +183,7 @@ WITH_SCHEDULE = [
 WITH_RECIPE = [
     pytest.param(settings, id="-".join(settings))
     for settings in (
-        {"data": {"augment": EVERY_AUGMENTATION}},
+        {"data": {"augment": EVERY_AUGMENTATION, "train_samples": 20}},
         {"mixup": 0.4},
         {"cutmix": 1.0},
         {"mixup": 0.2, "cutmix": 1.0, "ema": 0.9, "optimizer": "sgd", "momentum": 0.9},

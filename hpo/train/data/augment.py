@@ -20,6 +20,7 @@ from hpo.train.config import DataConfig, derive_seed
 from hpo.train.imports import describe_error, import_object, is_import_path
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Those of torchvision.transforms.v2 that draw at random, and give an image of the same size and kind on any device.
@@ -107,7 +108,7 @@ class _Step:
             return self._listed(images_BCHW, seeds)
         images = []
         for image_CHW, seed in zip(images_BCHW, seeds, strict=True):
-            self._seed(seed)
+            self._seed(seed, images_BCHW.device)
             images.append(self._transformed(image_CHW))
         return torch.stack(images)
 
@@ -120,7 +121,7 @@ class _Step:
         with generators_kept():
             image_CHW = torch.randint(256, shape_CHW, dtype=torch.uint8)
             for seed in range(NUM_TRIED):
-                self._seed(seed)
+                self._seed(seed, image_CHW.device)
                 got = self._transformed(image_CHW.clone())
                 if not isinstance(got, torch.Tensor):
                     kind = type(got).__name__
@@ -133,15 +134,15 @@ class _Step:
                     f"got {kind}"
                 )
 
-    def _seed(self, seed: int) -> None:
-        import torch
+    def _seed(self, seed: int, device: torch.device) -> None:
+        _seed_torch(seed, device)
+        if self._is_own:  # may draw from these, too
+            import random
 
-        from hpo.train.seeding import seed_generators
+            import numpy
 
-        if self._is_own:  # may draw from any
-            seed_generators(seed)
-        else:
-            torch.manual_seed(seed)
+            random.seed(seed)
+            numpy.random.seed(seed)
 
     def _transformed(self, image_CHW: Tensor) -> Any:
         import torch
@@ -172,7 +173,7 @@ class _FateList:
 
         fates = []
         for seed in seeds:
-            torch.manual_seed(seed)
+            _seed_torch(seed, images_BCHW.device)
             self._fate = []
             self._lister(images_BCHW[0])
             fates.append(self._fate)
@@ -193,6 +194,18 @@ class _FateList:
             images_BCHW, operation, magnitude, interpolation=transform.interpolation, fill=transform._fill
         )
         return done
+
+
+def _seed_torch(seed: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of a device; `torch.manual_seed` looks at the stack where CUDA is unused."""
+    import torch
+
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
 def _of_torchvision(name: str, options: Mapping[str, Any], *, image_size: int) -> Transform:
