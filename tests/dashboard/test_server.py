@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 import bcrypt
 import psutil
 import pytest
+from click.testing import CliRunner, Result
 
 import hpo
+from hpo.cli.app import main
 from hpo.dashboard.logins import add_login, read_logins
 from hpo.dashboard.server import serve_dashboard
 from hpo.errors import UserError
@@ -88,10 +90,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     spec = hpo.StudySpec.from_dict(
         {
             "name": "digits-lr",
-            "search": {"sampler": "grid", "space": {"lr": [1e-3, 3e-3, 1e-2, 3e-2, 3.0]}},
+            "search": {"sampler": "grid", "space": {"lr": [1e-3, 1e-2, 3.0]}},
             "model": {"width": 0.05},
-            "data": {"train_samples": 200},
-            "training": {"epochs": 4, "batch_size": 50},
+            "data": {"train_samples": 100},
+            "training": {"epochs": 3, "batch_size": 50},
         }
     )
     result = hpo.run(spec, storage=storage_url, executor=hpo.InProcess("cpu"))
@@ -211,11 +213,14 @@ def test_a_request_by_a_foreign_name_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize("host", slow_except(["localhost", "127.0.0.2", "::1"], "localhost"))
-def test_every_loopback_address_can_be_listened_on(study: Study, host: str) -> None:
+def test_a_login_is_asked_for_at_every_loopback_address_too_where_there_is_one(
+    study: Study, auth_file: Path, host: str
+) -> None:
     if host == "::1" and not has_ipv6():
         pytest.skip("there is no IPv6 here")
-    with serving(study.storage_url, "--host", host) as url:
-        assert study_path(url, study)
+    with serving(study.storage_url, "--host", host, "--auth-file", str(auth_file)) as url:
+        assert status_of(url) == 401
+        assert status_of(f"{url}api/studies", login=basic("ada", SECRET)) == 200
 
 
 def has_ipv6() -> bool:
@@ -226,22 +231,19 @@ def has_ipv6() -> bool:
     return True
 
 
-def add_user(auth_file: Path, name: str, password: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hpo", "dashboard", "--auth-file", str(auth_file), "--add-user", name],
-        input=f"{password}\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
+def dashboard(*arguments: str, typed: str = "") -> Result:
+    return CliRunner().invoke(main, ["dashboard", *arguments], input=typed, prog_name="hpo", catch_exceptions=False)
+
+
+def add_user(auth_file: Path, name: str, password: str) -> Result:
+    return dashboard("--auth-file", str(auth_file), "--add-user", name, typed=f"{password}\n")
 
 
 @pytest.fixture(scope="module")
 def auth_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("login") / "logins"
     result = add_user(path, "ada", SECRET)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith(f"{path}: ada can log in")
     assert SECRET not in result.stdout + result.stderr + path.read_text()
     return path
@@ -311,16 +313,9 @@ def test_a_redirect_keeps_the_scheme_that_a_proxy_was_asked_by(open_url: str) ->
     connection.close()
 
 
-def test_a_login_is_asked_for_on_loopback_too_where_there_is_one(study: Study, auth_file: Path) -> None:
-    with serving(study.storage_url, "--auth-file", str(auth_file)) as url:
-        assert status_of(url) == 401
-        assert status_of(url, login=basic("ada", SECRET)) == 200
-
-
 def test_without_a_login_it_does_not_start_beyond_loopback(study: Study) -> None:
-    command = [sys.executable, "-m", "hpo", "dashboard", "--host", "0.0.0.0", "--storage", study.storage_url]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
-    assert (result.returncode, result.stdout) == (2, "")
+    result = dashboard("--host", "0.0.0.0", "--storage", study.storage_url)
+    assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("hpo: --host must be a loopback address")
     assert "--auth-file" in result.stderr
 
@@ -328,7 +323,7 @@ def test_without_a_login_it_does_not_start_beyond_loopback(study: Study) -> None
 def test_a_login_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     for name, password, reason in [("a:b", SECRET, "--add-user must be a name"), ("ada", "", "the password must have")]:
         result = add_user(tmp_path / "logins", name, password)
-        assert (result.returncode, result.stdout) == (2, "")
+        assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr.startswith(f"hpo: {reason}")
         assert result.stderr.count("\n") == 1
 

@@ -72,36 +72,35 @@ DRAWING = sorted(set(samplers.SAMPLERS) - {"grid", "race"})  # the rates of a ra
 
 
 @pytest.mark.parametrize("sampler", DRAWING)
-def test_every_sampler_draws_each_trial_from_the_space(sampler: str, tmp_path: Path) -> None:
-    store, study = make_study(tmp_path, search={"sampler": sampler, "trials": 8, "space": RANGES})
-    drawn = run_trials(store, study, 8, peak)
-    for values in drawn:
-        assert 1e-5 <= values["lr"] <= 1.0
-        assert 1e-6 <= values["weight_decay"] <= 1e-2
-    assert len({values["lr"] for values in drawn}) == 8, "no learning rate is drawn twice"
-    assert store.trials.claim(study, "worker") is None, "the budget is exact"
-
-
-@pytest.mark.parametrize("sampler", DRAWING)
-def test_every_sampler_draws_the_same_for_the_same_seed_and_other_values_for_another(
+def test_every_sampler_draws_from_the_space_the_same_for_the_same_seed_and_other_values_for_another(
     sampler: str, tmp_path: Path
 ) -> None:
     def draw(name: str, seed: int) -> list[float]:
         settings = {"sampler": sampler, "trials": 6, "space": RANGES, "seed": seed}
-        return [values["lr"] for values in run_trials(*make_study(tmp_path, name, search=settings), 6, peak)]
+        store, study = make_study(tmp_path, name, search=settings)
+        drawn = run_trials(store, study, 6, peak)
+        assert store.trials.claim(study, "worker") is None, "the budget is exact"
+        assert all(1e-6 <= values["weight_decay"] <= 1e-2 for values in drawn)
+        return [values["lr"] for values in drawn]
 
     first = draw("a", 0)
+    assert len(set(first)) == 6, "no learning rate is drawn twice"
+    assert all(1e-5 <= lr <= 1.0 for lr in first)
     assert draw("b", 0) == first
     assert not set(draw("c", 1)) & set(first)
 
 
 def test_a_study_that_is_interrupted_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
-    settings = {"sampler": "tpe", "trials": 14, "space": RANGES}
-    whole = run_trials(*make_study(tmp_path, "whole", search=settings), 14, peak)
+    settings = {
+        "sampler": "tpe",
+        "trials": 8,
+        "space": RANGES,
+    }  # three of them are spread, and the sampler is asked then
+    whole = run_trials(*make_study(tmp_path, "whole", search=settings), 8, peak)
     store, study = make_study(tmp_path, "cut", search=settings)
-    half = run_trials(store, study, 7, peak)
+    half = run_trials(store, study, 5, peak)
     store = Store(f"sqlite:///{tmp_path}/cut.db")
-    assert half + run_trials(store, store.studies.get("cut"), 7, peak) == whole
+    assert half + run_trials(store, store.studies.get("cut"), 3, peak) == whole
 
 
 def test_sobol_points_are_the_sequence_whichever_worker_draws_them(tmp_path: Path) -> None:
@@ -115,11 +114,11 @@ def test_sobol_points_are_the_sequence_whichever_worker_draws_them(tmp_path: Pat
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
 def test_a_sampler_that_learns_stays_away_from_where_trials_diverge(sampler: str, tmp_path: Path) -> None:
-    """Everything above 1e-2, two fifths of the range, diverges; the last half of 30 trials should rarely go there."""
-    store, study = make_study(tmp_path, search={"sampler": sampler, "trials": 30, "space": RANGES})
-    ended = run_trials(store, study, 30, lambda values, _: None if values["lr"] > 1e-2 else peak(values))
-    late = [values["state"] == "diverged" for values in ended[15:]]
-    assert sum(late) <= 3
+    """Everything above 1e-2, two fifths of the range, diverges; the last third of 18 trials should rarely go there."""
+    store, study = make_study(tmp_path, search={"sampler": sampler, "trials": 18, "space": RANGES})
+    ended = run_trials(store, study, 18, lambda values, _: None if values["lr"] > 1e-2 else peak(values))
+    late = [values["state"] == "diverged" for values in ended[12:]]
+    assert sum(late) <= 1
 
 
 # --- CMA-ES, whose state must never be in the store ---
@@ -144,9 +143,9 @@ def test_cmaes_proposes_what_optunas_own_does(tmp_path: Path, monkeypatch: pytes
         return SimpleNamespace(rng=SimpleNamespace(randint=lambda low, high: seed % high))
 
     monkeypatch.setattr("optuna.samplers._cmaes.LazyRandomState", seeded)
-    ours = run_trials(*make_study(tmp_path, "ours", search=CMAES), 40, diverging_peak)
+    ours = run_trials(*make_study(tmp_path, "ours", search=CMAES), 22, diverging_peak)  # three populations of six
     monkeypatch.setattr("hpo.search.cmaes.ReplayedCmaEsSampler", CmaEsSampler)
-    assert ours == run_trials(*make_study(tmp_path, "optuna", search=CMAES), 40, diverging_peak)
+    assert ours == run_trials(*make_study(tmp_path, "optuna", search=CMAES), 22, diverging_peak)
     assert {"complete", "diverged"} == {trial["state"] for trial in ours}
 
 
@@ -190,7 +189,7 @@ def test_cmaes_is_told_alike_by_every_worker_and_a_generation_that_is_full_stays
 
 
 def test_no_pickle_of_cmaes_is_in_the_store(cmaes_of: str, tmp_path: Path) -> None:
-    run_trials(*make_study(tmp_path, search=CMAES), 30, peak)
+    run_trials(*make_study(tmp_path, search=CMAES), 12, peak)
     with sqlite3.connect(tmp_path / "s.db") as connection:
         tables = [name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")]
         fields = [field for table in tables for row in connection.execute(f"select * from {table}") for field in row]
@@ -244,9 +243,9 @@ def test_a_pickle_that_somebody_planted_in_the_store_is_not_loaded(cmaes_of: str
 
 def test_random_search_is_drawn_evenly_on_the_scale_of_the_range(tmp_path: Path) -> None:
     space = {"lr": RANGES["lr"]}
-    store, study = make_study(tmp_path, search={"sampler": "random", "trials": 100, "seed": 1, "space": space})
-    decades = [int(-math.log10(values["lr"])) for values in run_trials(store, study, 100, peak)]
-    assert all(8 <= decades.count(decade) <= 34 for decade in range(5))  # 20 each, within 3.5 standard deviations
+    store, study = make_study(tmp_path, search={"sampler": "random", "trials": 40, "seed": 1, "space": space})
+    halves = [math.log10(values["lr"]) > -2.5 for values in run_trials(store, study, 40, peak)]
+    assert 10 <= sum(halves) <= 30  # 20, within 3.2 standard deviations; on a linear scale all but one would be
 
 
 def test_what_is_to_be_tried_first_is_tried_first_and_the_rest_of_it_sampled(tmp_path: Path) -> None:
@@ -287,13 +286,13 @@ def test_a_spread_begins_after_what_is_to_be_tried_first_and_fits_every_kind_of_
     first = {"lr": 1e-3, "optimizer": "adam"}
     store, study = make_study(
         tmp_path,
-        search={"sampler": "tpe", "trials": 30, "space": space, "try_first": [first]},
+        search={"sampler": "tpe", "trials": 12, "space": space, "try_first": [first]},
         training={"lr": 1e-2},
     )
     given = proposals.fixed_values(study.spec)
     assert given[0] == first
-    assert [len(point) for point in given].count(0) == 20
-    drawn = run_trials(store, study, 30, lambda values, epoch: 0.5)
+    assert 0 < [len(point) for point in given].count(0) < 10
+    drawn = run_trials(store, study, 12, lambda values, epoch: 0.5)
     for point, values in zip(given, drawn, strict=True):
         assert values.items() >= point.items()
         assert values["weight_decay"] in (0.0, 0.1, 0.2, pytest.approx(0.3))
@@ -301,10 +300,10 @@ def test_a_spread_begins_after_what_is_to_be_tried_first_and_fits_every_kind_of_
 
 
 def test_tpe_learns_from_what_trials_in_training_report(tmp_path: Path) -> None:
-    """None of eight has ended; where they report most is where it goes next, in most of eight studies."""
+    """None of eight has ended; where they report most is where it goes next, in most of four studies."""
     space = {"lr": {"low": 1e-5, "high": 1e-1, "log": True}}
     proposed = []
-    for seed in range(8):
+    for seed in range(4):
         spec = {"sampler": "tpe", "trials": 24, "space": space, "seed": seed}
         store, study = make_study(tmp_path, f"s{seed}", search=spec, training={"epochs": 9})
         worker = store.workers.add(study.study_id, device="cpu")
@@ -314,7 +313,7 @@ def test_tpe_learns_from_what_trials_in_training_report(tmp_path: Path) -> None:
             lr = store.trials.suggest(claim, study.spec, attributes=lambda values: {})["lr"]
             store.trials.report(claim, study.spec, epoch=1, metrics={}, value=0.9 if lr < 1e-4 else 0.1)
         proposed.append(lr)
-    assert sum(lr < 1e-4 for lr in proposed) >= 6  # a quarter of the range
+    assert sum(lr < 1e-4 for lr in proposed) >= 3  # a quarter of the range
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
@@ -372,13 +371,13 @@ def test_a_grid_is_claimed_point_by_point_under_true_axes(tmp_path: Path) -> Non
 def test_a_parameter_with_cases_has_its_own_range_for_each(tmp_path: Path) -> None:
     text = """
     sampler = "tpe"
-    trials = 25
+    trials = 12
     [space]
     optimizer = ["adam", "sgd"]
     lr.by.optimizer = { adam = { low = 1e-4, high = 1e-3, log = true }, sgd = { low = 0.1, high = 1.0, log = true } }
     """
     store, study = make_study(tmp_path, search=tomllib.loads(text))
-    drawn = run_trials(store, study, 25, peak)
+    drawn = run_trials(store, study, 12, peak)
     for values in drawn:
         low, high = (1e-4, 1e-3) if values["optimizer"] == "adam" else (0.1, 1.0)
         assert low <= values["lr"] <= high
@@ -410,7 +409,7 @@ def test_every_pruner_drops_a_hopeless_trial_when_its_options_say_so_and_not_bef
 ) -> None:
     expected = PRUNING[pruner][1]
     store, study = make_pruned_study(tmp_path, pruner)
-    run_trials(store, study, 12, lambda values, epoch: 0.5 + 0.05 * epoch, epochs=8)
+    run_trials(store, study, 6, lambda values, epoch: 0.5 + 0.05 * epoch, epochs=8)
     hopeless = run_trials(store, study, 12, lambda values, epoch: 0.1 - 0.01 * epoch, epochs=8)
     dropped = [trial["epochs"] for trial in hopeless if trial["state"] == "pruned"]
     if expected is None:
@@ -424,15 +423,15 @@ def test_every_pruner_drops_a_hopeless_trial_when_its_options_say_so_and_not_bef
 def test_no_pruner_drops_a_trial_that_leads(pruner: str, tmp_path: Path) -> None:
     store, study = make_pruned_study(tmp_path, pruner)
     leading = itertools.count()
-    ended = run_trials(store, study, 10, lambda values, epoch: 0.3 + 0.001 * next(leading), epochs=8)
-    assert [trial["state"] for trial in ended] == ["complete"] * 10
+    ended = run_trials(store, study, 6, lambda values, epoch: 0.3 + 0.001 * next(leading), epochs=8)
+    assert [trial["state"] for trial in ended] == ["complete"] * 6
 
 
-@pytest.mark.parametrize("pruner", slow_except(sorted(pruners.PRUNERS), "hyperband", "none"))
+@pytest.mark.parametrize("pruner", slow_except(sorted(pruners.PRUNERS), "hyperband"))
 def test_a_pruner_drops_trials_only_after_epochs_at_which_it_is_said_to_judge(pruner: str, tmp_path: Path) -> None:
     store, study = make_pruned_study(tmp_path, pruner)
     random = Random(0)
-    ended = run_trials(store, study, 30, lambda values, epoch: random.random(), epochs=8)
+    ended = run_trials(store, study, 14, lambda values, epoch: random.random(), epochs=8)
     dropped = {trial["epochs"] for trial in ended if trial["state"] == "pruned"}
     assert (not dropped) == (pruner == "none")
     assert all(pruners.may_prune_after(epoch, study.spec) for epoch in dropped)

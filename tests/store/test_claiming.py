@@ -49,8 +49,8 @@ def test_slots_are_optuna_trials_of_the_same_number(store: Store, make_spec: Mak
         assert tuple(t.params["lr"] for t in theirs) == lrs
 
 
-def test_eight_threads_share_out_every_slot_once(store: Store, make_spec: MakeSpec) -> None:
-    study, worker = begin(store, make_spec(search={"trials": 40, "sampler": "tpe"}))
+def test_four_threads_share_out_every_slot_once(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 20, "sampler": "tpe"}))
 
     def work(_: int) -> list[int]:
         numbers = []
@@ -61,11 +61,11 @@ def test_eight_threads_share_out_every_slot_once(store: Store, make_spec: MakeSp
             numbers.append(claimed.number)
         return numbers
 
-    with ThreadPoolExecutor(8) as pool:
-        numbers = sorted(number for found in pool.map(work, range(8)) for number in found)
-    assert numbers == list(range(40))
+    with ThreadPoolExecutor(4) as pool:
+        numbers = sorted(number for found in pool.map(work, range(4)) for number in found)
+    assert numbers == list(range(20))
     assert [t.number for t in optuna_trials(store)] == numbers
-    assert store.trials.counts(study.study_id) == {"complete": 40}
+    assert store.trials.counts(study.study_id) == {"complete": 20}
 
 
 EIGHT_PROCESSES = """
@@ -102,7 +102,7 @@ for _ in range(8):
 
 @slow_on_postgres
 def test_eight_processes_create_one_study_and_train_each_grid_point_once(url: str, make_spec: MakeSpec) -> None:
-    lrs = [index / 100 for index in range(1, 41)]
+    lrs = [index / 100 for index in range(1, 25)]
     ended = subprocess.run(
         [sys.executable, "-c", EIGHT_PROCESSES, url, json.dumps(make_spec(*lrs).frozen())],
         capture_output=True,

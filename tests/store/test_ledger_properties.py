@@ -244,7 +244,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedger = LedgerMachine.TestCase
 TestLedger.settings = settings(
-    max_examples=12,
+    max_examples=7,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,  # the same runs each time: a failure is this commit's
