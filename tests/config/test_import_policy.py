@@ -124,7 +124,7 @@ def test_a_command_that_reads_a_study_from_the_store_imports_only_what_it_is_tol
             "allow it with --allow loop, or its folder with --allow FOLDER",
         )
     assert not (hpo.folder / "imported").exists()
-    exit_code, output = hpo.run("worker", "s", "--devices", "cpu", "--allow", ".")
+    exit_code, output = hpo.here("worker", "s", "--devices", "cpu", "--allow", ".")
     assert exit_code == 0, output
     assert (hpo.folder / "imported").exists()
 
@@ -135,7 +135,7 @@ def test_what_was_checked_is_what_is_imported(hpo: Hpo, make_spec: MakeSpec) -> 
     (hpo.folder / "trusted").mkdir()
     (hpo.folder / "trusted" / "loop.py").write_text("def train(trial):\n    trial.report(1, val_accuracy=1)\n")
     Store(hpo.url, create=True).studies.create(make_spec(0.1), metadata={})
-    exit_code, output = hpo.run("worker", "s", "--devices", "cpu", "--allow", "./trusted")
+    exit_code, output = hpo.here("worker", "s", "--devices", "cpu", "--allow", "./trusted")
     assert exit_code == 0, output
     assert not (hpo.folder / "wrong").exists()
 

@@ -55,7 +55,7 @@ def test_a_study_as_it_is_written_is_valid(path: Path) -> None:
     assert spec.name.replace("-", "_") == path.stem
 
 
-QUICK = [path for path in STUDIES if path.stem in ("quickstart", "optimizers", "factors", "own_loop", "own_model")]
+QUICK = [path for path in STUDIES if path.stem in ("quickstart", "optimizers", "own_model")]
 
 
 @pytest.mark.parametrize("path", slow_except(STUDIES, *QUICK), ids=lambda path: path.stem)

@@ -29,9 +29,9 @@ def test_whatever_a_study_is_like_it_can_be_reported(name: str, form: str) -> No
 
 
 def test_the_command_writes_a_page_that_says_what_best_says(hpo: Any, trained: Store, tmp_path: Path) -> None:
-    assert hpo.run("report", "s") == (0, "wrote s.html\n")
+    assert hpo.here("report", "s") == (0, "wrote s.html\n")
     page = (tmp_path / "s.html").read_text()
-    headline, *lines = hpo.run("best", "s", "--verbose")[1].splitlines()
+    headline, *lines = hpo.here("best", "s", "--verbose")[1].splitlines()
     assert headline[1:] in page
     for line in lines:
         label, _, text = line.strip().partition(":")

@@ -9,7 +9,7 @@ from hpo.analysis.due_trials import plan_due_trials
 from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.workers.stages import add_due_trials
-from tests.store.helpers import MakeSpec, begin, report
+from tests.store.helpers import MakeSpec, begin, report, slow_on_postgres
 
 CONFIRM = {"top": 3, "seeds": 5}
 NOISE = [0.0, 0.003, -0.002, 0.001, 0.002]
@@ -51,6 +51,7 @@ def confirm(store: Store, study: StudyRecord, *workers: str, apart: float) -> li
     return rounds
 
 
+@slow_on_postgres
 @pytest.mark.parametrize(
     ("apart", "expected"),
     [
@@ -96,6 +97,7 @@ def test_no_seed_is_begun_before_the_one_before_it_has_ended_and_none_that_is_no
     assert store.trials.most_at_once(study) == 9
 
 
+@slow_on_postgres
 def test_an_enlarged_search_is_confirmed_anew_by_a_race_over_further_seeds(store: Store, make_spec: MakeSpec) -> None:
     spec = make_spec(search={"trials": 3}, confirm={"top": 2, "seeds": 4})
     study, worker = begin(store, spec)
@@ -111,6 +113,7 @@ def test_an_enlarged_search_is_confirmed_anew_by_a_race_over_further_seeds(store
     assert store.problems(study) == []
 
 
+@slow_on_postgres
 def test_a_confirmation_whose_seeds_an_earlier_version_added_rate_by_rate_is_raced_like_any_other(
     store: Store, make_spec: MakeSpec
 ) -> None:

@@ -16,6 +16,7 @@ from tests.rows import slow_except
 from tests.store.helpers import Change, MakeSpec, begin, claim, expire, optuna_trials, report, slow_on_postgres, trial
 
 
+@slow_on_postgres
 @pytest.mark.parametrize("pruner", slow_except(["median", "asha"], "asha"))
 def test_a_kill_changes_nothing_in_what_the_pruner_has_said(
     store: Store, make_spec: MakeSpec, change: Change, pruner: str
@@ -43,6 +44,7 @@ def test_a_kill_changes_nothing_in_what_the_pruner_has_said(
     assert store.trials.report(again[1], spec, epoch=at, metrics={}, value=0.1) == "prune"
 
 
+@slow_on_postgres
 @pytest.mark.parametrize(
     "pruner", slow_except(["none", "asha", "median", "patient"], "asha")
 )  # Hyperband's brackets hang on the name

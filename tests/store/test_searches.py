@@ -16,6 +16,7 @@ from hpo.store.searches import _covered
 from hpo.store.store import Store
 from hpo.store.suggesting import BufferedStorage, sampling_study
 from hpo.study.records import StudyRecord
+from tests.rows import slow_except
 from tests.store.helpers import MakeSpec, begin, claim, only_sqlite, report, url_of
 
 HOUR_S = 3600.0
@@ -139,7 +140,7 @@ SAMPLERS_THAT_LEARN = ["tpe", "gp", "cmaes", "qmc"]
 
 
 @only_sqlite
-@pytest.mark.parametrize("sampler", SAMPLERS_THAT_LEARN)
+@pytest.mark.parametrize("sampler", slow_except(SAMPLERS_THAT_LEARN, "tpe"))
 def test_a_widened_search_keeps_its_trials_and_its_sampler_learns_from_all_of_them(
     store: Store, make_spec: MakeSpec, sampler: str
 ) -> None:

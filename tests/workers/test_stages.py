@@ -260,7 +260,7 @@ def train(trial):
 
 def test_a_loop_of_ones_own_is_confirmed_on_fresh_seeds_that_the_rates_share(hpo: Hpo, make_spec: MakeSpec) -> None:
     hpo.write(make_spec(0.1, 0.2, 0.4, pruner={"name": "median"}, confirm={"top": 2, "seeds": 2}), SAME)
-    exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu", "--workers", "2")
+    exit_code, output = hpo.here("run", "study.toml", "--devices", "cpu", "--workers", "2")
     assert exit_code == 0, output
     assert "the search is done; trained again on fresh seeds: lr=0.2; lr=0.1" in output
     trials = Store(hpo.url).trials.get_all(Store(hpo.url).studies.get("s"))
@@ -289,13 +289,12 @@ def test_a_study_that_is_killed_while_it_is_confirmed_goes_on_to_the_same_counts
         trials = store.trials.get_all(with_study[0]) if with_study else []
         return sum(trial.kind == "confirm" and trial.state == "complete" for trial in trials)
 
-    for wanted in (1, 4):
-        process = hpo.start("run", "study.toml", "--devices", "cpu", "--workers", "2")
-        wait_for(lambda wanted=wanted: num_confirmed() >= wanted)
-        for pid in [process.pid, *hpo.worker_pids()]:
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-    exit_code, output = hpo.run("run", "study.toml", "--devices", "cpu")
+    process = hpo.start("run", "study.toml", "--devices", "cpu", "--workers", "2")
+    wait_for(lambda: num_confirmed() >= 2)
+    for pid in [process.pid, *hpo.worker_pids()]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    exit_code, output = hpo.here("run", "study.toml", "--devices", "cpu")
     assert exit_code == 0, output
     trials = Store(hpo.url).trials.get_all(Store(hpo.url).studies.get("s"))
     assert Counter((trial.kind, trial.state) for trial in trials) == {

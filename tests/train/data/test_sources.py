@@ -22,6 +22,7 @@ from torch import Tensor
 from hpo.errors import UserError
 from hpo.train.data.images import LabeledImages
 from hpo.train.data.sources import StreamSource, batch_bounds
+from tests.rows import slow_except
 from tests.train.data.datasets_under_test import epoch, load
 
 NUM_IMAGES, BATCH_SIZE, NUM_PROCESSES = 12, 2, 2
@@ -223,7 +224,7 @@ if sys.argv[2] == "killed":
 """
 
 
-@pytest.mark.parametrize("end", ["returns", "killed"])
+@pytest.mark.parametrize("end", slow_except(["returns", "killed"], "killed"))
 def test_processes_end_with_the_process_that_started_them(
     end: str, image_folder_root: Path, wait_for: Callable[..., Any]
 ) -> None:
