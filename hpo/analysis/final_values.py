@@ -2,11 +2,12 @@
 
 The value over log10 of the learning rate and the log of the epoch is a Gaussian process (Rasmussen and Williams, 2006;
 over both at once: Swersky et al., Freeze-Thaw Bayesian Optimization, arXiv 1406.3896). It is the sum of what epochs
-bring at all learning rates and of what they bring at this one, so a pruned trial counts with what the others gained
-since, as far as they are like it. A trial is off by one amount at all its epochs, which stands for its seed; and off at
-each epoch by as much as its own curve is rough. Seeds matter more where curves are rougher. The process is not fitted
-once: it is averaged over a grid of its hyperparameters, each weighed by how well it explains the curves, because with
-20 to 40 trials several explain them well.
+bring at all learning rates and of what this one brings. Most of the latter lasts from the first epoch to the last: a
+rate that is far behind early is seldom the best one in the end. So a pruned trial counts with what the others gained
+since, and stays behind them by about as much. A trial is off by one amount, which stands for its seed; and off at each
+epoch by as much as its own curve is rough. Seeds matter more where curves are rougher. The process is not fitted once:
+it is averaged over a grid of its hyperparameters, each weighed by how well it explains the curves, because with 20 to
+40 trials several explain them well.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ NUM_DRAWS = 400
 NUM_FITTED_POINTS = 240  # at most, of all curves; those of more trials than that are averaged with their neighbours'
 NUM_POINTS_OF_CURVE = 6  # at most, after epochs that are evenly apart on a log scale
 LENGTHS = (0.35, 0.6, 1.0, 1.8)  # decades of the learning rate over which the value bends
-EPOCH_LENGTHS = (3.0, 8.0)  # powers of e of the epoch over which it bends
+EPOCH_LENGTHS = (3.0, 8.0)  # powers of e of the epoch over which that of all learning rates bends
+LASTING_SHARES = (0.5, 0.9)  # of the variance of what depends on the learning rate: the same after every epoch
+CHANGE_LENGTH = 3.0  # powers of e of the epoch over which the rest of it bends
 AMPLITUDES = (0.03, 0.1, 0.3, 1.0, 2.0)  # of what depends on the learning rate, in standard deviations of all points
 NOISES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a trial with a curve of usual roughness, in the same
 USUAL_LENGTH = 0.7  # decades, of the log-normal prior
 LEAST_USUAL_NOISE = 0.05  # of the log-normal prior where curves are smooth, in standard deviations of all points
 SEED_OVER_ROUGHNESS = 1.5  # how much more two seeds differ than two epochs of a curve
-TRUST = 0.3  # share of the evidence that counts: points of a curve say less than as many trials would
+TRUST = 0.6  # share of the evidence that counts: points of a curve say less than as many trials would
 MISFIT = 0.01  # of each point, in standard deviations of all points
 AVERAGED = 0.2  # a point is the mean over this last share of its epochs
 SMOOTHED_DECADES = 0.3  # over which roughness is averaged
@@ -83,13 +86,15 @@ def draw_final_values(
     apart, apart_in_time = abs(points.x[:, None] - points.x), abs(points.time[:, None] - points.time)
     same_trial = (points.trial[:, None] == points.trial) * np.outer(points.roughness, points.roughness)
     own = np.diag(points.variance / scale**2 + MISFIT**2)
-    near_in_time = {length: _matern(apart_in_time, length) for length in EPOCH_LENGTHS}
+    gained = {length: _matern(apart_in_time, length) for length in EPOCH_LENGTHS}
+    lasting = {share: _lasting(apart_in_time, share) for share in LASTING_SHARES}
     near = {length: _matern(apart, length) for length in LENGTHS}
     evidence, fits = [], []
-    for length, epoch_length, amplitude, noise in itertools.product(LENGTHS, EPOCH_LENGTHS, AMPLITUDES, NOISES):
-        depends = 1 + amplitude**2 * near[length] + noise**2 * same_trial
-        covariance = near_in_time[epoch_length] * depends + own
-        root = np.linalg.cholesky(covariance)
+    for epoch_length, share, length, amplitude, noise in itertools.product(
+        EPOCH_LENGTHS, LASTING_SHARES, LENGTHS, AMPLITUDES, NOISES
+    ):
+        depends = amplitude**2 * near[length] + noise**2 * same_trial
+        root = np.linalg.cholesky(gained[epoch_length] + lasting[share] * depends + own)
         whitened = solve_triangular(root, (points.line - mean) / scale, lower=True)
         # Log-normal priors: the values of usual networks are the most common.
         prior = (
@@ -98,22 +103,21 @@ def draw_final_values(
             math.log(noise / usual_noise) / 1.5,
         )
         evidence.append(-0.5 * (whitened @ whitened + math.hypot(*prior) ** 2) - np.log(np.diag(root)).sum())
-        fits.append((length, epoch_length, amplitude, noise, root, whitened))
+        fits.append((epoch_length, share, length, amplitude, noise, root, whitened))
     weights = softmax(TRUST * np.array(evidence))
     drawn = []
-    for (length, epoch_length, amplitude, _, root, whitened), times in zip(
+    for (epoch_length, share, length, amplitude, _, root, whitened), times in zip(
         fits, random.multinomial(NUM_DRAWS, weights), strict=True
     ):
         if times:
-            across = _matern(points.time, epoch_length) * (
-                1 + amplitude**2 * _matern(abs(x[:, None] - points.x), length)
-            )
+            alike = amplitude**2 * _matern(abs(x[:, None] - points.x), length)
+            across = _matern(points.time, epoch_length) + _lasting(points.time, share) * alike
             explained = solve_triangular(root, across.T, lower=True)
             covariance = 1 + amplitude**2 * _matern(abs(x[:, None] - x), length) - explained.T @ explained
             values, vectors = np.linalg.eigh(covariance)
             spread = (vectors * np.sqrt(values.clip(0))).T  # rounding may have made it a little indefinite
             drawn.append(explained.T @ whitened + random.standard_normal((times, len(x))) @ spread)
-    seeds = math.sqrt(weights @ np.square([fit[3] for fit in fits])) * scale
+    seeds = math.sqrt(weights @ np.square([fit[4] for fit in fits])) * scale
     noise = math.hypot(seeds, roughness.usual, MISFIT * scale)
     return FinalValues(np.concatenate(drawn) * scale + mean, noise * roughness.relative_at(x))
 
@@ -191,6 +195,11 @@ def _windows(curve: Curve, count: int) -> list[tuple[int, int]]:
         windows.append((min(max(before, int(last * (1 - AVERAGED))), last - 1), last))
         before = last
     return windows
+
+
+def _lasting(apart_in_time: Array, share: float) -> Array:
+    """Return how alike what a learning rate brings is at two times, of which `share` is the same at all times."""
+    return share + (1 - share) * _matern(apart_in_time, CHANGE_LENGTH)
 
 
 def _matern(distance: Array, length: float) -> Array:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[np.float64]]
     Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
-MIN_RATES = 5  # different learning rates that have a value; with fewer there is no response
+MIN_RATES = 5  # different learning rates that have a value or died; with fewer there is no response
+MIN_LIVING_RATES = 3  # of these that have a value
 NUM_RATES = 161  # of the grid on which the response is known
 CONFIDENCE = 0.9
 REACH_DECADES = 0.3  # a rate this far from all that trained to the end is not recommended
@@ -118,7 +119,7 @@ def fit_response(
     floor: float = -math.inf,
     is_share: bool = False,
 ) -> Response | None:
-    """Return the response between two learning rates, or None if fewer than MIN_RATES have a value.
+    """Return the response between two learning rates, or None if fewer than MIN_RATES were tried.
 
     The sensitivity is that of Wortsman et al. (arXiv 2309.14322) with the value in place of the loss: the mean over the
     range, even in log lr, of how far the expected value is below the highest, where dying counts as the floor. Equal
@@ -135,7 +136,7 @@ def fit_response(
     from threadpoolctl import threadpool_limits
 
     alive, lives = _tell_dead(trials, num_epochs, floor)
-    if len({trial.x for trial in alive}) < MIN_RATES:
+    if len({life.x for life in lives}) < MIN_RATES or len({trial.x for trial in alive}) < MIN_LIVING_RATES:
         return None
     # The matrices are small: several threads take ten times as long, and sum up in an order of their own.
     with threadpool_limits(1, user_api="blas"):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpo.analysis.final_values import roughness_of
-from hpo.analysis.response import MIN_RATES, REACH_DECADES, Response
+from hpo.analysis.response import MIN_LIVING_RATES, MIN_RATES, REACH_DECADES, Response
 from hpo.analysis.text import params_text, rate_text
 from hpo.analysis.trials import (
     TRAINED,
@@ -115,7 +115,8 @@ def _not_enough(context: WarningContext) -> str | None:
     if context.response is not None or not known:
         return None
     have = "rate has" if known == 1 else "rates have"
-    text = f"{known} learning {have} a value, which is not enough for a curve; {MIN_RATES} are"
+    enough = f"{MIN_RATES} are, or {MIN_LIVING_RATES} where others diverged"
+    text = f"{known} learning {have} a value, which is not enough for a curve; {enough}"
     count = len(context.trials)
     if count == context.num_searched:
         return text

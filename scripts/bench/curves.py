@@ -5,19 +5,21 @@
 The file is a list of tasks, each with the accuracy after every so many epochs at several learning rates (DeepOBS and
 step-back; the README beside the data names its keys). A trial replays a task: its curve is that of its learning rate,
 between recorded rates in proportion on the log scale, off by one amount with a standard deviation of 0.3 percentage
-points, as another seed would be. Studies run through our race or Optuna's TPE and pruners, in memory, and through
-`hpo.analysis`.
+points, as another seed would be. Studies run through our race, or Optuna's TPE and pruners or Gaussian process, in
+memory, and through `hpo.analysis`. The best trial's rate is what plain Optuna answers.
 What a learning rate is worth in truth is the mean of the last tenth of its recorded curve.
 
 Tasks are split in two halves, every second one: the constants of the answer were chosen on the first half. The bench
 prints for each half and way to search:
 
 - trainings: the epochs of all trials, in full trainings, a median;
-- the share of studies within 1 percentage point of the best rate, the mean, 90 % quantile and worst shortfall, each of
-  the recommended rate / of the best trial's rate;
+- the share of studies within 0.5 and 1 percentage point of the best rate, the mean, 90 % quantile and worst shortfall,
+  each of the recommended rate / of the best trial's rate;
 - how often the 90 % interval holds the recorded rate that is best, within half a step of the recorded rates, which
   stand for those around them; and the median width of the interval, in decades;
-- how often the best rate is called determined.
+- how often the best rate is called determined;
+- where the recorded networks die above some rate: how often an edge is stated, and how often its 90 % interval reaches
+  the gap between the highest rate that is better than guessing and the next recorded one.
 
 Where too few rates have a value for a curve, the best trial's rate is recommended, and the whole range is the interval.
 """
@@ -39,14 +41,15 @@ import optuna
 from threadpoolctl import threadpool_limits
 
 from hpo.analysis import answer as analysis
+from hpo.analysis.response import GUESS_SHARE
 from hpo.config.study_spec import StudySpec
 from hpo.search.proposals import fixed_values
 from hpo.search.race import Racer, course_of, find_goals
 from hpo.study.records import StudyRecord, TrialRecord
 
 SEED_NOISE = 0.003
-STUDIES = {"none": 20, "median": 20, "hyperband": 20, "asha": 30}  # pruner of TPE -> trials
-RACE = "race"
+RACE, GP = "race", "gp"
+STUDIES = {"none": 20, "median": 20, "hyperband": 20, "asha": 30, GP: 20}  # pruner of TPE, or Optuna's GP -> trials
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ class PublicTask:
     def final(self) -> Any:
         """What each recorded rate is worth."""
         return self.curves[:, -max(1, self.num_epochs // 10) :].mean(axis=1)
+
+    @property
+    def edge(self) -> tuple[float, float] | None:
+        """The last recorded x at which networks learn, and the next one; None where they learn at all high rates."""
+        guess = 1 / self.num_classes
+        learns = np.flatnonzero(self.final > guess + GUESS_SHARE * (self.final.max() - guess))
+        last = int(learns.max())
+        return None if last == len(self.x) - 1 else (float(self.x[last]), float(self.x[last + 1]))
 
     def worth(self, x: float) -> float:
         return float(np.interp(x, self.x, self.final))
@@ -97,17 +108,17 @@ def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
     return optuna.pruners.MedianPruner() if name == "median" else optuna.pruners.NopPruner()
 
 
-def run(task: PublicTask, pruner: str, *, seed: int) -> list[TrialRecord]:
-    """Return the trials of a study of TPE in memory."""
+def run(task: PublicTask, how: str, *, seed: int) -> list[TrialRecord]:
+    """Return the trials of a study of Optuna's in memory."""
     random = np.random.default_rng(seed)
     study = optuna.create_study(
         study_name=f"{task.name}, seed {seed}",  # Hyperband draws its brackets by it
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=make_pruner(pruner, task.num_epochs),
+        sampler=optuna.samplers.GPSampler(seed=seed) if how == GP else optuna.samplers.TPESampler(seed=seed),
+        pruner=make_pruner(how, task.num_epochs),
     )
     trials = []
-    for number in range(STUDIES[pruner]):
+    for number in range(STUDIES[how]):
         trial = study.ask()
         x = trial.suggest_float("x", task.x[0], task.x[-1])
         state, seen, whole = "complete", 0, task.curve(x, random)
@@ -173,6 +184,9 @@ def repeat(arguments: tuple[PublicTask, str, int]) -> dict[str, float]:
     step_high = (task.x[min(best + 1, len(task.x) - 1)] - task.x[best]) / 2
     response = found.response
     low, high = (math.log10(rate) for rate in response.interval) if response else (task.x[0], task.x[-1])
+    stated = response.divergence_lr if response else None
+    stated_edge = [math.log10(rate) for rate in stated.interval] if stated else [math.nan, math.nan]
+    edge = task.edge or (math.nan, math.nan)
     return {
         "trainings": sum(len(trial.epochs) for trial in trials) / task.num_epochs,
         "regret": task.final.max() - task.worth(math.log10(found.recommended["lr"])),
@@ -180,6 +194,10 @@ def repeat(arguments: tuple[PublicTask, str, int]) -> dict[str, float]:
         "held": low <= task.x[best] + step_high and high >= task.x[best] - step_low,
         "width": high - low,
         "determined": response is not None and response.is_determined,
+        "edge stated": float(stated is not None) if task.edge else math.nan,
+        "edge held": float(stated_edge[0] <= edge[1] and stated_edge[1] >= edge[0])
+        if stated and task.edge
+        else math.nan,
     }
 
 
@@ -190,6 +208,7 @@ def summarize(results: list[dict[str, float]]) -> dict[str, float]:
     for name, key in (("", "regret"), ("best trial's ", "trial_regret")):
         points = 100 * column[key]
         row |= {
+            f"{name}within 0.5": float((points <= 0.5).mean()),
             f"{name}within 1": float((points <= 1).mean()),
             f"{name}mean": float(points.mean()),
             f"{name}p90": float(np.quantile(points, 0.9)),
@@ -197,14 +216,14 @@ def summarize(results: list[dict[str, float]]) -> dict[str, float]:
         }
     row["worse by 1"] = float((column["regret"] > column["trial_regret"] + 0.01).mean())
     row |= {"held": float(column["held"].mean()), "width": float(np.median(column["width"]))}
-    return row | {"determined": float(column["determined"].mean())}
+    return row | {key: float(np.nanmean(column[key])) for key in ("determined", "edge stated", "edge held")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", type=Path, help="curves.json.gz")
     parser.add_argument("--repetitions", type=int, default=20, help="studies of each task")
-    parser.add_argument("--only", choices=[RACE, *STUDIES], help="one way to search: the race, or a pruner of TPE")
+    parser.add_argument("--only", choices=[RACE, *STUDIES], help="one way to search: the race, a pruner of TPE, or gp")
     arguments = parser.parse_args()
     tasks = read_tasks(arguments.curves)
     halves = {"chosen on": tasks[::2], "held out": tasks[1::2]}
@@ -214,7 +233,7 @@ def main() -> None:
                 jobs = [(task, how, seed) for task in members for seed in range(arguments.repetitions)]
                 row = summarize([one for one in pool.map(repeat, jobs, chunksize=4) if one])
                 cells = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-                search = RACE if how == RACE else f"tpe + {how}, {STUDIES[how]} trials"
+                search = how if how in (RACE, GP) else f"tpe + {how}, {STUDIES[how]} trials"
                 print(f"{half}, {len(members)} tasks, {search}: {cells}", flush=True)
 
 
