@@ -145,6 +145,31 @@ def test_rates_at_which_all_were_pruned_at_chance_are_not_recommended() -> None:
     assert found.diverging[at(found, 10**-1.6)] > 0.8
 
 
+def test_a_race_leaves_open_no_rate_that_was_far_behind_early() -> None:
+    lrs, trained = np.geomspace(LOW, HIGH, 13), {6: 50, 5: 25, 7: 10, 8: 3}  # the rest of them one epoch of 50
+
+    def curve(index: int) -> list[float]:
+        final, speed = 0.85 - 0.12 * (math.log10(lrs[index]) + 3) ** 2, 0.3 + 0.04 * index
+        return [0.1 + (final - 0.1) * (1 - math.exp(-speed * epoch)) for epoch in range(1, trained.get(index, 1) + 1)]
+
+    trials = [
+        ObservedTrial(
+            math.log10(lr), "complete" if index == 6 else "pruned", range(1, trained.get(index, 1) + 1), curve(index)
+        )
+        for index, lr in enumerate(lrs)
+    ]
+    found = response(trials, num_epochs=50)
+    assert found.is_determined
+    assert found.interval[0] < 1e-3 < found.interval[1] < 15 * found.interval[0]
+
+
+def test_three_rates_that_have_a_value_are_enough_where_others_diverged() -> None:
+    living, died = np.geomspace(1e-4, 1e-2, 3), np.geomspace(3e-2, HIGH, 2)
+    assert LOW < response(make_trials(living, hill, diverged=died)).best <= 1e-2
+    for trials in (make_trials(living, hill, diverged=died[:1]), make_trials(living[:2], hill, diverged=[0.02, *died])):
+        assert fit_response(trials, num_epochs=1, low=LOW, high=HIGH) is None
+
+
 def test_trials_that_are_still_in_training_point_to_a_rate_too() -> None:
     running = [trained(x, curve(hill(x), until=12), "running") for x in np.linspace(-5, -1.5, 12)]
     found = response(running, num_epochs=30)
