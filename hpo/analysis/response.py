@@ -28,7 +28,8 @@ MIN_RATES = 5  # different learning rates that have a value or died; with fewer 
 MIN_LIVING_RATES = 3  # of these that have a value
 NUM_RATES = 161  # of the grid on which the response is known
 CONFIDENCE = 0.9
-REACH_DECADES = 0.3  # a rate this far from all that trained to the end is not recommended
+REACH_DECADES = 0.3  # a rate this far from all good trials that trained to the end is not recommended
+CLEARLY_WORSE = 3.0  # standard deviations of a trial behind the best one: such a trial is not good
 GUESS_SHARE = 0.05  # values this near to guessing, as a share of the way to the best one, are no better than that
 NUM_CONSTANT = 3  # so many equal values in a row are those of a network that always gives the same answer
 MAX_DETERMINED_DECADES = 1.5  # a wider interval leaves the best learning rate open
@@ -208,11 +209,11 @@ def _fit(
     top = int(expected.argmax())
     behind = expected[top] - expected
     draws_of_best = x[worth.argmax(axis=1)]
-    has_evidence = _has_evidence(alive, x)
-    at_best = _index_of_best(worth, has_evidence)
-    lowest, highest = min(trial.x for trial in alive), _trained_to_the_end(alive).max()
-    best = min(max(float(f"{10 ** x[at_best]:.2g}"), float(10**lowest)), float(10**highest))
     noise = _noise(final, scale)
+    has_evidence = _has_evidence(alive, x, noise)
+    at_best = _index_of_best(worth, has_evidence)
+    lowest, highest = min(trial.x for trial in alive), max(trial.x for trial in _trained_to_the_end(alive))
+    best = min(max(float(f"{10 ** x[at_best]:.2g}"), float(10**lowest)), float(10**highest))
     # That it may diverge excuses no shortfall, and that little is known excuses none that seeds would not make.
     first, last = _run_around(at_best, behind <= np.minimum((curves[:, [top]] - curves).std(axis=0), noise[at_best]))
     tail = (1 - CONFIDENCE) / 2
@@ -257,13 +258,18 @@ def _noise(final: FinalValues, scale: Scale) -> Array:
     return noise
 
 
-def _has_evidence(alive: Sequence[ObservedTrial], x: Array) -> Flags:
-    """Return for each x of the grid whether a trial near by says that one can train there."""
+def _has_evidence(alive: Sequence[ObservedTrial], x: Array, noise: Array) -> Flags:
+    """Return for each x of the grid whether a trial near by says that one can train there, and not clearly worse."""
+    import numpy as np
+
     whole = _trained_to_the_end(alive)
-    distance = abs(x[:, None] - whole).min(axis=1)
+    best = max(whole, key=lambda trial: (trial.values[-1], -trial.x))
+    least = best.values[-1] - CLEARLY_WORSE * noise[abs(x - best.x).argmin()]
+    good = np.array([trial.x for trial in whole if trial.values[-1] >= least])
+    distance = abs(x[:, None] - good).min(axis=1)
     half_step = (x[1] - x[0]) / 2
-    lowest = min(trial.x for trial in alive)
-    is_between = (x >= lowest - half_step) & (x <= whole.max() + half_step)
+    lowest, highest = min(trial.x for trial in alive), max(trial.x for trial in whole)
+    is_between = (x >= lowest - half_step) & (x <= highest + half_step)
     evidence: Flags = is_between & (distance <= max(REACH_DECADES, half_step))
     return evidence
 
@@ -302,11 +308,9 @@ def _expected_gain(worth: Array, noise: Array, x: Array, *, has_evidence: Flags)
     return max(0.0, float(best_after.max() - mean[has_evidence].max()) * size)
 
 
-def _trained_to_the_end(alive: Sequence[ObservedTrial]) -> Array:
-    """Return x of the trials that are complete, or of all that still live while none is."""
-    import numpy as np
-
-    return np.array([trial.x for trial in alive if trial.state == "complete"] or [trial.x for trial in alive])
+def _trained_to_the_end(alive: Sequence[ObservedTrial]) -> Sequence[ObservedTrial]:
+    """Return the trials that are complete, or all that still live while none is."""
+    return [trial for trial in alive if trial.state == "complete"] or alive
 
 
 def _run_around(index: int, flags: Sequence[bool] | Array) -> tuple[int, int]:

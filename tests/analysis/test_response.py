@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpo.analysis.response import MIN_RATES, REACH_DECADES, ObservedTrial, Response, _expected_gain, fit_response
+from hpo.analysis.response import (
+    MIN_RATES,
+    REACH_DECADES,
+    ObservedTrial,
+    Response,
+    _expected_gain,
+    _has_evidence,
+    fit_response,
+)
 
 LOW, HIGH = 1e-5, 1e-1
 
@@ -192,6 +200,15 @@ def test_no_rate_is_recommended_in_a_gap_that_nobody_tried() -> None:
     lrs = [1e-5, 1.5e-5, 2e-5, 0.05, 0.07, 0.1]
     found = response(make_trials(lrs, hill, noise=0.001))
     assert min(abs(math.log10(found.best / lr)) for lr in lrs) <= REACH_DECADES + 0.03
+
+
+def test_a_trial_that_is_clearly_worse_is_no_evidence_for_the_rates_near_it() -> None:
+    x = np.linspace(-5.0, -1.0, 161)
+    alive = [ObservedTrial(at, "complete", [1], [value]) for at, value in ((-4.0, 0.5), (-3.0, 0.9), (-2.0, 0.88))]
+    evidence = x[_has_evidence(alive, x, np.full(161, 0.01))]
+    assert evidence.min() == pytest.approx(-3.0 - REACH_DECADES)
+    assert evidence.max() == pytest.approx(-2.0)
+    assert not np.any((evidence > -3.0 + REACH_DECADES + 0.01) & (evidence < -2.0 - REACH_DECADES - 0.01))
 
 
 def test_rates_that_diverged_or_were_pruned_are_no_evidence() -> None:
