@@ -143,7 +143,7 @@ def check(
         with launcher, allowed_for(spec, allowed).importable():
             metadata = launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
         if _find(spec.name, url)[1] is None:
-            preflight.refuse_random_images(spec, metadata)
+            preflight.judge_random_images(spec, metadata, is_new=True)
 
 
 def join(
@@ -327,9 +327,8 @@ def stop(name: str, *, storage: str | None = None) -> bool:
 def _create(spec: StudySpec, url: str, launcher: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
     """Create the study, with the learning rates that a range test finds where the spec asks for one."""
     known = _find(spec.name, url)[1]
-    if known is None:
-        preflight.refuse_random_images(spec, metadata)
-    else:
+    preflight.judge_random_images(spec, metadata, is_new=known is None)
+    if known is not None:
         spec = adopt_widened_ranges(spec, known.spec, known.widenings)
     closed, found = ranges.resolve(
         spec,

@@ -381,6 +381,8 @@ def _check_augmentation(entry: Any) -> None:
             f"magnitude = 9 }}; got {entry!r}"
         )
     name, _ = named(entry)
+    if (key := name.lower()) in ("mixup", "cutmix"):
+        raise UserError(f"data.augment: {name} mixes the images of a batch; set training.{key} = 0.2, for instance")
     if name not in AUGMENTATIONS and not is_import_path(name):
         raise unknown_name("data.augment: each name", name, [*AUGMENTATIONS, "package.module:function"])
 

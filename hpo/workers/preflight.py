@@ -59,18 +59,26 @@ def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
         return _try_networks(spec)
 
 
-def refuse_random_images(spec: StudySpec, metadata: Mapping[str, Any]) -> None:
-    """Refuse a new study whose data set transforms its images at random; earlier versions have made such studies.
+def judge_random_images(spec: StudySpec, metadata: Mapping[str, Any], *, is_new: bool) -> None:
+    """Refuse a new study whose data set transforms its images at random, and warn of one that an earlier version made.
 
     Raises:
-        UserError: The preflight, whose metadata is given, found such a data set.
+        UserError: The study is new, and the preflight, whose metadata is given, found such a data set.
     """
-    if metadata.get(RANDOM_IMAGES):
+    if not metadata.get(RANDOM_IMAGES):
+        return
+    source = f"data.name = {spec.data.name!r} transforms its images at random"
+    if is_new:
         raise UserError(
-            f"data.name = {spec.data.name!r} transforms its images at random, but each is read only once, and those to "
-            "validate on must stay as they are: leave random transforms out of the data set, and name them in "
-            "data.augment, which is drawn anew in each epoch, and for the training images alone"
+            f"{source}, but each is read only once, and those to validate on must stay as they are: leave random "
+            "transforms out of the data set, and name them in data.augment, which is drawn anew in each epoch, and for "
+            "the training images alone"
         )
+    logger.warning(
+        "%s, those to validate on too. Images that are kept on the device keep their first random version in all "
+        "epochs and trials",
+        source,
+    )
 
 
 def check_devices(devices: Collection[Device], proofs: Mapping[str, Proof]) -> None:

@@ -17,7 +17,7 @@ from hpo.system.devices import Device
 from hpo.train.config import ModelConfig
 from hpo.train.device_proof import proofs_of
 from hpo.train.models import build_model
-from hpo.workers.preflight import check_devices, refuse_random_images, run_preflight
+from hpo.workers.preflight import check_devices, judge_random_images, run_preflight
 from tests.workers.sick_gpu import needs_no_gpu, tells_why
 
 
@@ -136,7 +136,9 @@ def test_what_carries_state_from_trial_to_trial_is_refused(
         run_preflight(StudySpec.from_dict({**digits_spec().frozen(), **setting}), {"cpu"})
 
 
-def test_a_new_study_of_random_images_is_refused(own_code: Path) -> None:
+def test_a_new_study_of_random_images_is_refused_and_an_older_one_goes_on(
+    own_code: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (own_code / "draws.py").write_text(DRAWS)
     for factory, is_refused in (("data", True), ("val", True), ("still", False)):
         spec = StudySpec.from_dict({**digits_spec().frozen(), "data": {"name": f"draws:{factory}"}})
@@ -146,7 +148,10 @@ def test_a_new_study_of_random_images_is_refused(own_code: Path) -> None:
             if is_refused
             else nullcontext()
         ):
-            refuse_random_images(spec, metadata)
+            judge_random_images(spec, metadata, is_new=True)
+        caplog.clear()
+        judge_random_images(spec, metadata, is_new=False)  # such as one that an earlier version has made
+        assert ("keep their first random version" in caplog.text) is is_refused
 
 
 DRAWS = """

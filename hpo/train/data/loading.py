@@ -5,11 +5,10 @@ Shapes: N images of a split, C channels, H W image.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,8 +30,6 @@ from hpo.train.data.sources import (
 )
 from hpo.train.data.splits import split_indices, training_indices
 from hpo.train.seeding import seed_generators
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +86,6 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
     num_bytes = (len(train_indices) + len(val_indices)) * height * width * channels
     on_device = fits_on_device(config, num_bytes=num_bytes, device=device)
     augmentation = Augmentation(config, shape_CHW=(channels, height, width)) if config.augment else None
-    if is_random(dataset):
-        _warn_of_random_images(config, on_device=on_device)
     place = partial(place_images, shape_HWC=shape_HWC, on_device=on_device, device=device)
     train_source, val_source = place(images, train_indices), place(val_images, val_indices)
     mean_C, std_C = channel_statistics(train_source, num_images=len(train_indices), channels=channels)
@@ -155,23 +150,6 @@ def is_random(dataset: OpenedDataset) -> bool:
     """Return whether a user's dataset gives other training or validation images when they are read again."""
     parts = [part for part in (dataset.train, dataset.val) if isinstance(part, DatasetImages)]
     return any(part.is_random(torch.arange(len(part.labels_N))) for part in parts)
-
-
-def _warn_of_random_images(config: DataConfig, *, on_device: bool) -> None:
-    """Say what a data set that transforms its images at random does to the study; a process says it once."""
-    source = f"data.name = {config.name!r} transforms its images at random, the validation images too"
-    if on_device:
-        _warn_once(
-            f"{source}. They are read only once, so each image keeps its first random version in all epochs and "
-            "trials. What data.augment names is drawn anew in each epoch, and for the training images alone"
-        )
-    else:
-        _warn_once(f"{source}, so validation accuracies are those of transformed images")
-
-
-@cache
-def _warn_once(text: str) -> None:
-    logger.warning("%s", text)
 
 
 class DatasetCache:

@@ -122,6 +122,7 @@ def spec(augment: Any) -> StudySpec:
             ["RandAugmnt"],
             r"data.augment: each name must be one of AugMix.*got 'RandAugmnt' \(did you mean 'RandAugment'",
         ),
+        (["MixUp"], "data.augment: MixUp mixes the images of a batch; set training.mixup = 0.2"),
         (["ToTensor"], "data.augment: each name must be one of .*got 'ToTensor'"),
     ],
 )

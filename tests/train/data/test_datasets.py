@@ -14,7 +14,6 @@ from PIL import ExifTags, Image, ImageColor
 
 from hpo.errors import UserError
 from hpo.train.config import DataConfig
-from hpo.train.data import loading
 from hpo.train.data.datasets import DATASETS, open_dataset
 from hpo.train.data.images import DatasetImages
 from hpo.train.imports import ImportAllowlist
@@ -279,26 +278,6 @@ def test_own_data_as_pil_pictures_and_without_a_test_part(own_data: str) -> None
     pil = load(f"{own_data}:dataset", options={"kind": "pil"})
     assert torch.equal(epoch(pil)[0], epoch(load(f"{own_data}:arrays"))[0])
     assert load(f"{own_data}:arrays", options={"test": False}).test is None
-
-
-@pytest.mark.parametrize(
-    ("placement", "what"), [("device", "They are read only once"), ("stream", "are those of transformed images")]
-)
-def test_random_transforms_are_found_and_said_once(
-    placement: str, what: str, own_data: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    loading._warn_once.cache_clear()
-    load(f"{own_data}:dataset", placement=placement)
-    assert caplog.messages == []
-    states = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        load(f"{own_data}:dataset", placement=placement, options={"kind": "flipped"})
-        states.append(torch.get_rng_state())
-    (warning,) = caplog.messages
-    assert "transforms its images at random, the validation images too" in warning
-    assert what in warning
-    assert torch.equal(*states)
 
 
 def test_to_look_for_random_transforms_draws_no_number(own_data: str) -> None:
