@@ -50,7 +50,7 @@ def ramp_chart(test: Mapping[str, Any]) -> list[str]:
 
 def range_test_report(test: Mapping[str, Any]) -> list[str]:
     """Return a range test as lines of a terminal; `test` is the plain data that `Ramp.as_dict` returns."""
-    from hpo.train.lr_ramp import DIVERGENCE_OVER_LOW, FALL_OVER_LOW, HIGH_OVER_DIVERGENCE, LEAP_CHANGE
+    from hpo.train import lr_ramp
 
     listed = ", ".join(f"{key} {value}" for key, value in test["params"].items())
     lines = [f"with {listed}:"] if listed else []
@@ -60,21 +60,25 @@ def range_test_report(test: Mapping[str, Any]) -> list[str]:
         ("it is lowest at", test["lowest"]),
         ("it explodes, or loses half of its fall, at", test["breaks"]),
     ]
-    if test.get("from_zero"):  # the tests that older versions stored do not say
+    is_linear = test.get("is_linear")  # the tests that older versions stored do not say
+    if is_linear:
+        lines.append("the last layer alone is trained, which no step kills: the loss alone counts")
+    elif test.get("from_zero"):
         lines.append("the weights start at almost nothing: how far steps move them says nothing, the loss alone counts")
     else:
-        rows.append((f"steps change {LEAP_CHANGE:.0%} of the weights from", test["leaps"]))
+        rows.append((f"steps change {lr_ramp.LEAP_CHANGE:.0%} of the weights from", test["leaps"]))
     for what, lr in rows:
         rate = "not seen in this ramp" if lr is None else f"{lr:.2g}"
         lines.append(f"{what} {rate}")
     cost = f"{test['epochs']:.2g} epochs in batches of {test['batch_size']}, {test['seconds']:.1f} s"
     if test["low"] is None:
         return [*lines, f"no learning rate was seen at which the loss stays finite ({cost})"]
+    above = lr_ramp.LINEAR_HIGH_OVER_DIVERGENCE if is_linear else lr_ramp.HIGH_OVER_DIVERGENCE
     sign = "the first of these signs" if test["breaks"] or test["leaps"] else "where steps are longest"
+    below, below_fall = lr_ramp.DIVERGENCE_OVER_LOW, lr_ramp.FALL_OVER_LOW
     lines.append(
-        f"search from {test['low']:.2g} to {test['high']:.2g}: from "
-        f"{DIVERGENCE_OVER_LOW:g} times below {test['edge']:.2g}, {sign}, or {FALL_OVER_LOW:g} times below the fall, "
-        f"to {HIGH_OVER_DIVERGENCE:g} times above ({cost})"
+        f"search from {test['low']:.2g} to {test['high']:.2g}: from {below:g} times below {test['edge']:.2g}, {sign}, "
+        f"or {below_fall:g} times below the fall, to {above:g} times above ({cost})"
     )
     lines.append(f"lr = {{ low = {test['low']:.2g}, high = {test['high']:.2g}, log = true }}")
     return lines

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from hpo.train.config import TrialConfig
@@ -24,6 +24,7 @@ from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache
 from hpo.train.engines.lane_state import numerics
 from hpo.train.engines.plain import PlainEngine, PlainLaneState, build_lane
+from hpo.train.modules import head_of, is_inside, named_network
 from hpo.train.optim import set_lr
 from hpo.train.seeding import seed_generators
 
@@ -50,6 +51,9 @@ ABORT_LOSS_RATIO = 10.0  # times the loss at the start, on average over a window
 HIGH_OVER_DIVERGENCE = 6.0  # the end of the range, relative to the rate at which training diverges
 DIVERGENCE_OVER_LOW = 30.0  # that rate relative to the beginning of the range, at least
 FALL_OVER_LOW = 3.0  # the rate at which the loss begins to fall, relative to the beginning of the range, at least
+# The same where the last layer alone is trained: its loss is convex, so no step kills it, and the noise of the ramp's
+# small batches breaks it at rates well below the best ones of whole trainings.
+LINEAR_HIGH_OVER_DIVERGENCE = 20.0
 HIGH_OVER_FALL = 1.5  # the end of the range relative to that rate, at least
 
 
@@ -68,7 +72,7 @@ class RangeTest:
         breaks: The first rate at which the loss has lost half of what it had gained. Where it had gained nothing, the
             first rate at which it is above the start by RISE_FRACTION or not finite. None where the ramp ended before.
         leaps: The first rate at which steps change more than LEAP_CHANGE of the weights. They may kill a network
-            without a sign of it in the loss. None where the weights start at almost nothing.
+            without a sign of it in the loss. None where the weights start at almost nothing, or are one layer's.
         edge: The rate at which training diverges: the lower one of `breaks` and `leaps`. Where neither was reached, the
             rate at which steps were longest, because those of a dead network no longer grow.
         low: The lower end of the range to search.
@@ -77,6 +81,7 @@ class RangeTest:
         epochs: The images that the ramp was trained on, as a share of an epoch's.
         seconds: How long the test took.
         from_zero: Whether the weights start at almost nothing, so that only the loss tells where training diverges.
+        is_linear: Whether the last layer alone is trained, on a frozen body; then, too, only the loss tells that.
     """
 
     lrs: Sequence[float]
@@ -92,6 +97,7 @@ class RangeTest:
     epochs: float = 0.0
     seconds: float = 0.0
     from_zero: bool = False
+    is_linear: bool = False
 
 
 def run_range_test(
@@ -103,7 +109,8 @@ def run_range_test(
 ) -> RangeTest:
     """Ramp the learning rate of a fresh network, in less than an epoch, and return what that shows.
 
-    Equal configurations give equal losses on a CPU, with the same number of threads.
+    What is frozen for some epochs only is trained in the ramp: the rates must suit the whole network. Equal
+    configurations give equal losses on a CPU, with the same number of threads.
 
     Args:
         config: The trial to test; its learning rate and its schedule do not count.
@@ -118,7 +125,7 @@ def run_range_test(
     engine = PlainEngine(device=device)
     data = (dataset_cache or DatasetCache(device=engine.device)).get(config.data)
     num_steps, batch_size = plan_ramp(len(data.train), batch_size=config.training.batch_size)
-    config = replace(config, training=replace(config.training, batch_size=batch_size, lr=PROBE_LR, compile=False))
+    config = _ramp_config(config, batch_size=batch_size)
     # The first step of every update rule is proportional to the learning rate.
     lane = build_lane(config, data=data, device=engine.device)
     probe = next(_batches(data.train, config))
@@ -126,6 +133,7 @@ def run_range_test(
     usual_norm = _usual_norm(trained)
     from_zero = float(get_total_norm([weights.detach() for weights in trained])) < ZERO_START * usual_norm
     least_norm = usual_norm if from_zero else 0.0
+    is_linear = _is_linear(lane.model, num_classes=data.num_classes)
     _, change = _ramp_step(engine, lane, probe, lr=PROBE_LR, least_norm=least_norm)
     first_lr = min(max(FIRST_CHANGE / change * PROBE_LR, MIN_LR), MAX_LR / 10) if change > 0 else MIN_LR
     del lane, trained
@@ -149,9 +157,17 @@ def run_range_test(
         first_losses, last_losses = losses[:window], losses[-window:]
         if len(losses) > window and statistics.fmean(last_losses) > ABORT_LOSS_RATIO * statistics.fmean(first_losses):
             break
-    test = read_ramp(lrs, losses, changes, num_steps=num_steps, from_zero=from_zero)
+    test = read_ramp(lrs, losses, changes, num_steps=num_steps, from_zero=from_zero, is_linear=is_linear)
     seconds = time.perf_counter() - began_s
     return replace(test, batch_size=batch_size, epochs=num_images / len(data.train), seconds=seconds)
+
+
+def _ramp_config(config: TrialConfig, *, batch_size: int) -> TrialConfig:
+    """Return the trial as the ramp trains it."""
+    training = replace(config.training, batch_size=batch_size, lr=PROBE_LR, compile=False)
+    if training.freeze_epochs is not None:
+        training = replace(training, freeze=(), freeze_epochs=None)
+    return replace(config, training=training)
 
 
 def plan_ramp(num_images: int, *, batch_size: int) -> tuple[int, int]:
@@ -169,6 +185,7 @@ def read_ramp(
     *,
     num_steps: int | None = None,
     from_zero: bool = False,
+    is_linear: bool = False,
 ) -> RangeTest:
     """Return what a ramp shows.
 
@@ -178,6 +195,7 @@ def read_ramp(
         changes: The share of the weights' norm that each step changed.
         num_steps: How many steps the ramp was to have; None: as many as it had.
         from_zero: Whether the weights start at almost nothing, so that no step counts as a leap.
+        is_linear: Whether the last layer alone is trained, so that none does either.
     """
     window = _window(num_steps or len(lrs))
     if len(losses) <= window or not all(map(math.isfinite, losses[:window])):  # broken from its first rate on
@@ -194,9 +212,11 @@ def read_ramp(
         first_step, max_loss = bottom, smooth[bottom] + LOST_FRACTION * (start - smooth[bottom])
     breaks = next((lr for lr, loss in zip(lrs[first_step:], smooth[first_step:], strict=True) if loss > max_loss), None)
     medians = [statistics.median(changes[max(0, index - 2) : index + 3]) for index in range(len(lrs))]
-    leaps = next((lr for lr, change in zip(lrs, medians, strict=True) if change > LEAP_CHANGE and not from_zero), None)
+    has_leaps = not (from_zero or is_linear)
+    leaps = next((lr for lr, change in zip(lrs, medians, strict=True) if has_leaps and change > LEAP_CHANGE), None)
     longest = lrs[max(range(len(lrs)), key=medians.__getitem__)]
     divergence_lr = min(lr for lr in (breaks, leaps or longest) if lr is not None)
+    high = divergence_lr * (LINEAR_HIGH_OVER_DIVERGENCE if is_linear else HIGH_OVER_DIVERGENCE)
     return RangeTest(
         lrs=lrs,
         losses=smooth,
@@ -206,9 +226,17 @@ def read_ramp(
         leaps=leaps,
         edge=divergence_lr,
         low=min(divergence_lr / DIVERGENCE_OVER_LOW, falls / FALL_OVER_LOW if falls else math.inf),
-        high=min(max(divergence_lr * HIGH_OVER_DIVERGENCE, (falls or 0.0) * HIGH_OVER_FALL), MAX_LR),
+        high=min(max(high, (falls or 0.0) * HIGH_OVER_FALL), MAX_LR),
         from_zero=from_zero,
+        is_linear=is_linear,
     )
+
+
+def _is_linear(model: nn.Module, *, num_classes: int) -> bool:
+    """Return whether all weights that are trained are those of the last layer."""
+    network = named_network(model)
+    head = head_of(network, num_classes=num_classes)
+    return all(is_inside(name, head) for name, weights in network.named_parameters() if weights.requires_grad)
 
 
 def _usual_norm(parameters: Sequence[Tensor]) -> float:

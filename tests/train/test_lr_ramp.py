@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hpo.lr_range.resolve import Ramp
+from hpo.lr_range.text import range_test_report
 from hpo.train import lr_ramp as module
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
 from hpo.train.data.loading import DatasetCache
@@ -222,6 +224,31 @@ def test_weights_that_start_at_zero_are_no_measure_of_a_step(
 
 def test_weights_of_the_usual_size_are_a_measure_of_a_step() -> None:
     assert not range_test(make_config()).from_zero
+
+
+def test_of_a_last_layer_on_a_frozen_body_the_loss_alone_counts() -> None:
+    frozen = replace(make_config().training, freeze=("body",))
+    found = range_test(replace(make_config(), training=frozen))
+    assert found.is_linear
+    assert found.leaps is None
+    assert found.edge is not None
+    assert found.high == pytest.approx(min(found.edge * module.LINEAR_HIGH_OVER_DIVERGENCE, module.MAX_LR))
+    assert "the last layer alone is trained" in "\n".join(range_test_report(Ramp({}, found).as_dict()))
+    some = range_test(replace(make_config(), training=replace(frozen, freeze=("0", "2"))))
+    assert not some.is_linear
+    assert some.lrs != found.lrs
+
+
+def test_what_is_frozen_for_some_epochs_is_trained_in_the_ramp() -> None:
+    for_a_while = replace(make_config().training, freeze=("body",), freeze_epochs=1)
+    found, whole = range_test(replace(make_config(), training=for_a_while)), range_test(make_config())
+    assert replace(found, seconds=0.0) == replace(whole, seconds=0.0)
+
+
+def test_multipliers_of_groups_hold_in_the_ramp() -> None:
+    halved = replace(make_config("sgd").training, groups={"head": {"lr": 0.5}, "body": {"lr": 0.5}})
+    found, whole = range_test(replace(make_config("sgd"), training=halved)), range_test(make_config("sgd"))
+    assert found.lrs[0] == pytest.approx(2 * whole.lrs[0], rel=1e-3)
 
 
 def test_a_rate_at_which_weights_explode_ends_the_ramp() -> None:
