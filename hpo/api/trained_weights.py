@@ -150,6 +150,7 @@ def _last_checkpoint(store: Store, study: StudyRecord, record: TrialRecord) -> C
 def _description(study: StudyRecord, record: TrialRecord, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return how to build the network of a trial, and where its weights are from."""
     config = study.spec.trial_config(record.params, seed=0)
+    resize = {} if config.data.resize is None else {"resize": config.data.resize}
     return {
         "what": f"{HEADER} {study.name}: the weights of trial {record.number}",
         "study": study.name,
@@ -158,5 +159,5 @@ def _description(study: StudyRecord, record: TrialRecord, checkpoint: Checkpoint
         "params": dict(record.params),
         study.spec.metric: record.value,
         "model": {"name": config.model.name, "options": dict(config.model.options)},
-        "data": {"name": config.data.name, **checkpoint.state["data"]},
+        "data": {"name": config.data.name, **resize, **checkpoint.state["data"]},
     }

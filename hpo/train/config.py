@@ -84,7 +84,9 @@ class DataConfig:
     """The images, how they are split and how they are augmented."""
 
     name: Annotated[str, Doc("The data set: a built-in name, or package.module:factory of your own.")] = "digits"
-    root: Annotated[str | None, Doc("Folder of the data. By default $HPO_DATA, else ./data.")] = None
+    root: Annotated[
+        str | None, Doc("Folder of the data, relative to the study file. By default $HPO_DATA, else ./data.")
+    ] = None
     validation_fraction: Annotated[
         float | None,
         Gt(0),
