@@ -23,7 +23,7 @@ from hpo.analysis.trials import (
     value_of,
 )
 from hpo.analysis.warnings import StudyWarning, find_warnings
-from hpo.study.chance import guess_accuracy, standard_error
+from hpo.study.chance import counting_error, guess_accuracy
 from hpo.study.records import StudyRecord, TrialRecord
 
 OBSERVED = (*TRAINED, "running", "waiting")  # states of trials that say something about their learning rate
@@ -217,10 +217,10 @@ def learning_rate_interval(
     worse, was pruned, or diverged. Trials that differ from the winner in a listed parameter (optimizer, batch size...)
     do not count; those that differ in a range count all the same.
     """
-    num_val = study.metadata.get("num_val")
-    if not has_rate(winner) or not num_val:
+    error = counting_error(study.spec, study.metadata, value_of(winner))
+    if not has_rate(winner) or error is None:
         return None
-    least = value_of(winner) - standard_error(value_of(winner), num_val)
+    least = value_of(winner) - error
     alike = [
         trial for trial in trials if has_rate(trial) and trial.state in TRAINED and are_alike(study, trial, winner)
     ]

@@ -232,8 +232,9 @@ def _confirmed_lines(study: StudyRecord, confirmation: Confirmation) -> Iterator
     note += f"on {_seeds_text(confirmation)}"
     yield AnswerLine("confirmed", value_text(confirmation.value, study), note)
     if confirmation.test_value is not None:
-        error = _error_text(study, confirmation.test_value, confirmation.test_standard_error)
-        yield AnswerLine("test accuracy", value_text(confirmation.test_value, study), f"{error}not used for selection")
+        accuracy, error = confirmation.test_value, confirmation.test_standard_error
+        doubt = "" if error is None else f"± {float(f'{100 * error:.2g}'):g} percentage points, "
+        yield AnswerLine("test accuracy", f"{100 * accuracy:.2f} %", f"{doubt}not used for selection")
 
 
 def _search_line(study: StudyRecord, answer: Best, response: Response) -> AnswerLine:

@@ -19,7 +19,7 @@ from hpo.analysis.trials import best_trial, search_trials
 from hpo.analysis.warnings import find_warnings
 from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.config.study_file import flatten
-from hpo.config.trial_settings import PLUG_INS, keys_of
+from hpo.config.trial_settings import PLUG_INS, keys_of, known_keys
 from hpo.study.records import StudyRecord, TrialRecord
 
 # Settings that do not change the question of a study: how it was searched, and which of many equal draws it was.
@@ -249,7 +249,7 @@ def _used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     used = {"name"}
     for kind in PLUG_INS:
         used |= keys_of(kind, str(settings[f"training.{kind}"])) if f"training.{kind}" in settings else set()
-    unused = {key for table in PLUG_INS.values() for entry in table.values() for key in entry.keys} - used
+    unused = {key for kind in PLUG_INS for key in known_keys(kind)} - used
     return {key: value for key, value in settings.items() if key.removeprefix("training.") not in unused}
 
 

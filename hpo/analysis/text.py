@@ -9,7 +9,14 @@ from hpo.analysis.response import CONFIDENCE
 from hpo.search.race import course_of
 from hpo.study.records import StudyRecord, TrialRecord
 
-METRICS = {"val_accuracy": "validation accuracy", "val_loss": "validation loss"}  # in sentences
+METRIC_WORDS = {  # in sentences
+    "val_accuracy": "validation accuracy",
+    "val_loss": "validation loss",
+    "top5": "validation top-5 accuracy",
+    "macro_f1": "validation macro F1",
+    "balanced_accuracy": "balanced validation accuracy",
+    "auroc": "validation AUROC",
+}
 
 
 def study_text(study: StudyRecord) -> str:
@@ -110,7 +117,7 @@ def number_text(value: Any) -> str:
 
 def metric_text(study: StudyRecord) -> str:
     """Return the study's metric in words."""
-    return METRICS.get(study.spec.metric, study.spec.metric)
+    return METRIC_WORDS.get(study.spec.metric, study.spec.metric)
 
 
 def value_text(value: float, study: StudyRecord) -> str:

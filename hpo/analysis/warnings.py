@@ -20,7 +20,7 @@ from hpo.analysis.trials import (
     value_of,
 )
 from hpo.search.space import Range
-from hpo.study.chance import guess_accuracy, lucky_accuracy, standard_error
+from hpo.study.chance import counting_error, guess_accuracy, lucky_accuracy, standard_error
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
@@ -86,10 +86,9 @@ class WarningContext:
     @property
     def noise(self) -> float | None:
         """The standard deviation of one trial's value: the response's, else the part due to the number of images."""
-        num_val = self.study.metadata.get("num_val")
         if self.response is not None:
             return self.response.noise
-        return standard_error(value_of(self.winner), num_val) if num_val else None
+        return counting_error(self.study.spec, self.study.metadata, value_of(self.winner))
 
     @property
     def plateau(self) -> tuple[float, float]:

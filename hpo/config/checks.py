@@ -24,10 +24,12 @@ from hpo.config.sections import (
 from hpo.config.trial_settings import (
     CONFIGS,
     PLUG_INS,
+    UNSEARCHED,
     extreme_points,
     group_and_factor,
     is_default,
     keys_of,
+    known_keys,
     searchable_keys,
     section_and_name,
     with_values,
@@ -39,11 +41,13 @@ from hpo.search.pruners import PRUNERS
 from hpo.search.race import MIN_STARTERS, Course
 from hpo.search.samplers import SAMPLERS
 from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, is_auto
-from hpo.train.config import IMAGE_FOLDER, DataConfig, ModelConfig, TrainingConfig
+from hpo.train.config import IMAGE_FOLDER, DataConfig, EpochResult, ModelConfig, TrainingConfig, metric_name
 from hpo.train.data.augment import AUGMENTATIONS, named
 from hpo.train.imports import is_import_path
+from hpo.train.metrics import METRICS
 from hpo.train.optim import OPTIMIZERS, REFUSED_OPTIMIZERS, check_optimizer_options, optimizer_keys
 
+ENGINE_METRICS = frozenset(field.name for field in dataclasses.fields(EpochResult))  # of an epoch, by name
 MULTIPLIERS = ("lr", "weight_decay")  # of training.groups
 MAX_GRID = 10**6
 MAX_LISTED = 10**6  # values of a range, in a sampler's memory
@@ -353,6 +357,11 @@ def check_training(parameters: Mapping[str, Parameter], *, data: DataConfig, tra
         _check_keys_of(kind, names[kind], parameters, training)
     _check_optimizer_options(names["optimizer"], parameters, training)
     _check_rprop_rates(names["optimizer"], parameters)
+    if training.metric not in METRICS and metric_name(training.metric) in RESERVED_METRICS | ENGINE_METRICS:
+        raise UserError(
+            f"training.metric = {training.metric!r} must have a name of its own; {metric_name(training.metric)} is "
+            "reported of every epoch already"
+        )
     for values in extreme_points(parameters, CONFIGS):
         _check_combination(with_values(training, values, section="training"), values)
 
@@ -397,7 +406,7 @@ def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:
         return  # an option of the network: its own constructor judges it, in the preflight
     if key.startswith(OPTION):
         return  # `_check_optimizer_options` judges it
-    names = {field.name for field in dataclasses.fields(CONFIGS[section])} - {"options", "optimizer_options"}
+    names = {field.name for field in dataclasses.fields(CONFIGS[section])} - {"options", *UNSEARCHED}
     if name not in names or f"{section}.{name}" in STUDY_NEUTRAL_KEYS:
         if section == "data" and ":" in data.name:
             return
@@ -481,12 +490,12 @@ def _check_keys_of(
 ) -> None:
     """Refuse a key of [training] that none of these optimizers or schedules reads."""
     table = PLUG_INS[kind]
-    known = {key for entry in table.values() for key in entry.keys}
+    known = known_keys(kind)
     used = {key for name in names for key in keys_of(kind, name)}
     for key in sorted(known - used):
         if key in parameters or not is_default(training, key):
             setting = f"search.space.{key}" if key in parameters else f"training.{key}"
-            takers = ", ".join(name for name, entry in table.items() if key in entry.keys)
+            takers = ", ".join(name for name, entry in table.items() if key in entry.keys) or "package.module:name"
             raise UserError(f"{setting} has no meaning for {kind} {', '.join(sorted(names))} (only for {takers})")
 
 

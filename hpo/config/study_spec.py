@@ -43,9 +43,11 @@ from hpo.train.config import (
     ModelConfig,
     TrainingConfig,
     TrialConfig,
+    metric_name,
 )
 from hpo.train.data.augment import named
 from hpo.train.imports import is_import_path
+from hpo.train.metrics import metric_direction
 
 
 class StudySpec(Section):
@@ -156,12 +158,12 @@ class StudySpec(Section):
     @property
     def metric(self) -> str:
         """The metric that is optimized."""
-        return self.objective.metric if self.objective else "val_accuracy"
+        return self.objective.metric if self.objective else metric_name(self.training.metric)
 
     @property
     def direction(self) -> str:
         """Whether to `maximize` or `minimize` the metric."""
-        return self.objective.direction if self.objective else "maximize"
+        return self.objective.direction if self.objective else metric_direction(self.training)
 
     @cached_property
     def max_epochs(self) -> int:

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.search.space import GROUPS, Conditional, Parameter, Scalar, value_combinations
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
+from hpo.train.losses import LOSSES, Loss
+from hpo.train.metrics import METRICS, Metric
 from hpo.train.optim import OPTIMIZERS, OWN_OPTIMIZER_KEYS, Optimizer
 from hpo.train.schedules import SCHEDULES, Schedule
 
@@ -21,8 +23,20 @@ CONFIGS: dict[str, type[ModelConfig | DataConfig | TrainingConfig]] = {
 }
 
 # The plug-ins that [training] names, and the keys that a user's own understands.
-PLUG_INS: dict[str, Mapping[str, Optimizer | Schedule]] = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
-OWN_KEYS: dict[str, frozenset[str]] = {"optimizer": OWN_OPTIMIZER_KEYS, "schedule": frozenset()}
+PLUG_INS: dict[str, Mapping[str, Optimizer | Schedule | Loss | Metric]] = {
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "loss": LOSSES,
+    "metric": METRICS,
+}
+OWN_KEYS: dict[str, frozenset[str]] = {
+    "optimizer": OWN_OPTIMIZER_KEYS,
+    "schedule": frozenset(),
+    "loss": frozenset(),
+    "metric": frozenset({"metric_direction"}),
+}
+# Tables and lists of [training], and what says how a study's trials are compared: no trial has its own.
+UNSEARCHED = (GROUPS, "freeze", "optimizer_options", "class_weights", "metric", "metric_direction")
 
 Config = TypeVar("Config", ModelConfig, DataConfig, TrainingConfig)
 
@@ -46,7 +60,7 @@ def group_and_factor(name: str) -> tuple[str, str] | None:
 def searchable_keys() -> list[str]:
     """Return the keys that a space can have, without those of users' own networks and data."""
     left_out = {*STUDY_NEUTRAL_KEYS, "data.options", "data.augment"}
-    left_out |= {f"training.{name}" for name in (GROUPS, "freeze", "optimizer_options")}
+    left_out |= {f"training.{name}" for name in UNSEARCHED}
     training = [f.name for f in dataclasses.fields(TrainingConfig) if f"training.{f.name}" not in left_out]
     data = [f"data.{f.name}" for f in dataclasses.fields(DataConfig) if f"data.{f.name}" not in left_out]
     return [*training, "groups.PATTERN.lr", "groups.PATTERN.weight_decay", "model.name", "model.weights", *data]
@@ -55,9 +69,14 @@ def searchable_keys() -> list[str]:
 def unread_keys(training: TrainingConfig) -> set[str]:
     """Return the keys of [training] that other optimizers and schedules read, but not these."""
     unread: set[str] = set()
-    for kind, table in PLUG_INS.items():
-        unread |= {key for entry in table.values() for key in entry.keys} - keys_of(kind, getattr(training, kind))
+    for kind in PLUG_INS:
+        unread |= known_keys(kind) - keys_of(kind, getattr(training, kind))
     return unread
+
+
+def known_keys(kind: str) -> frozenset[str]:
+    """Return the keys of [training] that some plug-in of a kind understands."""
+    return OWN_KEYS[kind].union(*(entry.keys for entry in PLUG_INS[kind].values()))
 
 
 def keys_of(kind: str, name: str) -> frozenset[str]:

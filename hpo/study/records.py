@@ -57,7 +57,7 @@ class StudyRecord:
     def grain(self) -> float:
         """The smallest difference of two values, if it is known: an accuracy can differ by one validation image."""
         num_val = self.metadata.get("num_val")
-        return 1 / num_val if num_val and not self.spec.objective else 0.0
+        return 1 / num_val if num_val and self.spec.metric == "val_accuracy" else 0.0
 
     @property
     def key(self) -> str:

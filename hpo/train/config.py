@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -39,6 +40,11 @@ LATER_KEYS = (
     "training.freeze",
     "training.freeze_epochs",
     "training.optimizer_options",
+    "training.loss",
+    "training.class_weights",
+    "training.focal_gamma",
+    "training.metric",
+    "training.metric_direction",
 )
 # How studies read the images of folders whose spec names no data.resize, because it was stored before that was a key.
 EARLIER_RESIZE, DEFAULT_RESIZE = "squash", "crop"
@@ -61,6 +67,10 @@ class Doc:
 
 def _is_rising(epochs: Sequence[int]) -> bool:
     return list(epochs) == sorted(set(epochs)) and all(epoch >= 1 for epoch in epochs)
+
+
+def _are_weights(weights: str | Sequence[float] | None) -> bool:
+    return weights is None or isinstance(weights, str) or all(math.isfinite(one) and one >= 0 for one in weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +217,26 @@ class TrainingConfig:
         int | None, Ge(1), Doc("Epochs until what is frozen trains, too. By default it is never trained.")
     ] = None
     gradient_clip: Annotated[float | None, Gt(0), Doc("Largest global gradient norm. By default no clipping.")] = None
-    label_smoothing: Annotated[float, Ge(0), Lt(1), Doc("Label smoothing of the training loss.")] = 0.0
+    loss: Annotated[
+        str, Doc("The loss: cross_entropy, bce, focal, or package.module:function of outputs and labels.")
+    ] = "cross_entropy"
+    label_smoothing: Annotated[
+        float, Ge(0), Lt(1), Doc("cross_entropy, bce: label smoothing of the training loss.")
+    ] = 0.0
+    class_weights: Annotated[
+        Literal["balanced"] | Sequence[float] | None,
+        Predicate(_are_weights),
+        Rule("'balanced' or a list of numbers of at least 0"),
+        Doc("Weight of each class in the loss; balanced: the rarer the heavier. By default all weigh the same."),
+    ] = None
+    focal_gamma: Annotated[float, Ge(0), Doc("focal: how much less images count that the network is sure of.")] = 2.0
+    metric: Annotated[
+        str,
+        Doc("What is optimized: val_accuracy, val_loss, top5, macro_f1, balanced_accuracy, auroc, or a function."),
+    ] = "val_accuracy"
+    metric_direction: Annotated[
+        Literal["maximize", "minimize"], Doc("Whether more or less is better, of a metric of your own.")
+    ] = "maximize"
     mixup: Annotated[
         float, Ge(0), Doc("Mix the images of a batch in pairs, by shares from Beta(mixup, mixup); 0: do not.")
     ] = 0.0
@@ -268,6 +297,11 @@ class EpochResult:
     lr: float  # learning rate of the epoch's last step
     seconds: float
     diverged: str | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)  # the trial's metric, where it is none of the above
+
+    def value_of(self, metric: str) -> float:
+        """Return the value of what training.metric names."""
+        return self.metrics()[metric_name(metric)]
 
     def metrics(self) -> dict[str, float]:
         """Return what is reported of an epoch, by name."""
@@ -278,6 +312,7 @@ class EpochResult:
             "val_accuracy": self.val_accuracy,
             "lr": self.lr,
             "seconds": self.seconds,
+            **self.measured,
         }
         if self.test_accuracy is not None:
             metrics["test_accuracy"] = self.test_accuracy
@@ -287,6 +322,11 @@ class EpochResult:
 def is_weights_file(weights: str) -> bool:
     """Return whether a value of model.weights is the path of a file, not the name of weights that a library has."""
     return weights.endswith(WEIGHTS_ENDINGS) or "/" in weights
+
+
+def metric_name(metric: str) -> str:
+    """Return the name under which a metric is reported: that of the function where it is a user's own."""
+    return metric.rpartition(":")[2]
 
 
 def derive_seed(*parts: int | str) -> int:

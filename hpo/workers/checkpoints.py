@@ -81,7 +81,7 @@ class StudyCheckpoints:
                     self._study.spec,
                     epoch=result.epoch,
                     metrics=result.metrics(),
-                    value=result.val_accuracy,
+                    value=result.value_of(self._study.spec.training.metric),
                     may_prune=False,
                 )
 

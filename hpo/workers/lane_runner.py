@@ -204,7 +204,9 @@ class LaneRunner:
         saving.add_epoch(result.epoch, seconds=result.seconds / num_together)
         is_last = result.epoch >= config.training.epochs
         if is_last:
-            is_due = claim.kind != "search" or self._checkpoints.may_be_kept(claim.number, result.val_accuracy)
+            is_due = claim.kind != "search" or self._checkpoints.may_be_kept(
+                claim.number, result.value_of(config.training.metric)
+            )
         else:
             is_due = saving.is_due()
         snapshot = None
@@ -266,9 +268,8 @@ class LaneRunner:
         """Measure the accuracy on the test set of a trial that has had its epochs, and add it to the last one."""
         last = checkpoint.results[-1]
         metrics = last.metrics() | {"test_accuracy": self._engine.test_accuracy(config, checkpoint)}
-        self._store.trials.report(
-            claim, self._spec, epoch=last.epoch, metrics=metrics, value=last.val_accuracy, may_prune=False
-        )
+        value = last.value_of(config.training.metric)
+        self._store.trials.report(claim, self._spec, epoch=last.epoch, metrics=metrics, value=value, may_prune=False)
 
     def _wait_until_saved(self, claim: Claim) -> None:
         """Wait until the trial's checkpoint is on disk; the trial fails where its state cannot be written."""

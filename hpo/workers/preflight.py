@@ -218,12 +218,14 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
 def _try_recipes(spec: StudySpec, values: Mapping[str, Any], data: SplitDataset) -> None:
     """Build the optimizer of each extreme point of the space, for a network with these values.
 
-    Optimizers and schedules that are not of the table are tried.
+    Optimizers, schedules, losses and metrics of users' own are tried.
     """
     import torch
 
     from hpo.train.engines.lane_state import initial_model
     from hpo.train.engines.optimizer_proof import check_optimizer_resumes
+    from hpo.train.losses import LOSSES, build_loss, check_own_loss
+    from hpo.train.metrics import check_metric
     from hpo.train.optim import OPTIMIZERS, build_optimizer
     from hpo.train.parameter_groups import multipliers_of, parameter_groups
     from hpo.train.schedules import SCHEDULES, check_own_schedule
@@ -240,7 +242,12 @@ def _try_recipes(spec: StudySpec, values: Mapping[str, Any], data: SplitDataset)
             check_optimizer_resumes(config, data=data, batch=batch)
         if schedule not in tried | SCHEDULES.keys():
             check_own_schedule(schedule)
-        tried |= {optimizer, schedule}
+        loss = config.training.loss
+        build_loss(config.training, data=data)
+        if loss not in tried | LOSSES.keys():
+            check_own_loss(config.training, data=data)
+        tried |= {optimizer, schedule, loss}
+    check_metric(spec.training.metric, num_classes=data.num_classes, labels_N=data.val.labels_N)
 
 
 def _tried_batch_size(spec: StudySpec) -> int:

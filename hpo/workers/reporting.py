@@ -55,7 +55,8 @@ class EpochOutcome:
         """Return what the store is told of the epoch."""
         result = self.result
         may_prune = self.claim.kind == "search" and not self.is_final
-        return EpochReport(self.claim, result.epoch, result.metrics(), result.val_accuracy, may_prune)
+        value = result.value_of(self.config.training.metric)
+        return EpochReport(self.claim, result.epoch, result.metrics(), value, may_prune)
 
 
 class Reporter:

@@ -76,6 +76,16 @@ MISTAKES = {
     "[search]\nsampler = 'bayes'": ["search.sampler must be one of", "tpe", "'bayes'"],
     "[pruner]\nname = 'hyperbrand'": ["pruner.name must be one of", "did you mean 'hyperband'"],
     "[training]\noptimizer = 'adm'": ["training.optimizer must be one of", "adadelta", "did you mean"],
+    "[training]\nloss = 'crossentropy'": ["training.loss must be one of", "did you mean 'cross_entropy'"],
+    "[training]\nloss = 'focal'\nlabel_smoothing = 0.1": ["training.label_smoothing has no meaning for loss focal"],
+    "[training]\nloss = 'm:f'\nclass_weights = 'balanced'": ["training.class_weights has no meaning for loss m:f"],
+    "[training]\nfocal_gamma = 1": ["training.focal_gamma has no meaning for loss cross_entropy (only for focal)"],
+    "[training]\nclass_weights = 'balancd'": ["training.class_weights must be 'balanced' or a list of numbers"],
+    "[training]\nclass_weights = [1, -1]": ["training.class_weights must be 'balanced' or a list of numbers"],
+    "[training]\nmetric = 'accuracy'": ["training.metric must be one of", "did you mean 'val_accuracy'"],
+    "[training]\nmetric_direction = 'minimize'": ["training.metric_direction has no meaning for metric val_accuracy"],
+    "[training]\nmetric = 'm:val_loss'": ["training.metric = 'm:val_loss' must have a name of its own"],
+    "[training]\nmetric = 'm:state'": ["training.metric = 'm:state' must have a name of its own"],
     "[training]\noptimizer = 'adamxa'": ["training.optimizer must be one of", "did you mean 'adamax'"],
     "[training]\noptimizer = 'lbfgs'": ["training.optimizer cannot be 'lbfgs': it calls the network several times"],
     "[training]\noptimizer = 'my.module:'": ["training.optimizer must be one of", "got 'my.module:'"],
@@ -220,6 +230,22 @@ def test_options_of_an_optimizer_are_settings_and_can_be_searched() -> None:
     assert spec.names_of_code() == {"own:Lion": "search.space.optimizer"}
     training = spec.trial_config({"lr": 0.1, "optimizer": "adam", "optimizer_options.amsgrad": True}, seed=0).training
     assert (training.optimizer, training.optimizer_options) == ("adam", {"momentum_decay": 0.1, "amsgrad": True})
+
+
+@pytest.mark.parametrize(
+    ("training", "metric", "direction"),
+    [
+        ({}, "val_accuracy", "maximize"),
+        ({"metric": "val_loss"}, "val_loss", "minimize"),
+        ({"metric": "auroc"}, "auroc", "maximize"),
+        ({"metric": "own:mistakes", "metric_direction": "minimize"}, "mistakes", "minimize"),
+    ],
+)
+def test_what_is_optimized_follows_the_metric(training: dict[str, str], metric: str, direction: str) -> None:
+    spec = StudySpec.from_dict({"name": "s", "search": {"space": {"lr": [0.1, 0.2]}}, "training": training})
+    assert (spec.metric, spec.direction) == (metric, direction)
+    with pytest.raises(UserError, match=r"search.space: each key must be one of .*'metric'"):
+        StudySpec.from_dict({"name": "s", "search": {"space": {"lr": [0.1], "metric": ["auroc"]}}})
 
 
 @pytest.mark.parametrize("lr", ["lr = 'auto'", "lr.by.optimizer = { adam = [0.1], rprop = 'auto' }"])

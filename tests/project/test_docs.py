@@ -22,6 +22,8 @@ from hpo.search.samplers import SAMPLERS
 from hpo.search.space import Range
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
 from hpo.train.data.datasets import DATASETS
+from hpo.train.losses import LOSSES
+from hpo.train.metrics import METRICS
 from hpo.train.models import MODELS
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.schedules import SCHEDULES
@@ -50,7 +52,7 @@ DOCUMENTED = {
     "### `[pruner]`": [*(key for key in PrunerSpec.model_fields if key != "name"), *PRUNERS],
     "### `[model]`": ["name", *MODELS, *fields(ModelConfig)],
     "### `[data]`": ["name", *DATASETS, *fields(DataConfig)],
-    "### `[training]`": [*fields(TrainingConfig), *OPTIMIZERS, *SCHEDULES],
+    "### `[training]`": [*fields(TrainingConfig), *OPTIMIZERS, *SCHEDULES, *LOSSES, *METRICS],
     "### `[objective]`": list(ObjectiveSpec.model_fields),
     "### `[engine]`": list(EngineSpec.model_fields),
     "### `[checkpoints]`": list(CheckpointsSpec.model_fields),
@@ -110,6 +112,7 @@ def test_options_of_optimizers_and_schedules_are_those_documented() -> None:
     text = section("### `[training]`")
     known = {name: [entry.keys, entry.options.keys()] for name, entry in OPTIMIZERS.items()}
     known |= {name: [entry.keys] for name, entry in SCHEDULES.items()}
+    known |= {name: [entry.keys] for name, entry in LOSSES.items()}
     for name, columns in known.items():
         row = next(line for line in text.splitlines() if line.startswith("| `") and f"`{name}`" in line.split("|")[1])
         for names, cell in zip(columns, row.split("|")[2:-1], strict=True):

@@ -129,6 +129,11 @@ WITH_OPTIMIZER += [
     pytest.param({"optimizer": "own_recipe:Averaged"}, id="own"),
     pytest.param({"optimizer": "rmsprop", "optimizer_options": {"centered": True}}, id="options"),
 ]
+WITH_LOSS = [
+    pytest.param({"loss": "bce", "class_weights": "balanced", "metric": "auroc"}, id="bce"),
+    pytest.param({"loss": "focal", "metric": "macro_f1"}, id="focal"),
+    pytest.param({"loss": "own_recipe:squared", "metric": "own_recipe:spread"}, id="own loss"),
+]
 # An optimizer that trains one set of weights and evaluates another, as those without a schedule do, with a number of
 # its own in its group; and a schedule.
 OWN_RECIPE = """
@@ -166,6 +171,12 @@ class Averaged(torch.optim.SGD):
 
 def halving(progress):
     return 0.5 ** (4 * progress)
+
+def squared(outputs, labels):
+    return (outputs - torch.nn.functional.one_hot(labels, outputs.shape[1])).square().sum(1)
+
+def spread(outputs, labels):
+    return outputs.std()
 """
 OF_SCHEDULE: dict[str, dict[str, Any]] = {
     "step": {"step_epochs": 1},
@@ -191,7 +202,7 @@ WITH_RECIPE = [
 ]
 
 
-@pytest.mark.parametrize("settings", [*WITH_OPTIMIZER, *WITH_SCHEDULE, *WITH_RECIPE])
+@pytest.mark.parametrize("settings", [*WITH_OPTIMIZER, *WITH_SCHEDULE, *WITH_LOSS, *WITH_RECIPE])
 def test_a_trial_interrupted_after_any_epoch_ends_as_if_it_had_not_been(
     settings: Any, own_code: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from hpo.analysis.answer import find_best
+from hpo.analysis.answer_text import answer_lines
+from hpo.analysis.trials import value_of
 from hpo.api import exporting, reading
 from hpo.config.study_spec import StudySpec
 from hpo.store import schema
@@ -34,6 +37,27 @@ def test_trials_in_lanes_end_as_they_do_one_at_a_time(store: Store) -> None:
             assert all(one == pytest.approx(other, rel=1e-3) for one, other in pairs if None not in (one, other))
     (agreed,) = store.studies.shared_values(studies[3]).values()
     assert agreed["reason"] == "3 trials at once on the CPU: engine.lanes = 3"
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("val_loss", -1), ("macro_f1", 1)])
+def test_the_search_follows_its_metric(store: Store, metric: str, sign: int) -> None:
+    settings = engine_study(store, 1e-4, 3e-3, 1e30, metric=metric, loss="bce", name="unused").spec.frozen()
+    settings |= {"name": "metric", "confirm": {"top": 1, "seeds": 2}}
+    study = store.studies.create(StudySpec.from_dict(settings), metadata={"num_classes": 10, "num_val": 288})
+    trials = work(store, study)
+    *searched, dead = [trial for trial in trials if trial.kind == "search"]
+    assert dead.state == "diverged"
+    assert [trial.value for trial in searched] == [trial.curves[metric][-1] for trial in searched]
+    values = [sign * value_of(trial) for trial in searched]
+    best, value = store.trials.best(study, 1)[0]
+    assert (best, sign * value) == (values.index(max(values)), max(values))
+    confirmed = [trial for trial in trials if trial.kind == "confirm"]
+    equal = {trial.params["lr"] for trial, own in zip(searched, values, strict=True) if own == max(values)}
+    assert {trial.params["lr"] for trial in confirmed} <= equal
+    answer = find_best(study, trials)
+    assert answer is not None
+    lines = "\n".join(answer_lines(study, answer))
+    assert {"val_loss": "validation loss", "macro_f1": "validation macro F1"}[metric] in lines
 
 
 def test_a_lane_is_filled_again_while_others_train(store: Store) -> None:

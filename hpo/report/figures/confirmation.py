@@ -96,7 +96,7 @@ def _add_tests(figure: go.Figure, data: FigureData, confirmation: Confirmation, 
     ]
     last = [trial.curves["test_accuracy"][-1] for trial in tests]
     accuracies = [accuracy for accuracy in last if accuracy is not None]
-    if accuracies:
+    if accuracies and data.is_accuracy:  # on the axis of another metric they would say nothing
         figure.add_scatter(
             x=[round_digits(accuracy) for accuracy in accuracies],
             y=[winner] * len(accuracies),

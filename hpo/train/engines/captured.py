@@ -26,6 +26,7 @@ from hpo.train.data.loading import SplitDataset
 from hpo.train.data.sources import DeviceSource, batch_bounds
 from hpo.train.engines.captured_optimizers import NotCapturable, build_capturable_optimizer
 from hpo.train.engines.lane_state import (
+    Evaluated,
     LaneState,
     check_test_set,
     evaluation_batch_size,
@@ -43,6 +44,8 @@ from hpo.train.engines.side_effects import SideEffects, has_torchscript, own_sta
 from hpo.train.engines.vmap_ops import LaneGenerators
 from hpo.train.failures import is_out_of_memory
 from hpo.train.imports import describe_error
+from hpo.train.losses import LOSSES, build_loss
+from hpo.train.metrics import needs_outputs
 from hpo.train.optim import optimizer_keys, why_no_rule
 from hpo.train.parameter_groups import has_groups
 from hpo.train.snapshot import Snapshot
@@ -53,7 +56,18 @@ NUM_WARM_UPS = 3  # runs before a capture, in which libraries choose kernels and
 def capture_key(config: TrialConfig) -> str:
     """Return a key that is the same for trials that the same graphs can train: what is a constant in them agrees."""
     training = config.training
-    keys = {"batch_size", "optimizer", "label_smoothing", "gradient_clip", "precision", "tf32", "compile"}
+    keys = {
+        "batch_size",
+        "optimizer",
+        "label_smoothing",
+        "loss",
+        "class_weights",
+        "focal_gamma",
+        "gradient_clip",
+        "precision",
+        "tf32",
+        "compile",
+    }
     keys |= {"report_test_accuracy", "optimizer_options", *optimizer_keys(training.optimizer)}
     constants = [
         config.model,
@@ -88,6 +102,7 @@ class CapturedLane:
         self.trial: LaneState | None = None
         self.config = config  # any trial of the kind
         self._data, self._device = data, device
+        self._loss = build_loss(config.training, data=data)
         self._images_NHWC = _images_on_device(data.train)
         self._model = like.copy_network() if like else initial_model(config, data=data, device=device)
         self._parameters = list(self._model.parameters())
@@ -180,7 +195,7 @@ class CapturedLane:
             self._losses_S.cpu(),
             lane=lane,
             hits=int(self._hits),
-            val=(sums["val"][0], sums["val"][1]),
+            val=Evaluated(loss=sums["val"][0], accuracy=sums["val"][1]),
             test_accuracy=sums["test"][1] if "test" in sums else None,
             seconds=seconds,
         )
@@ -225,7 +240,7 @@ class CapturedLane:
             self._data.train.normalise(images_BHWC),
             self._data.train.labels_N.index_select(0, indices_B),
             parameters=self._parameters,
-            training=self.config.training,
+            loss_function=self._loss,
             amp_dtype=self._amp_dtype,
         )
         self._losses_S.index_copy_(0, self._step_1, loss[None])
@@ -236,7 +251,9 @@ class CapturedLane:
     def _evaluate(self, split: str) -> None:
         loader = self._splits[split]
         batches = _batches_in_order(loader, evaluation_batch_size(self.config, data=self._data))
-        sums_2 = evaluation_sums(self._model, batches, device=self._device, amp_dtype=self._amp_dtype)
+        sums_2 = evaluation_sums(
+            self._model, batches, loss_function=self._loss, device=self._device, amp_dtype=self._amp_dtype
+        )
         self._sums_2[split].copy_(sums_2)
 
     def _prepare(self) -> None:
@@ -395,6 +412,10 @@ def _check_capturable(config: TrialConfig, model: nn.Module) -> None:
         raise NotCapturable("data.augment draws on the host, image by image")
     if (reason := why_no_rule(config.training)) is not None:
         raise NotCapturable(reason)
+    if needs_outputs(config.training.metric):
+        raise NotCapturable(f"training.metric = {config.training.metric!r} is computed from all outputs at once")
+    if config.training.loss not in LOSSES:
+        raise NotCapturable(f"training.loss = {config.training.loss!r} may wait for the device")
     if has_torchscript(model):
         raise NotCapturable("it has modules of TorchScript")
     if (name := own_state(model)) is not None:

@@ -32,6 +32,7 @@ def why_diverged(
     val_loss: float,
     val_accuracy: float,
     first_loss: float,
+    guess_loss: Callable[[], float],
     data: SplitDataset,
     network: Callable[[], nn.Module],
     initial_network: Callable[[], nn.Module],
@@ -43,6 +44,7 @@ def why_diverged(
         val_loss: The validation loss after the epoch.
         val_accuracy: The validation accuracy after the epoch, a fraction.
         first_loss: The loss of the trial's very first step.
+        guess_loss: Returns the loss of a guess.
         data: The dataset that the trial is trained on.
         network: Returns the network as trained so far.
         initial_network: Returns the network as it was drawn, on the same device.
@@ -51,7 +53,7 @@ def why_diverged(
         return "non-finite loss"
     if not is_guessing(data.val, val_accuracy=val_accuracy):
         return None
-    if is_exploding(losses_S, first_loss=first_loss, num_classes=data.num_classes):
+    if is_exploding(losses_S, first_loss=first_loss, guess_loss=guess_loss()):
         return "exploding loss"
     if is_collapsed(network, initial_network, data=data):
         return "collapsed: every input gets the same output"
@@ -68,14 +70,15 @@ def largest_class(val: BatchLoader) -> int:
     return int(torch.bincount(val.labels_N).max())
 
 
-def is_exploding(losses_S: Tensor, *, first_loss: float, num_classes: int) -> bool:
-    """Return whether the loss ended the epoch far above a guess, ln(classes), and above the trial's first loss.
+def is_exploding(losses_S: Tensor, *, first_loss: float, guess_loss: float) -> bool:
+    """Return whether the loss ended the epoch far above that of a guess, and above the trial's first loss.
 
     A network with large initial weights starts far above a guess. It counts as a slow start while it stays below the
-    loss that it started with.
+    loss that it started with. The cross-entropy of a guess is ln(classes). A loss that a guess makes 0 or less is on no
+    scale on which far has a meaning.
     """
     last = losses_S[-math.ceil(len(losses_S) / 4) :].mean()
-    return bool(last > 10 * max(math.log(num_classes), first_loss))
+    return guess_loss > 0 and bool(last > 10 * max(guess_loss, first_loss))
 
 
 def is_collapsed(

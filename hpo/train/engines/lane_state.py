@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint, config_digest, storable_copy
@@ -23,6 +22,8 @@ from hpo.train.data.mixing import Mix
 from hpo.train.data.sources import batch_bounds
 from hpo.train.engines.divergence import why_diverged
 from hpo.train.engines.stacked_optimizers import nadam_momentum_product
+from hpo.train.losses import TrialLoss, build_loss
+from hpo.train.metrics import measure
 from hpo.train.models import build_model, fit_memory_format
 from hpo.train.optim import build_optimizer, set_lr, update_rule
 from hpo.train.parameter_groups import Multipliers, parameter_groups
@@ -45,8 +46,10 @@ class LaneState:
     results: list[EpochResult] = field(default_factory=list)  # of the finished epochs
     config_digest: str = field(init=False)  # as the trial begins: the file of its weights may change later
     schedule: Schedule = field(init=False)
+    loss: TrialLoss = field(init=False)
 
     def __post_init__(self) -> None:
+        self.loss = build_loss(self.config.training, data=self.data)
         self.config_digest = config_digest(self.config)
         self.schedule = find_schedule(self.config.training.schedule)
 
@@ -74,7 +77,7 @@ class LaneState:
         *,
         lane: int,
         hits: int,
-        val: tuple[float, float],
+        val: Evaluated,
         test_accuracy: float | None,
         seconds: float,
     ) -> EpochResult:
@@ -84,7 +87,7 @@ class LaneState:
             losses_S: The mean loss of each step's batch, on the CPU.
             lane: The number of the lane, for the result.
             hits: How many training images were classified correctly.
-            val: The validation loss and the validation accuracy, a fraction.
+            val: What the validation images gave.
             test_accuracy: The test accuracy, a fraction, where it is measured.
             seconds: How long the epoch took.
         """
@@ -92,7 +95,7 @@ class LaneState:
         sizes_S = torch.tensor([end - start for start, end in batch_bounds(num_images, training.batch_size)])
         if self.epoch == 0:
             self.first_loss = float(losses_S[0])
-        val_loss, val_accuracy = val
+        val_loss, val_accuracy = val.loss, val.accuracy
         result = EpochResult(
             lane=lane,
             epoch=self.epoch + 1,
@@ -104,6 +107,7 @@ class LaneState:
             lr=self.lr_at(len(losses_S) - 1, num_steps=len(losses_S)),
             seconds=seconds,
             diverged=self.why_diverged(losses_S, val_loss=val_loss, val_accuracy=val_accuracy),
+            measured=measure(training.metric, val.logits_NL, self.data.val.labels_N),
         )
         self.results.append(result)
         return result
@@ -116,12 +120,22 @@ class LaneState:
                 val_loss=val_loss,
                 val_accuracy=val_accuracy,
                 first_loss=self.first_loss,
+                guess_loss=lambda: self.loss.guess(self.data),
                 data=self.data,
                 network=self.network,
                 initial_network=lambda: initial_model(
                     self.config, data=self.data, device=self.data.val.labels_N.device
                 ),
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What the images of a split gave: the mean loss, the accuracy, and all outputs where the metric asks for them."""
+
+    loss: float
+    accuracy: float
+    logits_NL: Tensor | None = None  # float32, on the CPU
 
 
 class StepOptimizer(Protocol):
@@ -141,7 +155,7 @@ def train_step(
     labels_B: Tensor,
     *,
     parameters: Iterable[nn.Parameter],
-    training: TrainingConfig,
+    loss_function: TrialLoss,
     amp_dtype: torch.dtype | None,
     mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -151,31 +165,42 @@ def train_step(
     """
     with autocast(images_BCHW.device, amp_dtype):
         logits_BL = forward(images_BCHW)
-    loss = F.cross_entropy(logits_BL.float(), labels_B, label_smoothing=training.label_smoothing)
+    loss = loss_function.mean(logits_BL.float(), labels_B)
     if mix is not None:
-        other = F.cross_entropy(logits_BL.float(), mix.labels_B, label_smoothing=training.label_smoothing)
+        other = loss_function.mean(logits_BL.float(), mix.labels_B)
         loss = mix.share * loss + (1 - mix.share) * other
         labels_B = labels_B if mix.share >= 1 / 2 else mix.labels_B
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    if training.gradient_clip is not None:
-        nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+    if (largest_norm := loss_function.training.gradient_clip) is not None:
+        nn.utils.clip_grad_norm_(parameters, largest_norm)
     optimizer.step()
     return loss.detach(), (logits_BL.detach().argmax(1) == labels_B).sum()
 
 
 @torch.no_grad()
 def evaluation_sums(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, amp_dtype: torch.dtype | None
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    loss_function: TrialLoss,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    outputs: list[Tensor] | None = None,
 ) -> Tensor:
-    """Return the sum of the losses and the number of correct images over batches (2,), float32, on the device."""
+    """Return the sum of the losses and the number of correct images over batches (2,), float32, on the device.
+
+    The outputs of each batch are added to `outputs`.
+    """
     model.eval()
     sums_2 = torch.zeros(2, device=device)
     for images_BCHW, labels_B in batches:
         with autocast(device, amp_dtype):
             logits_BL = model(images_BCHW).float()
         hits = (logits_BL.argmax(1) == labels_B).sum()
-        sums_2 += torch.stack([F.cross_entropy(logits_BL, labels_B, reduction="sum"), hits])
+        sums_2 += torch.stack([loss_function.sum(logits_BL, labels_B), hits])
+        if outputs is not None:
+            outputs.append(logits_BL)
     return sums_2
 
 

@@ -19,6 +19,7 @@ from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache, SplitDataset
 from hpo.train.data.mixing import Mix, mix_batch
 from hpo.train.engines.lane_state import (
+    Evaluated,
     LaneState,
     check_test_set,
     evaluation_batch_size,
@@ -32,6 +33,7 @@ from hpo.train.engines.lane_state import (
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.engines.weight_average import WeightAverage
 from hpo.train.imports import describe_error
+from hpo.train.metrics import needs_outputs
 from hpo.train.optim import NOT_OPTIONS, build_optimizer, set_lr, set_optimizer_mode
 from hpo.train.parameter_groups import multipliers_of, parameter_groups, set_trained
 from hpo.train.seeding import seed_generators
@@ -127,7 +129,7 @@ class PlainEngine(Engine):
             test_accuracy = None
             if lane.config.training.report_test_accuracy:
                 assert data.test is not None
-                test_accuracy = self._evaluate(lane, data.test)[1]
+                test_accuracy = self._evaluate(lane, data.test).accuracy
         seconds = time.perf_counter() - start_s
         result = lane.finish_epoch(losses_S, lane=0, hits=hits, val=val, test_accuracy=test_accuracy, seconds=seconds)
         lane.is_whole = True
@@ -140,7 +142,7 @@ class PlainEngine(Engine):
         if lane.data.test is None:
             raise UserError(f"data.name = {config.data.name!r} has no test set")
         with numerics(tf32=config.training.tf32):
-            return self._evaluate(lane, lane.data.test)[1]
+            return self._evaluate(lane, lane.data.test).accuracy
 
     def _train(self, lane: PlainLaneState) -> tuple[Tensor, int]:
         """Train one epoch; return the loss of each step (S,), on the CPU, and how many images were correct.
@@ -175,18 +177,26 @@ class PlainEngine(Engine):
             images_BCHW,
             labels_B,
             parameters=lane.model.parameters(),
-            training=lane.config.training,
+            loss_function=lane.loss,
             amp_dtype=lane.amp_dtype,
             mix=mix,
         )
 
-    def _evaluate(self, lane: PlainLaneState, loader: BatchLoader) -> tuple[float, float]:
-        """Return the mean loss and the accuracy over a split, from float32 sums."""
+    def _evaluate(self, lane: PlainLaneState, loader: BatchLoader) -> Evaluated:
+        """Return what a split gives; the mean loss and the accuracy are from float32 sums."""
         lane.begin_evaluation()
         batches = loader.batches(evaluation_batch_size(lane.config, data=lane.data))
-        sums_2 = evaluation_sums(lane.validated, batches, device=self.device, amp_dtype=lane.amp_dtype)
+        outputs: list[Tensor] | None = [] if needs_outputs(lane.config.training.metric) else None
+        sums_2 = evaluation_sums(
+            lane.validated,
+            batches,
+            loss_function=lane.loss,
+            device=self.device,
+            amp_dtype=lane.amp_dtype,
+            outputs=outputs,
+        )
         loss, accuracy = (sums_2 / len(loader)).tolist()
-        return loss, accuracy
+        return Evaluated(loss=loss, accuracy=accuracy, logits_NL=torch.cat(outputs).cpu() if outputs else None)
 
 
 def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device) -> PlainLaneState:

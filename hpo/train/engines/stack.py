@@ -23,6 +23,7 @@ from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import SplitDataset
 from hpo.train.data.sources import DeviceSource
 from hpo.train.engines.lane_state import (
+    Evaluated,
     LaneState,
     autocast,
     check_test_set,
@@ -40,6 +41,8 @@ from hpo.train.engines.stack_probe import check_stackable
 from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
 from hpo.train.engines.stacked_numbers import StepNumbers
 from hpo.train.engines.stacked_rows import StackedRows
+from hpo.train.losses import is_plain_cross_entropy
+from hpo.train.metrics import needs_outputs
 from hpo.train.optim import build_optimizer, update_rule, why_no_rule
 from hpo.train.snapshot import Snapshot
 
@@ -49,7 +52,9 @@ def stack_key(config: TrialConfig) -> str:
     training = config.training
     agreeing = [config.model, config.data, training.batch_size, training.optimizer, training.optimizer_options]
     switches = [training.tf32, training.compile, training.report_test_accuracy, bool(training.freeze)]
-    return json.dumps([*map(repr, [*agreeing, training.precision]), *switches, why_plain(training)])
+    switches.append(is_plain_cross_entropy(training))
+    agreeing += [training.precision, training.metric]
+    return json.dumps([*map(repr, agreeing), *switches, why_plain(training)])
 
 
 class TrialStack(Engine):
@@ -83,6 +88,8 @@ class TrialStack(Engine):
             raise NotStackable("training.freeze leaves parameters untrained")
         if (reason := why_no_rule(config.training) or why_plain(config.training)) is not None:
             raise NotStackable(reason)
+        if not is_plain_cross_entropy(config.training):
+            raise NotStackable("a stack has no loss but the cross-entropy without class weights")
         if not isinstance(data.train.source, DeviceSource):
             raise NotStackable("its images are not on the device")
         check_test_set(config, data=data)
@@ -172,7 +179,7 @@ class TrialStack(Engine):
             tests_K: list[float | None] = [None] * len(trials)
             if trials[0].config.training.report_test_accuracy:
                 assert self._data.test is not None
-                tests_K = [accuracy for _, accuracy in self._evaluate(trials, self._data.test)]
+                tests_K = [one.accuracy for one in self._evaluate(trials, self._data.test)]
         self._is_whole = True
         seconds = time.perf_counter() - start_s
         if is_doubled:
@@ -239,9 +246,10 @@ class TrialStack(Engine):
         return losses_KS.cpu(), hits_K.tolist()
 
     @torch.no_grad()
-    def _evaluate(self, trials: Sequence[LaneState], loader: BatchLoader) -> list[tuple[float, float]]:
-        """Return for each lane the mean loss and the accuracy over a split, from float32 sums."""
+    def _evaluate(self, trials: Sequence[LaneState], loader: BatchLoader) -> list[Evaluated]:
+        """Return for each lane what a split gives; the mean loss and the accuracy are from float32 sums."""
         sums_K2 = torch.zeros((len(trials), 2), device=self.device)
+        keeps_outputs, outputs = needs_outputs(trials[0].config.training.metric), list[Tensor]()
         batch_size = evaluation_batch_size(trials[0].config, data=self._data)
         if self.device.type == "cuda":  # saves memory; on a CPU the size would show in the last digit
             batch_size = max(trials[0].config.training.batch_size, batch_size // len(trials))
@@ -253,7 +261,13 @@ class TrialStack(Engine):
             labels_KB = labels_B.expand(len(trials), -1)
             losses_KB = F.cross_entropy(logits_KBL.mT, labels_KB, reduction="none")
             sums_K2 += torch.stack([losses_KB.sum(1), (logits_KBL.argmax(2) == labels_KB).sum(1)], dim=1)
-        return [(loss, accuracy) for loss, accuracy in (sums_K2 / len(loader)).tolist()]
+            if keeps_outputs:
+                outputs.append(logits_KBL)
+        logits_KNL = torch.cat(outputs, dim=1).cpu() if keeps_outputs else [None] * len(trials)
+        return [
+            Evaluated(loss=loss, accuracy=accuracy, logits_NL=logits_NL)
+            for (loss, accuracy), logits_NL in zip((sums_K2 / len(loader)).tolist(), logits_KNL, strict=True)
+        ]
 
     def _trials(self) -> list[LaneState]:
         """Return the trial of each row."""

@@ -34,6 +34,7 @@ from tests.train.engines.trials import (
     CPU,
     DROPOUT,
     EPOCHS,
+    EPS,
     EVERY_NETWORK_EVERY_WAY,
     QUICK_SETTINGS,
     SETTINGS,
@@ -167,6 +168,16 @@ def test_update_rules_are_those_of_torch(optimizer: str) -> None:
         )
 
 
+def test_a_metric_of_all_outputs_is_the_plain_engines() -> None:
+    config = trial(metric="auroc", eps=EPS)
+    plain = train(PlainEngine(device="cpu"), config)
+    stacked = train(LaneEngine(device="cpu", lanes=2), config)
+    assert_close(stacked, plain)
+    for one, other in zip(stacked.results, plain.results, strict=True):
+        assert one.measured == pytest.approx(other.measured, rel=1e-4)
+        assert other.measured.keys() == {"auroc"}
+
+
 # The contract
 
 
@@ -282,6 +293,8 @@ def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
         ({"data": {"placement": "stream"}}, "images are not on the device"),
         ({"compile": True}, "training.compile"),
         ({"optimizer": "asgd"}, "alone, optimizer 'asgd' has no update rule for several trials at once"),
+        ({"loss": "bce"}, "a stack has no loss but the cross-entropy without class weights"),
+        ({"class_weights": "balanced"}, "a stack has no loss but the cross-entropy without class weights"),
         ({"optimizer_options": {"amsgrad": True}}, "know no training.optimizer_options"),
         ({"mixup": 0.2}, "training.mixup and training.cutmix mix the images of each batch"),
         ({"ema": 0.9}, "training.ema averages the weights"),

@@ -347,12 +347,12 @@ def test_a_bad_initialisation_is_not_called_diverged(name: str, tmp_path: Path) 
 
 def test_exploding_means_far_above_a_guess_and_above_the_trials_first_loss() -> None:
     steps = torch.arange(100.0)
-    assert is_exploding(2 + steps, first_loss=2.3, num_classes=10)
-    assert is_exploding(torch.tensor([2.3, 2.3, 1e6, 1e9]), first_loss=2.3, num_classes=10)
-    assert is_exploding(torch.full((100,), 1000.0), first_loss=2.3, num_classes=10)  # a plateau, in a later epoch
-    assert not is_exploding(2 + steps, first_loss=2.3, num_classes=2**20)  # less than ten times a guess
-    assert not is_exploding(102 - steps, first_loss=2.3, num_classes=10)  # fell back to near a guess
-    assert not is_exploding(torch.full((100,), 50.0), first_loss=40.0, num_classes=10)  # as high as it began
+    assert is_exploding(2 + steps, first_loss=2.3, guess_loss=2.3)
+    assert is_exploding(torch.tensor([2.3, 2.3, 1e6, 1e9]), first_loss=2.3, guess_loss=2.3)
+    assert is_exploding(torch.full((100,), 1000.0), first_loss=2.3, guess_loss=2.3)  # a plateau, in a later epoch
+    assert not is_exploding(2 + steps, first_loss=2.3, guess_loss=13.9)  # less than ten times a guess
+    assert not is_exploding(102 - steps, first_loss=2.3, guess_loss=2.3)  # fell back to near a guess
+    assert not is_exploding(torch.full((100,), 50.0), first_loss=40.0, guess_loss=2.3)  # as high as it began
 
 
 def test_a_network_that_tells_pictures_apart_has_not_diverged_however_high_its_loss() -> None:

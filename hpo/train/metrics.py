@@ -1,0 +1,130 @@
+"""Metrics that a search can optimize: the table of those with a name, and functions of users' own.
+
+scikit-learn counts, from the outputs for all validation images at once. Nothing that takes long is imported before a
+metric is computed, because reading a study file needs the table.
+Shapes: N images, L classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import UserError, unknown_name
+from hpo.train.config import TrainingConfig, metric_name
+from hpo.train.imports import describe_error, import_object, is_import_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOP = 5  # classes that the metric top5 looks among
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """An entry of METRICS; `keys` are the keys of [training] that it reads."""
+
+    direction: str = "maximize"
+    count: Callable[[Tensor, Tensor], float] | None = None  # of outputs (N, L) and labels (N,); None: engines do
+    keys: frozenset[str] = frozenset()
+
+
+def metric_direction(training: TrainingConfig) -> str:
+    """Return whether to `maximize` or `minimize` the metric."""
+    entry = METRICS.get(training.metric)
+    return training.metric_direction if entry is None else entry.direction
+
+
+def needs_outputs(metric: str) -> bool:
+    """Return whether a metric is computed from the outputs for all validation images."""
+    return metric not in METRICS or METRICS[metric].count is not None
+
+
+def measure(metric: str, logits_NL: Tensor | None, labels_N: Tensor) -> dict[str, float]:
+    """Return the metric by its name where the engines do not count it themselves; nan where an output is not finite.
+
+    Raises UserError for an unknown metric, and a user's own that returns no finite number.
+    """
+    if not needs_outputs(metric):
+        return {}
+    assert logits_NL is not None, "the outputs were not kept"
+    if not logits_NL.isfinite().all():
+        return {metric_name(metric): math.nan}
+    count = METRICS[metric].count if metric in METRICS else _own_metric(metric)
+    assert count is not None
+    return {metric_name(metric): count(logits_NL, labels_N.cpu())}
+
+
+def check_metric(metric: str, *, num_classes: int, labels_N: Tensor) -> None:
+    """Refuse a metric that cannot be computed for a data set with these validation labels. Raises UserError."""
+    import torch
+
+    if metric == "top5" and num_classes <= TOP:
+        raise UserError(f"training.metric = 'top5' needs more than {TOP} classes, got {num_classes}")
+    outputs_NL = torch.randn((len(labels_N), num_classes), generator=torch.Generator().manual_seed(0))
+    measure(metric, outputs_NL, labels_N)
+
+
+def _own_metric(name: str) -> Callable[[Tensor, Tensor], float]:
+    setting = f"training.metric = {name!r}"
+    if not is_import_path(name):
+        raise unknown_name("training.metric", name, METRICS)
+    function = import_object(name, setting="training.metric")
+
+    def count(logits_NL: Tensor, labels_N: Tensor) -> float:
+        try:
+            returned: Any = function(logits_NL, labels_N)
+        except Exception as error:  # whatever the user's function raises
+            raise UserError(f"{setting} failed: {describe_error(error)}") from error
+        try:
+            value = float(returned)
+        except (TypeError, ValueError, RuntimeError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"{setting} must return a finite number, got {returned!r}")
+        return value
+
+    return count
+
+
+def _top5(logits_NL: Tensor, labels_N: Tensor) -> float:
+    best_N5 = logits_NL.topk(TOP, dim=1).indices
+    return float((best_N5 == labels_N[:, None]).any(1).double().mean())
+
+
+def _macro_f1(logits_NL: Tensor, labels_N: Tensor) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels_N.numpy(), logits_NL.argmax(1).numpy(), average="macro", zero_division=0.0))
+
+
+def _balanced_accuracy(logits_NL: Tensor, labels_N: Tensor) -> float:
+    from sklearn.metrics import recall_score
+
+    present = sorted(set(labels_N.tolist()))
+    return float(recall_score(labels_N.numpy(), logits_NL.argmax(1).numpy(), labels=present, average="macro"))
+
+
+def _auroc(logits_NL: Tensor, labels_N: Tensor) -> float:
+    """Return the mean over the classes of the area under the curve of each class against the others."""
+    from sklearn.metrics import roc_auc_score
+
+    shares_NL = logits_NL.double().softmax(1).numpy()
+    areas = []
+    for label in sorted(set(labels_N.tolist())):
+        is_of_class_N = (labels_N == label).numpy()
+        if not is_of_class_N.all():
+            areas.append(float(roc_auc_score(is_of_class_N, shares_NL[:, label])))
+    return sum(areas) / len(areas) if areas else 0.5
+
+
+METRICS: dict[str, Metric] = {
+    "val_accuracy": Metric(),
+    "val_loss": Metric(direction="minimize"),
+    "top5": Metric(count=_top5),
+    "macro_f1": Metric(count=_macro_f1),
+    "balanced_accuracy": Metric(count=_balanced_accuracy),
+    "auroc": Metric(count=_auroc),
+}

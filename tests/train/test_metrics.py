@@ -1,0 +1,79 @@
+"""Metrics are what scikit-learn says of all validation images at once; one of a user's own is held to a number."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn import metrics as sklearn_metrics
+
+from hpo.errors import UserError
+from hpo.train.config import TrainingConfig
+from hpo.train.metrics import METRICS, check_metric, measure, metric_direction, needs_outputs
+
+GENERATOR = torch.Generator().manual_seed(0)
+LABELS_N = torch.randint(0, 7, (300,), generator=GENERATOR)
+LOGITS_NL = torch.randn(300, 7, generator=GENERATOR) + 2 * torch.nn.functional.one_hot(LABELS_N, 7)
+SHARES_NL = LOGITS_NL.double().softmax(1).numpy()
+BEST_N = LOGITS_NL.argmax(1).numpy()
+EXPECTED = {
+    "top5": sklearn_metrics.top_k_accuracy_score(LABELS_N, LOGITS_NL.numpy(), k=5),
+    "macro_f1": sklearn_metrics.f1_score(LABELS_N, BEST_N, average="macro"),
+    "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(LABELS_N, BEST_N),
+    "auroc": sklearn_metrics.roc_auc_score(LABELS_N, SHARES_NL, multi_class="ovr"),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_is_scikit_learns(name: str) -> None:
+    assert needs_outputs(name) == (name in EXPECTED)
+    measured = measure(name, LOGITS_NL, LABELS_N)
+    assert measured == pytest.approx({name: EXPECTED[name]} if name in EXPECTED else {})
+    assert metric_direction(TrainingConfig(metric=name)) == ("minimize" if name == "val_loss" else "maximize")
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_class_without_a_validation_image_and_outputs_that_are_not_finite(name: str) -> None:
+    some_N = LABELS_N != 3
+    (value,) = measure(name, LOGITS_NL[some_N], LABELS_N[some_N]).values()
+    assert 0.5 < value < 1
+    (value,) = measure(name, torch.full((2, 7), math.inf), torch.tensor([0, 1])).values()
+    assert math.isnan(value)
+
+
+OWN_METRICS = """
+def share(outputs, labels):
+    return (outputs.argmax(1) == labels).float().mean()
+
+def nothing(outputs, labels):
+    return None
+
+def raises(outputs, labels):
+    return 1 / 0
+"""
+
+
+def test_a_metric_of_ones_own_goes_by_the_functions_name(own_code: Path) -> None:
+    (own_code / "own_metrics.py").write_text(OWN_METRICS)
+    expected = {"share": float((LABELS_N.numpy() == BEST_N).mean())}
+    assert measure("own_metrics:share", LOGITS_NL, LABELS_N) == pytest.approx(expected)
+    training = TrainingConfig(metric="own_metrics:share", metric_direction="minimize")
+    assert metric_direction(training) == "minimize"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_metrics:nothing", "'own_metrics:nothing' must return a finite number, got None"),
+        ("own_metrics:raises", "'own_metrics:raises' failed: ZeroDivisionError"),
+        ("top5", "'top5' needs more than 5 classes, got 5"),
+        ("auc", "must be one of auroc.*got 'auc'"),
+    ],
+)
+def test_what_is_no_metric_is_refused(name: str, message: str, own_code: Path) -> None:
+    (own_code / "own_metrics.py").write_text(OWN_METRICS)
+    with pytest.raises(UserError, match=f"training.metric .*{message}") as caught:
+        check_metric(name, num_classes=5, labels_N=LABELS_N.clamp(max=4))
+    assert "\n" not in str(caught.value)
