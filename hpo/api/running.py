@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hpo.api.learning import learn
 from hpo.api.reading import Result, result_of
 from hpo.api.stores import open_study, storage_url
-from hpo.config.earlier_studies import adopt_stored_data
+from hpo.config.earlier_studies import adopt_learned_points, adopt_stored_data
 from hpo.config.import_policy import allowed_for, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
 from hpo.config.widening import adopt_widened_ranges, parse_widening, widened_spec
@@ -75,7 +76,7 @@ def run(
     executor = choose_executor(executor, devices=devices, workers=workers, in_process=in_process)
     spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
-    spec = _read_as_stored(spec, url)
+    spec = _settle(spec, url)
     if (finished := _find_finished(spec, url)) is not None:
         return result_of(*finished)
     launcher = make_launcher(executor, spec, allowed, url=url)
@@ -106,7 +107,7 @@ def submit(
     """
     spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
-    spec = _read_as_stored(spec, url)
+    spec = _settle(spec, url)
     if _find_finished(spec, url) is not None:
         return False
     launcher = make_launcher(executor or Ray(), spec, allowed, url=url)
@@ -136,7 +137,7 @@ def check(
         UserError: `run` would refuse the study.
     """
     url = storage_url(storage)
-    spec = _read_as_stored(spec, url)
+    spec = _settle(spec, url)
     if _find_finished(spec, url) is None:
         _, allowed = load_own_spec(spec, folder=code_folder)
         launcher = make_launcher(executor or Local(), spec, allowed, url=url)
@@ -352,10 +353,12 @@ def _find(name: str, url: str) -> tuple[Store, StudyRecord] | tuple[None, None]:
         return None, None  # whatever else may be wrong is told when the store is opened for writing
 
 
-def _read_as_stored(spec: StudySpec, url: str) -> StudySpec:
-    """Return the spec with the way to read images that its study has, where the store has it."""
+def _settle(spec: StudySpec, url: str) -> StudySpec:
+    """Return the spec with what its study has where a file may leave it open; of a new study, with what it learns."""
     known = _find(spec.name, url)[1]
-    return spec if known is None else adopt_stored_data(spec, known.spec)
+    if known is None:
+        return learn(spec, url)
+    return adopt_learned_points(adopt_stored_data(spec, known.spec), known.spec)
 
 
 def _find_finished(spec: StudySpec, url: str) -> tuple[Store, StudyRecord] | None:

@@ -90,6 +90,8 @@ def check_search(search: SearchSpec) -> None:
         raise UserError(
             f"search.trials must be left out or be the grid's size, {len(search.grid)}; got {search.trials}"
         )
+    if search.learn_from:
+        _check_learning(search)
     if len(search.try_first) > search.num_trials:
         raise UserError(
             f"search.try_first must hold at most search.trials = {search.num_trials} points, "
@@ -203,6 +205,17 @@ def check_goal(search: SearchSpec, *, metric: str) -> None:
         )
 
 
+def _check_learning(search: SearchSpec) -> None:
+    """Refuse to learn learning rates for a search that has none of its own to choose."""
+    if search.sampler == "grid" or not isinstance(search.parameters.get("lr"), Range | Conditional):
+        raise UserError(
+            "search.learn_from needs a range of learning rates, search.space.lr, and a sampler other than 'grid'; "
+            f"got {search.learn_from}"
+        )
+    if len(set(search.learn_from)) < len(search.learn_from):
+        raise UserError(f"search.learn_from must name each study once, got {search.learn_from}")
+
+
 def _check_race_space(search: SearchSpec) -> None:
     """Refuse a space that a race cannot search, and settings of [search] that it has no use for."""
     if search.sampler != "race":
@@ -219,7 +232,7 @@ def _check_race_space(search: SearchSpec) -> None:
         raise UserError(
             f"search.trials has no meaning for sampler 'race', which takes search.trainings; got {search.trials}"
         )
-    for key in ("try_first", "until", "hours", "grow"):
+    for key in ("try_first", "until", "hours", "grow", "learn_from"):
         if value := getattr(search, key):
             raise UserError(f"search.{key} has no meaning for sampler 'race', got {value!r}")
 

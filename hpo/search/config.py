@@ -71,6 +71,10 @@ class SearchSpec(Section):
     try_first: Annotated[list[dict[str, Any]], Field(description="Points to evaluate before anything is sampled.")] = (
         Field(default_factory=list)
     )
+    learn_from: Annotated[
+        list[str],
+        Field(description="Earlier studies of the same store, whose recommended learning rates are tried first."),
+    ] = Field(default_factory=list)
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
