@@ -50,7 +50,7 @@ def test_a_rate_by_optimizer_is_learned_with_the_optimizer(train: Any) -> None:
 
 def test_what_cannot_be_learned_is_one_sentence(train: Any) -> None:
     train("first", space={"lr": [0.02]}, sampler="grid", trials=None)
-    for search, text in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"learn_from": ["absent"]}, "no study 'absent'"),
         ({"learn_from": ["s"]}, "'s', which is this study"),
         ({"learn_from": ["first", "first"]}, "must name each study once"),
@@ -61,6 +61,7 @@ def test_what_cannot_be_learned_is_one_sentence(train: Any) -> None:
             "from 0.1 to 1.0, got 0.02",
         ),
         ({"learn_from": ["first"], "try_first": [{"lr": 0.03}], "trials": 1}, "at most search.trials = 1"),
-    ]:
+    ]
+    for search, text in wrong:
         with pytest.raises(UserError, match=text):
             train("s", **search)
