@@ -34,7 +34,7 @@ from hpo.train.config import (
     TrainingConfig,
     TrialConfig,
 )
-from hpo.train.weight_files import weights_digest
+from hpo.train.weight_files import images_of_weights, weights_digest
 
 MAGIC = b"hpo checkpoint\n"
 FORMAT_VERSION = 1
@@ -76,7 +76,7 @@ def config_digest(config: TrialConfig) -> str:
         if json.dumps(content[section][name]) == json.dumps(_DEFAULTS[section][name]):  # a list is as good as a tuple
             del content[section][name]
     if config.model.weights is not None:
-        content["model"]["weights"] = weights_digest(config.model)
+        content["model"]["weights"] = [weights_digest(config.model), images_of_weights(config.model)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -123,7 +123,7 @@ def run_range_test(
     """
     began_s = time.perf_counter()
     engine = PlainEngine(device=device)
-    data = (dataset_cache or DatasetCache(device=engine.device)).get(config.data)
+    data = (dataset_cache or DatasetCache(device=engine.device)).for_trial(config)
     num_steps, batch_size = plan_ramp(len(data.train), batch_size=config.training.batch_size)
     config = _ramp_config(config, batch_size=batch_size)
     # The first step of every update rule is proportional to the learning rate.

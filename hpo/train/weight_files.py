@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import statistics
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,29 @@ import torch
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import TORCHVISION, WEIGHTS_ENDINGS, ModelConfig, is_weights_file
 from hpo.train.data.datasets import DOWNLOAD_TIMEOUT_S
+
+
+@dataclass(frozen=True)
+class ImagesOfWeights:
+    """The images that weights were trained on: their side in pixels, and mean and deviation of the normalisation."""
+
+    size: int
+    mean: tuple[float, ...]  # per channel, pixels from 0 to 1
+    std: tuple[float, ...]
+
+    def for_channels(self, channels: int) -> ImagesOfWeights:
+        """Return the same for images of one channel, which the network is shown as three."""
+        if channels == len(self.mean):
+            return self
+        return replace(self, mean=(statistics.fmean(self.mean),), std=(statistics.fmean(self.std),))
+
+
+def images_of_weights(config: ModelConfig) -> ImagesOfWeights | None:
+    """Return the images of the weights that `config` names; None for a file and without weights: nobody knows."""
+    if config.weights is None or is_weights_file(config.weights):
+        return None
+    preset = torchvision_weights(config).transforms()
+    return ImagesOfWeights(preset.crop_size[0], tuple(preset.mean), tuple(preset.std))
 
 
 def weights_digest(config: ModelConfig) -> str | None:

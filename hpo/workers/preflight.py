@@ -15,7 +15,7 @@ from hpo.workers.launcher import Proof
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from hpo.train.config import DataConfig, TrialConfig
+    from hpo.train.config import DataConfig, ModelConfig, TrialConfig
     from hpo.train.data.loading import SplitDataset
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,9 @@ def _check_precision(spec: StudySpec, kinds: Collection[str]) -> None:
 
 def _try_networks(spec: StudySpec) -> dict[str, Any]:
     """Load the data and try the network for each extreme point of the space; return the metadata of the first."""
+    from hpo.train.data.loading import fit_to_weights
+    from hpo.train.weight_files import images_of_weights
+
     tried, loaded = [], None
     of_training = next(spec.extreme_points(sections=("training",)))  # with the patterns of searched multipliers
     for values in spec.extreme_points(sections=("data", "model")):
@@ -125,6 +128,8 @@ def _try_networks(spec: StudySpec) -> dict[str, Any]:
             loaded = None  # frees its memory
             loaded = config.data, *_load_checked(config.data, with_test=spec.confirm is not None)
         _, data, described = loaded
+        if (images := images_of_weights(config.model)) is not None:
+            data = fit_to_weights(data, images)
         tried.append(_try_network(spec, config, data) | described)
         if len(tried) == 1:
             _try_recipes(spec, values, data)
@@ -197,7 +202,8 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
     weights: dict[str, Any] = {}
     if config.model.weights is not None:
         fitted = fit_weights(named_network(model), config.model, num_classes=data.num_classes)
-        weights = dict(zip(WEIGHTS_KEYS, (weights_digest(config.model), fitted.text), strict=True))
+        text = f"{fitted.text}{_input_text(config.model, data)}"
+        weights = dict(zip(WEIGHTS_KEYS, (weights_digest(config.model), text), strict=True))
     multipliers_of(model, config.training, num_classes=data.num_classes)
     set_trained(model, config.training, epoch=0, num_classes=data.num_classes)
     _check_trainable(model, *next(data.train.batches(_tried_batch_size(spec))))
@@ -252,6 +258,21 @@ def _try_recipes(spec: StudySpec, values: Mapping[str, Any], data: SplitDataset)
 
 def _tried_batch_size(spec: StudySpec) -> int:
     return min(map(int, [LARGEST_TRIED_BATCH, spec.training.batch_size, *_extreme_values(spec, "batch_size")]))
+
+
+def _input_text(config: ModelConfig, data: SplitDataset) -> str:
+    """Return how images are normalised for weights that say so, and whether they have the size of theirs."""
+    from hpo.train.weight_files import images_of_weights
+
+    images = images_of_weights(config)
+    if images is None:
+        return ""
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (data.mean, data.std))
+    text = f"; images are normalised as theirs (mean {mean}, deviation {std})"
+    if images.size != data.image_size:
+        text += f"; they were trained on images of {images.size}x{images.size}, "
+        text += f"and these are {data.image_size}x{data.image_size}"
+    return text
 
 
 def _extreme_values(spec: StudySpec, key: str) -> list[Any]:

@@ -13,14 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.train.checkpoint import CheckpointFolder, config_digest
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig, TrialConfig
+from hpo.train.data.loading import DatasetCache
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.models import build_model
 from hpo.train.modules import head_of, named_network
 from hpo.train.weight_files import find_weights, weights_digest
 from hpo.train.weights import fit_weights
+from hpo.workers.preflight import run_preflight
 
 SMALL = {"width": 0.05}
 HEAD = "18"  # of article_cnn
@@ -148,6 +151,41 @@ def test_weights_of_torchvision_are_looked_for_in_the_cache_of_the_hub(
     text = fit_weights(model, config, num_classes=10).text
     assert text.startswith(
         f"50 of 52 tensors from {file.name}; the head is new (classifier.1.weight, classifier.1.bias)"
+    )
+
+
+def test_images_are_normalised_as_named_weights_want_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = "torchvision:squeezenet1_1"
+    file = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(build(name=name, num_classes=1000).state_dict(), file)
+    data = DataConfig(train_samples=20, validation_fraction=0.1)
+    config = TrialConfig(
+        model=ModelConfig(name=name, weights="DEFAULT"), data=data, training=TrainingConfig(lr=0.1), seed=1
+    )
+    plain = replace(config, model=ModelConfig(name=name, weights=str(file)))
+    cache = DatasetCache(device=torch.device("cpu"))
+    own, fitted = cache.for_trial(plain), cache.for_trial(config)
+    assert cache.for_trial(config) is fitted
+    assert own.train.source is fitted.train.source
+    mean, std = 0.449, 0.226  # of three channels, for images of one
+    assert [*fitted.mean, *fitted.std] == pytest.approx([mean, std])
+    assert fitted.test is not None
+    assert own.test is not None
+    for part in ("train", "val", "test"):
+        own_images, _ = next(getattr(own, part).batches(4))
+        images, _ = next(getattr(fitted, part).batches(4))
+        pixels = own_images * own.std[0] + own.mean[0]
+        assert torch.allclose(images, (pixels - mean) / std, atol=1e-4)
+    assert config_digest(config) != config_digest(plain)
+    assert PlainEngine(device="cpu", dataset_cache=cache).admit(config) == 0
+
+    space = {"name": "s", "search": {"space": {"lr": [0.1]}}, "data": {"train_samples": 20}}
+    found = run_preflight(StudySpec.from_dict({**space, "model": {"name": name, "weights": "DEFAULT"}}), {"cpu"})
+    assert found["weights"].endswith(
+        "; images are normalised as theirs (mean 0.449, deviation 0.226); they were trained on images of 224x224, "
+        "and these are 32x32"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hpo.errors import UserError
-from hpo.train.config import DataConfig
+from hpo.train.config import DataConfig, TrialConfig
 from hpo.train.data.augment import Augmentation
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.datasets import OpenedDataset, open_dataset
@@ -30,6 +30,7 @@ from hpo.train.data.sources import (
 )
 from hpo.train.data.splits import split_indices, training_indices
 from hpo.train.seeding import seed_generators
+from hpo.train.weight_files import ImagesOfWeights, images_of_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,24 @@ class SplitDataset:
             "std": list(self.std),
             "class_names": list(self.class_names),
         }
+
+    def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> SplitDataset:
+        """Return the same images, normalised by this mean and deviation in place of those of the training images."""
+
+        def loader(given: BatchLoader) -> BatchLoader:
+            device = given.labels_N.device
+            mean_C11, std_C11 = (255 * torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
+            return replace(given, mean_C11=mean_C11, std_C11=std_C11)
+
+        open_test = self.open_test
+        return replace(
+            self,
+            train=loader(self.train),
+            val=loader(self.val),
+            mean=mean,
+            std=std,
+            open_test=None if open_test is None else lambda: loader(open_test()),
+        )
 
     def blank_images(self, *, device: torch.device) -> Tensor:
         """Return two images without content, in the shape and the memory format of all."""
@@ -158,14 +177,31 @@ class DatasetCache:
     def __init__(self, *, device: torch.device) -> None:
         self._device = device
         self._loaded: tuple[DataConfig, SplitDataset] | None = None
+        self._normalised: dict[ImagesOfWeights, SplitDataset] = {}  # the same images, for weights that want it so
 
     def get(self, config: DataConfig) -> SplitDataset:
         """Return the dataset that `config` describes, loaded on the device; raises as `load_data` does."""
         if self._loaded is None or self._loaded[0] != config:
             self._loaded = None  # frees the device's memory before the next dataset needs it
+            self._normalised.clear()
             seed_generators(config.split_seed, "data")  # a user's dataset may draw from them
             self._loaded = (config, load_data(config, device=self._device))
         return self._loaded[1]
+
+    def for_trial(self, config: TrialConfig) -> SplitDataset:
+        """Return the trial's dataset, normalised as its network's weights want it; raises as `load_data` does."""
+        data, images = self.get(config.data), images_of_weights(config.model)
+        if images is None:
+            return data
+        if images not in self._normalised:
+            self._normalised[images] = fit_to_weights(data, images)
+        return self._normalised[images]
+
+
+def fit_to_weights(data: SplitDataset, images: ImagesOfWeights) -> SplitDataset:
+    """Return a dataset, normalised as the images that weights were trained on."""
+    images = images.for_channels(data.channels)
+    return data.normalised(images.mean, images.std)
 
 
 def _check_part(

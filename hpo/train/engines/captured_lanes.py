@@ -136,7 +136,7 @@ class CapturedLanes(Engine):
         for lane in [lane for lane in self._idle if lane.config.data != config.data]:  # they hold another dataset
             self._idle.remove(lane)
             lane.close()
-        return build_lane(config, data=self._dataset_cache.get(config.data), device=self._device)
+        return build_lane(config, data=self._dataset_cache.for_trial(config), device=self._device)
 
     def _load(self, plain: PlainLaneState) -> int:
         lane = self._take_lane(plain.config)
@@ -155,5 +155,5 @@ class CapturedLanes(Engine):
         if self._idle:
             self._idle.pop(0).close()
         like = next((lane for lane in self._lanes.values() if lane.key == key), None)
-        data = self._dataset_cache.get(config.data)
+        data = self._dataset_cache.for_trial(config)
         return CapturedLane(config, data=data, device=self._device, like=like)

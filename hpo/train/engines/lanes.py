@@ -87,7 +87,7 @@ class LaneEngine(Engine):
         """
         assert self.free_lanes > 0, "all lanes are taken"
         if self.plan is None:
-            data = self._dataset_cache.get(config.data)
+            data = self._dataset_cache.for_trial(config)
             self.plan = self._get_or_set_plan(
                 device_kind(self.device),
                 lambda: plan_lanes(
@@ -197,7 +197,7 @@ class LaneEngine(Engine):
     def _make_stack(self, config: TrialConfig, *, convolution: str) -> TrialStack:
         return TrialStack(
             config,
-            data=self._dataset_cache.get(config.data),
+            data=self._dataset_cache.for_trial(config),
             device=self.device,
             convolution=convolution,
             should_stop=self._should_stop,

@@ -94,7 +94,7 @@ class PlainEngine(Engine):
         """Set a trial up, ready for its next epoch; see `Engine`."""
         assert self._lane is None, "the plain engine has one lane, and it is taken"
         assert checkpoint is None or checkpoint.config_digest == config_digest(config), "another trial's checkpoint"
-        lane = build_lane(config, data=self._dataset_cache.get(config.data), device=self.device)
+        lane = build_lane(config, data=self._dataset_cache.for_trial(config), device=self.device)
         if checkpoint is not None:
             restore(lane, checkpoint)
         self._lane = lane
@@ -137,7 +137,7 @@ class PlainEngine(Engine):
 
     def test_accuracy(self, config: TrialConfig, checkpoint: Checkpoint) -> float:
         """Return the test accuracy, a fraction, of the network in a checkpoint; see `LaneEngine`."""
-        lane = build_lane(config, data=self._dataset_cache.get(config.data), device=self.device)
+        lane = build_lane(config, data=self._dataset_cache.for_trial(config), device=self.device)
         restore(lane, checkpoint)
         if lane.data.test is None:
             raise UserError(f"data.name = {config.data.name!r} has no test set")
