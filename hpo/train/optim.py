@@ -242,7 +242,10 @@ def _timm_class(name: str) -> Callable[..., Any]:
         raise UserError(f"{setting} needs timm: pip install 'hpo-studies[timm]' ({error})") from None
     names = timm.optim.list_optimizers()
     if name.removeprefix(TIMM) not in names:
-        raise unknown_name("training.optimizer", name, [f"{TIMM}{one}" for one in names])
+        near = did_you_mean(name, [f"{TIMM}{one}" for one in names])
+        raise UserError(
+            f"{setting} must name one of timm's {len(names)} optimizers{near}; timm.optim.list_optimizers() lists them"
+        )
     found: Callable[..., Any] = timm.optim.get_optimizer_class(name.removeprefix(TIMM))
     return found
 
