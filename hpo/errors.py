@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+MAX_VALID_NAMES = 30  # that a message lists
+
 
 class UserError(Exception):
     """A wrong request; the command line prints the message alone and exits with 2."""
@@ -34,9 +36,13 @@ class Rule:
 
 
 def unknown_name(setting: str, value: object, valid: Iterable[str]) -> UserError:
-    """Return the error for a name that is not in a table: the setting, the value, the nearest name and all names."""
-    valid = sorted(valid)
-    return UserError(f"{setting} must be one of {', '.join(valid)}; got {value!r}{did_you_mean(str(value), valid)}")
+    """Return the error for a name that is not in a table: setting, value, and the names, of many the nearest."""
+    valid, text = sorted(valid), str(value)
+    shown = valid
+    if len(valid) > MAX_VALID_NAMES:
+        shown = difflib.get_close_matches(text, valid, n=MAX_VALID_NAMES, cutoff=0.0)
+    names = ", ".join(shown) + (f" ({len(valid)} in all)" if len(valid) > len(shown) else "")
+    return UserError(f"{setting} must be one of {names}; got {value!r}{did_you_mean(text, valid)}")
 
 
 def did_you_mean(value: str, valid: Iterable[str]) -> str:

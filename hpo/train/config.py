@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Le, Lt, Predicate
 from hpo.errors import Rule
 
 TORCHVISION = "torchvision:"  # begins the name of a model of torchvision's, and of no module of a user's
-TIMM = "timm:"  # the same for what is timm's
+TIMM = "timm:"  # the same for models and optimizers of timm's
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Settings that earlier checkpoints do not know; where they have their default, they do not count.
 LATER_KEYS = (
@@ -77,12 +77,12 @@ def _are_weights(weights: str | Sequence[float] | None) -> bool:
 class ModelConfig:
     """The network: a built-in name, `torchvision:NAME` or `package.module:factory`."""
 
-    name: Annotated[str, Doc("The network: article_cnn, torchvision:NAME, or package.module:factory of your own.")] = (
+    name: Annotated[str, Doc("The network: article_cnn, torchvision:NAME, timm:NAME, or package.module:factory.")] = (
         "article_cnn"
     )
     weights: Annotated[
         str | None,
-        Doc("Weights to start from: a file, or a name of torchvision's such as DEFAULT. By default they are drawn."),
+        Doc("Weights to start from: a file, or a name of the library's such as DEFAULT. By default they are drawn."),
     ] = None
     options: Annotated[Mapping[str, Any], Doc("Further keys, which go to the network's constructor.")] = field(
         default_factory=dict

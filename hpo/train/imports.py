@@ -241,6 +241,15 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}{where}"
 
 
+def import_timm(setting: str) -> Any:
+    """Return the module timm, which is an extra. Raises UserError, naming the setting, where it is not installed."""
+    try:
+        importlib.import_module("timm.optim")
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise UserError(f"{setting} needs timm: pip install 'hpo-studies[timm]' ({error})") from None
+
+
 def call_factory(
     factory: Callable[..., Any], *, section: str, name: str, options: Mapping[str, Any], fixed: Mapping[str, Any]
 ) -> Any:

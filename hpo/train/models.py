@@ -1,4 +1,4 @@
-"""Networks that a study can train: the article's CNN, any torchvision classifier, and any factory of the user's.
+"""Networks that a study can train: the article's CNN, torchvision's and timm's classifiers, any factory of the user's.
 
 Shapes: B batch, C channels, H W image, L classes.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hpo.errors import UserError, unknown_name
-from hpo.train.config import TORCHVISION, ModelConfig
-from hpo.train.imports import call_factory, describe_error, import_object, is_import_path
+from hpo.train.config import TIMM, TORCHVISION, ModelConfig
+from hpo.train.imports import call_factory, describe_error, import_object, import_timm, is_import_path
 from hpo.train.modules import RepeatChannels, named_network
 from hpo.train.seeding import generators_kept
 from hpo.train.weights import fit_weights
@@ -76,11 +77,13 @@ def _untrained_model(config: ModelConfig, *, channels: int, num_classes: int, im
         return _call(MODELS[config.name], config, shape)
     if config.name.startswith(TORCHVISION):
         return _torchvision_model(config, channels=channels, num_classes=num_classes)
+    if config.name.startswith(TIMM):
+        return _timm_model(config, channels=channels, num_classes=num_classes)
     if is_import_path(config.name):
         with generators_kept():
             factory = import_object(config.name, setting="model.name")
         return _call(factory, config, shape)
-    raise unknown_name("model.name", config.name, [*MODELS, "torchvision:NAME", "package.module:factory"])
+    raise unknown_name("model.name", config.name, [*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"])
 
 
 def fit_memory_format(model: nn.Module, images_BCHW: Tensor) -> nn.Module:
@@ -129,12 +132,30 @@ def _torchvision_model(config: ModelConfig, *, channels: int, num_classes: int) 
     name = config.name.removeprefix(TORCHVISION)
     if name not in models.list_models(module=models):
         raise unknown_name("model.name after 'torchvision:'", name, models.list_models(module=models))
-    if channels not in (1, 3):
-        raise UserError(f"model.name = {config.name!r} takes pictures of 1 or 3 channels, got {channels}")
     fixed: dict[str, Any] = {"num_classes": num_classes, "weights": None}
     if name in ("googlenet", "inception_v3"):  # else they return a tuple in training, and warn
         fixed |= {"aux_logits": False, "init_weights": True}
-    model = _call(lambda **arguments: models.get_model(name, **arguments), config, fixed)
+    return _of_three_channels(partial(models.get_model, name), config, fixed, channels=channels)
+
+
+def _timm_model(config: ModelConfig, *, channels: int, num_classes: int) -> nn.Module:
+    timm = import_timm(f"model.name = {config.name!r}")
+    name = config.name.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise unknown_name("model.name after 'timm:'", name, timm.list_models())
+    for key in config.options.keys() & {"pretrained", "pretrained_cfg", "checkpoint_path"}:
+        raise UserError(f"model.{key} is model.weights here, such as 'DEFAULT'; got {config.options[key]!r}")
+    create = partial(timm.create_model, name)
+    return _of_three_channels(create, config, {"num_classes": num_classes}, channels=channels)
+
+
+def _of_three_channels(
+    create: Callable[..., nn.Module], config: ModelConfig, fixed: Mapping[str, Any], *, channels: int
+) -> nn.Module:
+    """Return a library's network for images of three channels, or of one, which it is shown as three."""
+    if channels not in (1, 3):
+        raise UserError(f"model.name = {config.name!r} takes pictures of 1 or 3 channels, got {channels}")
+    model = _call(create, config, fixed)
     return RepeatChannels(model) if channels == 1 else model
 
 

@@ -16,7 +16,7 @@ from hpo.errors import UserError, did_you_mean, unknown_name
 from hpo.train.config import TIMM, TrainingConfig
 from hpo.train.engines import stacked_optimizers as updates
 from hpo.train.engines.stacked_optimizers import Update
-from hpo.train.imports import describe_error, import_object, is_import_path
+from hpo.train.imports import describe_error, import_object, import_timm, is_import_path
 
 if TYPE_CHECKING:
     import torch
@@ -235,18 +235,11 @@ def _optimizer_class(name: str) -> Callable[..., Any]:
 
 
 def _timm_class(name: str) -> Callable[..., Any]:
-    setting = f"training.optimizer = {name!r}"
-    try:
-        import timm.optim
-    except ImportError as error:
-        raise UserError(f"{setting} needs timm: pip install 'hpo-studies[timm]' ({error})") from None
-    names = timm.optim.list_optimizers()
+    optimizers = import_timm(f"training.optimizer = {name!r}").optim
+    names = optimizers.list_optimizers()
     if name.removeprefix(TIMM) not in names:
-        near = did_you_mean(name, [f"{TIMM}{one}" for one in names])
-        raise UserError(
-            f"{setting} must name one of timm's {len(names)} optimizers{near}; timm.optim.list_optimizers() lists them"
-        )
-    found: Callable[..., Any] = timm.optim.get_optimizer_class(name.removeprefix(TIMM))
+        raise unknown_name("training.optimizer", name, [f"{TIMM}{one}" for one in names])
+    found: Callable[..., Any] = optimizers.get_optimizer_class(name.removeprefix(TIMM))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Files of weights: where the one is that a study names, by path or by torchvision's name, and a digest of it."""
+"""Files of weights: where the one is that a study names, by path or by a library's name, and a digest of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from hpo.errors import UserError, unknown_name
-from hpo.train.config import TORCHVISION, WEIGHTS_ENDINGS, ModelConfig, is_weights_file
+from hpo.train.config import TIMM, TORCHVISION, WEIGHTS_ENDINGS, ModelConfig, is_weights_file
 from hpo.train.data.datasets import DOWNLOAD_TIMEOUT_S
+from hpo.train.imports import import_timm
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ def images_of_weights(config: ModelConfig) -> ImagesOfWeights | None:
     """Return the images of the weights that `config` names; None for a file and without weights: nobody knows."""
     if config.weights is None or is_weights_file(config.weights):
         return None
+    if config.name.startswith(TIMM):
+        known = _timm_weights(config)
+        return ImagesOfWeights(known.input_size[-1], known.mean, known.std)
     preset = torchvision_weights(config).transforms()
     return ImagesOfWeights(preset.crop_size[0], tuple(preset.mean), tuple(preset.std))
 
@@ -46,13 +50,13 @@ def weights_digest(config: ModelConfig) -> str | None:
 
 
 def find_weights(config: ModelConfig) -> Path:
-    """Return the file of the weights that `config` names; download torchvision's where they are not in the hub's cache.
+    """Return the file of the weights that `config` names; download a library's where they are not in its hub's cache.
 
     Raises UserError where there is none.
     """
     assert config.weights is not None
     if not is_weights_file(config.weights):
-        return _torchvision_file(config)
+        return _timm_file(config) if config.name.startswith(TIMM) else _torchvision_file(config)
     path = Path(config.weights).expanduser()
     if not path.is_file():
         raise UserError(
@@ -99,6 +103,39 @@ def _torchvision_file(config: ModelConfig) -> Path:
     finally:
         socket.setdefaulttimeout(timeout)
     return path
+
+
+def _timm_weights(config: ModelConfig) -> Any:
+    """Return timm's description of the weights that `config` names. Raises UserError where it has none."""
+    timm = import_timm(f"model.name = {config.name!r}")
+    name, setting = config.name.removeprefix(TIMM), f"model.weights = {config.weights!r}"
+    tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
+    if not tags:
+        raise UserError(f"{setting} must be a file: timm has no weights for model.name = {config.name!r}")
+    if config.weights not in ["DEFAULT", *tags]:
+        raise unknown_name("model.weights", str(config.weights), ["DEFAULT", *tags])
+    tag = "" if config.weights == "DEFAULT" else f".{config.weights}"
+    return timm.models.get_pretrained_cfg(f"{name}{tag}" if tag else name)
+
+
+def _timm_file(config: ModelConfig) -> Path:
+    """Return timm's file in the cache of the Hugging Face hub, where it is downloaded if need be."""
+    import huggingface_hub
+
+    known = _timm_weights(config)
+    file = known.hf_hub_filename or "model.safetensors"
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(known.hf_hub_id, file)
+        if isinstance(cached, str):
+            return Path(cached)
+        return Path(huggingface_hub.hf_hub_download(known.hf_hub_id, file, etag_timeout=DOWNLOAD_TIMEOUT_S))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.weights = {config.weights!r} was not found (looked for {file} of {known.hf_hub_id} in "
+            f"{huggingface_hub.constants.HF_HUB_CACHE}) and cannot be downloaded ({reason}); "
+            "put it there, or let HF_HOME be a folder with hub/"
+        ) from None
 
 
 def file_signature(path: Path) -> tuple[Path, int, int]:

@@ -163,6 +163,8 @@ def test_own_model_gets_what_its_signature_takes(own_models: str) -> None:
         ("article_cnn", {"width": 0}, "model.width must be > 0, got 0"),
         ("article_cnn", {"depth": 2}, "model.depth is not an option of .*article_cnn.* takes width"),
         ("torchvision:resnet81", {}, "torchvision.*resnet18.*got 'resnet81'"),
+        ("timm:test_resnot", {}, "after 'timm:' must be one of test_resnet, .* in all.; got.* mean 'test_resnet'"),
+        ("timm:test_resnet", {"pretrained": True}, "model.pretrained is model.weights here, .*got True"),
         ("torchvision:resnet18", {"depth": 2}, "model.name = 'torchvision:resnet18' failed when called with .*depth=2"),
         ("own_models_under_test:smal", {}, "model.name.*small; got 'smal'.*did you mean 'small'"),
         ("own_models_under_test:small", {"depth": 2}, "model.depth is not an option.*takes hidden"),

@@ -21,7 +21,7 @@ from hpo.train.data.loading import DatasetCache
 from hpo.train.engines.plain import PlainEngine
 from hpo.train.models import build_model
 from hpo.train.modules import head_of, named_network
-from hpo.train.weight_files import find_weights, weights_digest
+from hpo.train.weight_files import ImagesOfWeights, find_weights, images_of_weights, weights_digest
 from hpo.train.weights import fit_weights
 from hpo.workers.preflight import run_preflight
 
@@ -206,3 +206,38 @@ def test_a_trial_is_another_one_with_other_weights_and_the_same_wherever_they_ar
     first.write_bytes(second.read_bytes())
     os.utime(first, ns=(1, 1))  # where the clock of the files has not gone on
     assert digest(first) == digest(second) != before
+
+
+def test_timm_has_networks_and_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    import huggingface_hub
+
+    name, head = "timm:test_resnet", "fc."
+    torch.manual_seed(1)
+    given = dict(build(name=name, num_classes=1000).state_dict())
+    save_file(given, tmp_path / "model.safetensors")
+    asked: list[tuple[str, str]] = []
+
+    def cached(repo: str, file: str) -> str:
+        asked.append((repo, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    tensors = build("DEFAULT", name=name).state_dict()
+    assert {key for key, tensor in given.items() if torch.equal(tensors[key], tensor)} == {
+        key for key in given if not key.startswith(head)
+    }
+    assert set(asked) == {("timm/test_resnet.r160_in1k", "model.safetensors")}
+    assert images_of_weights(ModelConfig(name=name, weights="r160_in1k")) == ImagesOfWeights(
+        160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    )
+    with pytest.raises(UserError, match="must be one of DEFAULT, r160_in1k; got 'r160'"):
+        build("r160", name=name)
+    monkeypatch.undo()
+
+    def unreachable(*_: object, **__: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(UserError, match=r"was not found .*test_resnet.* cannot be downloaded .no network"):
+        build("DEFAULT", name=name)
