@@ -295,6 +295,13 @@ def test_adam_at_a_high_rate_collapses(lr: float) -> None:
 SLOW_STARTS = [("adam", 1e-5), ("adam", 1e-6), ("sgd", 1e-6), ("adam", 1e-12)]
 
 
+@pytest.mark.parametrize("loss", ["bce", "focal"])
+def test_every_loss_tells_the_dead_from_the_slow(loss: str) -> None:
+    for optimizer, lr, dies in (("adam", 0.3, True), ("sgd", 1e6, True), ("adam", 1e-6, False), ("sgd", 1e-6, False)):
+        results = train(trial(optimizer=optimizer, lr=lr, loss=loss, class_weights="balanced"))
+        assert (results[-1].diverged is not None) == dies, (optimizer, lr)
+
+
 @pytest.mark.parametrize(
     ("model", "optimizer", "lr"),
     slow_except(
