@@ -131,7 +131,7 @@ def _class_weights(training: TrainingConfig, *, data: SplitDataset) -> Tensor | 
 
 
 def _reduce(losses_B: Tensor, reduction: str) -> Tensor:
-    return {"none": losses_B, "mean": losses_B.mean(), "sum": losses_B.sum()}[reduction]
+    return losses_B if reduction == "none" else {"mean": losses_B.mean, "sum": losses_B.sum}[reduction]()
 
 
 def _own_loss(function: Callable[..., Any], name: str) -> Compute:
