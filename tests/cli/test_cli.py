@@ -69,26 +69,13 @@ lanes = 1
 class Hpo:
     """`hpo ARGUMENTS` in a folder that holds tiny.toml and, after the first run of it, hpo.db.
 
-    Called, it is a process of its own; `quick` is the same in this process, which has torch and Optuna loaded already.
+    It runs in this process, which has torch and Optuna loaded already.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._environment = {key: value for key, value in os.environ.items() if not key.startswith("HPO_")}
 
     def __call__(self, *arguments: str) -> Result:
-        result = subprocess.run(
-            [sys.executable, "-m", "hpo", *arguments],
-            cwd=self.folder,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-        return Result(result.returncode, result.stdout, result.stderr)
-
-    def quick(self, *arguments: str) -> Result:
         with contextlib.chdir(self.folder), pytest.MonkeyPatch.context() as patch:
             patch.delenv("HPO_DATA", raising=False)
             patch.delenv("HPO_STORAGE", raising=False)
@@ -107,7 +94,7 @@ def hpo(tmp_path_factory: pytest.TempPathFactory) -> Hpo:
 @pytest.fixture(scope="module")
 def ran(hpo: Hpo) -> Result:
     """tiny.toml, run to its end."""
-    result = hpo.quick("run", "tiny.toml", "--devices", "cpu")
+    result = hpo("run", "tiny.toml", "--devices", "cpu")
     assert result.returncode == 0, result.stderr
     return result
 
@@ -128,7 +115,7 @@ def test_run_ends_with_the_table_the_winner_and_what_to_type_next(ran: Result) -
 
 
 def test_a_finished_study_is_answered_without_training(hpo: Hpo, ran: Result) -> None:
-    again = hpo.quick("run", "tiny.toml")
+    again = hpo("run", "tiny.toml")
     assert again.returncode == 0
     assert "epoch 1:" not in again.stdout
     assert "(2 complete, 1 diverged; answered from the store, nothing trained)" in again.stdout
@@ -137,7 +124,7 @@ def test_a_finished_study_is_answered_without_training(hpo: Hpo, ran: Result) ->
 
 
 def test_trials_as_json_have_the_keys_of_the_contract(hpo: Hpo, ran: Result) -> None:
-    trials = json.loads(hpo.quick("trials", "tiny", "--json").stdout)
+    trials = json.loads(hpo("trials", "tiny", "--json").stdout)
     assert [trial["number"] for trial in trials] == [0, 1, 2]
     assert [trial["state"] for trial in trials] == ["complete", "complete", "diverged"]
     assert [trial["params"]["lr"] for trial in trials] == [1e-3, 1e-2, 3.0]
@@ -152,50 +139,50 @@ def test_trials_as_json_have_the_keys_of_the_contract(hpo: Hpo, ran: Result) -> 
 
 
 def test_best_as_json_and_in_words(hpo: Hpo, ran: Result) -> None:
-    best = json.loads(hpo.quick("best", "tiny", "--json").stdout)
+    best = json.loads(hpo("best", "tiny", "--json").stdout)
     assert (best["trial"], best["params"]) == (1, {"lr": 0.01})
     low, high = best["interval"]
     assert low <= 0.01 <= high < 3.0
-    assert hpo.quick("best", "tiny").stdout.startswith("best learning rate: 0.01")
+    assert hpo("best", "tiny").stdout.startswith("best learning rate: 0.01")
 
 
 def test_list_and_status(hpo: Hpo, ran: Result) -> None:
-    assert json.loads(hpo.quick("list", "--json").stdout) == [
+    assert json.loads(hpo("list", "--json").stdout) == [
         {"study": "tiny", "trials": {"complete": 2, "diverged": 1}, "stop": None, "damaged": None}
     ]
-    status = json.loads(hpo.quick("status", "tiny", "--json").stdout)
+    status = json.loads(hpo("status", "tiny", "--json").stdout)
     assert (status["trials"], status["workers"]) == ({"complete": 2, "diverged": 1}, [])
     assert status["best"]["trial"] == 1
-    assert "2 complete, 1 diverged" in hpo.quick("status", "tiny").stdout
-    assert "tiny" in hpo.quick("list").stdout
-    assert "diverged" in hpo.quick("trials", "tiny").stdout
+    assert "2 complete, 1 diverged" in hpo("status", "tiny").stdout
+    assert "tiny" in hpo("list").stdout
+    assert "diverged" in hpo("trials", "tiny").stdout
 
 
 def test_export_writes_a_study_that_trains_what_is_recommended_alone(hpo: Hpo, ran: Result) -> None:
-    assert hpo.quick("export", "tiny", "--output", "best.toml").returncode == 0
-    assert hpo.quick("export", "tiny", "--output", "best.json").returncode == 0
+    assert hpo("export", "tiny", "--output", "best.toml").returncode == 0
+    assert hpo("export", "tiny", "--output", "best.json").returncode == 0
     exported = json.loads((hpo.folder / "best.json").read_text())
     assert exported["params"] == {"lr": 0.01}
     assert exported["spec"] == tomllib.loads((hpo.folder / "best.toml").read_text())
     best = ["run", "best.toml", "--devices", "cpu", "--in-process", "--storage", "sqlite:///best.db"]
-    result = hpo.quick(*best)
+    result = hpo(*best)
     assert result.returncode == 0, result.stderr
     assert "best learning rate: 0.01" in result.stdout
-    (again,) = json.loads(hpo.quick("trials", "tiny-best", "--json", "--storage", "sqlite:///best.db").stdout)
-    once = json.loads(hpo.quick("trials", "tiny", "--json").stdout)[1]
+    (again,) = json.loads(hpo("trials", "tiny-best", "--json", "--storage", "sqlite:///best.db").stdout)
+    once = json.loads(hpo("trials", "tiny", "--json").stdout)[1]
     for curve in ("train_loss", "val_loss", "val_accuracy"):
         assert again[curve] == once[curve], "the same trial, digit for digit"
 
 
 def test_joining_with_other_settings_is_refused_with_the_difference(hpo: Hpo, ran: Result) -> None:
-    result = hpo.quick("run", "tiny.toml", "--set", "training.batch_size=20")
+    result = hpo("run", "tiny.toml", "--set", "training.batch_size=20")
     assert result.returncode == 2
     assert "training.batch_size: 50 in the study, 20 here" in result.stderr
 
 
 @pytest.mark.slow
 def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: Result) -> None:
-    assert hpo.quick("resume", "tiny", "--trials", "9").returncode == 2
+    assert hpo("resume", "tiny", "--trials", "9").returncode == 2
     sampled = [
         "run",
         "tiny.toml",
@@ -206,14 +193,14 @@ def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: Resul
         "--set",
         "search.trials=1",
     ]
-    assert hpo.quick(*sampled, "--in-process", "--devices", "cpu").returncode == 0
+    assert hpo(*sampled, "--in-process", "--devices", "cpu").returncode == 0
     result = hpo("resume", "sampled", "--trials", "2", "--devices", "cpu")
     assert result.returncode == 0, result.stderr
     assert "going on: 1 of 2 trials are done already" in result.stdout
-    trials = json.loads(hpo.quick("trials", "sampled", "--json").stdout)
+    trials = json.loads(hpo("trials", "sampled", "--json").stdout)
     assert [trial["attempt"] for trial in trials] == [1, 1]
-    assert hpo.quick("resume", "sampled", "--trials", "1").returncode == 2
-    assert hpo.quick("worker", "sampled", "--devices", "cpu").returncode == 0
+    assert hpo("resume", "sampled", "--trials", "1").returncode == 2
+    assert hpo("worker", "sampled", "--devices", "cpu").returncode == 0
 
 
 def test_status_names_the_devices_that_failed(hpo: Hpo, ran: Result) -> None:
@@ -221,16 +208,16 @@ def test_status_names_the_devices_that_failed(hpo: Hpo, ran: Result) -> None:
     study = store.studies.get("tiny")
     store.workers.count_device_failure(study, device="cuda:0", host="box", reason="RuntimeError: no GPU")
     expected = {"host": "box", "device": "cuda:0", "failures": 1, "reason": "RuntimeError: no GPU"}
-    assert json.loads(hpo.quick("status", "tiny", "--json").stdout)["failed_devices"] == [expected]
-    assert "failed device: cuda:0 of box (1x): RuntimeError: no GPU\n" in hpo.quick("status", "tiny").stdout
+    assert json.loads(hpo("status", "tiny", "--json").stdout)["failed_devices"] == [expected]
+    assert "failed device: cuda:0 of box (1x): RuntimeError: no GPU\n" in hpo("status", "tiny").stdout
     store.studies.start(study)
 
 
 def test_doctor_says_what_is_here(hpo: Hpo, ran: Result) -> None:
-    findings = {finding["subject"]: finding for finding in json.loads(hpo.quick("doctor", "--json").stdout)}
+    findings = {finding["subject"]: finding for finding in json.loads(hpo("doctor", "--json").stdout)}
     assert {"python", "torch", "optuna", "cpu", "data", "store"} <= findings.keys()
     assert "tiny" in findings["store"]["found"]
-    assert "nowhere" in hpo.quick("doctor", "--storage", "sqlite:////nowhere/x.db").stdout
+    assert "nowhere" in hpo("doctor", "--storage", "sqlite:////nowhere/x.db").stdout
 
 
 REQUESTS = {
@@ -311,7 +298,7 @@ def test_a_wrong_request_is_one_message_exit_code_2_and_nothing_written(
         return rows, sorted(path.name for path in hpo.folder.iterdir() if "db-" not in path.name)
 
     before = content()
-    result = hpo.quick(*arguments)
+    result = hpo(*arguments)
     assert result.returncode == 2, result.stdout + result.stderr
     for part in REQUESTS[arguments]:
         assert part in result.stderr
@@ -323,7 +310,7 @@ def test_a_wrong_request_is_one_message_exit_code_2_and_nothing_written(
 
 @pytest.mark.parametrize("command", sorted(main.commands))
 def test_every_command_has_help_with_an_example(command: str, hpo: Hpo) -> None:
-    result = hpo.quick(command, "--help")
+    result = hpo(command, "--help")
     assert result.returncode == 0
     assert f"  hpo {command}" in result.stdout.partition("Options:")[0].partition("\n\n")[2]
 
@@ -387,20 +374,20 @@ def test_a_lease_that_is_no_length_of_time_is_one_message(tmp_path: Path, value:
 
 def test_a_range_test_prints_and_plots_what_it_found_and_stores_nothing(hpo: Hpo, tmp_path: Path) -> None:
     free = ["tiny.toml", "--devices", "cpu", "--set", "search.space.optimizer=['adam', 'sgd']"]
-    result = hpo.quick("range-test", *free, "--output", str(tmp_path / "ramp.html"))
+    result = hpo("range-test", *free, "--output", str(tmp_path / "ramp.html"))
     assert result.returncode == 0
     assert result.stdout.count("the loss starts to fall at") == 2
     for message in ("with optimizer adam:", "with optimizer sgd:", "explodes", "times below", "epochs in batches of 4"):
         assert message in result.stdout
     assert "█" in result.stdout
     assert "plotly" in (tmp_path / "ramp.html").read_text()[:10_000]
-    found = json.loads(hpo.quick("range-test", "tiny.toml", "--devices", "cpu", "--json").stdout)
+    found = json.loads(hpo("range-test", "tiny.toml", "--devices", "cpu", "--json").stdout)
     assert [one["params"] for one in found] == [{}]
     assert 0 < found[0]["low"] < found[0]["high"]
     assert found[0]["epochs"] < 1
     assert (
         f"low = {found[0]['low']:.2g}, high = {found[0]['high']:.2g}, log = true"
-        in hpo.quick("range-test", "tiny.toml", "--devices", "cpu").stdout
+        in hpo("range-test", "tiny.toml", "--devices", "cpu").stdout
     )
 
 
@@ -414,7 +401,7 @@ def test_a_range_test_prints_and_plots_what_it_found_and_stores_nothing(hpo: Hpo
     ],
 )
 def test_a_mistake_in_a_range_test_is_one_sentence(hpo: Hpo, arguments: list[str], message: str) -> None:
-    result = hpo.quick("range-test", "tiny.toml", "--devices", "cpu", *arguments)
+    result = hpo("range-test", "tiny.toml", "--devices", "cpu", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1

@@ -98,7 +98,7 @@ def test_every_command_shows_a_text_whole_that_is_full_of_traps(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(derandomize=True, deadline=None, max_examples=8)
 @example("[/conv]")
 @example("\ud800")
 @given(text=texts)

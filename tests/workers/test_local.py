@@ -99,7 +99,7 @@ def is_finished(hpo: Hpo, num_trials: int) -> bool:
 @pytest.mark.slow
 def test_a_grid_of_12_points_and_4_workers_is_12_trials_each_point_once(hpo: Hpo, make_spec: MakeSpec) -> None:
     hpo.write(make_spec(*TWELVE), QUICK)
-    exit_code, output = hpo.run(*RUN, "--workers", "4")
+    exit_code, output = hpo.here(*RUN, "--workers", "4")
     assert exit_code == 0, output
     assert is_finished(hpo, 12)
     assert sorted(trial.params["lr"] for trial in trials(hpo)) == list(TWELVE)
@@ -109,7 +109,7 @@ def test_a_grid_of_12_points_and_4_workers_is_12_trials_each_point_once(hpo: Hpo
 @pytest.mark.slow
 def test_tpe_with_4_workers_and_20_trials_is_20_trials(hpo: Hpo, make_spec: MakeSpec) -> None:
     hpo.write(make_spec(search={"sampler": "tpe", "trials": 20}), QUICK)
-    exit_code, output = hpo.run(*RUN, "--workers", "4")
+    exit_code, output = hpo.here(*RUN, "--workers", "4")
     assert exit_code == 0, output
     assert is_finished(hpo, 20)
     assert len({trial.params["lr"] for trial in trials(hpo)}) == 20
@@ -202,7 +202,7 @@ def test_trials_that_crash_their_process_fail_and_the_others_finish(hpo: Hpo, ma
         "        os.abort()\n"
         "    trial.report(1, val_accuracy=1)\n",
     )
-    exit_code, output = hpo.run(*RUN, "--workers", "2")
+    exit_code, output = hpo.here(*RUN, "--workers", "2")
     assert exit_code == 0, output
     assert [trial.state for trial in trials(hpo)] == ["failed"] * 2 + ["complete"] * 2
     # At least so often, because a slot that somebody else frees before the supervisor does is not counted.
@@ -223,7 +223,7 @@ def test_a_trial_that_gets_its_worker_killed_keeps_the_study_neither_from_the_ot
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    trial.report(1, val_accuracy=1)\n",
     )
-    exit_code, output = hpo.run(*RUN)
+    exit_code, output = hpo.here(*RUN)
     assert exit_code == 0, output
     assert [(trial.state, trial.reason) for trial in trials(hpo)] == [
         ("failed", f"its worker died {MAX_TRIAL_KILLS} times"),
@@ -245,7 +245,7 @@ def test_a_loop_may_have_processes_of_its_own_and_leaves_none_behind(
         "    with context.Pool(2) as pool:\n"
         "        trial.report(1, val_accuracy=sum(pool.map(abs, [1, -1])))\n",
     )
-    exit_code, output = hpo.run(*RUN)
+    exit_code, output = hpo.here(*RUN)
     assert exit_code == 0, output
     assert is_finished(hpo, 1)
     pid = int((hpo.folder / "forgotten").read_text())
@@ -489,7 +489,7 @@ training = { epochs = 1, batch_size = 50 }
 """)
     urls = [f"sqlite:///{hpo.folder}/{name}.db" for name in ("first", "second")]
     for url in urls:
-        exit_code, output = hpo.run(*RUN, "--storage", url)
+        exit_code, output = hpo.here(*RUN, "--storage", url)
         assert exit_code == 0, output
     found = [Store(url).trials.get_all(Store(url).studies.get("s")) for url in urls]
     first, second = ([(t.state, t.params, t.value, t.attributes["seed"], t.epochs) for t in ts] for ts in found)
