@@ -14,8 +14,8 @@ NETWORKS = ("article_cnn", "batch_norm", "dropout", "residual")
 
 def run(section: Section) -> None:
     cache = DatasetCache(device=device())
-    for model in NETWORKS:
-        for precision in ("fp32", "auto"):
+    for model in section.pick(NETWORKS, NETWORKS[:2]):
+        for precision in section.pick(("fp32", "auto"), ("fp32",)):
             for convolution in CONVOLUTIONS:
                 key = f"{model}.{precision}.{convolution}"
                 config = noise_trial(
