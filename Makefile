@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: help setup demo test test-all lint bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-ray bench-scale chaos constraints clean
+.PHONY: help setup demo test test-all lint bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-fine-tuning bench-ray bench-scale chaos constraints clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests start hundreds of processes; without its .pyc files each would compile the package again.
@@ -57,6 +57,9 @@ bench-report: setup ## measure the report of a large study
 
 bench-range-test: setup ## measure the learning-rate range test
 	$(BIN)/python -m scripts.bench.range_test $(if $(CIFAR10),--cifar10 $(CIFAR10)) $(RANGE_TEST)
+
+bench-fine-tuning: setup ## measure the best rates of fine-tuning
+	$(BIN)/python -m scripts.bench.fine_tuning --cifar10 $(CIFAR10) --cifar100 $(CIFAR100) $(FINE_TUNING)
 
 bench-ray: setup ## measure what Ray costs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt 'ray[client,default,tune]>=2.40'
