@@ -54,7 +54,7 @@ def search_end_text(study: StudyRecord, trials: Sequence[TrialRecord]) -> str | 
 
 def images_text(study: StudyRecord) -> str | None:
     """Return what was found in a study's folder of images, and what was left out; None where it has no folder."""
-    return f"images for training and validation: {study.metadata['images']}" if "images" in study.metadata else None
+    return f"images: {study.metadata['images']}" if "images" in study.metadata else None
 
 
 def weights_text(study: StudyRecord) -> str | None:

@@ -22,15 +22,18 @@ def learn(spec: StudySpec, url: str) -> StudySpec:
     Raises:
         UserError: An earlier study is not there or has no answer, or its rate does not fit into the space.
     """
-    points: list[dict[str, Any]] = []
     for name in spec.search.learn_from:
         point = _recommended_by(name, spec, url)
-        if point not in [*spec.search.try_first, *points]:
-            points.append(point)
-    try:
-        return with_first_points(spec, points) if points else spec
-    except UserError as error:
-        raise UserError(f"search.learn_from = {spec.search.learn_from}: {error}") from error
+        if point in spec.search.try_first:
+            continue
+        try:
+            spec = with_first_points(spec, [point])
+        except UserError as error:
+            values = ", ".join(f"{key} = {value}" for key, value in point.items())
+            raise UserError(
+                f"search.learn_from names {name!r}, which recommends {values}; this cannot be tried first: {error}"
+            ) from error
+    return spec
 
 
 def _recommended_by(name: str, spec: StudySpec, url: str) -> dict[str, Any]:
@@ -46,5 +49,8 @@ def _recommended_by(name: str, spec: StudySpec, url: str) -> dict[str, Any]:
     lr = spec.search.parameters["lr"]
     if not isinstance(lr, Conditional):
         return {"lr": best.lr}
-    case = best.recommended.get(lr.by, getattr(study.spec.training, lr.by, None))
+    section, _, key = lr.by.rpartition(".")
+    case = best.recommended.get(lr.by, study.spec.frozen().get(section or "training", {}).get(key))
+    if case is None:
+        raise UserError(f"{setting}, which does not say for which {lr.by} it recommends its learning rate")
     return {lr.by: case, "lr": best.lr}

@@ -170,7 +170,7 @@ def _load_checked(config: DataConfig, *, with_test: bool) -> tuple[SplitDataset,
     if isinstance(dataset.train, FileImages):
         described["images"] = describe_images(dataset.train)
     if isinstance(dataset.val, FileImages):
-        described["images"] += f"; for the validation: {describe_images(dataset.val)}"
+        described["images"] += f"; for validation: {describe_images(dataset.val)}"
     if is_random(dataset):
         described[RANDOM_IMAGES] = True
     data = load_data(config, device="cpu", dataset=dataset)

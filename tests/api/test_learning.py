@@ -17,6 +17,8 @@ LOOP = "def train(trial):\n    trial.report(1, val_accuracy=1 - abs(trial.params
 SPACE = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}}
 BY_OPTIMIZER = {"optimizer": ["adam", "sgd"], "lr": {"by": {"optimizer": {"adam": SPACE["lr"], "sgd": SPACE["lr"]}}}}
 
+BY_WIDTH = {"width": [8, 16], "lr": {"by": {"width": {"8": SPACE["lr"], "16": SPACE["lr"]}}}}
+
 
 @pytest.fixture
 def train(tmp_path: Path) -> Any:
@@ -58,7 +60,11 @@ def test_what_cannot_be_learned_is_one_sentence(train: Any) -> None:
         ({"learn_from": ["first"], "space": {"weight_decay": {"low": 0.0, "high": 1.0}}}, "needs a range of learning"),
         (
             {"learn_from": ["first"], "space": {"lr": {"low": 0.1, "high": 1.0, "log": True}}},
-            "from 0.1 to 1.0, got 0.02",
+            "names 'first', which recommends lr = 0.02; this cannot be tried first: .* from 0.1 to 1.0, got 0.02",
+        ),
+        (
+            {"learn_from": ["first"], "space": BY_WIDTH},
+            "names 'first', which does not say for which width it recommends its learning rate",
         ),
         ({"learn_from": ["first"], "try_first": [{"lr": 0.03}], "trials": 1}, "at most search.trials = 1"),
     ]
