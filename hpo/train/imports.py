@@ -244,10 +244,10 @@ def describe_error(error: BaseException) -> str:
 def import_timm(setting: str) -> Any:
     """Return the module timm, which is an extra. Raises UserError, naming the setting, where it is not installed."""
     try:
-        importlib.import_module("timm.optim")
-        return importlib.import_module("timm")
+        import timm.optim
     except ImportError as error:
         raise UserError(f"{setting} needs timm: pip install 'hpo-studies[timm]' ({error})") from None
+    return timm
 
 
 def call_factory(

@@ -155,9 +155,9 @@ def put_faults_into_training() -> None:
 
     step, run_epoch = PlainEngine.step, PlainEngine.run_epoch
 
-    def step_with_faults(self: Any, *batch: Any) -> Any:
+    def step_with_faults(self: Any, *batch: Any, **mixed: Any) -> Any:
         moment("mid-epoch")
-        return step(self, *batch)
+        return step(self, *batch, **mixed)
 
     def run_epoch_recorded(self: Any) -> Any:
         results = run_epoch(self)

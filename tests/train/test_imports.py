@@ -9,18 +9,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 import hpo
 from hpo.errors import UserError
-from hpo.train.config import DataConfig, ModelConfig
+from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
 from hpo.train.data.augment import Augmentation
 from hpo.train.data.datasets import open_dataset
 from hpo.train.data.groups import group_numbers
 from hpo.train.imports import ImportAllowlist, call_factory, import_loop, import_object
+from hpo.train.losses import build_loss
+from hpo.train.metrics import measure
 from hpo.train.models import build_model
+from hpo.train.optim import build_optimizer
+from hpo.train.schedules import check_own_schedule, find_schedule
 
 PACKAGE = Path(hpo.__file__).parent
 
@@ -69,6 +74,11 @@ IMPORTS: dict[str, Callable[[str], object]] = {
     "_user_dataset": lambda name: open_dataset(DataConfig(name=name)),
     "_own": lambda name: Augmentation(DataConfig(augment=[name]), shape_CHW=(1, 8, 8)),
     "group_numbers": lambda name: group_numbers(open_dataset(DataConfig()).train, name),
+    "_optimizer_class": lambda name: build_optimizer([], TrainingConfig(optimizer=name, lr=0.1), device_type="cpu"),
+    "find_schedule": find_schedule,
+    "check_own_schedule": check_own_schedule,
+    "build_loss": lambda name: build_loss(TrainingConfig(loss=name), data=cast("Any", None)),
+    "_own_metric": lambda name: measure(name, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)),
 }
 
 
@@ -114,6 +124,7 @@ def test_no_other_code_imports_what_a_name_says() -> None:
     assert found == {
         ("__init__.py", "__getattr__", "import_module"),  # by a table of our own
         ("train/imports.py", "_import_module", "import_module"),
+        ("train/optim.py", "_optimizer_class", "import_module"),  # by the table OPTIMIZERS
     }
 
 

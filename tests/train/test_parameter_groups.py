@@ -19,6 +19,7 @@ from hpo.train.engines.plain import PlainEngine
 from hpo.train.modules import RepeatChannels
 from hpo.train.optim import OPTIMIZERS
 from hpo.train.parameter_groups import has_groups, layers_of, multipliers_of, set_trained
+from tests.rows import slow_except
 from tests.train.engines.trials import BATCH_NORM, NETWORKS, assert_close, assert_equal, trial
 
 CLASSES = 10
@@ -192,7 +193,10 @@ def test_a_resumed_trial_is_the_uninterrupted_one_bit_for_bit(name: str, tmp_pat
     assert_equal(resumed, whole)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", *(pytest.param(o, marks=pytest.mark.slow) for o in OPTIMIZERS)])
+WITH_LANES = [name for name, entry in OPTIMIZERS.items() if entry.update is not None]
+
+
+@pytest.mark.parametrize("optimizer", slow_except(WITH_LANES, "adamw"))
 def test_lanes_have_multipliers_of_their_own(optimizer: str) -> None:
     """Trials of one stack with other multipliers each, one of which joins late, are as the plain engine trains them."""
     momentum = {"sgd": 0.9, "rmsprop": 0.5}.get(optimizer, 0.0)

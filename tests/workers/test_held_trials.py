@@ -151,15 +151,15 @@ def test_an_exception_is_charged_to_the_trial_that_raises_it_alone(
 
     group_step, plain_step = TrialStack.step, PlainEngine.step
 
-    def in_a_group(self: Any, *batch: Any) -> Any:
+    def in_a_group(self: Any, *batch: Any, **mixed: Any) -> Any:
         if any(is_bad(trial.config) for trial in self._trials()):
             raise RuntimeError("a bad trial")
-        return group_step(self, *batch)
+        return group_step(self, *batch, **mixed)
 
-    def in_a_plain_engine(self: Any, lane: Any, *batch: Any) -> Any:
+    def in_a_plain_engine(self: Any, lane: Any, *batch: Any, **mixed: Any) -> Any:
         if is_bad(lane.config):
             raise RuntimeError("a bad trial")
-        return plain_step(self, lane, *batch)
+        return plain_step(self, lane, *batch, **mixed)
 
     monkeypatch.setattr(TrialStack, "step", in_a_group)
     monkeypatch.setattr(PlainEngine, "step", in_a_plain_engine)

@@ -24,7 +24,7 @@ from hpo.errors import StudyStopped, UserError
 from hpo.search.samplers import SAMPLERS
 from hpo.search.study_views import RoundStudy
 from hpo.store.store import Store
-from hpo.study.records import Claim, StudyRecord
+from hpo.study.records import Claim, StudyRecord, TrialRecord
 from hpo.workers.stages import add_due_trials
 from tests.store.helpers import meanwhile
 
@@ -379,8 +379,14 @@ def test_the_winners_networks_are_measured_on_it_once_and_not_trained_again(tmp_
     reads = len((tmp_path / "reads").read_text())
     # Its labels, its images, and one for their shape: before training, to see that all can be read, and to measure it.
     assert reads <= 2 * (2 * 20 + 1)  # not again for the second network
-    kept = {path.name for path in tmp_path.glob("hpo_files/*/checkpoints/*")}
-    assert kept in ({"000000"}, {"000001"})  # the best of the search; of those that confirm, nothing once tested
+    kept = {int(path.name) for path in tmp_path.glob("hpo_files/*/checkpoints/*")}
+    by_rate: dict[tuple[str, float], list[TrialRecord]] = {}
+    for trial in result.trials:
+        if trial.kind != "test":
+            key = (trial.kind, 0.0 if trial.kind == "search" else trial.params["lr"])
+            by_rate.setdefault(key, []).append(trial)
+    # The best of the search and of each confirmed rate, whose weights can be exported.
+    assert kept == {max(trials, key=lambda trial: trial.value or 0.0).number for trials in by_rate.values()}
 
 
 @pytest.mark.slow
