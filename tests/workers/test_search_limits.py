@@ -171,7 +171,7 @@ def test_what_a_user_sees_of_an_ended_search_and_how_it_goes_on(
     allow = ["loop_that_ends"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        more = running.resume("s", until="0.5 decades", allow=allow, **here)  # type: ignore[arg-type]
+        more = running.resume("s", until="0.2 decades", allow=allow, **here)  # type: ignore[arg-type]
         assert num_trained < len(more.trials) < MAX_TRIALS
         every = running.resume("s", trials=len(more.trials) + 2, allow=allow, **here)  # type: ignore[arg-type]
         # A wider range keeps all trials, and is searched as densely.
