@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 import sysconfig
@@ -239,6 +240,15 @@ def describe_error(error: BaseException) -> str:
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}{where}"
+
+
+def as_finite(returned: Any) -> float | None:
+    """Return what a user's function returned as a number; None where it is no finite one."""
+    try:
+        number = float(returned)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def import_timm(setting: str) -> Any:

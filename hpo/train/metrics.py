@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import TrainingConfig, metric_name
-from hpo.train.imports import describe_error, import_object, is_import_path
+from hpo.train.imports import as_finite, describe_error, import_object, is_import_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,11 +78,8 @@ def _own_metric(name: str) -> Callable[[Tensor, Tensor], float]:
             returned: Any = function(logits_NL, labels_N)
         except Exception as error:  # whatever the user's function raises
             raise UserError(f"{setting} failed: {describe_error(error)}") from error
-        try:
-            value = float(returned)
-        except (TypeError, ValueError, RuntimeError):
-            value = math.nan
-        if not math.isfinite(value):
+        value = as_finite(returned)
+        if value is None:
             raise UserError(f"{setting} must return a finite number, got {returned!r}")
         return value
 

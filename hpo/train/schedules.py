@@ -15,7 +15,7 @@ from typing import Any
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import TrainingConfig
-from hpo.train.imports import describe_error, import_object, is_import_path
+from hpo.train.imports import as_finite, describe_error, import_object, is_import_path
 
 CHECKED_POINTS = 101  # of a training, at which a user's own schedule is tried
 
@@ -128,11 +128,8 @@ def _call_own(function: Callable[..., Any], name: str, progress: float) -> float
         returned = function(progress)
     except Exception as error:  # whatever the user's function raises
         raise UserError(f"{setting} failed at progress {progress:g}: {describe_error(error)}") from error
-    try:
-        factor = float(returned)
-    except (TypeError, ValueError, OverflowError):
-        factor = math.nan
-    if not (math.isfinite(factor) and factor >= 0):
+    factor = as_finite(returned)
+    if factor is None or factor < 0:
         raise UserError(
             f"{setting} must return a finite number of at least 0, got {returned!r} at progress {progress:g}"
         )

@@ -50,6 +50,9 @@ def share(outputs, labels):
 def nothing(outputs, labels):
     return None
 
+def huge(outputs, labels):
+    return 10**400
+
 def raises(outputs, labels):
     return 1 / 0
 """
@@ -67,6 +70,7 @@ def test_a_metric_of_ones_own_goes_by_the_functions_name(own_code: Path) -> None
     ("name", "message"),
     [
         ("own_metrics:nothing", "'own_metrics:nothing' must return a finite number, got None"),
+        ("own_metrics:huge", "'own_metrics:huge' must return a finite number, got 1000"),
         ("own_metrics:raises", "'own_metrics:raises' failed: ZeroDivisionError"),
         ("top5", "'top5' needs more than 5 classes, got 5"),
         ("auc", "must be one of auroc.*got 'auc'"),
