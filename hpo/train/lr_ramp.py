@@ -47,7 +47,7 @@ ZERO_START = 0.2
 USUAL_BIAS = 0.1  # of what is no matrix: a bias or a scale, whose usual size does not follow from its shape
 LEAP_CHANGE = 0.03  # the share of the weights' norm that steps change where they are leaps, whatever the loss does
 ABORT_LOSS_RATIO = 10.0  # times the loss at the start, on average over a window: the ramp ends
-# The range to search, relative to what the ramp shows; docs/results.md has how often it holds the best rate.
+# The range to search, relative to what the ramp shows; docs/results/index.md has how often it holds the best rate.
 HIGH_OVER_DIVERGENCE = 6.0  # the end of the range, relative to the rate at which training diverges
 DIVERGENCE_OVER_LOW = 30.0  # that rate relative to the beginning of the range, at least
 FALL_OVER_LOW = 3.0  # the rate at which the loss begins to fall, relative to the beginning of the range, at least

@@ -139,7 +139,7 @@ def record_grids(root: Path, *, weights: Path, pretrained: float) -> None:
 
 
 def row(way: str, optimizer: str, grid: dict[str, Any], *, root: Path, weights: Path, seeds: range) -> str:
-    """Run the range tests of a grid, and return its line of the table in docs/results.md."""
+    """Run the range tests of a grid, and return its line of the table in docs/results/index.md."""
     means = [statistics.fmean(values) for values in grid["val_accuracy"]]
     top = max(means)
     best = grid["lrs"][means.index(top)]

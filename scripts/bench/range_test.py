@@ -104,7 +104,7 @@ def measure(task: dict[str, Any], seeds: range) -> list[RangeTest]:
 
 
 def row(name: str, grid: dict[str, Any], tests: list[RangeTest]) -> str:
-    """Return a line of the table in docs/results.md."""
+    """Return a line of the table in docs/results/index.md."""
     best, good = best_rates(grid)
     ranges = [(test.low, test.high) for test in tests if test.low is not None and test.high is not None]
     held = sum(low <= best <= high for low, high in ranges)

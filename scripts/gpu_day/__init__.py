@@ -1,4 +1,4 @@
-"""Everything that a GPU should tell about this product, measured by one command in eight minutes; see docs/gpu.md.
+"""Everything that a GPU should tell about this product, by one command in eight minutes; see docs/contributing/gpu.md.
 
 It needs torch and NumPy alone. The markers of `annotated_types` get a stand-in where that package is missing.
 """

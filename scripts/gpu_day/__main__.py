@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="run every section at its smallest, also on a CPU")
     parser.add_argument("--only", nargs="*", choices=[*SECTIONS], metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="S", help="seconds for all (default: 470)")
-    parser.add_argument("--packages", type=Path, metavar="DIR", help="what `hpo run` needs; see docs/gpu.md")
+    parser.add_argument("--packages", type=Path, metavar="DIR", help="what `hpo run` needs; docs/contributing/gpu.md")
     parser.add_argument("--section", choices=[*SECTIONS], help=argparse.SUPPRESS)  # run this one, in this process
     parser.add_argument("--started-at", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()

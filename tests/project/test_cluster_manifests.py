@@ -1,4 +1,4 @@
-"""docs/cluster.md and docs/cluster/ satisfy the schemas, agree with what hpo does, and run where possible.
+"""docs/guides/cluster.md and docs/cluster/ satisfy the schemas, agree with what hpo does, and run where possible.
 
 Kubernetes' schemas come from the package kubernetes-validate. No package has those of KubeRay: the schemas here were
 written from its API reference, `ray.io/v1` as of KubeRay 1.3, and leave pods to Kubernetes' schemas.
@@ -37,14 +37,14 @@ from referencing import Registry, Resource  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PAGE = (ROOT / "docs/cluster.md").read_text()
+PAGE = (ROOT / "docs/guides/cluster.md").read_text()
 SLURM = ROOT / "docs/cluster/slurm.sh"
 TEXTS = {name: (ROOT / "docs/cluster" / name).read_text() for name in ("kubernetes.yaml", "kuberay.yaml", "slurm.sh")}
 MANIFESTS = {name: list(yaml.safe_load_all(TEXTS[name])) for name in ("kubernetes.yaml", "kuberay.yaml")}
 DOCUMENTS = [
     pytest.param(document, id=f"{name}-{document['kind']}") for name, all_ in MANIFESTS.items() for document in all_
 ]
-VERSIONS = ["1.33", kubernetes_validate.latest_version()]  # the oldest that docs/cluster.md promises, and the newest
+VERSIONS = ["1.33", kubernetes_validate.latest_version()]  # the oldest that the guide promises, and the newest
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 # What sbatch knows, by its manual page (Slurm 22.05): the long options that a script may set.

@@ -153,12 +153,12 @@ def test_the_constants_are_the_workers() -> None:
 
 
 def test_what_the_document_names_exists() -> None:
-    text, makefile = (ROOT / "docs/scale.md").read_text(), (ROOT / "Makefile").read_text()
+    text, makefile = (ROOT / "docs/results/scale.md").read_text(), (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([\w-]+)", text):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
         assert target in makefile.split(".PHONY:")[1].split("\n")[0]
     for path in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text):
-        assert (ROOT / "docs" / path).exists(), path
+        assert (ROOT / "docs/results" / path).exists(), path
     for script in re.findall(r"scripts/\w+\.py", text):
         assert (ROOT / script).exists(), script
-    assert "docs/scale.md" in (ROOT / "README.md").read_text()
+    assert "docs/results/scale.md" in (ROOT / "README.md").read_text()

@@ -64,10 +64,11 @@ def test_saving_takes_at_most_its_share_and_a_kill_costs_little_more_than_that_a
 
 
 def test_the_documents_say_what_saving_and_a_kill_cost() -> None:
-    docs = Path(__file__).parents[2]
+    docs = Path(__file__).parents[2] / "docs"
     times = f"at most {1 / MAX_SAVING_SHARE:.0f} times as long as saving it takes"
-    assert times in (docs / "docs" / "distributed.md").read_text()
-    assert f"at most {MAX_SAVING_SHARE:.0%} of its time".replace("%", " %") in (docs / "README.md").read_text()
+    assert times in (docs / "guides/distributed.md").read_text()
+    share = f"at most {MAX_SAVING_SHARE * 100:.0f} % of its time"
+    assert share in (docs / "concepts/resume.md").read_text()
 
 
 def test_a_number_of_epochs_means_exactly_that() -> None:

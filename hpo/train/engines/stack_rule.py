@@ -1,7 +1,7 @@
 """Whether trials train as one stack on a CPU: a rule from the network, its batches and their number, never a clock.
 
 A stack has last digits of its own, so a measured choice would give the same study other digits each time. The rule's
-limits were measured once (docs/results.md, "Trials in lanes, on a CPU"). What the rule allows is then checked: a trial
+limits were measured once (docs/results, "Trials in lanes, on a CPU"). What the rule allows is then checked: a trial
 must get the same digits in every number of lanes, because kills and pruning change that number.
 Shapes: N images of a split.
 """
