@@ -15,7 +15,7 @@ from hpo.api.learning import learn
 from hpo.api.reading import Result, result_of
 from hpo.api.stores import open_study, storage_url
 from hpo.config.earlier_studies import adopt_learned_points, adopt_stored_data
-from hpo.config.import_policy import allowed_for, load_own_spec, parse_allow
+from hpo.config.import_policy import GivenStudy, allowed_for, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
 from hpo.config.widening import adopt_widened_ranges, parse_widening, widened_spec
 from hpo.errors import StudyStopped, UserError
@@ -42,7 +42,7 @@ Opener = Callable[[Launcher, Mapping[str, Any]], tuple[Store, StudyRecord]]
 
 
 def run(
-    spec: StudySpec | str | Path,
+    spec: GivenStudy,
     *,
     executor: Executor | None = None,
     devices: str | None = None,
@@ -55,14 +55,16 @@ def run(
     """Run a study to its end, or resume it; a finished study is answered from the store, without training.
 
     Args:
-        spec: The study, or the path of a study file.
+        spec: The settings of the study as nested dictionaries, a StudySpec, or the path of a study file. In place of
+            a `package.module:name`, dictionaries may have the function or the class itself. What a worker process
+            cannot import, such as a lambda or a function of a notebook, needs `hpo.InProcess()`.
         executor: Where its workers run. Default: `hpo.Local()`, one process for each device of this machine.
         devices: Short for `executor=hpo.Local(devices)`.
         workers: Short for `executor=hpo.Local(workers=workers)`.
         in_process: Short for `executor=hpo.InProcess()`.
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
         code_folder: Where modules of your own that the study names are looked for. Default: the study file's folder,
-            or the folder of the running script for a StudySpec.
+            or else that of the running script.
         watcher: Called with the store and the study before training; returns a function that is called several times
             a second while workers run.
 
@@ -84,7 +86,7 @@ def run(
 
 
 def submit(
-    spec: StudySpec | str | Path,
+    spec: GivenStudy,
     *,
     executor: Executor | None = None,
     storage: str | None = None,
@@ -93,7 +95,7 @@ def submit(
     """Start a study on a Ray cluster, or resume it there, and return once it trains without this process.
 
     Args:
-        spec: The study, or the path of a study file.
+        spec: As in `run`.
         executor: The cluster. Default: `hpo.Ray()`, the one that RAY_ADDRESS names or that runs on this machine.
         storage: URL of the store, which must be Postgres. Default: HPO_STORAGE.
         code_folder: As in `run`.

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from hpo.config.callables import name_callables
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.train.imports import ImportAllowlist, not_allowed
+
+# A study as a script gives it: the settings that a study file would have, a study file, or a spec.
+GivenStudy = StudySpec | Mapping[str, Any] | str | Path
 
 
 def parse_allow(values: Iterable[str]) -> ImportAllowlist:
@@ -44,14 +49,20 @@ def allowed_for(spec: StudySpec, allowed: ImportAllowlist) -> ImportAllowlist:
     return allowed if names else ImportAllowlist(path=allowed.path)
 
 
-def load_own_spec(spec: StudySpec | str | Path, *, folder: str | Path | None) -> tuple[StudySpec, ImportAllowlist]:
+def load_own_spec(study: GivenStudy, *, folder: str | Path | None) -> tuple[StudySpec, ImportAllowlist]:
     """Return a study's spec and what its author allows: the code that it names, looked for in a folder.
 
-    The spec is given, or read from a study file. By default the folder is that of the study file or, for a StudySpec,
-    that of the running script. Raises UserError for a study file that is none.
+    By default the folder is that of the study file or, without one, that of the running script. Modules whose functions
+    stand in the settings are also looked for where they were imported from. Raises UserError for a study that is none.
     """
-    if not isinstance(spec, StudySpec):
-        folder = folder or Path(spec).parent
-        spec = StudySpec.from_toml(spec)
-    folder = Path(folder or sys.path[0] or os.getcwd()).resolve()
-    return spec, ImportAllowlist(names=tuple(spec.names_of_code()), path=(str(folder), os.getcwd()))
+    objects, folders = {}, []
+    if isinstance(study, Mapping):
+        named = name_callables(study)
+        objects, folders = named.objects, named.folders
+        study = StudySpec.from_dict(named.settings)
+    elif not isinstance(study, StudySpec):
+        folder = folder or Path(study).parent
+        study = StudySpec.from_toml(study)
+    folder = str(Path(folder or sys.path[0] or os.getcwd()).resolve())
+    path = dict.fromkeys([folder, *folders, os.getcwd()])
+    return study, ImportAllowlist(names=tuple(study.names_of_code()), path=tuple(path), objects=objects)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.analysis.range_text import RANGE_TEST_KEY, active_parameter
-from hpo.config.import_policy import load_own_spec
+from hpo.config.import_policy import GivenStudy, load_own_spec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.search.space import AUTO, Categorical, Conditional, Parameter, Range, Scalar, is_auto, value_combinations
-from hpo.system.devices import choose_devices, threads_per_worker
+from hpo.system.devices import choose_devices, pinned_here, threads_per_worker
 from hpo.train.config import TrialConfig, derive_seed
+from hpo.train.imports import open_allowlists
 from hpo.train.schedules import SCHEDULES
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Ramp:
 
 
 def range_test(
-    spec: StudySpec | str | Path,
+    spec: GivenStudy,
     *,
     devices: str = "auto",
     code_folder: str | Path | None = None,
@@ -59,7 +60,7 @@ def range_test(
     size...), at most MAX_RANGE_TESTS. Nothing is written.
 
     Args:
-        spec: A study, or the path of a study file.
+        spec: As in `hpo.run`.
         devices: The devices to choose from, such as "auto" or "cuda:1"; the first one is used.
         code_folder: The folder of the user's own modules; by default that of the study file.
         progress: Called after each step with the values of the tested network, the steps done, and the number of steps.
@@ -110,9 +111,12 @@ def measure_ramps(
 def _run_on_device(
     config: TrialConfig, device: Device, threads: int | None, progress: Callable[[int, int], None]
 ) -> RangeTest:
-    """Run a range test, on a GPU in a process pinned to it, so that this process takes none of the GPU's memory."""
+    """Run a range test, on a GPU in a process pinned to it, so that this process takes none of the GPU's memory.
+
+    What only this process can call is tested in this process.
+    """
     threads = threads or threads_per_worker(1)
-    if device.kind == "cuda":
+    if device.kind == "cuda" and not any(allowlist.objects for allowlist in open_allowlists()):
         from hpo.lr_range.subprocess import range_test_in_subprocess
 
         return range_test_in_subprocess(config, device, threads=threads, progress=progress)
@@ -123,7 +127,8 @@ def _run_on_device(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # as in a worker: the same sums, digit for digit
     try:
-        return run_range_test(config, device=device.kind, progress=progress)
+        with pinned_here(device) as place:
+            return run_range_test(config, device=place, progress=progress)
     finally:
         torch.set_num_threads(before)
 

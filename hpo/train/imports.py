@@ -17,11 +17,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpo.errors import UserError, unknown_name
+
+CALLER = "__main__"  # the module in whose name a study has what only the process that created it can call
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,20 @@ class ImportAllowlist:
         folders: Folders; whatever the modules in them define may be named.
         names: `package.module:name`, each exactly as a study file of this process's user has it.
         path: Folders where modules are found. They follow Python's own path, so that no file there shadows a library.
+        objects: What no other process can import, by the name that a study has for it.
     """
 
     modules: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
+    objects: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Sequence[str]]) -> ImportAllowlist:
-        """Return the list that `dataclasses.asdict` has turned into plain data."""
-        return cls(**{field: tuple(items) for field, items in values.items()})
+        """Return the list, which is without objects, that `dataclasses.asdict` has turned into plain data."""
+        modules, folders, names, path = (tuple(values[key]) for key in ("modules", "folders", "names", "path"))
+        return cls(modules, folders, names, path)
 
     def allows(self, name: str) -> bool:
         """Return whether a study may name this `package.module:name`; import nothing."""
@@ -51,6 +56,8 @@ class ImportAllowlist:
 
     def allows_module(self, module: str) -> bool:
         """Return whether a study may name whatever this module defines; import nothing."""
+        if module == CALLER:  # another process has another one
+            return False
         if any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.modules):
             return True
         locations = self._locations(module) if self.folders else []
@@ -163,6 +170,11 @@ def open_allowlists() -> list[ImportAllowlist]:
 
 def not_allowed(what: str, module: str) -> UserError:
     """Return the error for a module that this process may not import; `what` names it."""
+    if module == CALLER:
+        return UserError(
+            f"{what} was given as an object, which only the process that created the study has: "
+            "call hpo.run there again"
+        )
     return UserError(
         f"{what} names the module {module!r}, which this worker may not import; "
         f"allow it with --allow {module}, or its folder with --allow FOLDER"
@@ -188,6 +200,8 @@ def import_object(path: str, *, setting: str) -> Callable[..., Any]:
     allowed = next((allowlist for allowlist in _open_lists if allowlist.allows(path)), None)
     if allowed is None:
         raise not_allowed(f"{setting} = {path!r}", module_name)
+    if path in allowed.objects:
+        return allowed.objects[path]
     module = _import_module(path, setting=setting, allowed=allowed)
     if not hasattr(module, attribute):
         kinds = inspect.getmembers(module, inspect.isfunction) + inspect.getmembers(module, inspect.isclass)

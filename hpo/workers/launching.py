@@ -15,8 +15,16 @@ def make_launcher(executor: Executor, spec: StudySpec, allowed: ImportAllowlist,
     """Return what runs the workers of this study of the store at `url`.
 
     Raises:
-        UserError: The executor asks for devices, or a kind of store, that it cannot have; or it is no executor.
+        UserError: The executor asks for devices, or a kind of store, that it cannot have; or it is no executor. Or the
+            study has functions that its workers could not import.
     """
+    if allowed.objects and not isinstance(executor, InProcess):
+        setting = spec.names_of_code()[next(iter(allowed.objects))]
+        raise UserError(
+            f"{setting} is a function that worker processes cannot import (a lambda, or one of a notebook, of the "
+            "running script or of another function): put it into a module of its own, or train in this process, with "
+            "executor=hpo.InProcess()"
+        )
     match executor:
         case Local():
             return LocalLauncher(executor, spec, allowed=allowed, url=parse_url(url))

@@ -14,6 +14,7 @@ from hpo.cli.console import make_console
 from hpo.cli.display import LiveDisplay
 from hpo.config.study_spec import StudySpec
 from hpo.errors import StudyStopped, UserError
+from hpo.objective import Trial
 from hpo.store.schema import slots_table, studies_table
 from hpo.store.store import Store
 from hpo.workers.executors import Executor, InProcess, Local, Ray, choose_executor
@@ -60,6 +61,28 @@ def test_the_number_of_workers_is_checked_where_it_is_given() -> None:
     for make in (Local, Ray):
         with pytest.raises(UserError, match=r"^--workers must be at least 1, got 0$"):
             make(workers=0)
+
+
+def test_a_function_that_workers_cannot_import_trains_in_this_process_alone(tmp_path: Path) -> None:
+    def train(trial: Trial) -> None:
+        trial.report(1, val_accuracy=trial.params["lr"])
+
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    study = {
+        "name": "s",
+        "search": {"sampler": "grid", "space": {"lr": [0.1, 0.2]}},
+        "training": {"epochs": 1},
+        "objective": {"function": train},
+    }
+    expected = r"^objective\.function is a function that worker processes cannot import .* executor=hpo\.InProcess\(\)$"
+    for executor in (Local("cpu"), Ray("ray")):
+        with pytest.raises(UserError, match=expected):
+            running.run(study, executor=executor, storage=storage)
+    assert not (tmp_path / "hpo.db").exists()
+    result = running.run(study, executor=InProcess("cpu"), storage=storage)
+    assert result.best.value == 0.2
+    with pytest.raises(UserError, match=r"only the process that created the study has: call hpo\.run there again"):
+        running.resume("s", storage=storage, trials=3, allow=["__main__"])
 
 
 class NothingIsLeftError(Exception):

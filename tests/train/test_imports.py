@@ -60,7 +60,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def allowed(folder: Path, **lists: Any) -> ImportAllowlist:
-    return ImportAllowlist(path=(str(folder),), **{key: tuple(items) for key, items in lists.items()})
+    tuples: dict[str, Any] = {key: tuple(items) for key, items in lists.items()}
+    return ImportAllowlist(path=(str(folder),), **tuples)
 
 
 def build(name: str) -> object:
