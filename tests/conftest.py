@@ -47,8 +47,17 @@ if TYPE_CHECKING:
 # aborted it (Ray 2.60), a minute later and in the middle of another test.
 os.environ.setdefault("RAY_enable_open_telemetry", "0")
 os.environ.setdefault("RAY_enable_metrics_collection", "0")
-# A store is opened a thousand times here, and each time Optuna's ten migrations would be loaded twice.
-alembic.util.load_python_file = functools.cache(alembic.util.load_python_file)  # type: ignore[assignment]
+
+load_python_file = alembic.util.load_python_file
+load_migration = functools.cache(load_python_file)
+
+
+def load_once(folder: str, name: str) -> Any:
+    """Load a migration once: a store is opened a thousand times here, and each time Optuna has ten to load twice."""
+    return load_python_file(folder, name) if name == "env.py" else load_migration(folder, name)  # env.py is a script
+
+
+alembic.util.load_python_file = load_once  # type: ignore[assignment]
 REPOSITORY = Path(__file__).parents[1]
 CHROMIUM_FLAGS = [
     "--headless",

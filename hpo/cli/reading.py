@@ -1,4 +1,4 @@
-"""The commands that read studies: list, status, trials, best, compare, report, export."""
+"""The commands that read studies: list, status, trials, best, compare, report, export, log."""
 
 from __future__ import annotations
 
@@ -231,6 +231,31 @@ def export_command(study: str, output: str | None, weights: str | None, trial: i
         say(f"wrote {weights}: the weights of trial {found['trial']} after epoch {found['epoch']}")
 
 
+@click.command("log", short_help="Log trials to TensorBoard, MLflow, W&B.")
+@click.argument("study", metavar="STUDY")
+@click.option(
+    "--to",
+    multiple=True,
+    required=True,
+    metavar="KIND[=TARGET]",
+    help="tensorboard=DIR, mlflow=URI or wandb=PROJECT; may be given several times.",
+)
+@click.option("--follow", is_flag=True, help="Go on until the study has ended or was stopped.")
+@storage_option
+def log_command(study: str, to: tuple[str, ...], follow: bool, storage: str | None) -> None:
+    """Write the trials of STUDY as runs to TensorBoard, MLflow or Weights & Biases.
+
+    Only what is not there yet is written, so the command may be given again at any time.
+
+    \b
+    hpo log quickstart --to tensorboard=runs
+    hpo log quickstart --to mlflow=sqlite:///mlflow.db --to wandb=my-project --follow
+    """
+    from hpo.api import logging
+
+    logging.log(study, to, storage=storage, follow=follow, say=say)
+
+
 READING_COMMANDS = (
     list_command,
     status_command,
@@ -239,4 +264,5 @@ READING_COMMANDS = (
     compare_command,
     report_command,
     export_command,
+    log_command,
 )
