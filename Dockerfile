@@ -1,4 +1,4 @@
-# One image for all of ours in docker-compose.yml: the `hpo` command, and no study, data or password.
+# One image for all of ours in docker-compose.yml: the `hpo` command with its example studies, and no data or password.
 FROM python:3.12.12-slim-bookworm
 
 # torch.compile needs a compiler while it trains, and KubeRay asks a pod by wget how it is. Debian keeps only the latest
@@ -18,13 +18,14 @@ ARG EXTRAS=postgres,s3
 # What we depend on, some 6 GB, is a layer that a change of our code leaves as it is: the package is empty here.
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
-RUN mkdir hpo \
+RUN mkdir hpo studies \
     && echo '__version__ = "0"' > hpo/_version.py \
     && touch README.md LICENSE \
     && pip install --no-cache-dir --constraint constraints.txt "./[$EXTRAS]"
 
 COPY README.md LICENSE ./
 COPY hpo hpo
+COPY studies studies
 RUN pip install --no-cache-dir --no-deps .
 
 # HOME is where libraries put their caches.

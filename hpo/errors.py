@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_VALID_NAMES = 30  # that a message lists
+OTHER_WORDS = {  # what other libraries call a setting, and what it is called here
+    "learning_rate": "lr",
+    "lr_scheduler": "schedule",
+    "scheduler": "schedule",
+    "optim": "optimizer",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "criterion": "loss",
+    "grad_clip": "gradient_clip",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "n_epochs": "epochs",
+    "num_trials": "trials",
+    "n_trials": "trials",
+    "dataset": "data",
+    "network": "model",
+    "min": "low",
+    "max": "high",
+}
+OWN_CODE = "package.module:"  # begins the entry of a list of names that stands for users' own code
 
 
 class UserError(Exception):
@@ -35,20 +56,54 @@ class Rule:
     words: str
 
 
-def unknown_name(setting: str, value: object, valid: Iterable[str]) -> UserError:
-    """Return the error for a name that is not in a table: setting, value, and the names, of many the nearest."""
+def unknown_name(setting: str, value: object, valid: Iterable[str], *, unlisted: Iterable[str] = ()) -> UserError:
+    """Return the error for a name that is not in a table: setting, value, and the names, of many the nearest.
+
+    Args:
+        setting: What has the name.
+        value: The name.
+        valid: The valid names. One that begins with OWN_CODE stands for users' own code.
+        unlisted: Further valid names, such as `torchvision:resnet18`, that are suggested but not listed.
+    """
     valid, text = sorted(valid), str(value)
     shown = valid
     if len(valid) > MAX_VALID_NAMES:
         shown = difflib.get_close_matches(text, valid, n=MAX_VALID_NAMES, cutoff=0.0)
     names = ", ".join(shown) + (f" ({len(valid)} in all)" if len(valid) > len(shown) else "")
-    return UserError(f"{setting} must be one of {names}; got {value!r}{did_you_mean(text, valid)}")
+    return UserError(f"{setting} must be one of {names}; got {value!r}{did_you_mean(text, [*valid, *unlisted])}")
 
 
 def did_you_mean(value: str, valid: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` where a valid name is close to the value, else the empty text."""
-    near = difflib.get_close_matches(value, list(valid), n=1, cutoff=0.65)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """Return ` (did you mean 'x'?)` where it can be told which valid name is meant, else the empty text."""
+    near = _meant_name(value, list(valid))
+    return f" (did you mean {near!r}?)" if near else ""
+
+
+def _meant_name(value: str, valid: Sequence[str]) -> str | None:
+    """Return the valid name, or users' own `package.module:name`, that a wrong name stands for; None if unknown."""
+    if (word := OTHER_WORDS.get(value.lower())) in valid:
+        return word
+    # Capitals, and what stands before the last dot or colon, are what people add or forget: torch.optim.Adam, resnet18.
+    parts = re.split(r"[.:]", value.lower())
+    known = [name for name in valid if not name.startswith(OWN_CODE)]
+    same = [name for name in known if name.rpartition(":")[2].lower() == parts[-1]]
+    of_origin = [name for name in same if name.startswith(f"{parts[0]}:")]
+    if of_origin or (same and parts[0] in ("torch", parts[-1])):
+        return [*of_origin, *same][0]
+    if any(name.startswith(OWN_CODE) for name in valid) and (own := _own_code_name(value)):
+        return own
+    by_last = {name.rpartition(":")[2].lower(): name for name in reversed(known)}
+    near = difflib.get_close_matches(value.lower(), by_last, n=1, cutoff=0.65)
+    return by_last[near[0]] if near else None
+
+
+def _own_code_name(value: str) -> str | None:
+    """Return `package.module:name` for `package.module.name`, `package/module.py:name` and the like, else None."""
+    path = re.fullmatch(r"(?:\./)?([A-Za-z_]\w*(?:[./][A-Za-z_]\w*)*?)(?:\.py)?[.:]([A-Za-z_]\w*)", value)
+    if path is None:
+        return None
+    name = "NAME" if path[2] == "py" else path[2]
+    return f"{path[1].replace('/', '.')}:{name}"
 
 
 def check_keys(section: str, given: Iterable[str], valid: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""The training loop of own_loop.toml: softmax regression on scanned digits, as you may have it already."""
+"""A training loop of your own: softmax regression on scanned digits, as you may have it already."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""The network of own_model.toml: called with the data set's channels and classes, and the options of [model]."""
+"""A network of your own: called with the data set's channels and classes, and the options of [model]."""
 
 from torch import Tensor, nn
 

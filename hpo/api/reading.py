@@ -191,5 +191,8 @@ def answer_of(study: StudyRecord, all_trials: Sequence[TrialRecord]) -> Best:
     """Return the answer of a study; raise StudyStopped where no trial has completed."""
     found = analysis.find_best(study, all_trials)
     if found is None:
-        raise StudyStopped(f"study {study.name!r} has {no_answer_text(all_trials)}")
+        again = ""
+        if any(trial.state == "failed" for trial in all_trials):
+            again = f"; once the cause is mended: hpo resume {study.name} --retry-failed, or hpo run SPEC --fresh"
+        raise StudyStopped(f"study {study.name!r} has {no_answer_text(all_trials)}{again}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -13,9 +14,9 @@ from typing import Any
 
 from hpo.api.learning import learn
 from hpo.api.reading import Result, result_of
-from hpo.api.stores import open_study, storage_url
+from hpo.api.stores import delete, open_study, storage_url
 from hpo.config.earlier_studies import adopt_learned_points, adopt_stored_data
-from hpo.config.import_policy import GivenStudy, allowed_for, load_own_spec, parse_allow
+from hpo.config.import_policy import GivenStudy, allowed_for, code_digests, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
 from hpo.config.widening import adopt_widened_ranges, parse_widening, widened_spec
 from hpo.errors import StudyStopped, UserError
@@ -24,7 +25,7 @@ from hpo.report.publisher import Publisher
 from hpo.store.database import Unreachable
 from hpo.store.retry import OUTAGE_S, STORE_ERRORS
 from hpo.store.store import Store
-from hpo.study.records import StudyRecord
+from hpo.study.records import CODE, StudyRecord
 from hpo.system.devices import choose_devices
 from hpo.train.imports import ImportAllowlist
 from hpo.workers import preflight
@@ -32,6 +33,8 @@ from hpo.workers.executors import Executor, Local, Ray, choose_executor
 from hpo.workers.launcher import Launcher
 from hpo.workers.launching import make_launcher
 from hpo.workers.supervisor import OnTick
+
+logger = logging.getLogger(__name__)
 
 SERVE_POLL_S = 2.0  # between looks for a study that has trials waiting
 
@@ -50,14 +53,16 @@ def run(
     in_process: bool = False,
     storage: str | None = None,
     code_folder: str | Path | None = None,
+    fresh: bool = False,
     watcher: Watcher | None = None,
 ) -> Result:
     """Run a study to its end, or resume it; a finished study is answered from the store, without training.
 
     Args:
-        spec: The settings of the study as nested dictionaries, a StudySpec, or the path of a study file. In place of
-            a `package.module:name`, dictionaries may have the function or the class itself. What a worker process
-            cannot import, such as a lambda or a function of a notebook, needs `hpo.InProcess()`.
+        spec: The settings of the study as nested dictionaries, a StudySpec, the path of a study file, or the name of
+            a study that comes with hpo. In place of a `package.module:name`, dictionaries may have the function or the
+            class itself. What a worker process cannot import, such as a lambda or a function of a notebook, needs
+            `hpo.InProcess()`.
         executor: Where its workers run. Default: `hpo.Local()`, one process for each device of this machine.
         devices: Short for `executor=hpo.Local(devices)`.
         workers: Short for `executor=hpo.Local(workers=workers)`.
@@ -65,6 +70,7 @@ def run(
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
         code_folder: Where modules of your own that the study names are looked for. Default: the study file's folder,
             or else that of the running script.
+        fresh: Whether to delete the study of this name, once everything else is checked, and to start it anew.
         watcher: Called with the store and the study before training; returns a function that is called several times
             a second while workers run.
 
@@ -78,11 +84,12 @@ def run(
     executor = choose_executor(executor, devices=devices, workers=workers, in_process=in_process)
     spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
-    spec = _settle(spec, url)
-    if (finished := _find_finished(spec, url)) is not None:
+    spec = _settle(spec, url, fresh=fresh)
+    if not fresh and (finished := _find_finished(spec, url)) is not None:
+        _warn_of_changed_code(finished[1], code_digests(spec, allowed))
         return result_of(*finished)
     launcher = make_launcher(executor, spec, allowed, url=url)
-    return _run_to_end(spec, allowed, partial(_create, spec, url), launcher, watcher=watcher)
+    return _run_to_end(spec, allowed, partial(_create, spec, url, fresh=fresh), launcher, watcher=watcher)
 
 
 def submit(
@@ -91,6 +98,7 @@ def submit(
     executor: Executor | None = None,
     storage: str | None = None,
     code_folder: str | Path | None = None,
+    fresh: bool = False,
 ) -> bool:
     """Start a study on a Ray cluster, or resume it there, and return once it trains without this process.
 
@@ -99,6 +107,7 @@ def submit(
         executor: The cluster. Default: `hpo.Ray()`, the one that RAY_ADDRESS names or that runs on this machine.
         storage: URL of the store, which must be Postgres. Default: HPO_STORAGE.
         code_folder: As in `run`.
+        fresh: As in `run`.
 
     Returns:
         False where the study is finished, so that nothing was started.
@@ -109,13 +118,13 @@ def submit(
     """
     spec, allowed = load_own_spec(spec, folder=code_folder)
     url = storage_url(storage)
-    spec = _settle(spec, url)
-    if _find_finished(spec, url) is not None:
+    spec = _settle(spec, url, fresh=fresh)
+    if not fresh and _find_finished(spec, url) is not None:
         return False
     launcher = make_launcher(executor or Ray(), spec, allowed, url=url)
     if not launcher.can_be_left:
         raise UserError("--detach needs a Ray that outlives this command: --on auto, or --on ray://HOST:PORT")
-    with _opened(spec, allowed, partial(_create, spec, url), launcher) as (store, study):
+    with _opened(spec, allowed, partial(_create, spec, url, fresh=fresh), launcher) as (store, study):
         launcher.submit(store, study)
     return True
 
@@ -327,9 +336,14 @@ def stop(name: str, *, storage: str | None = None) -> bool:
     return True
 
 
-def _create(spec: StudySpec, url: str, launcher: Launcher, metadata: Mapping[str, Any]) -> tuple[Store, StudyRecord]:
+def _create(
+    spec: StudySpec, url: str, launcher: Launcher, metadata: Mapping[str, Any], *, fresh: bool = False
+) -> tuple[Store, StudyRecord]:
     """Create the study, with the learning rates that a range test finds where the spec asks for one."""
     known = _find(spec.name, url)[1]
+    if fresh and known is not None:
+        delete(spec.name, storage=url)
+        known = None
     preflight.judge_random_images(spec, metadata, is_new=known is None)
     if known is not None:
         spec = adopt_widened_ranges(spec, known.spec, known.widenings)
@@ -355,9 +369,9 @@ def _find(name: str, url: str) -> tuple[Store, StudyRecord] | tuple[None, None]:
         return None, None  # whatever else may be wrong is told when the store is opened for writing
 
 
-def _settle(spec: StudySpec, url: str) -> StudySpec:
+def _settle(spec: StudySpec, url: str, *, fresh: bool = False) -> StudySpec:
     """Return the spec with what its study has where a file may leave it open; of a new study, with what it learns."""
-    known = _find(spec.name, url)[1]
+    known = None if fresh else _find(spec.name, url)[1]
     if known is None:
         return learn(spec, url)
     return adopt_learned_points(adopt_stored_data(spec, known.spec), known.spec)
@@ -388,7 +402,7 @@ def _checked(spec: StudySpec, allowed: ImportAllowlist, launcher: Launcher) -> I
         with chdir(os.curdir):  # which the user's modules may leave when they are imported
             metadata = launcher.call(preflight.run_preflight, spec, launcher.device_kinds)
         preflight.check_devices(launcher.own_devices, launcher.proofs())
-        yield metadata
+        yield {**metadata, **({CODE: digests} if (digests := code_digests(spec, allowed)) else {})}
 
 
 @contextmanager
@@ -399,6 +413,7 @@ def _opened(
     with _checked(spec, allowed, launcher) as metadata:
         store, study = opener(launcher, metadata)
         store.trials.get_all(study)  # raises where the study is damaged
+        _warn_of_changed_code(study, metadata.get(CODE, {}))
         yield store.retrying(for_s=OUTAGE_S), study
 
 
@@ -430,6 +445,18 @@ def _run_to_end(
     if left:
         raise StudyStopped(f"study {study.name!r} was stopped with {left} trials left", can_resume=True)
     return result_of(store, study)
+
+
+def _warn_of_changed_code(study: StudyRecord, digests: Mapping[str, str]) -> None:
+    """Say which files of users' own code have changed since the study began, where it is known how they were."""
+    known = study.metadata.get(CODE, {})
+    changed = sorted(file for file in known.keys() | digests.keys() if known.get(file) != digests.get(file))
+    if known and changed:
+        logger.warning(
+            "%s changed since study %s began; to train all of it with the new code, start it anew with --fresh",
+            " and ".join(changed) + (" has" if len(changed) == 1 else " have"),
+            study.name,
+        )
 
 
 def _tell_of_damage(store: Store, told: set[str], say: Callable[[str], None]) -> None:

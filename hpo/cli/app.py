@@ -12,15 +12,16 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from hpo._version import __version__
+from hpo.cli.first_steps import init_command
 from hpo.cli.options import (
     allow_option,
     command_line,
+    confirm,
     devices_option,
     executor_options,
     json_option,
@@ -29,6 +30,7 @@ from hpo.cli.options import (
     storage_option,
     verbose_option,
     worker_arguments,
+    yes_option,
 )
 from hpo.cli.reading import READING_COMMANDS
 from hpo.cli.stores import STORE_COMMANDS
@@ -93,9 +95,10 @@ def main() -> None:
     """Which learning rate should I train this network with?
 
     \b
-    hpo run studies/quickstart.toml     search, watch, get the answer
-    hpo best quickstart                 the answer again
-    hpo dashboard                       every trial and its curves in the browser
+    hpo run quickstart      search, watch, get the answer
+    hpo best quickstart     the answer again
+    hpo init flowers        write a study of your own, flowers.toml
+    hpo dashboard           every trial and its curves in the browser
     """
     atexit.register(_skip_last_collection)
 
@@ -105,40 +108,52 @@ def main() -> None:
 @overrides_option
 @click.option("--in-process", is_flag=True, help="Train in this process, without workers: for a debugger.")
 @click.option("--detach", is_flag=True, help="Leave the study to the Ray cluster, and return at once.")
+@click.option("--fresh", is_flag=True, help="Delete the study of that name first, and start anew.")
+@yes_option
 @verbose_option
 @executor_options
 @storage_option
 def run_command(
-    spec: str, overrides: tuple[str, ...], detach: bool, verbose: bool, executor: Executor, storage: str | None
+    spec: str,
+    overrides: tuple[str, ...],
+    detach: bool,
+    fresh: bool,
+    yes: bool,
+    verbose: bool,
+    executor: Executor,
+    storage: str | None,
 ) -> None:
     """Run the study file SPEC to its answer, or resume it.
 
-    A finished study is answered from the store, without training. A study file with [[compare]] holds several studies:
-    they run one after the other, and are then compared.
+    SPEC may also be the name of a study that comes with hpo. A finished study is answered from the store, without
+    training. A study file with [[compare]] holds several studies: they run one after the other, and are then compared.
 
     \b
-    hpo run studies/quickstart.toml
+    hpo run quickstart
     hpo run studies/tpe.toml --set search.trials=40 --set training.optimizer=sgd
     hpo run studies/tpe.toml --on auto --resource num_cpus=4 --detach
     """
     from hpo.api import reading, running
     from hpo.cli.display import print_comparison
+    from hpo.config.study_file import find_study_file
     from hpo.config.study_spec import StudySpec
 
     specs = StudySpec.all_from_toml(spec, overrides=overrides)
-    folder = str(Path(spec).resolve().parent)
+    folder = str(find_study_file(spec).resolve().parent)
     again = command_line("run", spec, *repeated("--set", overrides), *worker_arguments(executor))
     if detach:
         if isinstance(executor, InProcess):
             raise UserError("--in-process has no meaning with --detach")
-        _submit_all(specs, executor=executor, storage=storage, code_folder=folder)
+        _confirm_fresh(specs if fresh else [], storage=storage, yes=yes)
+        _submit_all(specs, executor=executor, storage=storage, code_folder=folder, fresh=fresh)
         return
     for parsed in specs[1:]:  # a mistake in the last one must not show up only after hours
         running.check(parsed, executor=executor, storage=storage, code_folder=folder)
+    _confirm_fresh(specs if fresh else [], storage=storage, yes=yes)
     answered, unanswered = [], None
     for parsed in specs:
         try:
-            train = partial(running.run, parsed, executor=executor, storage=storage, code_folder=folder)
+            train = partial(running.run, parsed, executor=executor, storage=storage, code_folder=folder, fresh=fresh)
             _train_and_print_answer(train, parsed.name, storage, verbose=verbose, again=again)
             answered.append(parsed.name)
         except StudyStopped as error:
@@ -151,13 +166,30 @@ def run_command(
         raise unanswered
 
 
-def _submit_all(specs: Sequence[StudySpec], *, executor: Executor, storage: str | None, code_folder: str) -> None:
+def _confirm_fresh(specs: Sequence[StudySpec], *, storage: str | None, yes: bool) -> None:
+    """Say what --fresh deletes of these studies, and ask."""
+    from hpo.analysis.text import counts_text
+    from hpo.api import stores
+
+    for spec in specs:
+        try:
+            store, study = stores.open_study(spec.name, storage=storage)
+        except UserError:  # there is no such study, or no store
+            continue
+        counts = counts_text(store.trials.get_all(study))
+        say(f"study {spec.name} will be deleted, with its logs and checkpoints: {counts}")
+        confirm("delete it and start anew?", yes=yes, command="hpo run --fresh")
+
+
+def _submit_all(
+    specs: Sequence[StudySpec], *, executor: Executor, storage: str | None, code_folder: str, fresh: bool
+) -> None:
     """Start studies on the cluster, and print how to find them again."""
     from hpo.api import running
 
     suffix = f" --storage {shlex.quote(storage)}" if storage else ""
     for spec in specs:
-        if running.submit(spec, executor=executor, storage=storage, code_folder=code_folder):
+        if running.submit(spec, executor=executor, storage=storage, code_folder=code_folder, fresh=fresh):
             say(f"study {spec.name} trains on the cluster without this command")
             say(f"see hpo status {spec.name}{suffix}, hpo stop {spec.name}{suffix}; hpo run attaches to it")
         else:
@@ -345,6 +377,7 @@ def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None
     """
     from hpo.analysis.text import params_text
     from hpo.cli.console import make_progress
+    from hpo.config.study_file import find_study_file
     from hpo.config.study_spec import StudySpec
     from hpo.lr_range import resolve as ranges
     from hpo.lr_range import text
@@ -352,13 +385,13 @@ def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None
 
     if output is not None:
         ramp_page.check_ramp_output(output)
-    parsed = StudySpec.from_toml(spec, overrides=overrides)
+    parsed, folder = StudySpec.from_toml(spec, overrides=overrides), find_study_file(spec).parent
     with make_progress(disable=as_json) as progress:
         task = progress.add_task("checking data and network", total=None)
         ramps = ranges.range_test(
             parsed,
             devices=devices,
-            code_folder=Path(spec).parent,
+            code_folder=folder,
             progress=lambda params, done, of: progress.update(
                 task, description=f"ramp {params_text(params)}".rstrip(), completed=done, total=of
             ),
@@ -376,5 +409,5 @@ def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None
         say(f"wrote {output}")
 
 
-for _command in (*READING_COMMANDS, *STORE_COMMANDS):
+for _command in (init_command, *READING_COMMANDS, *STORE_COMMANDS):
     main.add_command(_command)

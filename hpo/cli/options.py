@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -65,6 +66,11 @@ def allow_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --json, which the command gets as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def yes_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --yes."""
+    return click.option("--yes", is_flag=True, help="Do not ask.")(command)
 
 
 def verbose_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,6 +220,15 @@ def worker_arguments(executor: Executor) -> list[str]:
         if executor.placement != "pack":
             arguments += ["--placement", executor.placement]
     return arguments
+
+
+def confirm(question: str, *, yes: bool, command: str) -> None:
+    """Ask a question that ends the command unless it is answered with y; `yes` is the answer of --yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(f"{command} needs --yes where nobody can be asked")
+    click.confirm(question, abort=True)
 
 
 def repeated(option: str, values: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from hpo.cli.options import json_option, refuse_password, storage_option
+from hpo.cli.options import confirm, json_option, refuse_password, storage_option, yes_option
 from hpo.cli.writer import print_json, say
 from hpo.errors import UserError
 
@@ -35,7 +35,7 @@ def copy_command(study: str, to: str, storage: str | None) -> None:
 
 @click.command("delete", short_help="Delete a study.")
 @click.argument("study", metavar="STUDY")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @storage_option
 def delete_command(study: str, yes: bool, storage: str | None) -> None:
     """Delete STUDY with its trials, logs and checkpoints, after a question.
@@ -45,10 +45,7 @@ def delete_command(study: str, yes: bool, storage: str | None) -> None:
     """
     from hpo.api import stores
 
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UserError("hpo delete needs --yes where nobody can be asked")
-        click.confirm(f"delete study {study} with its trials, logs and checkpoints?", abort=True)
+    confirm(f"delete study {study} with its trials, logs and checkpoints?", yes=yes, command="hpo delete")
     stores.delete(study, storage=storage)
     say(f"deleted study {study}")
 

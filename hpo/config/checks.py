@@ -34,7 +34,7 @@ from hpo.config.trial_settings import (
     section_and_name,
     with_values,
 )
-from hpo.errors import UserError, unknown_name
+from hpo.errors import OWN_CODE, UserError, did_you_mean, unknown_name
 from hpo.objective import RESERVED_METRICS
 from hpo.search.config import PrunerSpec, SearchSpec
 from hpo.search.pruners import PRUNERS
@@ -61,6 +61,13 @@ def check_name(name: str) -> None:
     """Refuse a study's name that is no name of a folder."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise UserError(f"name must be letters, digits, '.', '_' and '-', at most 100; got {name!r}")
+
+
+def check_no_none(section: str, given: Mapping[str, Any], names: Collection[str]) -> None:
+    """Refuse the text "None" as the value of one of a section's own keys: TOML has no such value."""
+    for key in sorted(set(names) & given.keys()):
+        if given[key] in ("None", "null"):
+            raise UserError(f"{section}.{key} must be left out to set nothing, got the text {given[key]!r}")
 
 
 def joined_options(section: str, extra: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -311,7 +318,10 @@ def check_objective(
         reserved = ", ".join(sorted(RESERVED_METRICS))
         raise UserError(f"objective.metric cannot be one of {reserved}; got {objective.metric!r}")
     if not re.fullmatch(REFERENCE_PATTERN, objective.function):
-        raise UserError(f"objective.function must be written package.module:function, got {objective.function!r}")
+        raise UserError(
+            f"objective.function must be written package.module:function, got {objective.function!r}"
+            f"{did_you_mean(objective.function, [OWN_CODE])}"
+        )
     if is_auto(search.parameters.get("lr")):
         raise UserError(
             "search.space.lr must be a range or a list with objective.function, whose loop is not ours to test; "
@@ -469,7 +479,7 @@ def _check_names(kind: str, parameters: Mapping[str, Parameter], training: Train
         if kind == "optimizer" and name in REFUSED_OPTIMIZERS:
             raise UserError(f"{setting} cannot be {name!r}: {REFUSED_OPTIMIZERS[name]}")
         if name not in PLUG_INS[kind] and not re.fullmatch(REFERENCE_PATTERN, name):
-            raise unknown_name(setting, name, PLUG_INS[kind])
+            raise unknown_name(setting, name, [*PLUG_INS[kind], f"{OWN_CODE}name"])
     return names
 
 

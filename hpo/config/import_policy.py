@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.config.callables import name_callables
+from hpo.config.study_file import find_study_file
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.train.imports import ImportAllowlist, not_allowed
@@ -49,6 +51,17 @@ def allowed_for(spec: StudySpec, allowed: ImportAllowlist) -> ImportAllowlist:
     return allowed if names else ImportAllowlist(path=allowed.path)
 
 
+def code_digests(spec: StudySpec, allowed: ImportAllowlist) -> dict[str, str]:
+    """Return a digest of each file of users' own code that a study names or that is imported there; import nothing."""
+    modules = dict.fromkeys(name.partition(":")[0] for name in spec.names_of_code())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for module in modules
+        if (folder := allowed.folder_of(module)) is not None
+        for path in allowed.files_of(module)
+    }
+
+
 def load_own_spec(study: GivenStudy, *, folder: str | Path | None) -> tuple[StudySpec, ImportAllowlist]:
     """Return a study's spec and what its author allows: the code that it names, looked for in a folder.
 
@@ -61,8 +74,8 @@ def load_own_spec(study: GivenStudy, *, folder: str | Path | None) -> tuple[Stud
         objects, folders = named.objects, named.folders
         study = StudySpec.from_dict(named.settings)
     elif not isinstance(study, StudySpec):
-        folder = folder or Path(study).parent
-        study = StudySpec.from_toml(study)
+        path = find_study_file(study)
+        folder, study = folder or path.parent, StudySpec.from_toml(path)
     folder = str(Path(folder or sys.path[0] or os.getcwd()).resolve())
-    path = dict.fromkeys([folder, *folders, os.getcwd()])
-    return study, ImportAllowlist(names=tuple(study.names_of_code()), path=tuple(path), objects=objects)
+    searched = dict.fromkeys([folder, *folders, os.getcwd()])
+    return study, ImportAllowlist(names=tuple(study.names_of_code()), path=tuple(searched), objects=objects)

@@ -9,12 +9,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import UserError
+from hpo.errors import UserError, did_you_mean
 from hpo.system.files import read_text
 from hpo.system.readable import one_line
 from hpo.train.config import is_weights_file
 
 MAX_DEPTH = 64  # of tables and lists within each other
+PACKAGE = Path(__file__).parents[1]
+
+
+def examples_folder() -> Path:
+    """Return the folder of the studies that come with hpo: in the package, or in the repository beside it."""
+    packaged = PACKAGE / "examples"  # by force-include of pyproject.toml
+    return packaged if packaged.is_dir() else PACKAGE.parent / "studies"
+
+
+def find_study_file(name: str | Path) -> Path:
+    """Return the study file that `name` means: the file itself, or of a plain NAME, NAME.toml here or among ours."""
+    path = Path(name)
+    if path.is_file() or path.suffix or path.name != str(name):
+        return path
+    found = (folder / f"{name}.toml" for folder in (Path(), examples_folder()))
+    return next((path for path in found if path.is_file()), path)
 
 
 def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -22,7 +38,8 @@ def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
     try:
         settings = tomllib.loads(read_text(path))
     except OSError as error:
-        raise UserError(f"the study file {path} cannot be read: {error.strerror or error}") from None
+        ours = did_you_mean(Path(path).stem, [file.stem for file in examples_folder().glob("*.toml")])
+        raise UserError(f"the study file {path} cannot be read: {error.strerror or error}{ours}") from None
     except ValueError as error:  # no TOML, no UTF-8, or an integer of thousands of digits
         raise UserError(f"the study file {path} is not valid TOML: {error}") from None
     except RecursionError:

@@ -110,7 +110,7 @@ class StudySpec(Section):
         """Read a study file with its `[[compare]]`.
 
         Args:
-            path: The study file.
+            path: The study file, or the name of one that comes with hpo, such as "quickstart".
             overrides: Settings in place of the file's: `section.key=value` with the value written as in TOML.
 
         Returns:
@@ -119,6 +119,7 @@ class StudySpec(Section):
         Raises:
             UserError: The file cannot be read, or a setting is wrong.
         """
+        path = study_file.find_study_file(path)
         settings = study_file.expand_compare(study_file.read(path, overrides=overrides), source=str(path))
         sources = [str(path), *(f"{path}, [[compare]] for {one['name']}" for one in settings[1:])]
         anchored = [study_file.anchor_weights(one, folder=Path(path).parent) for one in settings]
@@ -237,7 +238,7 @@ class StudySpec(Section):
         if "grid" not in (self.search.sampler, other.search.sampler):
             neutral |= BUDGET_KEYS
         return [
-            f"{key}: {stored.get(key)!r} in the study, {given.get(key)!r} here"
+            f"{key}: {_difference_side(stored, key)} in the study, {_difference_side(given, key)} here"
             for key in sorted(stored.keys() | given.keys())
             if not _are_same(stored.get(key), given.get(key))
             and key not in neutral
@@ -257,6 +258,7 @@ class StudySpec(Section):
             if not isinstance(given, dict):
                 continue
             names = {field.name for field in dataclasses.fields(config)} - {"options"}
+            checks.check_no_none(section, given, names)
             extra = {key: value for key, value in given.items() if key not in names}
             if section == "model" or (section == "data" and ":" in str(given.get("name", ""))):
                 fields = {key: value for key, value in given.items() if key in names}
@@ -266,6 +268,7 @@ class StudySpec(Section):
         for section, spec in SECTIONS.items():
             if isinstance(settings.get(section), dict):
                 check_keys(section, settings[section], spec.model_fields)
+                checks.check_no_none(section, settings[section], spec.model_fields.keys())
         return settings
 
     @model_validator(mode="after")
@@ -326,6 +329,10 @@ def single_trial_spec(
     space = {key: [value] for key, value in points.items()} | {"seed": [seed]}
     settings["search"] = {"sampler": "grid", "seed": spec.search.seed, "space": space}
     return StudySpec.from_dict(settings)
+
+
+def _difference_side(settings: Mapping[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "not set"
 
 
 def _are_same(stored: Any, given: Any) -> bool:

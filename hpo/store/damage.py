@@ -39,7 +39,7 @@ from hpo.store.schema import (
     trial_values,
     workers_table,
 )
-from hpo.study.records import KINDS, SEARCH_END, STATES, WIDENED
+from hpo.study.records import CODE, KINDS, SEARCH_END, STATES, WIDENED
 
 LARGEST = sys.float_info.max  # no integer may be larger than every float, either
 MAX_SHOWN = 60  # characters of a damaged value
@@ -98,6 +98,8 @@ def _is_metadata(value: Any) -> bool:
     widened = found.get(WIDENED, [])
     if not isinstance(widened, list) or not all(_is_widening(one) for one in widened):
         return False
+    if not isinstance(found.get(CODE, {}), dict):
+        return False
     ramps = found.get("range_test", [])
     return isinstance(ramps, list) and all(isinstance(ramp, dict) and ramp.keys() >= RAMP_KEYS for ramp in ramps)
 
@@ -144,7 +146,7 @@ STRICTER: dict[sa.Column[Any], ColumnRule] = {
     meta_table.c.value: ColumnRule("the digits of a number", lambda value: _is_text(value) and value.isdecimal()),
     studies_table.c.spec: ColumnRule("a JSON object", lambda value: _object_of(value) is not None),
     studies_table.c.metadata: ColumnRule(
-        "a JSON object of whole numbers num_..., texts, widenings and range tests", _is_metadata
+        "a JSON object of whole numbers num_..., texts, widenings, range tests and digests of code", _is_metadata
     ),
     studies_table.c.stop: _one_of("requested", "failure"),
     slots_table.c.kind: _one_of(*KINDS),

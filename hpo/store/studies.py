@@ -26,10 +26,11 @@ from hpo.store.schema import delete_rows_of, optuna_studies, optuna_trials, slot
 from hpo.store.searches import give_budget
 from hpo.store.slots import FRESH, add_slots, lock_study, new_slot, num_slots, slot_states
 from hpo.study import stages
-from hpo.study.records import StudyRecord
+from hpo.study.records import CODE, StudyRecord
 
 SHARED_PREFIX = "hpo: "  # begins the names of Optuna's study attributes that are ours
-DESCRIPTIONS = ("images", "weights")  # metadata that changes no result: a note may be added to a folder of images
+# Metadata that may change: a note may be added to a folder of images, and of code that has changed people are told.
+DESCRIPTIONS = ("images", "weights", CODE)
 MAX_DIFFERENCES = 8  # that are named where a spec does not fit a study
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 STATES = ("waiting", "running", "complete", "pruned", "diverged", "failed")
 KINDS = ("search", "confirm", "test")
 SEARCH_END = "search_end"  # the metadata with the reason of `StudyRecord.search_end`
+CODE = "code"  # the metadata with digests of users' own code, by file
 WIDENED = "widened"  # the metadata with `StudyRecord.widenings`
 ENDED = ("complete", "pruned", "diverged", "failed")  # the states that a trial does not leave
 

@@ -15,13 +15,14 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import UserError, unknown_name
+from hpo.errors import OWN_CODE, UserError, did_you_mean, unknown_name
 
 CALLER = "__main__"  # the module in whose name a study has what only the process that created it can call
 
@@ -73,6 +74,22 @@ class ImportAllowlist:
         location = Path(locations[0]).resolve()
         folder = (location.parent if location.name == "__init__.py" else location).parent
         return None if _is_installed(folder) else folder
+
+    def files_of(self, module: str) -> list[Path]:
+        """Return the file of a module and those beside it that it imports, directly or not; import nothing.
+
+        The list is empty where the module is installed, or found nowhere.
+        """
+        folder = self.folder_of(module)
+        if folder is None:
+            return []
+        finder = ModuleFinder(path=[str(folder)])
+        with suppress(Exception):  # of code that cannot be read: what was found before it counts
+            finder.import_hook(module)
+        files = [
+            getattr(one, "__file__", None) for one in finder.modules.values()
+        ]  # None: a folder without __init__.py
+        return sorted(Path(file) for file in files if file)
 
     @contextmanager
     def importable(self) -> Iterator[None]:
@@ -195,7 +212,9 @@ def import_object(path: str, *, setting: str) -> Callable[..., Any]:
             module cannot be imported, or has no such function or class. The message names `setting`.
     """
     if not is_import_path(path):
-        raise UserError(f"{setting} must have the form 'package.module:name', got {path!r}")
+        raise UserError(
+            f"{setting} must have the form 'package.module:name', got {path!r}{did_you_mean(path, [OWN_CODE])}"
+        )
     module_name, _, attribute = path.partition(":")
     allowed = next((allowlist for allowlist in _open_lists if allowlist.allows(path)), None)
     if allowed is None:

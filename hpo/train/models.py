@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -83,7 +84,22 @@ def _untrained_model(config: ModelConfig, *, channels: int, num_classes: int, im
         with generators_kept():
             factory = import_object(config.name, setting="model.name")
         return _call(factory, config, shape)
-    raise unknown_name("model.name", config.name, [*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"])
+    raise unknown_name(
+        "model.name",
+        config.name,
+        [*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"],
+        unlisted=[f"{library}{name}" for library, names in _library_models().items() for name in names],
+    )
+
+
+def _library_models() -> dict[str, list[str]]:
+    """Return the names of the classifiers of torchvision and, where it is installed, of timm."""
+    from torchvision import models
+
+    names = {TORCHVISION: models.list_models(module=models)}
+    with suppress(UserError):
+        names[TIMM] = import_timm("model.name").list_models()
+    return names
 
 
 def fit_memory_format(model: nn.Module, images_BCHW: Tensor) -> nn.Module:

@@ -40,6 +40,34 @@ def test_a_study_gets_the_same_answer_from_every_executor_of_this_machine(make_s
     assert answers == [({"lr": 0.2}, [("complete", 0.1), ("complete", 0.2)])] * 2
 
 
+def test_a_study_begins_anew_once_the_mended_code_is_checked(
+    make_spec: MakeSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, text in (("loop", f"import values\n{LOOP}"), ("values", "FACTOR = 1"), ("other", "")):
+        (tmp_path / f"{name}.py").write_text(text)
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+
+    def run(*, fresh: bool = False) -> list[float | None]:
+        caplog.clear()
+        executor, spec = InProcess("cpu"), make_spec(0.1, 0.2)
+        result = running.run(spec, executor=executor, storage=storage, code_folder=tmp_path, fresh=fresh)
+        return [trial.value for trial in result.trials]
+
+    assert run(fresh=True) == run() == [0.1, 0.2]
+    (tmp_path / "other.py").write_text("# another study's")
+    assert (run(), caplog.messages) == ([0.1, 0.2], [])
+    (tmp_path / "values.py").write_text("FACTOR = (")
+    with pytest.raises(UserError, match="cannot be imported"):
+        run(fresh=True)
+    assert run() == [0.1, 0.2], "nothing was deleted"
+    (tmp_path / "values.py").write_text("FACTOR = 2")
+    (tmp_path / "loop.py").write_text("import values\n" + LOOP.replace('["lr"]', '["lr"] * values.FACTOR'))
+    assert run() == [0.1, 0.2]
+    (message,) = caplog.messages
+    assert message.startswith("loop.py and values.py have changed since study s began; ")
+    assert (run(fresh=True), caplog.messages) == ([0.2, 0.4], [])
+
+
 def test_the_short_forms_of_an_executor_are_read() -> None:
     assert choose_executor(None, devices=None, workers=None, in_process=False) == Local()
     assert choose_executor(None, devices="cpu", workers=2, in_process=False) == Local("cpu", workers=2)

@@ -223,6 +223,12 @@ def test_doctor_says_what_is_here(hpo: Hpo, ran: Result) -> None:
 REQUESTS = {
     # arguments: the parts of the one message
     ("run", "absent.toml"): ["absent.toml cannot be read"],
+    ("run", "quickstrt"): ["quickstrt cannot be read", "did you mean 'quickstart'"],
+    ("run", "tiny.toml", "--fresh"): ["hpo run --fresh needs --yes where nobody can be asked"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=resnet18"): ["did you mean 'torchvision:resnet18'"],
+    ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets.lazy"): ["did you mean 'nets:lazy'"],
+    ("init", "tiny"): ["tiny.toml exists, and hpo init writes over nothing"],
+    ("init", "--loop", "--data"): ["leave out --model and --data"],
     ("run", "tiny.toml", "--set", "training.epochs=0"): ["training.epochs must be at least 1, got 0", "tiny.toml"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nonsense"): [
         "model.name must be one of",
@@ -325,6 +331,7 @@ def test_the_commands_are_those_of_the_contract() -> None:
         "delete",
         "doctor",
         "export",
+        "init",
         "list",
         "range-test",
         "report",

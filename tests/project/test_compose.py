@@ -83,7 +83,7 @@ def test_passwords_are_in_files_that_git_and_the_build_leave_out() -> None:
     copied = {word for line in re.findall(r"^COPY (.+)", DOCKERFILE, re.M) for word in line.split()[:-1]}
     assert rules[0] == "*"
     assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
-    assert copied == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "hpo"}
+    assert copied == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "hpo", "studies"}
 
 
 def test_workers_have_the_time_to_save_their_trials_and_differ_in_the_gpu_alone() -> None:

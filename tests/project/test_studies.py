@@ -36,7 +36,9 @@ def tiny(path: Path) -> StudySpec:
     if "objective" in settings:
         return StudySpec.from_dict(settings | {"search": {**settings["search"], "trials": 2}})
     for section, values in TINY.items():
-        settings[section] = {**settings.get(section, {}), **values}
+        given = settings.get(section, {})
+        own_name = {"name": given["name"]} if section == "data" and ":" in given.get("name", "") else {}
+        settings[section] = {**given, **values, **own_name}
     if settings.get("model", {}).get("name") == "article_cnn":
         settings["model"]["width"] = 0.05
     if settings["search"]["sampler"] == "grid":

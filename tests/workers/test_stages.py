@@ -197,7 +197,7 @@ def test_it_can_be_added_to_a_finished_study_and_not_changed(store: Store, make_
     assert store.trials.num_left(study) == 2
     with pytest.raises(UserError, match=r"confirm\.seeds: 2 in the study, 3 here"):
         begin(store, make_spec(0.1, 0.2, confirm={"top": 1, "seeds": 3}))
-    with pytest.raises(UserError, match=r"confirm\.top: 1 in the study, None here"):
+    with pytest.raises(UserError, match=r"confirm\.top: 1 in the study, not set here"):
         begin(store, make_spec(0.1, 0.2))
 
 

@@ -30,6 +30,12 @@ from hpo.train.imports import call_factory, code_path, describe_error, import_ob
 from hpo.train.seeding import generators_kept
 
 DOWNLOAD_TIMEOUT_S = 10.0  # of silence; torchvision would wait for the operating system's minutes
+TORCHVISION_FOLDERS = {  # where torchvision has the files of a data set, below its root
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "mnist": "MNIST/raw",
+    "fashion_mnist": "FashionMNIST/raw",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,10 +274,10 @@ def _user_images(part: Any, name: str) -> LabeledImages:
 
 
 DATASETS: dict[str, Callable[[DataConfig], OpenedDataset]] = {
-    "cifar10": _torchvision_loader("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": _torchvision_loader("CIFAR100", "cifar-100-python"),
-    "mnist": _torchvision_loader("MNIST", "MNIST/raw"),
-    "fashion_mnist": _torchvision_loader("FashionMNIST", "FashionMNIST/raw"),
+    "cifar10": _torchvision_loader("CIFAR10", TORCHVISION_FOLDERS["cifar10"]),
+    "cifar100": _torchvision_loader("CIFAR100", TORCHVISION_FOLDERS["cifar100"]),
+    "mnist": _torchvision_loader("MNIST", TORCHVISION_FOLDERS["mnist"]),
+    "fashion_mnist": _torchvision_loader("FashionMNIST", TORCHVISION_FOLDERS["fashion_mnist"]),
     "digits": _digits,
     "image_folder": _image_folder,
 }
