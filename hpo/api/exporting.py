@@ -16,7 +16,7 @@ from hpo.api.reading import answer_of
 from hpo.api.stores import open_study
 from hpo.config.study_spec import single_trial_spec
 from hpo.errors import UserError
-from hpo.report.publisher import publish_report
+from hpo.reports.publisher import publish_report
 from hpo.search.proposals import check_values
 from hpo.store.retry import STORE_ERRORS
 from hpo.study.records import TrialRecord
@@ -99,8 +99,8 @@ def write_report(
     Raises:
         UserError: There is no such study, form or figure, or `output` is a file that is no earlier report.
     """
-    from hpo.report import output_file, study_report
-    from hpo.report import render as report
+    from hpo.reports import output_file, study_report
+    from hpo.reports import render as report
 
     path = Path(output or f"{name}.{form or 'html'}")
     if path.suffix[1:] not in report.FORMATS and form is None:

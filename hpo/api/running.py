@@ -21,7 +21,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.config.widening import adopt_widened_ranges, parse_widening, widened_spec
 from hpo.errors import StudyStopped, UserError
 from hpo.lr_range import resolve as ranges
-from hpo.report.publisher import Publisher
+from hpo.reports.publisher import Publisher
 from hpo.store.database import Unreachable
 from hpo.store.retry import OUTAGE_S, STORE_ERRORS
 from hpo.store.store import Store

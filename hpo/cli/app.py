@@ -134,9 +134,9 @@ def run_command(
     hpo run studies/tpe.toml --on auto --resource num_cpus=4 --detach
     """
     from hpo.api import reading, running
-    from hpo.cli.display import print_comparison
     from hpo.config.study_file import find_study_file
     from hpo.config.study_spec import StudySpec
+    from hpo.display.terminal import print_comparison
 
     specs = StudySpec.all_from_toml(spec, overrides=overrides)
     folder = str(find_study_file(spec).resolve().parent)
@@ -231,8 +231,8 @@ def _serve_until_interrupted(
     study: str | None, *, executor: Local, allow: Sequence[str], storage: str | None
 ) -> NoReturn:
     from hpo.api import running
-    from hpo.cli.console import make_console
-    from hpo.cli.display import LiveDisplay
+    from hpo.display.console import make_console
+    from hpo.display.terminal import LiveDisplay
 
     console = make_console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it waits; workers that train are drained
@@ -311,8 +311,8 @@ def _train_and_print_answer(
         again: The command line that resumes the study, without --storage.
     """
     from hpo.api import stores
-    from hpo.cli.console import make_console
-    from hpo.cli.display import LiveDisplay, print_answer
+    from hpo.display.console import make_console
+    from hpo.display.terminal import LiveDisplay, print_answer
 
     suffix = f" --storage {shlex.quote(storage)}" if storage else ""
     console = make_console()
@@ -376,12 +376,12 @@ def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None
     hpo range-test studies/optimizers.toml --output ramps.html
     """
     from hpo.analysis.text import params_text
-    from hpo.cli.console import make_progress
     from hpo.config.study_file import find_study_file
     from hpo.config.study_spec import StudySpec
+    from hpo.display.console import make_progress
     from hpo.lr_range import resolve as ranges
     from hpo.lr_range import text
-    from hpo.report import ramp_page
+    from hpo.reports import ramp_page
 
     if output is not None:
         ramp_page.check_ramp_output(output)

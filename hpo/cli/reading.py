@@ -19,7 +19,7 @@ def list_command(as_json: bool, storage: str | None) -> None:
     hpo list --json
     """
     from hpo.api import reading
-    from hpo.cli.console import print_table
+    from hpo.display.console import print_table
     from hpo.study.records import STATES
 
     found = reading.studies(storage=storage)
@@ -54,7 +54,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     """
     from hpo.analysis.text import cell_text, params_text, peak_text
     from hpo.api import reading
-    from hpo.cli.console import print_table
+    from hpo.display.console import print_table
     from hpo.study.records import STATES
 
     found = reading.status(study, storage=storage)
@@ -110,7 +110,7 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     """
     from hpo.analysis.text import cell_text, params_text
     from hpo.api import reading
-    from hpo.cli.console import print_table
+    from hpo.display.console import print_table
 
     found = reading.trials(study, storage=storage)
     if as_json:
@@ -174,7 +174,7 @@ def compare_command(studies: tuple[str, ...], as_json: bool, storage: str | None
     hpo compare mnist-adam mnist-sgd
     """
     from hpo.api import reading
-    from hpo.cli.display import print_comparison
+    from hpo.display.terminal import print_comparison
 
     found = reading.compare(studies, storage=storage)
     if as_json:

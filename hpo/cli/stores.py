@@ -23,7 +23,7 @@ def copy_command(study: str, to: str, storage: str | None) -> None:
     hpo copy quickstart --to postgresql+psycopg://hpo@database/hpo
     """
     from hpo.api import stores
-    from hpo.cli.console import make_progress
+    from hpo.display.console import make_progress
 
     with make_progress() as progress:
         task = progress.add_task("copying trials", total=None)

@@ -1,6 +1,6 @@
 """What the commands write: every text as it is, with control characters as escapes, whatever a store holds.
 
-No other module of the command line prints; what rich draws goes through `hpo.cli.console`. `click.echo` would write
+No other module of the command line prints; what rich draws goes through `hpo.display.console`. `click.echo` would write
 UTF-8 to a terminal that asks for ASCII.
 """
 

@@ -292,7 +292,7 @@ class StudyController:
             ray.kill(ray.get_runtime_context().current_actor)
 
     def _supervise(self) -> None:
-        from hpo.report.publisher import Publisher
+        from hpo.reports.publisher import Publisher
         from hpo.store.retry import OUTAGE_S
         from hpo.store.store import Store
         from hpo.workers.supervisor import supervise

@@ -14,8 +14,8 @@ from rich.terminal_theme import MONOKAI
 
 from hpo.analysis.answer import find_best
 from hpo.api.stores import storage_url
-from hpo.cli.console import PlainConsole
-from hpo.cli.display import heading, print_answer
+from hpo.display.console import PlainConsole
+from hpo.display.terminal import heading, print_answer
 from hpo.store.store import Store
 
 

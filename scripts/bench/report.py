@@ -22,8 +22,8 @@ from typing import Any
 
 from hpo.analysis import answer as analysis
 from hpo.config.study_spec import StudySpec
-from hpo.report import render as report
-from hpo.report import study_report
+from hpo.reports import render as report
+from hpo.reports import study_report
 from hpo.study.records import Attempt, StudyRecord, TrialRecord
 
 TOPS = {"adam": -3.0, "sgd": -1.2, "rmsprop": -3.4}  # log10 of the best learning rate

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from hpo.api import reading, running
-from hpo.cli.console import make_console
-from hpo.cli.display import LiveDisplay
 from hpo.config.study_spec import StudySpec
+from hpo.display.console import make_console
+from hpo.display.terminal import LiveDisplay
 from hpo.errors import StudyStopped, UserError
 from hpo.objective import Trial
 from hpo.store.schema import slots_table, studies_table

@@ -16,10 +16,10 @@ from hypothesis import example, given, settings
 
 import hpo
 from hpo.analysis.answer import find_best
-from hpo.cli.console import PlainConsole
-from hpo.cli.display import LiveDisplay, print_answer
-from hpo.report.render import render_report
-from hpo.report.study_report import make_report
+from hpo.display.console import PlainConsole
+from hpo.display.terminal import LiveDisplay, print_answer
+from hpo.reports.render import render_report
+from hpo.reports.study_report import make_report
 from hpo.store.ledger import storable_text
 from hpo.system.readable import one_line
 from tests.cli.texts import TRAPS, TURNS, Texts, texts

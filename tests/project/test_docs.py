@@ -15,8 +15,8 @@ from hpo.config.schema import study_schema
 from hpo.config.sections import CheckpointsSpec, ConfirmSpec, EngineSpec, ObjectiveSpec
 from hpo.config.study_file import expand_compare
 from hpo.config.study_spec import StudySpec
-from hpo.report.figures.table import FIGURES
-from hpo.report.render import FORMATS
+from hpo.reports.figures.table import FIGURES
+from hpo.reports.render import FORMATS
 from hpo.search.config import PrunerSpec, SearchSpec
 from hpo.search.pruners import PRUNERS
 from hpo.search.samplers import SAMPLERS

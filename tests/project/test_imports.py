@@ -41,7 +41,7 @@ LOADED = f"\nimport sys; print(sorted({{name.partition('.')[0] for name in sys.m
         ("import hpo.train.engines.plain", ["torch"]),
         ("import hpo.train.optim", []),
         pytest.param(PREFLIGHT, ["optuna", "pydantic", "sqlalchemy"], id="preflight"),
-        ("import hpo.report.publisher", ["optuna", "pydantic", "sqlalchemy"]),
+        ("import hpo.reports.publisher", ["optuna", "pydantic", "sqlalchemy"]),
     ],
 )
 def test_a_module_loads_only_what_it_needs(statement: str, expected: list[str]) -> None:

@@ -18,7 +18,7 @@ from hpo.analysis.text import budget_text, growth_text
 from hpo.api import reading, running
 from hpo.cli.app import main
 from hpo.config.study_spec import StudySpec
-from hpo.report.study_report import StudyReport
+from hpo.reports.study_report import StudyReport
 from hpo.store import schema
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord

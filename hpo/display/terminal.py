@@ -1,0 +1,423 @@
+"""The display of a study: live on a terminal, as plain log lines elsewhere, and its answer as a table."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hpo.analysis.answer import Best
+from hpo.analysis.answer_text import answer_lines, source_text
+from hpo.analysis.comparison import ComparedStudy, Comparison, changed_settings
+from hpo.analysis.peak import find_peak
+from hpo.analysis.range_text import range_test_lines
+from hpo.analysis.text import (
+    cell_text,
+    growth_text,
+    images_text,
+    interval_text,
+    marked_text,
+    number_text,
+    params_text,
+    peak_text,
+    rate_text,
+    search_end_text,
+    study_text,
+    value_text,
+    weights_text,
+)
+from hpo.analysis.trials import best_trial, race_progress, search_trials
+from hpo.display.console import PlainConsole, make_console, make_table, print_table, styled
+from hpo.store.store import Store
+from hpo.study.records import ENDED, StudyRecord, TrialRecord
+from hpo.study.stages import latest
+from hpo.system.readable import one_line
+
+REFRESH_S = 0.5  # at least; longer if it takes long to read the study
+MAX_ROWS = 60  # of the final table
+BAR_WIDTH = 24
+MAX_MIN_WIDTH = 24  # of a column of values: up to this, the values are not broken over lines
+STRIP_WIDTH = 31
+
+STYLES = {
+    "complete": "green",
+    "pruned": "yellow",
+    "diverged": "magenta",
+    "failed": "red",
+    "running": "cyan",
+    "waiting": "dim",
+}
+
+
+class ProgressHandler(logging.Handler):
+    """Passes on what the reading of images says of its progress in this process, from `show` to `close`."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._say = say
+        self._logger = logging.getLogger("hpo.train.data.progress")
+
+    def show(self) -> None:
+        """Begin to pass messages on."""
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a message on."""
+        self._say(record.getMessage())
+
+    def close(self) -> None:
+        """Pass nothing on any more."""
+        self._logger.removeHandler(self)
+        super().close()
+
+
+class LiveDisplay:
+    """The display of a study while it trains.
+
+    A context manager: on a terminal it takes the lower lines of the screen until it is left. Call `update` often: it
+    reads the store only as often as is reasonable.
+    """
+
+    def __init__(self, console: PlainConsole) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._store: Store | None = None
+        self._study: StudyRecord | None = None
+        self._next_read = 0.0
+        self._reported: dict[int, tuple[str, int]] = {}
+        self._progress = ProgressHandler(self._say)
+        self._announced: set[str] = set()  # stages, values that the workers share, the end of the search
+        self._num_trials = 0
+
+    @property
+    def has_watched(self) -> bool:
+        """Whether a study was watched; one that is answered from the store is not."""
+        return self._study is not None
+
+    def __enter__(self) -> LiveDisplay:
+        if self._live is not None:
+            self._live.start()
+            self._live.update(styled(("checking devices, data and network ...", "dim")), refresh=True)
+        self._progress.show()
+        return self
+
+    def _say(self, text: str) -> None:
+        """Show how far the check of the study has come."""
+        if self._live is not None:
+            self._live.update(styled((text, "dim")), refresh=True)
+        else:
+            self._console.print(text)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+        self._next_read = 0.0  # to show what has ended since the last update
+        try:
+            if self._store is not None:
+                with suppress(KeyError):  # Optuna's, where the study was deleted
+                    self.update(self._store)
+        finally:
+            if self._live is not None:
+                self._live.stop()
+
+    def watch(self, store: Store, study: StudyRecord) -> Any:
+        """Begin to show this study, and return the function to call while workers run."""
+        self._progress.close()
+        self._store, self._study = store, study
+        self._console.print(heading(study))
+        for found in (images_text(study), weights_text(study)):
+            if found is not None:
+                self._console.print(found, soft_wrap=True)
+        for line in range_test_lines(study):
+            self._console.print(line, soft_wrap=True)
+        trials = store.trials.get_all(study)
+        done, total, unit = _amount_done(study, trials)
+        if done:
+            self._console.print(f"going on: {done} of {total} {unit} are done already")
+        self._num_trials = len(trials)
+        self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
+        self._announced |= {
+            key for key, members in _stages(trials).items() if all(trial.state in ENDED for trial in members)
+        }
+        return self.update
+
+    def update(self, store: Store) -> None:
+        """Show what has changed in the store, if the last update is long enough ago."""
+        self._store = store
+        if time.monotonic() < self._next_read or self._study is None:
+            return
+        began = time.monotonic()
+        for key, shared in store.studies.shared_values(self._study).items():
+            if key not in self._announced:
+                self._announced.add(key)
+                self._console.print(shared["reason"], soft_wrap=True)
+        trials = store.trials.get_all(self._study)
+        self._announce_bounds(store, self._study, trials)
+        for key, members in _stages(trials).items():
+            if key not in self._announced:
+                self._announced.add(key)
+                self._console.print(_stage_line(members), soft_wrap=True)
+        for trial in trials:
+            if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
+                self._console.print(_ended_line(self._study, trial))
+            elif self._live is None and self._has_new_epoch(trial):
+                self._console.print(_epoch_line(self._study, trial))
+            self._reported[trial.number] = (trial.state, len(trial.epochs))
+        if self._live is not None:
+            self._live.update(_live_view(self._study, trials), refresh=True)
+        ended = time.monotonic()
+        self._next_read = ended + max(REFRESH_S, 10 * (ended - began))
+
+    def _announce_bounds(self, store: Store, study: StudyRecord, trials: Sequence[TrialRecord]) -> None:
+        """Say that the search ended before it had all of its trials, or that its range grew: their number changes."""
+        if trials and len(trials) != self._num_trials:
+            study = store.studies.get(study.name)
+            for text in filter(None, (growth_text(study), search_end_text(study, trials))):
+                if text not in self._announced:
+                    self._announced.add(text)
+                    self._console.print(text, soft_wrap=True)
+        self._num_trials = len(trials)
+
+    def _has_new_epoch(self, trial: TrialRecord) -> bool:
+        return bool(
+            trial.state == "running"
+            and trial.kind != "test"  # a test has the epochs of the trial that it measures
+            and trial.epochs
+            and self._reported.get(trial.number) != ("running", len(trial.epochs))
+        )
+
+
+def heading(study: StudyRecord) -> Text:
+    """Return one line that says what is searched, and on which data."""
+    return styled((f"study {study.name}", "bold"), f": {study_text(study)}")
+
+
+def print_answer(
+    console: PlainConsole,
+    study: StudyRecord,
+    trials: Sequence[TrialRecord],
+    found: Best,
+    *,
+    storage: str,
+    is_trained: bool,
+    verbose: bool,
+    next_steps: Sequence[str],
+) -> None:
+    """Print the table of learning rates and values, the answer, and what to type next.
+
+    Args:
+        console: Where to print.
+        study: The study.
+        trials: All of its trials.
+        found: Its answer.
+        storage: The URL of the store, as people may see it.
+        is_trained: Whether the study was trained just now.
+        verbose: Whether to show the details of the answer.
+        next_steps: Commands, each with what it does.
+    """
+    searched = search_trials(trials)
+    console.print(_trials_table(study, searched, found, width=console.width))
+    num_marked = sum(found.is_recommended(trial.params) for trial in searched)
+    console.print(f"  {marked_text(found.recommended, num_marked)}", style="dim", soft_wrap=True)
+    console.print()
+    source = source_text(study, trials, storage=storage, is_trained=is_trained)
+    headline, *lines = answer_lines(study, found, source=source, verbose=verbose)
+    console.print(headline, style="bold", soft_wrap=True)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    for step in next_steps:
+        console.print(step, style="dim", soft_wrap=True)
+
+
+def print_comparison(found: Comparison) -> None:
+    """Print studies side by side, each with its interval on a common scale, then the conclusions and caveats."""
+    ends = [
+        end for study in found.studies if study.interval for end in (*study.interval, study.lr or study.interval[0])
+    ]
+    low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
+    rows = [
+        [
+            study.label,
+            "" if study is found.studies[0] else params_text(changed_settings(found.studies[0], study)),
+            cell_text(study.lr and rate_text(study.lr)),
+            cell_text(study.interval and interval_text(study.interval)),
+            _strip(study, low, high),
+            cell_text(study.plateau and interval_text(study.plateau)),
+            cell_text(study.divergence_lr and rate_text(study.divergence_lr)),
+            cell_text(study.value),
+        ]
+        for study in found.studies
+    ]
+    columns = ["study", "with", "best rate", "90 % interval", "", "as good", "diverges at", found.studies[0].metric]
+    print_table(columns, rows)
+    console = make_console()
+    for line in found.conclusions:
+        console.print(line, style="bold", soft_wrap=True)
+    for line in found.caveats:
+        console.print(f"warning: {line}", soft_wrap=True)
+
+
+def _strip(study: ComparedStudy, low: float, high: float) -> str:
+    """Draw the interval of a best rate and its middle, on a scale between log10 of two learning rates."""
+    if study.interval is None or study.lr is None:
+        return ""
+
+    def cell(rate: float) -> int:
+        return round((STRIP_WIDTH - 1) * (math.log10(rate) - low) / ((high - low) or 1.0))
+
+    first, best, last = cell(study.interval[0]), cell(study.lr), cell(study.interval[1])
+    cells = ["━" if first <= index <= last else "·" for index in range(STRIP_WIDTH)]
+    cells[best] = "●"
+    return "".join(cells)
+
+
+def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best, *, width: int) -> Table:
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    rows = sorted(trials, key=lambda trial: tuple(_sort_key(trial.params.get(key)) for key in keys))
+    if len(rows) > MAX_ROWS:
+        sign = -1 if study.spec.direction == "minimize" else 1
+        rows = sorted(rows, key=lambda trial: -math.inf if trial.value is None else sign * trial.value, reverse=True)
+        rows = sorted(rows, key=lambda trial: not found.is_recommended(trial.params))[:MAX_ROWS]
+    has_bars = width >= 60 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen the numbers come first
+    values = [trial.value for trial in rows if trial.value is not None]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    table = make_table(title=f"{len(rows)} of {len(trials)} trials" if len(rows) < len(trials) else None)
+    table.add_column("", no_wrap=True)
+    for key in keys:
+        longest = max(len(one_line(number_text(trial.params.get(key, "")))) for trial in rows)
+        title = "learning rate" if key == "lr" else key
+        table.add_column(title, justify="right", overflow="fold", min_width=min(longest, MAX_MIN_WIDTH))
+    table.add_column(study.spec.metric, justify="right", overflow="fold", min_width=6)
+    if has_bars:
+        table.add_column("", width=BAR_WIDTH)
+    table.add_column("state", overflow="fold")
+    table.add_column("epochs", justify="right", no_wrap=True)
+    table.add_column("trial", justify="right", no_wrap=True)
+    for trial in rows:
+        style = STYLES[trial.state]
+        share = (trial.value - low) / (high - low or 1) if trial.value is not None else None
+        if share is not None and study.spec.direction == "minimize":
+            share = 1 - share
+        bar = (
+            ProgressBar(total=1, completed=max(0.02, share), width=BAR_WIDTH, complete_style=style)
+            if share is not None
+            else ""
+        )
+        table.add_row(
+            "►" if found.is_recommended(trial.params) else "",
+            *(number_text(trial.params[key]) if key in trial.params else "" for key in keys),
+            "" if trial.value is None else value_text(trial.value, study),
+            *([bar] if has_bars else []),
+            styled(
+                (trial.state if trial.state in ("complete", "waiting") else f"{trial.state}: {trial.reason}", style)
+            ),
+            str(len(trial.epochs)),
+            str(trial.number),
+            style="bold" if found.is_recommended(trial.params) else "",
+        )
+    return table
+
+
+def _live_view(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableType:
+    """Return the live part: a bar for the study, a line for each running trial, the best trial so far."""
+    done, total, unit = _amount_done(study, trials)
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(f"{done}/{total} {unit}", ProgressBar(total=total, completed=done, width=40), _counts(trials))
+    running = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("trial", "values", "device", "epoch", "train loss", study.spec.metric, "time left"):
+        running.add_column(column, overflow="fold", justify="left" if column in ("values", "device") else "right")
+    for trial in trials:
+        if trial.state == "running":
+            running.add_row(
+                str(trial.number),
+                params_text(trial.params),
+                str(trial.attributes.get("device", "")),
+                f"{max(trial.epochs, default=0)}/{_epochs(study, trial)}",
+                _last(trial, "train_loss", "{:.4f}"),
+                _last(trial, study.spec.metric, "{:.4f}"),
+                _time_left(study, trial),
+            )
+    parts: list[RenderableType] = [bar, running if running.row_count else styled(("starting workers ...", "dim"))]
+    if (found := best_trial(study, trials)) is not None and found.value is not None:
+        value = f"{study.spec.metric} {value_text(found.value, study)}"
+        parts.append(f"best trial so far: {params_text(found.params)}, {value}, trial {found.number}")
+    where = find_peak(study, trials)
+    if where is not None and where.interval is not None:
+        parts.append(peak_text(where.lr, where.interval))
+    return Group(*parts)
+
+
+def _amount_done(study: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[int, int, str]:
+    """Return how much of a study is done, how much there is to do, and what is counted."""
+    if (epochs := race_progress(study, trials)) is not None:
+        return *epochs, "epochs"
+    return sum(trial.state in ENDED for trial in trials), len(trials), "trials"
+
+
+def _stages(trials: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
+    """Return the trials of the latest confirmation and of the latest test, each by a name of its own."""
+    stages = [[trial for trial in latest(trials) if trial.kind == kind] for kind in ("confirm", "test")]
+    return {f"{members[0].kind} from trial {members[0].number}": members for members in stages if members}
+
+
+def _stage_line(trials: Sequence[TrialRecord]) -> str:
+    """Return the line that announces a stage with these trials."""
+    if trials[0].kind == "test":
+        return f"measuring the test set with the {len(trials)} networks of the best one"
+    rates = list(dict.fromkeys(params_text(trial.params) for trial in trials))
+    return f"the search is done; trained again on fresh seeds: {'; '.join(rates)}"
+
+
+def _ended_line(study: StudyRecord, trial: TrialRecord) -> Text:
+    seconds = "" if trial.duration_s is None else f"{trial.duration_s:.1f} s"
+    value = "" if trial.value is None else f", {study.spec.metric} {value_text(trial.value, study)}"
+    if trial.kind == "test" and trial.state == "complete":
+        value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}').replace('%', ' %')}"
+    return styled(
+        f"trial {trial.number} ",
+        (trial.state, STYLES[trial.state]),
+        f": {params_text(trial.params)}{value}, {trial.reason}, {seconds}",
+    )
+
+
+def _epoch_line(study: StudyRecord, trial: TrialRecord) -> str:
+    left_out = (
+        () if study.spec.objective else ("lr", "seconds", "train_accuracy")
+    )  # our engines' own; a loop's are all shown
+    metrics = "  ".join(f"{name} {_last(trial, name, '{:.4g}')}" for name in trial.curves if name not in left_out)
+    return f"trial {trial.number} epoch {trial.epochs[-1]}: {metrics}"
+
+
+def _counts(trials: Sequence[TrialRecord]) -> Text:
+    counts = {state: sum(trial.state == state for trial in trials) for state in ENDED}
+    return styled(*((f"{count} {state}  ", STYLES[state]) for state, count in counts.items() if count))
+
+
+def _time_left(study: StudyRecord, trial: TrialRecord) -> str:
+    seconds = [value for value in trial.curves.get("seconds", ()) if value is not None]
+    if not seconds:
+        return ""
+    left = (_epochs(study, trial) - len(trial.epochs)) * sum(seconds) / len(seconds)
+    return f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+
+
+def _epochs(study: StudyRecord, trial: TrialRecord) -> int:
+    return int(trial.params.get("epochs", study.spec.training.epochs))
+
+
+def _last(trial: TrialRecord, name: str, form: str) -> str:
+    values = trial.curves.get(name, ())
+    return "" if not values else "not finite" if values[-1] is None else form.format(values[-1])
+
+
+def _sort_key(value: Any) -> tuple[int, Any]:
+    return (2, "") if value is None else (1, value) if isinstance(value, str) else (0, value)
