@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: help setup demo test test-all lint bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-fine-tuning bench-ray bench-scale chaos constraints clean
+.PHONY: help setup demo test test-all lint docs bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-fine-tuning bench-ray bench-scale chaos constraints clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests start hundreds of processes; without its .pyc files each would compile the package again.
@@ -19,7 +19,7 @@ setup: .venv/installed ## install the package and its tools in .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup ## run the study of the README
+demo: setup ## run the first study
 	$(BIN)/hpo run studies/quickstart.toml
 
 test: setup ## run the tests to run while working: every property, in a few minutes
@@ -28,11 +28,16 @@ test: setup ## run the tests to run while working: every property, in a few minu
 test-all: setup ## run all tests: also the slow ones, with clusters, databases and browsers
 	$(PYTEST) --durations=20
 
-lint: setup ## check style, imports and types
+lint: setup ## check style, imports, types and documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/python -m scripts.reference --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: setup ## build the documents as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup ## measure the start, the plain engine and the store
 	$(BIN)/python -m scripts.bench.start

@@ -24,7 +24,13 @@ DATA_FOLDERS = {  # into which torchvision unpacks its data sets, below the root
 
 @dataclass(frozen=True)
 class Finding:
-    """One checked thing; `advice` is empty where there is nothing to do."""
+    """One checked thing.
+
+    Attributes:
+        subject: What was checked.
+        found: What was found.
+        advice: What to do about it; empty if there is nothing to do.
+    """
 
     subject: str
     found: str

@@ -41,21 +41,38 @@ UNBOUNDED = "edge-of-range"  # the warning that an interval may reach further th
 
 @dataclass(frozen=True)
 class ComparedStudy:
-    """A study, or one combination of its listed parameters. Learning rates are None if too little is known."""
+    """A study, or one combination of its listed parameters. Learning rates are None if too little is known.
+
+    Attributes:
+        study: The study.
+        params: The values of the combination.
+        factors: Its settings in which the compared studies are not all alike.
+        lr: Its best learning rate.
+        interval: Holds its best learning rate with 90 % confidence.
+        ratio: Which factors between its best learning rate and the first study's are possible; all hold together with
+            90 % confidence.
+        plateau: The learning rates that do equally well.
+        divergence_lr: The learning rate at which half of the trials diverge.
+        value: The value that is expected at the best learning rate.
+        metric: What the value is.
+        confirmed: The learning rate that won a confirmation, if that was of this combination.
+        num_trials: How many trials count.
+        warnings: The kinds of its warnings.
+    """
 
     study: str
-    params: Mapping[str, Any]  # of the combination
-    factors: Mapping[str, Any]  # its settings in which the compared studies are not all alike
+    params: Mapping[str, Any]
+    factors: Mapping[str, Any]
     lr: float | None
     interval: tuple[float, float] | None
-    ratio: tuple[float, float] | None  # of its best learning rate and the first study's; all hold with CONFIDENCE
+    ratio: tuple[float, float] | None
     plateau: tuple[float, float] | None
     divergence_lr: float | None
-    value: float | None  # expected at the best learning rate
+    value: float | None
     metric: str
-    confirmed: float | None  # the learning rate that won a confirmation, if that was of this combination
+    confirmed: float | None
     num_trials: int
-    warnings: Sequence[str]  # their kinds
+    warnings: Sequence[str]
 
     @property
     def label(self) -> str:
@@ -70,7 +87,13 @@ class ComparedStudy:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Compared studies, all with the first one, and sentences on what follows from them."""
+    """Compared studies, all with the first one, and sentences on what follows from them.
+
+    Attributes:
+        studies: The compared studies, the first one first; one for each combination of listed parameters.
+        conclusions: What can be concluded, a sentence each.
+        caveats: What cannot be concluded, a sentence each.
+    """
 
     studies: Sequence[ComparedStudy]
     conclusions: Sequence[str]

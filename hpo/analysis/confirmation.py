@@ -26,49 +26,72 @@ STANDARD_CONFIDENCE = 0.6827  # the share of a normal distribution within one st
 
 @dataclass(frozen=True)
 class Candidate:
-    """A learning rate that was trained again. `values` has one entry for each seed, None if it did not complete."""
+    """A learning rate that was trained again.
+
+    Attributes:
+        params: Its values.
+        trials: The numbers of its trials, one for each seed.
+        values: The value of each trial; None if it did not complete.
+        mean: The mean value of those that completed.
+        num_diverged: How many seeds diverged.
+    """
 
     params: Mapping[str, Any]
     trials: Sequence[int]
     values: Sequence[float | None]
-    mean: float | None  # of those that completed
+    mean: float | None
     num_diverged: int
 
 
 @dataclass(frozen=True)
 class RunnerUp:
-    """The second best mean against the winner's, by the differences of equal seeds: positive if the winner leads.
+    """The second best mean against the winner's, by the differences of equal seeds.
 
     The winner was chosen as the best of several, so either of the two might have led. The two-sided interval allows for
     that: however many equally good rates are compared, it calls the second worse in at most 5 % of confirmations
     (Gutmann and Maymin, Annals of Statistics 15, 1987; Hung and Fithian, Annals of Statistics 47, 2019). It is wrong
     most often where only two are equal: a third one that comes near makes the lead smaller. It also allows for the
     looks after earlier seeds, see `hpo.study.seed_race`.
+
+    Attributes:
+        params: Its values.
+        difference: The winner's mean less the runner-up's, over equal seeds; positive if the winner leads.
+        interval: Holds the true difference, at this look and the others, with 95 % confidence.
+        is_worse: Whether the whole interval is above 0.
     """
 
     params: Mapping[str, Any]
     difference: float
-    interval: tuple[float, float]  # holds the true difference, at this look and the others, with 95 % confidence
-    is_worse: bool  # the whole interval is above 0
+    interval: tuple[float, float]
+    is_worse: bool
 
 
 @dataclass(frozen=True)
 class Confirmation:
     """The result of a confirmation.
 
-    The winner is the first of `candidates`: the one with the fewest diverged seeds, and of those the best mean. `value`
-    is the expected value of a trial with the winner's parameters. It is the winner's mean, shrunk towards the mean of
-    all candidates as far as noise explains their differences, because the winner was chosen as the highest (empirical
-    Bayes: Efron and Morris, J. American Statistical Association 70, 1975). `standard_error` is that of a candidate's
-    mean, from the spread about the means of all, wide enough for so few seeds (Student's t, 68 %).
+    The winner is the first of `candidates`: the one with the fewest diverged seeds, and of those the best mean. Its
+    mean is shrunk towards the mean of all candidates as far as noise explains their differences, because the winner was
+    chosen as the highest (empirical Bayes: Efron and Morris, J. American Statistical Association 70, 1975). The
+    standard error is that of a candidate's mean, from the spread about the means of all, wide enough for so few seeds
+    (Student's t, 68 %).
+
+    Attributes:
+        candidates: The rates that were trained again, the winner first.
+        value: The value to expect of a trial with the winner's values.
+        standard_error: The standard error of `value`; None if too few trials completed to know.
+        inflation: By how much the value of the search's best trial was better than `value`.
+        runner_up: The second best rate; None if there is none, or fewer than two seeds completed for both.
+        test_value: The winner's mean accuracy on the test set; None if it was not measured.
+        test_standard_error: The standard error of `test_value`.
     """
 
     candidates: Sequence[Candidate]
     value: float
-    standard_error: float | None  # None if too few trials completed to know
-    inflation: float  # by how much the value of the search's best trial was better than `value`
-    runner_up: RunnerUp | None  # None if there is none, or fewer than two seeds completed for both
-    test_value: float | None  # the winner's mean accuracy on the test set; None if it was not (yet) measured
+    standard_error: float | None
+    inflation: float
+    runner_up: RunnerUp | None
+    test_value: float | None
     test_standard_error: float | None
 
     @property

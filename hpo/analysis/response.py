@@ -56,25 +56,47 @@ class EstimatedRate:
 
 @dataclass(frozen=True)
 class Response:
-    """The value of a trial over its learning rate. `mean` to `diverging` hold one entry for each of `lrs`."""
+    """The value of a trial over its learning rate, at each of `lrs`.
+
+    Attributes:
+        lrs: Learning rates, evenly spread on a logarithmic scale.
+        mean: The expected value of a trial that does not diverge, at each of `lrs`.
+        low: The mean is above this with CONFIDENCE, at each of `lrs`.
+        high: The mean is below this with CONFIDENCE, at each of `lrs`.
+        trial_low: The value of a trial is above this with CONFIDENCE, at each of `lrs`.
+        trial_high: The value of a trial is below this with CONFIDENCE, at each of `lrs`.
+        diverging: The share of trials that diverge, at each of `lrs`.
+        best: The learning rate to train with, in two digits: it loses least to the best one in half of the draws.
+        value: The value that is expected of a trial at `best`, the chance of diverging included.
+        interval: The learning rates that hold the best one with 90 % confidence.
+        plateau: The learning rates around `best` that fall short of the highest expected value by no more than doubt
+            and noise.
+        divergence_lr: The learning rate at which half of the trials diverge, with its interval. None if none diverged
+            above the rates that train.
+        sensitivity: How far a learning rate from anywhere in the range falls short of the best, on average.
+        noise: The standard deviation of the value of a trial about the mean, from seed to seed.
+        draws_of_best: Learning rates that may be the best one, all equally likely.
+        shortfall: How far `best` is expected to fall short of the best learning rate.
+        gain: How much better a trial at `best` is expected to be after one more trial, at the rate that tells most.
+    """
 
     lrs: Sequence[float]
-    mean: Sequence[float]  # of trials that do not diverge
-    low: Sequence[float]  # the mean lies between `low` and `high` with CONFIDENCE
+    mean: Sequence[float]
+    low: Sequence[float]
     high: Sequence[float]
-    trial_low: Sequence[float]  # the value of a trial lies between `trial_low` and `trial_high` with CONFIDENCE
+    trial_low: Sequence[float]
     trial_high: Sequence[float]
-    diverging: Sequence[float]  # the share of trials that die
-    best: float  # the learning rate to train with, in two digits: it loses least to the best one in half of the draws
-    value: float  # expected of a trial at `best`, diverging included
-    interval: tuple[float, float]  # holds the best learning rate with CONFIDENCE
-    plateau: tuple[float, float]  # around `best`: behind the highest expected value by no more than doubt and noise
-    divergence_lr: EstimatedRate | None  # half of the trials die there; None if none did, or only where others train
-    sensitivity: float  # how far a learning rate of the range falls short of the best, on average
-    noise: float  # the standard deviation of a trial's value about the mean
-    draws_of_best: Sequence[float]  # learning rates that may be the best one, all equally likely
-    shortfall: float  # how far `best` is expected to fall short of the best learning rate
-    gain: float  # how much a trial at `best` is expected to be better after one more trial, at the rate that tells most
+    diverging: Sequence[float]
+    best: float
+    value: float
+    interval: tuple[float, float]
+    plateau: tuple[float, float]
+    divergence_lr: EstimatedRate | None
+    sensitivity: float
+    noise: float
+    draws_of_best: Sequence[float]
+    shortfall: float
+    gain: float
 
     @property
     def is_determined(self) -> bool:

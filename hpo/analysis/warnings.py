@@ -98,6 +98,7 @@ class WarningContext:
 
 
 def _guessing(context: WarningContext) -> str | None:
+    """Warn if the best trial is no better than naming classes at random."""
     spec, metadata = context.study.spec, context.study.metadata
     guess, by_luck = guess_accuracy(spec, metadata), lucky_accuracy(spec, metadata)
     if guess is None or by_luck is None or value_of(context.winner) > by_luck:
@@ -110,6 +111,7 @@ def _guessing(context: WarningContext) -> str | None:
 
 
 def _not_enough(context: WarningContext) -> str | None:
+    """Warn if fewer than five learning rates have a value, among trials with the winner's optimizer and other lists."""
     known = len({trial.params["lr"] for trial in context.complete})
     if context.response is not None or not known:
         return None
@@ -124,6 +126,10 @@ def _not_enough(context: WarningContext) -> str | None:
 
 
 def _edge_of_range(context: WarningContext) -> str | None:
+    """Warn if the best rate is at an end of what was searched with a chance of a tenth or more.
+
+    The warning names the command that widens the range.
+    """
     if len({trial.params["lr"] for trial in context.ended}) < 2:
         return None
     low, high = rate_bounds(context.study, context.trials)
@@ -157,6 +163,7 @@ def find_touched_end(best: Sequence[float], low: float, high: float) -> str | No
 
 
 def _most_diverged(context: WarningContext) -> str | None:
+    """Warn if more than half of the trials diverged."""
     ended = context.ended
     diverged = [trial for trial in ended if trial.state == "diverged"]
     if len(diverged) <= len(ended) / 2:
@@ -166,6 +173,7 @@ def _most_diverged(context: WarningContext) -> str | None:
 
 
 def _tied(context: WarningContext) -> str | None:
+    """Warn if more than half of the trained rates are as good as the best, and no confirmation told two apart."""
     complete, ended, (first, last) = context.complete, context.ended, context.plateau
     response = context.response
     if context.is_told_apart:
@@ -190,6 +198,7 @@ def _tied(context: WarningContext) -> str | None:
 
 
 def _still_rising(context: WarningContext) -> str | None:
+    """Warn if the best trials still gained a tenth of all they gained in the last quarter of the epochs."""
     first, last = context.plateau
     near = [trial for trial in context.complete if first <= trial.params["lr"] <= last] or [context.winner]
     sign = direction_sign(context.study)
@@ -210,7 +219,7 @@ def _still_rising(context: WarningContext) -> str | None:
 
 
 def _pruned_away(context: WarningContext) -> str | None:
-    """Warn if more is to be expected where trials were pruned and none near by was trained to the end."""
+    """Warn if more is expected of rates where every trial was pruned, or dropped by a race, than of the best."""
     response = context.response
     if response is None:
         return None
@@ -240,10 +249,12 @@ def _distance(lr: float, others: Sequence[float]) -> float:
 
 
 def _not_confirmed(context: WarningContext) -> str | None:
+    """Warn if no trial of the confirmation completed."""
     return _all_failed(context.confirming, "confirm", "the trials that were to confirm it")
 
 
 def _not_tested(context: WarningContext) -> str | None:
+    """Warn if the test set could not be measured."""
     return _all_failed(context.confirming, "test", "the test set could not be measured; its trials")
 
 

@@ -66,12 +66,19 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
 
     Returns:
-        Plain data: the number of trials in each state (`trials`), the epochs that a `race` has trained and its budget
-        (None where it is over, or the sampler is another one), whether and why it was stopped (`stop`) and its search
-        ended early (`search_end`), the best trial so far (`best`), where the highest response is expected (`peak`), the
-        living `workers`, each with the trial and epoch of each of its lanes and the seconds since its last sign of life
-        (`seen_s`), and the `failed_devices`, with the number of their failures since the study was started and the
-        reason of the latest.
+        Plain data under these keys:
+
+        - study, storage: The study, and the URL of its store.
+        - trials: The number of trials in each state.
+        - race: The `epochs` that a race has trained, and its `budget`; None if it is over, or the sampler is another.
+        - stop, stop_reason: Whether it was stopped, by request or by a failure, and why.
+        - search_end: After how many trials the search ended and why, if it ended early.
+        - best: The answer so far, as `hpo best --json` prints it; None if no trial has completed.
+        - peak: Where all trials point to while they train; None if nothing is known.
+        - workers: The living workers: `worker`, `host`, `pid`, `device`, `trial` and `epoch` of each of its `lanes`,
+          and the seconds since its last sign of life (`seen_s`).
+        - failed_devices: `host` and `device`, the number of `failures` since the study was started, and the `reason` of
+          the latest.
 
     Raises:
         UserError: There is no such study.

@@ -26,10 +26,12 @@ BUDGET_KEYS = frozenset({"search.trials"})  # of a sampled study: trials can be 
 
 
 class ObjectiveSpec(Section):
-    """A user's own training loop, and which of the metrics it reports is optimized."""
+    """A training loop of your own. The search space may have any keys then; of [training], epochs and seed hold."""
 
     function: Annotated[str, Field(description="Your own training loop, as package.module:function.")]
-    metric: Annotated[str, Field(description="Which of the numbers it reports is optimized.")] = "val_accuracy"
+    metric: Annotated[str, Field(description="Which of the numbers that the loop reports is optimized.")] = (
+        "val_accuracy"
+    )
     direction: Annotated[
         str,
         Field(description="Whether more or less of the metric is better.", json_schema_extra={"enum": [*DIRECTIONS]}),
@@ -42,15 +44,36 @@ class EngineSpec(Section):
     lanes: Annotated[
         Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=1024)],
         Rule("'auto' or an integer between 1 and 1024"),
-        Field(description="Trials that a worker trains at once; auto: as many as are fastest, measured."),
+        Field(
+            description="Trials that a worker trains at once on its device; auto: as many as should be fastest there."
+        ),
     ] = "auto"
 
 
 class ConfirmSpec(Section):
-    """How many of the best learning rates are trained again after the search, and on how many fresh seeds."""
+    """How the best learning rates are trained again after the search, on fresh seeds. By default they are not."""
 
-    top: Annotated[int, Field(ge=1, description="How many of the best learning rates are trained again.")] = 3
-    seeds: Annotated[int, Field(ge=2, le=1000, description="On how many fresh seeds at most, the same for all.")] = 5
+    top: Annotated[
+        int,
+        Field(
+            ge=1,
+            description=(
+                "How many learning rates are trained again: the recommended one, then those of the best trials, at "
+                "least a tenth of a decade apart."
+            ),
+        ),
+    ] = 3
+    seeds: Annotated[
+        int,
+        Field(
+            ge=2,
+            le=1000,
+            description=(
+                "On how many fresh seeds at most, the same for all rates. All rates are trained on three, then on one "
+                "after the other as long as one of them may still be the best."
+            ),
+        ),
+    ] = 5
 
 
 class CheckpointsSpec(Section):
@@ -60,7 +83,10 @@ class CheckpointsSpec(Section):
         str | None,
         Field(
             pattern="^[/~]|://",
-            description="An absolute folder or a URL that all machines reach. By default beside the study's logs.",
+            description=(
+                "Where trials in training are saved: a folder that all machines see, s3://... (extra s3) or gs://... "
+                "(extra gs). By default hpo_files/ on the worker's machine."
+            ),
         ),
         Rule("an absolute folder or a URL such as s3://bucket/folder, which every machine can reach"),
     ] = None
@@ -68,7 +94,10 @@ class CheckpointsSpec(Section):
         int,
         Field(
             ge=0,
-            description="Of how many of the best trials the last checkpoint stays; with any, of confirmed rates too.",
+            description=(
+                "Of how many of the best trials the last checkpoint is kept. With any, that of the best trial of each "
+                "confirmed rate is kept as well."
+            ),
         ),
     ] = 1
 

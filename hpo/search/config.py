@@ -36,44 +36,82 @@ class SearchSpec(Section):
     `space` is as in the study file; `parameters` is the space, parsed.
     """
 
-    sampler: Annotated[str, Field(description="How values are drawn.")] = "tpe"
+    sampler: Annotated[str, Field(description="The sampler: how values are drawn.")] = "tpe"
     trials: Annotated[
         int | None,
-        Field(ge=1, le=10**6, description="The number of trials, 20 by default. A grid and a race have their own."),
+        Field(
+            ge=1,
+            le=10**6,
+            description="The budget: the largest number of trials, 20 by default. A grid and a race have their own.",
+        ),
     ] = None
     trainings: Annotated[
         float | None,
-        Field(gt=0, le=10**6, description="For a race: the epochs of all trials, in complete trials; 2 by default."),
+        Field(
+            gt=0,
+            le=10**6,
+            description="race: the epochs of all trials together, counted in complete trials; 2 by default.",
+        ),
     ] = None
     until: Annotated[
         str | None,
         Field(
             pattern=UNTIL_PATTERN,
-            description="End once the interval is so many decades wide, or the expected shortfall so many points.",
+            description=(
+                "End the search early, once its answer is sure enough: '0.3 decades' is the width of the 90 % interval "
+                "of the best learning rate, '0.5 points' the percentage points of accuracy that the recommended rate "
+                "is expected to fall short by."
+            ),
         ),
         Rule("a width of the interval or an expected shortfall, such as '0.3 decades' or '0.5 points'"),
     ] = None
     hours: Annotated[
         float | None,
-        Field(gt=0, le=MAX_HOURS, description="Begin no new trial after so many hours in which the search trained."),
+        Field(
+            gt=0,
+            le=MAX_HOURS,
+            description=(
+                "Begin no new trial once the search has trained for so many hours. Pauses do not count, and several "
+                "workers at once count once."
+            ),
+        ),
     ] = None
     grow: Annotated[
         bool,
-        Field(description="Widen the range of learning rates where the best ones lie at an end of it."),
+        Field(
+            description=(
+                "Widen the range of learning rates by a decade where the best ones lie at an end of it: three times at "
+                "most, and never upwards where a trial diverged. For one range on a log scale."
+            )
+        ),
     ] = False
     seed: Annotated[int, Field(ge=0, description="Seed of the sampler.")] = 0
     retries: Annotated[
-        int, Field(ge=0, le=100, description="How often a trial is retried after an exception, from its checkpoint.")
+        int,
+        Field(ge=0, le=100, description="How often a trial is retried after an exception, from its last checkpoint."),
     ] = 1
     space: Annotated[
-        dict[str, Any], Field(description="The parameters to search: a list of values or a range for each.")
+        dict[str, Any],
+        Field(
+            description=(
+                "The parameters to search: for each a list of values, a range { low, high, log, step, points }, or a "
+                "table by.KEY with one of these for each value of another parameter. lr = 'auto' has a range test "
+                "find the range."
+            )
+        ),
     ] = Field(default_factory=dict)
-    try_first: Annotated[list[dict[str, Any]], Field(description="Points to evaluate before anything is sampled.")] = (
-        Field(default_factory=list)
-    )
+    try_first: Annotated[
+        list[dict[str, Any]],
+        Field(description="Points to evaluate before anything is sampled, such as [{ lr = 1e-3 }]."),
+    ] = Field(default_factory=list)
     learn_from: Annotated[
         list[str],
-        Field(description="Earlier studies of the same store, whose recommended learning rates are tried first."),
+        Field(
+            description=(
+                "Earlier studies of the same store, whose recommended learning rates are tried first. Their trials are "
+                "no evidence for this study's answer."
+            )
+        ),
     ] = Field(default_factory=list)
 
     @cached_property
@@ -132,7 +170,7 @@ class PrunerSpec(Section):
     None means the pruner's own default, listed in `hpo.search.pruners.PRUNERS`.
     """
 
-    name: Annotated[str, Field(description="Name of the pruner.")] = "none"
+    name: Annotated[str, Field(description="The pruner: which trials are dropped early.")] = "none"
     startup_trials: Annotated[
         int | None, Field(ge=0, description="Prune nothing before so many trials are complete.")
     ] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hpo.search.race import course_of
@@ -26,6 +26,7 @@ class PrunerEntry:
 
     defaults: Mapping[str, Any]
     build: Callable[[dict[str, Any], int], BasePruner]
+    about: str = field(kw_only=True)  # in the reference
     judges: Callable[[dict[str, Any], int], bool] = lambda options, epoch: True
     compares_early: bool = False  # compares trials in training, and does better with several of them alongside
 
@@ -87,13 +88,46 @@ def _at_rungs(options: dict[str, Any], epoch: int) -> bool:
 
 
 PRUNERS: dict[str, PrunerEntry] = {
-    "none": PrunerEntry({}, _none, judges=lambda options, epoch: False),
-    "median": PrunerEntry({"startup_trials": 5, "warmup_epochs": 1}, _percentile),
-    "percentile": PrunerEntry({"percentile": 50.0, "startup_trials": 5, "warmup_epochs": 1}, _percentile),
-    "asha": PrunerEntry({"min_epochs": 1, "reduction_factor": 3}, _asha, _at_rungs, compares_early=True),
-    "hyperband": PrunerEntry({"min_epochs": 1, "reduction_factor": 3}, _hyperband, _at_rungs, compares_early=True),
-    "patient": PrunerEntry({"patience": 3, "min_delta": 0.0}, _patient),
-    "threshold": PrunerEntry({"lower": None, "upper": None, "warmup_epochs": 1}, _threshold),
+    "none": PrunerEntry(
+        {},
+        _none,
+        judges=lambda options, epoch: False,
+        about="drops nothing",
+    ),
+    "median": PrunerEntry(
+        {"startup_trials": 5, "warmup_epochs": 1},
+        _percentile,
+        about="drops a trial below the median of complete trials at the same epoch",
+    ),
+    "percentile": PrunerEntry(
+        {"percentile": 50.0, "startup_trials": 5, "warmup_epochs": 1},
+        _percentile,
+        about="keeps the trials among the best percentage of complete trials at the same epoch",
+    ),
+    "asha": PrunerEntry(
+        {"min_epochs": 1, "reduction_factor": 3},
+        _asha,
+        _at_rungs,
+        compares_early=True,
+        about="successive halving: at each rung, one trial in so many is trained further",
+    ),
+    "hyperband": PrunerEntry(
+        {"min_epochs": 1, "reduction_factor": 3},
+        _hyperband,
+        _at_rungs,
+        compares_early=True,
+        about="several successive halvings side by side, with different first rungs",
+    ),
+    "patient": PrunerEntry(
+        {"patience": 3, "min_delta": 0.0},
+        _patient,
+        about="drops a trial that has not improved for some epochs",
+    ),
+    "threshold": PrunerEntry(
+        {"lower": None, "upper": None, "warmup_epochs": 1},
+        _threshold,
+        about="drops a trial whose value is below or above a bound",
+    ),
 }
 
 

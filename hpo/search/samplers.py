@@ -7,7 +7,7 @@ draw the same numbers, and an interrupted study draws the same ones when it is r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hpo.search.pruners import INTERLEAVED_TRIALS, PRUNERS
@@ -47,6 +47,7 @@ class SamplerEntry:
     """
 
     build: Callable[[int, int, SearchSettings], BaseSampler]
+    about: str = field(kw_only=True)  # in the reference
     takes_cases: bool = False  # can search a parameter that depends on another one
     min_ranges: int = 0
     lists_values: bool = False  # makes a list of all values of a range of integers, or with steps
@@ -101,14 +102,44 @@ def _cmaes(seed: int, study_seed: int, spec: SearchSettings) -> BaseSampler:
 
 SAMPLERS: dict[str, SamplerEntry] = {
     "grid": SamplerEntry(
-        _random, takes_cases=True
+        _random,
+        takes_cases=True,
+        about="every combination of the listed values, each exactly once",
     ),  # a grid's points are given with its slots; nothing is left to sample
-    "random": SamplerEntry(_random, takes_cases=True),
-    "tpe": SamplerEntry(_tpe, takes_cases=True, begins_spread=True, study_view=_reports_study),
-    "race": SamplerEntry(_random),  # its rates are given with its slots, as those of a grid
-    "qmc": SamplerEntry(_qmc, has_counter=True),
-    "gp": SamplerEntry(_gp, lists_values=True, begins_spread=True, study_view=_values_study),
-    "cmaes": SamplerEntry(_cmaes, min_ranges=2, study_view=_values_study),
+    "random": SamplerEntry(
+        _random,
+        takes_cases=True,
+        about="independent draws",
+    ),
+    "tpe": SamplerEntry(
+        _tpe,
+        takes_cases=True,
+        begins_spread=True,
+        study_view=_reports_study,
+        about="tree-structured Parzen estimator (Bergstra et al. 2011), multivariate; sees trials in training",
+    ),
+    "race": SamplerEntry(
+        _random,
+        about="successive halving of up to 16 rates, spread evenly over one range, for a budget of epochs",
+    ),  # its rates are given with its slots, as those of a grid
+    "qmc": SamplerEntry(
+        _qmc,
+        has_counter=True,
+        about="one scrambled Sobol sequence over the ranges",
+    ),
+    "gp": SamplerEntry(
+        _gp,
+        lists_values=True,
+        begins_spread=True,
+        study_view=_values_study,
+        about="Gaussian process with expected improvement",
+    ),
+    "cmaes": SamplerEntry(
+        _cmaes,
+        min_ranges=2,
+        study_view=_values_study,
+        about="CMA-ES, for two ranges or more",
+    ),
 }
 
 

@@ -94,7 +94,21 @@ class EpochReport:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at training a trial, from its claim to its end, whatever ended it. Times as in `TrialRecord`."""
+    """One attempt at training a trial, from its claim to its end, whatever ended it.
+
+    Attributes:
+        attempt: Its number; 1 is the first.
+        worker_id: The worker.
+        host: The machine of the worker.
+        device: The device of the worker.
+        began: When it began, in seconds since 1970 by the clock of the database.
+        ended: When it ended; None while it trains.
+        last_epoch: The last epoch that earlier attempts had reported.
+        resumed_from: The epoch of the checkpoint that it resumed from; 0: it started anew; None: not known (yet).
+        outcome: A final state of the trial, "released", "lost", or an exception in a line; None while it trains.
+        error: The traceback of an exception.
+        note: Problems that did not end it, a line each.
+    """
 
     attempt: int
     worker_id: str
@@ -102,16 +116,36 @@ class Attempt:
     device: str | None
     began: float
     ended: float | None
-    last_epoch: int  # the last epoch that earlier attempts had reported
-    resumed_from: int | None  # the epoch of its checkpoint; 0: it started anew; None: not known (yet)
-    outcome: str | None  # a final state, "released", "lost", or an exception in a line; None while it trains
+    last_epoch: int
+    resumed_from: int | None
+    outcome: str | None
     error: str | None
-    note: str | None  # problems that did not end it, a line each
+    note: str | None
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial as people see it. `curves[metric]` has one entry for each of `epochs`; None is a number not finite."""
+    """One trial as people see it.
+
+    Attributes:
+        number: Its number in the study, from 0.
+        state: waiting, running, complete, pruned, diverged or failed.
+        params: Its values, by the keys of the search space.
+        value: The value of the metric after the last epoch.
+        attempt: The number of the latest attempt.
+        reason: Why it ended, in words.
+        error: The end of the traceback of a failed trial.
+        worker_id: The worker of the latest attempt.
+        attributes: What was recorded of it: seed, device, host, pid, versions...
+        started: When the latest attempt began, in seconds since 1970 by the clock of the database.
+        ended: When it ended.
+        epochs: The epochs that it has reported.
+        curves: Each reported metric by its name, with one entry for each of `epochs`; None is a number not finite.
+        attempts: All attempts at it.
+        kind: "search"; "confirm": trained again on a fresh seed; "test": one of those, with the test set.
+        replicate: Which seed of a confirmation, from 0.
+        tested: Of a test: the number of the trial whose network it measures.
+    """
 
     number: int
     state: str
@@ -121,15 +155,15 @@ class TrialRecord:
     reason: str | None
     error: str | None
     worker_id: str | None
-    attributes: Mapping[str, Any]  # seed, device, host, pid, versions...
-    started: float | None  # of the latest attempt, seconds since 1970 by the database's clock
+    attributes: Mapping[str, Any]
+    started: float | None
     ended: float | None
     epochs: Sequence[int] = ()
     curves: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     attempts: Sequence[Attempt] = ()
-    kind: str = "search"  # | "confirm": trained again on a fresh seed | "test": of one of those, with the test set
-    replicate: int | None = None  # which seed of a confirmation, from 0
-    tested: int | None = None  # of a test: the number of the trial whose network it measures
+    kind: str = "search"
+    replicate: int | None = None
+    tested: int | None = None
 
     @property
     def duration_s(self) -> float | None:

@@ -77,12 +77,15 @@ def _are_weights(weights: str | Sequence[float] | None) -> bool:
 class ModelConfig:
     """The network: a built-in name, `torchvision:NAME` or `package.module:factory`."""
 
-    name: Annotated[str, Doc("The network: article_cnn, torchvision:NAME, timm:NAME, or package.module:factory.")] = (
-        "article_cnn"
-    )
+    name: Annotated[
+        str, Doc("The network: article_cnn, torchvision:NAME, timm:NAME, or package.module:factory of your own.")
+    ] = "article_cnn"
     weights: Annotated[
         str | None,
-        Doc("Weights to start from: a file, or a name of the library's such as DEFAULT. By default they are drawn."),
+        Doc(
+            "Weights to start from: a file, or the name that the library has for them, such as DEFAULT. By default "
+            "they are drawn from the trial's seed."
+        ),
     ] = None
     options: Annotated[Mapping[str, Any], Doc("Further keys, which go to the network's constructor.")] = field(
         default_factory=dict
@@ -95,7 +98,11 @@ class DataConfig:
 
     name: Annotated[str, Doc("The data set: a built-in name, or package.module:factory of your own.")] = "digits"
     root: Annotated[
-        str | None, Doc("Folder of the data, relative to the study file. By default $HPO_DATA, else ./data.")
+        str | None,
+        Doc(
+            "Folder of the data, relative to the study file. By default $HPO_DATA, else data/. Data sets that are not "
+            "there are downloaded into it."
+        ),
     ] = None
     validation_fraction: Annotated[
         float | None,
@@ -124,8 +131,8 @@ class DataConfig:
     resize: Annotated[
         Literal["crop", "squash"] | None,
         Doc(
-            "image_folder: crop (the default) scales the short side and cuts out the centre; squash stretches what the "
-            "file stores, EXIF rotations ignored, as earlier versions did."
+            "image_folder: crop (the default) scales the short side and cuts out the centre. squash stretches what the "
+            "file stores and ignores its EXIF rotation, as earlier versions did."
         ),
     ] = None
     bits: Annotated[
@@ -145,7 +152,7 @@ class DataConfig:
     ] = ()
     placement: Annotated[
         Literal["auto", "device", "stream"],
-        Doc("Where images are kept: on the device, or streamed in each epoch. Results are the same."),
+        Doc("device keeps all images on the device, stream reads them in each epoch. The results are the same."),
     ] = "auto"
     options: Annotated[Mapping[str, Any], Doc("Further keys, which go to your own data factory.")] = field(
         default_factory=dict
@@ -162,7 +169,7 @@ class TrainingConfig:
         str, Doc("The optimizer: a name of torch.optim in lower case, muon, timm:NAME, or package.module:Class.")
     ] = "adam"
     optimizer_options: Annotated[
-        Mapping[str, Any], Doc("Further arguments of the optimizer's class, such as amsgrad = true.")
+        Mapping[str, Any], Doc("Further arguments of the optimizer's class, by name, such as amsgrad = true.")
     ] = field(default_factory=dict)
     lr: Annotated[float | None, Gt(0), Doc("Learning rate, the peak of the schedule. Leave it out to search it.")] = (
         None
@@ -172,9 +179,9 @@ class TrainingConfig:
     beta1: Annotated[float, Ge(0), Lt(1), Doc("The adam family: decay of the gradient's running mean.")] = 0.9
     beta2: Annotated[float, Ge(0), Lt(1), Doc("The adam family: decay of the squared gradient's running mean.")] = 0.999
     eps: Annotated[float | None, Gt(0), Doc("Added to the denominator. By default the optimizer's own value.")] = None
-    weight_decay: Annotated[float, Ge(0), Doc("Weight decay.")] = 0.0
+    weight_decay: Annotated[float, Ge(0), Doc("Weight decay of the optimizer.")] = 0.0
     schedule: Annotated[
-        str, Doc("The learning rate schedule: a name, or package.module:function of the progress, from 0 to 1.")
+        str, Doc("The schedule of the learning rate: a name, or package.module:function of the progress, from 0 to 1.")
     ] = "constant"
     warmup_epochs: Annotated[float, Ge(0), Doc("Linear warm-up in front of any schedule, in epochs.")] = 0.0
     step_epochs: Annotated[int, Ge(1), Doc("step: epochs between two drops.")] = 10
@@ -229,7 +236,9 @@ class TrainingConfig:
         Rule("'balanced' or a list of numbers of at least 0"),
         Doc("Weight of each class in the loss; balanced: the rarer the heavier. By default all weigh the same."),
     ] = None
-    focal_gamma: Annotated[float, Ge(0), Doc("focal: how much less images count that the network is sure of.")] = 2.0
+    focal_gamma: Annotated[float, Ge(0), Doc("focal: how much less an image counts if the network is sure of it.")] = (
+        2.0
+    )
     metric: Annotated[
         str,
         Doc("What is optimized: val_accuracy, val_loss, top5, macro_f1, balanced_accuracy, auroc, or a function."),
@@ -253,13 +262,20 @@ class TrainingConfig:
     ] = None
     precision: Annotated[Literal["auto", "fp32", "bf16"], Doc("auto: bf16 where the GPU has it, else fp32.")] = "auto"
     tf32: Annotated[
-        bool, Doc("With precision = 'fp32', on CUDA GPUs: use TF32, faster and with fewer digits, for products.")
+        bool,
+        Doc(
+            "With precision = 'fp32', on NVIDIA GPUs since Ampere: round the inputs of convolutions and of matrix "
+            "products to 10 bits (TF32), which is faster. Elsewhere it changes nothing."
+        ),
     ] = False
     compile: Annotated[bool, Doc("Compile the network with torch.compile.")] = False
     checkpoint_epochs: Annotated[
         Literal["auto"] | Annotated[int, Ge(1)],
         Rule("'auto' or an integer of at least 1"),
-        Doc("Save a trial in training every so many epochs; auto: as often as takes at most 5 % of its time."),
+        Doc(
+            "Save a trial in training every so many epochs. auto: as often as takes at most 5 % of its time, and at "
+            "each rung of the pruner. A worker that is told to stop saves its trials in any case."
+        ),
     ] = "auto"
     report_test_accuracy: Annotated[
         bool, Doc("Also measure the test accuracy of each epoch. It is never used to choose.")

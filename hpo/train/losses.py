@@ -31,6 +31,7 @@ class Loss:
 
     compute: Compute
     keys: frozenset[str]
+    about: str = ""  # in the reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +185,19 @@ def _focal(logits_BL: Tensor, labels_B: Tensor, training: TrainingConfig, reduct
 
 
 LOSSES: dict[str, Loss] = {
-    "cross_entropy": Loss(compute=_cross_entropy, keys=frozenset({"label_smoothing", "class_weights"})),
-    "bce": Loss(compute=_bce, keys=frozenset({"label_smoothing", "class_weights"})),
-    "focal": Loss(compute=_focal, keys=frozenset({"focal_gamma", "class_weights"})),
+    "cross_entropy": Loss(
+        compute=_cross_entropy,
+        keys=frozenset({"label_smoothing", "class_weights"}),
+        about="the cross-entropy",
+    ),
+    "bce": Loss(
+        compute=_bce,
+        keys=frozenset({"label_smoothing", "class_weights"}),
+        about="the mean over the classes of the binary cross-entropy: each class is asked alone",
+    ),
+    "focal": Loss(
+        compute=_focal,
+        keys=frozenset({"focal_gamma", "class_weights"}),
+        about="the cross-entropy times (1 - p) to the power of focal_gamma; p is the output for the right class",
+    ),
 }

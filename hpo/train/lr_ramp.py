@@ -65,13 +65,13 @@ class RangeTest:
 
     Attributes:
         lrs: The learning rate of each step.
-        losses: The smoothed loss of each step in nats; inf where it was not finite.
-        falls: The rate at which the loss has fallen by FALL_FRACTION of the loss at the start; None where so short a
-            ramp did not show that.
+        losses: The smoothed loss of each step in nats; inf where it was not finite (None in JSON).
+        falls: The rate at which the loss has fallen by 5 % of the loss at the start; None where so short a ramp did
+            not show that.
         lowest: The rate at which the loss is lowest; None where `falls` is.
         breaks: The first rate at which the loss has lost half of what it had gained. Where it had gained nothing, the
-            first rate at which it is above the start by RISE_FRACTION or not finite. None where the ramp ended before.
-        leaps: The first rate at which steps change more than LEAP_CHANGE of the weights. They may kill a network
+            first rate at which it is above the start by 3 % or not finite. None where the ramp ended before.
+        leaps: The first rate at which steps change more than 3 % of the weights. They may kill a network
             without a sign of it in the loss. None where the weights start at almost nothing, or are one layer's.
         edge: The rate at which training diverges: the lower one of `breaks` and `leaps`. Where neither was reached, the
             rate at which steps were longest, because those of a dead network no longer grow.

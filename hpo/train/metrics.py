@@ -29,6 +29,7 @@ class Metric:
     direction: str = "maximize"
     count: Callable[[Tensor, Tensor], float] | None = None  # of outputs (N, L) and labels (N,); None: engines do
     keys: frozenset[str] = frozenset()
+    about: str = ""  # in the reference
 
 
 def metric_direction(training: TrainingConfig) -> str:
@@ -118,10 +119,27 @@ def _auroc(logits_NL: Tensor, labels_N: Tensor) -> float:
 
 
 METRICS: dict[str, Metric] = {
-    "val_accuracy": Metric(),
-    "val_loss": Metric(direction="minimize"),
-    "top5": Metric(count=_top5),
-    "macro_f1": Metric(count=_macro_f1),
-    "balanced_accuracy": Metric(count=_balanced_accuracy),
-    "auroc": Metric(count=_auroc),
+    "val_accuracy": Metric(
+        about="the share of validation images that get the right class",
+    ),
+    "val_loss": Metric(
+        direction="minimize",
+        about="the mean loss of the validation images",
+    ),
+    "top5": Metric(
+        count=_top5,
+        about="the share of images whose class is among the five likeliest",
+    ),
+    "macro_f1": Metric(
+        count=_macro_f1,
+        about="the mean over the classes of F1",
+    ),
+    "balanced_accuracy": Metric(
+        count=_balanced_accuracy,
+        about="the mean over the classes of the accuracy",
+    ),
+    "auroc": Metric(
+        count=_auroc,
+        about="the mean over the classes of the area under the ROC curve of each against the others",
+    ),
 }

@@ -46,6 +46,7 @@ class Schedule:
 
     factor: Callable[[TrainingConfig, SchedulePosition], float]
     keys: frozenset[str] = frozenset()
+    about: str = ""  # in the reference
 
 
 def find_schedule(name: str) -> Schedule:
@@ -205,16 +206,63 @@ def _plateau(training: TrainingConfig, position: SchedulePosition) -> float:
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "constant": Schedule(factor=_constant),
-    "step": Schedule(factor=_step_decay, keys=frozenset({"step_epochs", "gamma"})),
-    "multistep": Schedule(factor=_multistep, keys=frozenset({"milestones", "gamma"})),
-    "exponential": Schedule(factor=_exponential, keys=frozenset({"gamma"})),
-    "cosine": Schedule(factor=_cosine, keys=frozenset({"final_lr_fraction"})),
-    "cosine_restarts": Schedule(factor=_cosine_restarts, keys=frozenset({"restarts", "final_lr_fraction"})),
-    "one_cycle": Schedule(factor=_one_cycle, keys=frozenset({"peak_fraction", "initial_lr_fraction"})),
-    "polynomial": Schedule(factor=_polynomial, keys=frozenset({"power", "final_lr_fraction"})),
-    "linear": Schedule(factor=_linear_decay, keys=frozenset({"final_lr_fraction"})),
-    "wsd": Schedule(factor=_wsd, keys=frozenset({"decay_fraction", "final_lr_fraction"})),
-    "inverse_sqrt": Schedule(factor=_inverse_sqrt, keys=frozenset({"timescale_epochs"})),
-    "plateau": Schedule(factor=_plateau, keys=frozenset({"plateau_epochs", "gamma"})),
+    "constant": Schedule(
+        factor=_constant,
+        about="stays at lr",
+    ),
+    "step": Schedule(
+        factor=_step_decay,
+        keys=frozenset({"step_epochs", "gamma"}),
+        about="times gamma every step_epochs",
+    ),
+    "multistep": Schedule(
+        factor=_multistep,
+        keys=frozenset({"milestones", "gamma"}),
+        about="times gamma at each of milestones",
+    ),
+    "exponential": Schedule(
+        factor=_exponential,
+        keys=frozenset({"gamma"}),
+        about="times gamma every epoch",
+    ),
+    "cosine": Schedule(
+        factor=_cosine,
+        keys=frozenset({"final_lr_fraction"}),
+        about="falls as half a cosine to final_lr_fraction",
+    ),
+    "cosine_restarts": Schedule(
+        factor=_cosine_restarts,
+        keys=frozenset({"restarts", "final_lr_fraction"}),
+        about="the same, restarts times in a row",
+    ),
+    "one_cycle": Schedule(
+        factor=_one_cycle,
+        keys=frozenset({"peak_fraction", "initial_lr_fraction"}),
+        about="rises from initial_lr_fraction to the peak at peak_fraction of the training, then falls to nearly 0",
+    ),
+    "polynomial": Schedule(
+        factor=_polynomial,
+        keys=frozenset({"power", "final_lr_fraction"}),
+        about="falls to final_lr_fraction with the exponent power",
+    ),
+    "linear": Schedule(
+        factor=_linear_decay,
+        keys=frozenset({"final_lr_fraction"}),
+        about="falls linearly to final_lr_fraction",
+    ),
+    "wsd": Schedule(
+        factor=_wsd,
+        keys=frozenset({"decay_fraction", "final_lr_fraction"}),
+        about="stays, then falls linearly to final_lr_fraction over the last decay_fraction of the training",
+    ),
+    "inverse_sqrt": Schedule(
+        factor=_inverse_sqrt,
+        keys=frozenset({"timescale_epochs"}),
+        about="falls as 1 / sqrt(1 + epochs since the warm-up / timescale_epochs), as for the Transformer",
+    ),
+    "plateau": Schedule(
+        factor=_plateau,
+        keys=frozenset({"plateau_epochs", "gamma"}),
+        about="times gamma when the validation loss has not fallen for plateau_epochs",
+    ),
 }
