@@ -18,26 +18,10 @@ from hpo.api.trained_weights import write_weights
 from hpo.cli.app import main as hpo_command
 from hpo.config.study_file import expand_compare
 from hpo.config.study_spec import StudySpec
-<<<<<<< HEAD
 from hpo.reports.figures.table import FIGURES
 from hpo.reports.render import FORMATS
-from hpo.search.config import PrunerSpec, SearchSpec
-from hpo.search.pruners import PRUNERS
-from hpo.search.samplers import SAMPLERS
-from hpo.search.space import Range
-from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
-from hpo.train.data.datasets import DATASETS
-from hpo.train.losses import LOSSES
-from hpo.train.metrics import METRICS
-from hpo.train.models import MODELS
-from hpo.train.optim import OPTIMIZERS
-from hpo.train.schedules import SCHEDULES
-=======
-from hpo.report.figures.table import FIGURES
-from hpo.report.render import FORMATS
 from hpo.study.records import trial_as_dict
 from scripts.reference.render import FOLDER, render_pages
->>>>>>> ff659c7 (Generate the reference from the code, and build the documents as a site)
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
