@@ -23,8 +23,9 @@ from hpo.analysis.trials import (
     value_of,
 )
 from hpo.analysis.warnings import StudyWarning, find_warnings
-from hpo.study.chance import counting_error, guess_accuracy
+from hpo.study.chance import counting_error, guess_value
 from hpo.study.records import StudyRecord, TrialRecord
+from hpo.train.metrics import is_share
 
 OBSERVED = (*TRAINED, "running", "waiting")  # states of trials that say something about their learning rate
 
@@ -184,7 +185,7 @@ def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response
     ]
     if not observed:
         return None
-    guess = guess_accuracy(study.spec, study.metadata)
+    guess = guess_value(study.spec, study.metadata) if is_share(metric) else None
     low, high = rate_bounds(study, trials)
     response = fit_response(
         observed,
@@ -192,7 +193,7 @@ def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response
         low=low,
         high=high,
         floor=-math.inf if guess is None else guess,
-        is_share=metric.endswith("accuracy") and sign == 1,
+        is_share=is_share(metric) and sign == 1,
     )
     return response if response is None or sign == 1 else response.mirrored()
 

@@ -25,6 +25,7 @@ from hpo.analysis.text import (
 )
 from hpo.analysis.trials import direction_sign
 from hpo.study.records import StudyRecord, TrialRecord
+from hpo.train.config import name_on_test_set
 
 NUM_LINES = 3  # that are shown without the details
 
@@ -232,9 +233,14 @@ def _confirmed_lines(study: StudyRecord, confirmation: Confirmation) -> Iterator
     note += f"on {_seeds_text(confirmation)}"
     yield AnswerLine("confirmed", value_text(confirmation.value, study), note)
     if confirmation.test_value is not None:
-        accuracy, error = confirmation.test_value, confirmation.test_standard_error
-        doubt = "" if error is None else f"± {float(f'{100 * error:.2g}'):g} percentage points, "
-        yield AnswerLine("test accuracy", f"{100 * accuracy:.2f} %", f"{doubt}not used for selection")
+        value, error = confirmation.test_value, confirmation.test_standard_error
+        if confirmation.test_metric == name_on_test_set(study.spec.metric):
+            label, fact = metric_text(study).replace("validation", "test"), value_text(value, study)
+            doubt = _error_text(study, value, error)
+        else:
+            label, fact = "test accuracy", f"{100 * value:.2f} %"
+            doubt = "" if error is None else f"± {float(f'{100 * error:.2g}'):g} percentage points, "
+        yield AnswerLine(label, fact, f"{doubt}not used for selection")
 
 
 def _search_line(study: StudyRecord, answer: Best, response: Response) -> AnswerLine:

@@ -20,6 +20,7 @@ from hpo.analysis.trials import direction_sign
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.seed_race import SeedResults, find_lead
 from hpo.study.stages import latest
+from hpo.train.config import name_on_test_set
 
 STANDARD_CONFIDENCE = 0.6827  # the share of a normal distribution within one standard deviation
 
@@ -82,8 +83,9 @@ class Confirmation:
         standard_error: The standard error of `value`; None if too few trials completed to know.
         inflation: By how much the value of the search's best trial was better than `value`.
         runner_up: The second best rate; None if there is none, or fewer than two seeds completed for both.
-        test_value: The winner's mean accuracy on the test set; None if it was not measured.
+        test_value: The winner's mean in the study's metric on the test set; None if it was not measured.
         test_standard_error: The standard error of `test_value`.
+        test_metric: The name of `test_value`, such as `test_auroc`; of older versions `test_accuracy`.
     """
 
     candidates: Sequence[Candidate]
@@ -93,6 +95,7 @@ class Confirmation:
     runner_up: RunnerUp | None
     test_value: float | None
     test_standard_error: float | None
+    test_metric: str
 
     @property
     def winner(self) -> Candidate:
@@ -129,10 +132,10 @@ def find_confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, sear
     )
     rivals = [candidate for candidate in ranked if candidate.num_diverged == ranked[0].num_diverged]
     value, error = _expected_value(rivals, grain=study.grain)
-    tests = [
-        trial.curves["test_accuracy"][-1] for trial in following if trial.kind == "test" and trial.state == "complete"
-    ]
-    tested = [accuracy for accuracy in tests if accuracy is not None]
+    tests = [trial for trial in following if trial.kind == "test" and trial.state == "complete"]
+    test_metric = find_test_metric(study, tests)
+    last = [trial.curves[test_metric][-1] for trial in tests]
+    tested = [number for number in last if number is not None]
     return Confirmation(
         candidates=[*ranked, *(candidate for candidate in candidates if candidate.mean is None)],
         value=value,
@@ -141,7 +144,14 @@ def find_confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, sear
         runner_up=_runner_up(study, rivals, sign=sign),
         test_value=statistics.fmean(tested) if tested else None,
         test_standard_error=_student_error(statistics.stdev(tested), len(tested)) if len(tested) > 1 else None,
+        test_metric=test_metric,
     )
+
+
+def find_test_metric(study: StudyRecord, tests: Sequence[TrialRecord]) -> str:
+    """Return what is reported of the test set in the study's metric; earlier versions measured its accuracy alone."""
+    wanted = name_on_test_set(study.spec.metric)
+    return wanted if all(wanted in trial.curves for trial in tests) else "test_accuracy"
 
 
 def exclude_worse(rates: tuple[float, float], *, worse: Sequence[float], winner: float) -> tuple[float, float]:

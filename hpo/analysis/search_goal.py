@@ -6,7 +6,7 @@ import math
 
 from hpo.analysis.answer import Best
 from hpo.analysis.response import CONFIDENCE
-from hpo.analysis.text import difference_text, is_share
+from hpo.analysis.text import difference_text, is_shown_in_percent
 from hpo.study.records import StudyRecord
 
 
@@ -23,7 +23,7 @@ def describe_reached_goal(study: StudyRecord, answer: Best | None) -> str | None
         doubt = math.log10(high / low)
         finding = f"the {100 * CONFIDENCE:.0f} % interval is {doubt:.2g} decades wide"
     else:
-        doubt = response.shortfall * (100 if is_share(response.value, study) else 1)
+        doubt = response.shortfall * (100 if is_shown_in_percent(response.value, study) else 1)
         behind = difference_text(study, response.shortfall, of=response.value)
         finding = f"the recommended rate is expected to be {behind} behind the best one"
     return finding if doubt <= goal.amount else None

@@ -8,6 +8,7 @@ from typing import Any
 from hpo.analysis.response import CONFIDENCE
 from hpo.search.race import course_of
 from hpo.study.records import StudyRecord, TrialRecord
+from hpo.train.metrics import is_percent
 
 METRIC_WORDS = {  # in sentences
     "val_accuracy": "validation accuracy",
@@ -122,7 +123,7 @@ def metric_text(study: StudyRecord) -> str:
 
 def value_text(value: float, study: StudyRecord) -> str:
     """Return a value of the study's metric, an accuracy in percent."""
-    return f"{100 * value:.2f} %" if is_share(value, study) else f"{value:.4g}"
+    return f"{100 * value:.2f} %" if is_shown_in_percent(value, study) else f"{value:.4g}"
 
 
 def difference_text(study: StudyRecord, *differences: float, of: float) -> str:
@@ -130,13 +131,13 @@ def difference_text(study: StudyRecord, *differences: float, of: float) -> str:
 
     They have two digits; those of accuracies are in percentage points.
     """
-    factor, unit = (100, " percentage points") if is_share(of, study) else (1, "")
+    factor, unit = (100, " percentage points") if is_shown_in_percent(of, study) else (1, "")
     return " to ".join(f"{float(f'{difference * factor:.2g}'):g}" for difference in differences) + unit
 
 
-def is_share(value: float, study: StudyRecord) -> bool:
+def is_shown_in_percent(value: float, study: StudyRecord) -> bool:
     """Return whether a value of the study's metric is an accuracy as a share of 1."""
-    return study.spec.metric.endswith("accuracy") and -1 <= value <= 1
+    return is_percent(study.spec.metric) and -1 <= value <= 1
 
 
 def params_text(params: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hpo.analysis.final_values import roughness_of
 from hpo.analysis.response import MIN_LIVING_RATES, MIN_RATES, REACH_DECADES, Response
-from hpo.analysis.text import params_text, rate_text
+from hpo.analysis.text import metric_text, params_text, rate_text, value_text
 from hpo.analysis.trials import (
     TRAINED,
     are_alike,
@@ -20,7 +20,7 @@ from hpo.analysis.trials import (
     value_of,
 )
 from hpo.search.space import Range
-from hpo.study.chance import counting_error, guess_accuracy, lucky_accuracy, standard_error
+from hpo.study.chance import counting_error, guess_value, lucky_value, standard_error
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
 
@@ -98,14 +98,17 @@ class WarningContext:
 
 
 def _guessing(context: WarningContext) -> str | None:
-    """Warn if the best trial is no better than naming classes at random."""
-    spec, metadata = context.study.spec, context.study.metadata
-    guess, by_luck = guess_accuracy(spec, metadata), lucky_accuracy(spec, metadata)
-    if guess is None or by_luck is None or value_of(context.winner) > by_luck:
+    """Warn if the best trial is no better than a constant or a random answer."""
+    study, value = context.study, value_of(context.winner)
+    spec, metadata, sign = study.spec, study.metadata, direction_sign(study)
+    guess, by_luck = guess_value(spec, metadata), lucky_value(spec, metadata)
+    if guess is None or by_luck is None or sign * value > sign * by_luck:
         return None
     classes = metadata["num_classes"]
     what = f"guessing among {classes} classes"
-    if guess > 1 / classes + standard_error(1 / classes, metadata["num_val"]):
+    if spec.metric != "val_accuracy":
+        what = f"guessing, with which the {metric_text(study)} is {value_text(guess, study)}"
+    elif guess > 1 / classes + standard_error(1 / classes, metadata["num_val"]):
         what = f"always naming the largest of {classes} classes, which is right for {guess:.1%} of the images"
     return f"the best trial is no better than {what}: give it more epochs, or other rates"
 

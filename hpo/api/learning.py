@@ -9,6 +9,7 @@ from hpo.config.earlier_studies import with_first_points
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.search.space import Conditional
+from hpo.store.database import NoStore
 from hpo.store.store import Store
 
 
@@ -41,7 +42,13 @@ def _recommended_by(name: str, spec: StudySpec, url: str) -> dict[str, Any]:
     setting = f"search.learn_from names {name!r}"
     if name == spec.name:
         raise UserError(f"{setting}, which is this study")
-    store = Store(url)
+    try:
+        store = Store(url)
+    except NoStore:
+        raise UserError(
+            f"{setting}, which must be in the store of this study, and there is no store yet; --storage or HPO_STORAGE "
+            "names the one that has it"
+        ) from None
     study = store.studies.get(name)
     best = find_best(study, store.trials.get_all(study))
     if best is None or best.lr is None:

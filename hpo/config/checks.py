@@ -44,7 +44,7 @@ from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar,
 from hpo.train.config import IMAGE_FOLDER, DataConfig, EpochResult, ModelConfig, TrainingConfig, metric_name
 from hpo.train.data.augment import AUGMENTATIONS, named
 from hpo.train.imports import is_import_path
-from hpo.train.metrics import METRICS
+from hpo.train.metrics import METRICS, is_percent
 from hpo.train.optim import OPTIMIZERS, REFUSED_OPTIMIZERS, check_optimizer_options, optimizer_keys
 
 ENGINE_METRICS = frozenset(field.name for field in dataclasses.fields(EpochResult))  # of an epoch, by name
@@ -68,6 +68,18 @@ def check_no_none(section: str, given: Mapping[str, Any], names: Collection[str]
     for key in sorted(set(names) & given.keys()):
         if given[key] in ("None", "null"):
             raise UserError(f"{section}.{key} must be left out to set nothing, got the text {given[key]!r}")
+
+
+def settled_training(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of [training] without a direction that goes without saying; refuse one that contradicts."""
+    settled, metric = dict(settings), settings.get("metric", TrainingConfig().metric)
+    if isinstance(metric, str) and metric in METRICS and "metric_direction" in settled:
+        given, direction = settled.pop("metric_direction"), METRICS[metric].direction
+        if given != direction:
+            raise UserError(
+                f"training.metric_direction must be left out, or {direction!r}, for metric {metric!r}; got {given!r}"
+            )
+    return settled
 
 
 def joined_options(section: str, extra: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -200,7 +212,7 @@ def check_goal(search: SearchSpec, *, metric: str) -> None:
         raise UserError(f"search.until needs a learning rate, search.space.lr, to be sure of; got {search.until!r}")
     if not 0 < goal.amount < MAX_POINTS_BEHIND:
         raise UserError(f"search.until must be greater than 0 and less than {MAX_POINTS_BEHIND}, got {search.until!r}")
-    if goal.unit == "point" and not metric.endswith("accuracy"):
+    if goal.unit == "point" and not is_percent(metric):
         raise UserError(
             f"search.until must be in decades where the metric is no accuracy but {metric!r}, got {search.until!r}"
         )

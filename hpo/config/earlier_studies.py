@@ -8,6 +8,7 @@ from typing import Any
 
 from hpo.config.study_spec import StudySpec
 from hpo.train.config import EARLIER_RESIZE, IMAGE_FOLDER
+from hpo.train.metrics import METRICS
 
 
 def stored_spec(settings: Mapping[str, Any]) -> StudySpec:
@@ -18,6 +19,10 @@ def stored_spec(settings: Mapping[str, Any]) -> StudySpec:
     data = settings.get("data") if isinstance(settings, dict) else None
     if isinstance(data, dict) and data.get("name") == IMAGE_FOLDER:
         settings = {**settings, "data": {"resize": EARLIER_RESIZE, **data}}
+    training = settings.get("training") if isinstance(settings, dict) else None
+    if isinstance(training, dict) and training.get("metric") in METRICS:  # whose direction did not matter
+        kept = {key: value for key, value in training.items() if key != "metric_direction"}
+        settings = {**settings, "training": kept}
     return StudySpec.from_dict(settings)
 
 

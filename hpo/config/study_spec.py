@@ -47,7 +47,7 @@ from hpo.train.config import (
 )
 from hpo.train.data.augment import named
 from hpo.train.imports import is_import_path
-from hpo.train.metrics import metric_direction
+from hpo.train.metrics import METRICS, metric_direction
 
 
 class StudySpec(Section):
@@ -222,6 +222,8 @@ class StudySpec(Section):
         if self.objective:
             settings = {key: value for key, value in settings.items() if key not in ("model", "data")}
             settings["training"] = {key: settings["training"][key] for key in OBJECTIVE_TRAINING_KEYS}
+        elif self.training.metric in METRICS:
+            del settings["training"]["metric_direction"]  # its default is none of theirs
         return settings
 
     def differences(self, other: StudySpec) -> list[str]:
@@ -265,6 +267,8 @@ class StudySpec(Section):
                 settings[section] = fields | {"options": checks.joined_options(section, extra, names)}
             else:
                 check_keys(section, given, names)
+        if isinstance(settings.get("training"), dict):
+            settings["training"] = checks.settled_training(settings["training"])
         for section, spec in SECTIONS.items():
             if isinstance(settings.get(section), dict):
                 check_keys(section, settings[section], spec.model_fields)

@@ -18,6 +18,7 @@ from rich.text import Text
 from hpo.analysis.answer import Best
 from hpo.analysis.answer_text import answer_lines, source_text
 from hpo.analysis.comparison import ComparedStudy, Comparison, changed_settings
+from hpo.analysis.confirmation import find_test_metric
 from hpo.analysis.peak import find_peak
 from hpo.analysis.range_text import range_test_lines
 from hpo.analysis.text import (
@@ -381,7 +382,9 @@ def _ended_line(study: StudyRecord, trial: TrialRecord) -> Text:
     seconds = "" if trial.duration_s is None else f"{trial.duration_s:.1f} s"
     value = "" if trial.value is None else f", {study.spec.metric} {value_text(trial.value, study)}"
     if trial.kind == "test" and trial.state == "complete":
-        value = f", test_accuracy {_last(trial, 'test_accuracy', '{:.2%}').replace('%', ' %')}"
+        name = find_test_metric(study, [trial])
+        measured = trial.curves[name][-1]
+        value = "" if measured is None else f", {name} {value_text(measured, study)}"
     return styled(
         f"trial {trial.number} ",
         (trial.state, STYLES[trial.state]),

@@ -35,6 +35,10 @@ REFUSALS = ("authentication failed", "no password supplied", "does not exist", "
 ADVISORY_LOCK = 0x68706F  # "hpo": held in Postgres while tables or studies are made
 
 
+class NoStore(UserError):
+    """There is no store at a path."""
+
+
 class Unreachable(UserError):
     """The database does not answer, but may do so later."""
 
@@ -179,7 +183,7 @@ def open_storage(url: URL, *, create: bool) -> JoinedStorage:
     path = database_path(url)
     if path is not None and not path.exists():
         if not create:
-            raise UserError(f"there is no store at {path}; `hpo run` makes one, --storage or HPO_STORAGE names another")
+            raise NoStore(f"there is no store at {path}; `hpo run` makes one, --storage or HPO_STORAGE names another")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise UserError(f"--storage: the folder {path.parent} does not exist or cannot be written to")
     with _explaining_errors(url, writing=create):

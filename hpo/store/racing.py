@@ -17,7 +17,7 @@ from hpo.store.ledger import Ledger
 from hpo.store.reading import read_optuna_trials
 from hpo.store.schema import epochs_table, slots_table, studies_table
 from hpo.store.slots import num_enqueued, num_slots
-from hpo.study.chance import lucky_accuracy
+from hpo.study.chance import lucky_value
 from hpo.study.records import StudyRecord
 
 END_REASON = "dropped by the race after epoch {epoch}"
@@ -70,7 +70,8 @@ def _read_racers(
     database: Database, connection: Connection, study_id: int, spec: StudySpec, rungs: Sequence[int]
 ) -> list[Racer]:
     """Return the trials of a race. Those that are no better than guessing are equal: their losses tell them apart."""
-    sign, worst = 1 if spec.direction == "maximize" else -1, _lucky_value(connection, study_id, spec)
+    sign = 1 if spec.direction == "maximize" else -1
+    worst = _luck(connection, study_id, spec, sign=sign)
     columns = (slots_table.c.number, slots_table.c.state, slots_table.c.given, slots_table.c.trial_id)
     is_searched = (slots_table.c.study_id == study_id) & (slots_table.c.kind == "search")
     rows = connection.execute(sa.select(*columns).where(is_searched)).all()
@@ -86,11 +87,11 @@ def _read_racers(
     return racers
 
 
-def _lucky_value(connection: Connection, study_id: int, spec: StudySpec) -> float:
-    """Return what guessing may be worth, or -inf where that is not known."""
+def _luck(connection: Connection, study_id: int, spec: StudySpec, *, sign: int) -> float:
+    """Return what guessing may be worth, times the sign of the direction, or -inf where that is not known."""
     metadata = connection.execute(sa.select(studies_table.c.metadata).where(studies_table.c.study_id == study_id))
-    value = lucky_accuracy(spec, json.loads(metadata.scalar() or "{}"))
-    return -math.inf if value is None else value
+    value = lucky_value(spec, json.loads(metadata.scalar() or "{}"))
+    return -math.inf if value is None else sign * value
 
 
 def _read_losses(connection: Connection, study_id: int, epochs: Sequence[int]) -> dict[int, dict[int, float]]:

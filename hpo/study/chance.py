@@ -1,4 +1,4 @@
-"""What guessing is worth: the accuracy of a network that has learnt nothing, and how far luck takes it."""
+"""What guessing is worth: the value of a network that has learnt nothing, and how far luck takes it."""
 
 from __future__ import annotations
 
@@ -7,36 +7,40 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpo.config.study_spec import StudySpec
+from hpo.train.metrics import is_share
 
 
-def guess_accuracy(spec: StudySpec, metadata: Mapping[str, Any]) -> float | None:
-    """Return the accuracy of always naming the largest class, or None where the trials classify nothing of ours.
+def guess_value(spec: StudySpec, metadata: Mapping[str, Any]) -> float | None:
+    """Return what the metric is without having learnt anything, or None where that is not known.
 
-    Only of the accuracy that is known, and of one that counts classes alike, whatever their sizes.
-
-    Studies of older versions do not know how large their classes are; these count as equal.
+    Of an accuracy, that is naming the largest class. Studies of older versions do not know how large their classes are;
+    these count as equal.
     """
     classes = None if spec.objective else metadata.get("num_classes")
-    if classes and spec.metric == "balanced_accuracy":
-        return 1 / float(classes)
-    if spec.metric != "val_accuracy":
+    if not classes:
         return None
-    return float(metadata.get("guess_accuracy", 1 / classes)) if classes else None
+    if spec.metric == "val_accuracy":
+        return float(metadata.get("guess_accuracy", 1 / classes))
+    known = metadata.get("guess_value", 1 / classes if spec.metric == "balanced_accuracy" else None)
+    return None if known is None else float(known)
 
 
-def lucky_accuracy(spec: StudySpec, metadata: Mapping[str, Any]) -> float | None:
-    """Return an accuracy that guessing may have by luck: above it, something is learnt; None as in `guess_accuracy`."""
-    guess = guess_accuracy(spec, metadata)
-    return None if guess is None else guess + standard_error(guess, metadata["num_val"])
+def lucky_value(spec: StudySpec, metadata: Mapping[str, Any]) -> float | None:
+    """Return a value that guessing may have by luck: where it is better, something is learnt; None as `guess_value`."""
+    guess = guess_value(spec, metadata)
+    if guess is None or not is_share(spec.metric):
+        return guess
+    return guess + (counting_error(spec, metadata, guess) or standard_error(guess, metadata["num_val"]))
 
 
 def counting_error(spec: StudySpec, metadata: Mapping[str, Any], value: float) -> float | None:
     """Return the standard error of a trial's value that the number of validation images alone makes.
 
-    None where that is not known: of what is no share of the images, and of what a user's own loop measures.
+    None where that is not known: of a loss, and of a metric of a user's own.
     """
-    num_val = metadata.get("num_val")
-    return standard_error(value, num_val) if num_val and spec.metric in ("val_accuracy", "top5") else None
+    is_counted = spec.metric in ("val_accuracy", "top5")
+    num_images = metadata.get("num_val" if is_counted else "num_effective")
+    return standard_error(value, num_images) if num_images and 0 <= value <= 1 else None
 
 
 def standard_error(accuracy: float, num_images: int) -> float:

@@ -56,9 +56,9 @@ class StudyRecord:
 
     @property
     def grain(self) -> float:
-        """The smallest difference of two values, if it is known: an accuracy can differ by one validation image."""
+        """The smallest difference of two values, if it is known: an accuracy differs by one validation image."""
         num_val = self.metadata.get("num_val")
-        return 1 / num_val if num_val and self.spec.metric == "val_accuracy" else 0.0
+        return 1 / num_val if num_val and self.spec.metric in ("val_accuracy", "top5") else 0.0
 
     @property
     def key(self) -> str:

@@ -345,6 +345,11 @@ def metric_name(metric: str) -> str:
     return metric.rpartition(":")[2]
 
 
+def name_on_test_set(metric: str) -> str:
+    """Return the name under which a metric of the test set is reported: `test_accuracy`, `test_loss`, `test_top5`..."""
+    return f"test_{metric_name(metric).removeprefix('val_')}"
+
+
 def derive_seed(*parts: int | str) -> int:
     """Return one seed from several parts, such as a trial's seed and an epoch: from 0 to 2**31 - 1, on every machine.
 

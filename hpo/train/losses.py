@@ -60,6 +60,18 @@ class TrialLoss:
         logits_BL = labels_B.new_zeros((len(labels_B), data.num_classes), dtype=labels_B.new_zeros(()).float().dtype)
         return float(self.sum(logits_BL, labels_B)) / len(labels_B)
 
+    def best_constant(self, data: SplitDataset) -> float:
+        """Return the mean over the validation images of the best answer that is the same for all of them.
+
+        It is no preference, or the shares of the classes in training, of all classes together or of each alone.
+        """
+        import torch
+
+        labels_B, shares_L = data.val.labels_N, class_shares(data).clamp(1e-6, 1 - 1e-6)
+        answers = [torch.zeros_like(shares_L), shares_L.log(), shares_L.logit()]
+        sums = [self.sum(answer_L.expand(len(labels_B), -1), labels_B) for answer_L in answers]
+        return float(min(sums)) / len(labels_B)
+
     def _reduced(self, logits_BL: Tensor, labels_B: Tensor, training: TrainingConfig, reduction: str) -> Tensor:
         if self.weights_L is None:
             return self.compute(logits_BL, labels_B, training, reduction)
@@ -80,6 +92,14 @@ def build_loss(training: TrainingConfig, *, data: SplitDataset) -> TrialLoss:
     else:
         raise unknown_name("training.loss", name, LOSSES)
     return TrialLoss(training=training, compute=compute, weights_L=_class_weights(training, data=data))
+
+
+def class_shares(data: SplitDataset) -> Tensor:
+    """Return the share of each class in the training images (L,), float32."""
+    import torch
+
+    counts_L = torch.bincount(data.train.labels_N, minlength=data.num_classes)
+    return counts_L.float() / len(data.train)
 
 
 def is_plain_cross_entropy(training: TrainingConfig) -> bool:

@@ -8,9 +8,10 @@ Shapes: N images, L classes.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import TrainingConfig, metric_name
@@ -20,13 +21,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOP = 5  # classes that the metric top5 looks among
+NUM_GUESSES = 16  # random answers that say what guessing is worth
+MAX_GUESSED_IMAGES = 2000  # that these are about: AUROC takes a millisecond for each class of so many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """An entry of METRICS; `keys` are the keys of [training] that it reads."""
+    """An entry of METRICS; `keys` are the keys of [training] that it reads.
+
+    A `form` of "share" says that values lie between 0 and 1, and one of "percent" that they are also shown so.
+    """
 
     direction: str = "maximize"
+    form: Literal["percent", "share", "any"] = "share"
     count: Callable[[Tensor, Tensor], float] | None = None  # of outputs (N, L) and labels (N,); None: engines do
     keys: frozenset[str] = frozenset()
     about: str = ""  # in the reference
@@ -36,6 +43,16 @@ def metric_direction(training: TrainingConfig) -> str:
     """Return whether to `maximize` or `minimize` the metric."""
     entry = METRICS.get(training.metric)
     return training.metric_direction if entry is None else entry.direction
+
+
+def is_percent(name: str) -> bool:
+    """Return whether values of a metric, by the name that it is reported under, are shares of images, as accuracies."""
+    return METRICS[name].form == "percent" if name in METRICS else name.endswith("accuracy")
+
+
+def is_share(name: str) -> bool:
+    """Return whether values of a metric, by the name that it is reported under, lie between 0 and 1."""
+    return METRICS[name].form != "any" if name in METRICS else name.endswith("accuracy")
 
 
 def needs_outputs(metric: str) -> bool:
@@ -56,6 +73,33 @@ def measure(metric: str, logits_NL: Tensor | None, labels_N: Tensor) -> dict[str
     count = METRICS[metric].count if metric in METRICS else _own_metric(metric)
     assert count is not None
     return {metric_name(metric): count(logits_NL, labels_N.cpu())}
+
+
+def guess(metric: str, *, priors_L: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """Return what guessing is worth in a metric of the table whose values are shares; nothing for any other.
+
+    Args:
+        metric: The metric.
+        priors_L: The share of each class in the training images.
+        labels_N: The labels of the validation images.
+
+    Returns:
+        `guess_value`: the value of a constant answer or of random ones, whichever is better. `num_effective`: of how
+        many images a share would vary as much as random answers do, where that can be told.
+    """
+    import torch
+
+    if metric not in METRICS or METRICS[metric].count is None:
+        return {}
+    some_N = labels_N[:: math.ceil(len(labels_N) / MAX_GUESSED_IMAGES)].cpu()
+    shape, generator = (len(some_N), len(priors_L)), torch.Generator().manual_seed(0)
+    drawn = [measure(metric, torch.randn(shape, generator=generator), some_N)[metric] for _ in range(NUM_GUESSES)]
+    constant = measure(metric, priors_L.cpu().float().expand(shape), some_N)[metric]
+    mean, variance = statistics.fmean(drawn), statistics.variance(drawn)
+    found = {"guess_value": round(max(mean, constant), 4)}
+    if variance > 0:
+        found["num_effective"] = max(1, round(mean * (1 - mean) / variance * len(labels_N) / len(some_N)))
+    return found
 
 
 def check_metric(metric: str, *, num_classes: int, labels_N: Tensor) -> None:
@@ -120,13 +164,16 @@ def _auroc(logits_NL: Tensor, labels_N: Tensor) -> float:
 
 METRICS: dict[str, Metric] = {
     "val_accuracy": Metric(
+        form="percent",
         about="the share of validation images that get the right class",
     ),
     "val_loss": Metric(
         direction="minimize",
+        form="any",
         about="the mean loss of the validation images",
     ),
     "top5": Metric(
+        form="percent",
         count=_top5,
         about="the share of images whose class is among the five likeliest",
     ),
@@ -135,6 +182,7 @@ METRICS: dict[str, Metric] = {
         about="the mean over the classes of F1",
     ),
     "balanced_accuracy": Metric(
+        form="percent",
         count=_balanced_accuracy,
         about="the mean over the classes of the accuracy",
     ),

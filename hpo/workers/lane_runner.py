@@ -265,9 +265,9 @@ class LaneRunner:
             self._held.finish(claim, end)
 
     def _measure_test(self, claim: Claim, config: TrialConfig, checkpoint: Checkpoint) -> None:
-        """Measure the accuracy on the test set of a trial that has had its epochs, and add it to the last one."""
+        """Measure a trial that has had its epochs on the test set, and add what that says to the last one."""
         last = checkpoint.results[-1]
-        metrics = last.metrics() | {"test_accuracy": self._engine.test_accuracy(config, checkpoint)}
+        metrics = last.metrics() | self._engine.test_metrics(config, checkpoint)
         value = last.value_of(config.training.metric)
         self._store.trials.report(claim, self._spec, epoch=last.epoch, metrics=metrics, value=value, may_prune=False)
 

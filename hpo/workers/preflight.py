@@ -133,7 +133,18 @@ def _try_networks(spec: StudySpec) -> dict[str, Any]:
         tried.append(_try_network(spec, config, data) | described)
         if len(tried) == 1:
             _try_recipes(spec, values, data)
+            tried[0] |= _guess(spec, config, data)
     return tried[0] | _joined_weights(tried)
+
+
+def _guess(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> dict[str, float]:
+    """Return what guessing is worth in the study's metric, where that is known and no accuracy."""
+    from hpo.train.losses import LOSSES, build_loss, class_shares
+    from hpo.train.metrics import guess
+
+    if spec.metric == "val_loss" and config.training.loss in LOSSES and "loss" not in spec.search.parameters:
+        return {"guess_value": round(build_loss(config.training, data=data).best_constant(data), 4)}
+    return guess(config.training.metric, priors_L=class_shares(data), labels_N=data.val.labels_N)
 
 
 def _joined_weights(tried: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

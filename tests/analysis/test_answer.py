@@ -46,6 +46,25 @@ def test_the_interval_is_what_was_tried_around_the_best_within_one_standard_erro
     assert found.interval == interval
 
 
+@pytest.mark.parametrize(
+    ("metric", "known", "expected"),
+    [
+        ("auroc", {"num_effective": 400}, (0.1, 0.2)),
+        ("auroc", {}, None),
+        ("top5", {}, (0.1, 0.2)),
+        ("val_loss", {"guess_value": 2.3}, None),
+    ],
+)
+def test_what_does_as_well_follows_from_the_number_of_images_in_every_metric_of_images(
+    metric: str, known: dict[str, float], expected: tuple[float, float] | None
+) -> None:
+    study = make_study(training={"metric": metric}, search={"space": {"lr": [0.1, 0.2, 0.4]}})
+    study = replace(study, metadata={**study.metadata, "num_classes": 10, **known})
+    found = find_best(study, make_trials((0.1, 0.9), (0.2, 0.89), (0.4, 0.8)))
+    assert found is not None
+    assert found.interval == expected
+
+
 def test_other_optimizers_do_not_count_towards_the_interval() -> None:
     trials = make_trials((1e-3, 0.90), (3e-3, 0.91), optimizer="adam") + make_trials((1e-2, 0.905), optimizer="sgd")
     study = make_study(search={"space": {"lr": [0.1, 0.2], "optimizer": ["adam", "sgd"]}})

@@ -136,6 +136,25 @@ def test_the_answer_says_it() -> None:
     assert json.loads(json.dumps(found.as_dict()))["confirmation"]["runner_up"]["is_worse"] is True
 
 
+@pytest.mark.parametrize(
+    ("metric", "curves", "line"),
+    [
+        ("auroc", {"test_accuracy": [0.5], "test_auroc": [0.75]}, "test AUROC: 0.75 (not used for selection)"),
+        ("top5", {"test_top5": [0.75]}, "test top-5 accuracy: 75.00 % (not used for selection)"),
+        ("val_loss", {"test_loss": [1.5]}, "test loss: 1.5 (not used for selection)"),
+        ("auroc", {"test_accuracy": [0.5]}, "test accuracy: 50.00 % (not used for selection)"),  # of an older version
+    ],
+)
+def test_the_test_set_is_told_in_the_studys_metric(metric: str, curves: dict[str, list[float]], line: str) -> None:
+    study, trials = make_study(training={"metric": metric}), make_trials((1e-3, 0.5))
+    trials += again(trials, [0.5, 0.6], params=[{"lr": 1e-3}])
+    trials.append(make_trial(3, {"lr": 1e-3}, 0.5, kind="test", tested=1, curves=curves))
+    found = find_confirmation(study, trials, search_value=0.5)
+    assert found is not None
+    assert [found.test_metric, found.test_value] == [list(curves)[-1], list(curves.values())[-1][-1]]
+    assert line in [f"{shown.label}: {shown}" for shown in confirmation_lines(study, found)]
+
+
 def test_values_that_are_all_alike_are_as_uncertain_as_a_picture_and_huge_ones_no_error() -> None:
     found = confirmed(make_study(), [0.8, 0.8, 0.8], [0.8, 0.8, 0.8])
     assert found.standard_error is not None

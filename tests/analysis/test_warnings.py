@@ -93,6 +93,29 @@ def test_chance_is_the_share_of_the_largest_class(value: float, guess: float | N
     assert all(f"no better than {expected}: " in text for text in texts)
 
 
+@pytest.mark.parametrize(
+    ("metric", "value", "guess", "words"),
+    [
+        ("top5", 0.51, 0.5, "guessing, with which the validation top-5 accuracy is 50.00 %"),
+        ("macro_f1", 0.1, 0.1, "guessing, with which the validation macro F1 is 0.1"),
+        ("macro_f1", 0.3, 0.1, None),
+        ("auroc", 0.51, 0.5, "guessing, with which the validation AUROC is 0.5"),
+        ("val_loss", 2.31, 2.3, "guessing, with which the validation loss is 2.3"),
+        ("val_loss", 2.2, 2.3, None),
+        ("auroc", 0.5, None, None),  # a study of an older version
+    ],
+)
+def test_guessing_is_told_in_every_metric(metric: str, value: float, guess: float | None, words: str | None) -> None:
+    study = make_study(training={"metric": metric}, search={"space": {"lr": [0.1, 0.2]}})
+    known = {} if guess is None else {"guess_value": guess, "num_effective": 300}
+    study = replace(study, metadata={**study.metadata, "num_classes": 10, **known})
+    found = find_best(study, make_trials((0.1, value)))
+    assert found is not None
+    texts = [warning.text for warning in found.warnings if warning.kind == "guessing"]
+    assert len(texts) == (words is not None)
+    assert all(f"the best trial is no better than {words}: " in text for text in texts)
+
+
 def test_every_warning_has_a_study_that_asks_for_it() -> None:
     table = test_warnings_come_where_they_should_and_nowhere_else.pytestmark[0].args[1]  # type: ignore[attr-defined]
     assert set().union(*(case.values[1] for case in table)) == set(WARNINGS)

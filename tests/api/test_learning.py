@@ -50,6 +50,11 @@ def test_a_rate_by_optimizer_is_learned_with_the_optimizer(train: Any) -> None:
     assert found.trials[0].params == {"optimizer": "sgd", "lr": 0.02}
 
 
+def test_a_store_that_is_not_there_is_no_study_to_learn_from(train: Any) -> None:
+    with pytest.raises(UserError, match=r"names 'first', which must be in the store of this study, and there is no"):
+        train("second", learn_from=["first"])
+
+
 def test_what_cannot_be_learned_is_one_sentence(train: Any) -> None:
     train("first", space={"lr": [0.02]}, sampler="grid", trials=None)
     wrong: list[tuple[dict[str, Any], str]] = [

@@ -87,7 +87,7 @@ MISTAKES = {
     "[training]\nclass_weights = 'balancd'": ["training.class_weights must be 'balanced' or a list of numbers"],
     "[training]\nclass_weights = [1, -1]": ["training.class_weights must be 'balanced' or a list of numbers"],
     "[training]\nmetric = 'accuracy'": ["training.metric must be one of", "did you mean 'val_accuracy'"],
-    "[training]\nmetric_direction = 'minimize'": ["training.metric_direction has no meaning for metric val_accuracy"],
+    "[training]\nmetric_direction = 'minimize'": ["metric_direction must be left out, or 'maximize'", "'val_accuracy'"],
     "[training]\nmetric = 'm:val_loss'": ["training.metric = 'm:val_loss' must have a name of its own"],
     "[training]\nmetric = 'm:state'": ["training.metric = 'm:state' must have a name of its own"],
     "[training]\noptimizer = 'adamxa'": ["training.optimizer must be one of", "did you mean 'adamax'"],
@@ -250,6 +250,16 @@ def test_what_is_optimized_follows_the_metric(training: dict[str, str], metric: 
     assert (spec.metric, spec.direction) == (metric, direction)
     with pytest.raises(UserError, match=r"search.space: each key must be one of .*'metric'"):
         StudySpec.from_dict({"name": "s", "search": {"space": {"lr": [0.1], "metric": ["auroc"]}}})
+
+
+def test_the_direction_of_a_known_metric_goes_without_saying_and_is_not_contradicted() -> None:
+    of_loss = MINIMAL + "[training]\nmetric = 'val_loss'\n"
+    assert read(of_loss + "metric_direction = 'minimize'").frozen() == read(of_loss).frozen()
+    with pytest.raises(UserError, match="must be left out, or 'minimize', for metric 'val_loss'; got 'maximize'"):
+        read(of_loss + "metric_direction = 'maximize'")
+    stored = read(of_loss).frozen()
+    stored["training"]["metric_direction"] = "maximize"  # the default, which earlier versions stored with any metric
+    assert not stored_spec(stored).differences(read(of_loss))
 
 
 @pytest.mark.parametrize("lr", ["lr = 'auto'", "lr.by.optimizer = { adam = [0.1], rprop = 'auto' }"])

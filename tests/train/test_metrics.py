@@ -11,7 +11,16 @@ from sklearn import metrics as sklearn_metrics
 
 from hpo.errors import UserError
 from hpo.train.config import TrainingConfig
-from hpo.train.metrics import METRICS, check_metric, measure, metric_direction, needs_outputs
+from hpo.train.metrics import (
+    METRICS,
+    check_metric,
+    guess,
+    is_percent,
+    is_share,
+    measure,
+    metric_direction,
+    needs_outputs,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 LABELS_N = torch.randint(0, 7, (300,), generator=GENERATOR)
@@ -41,6 +50,27 @@ def test_a_class_without_a_validation_image_and_outputs_that_are_not_finite(name
     assert 0.5 < value < 1
     (value,) = measure(name, torch.full((2, 7), math.inf), torch.tensor([0, 1])).values()
     assert math.isnan(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("top5", 0.71), ("macro_f1", 0.14), ("balanced_accuracy", 1 / 7), ("auroc", 0.5)]
+)
+def test_guessing_is_worth_what_constant_or_random_answers_are(name: str, expected: float) -> None:
+    found = guess(name, priors_L=torch.bincount(LABELS_N).float() / 300, labels_N=LABELS_N)
+    assert found["guess_value"] == pytest.approx(expected, abs=0.06)
+    # Of a share of 300 images, or of an AUROC by Hanley and McNeil (1982), for 7 classes that are no more certain.
+    assert 100 < found["num_effective"] < 1500
+    constant = torch.zeros(300, dtype=torch.int64).index_fill(0, torch.arange(30), 1)
+    value = guess(name, priors_L=torch.tensor([0.9, 0.1, *[0.0] * 5]), labels_N=constant)["guess_value"]
+    assert value == {"top5": 1.0}.get(name, value)
+    assert is_share(name)
+
+
+def test_an_accuracy_is_shown_in_percent_and_no_metric_of_another_kind() -> None:
+    assert [name for name in METRICS if is_percent(name)] == ["val_accuracy", "top5", "balanced_accuracy"]
+    assert is_percent("my_accuracy")
+    assert not is_percent("mistakes")
+    assert not guess("val_loss", priors_L=torch.ones(7) / 7, labels_N=LABELS_N)
 
 
 OWN_METRICS = """

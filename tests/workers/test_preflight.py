@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_the_preflight_finds_the_data_and_the_network_and_leaves_the_random_stat
     assert sizes == {"num_train": 200, "num_val": 288, "num_classes": 10, "channels": 1, "image_size": 32}
     assert metadata["num_parameters"] > 0
     assert 0.1 <= metadata["guess_accuracy"] < 0.11  # the digits' classes are about as large as each other
+    assert "guess_value" not in metadata
+
+
+@pytest.mark.parametrize(
+    ("training", "guess"),
+    [
+        ({"metric": "auroc"}, 0.5),
+        ({"metric": "val_loss"}, math.log(10)),
+        ({"metric": "val_loss", "loss": "bce"}, 0.325),
+    ],
+)
+def test_the_preflight_finds_what_guessing_is_worth_in_the_metric(training: dict[str, str], guess: float) -> None:
+    assert run_preflight(digits_spec(**training), {"cpu"})["guess_value"] == pytest.approx(guess, abs=0.02)
 
 
 def test_the_preflight_says_what_is_loaded_of_weights_and_keeps_a_digest_of_them(tmp_path: Path) -> None:

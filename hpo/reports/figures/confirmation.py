@@ -11,6 +11,7 @@ from hpo.analysis.confirmation import Confirmation
 from hpo.analysis.text import paragraph_text, params_text
 from hpo.reports.figures.data import FigureData, value_axis
 from hpo.reports.figures.style import BLUE, GREEN, GREY, PURPLE, STATE_STYLES, escape_plotly, lay_out, round_digits
+from hpo.train.config import name_on_test_set
 
 
 def draw_confirmation(data: FigureData) -> go.Figure | None:
@@ -94,16 +95,16 @@ def _add_tests(figure: go.Figure, data: FigureData, confirmation: Confirmation, 
         for trial in data.others
         if trial.kind == "test" and trial.state == "complete" and trial.tested in confirmation.winner.trials
     ]
-    last = [trial.curves["test_accuracy"][-1] for trial in tests]
-    accuracies = [accuracy for accuracy in last if accuracy is not None]
-    if accuracies and data.is_accuracy:  # on the axis of another metric they would say nothing
+    metric = confirmation.test_metric
+    values = [value for trial in tests if (value := trial.curves[metric][-1]) is not None]
+    if values and metric == name_on_test_set(data.study.spec.metric):  # else they would say nothing on this axis
         figure.add_scatter(
-            x=[round_digits(accuracy) for accuracy in accuracies],
-            y=[winner] * len(accuracies),
+            x=[round_digits(value) for value in values],
+            y=[winner] * len(values),
             mode="markers",
             name="on the test set",
             marker={"symbol": "triangle-up-open", "size": 11, "color": PURPLE},
-            hovertemplate="test accuracy %{x}<extra></extra>",
+            hovertemplate=f"{escape_plotly(metric)} %{{x}}<extra></extra>",
         )
 
 

@@ -13,6 +13,7 @@ from hpo.analysis.text import rate_text
 from hpo.reports.figures.data import FigureData, rate_of
 from hpo.reports.figures.style import NUM_COLOURS, escape_plotly, lay_out, line_colours, round_digits
 from hpo.study.records import TrialRecord
+from hpo.train.metrics import is_percent
 
 MAX_CURVES = 200  # of more trials, so many are drawn, evenly spread over the learning rates
 MAX_CURVE_MARKS = 600  # with more points, only the lines are drawn
@@ -83,8 +84,8 @@ def curves_caption(data: FigureData) -> str:
         for metric in _shown_metrics(data):
             values = [value for value in best.curves.get(metric, ()) if value is not None]
             if values:
-                is_share = metric.endswith("accuracy") and all(0 <= value <= 1 for value in values)
-                first, last = (f"{100 * end:.2f} %" if is_share else f"{end:.4g}" for end in (values[0], values[-1]))
+                in_percent = is_percent(metric) and all(0 <= value <= 1 for value in values)
+                first, last = (f"{100 * end:.2f} %" if in_percent else f"{end:.4g}" for end in (values[0], values[-1]))
                 caption += f"; the best trial's {metric} goes from {first} to {last}"
     return f"{caption}."
 
@@ -110,7 +111,7 @@ def _spread_over_rates(trials: list[TrialRecord]) -> list[TrialRecord]:
 
 def _metric_axis(metric: str, trials: Sequence[TrialRecord]) -> dict[str, Any]:
     values = [value for trial in trials for value in trial.curves.get(metric, ()) if value is not None]
-    if metric.endswith("accuracy") and all(0 <= value <= 1 for value in values):
+    if is_percent(metric) and all(0 <= value <= 1 for value in values):
         return {"title": {"text": escape_plotly(metric)}, "tickformat": ".0%"}
     axis: dict[str, Any] = {"title": {"text": escape_plotly(metric)}, "exponentformat": "e"}
     trained = [trial for trial in trials if trial.state != "diverged"]

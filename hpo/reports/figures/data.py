@@ -14,6 +14,7 @@ from hpo.analysis.text import params_text, plural, value_text
 from hpo.analysis.trials import is_rate
 from hpo.reports.figures.style import escape_plotly
 from hpo.study.records import StudyRecord, TrialRecord
+from hpo.train.metrics import is_percent
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FigureData:
     def is_accuracy(self) -> bool:
         """Whether the values are accuracies, shown in percent."""
         values = [trial.value for trial in self.trials if trial.value is not None]
-        return self.study.spec.metric.endswith("accuracy") and all(0 <= value <= 1 for value in values)
+        return is_percent(self.study.spec.metric) and all(0 <= value <= 1 for value in values)
 
 
 def rate_of(trial: TrialRecord) -> float | None:

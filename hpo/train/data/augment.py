@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import enum
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +222,9 @@ def _of_torchvision(name: str, options: Mapping[str, Any], *, image_size: int) -
             arguments.setdefault(key, image_size)
         if isinstance(parameter.default, enum.Enum) and key in arguments:
             arguments[key] = _enum_value(name, key, arguments[key], type(parameter.default))
-    transform: Transform = _built(name, transform_class, arguments)
+    with warnings.catch_warnings():  # of options that cannot work: what comes of them is our sentence
+        warnings.simplefilter("ignore", UserWarning)
+        transform: Transform = _built(name, transform_class, arguments)
     return transform
 
 

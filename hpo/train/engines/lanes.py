@@ -139,12 +139,12 @@ class LaneEngine(Engine):
         engine, lane_there = self._places[lane]
         return engine.snapshot(lane_there)
 
-    def test_accuracy(self, config: TrialConfig, checkpoint: Checkpoint) -> float:
-        """Return the test accuracy, a fraction, of the network in a checkpoint.
+    def test_metrics(self, config: TrialConfig, checkpoint: Checkpoint) -> dict[str, float]:
+        """Return the accuracy, the loss and the trial's metric on the test set of the network in a checkpoint.
 
         Raises UserError where the dataset has no test images, or they cannot be read.
         """
-        return self._plain_engine().test_accuracy(config, checkpoint)
+        return self._plain_engine().test_metrics(config, checkpoint)
 
     def evict(self, lane: int) -> None:
         """Forget the trial in a lane and free its memory; see `Engine`."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint, config_digest, storable_copy
-from hpo.train.config import EpochResult, TrialConfig
+from hpo.train.config import EpochResult, TrialConfig, name_on_test_set
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache, SplitDataset
 from hpo.train.data.mixing import Mix, mix_batch
@@ -33,7 +33,7 @@ from hpo.train.engines.lane_state import (
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.engines.weight_average import WeightAverage
 from hpo.train.imports import describe_error
-from hpo.train.metrics import needs_outputs
+from hpo.train.metrics import measure, needs_outputs
 from hpo.train.optim import NOT_OPTIONS, build_optimizer, set_lr, set_optimizer_mode
 from hpo.train.parameter_groups import multipliers_of, parameter_groups, set_trained
 from hpo.train.seeding import seed_generators
@@ -135,14 +135,17 @@ class PlainEngine(Engine):
         lane.is_whole = True
         return [result]
 
-    def test_accuracy(self, config: TrialConfig, checkpoint: Checkpoint) -> float:
-        """Return the test accuracy, a fraction, of the network in a checkpoint; see `LaneEngine`."""
+    def test_metrics(self, config: TrialConfig, checkpoint: Checkpoint) -> dict[str, float]:
+        """Return what the test set says of the network in a checkpoint; see `LaneEngine`."""
         lane = build_lane(config, data=self._dataset_cache.for_trial(config), device=self.device)
         restore(lane, checkpoint)
         if lane.data.test is None:
             raise UserError(f"data.name = {config.data.name!r} has no test set")
         with numerics(tf32=config.training.tf32):
-            return self._evaluate(lane, lane.data.test).accuracy
+            found = self._evaluate(lane, lane.data.test)
+        measured = measure(config.training.metric, found.logits_NL, lane.data.test.labels_N)
+        measured |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
+        return {name_on_test_set(name): value for name, value in measured.items()}
 
     def _train(self, lane: PlainLaneState) -> tuple[Tensor, int]:
         """Train one epoch; return the loss of each step (S,), on the CPU, and how many images were correct.

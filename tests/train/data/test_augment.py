@@ -144,6 +144,7 @@ def test_a_name_that_is_none_is_found_in_the_study_file(augment: Any, message: s
         ),
         ("RandomAffine", "data.augment: RandomAffine cannot be built with no options: TypeError: .*'degrees'"),
         ({"name": "RandomErasing", "p": 7}, "data.augment: RandomErasing cannot be built with p=7: ValueError"),
+        ({"name": "RandomErasing", "scale": [2.0, 1.0]}, "RandomErasing cannot transform an image: RuntimeError"),
         ({"name": "RandomCrop", "size": 8}, r"RandomCrop must give a uint8 tensor of the image's shape \(3, 16, 16\)"),
         ("own_augment:shrink", r"own_augment:shrink must give .*, got torch.uint8 of shape \(3, 8, 8\)"),
         ("own_augment:floats", "own_augment:floats must give .*, got torch.float32 of"),
@@ -153,11 +154,14 @@ def test_a_name_that_is_none_is_found_in_the_study_file(augment: Any, message: s
         ({"name": "own_augment:Mirror", "q": 1}, "q is not an option of own_augment:Mirror, which takes p"),
     ],
 )
-def test_a_mistake_is_one_sentence_before_anything_is_trained(augment: Any, message: str) -> None:
+def test_a_mistake_is_one_sentence_before_anything_is_trained(
+    augment: Any, message: str, recwarn: pytest.WarningsRecorder
+) -> None:
     assert spec([augment]).frozen()["data"]["augment"] == [augment]
     with pytest.raises(UserError, match=message) as raised:
         build(augment)
     assert "\n" not in str(raised.value)
+    assert not recwarn.list
 
 
 def test_own_augmentation_is_code_that_has_to_be_allowed() -> None:

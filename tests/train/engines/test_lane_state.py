@@ -125,7 +125,7 @@ def test_a_trial_computes_as_it_says(tf32: bool, seen: list[tuple[bool, bool]]) 
     plain = PlainEngine(device="cpu")
     plain.admit(config)
     plain.run_epoch()
-    plain.test_accuracy(config, plain.checkpoint(0))
+    plain.test_metrics(config, plain.checkpoint(0))
     run_range_test(config, device="cpu")
     assert set(seen) == {(tf32, tf32)}
     seen.clear()

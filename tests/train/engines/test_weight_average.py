@@ -34,12 +34,14 @@ def test_an_average_is_exponential_once_its_decay_has_risen() -> None:
 
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_the_average_is_validated_kept_and_tested(ema: float | None) -> None:
-    config = trial(model=BATCH_NORM, ema=ema, report_test_accuracy=True)
+    config = trial(model=BATCH_NORM, ema=ema, report_test_accuracy=True, metric="auroc")
     engine = PlainEngine(device="cpu")
     last = train(engine, config)
     in_training = last.state.get("in_training")
     assert (in_training is None) == (ema is None)
-    assert engine.test_accuracy(config, last) == last.results[-1].test_accuracy
+    tested = engine.test_metrics(config, last)
+    assert tested.keys() == {"test_accuracy", "test_loss", "test_auroc"}
+    assert tested["test_accuracy"] == last.results[-1].test_accuracy
     if in_training is not None:
         assert any(not torch.equal(last.state["model"][name], tensor) for name, tensor in in_training.items())
         plain = train(PlainEngine(device="cpu"), trial(model=BATCH_NORM))
