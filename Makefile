@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: help setup demo test test-all lint docs bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-fine-tuning bench-ray bench-scale chaos constraints clean
+.PHONY: help setup demo test test-all lint audit docs bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-fine-tuning bench-ray bench-scale chaos constraints clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests start hundreds of processes; without its .pyc files each would compile the package again.
@@ -35,6 +35,12 @@ lint: setup ## check style, imports, types and documents
 	$(BIN)/mypy
 	$(BIN)/python -m scripts.reference --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@if curl --silent --max-time 5 --output /dev/null https://api.osv.dev; then $(MAKE) audit; \
+	else echo "make audit was left out: api.osv.dev cannot be reached"; fi
+
+audit: setup ## look up the packages of constraints.txt among known vulnerabilities
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --vulnerability-service osv
 
 docs: setup ## build the documents as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -26,11 +26,8 @@ from scripts.reference.render import FOLDER, render_pages
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TEXTS = {document: (ROOT / document).read_text() for document in DOCUMENTS}
-RECORDS = (
-    "docs/contributing/decisions",
-    "docs/decisions.md",
-    "CHANGELOG.md",
-)  # of their time: what they name may be gone
+# Of their time: what they name may be gone.
+RECORDS = ("docs/contributing/decisions/0", "docs/decisions.md", "CHANGELOG.md")
 CURRENT = [document for document in DOCUMENTS if not document.startswith(RECORDS)]
 TINY: dict[str, dict[str, Any]] = {
     "search": {"trials": 3},
@@ -62,13 +59,15 @@ def test_figures_and_formats_of_reports_are_in_their_guide() -> None:
         assert f"`{name}`" in TEXTS["docs/guides/report.md"]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document: str) -> None:
-    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", TEXTS[document]):
-        path = (ROOT / document).parent / link if link else ROOT / document
-        assert path.exists(), link
-        if anchor and path.suffix == ".md" and not anchor.startswith("hpo."):  # those of mkdocstrings
-            assert anchor in anchors(path.read_text()), f"{link}#{anchor}"
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for document, text in TEXTS.items():
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+            path = (ROOT / document).parent / link if link else ROOT / document
+            is_checked = anchor and path.suffix == ".md" and not anchor.startswith("hpo.")  # those of mkdocstrings
+            if not path.exists() or (is_checked and anchor not in anchors(path.read_text())):
+                broken.append(f"{document}: {link}#{anchor}")
+    assert not broken
 
 
 def anchors(text: str) -> list[str]:
@@ -77,10 +76,20 @@ def anchors(text: str) -> list[str]:
     return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_files_that_are_named_exist(document: str) -> None:
-    for name in re.findall(r"(?<![\w/.])(?:hpo|tests|scripts)/[\w/.-]*\w", TEXTS[document]):
-        assert (ROOT / name).exists(), name
+def test_files_that_are_named_exist() -> None:
+    named = {
+        name for text in TEXTS.values() for name in re.findall(r"(?<![\w/.])(?:hpo|tests|scripts)/[\w/.-]*\w", text)
+    }
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_decisions_are_numbered_and_in_their_index() -> None:
+    records = sorted((ROOT / "docs/contributing/decisions").glob("0*.md"))
+    index = TEXTS["docs/contributing/decisions/index.md"]
+    assert [int(path.name[:4]) for path in records] == list(range(1, len(records) + 1))
+    for path in records:
+        title = path.read_text().splitlines()[0].removeprefix("# ")
+        assert f"- [{title}]({path.name})" in index
 
 
 def test_every_study_is_in_the_tutorial() -> None:
@@ -91,7 +100,7 @@ def test_every_study_is_in_the_tutorial() -> None:
 def test_every_page_can_be_reached() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for document in DOCUMENTS:
-        if document.startswith("docs/") and "/decisions/" not in document:
+        if document.startswith("docs/") and not document.startswith(RECORDS):
             assert document.removeprefix("docs/") in navigation, document
 
 
