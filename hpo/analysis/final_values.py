@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ NOISES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a trial with a curve of usual 
 USUAL_LENGTH = 0.7  # decades, of the log-normal prior
 LEAST_USUAL_NOISE = 0.05  # of the log-normal prior where curves are smooth, in standard deviations of all points
 SEED_OVER_ROUGHNESS = 1.5  # how much more two seeds differ than two epochs of a curve
+WARP_SIZES = (math.inf, 1.0)  # in standard deviations of all values
+WARP_PENALTY = 3.0  # of the log evidence: without a reason the line is not warped
+LARGEST_WARPED = 30.0  # below the best value; its exponential is no infinite number
 TRUST = 0.6  # share of the evidence that counts: points of a curve say less than as many trials would
+JITTER = 1e-8  # of variances, against rounding
 MISFIT = 0.01  # of each point, in standard deviations of all points
 AVERAGED = 0.2  # a point is the mean over this last share of its epochs
 SMOOTHED_DECADES = 0.3  # over which roughness is averaged
@@ -74,52 +78,137 @@ def draw_final_values(
 ) -> FinalValues:
     """Draw from what is known of the values after `num_epochs`."""
     import numpy as np
-    from scipy.linalg import solve_triangular
     from scipy.special import softmax
 
     curves = sorted(curves, key=lambda curve: (len(curve.epochs), curve.x, *curve.line))
-    roughness = _Roughness(curves)
-    points = _points(curves, roughness, num_epochs)
-    mean = points.line.mean()
-    scale = points.line.std() or 1e-9 * (abs(mean) or 1.0)
-    usual_noise = max(SEED_OVER_ROUGHNESS * roughness.usual / scale, LEAST_USUAL_NOISE)
-    apart, apart_in_time = abs(points.x[:, None] - points.x), abs(points.time[:, None] - points.time)
-    same_trial = (points.trial[:, None] == points.trial) * np.outer(points.roughness, points.roughness)
-    own = np.diag(points.variance / scale**2 + MISFIT**2)
-    gained = {length: _matern(apart_in_time, length) for length in EPOCH_LENGTHS}
-    lasting = {share: _lasting(apart_in_time, share) for share in LASTING_SHARES}
-    near = {length: _matern(apart, length) for length in LENGTHS}
-    evidence, fits = [], []
-    for epoch_length, share, length, amplitude, noise in itertools.product(
-        EPOCH_LENGTHS, LASTING_SHARES, LENGTHS, AMPLITUDES, NOISES
-    ):
-        depends = amplitude**2 * near[length] + noise**2 * same_trial
-        root = np.linalg.cholesky(gained[epoch_length] + lasting[share] * depends + own)
-        whitened = solve_triangular(root, (points.line - mean) / scale, lower=True)
-        # Log-normal priors: the values of usual networks are the most common.
-        prior = (
-            math.log(length / USUAL_LENGTH) / 0.7,
-            math.log(amplitude) / 1.5,
-            math.log(noise / usual_noise) / 1.5,
-        )
-        evidence.append(-0.5 * (whitened @ whitened + math.hypot(*prior) ** 2) - np.log(np.diag(root)).sum())
-        fits.append((epoch_length, share, length, amplitude, noise, root, whitened))
-    weights = softmax(TRUST * np.array(evidence))
-    drawn = []
-    for (epoch_length, share, length, amplitude, _, root, whitened), times in zip(
-        fits, random.multinomial(NUM_DRAWS, weights), strict=True
-    ):
-        if times:
-            alike = amplitude**2 * _matern(abs(x[:, None] - points.x), length)
-            across = _matern(points.time, epoch_length) + _lasting(points.time, share) * alike
-            explained = solve_triangular(root, across.T, lower=True)
-            covariance = 1 + amplitude**2 * _matern(abs(x[:, None] - x), length) - explained.T @ explained
-            values, vectors = np.linalg.eigh(covariance)
-            spread = (vectors * np.sqrt(values.clip(0))).T  # rounding may have made it a little indefinite
-            drawn.append(explained.T @ whitened + random.standard_normal((times, len(x))) @ spread)
-    seeds = math.sqrt(weights @ np.square([fit[4] for fit in fits])) * scale
-    noise = math.hypot(seeds, roughness.usual, MISFIT * scale)
-    return FinalValues(np.concatenate(drawn) * scale + mean, noise * roughness.relative_at(x))
+    models = [_Model(curves, warp, num_epochs) for warp in _warps(curves)]
+    fits = [(model, fit) for model in models for fit in model.fits()]
+    weights = softmax(TRUST * np.array([fit.evidence for _, fit in fits]))
+    counts = random.multinomial(NUM_DRAWS, weights)
+    drawn = [model.draw(fit, x, int(times), random) for (model, fit), times in zip(fits, counts, strict=True) if times]
+    draws = np.concatenate(drawn)
+    middle = draws.mean(axis=0)
+    noises = np.array([model.noise_at(fit, x, middle) for model, fit in fits])
+    return FinalValues(draws, np.sqrt(weights @ noises**2))
+
+
+@dataclass(frozen=True)
+class _Warp:
+    """A line on which steps count the less the further they are below the best value, or equally (`size` is inf).
+
+    One process with the same slopes and the same noise everywhere would smooth the top by what it sees far below.
+    """
+
+    top: float
+    size: float  # this far below the top a step counts half; inf: the same everywhere
+
+    def apply(self, line: Array) -> Array:
+        import numpy as np
+
+        if math.isinf(self.size):
+            return line
+        behind = (self.top - line) / self.size
+        warped: Array = np.where(behind > 0, -np.log1p(behind.clip(0)), -behind)
+        return warped
+
+    def invert(self, warped: Array) -> Array:
+        import numpy as np
+
+        if math.isinf(self.size):
+            return warped
+        line: Array = self.top - self.size * np.where(warped < 0, np.expm1(-warped.clip(-LARGEST_WARPED, 0)), -warped)
+        return line
+
+    def log_slopes(self, warped: Array) -> float:
+        """Return the sum of the logs of by how much steps grow at these numbers."""
+        return 0.0 if math.isinf(self.size) else float(warped.clip(None, 0).sum() - len(warped) * math.log(self.size))
+
+
+def _warps(curves: Sequence[Curve]) -> list[_Warp]:
+    import numpy as np
+
+    last = max(curve.epochs[-1] for curve in curves)
+    top = max(float(curve.line[-1]) for curve in curves if curve.epochs[-1] == last)
+    spread = float(np.concatenate([curve.line for curve in curves]).std())
+    return [_Warp(top, size * spread) for size in WARP_SIZES] if spread else [_Warp(top, math.inf)]
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A process with one choice of its hyperparameters, fitted to points."""
+
+    epoch_length: float
+    share: float
+    length: float
+    amplitude: float
+    noise: float
+    evidence: float
+    root: Array
+    whitened: Array
+
+
+class _Model:
+    """The processes over the points of curves on one warped line."""
+
+    def __init__(self, curves: Sequence[Curve], warp: _Warp, num_epochs: int) -> None:
+        curves = [replace(curve, line=warp.apply(curve.line)) for curve in curves]
+        self._warp, self._roughness = warp, _Roughness(curves)
+        self._points = points = _points(curves, self._roughness, num_epochs)
+        self._mean = float(points.line.mean())
+        self._scale = float(points.line.std()) or 1e-9 * (abs(self._mean) or 1.0)
+
+    def fits(self) -> Iterator[_Fit]:
+        """Fit a process with each choice of the hyperparameters."""
+        import numpy as np
+        from scipy.linalg import solve_triangular
+
+        points = self._points
+        usual_noise = max(SEED_OVER_ROUGHNESS * self._roughness.usual / self._scale, LEAST_USUAL_NOISE)
+        apart, apart_in_time = abs(points.x[:, None] - points.x), abs(points.time[:, None] - points.time)
+        same_trial = (points.trial[:, None] == points.trial) * np.outer(points.roughness, points.roughness)
+        own = np.diag(points.variance / self._scale**2 + MISFIT**2)
+        gained = {length: _matern(apart_in_time, length) for length in EPOCH_LENGTHS}
+        lasting = {share: _lasting(apart_in_time, share) for share in LASTING_SHARES}
+        near = {length: _matern(apart, length) for length in LENGTHS}
+        values = (points.line - self._mean) / self._scale
+        of_warp = self._warp.log_slopes(points.line) - len(values) * math.log(self._scale)
+        of_warp -= 0 if math.isinf(self._warp.size) else WARP_PENALTY
+        for epoch_length, share, length, amplitude, noise in itertools.product(
+            EPOCH_LENGTHS, LASTING_SHARES, LENGTHS, AMPLITUDES, NOISES
+        ):
+            depends = amplitude**2 * near[length] + noise**2 * same_trial
+            root = np.linalg.cholesky(gained[epoch_length] + lasting[share] * depends + own)
+            whitened = solve_triangular(root, values, lower=True)
+            # Log-normal priors: the values of usual networks are the most common.
+            prior = (
+                math.log(length / USUAL_LENGTH) / 0.7,
+                math.log(amplitude) / 1.5,
+                math.log(noise / usual_noise) / 1.5,
+            )
+            misfit = 0.5 * (whitened @ whitened + math.hypot(*prior) ** 2)
+            evidence = of_warp - misfit - np.log(np.diag(root)).sum()
+            yield _Fit(epoch_length, share, length, amplitude, noise, evidence, root, whitened)
+
+    def draw(self, fit: _Fit, x: Array, times: int, random: np.random.Generator) -> Array:
+        """Draw values at the end of training, at each x, as they are on the line."""
+        import numpy as np
+        from scipy.linalg import solve_triangular
+
+        points = self._points
+        alike = fit.amplitude**2 * _matern(abs(x[:, None] - points.x), fit.length)
+        across = _matern(points.time, fit.epoch_length) + _lasting(points.time, fit.share) * alike
+        explained = solve_triangular(fit.root, across.T, lower=True)
+        covariance = 1 + fit.amplitude**2 * _matern(abs(x[:, None] - x), fit.length) - explained.T @ explained
+        spread = np.linalg.cholesky(covariance + JITTER * np.diag(np.diag(covariance) + 1)).T
+        drawn = explained.T @ fit.whitened + random.standard_normal((times, len(x))) @ spread
+        return self._warp.invert(drawn * self._scale + self._mean)
+
+    def noise_at(self, fit: _Fit, x: Array, line: Array) -> Array:
+        """Return the standard deviation of a trial's last value at each x, where the mean is `line`."""
+        usual = math.hypot(fit.noise * self._scale, self._roughness.usual, MISFIT * self._scale)
+        half = usual / 2 * self._roughness.relative_at(x)
+        warped = self._warp.apply(line)
+        return self._warp.invert(warped + half) - self._warp.invert(warped - half)
 
 
 class _Roughness:

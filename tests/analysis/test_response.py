@@ -63,6 +63,22 @@ def test_the_top_of_a_smooth_response_is_found_and_held() -> None:
     assert found.noise == pytest.approx(0.005, abs=0.004)
 
 
+def test_luck_that_is_larger_far_below_the_best_rate_hides_it_no_more_than_it_must() -> None:
+    def behind(x: float) -> float:
+        return 0.8 / (1 + math.exp(2.5 * (x + 4.4))) + 0.03 * max(0, x + 2.8) ** 2
+
+    best, held, decades = min(np.linspace(-5, -1, 161), key=behind), [], []
+    for seed in range(8):
+        luck = iter(np.random.default_rng(seed).standard_normal(31))
+        lrs = np.geomspace(LOW, HIGH, 31)
+        found = response(make_trials(lrs, lambda x, luck=luck: 0.97 - behind(x) * math.exp(0.5 * next(luck))))
+        low, high = found.interval
+        held.append(low < 10**best < high)
+        decades.append(math.log10(high / low))
+    assert sum(held) >= 6
+    assert np.median(decades) < 0.75  # of equal luck everywhere it would be 0.9
+
+
 def test_the_band_holds_most_of_the_response() -> None:
     inside = []  # over 40 studies: 0.81 (15 trials, this noise), 0.83 (30 trials), 0.93 (30, five times the noise)
     for seed in range(10):
