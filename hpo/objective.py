@@ -28,6 +28,7 @@ class Trial:
         checkpoint_dir: A folder of this trial's own, the same when it is resumed after an interruption.
         number: The trial's number in the study.
         attempt: The number of this attempt at the trial; 1 is the first.
+        metric: The metric that is optimized, `objective.metric`.
     """
 
     params: Mapping[str, Any]
@@ -37,7 +38,7 @@ class Trial:
     checkpoint_dir: Path
     number: int
     attempt: int
-    _metric: str = field(repr=False)
+    metric: str
     _on_report: Callable[[int, dict[str, float]], bool] = field(repr=False)
 
     def report(self, epoch: int, **metrics: float) -> bool:
@@ -46,6 +47,7 @@ class Trial:
         Args:
             epoch: The epoch, counted from 1.
             **metrics: What you measured, by name; among them the study's `objective.metric`. All are kept and shown.
+                Where that, or one whose name ends in "loss", is not finite, the trial ends as diverged.
 
         Returns:
             True where training must end now: return from your function.
@@ -62,8 +64,8 @@ class Trial:
         for name in metrics:
             if name in RESERVED_METRICS:
                 raise UserError(f"trial.report: {name!r} names a column of every trial and cannot be a metric")
-        if self._metric not in metrics:
+        if self.metric not in metrics:
             raise UserError(
-                f"trial.report must be given {self._metric}=..., the study's objective.metric; got {', '.join(metrics)}"
+                f"trial.report must be given {self.metric}=..., the study's objective.metric; got {', '.join(metrics)}"
             )
         return self._on_report(number, {name: float(value) for name, value in metrics.items()})

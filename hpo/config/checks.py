@@ -17,6 +17,7 @@ from hpo.config.sections import (
     DIRECTIONS,
     OBJECTIVE_TRAINING_KEYS,
     STUDY_NEUTRAL_KEYS,
+    TRAINER_KEYS,
     CheckpointsSpec,
     EngineSpec,
     ObjectiveSpec,
@@ -324,20 +325,16 @@ def check_objective(
     objective: ObjectiveSpec, *, search: SearchSpec, checkpoints: CheckpointsSpec, engine: EngineSpec
 ) -> None:
     """Refuse what a loop of a user's own cannot be: unnamed, measured by nothing, trained in lanes, saved by us."""
+    _check_loop(objective)
+    loop = objective.setting
     if objective.direction not in DIRECTIONS:
         raise UserError(f"objective.direction must be maximize or minimize, got {objective.direction!r}")
     if objective.metric in RESERVED_METRICS:
         reserved = ", ".join(sorted(RESERVED_METRICS))
         raise UserError(f"objective.metric cannot be one of {reserved}; got {objective.metric!r}")
-    if not re.fullmatch(REFERENCE_PATTERN, objective.function):
-        raise UserError(
-            f"objective.function must be written package.module:function, got {objective.function!r}"
-            f"{did_you_mean(objective.function, [OWN_CODE])}"
-        )
     if is_auto(search.parameters.get("lr")):
         raise UserError(
-            "search.space.lr must be a range or a list with objective.function, whose loop is not ours to test; "
-            "got 'auto'"
+            f"search.space.lr must be a range or a list with {loop}, whose loop is not ours to test; got 'auto'"
         )
     for key in OBJECTIVE_TRAINING_KEYS:
         for value in search.parameters[key].extreme_values() if key in search.parameters else ():
@@ -345,29 +342,45 @@ def check_objective(
                 raise UserError(f"search.space.{key} must hold integers, got {value!r}")
     if checkpoints.url is not None and "://" in checkpoints.url:
         raise UserError(
-            "checkpoints.url must be a folder with objective.function, whose own code writes into it; "
-            f"got {checkpoints.url!r}"
+            f"checkpoints.url must be a folder with {loop}, whose own code writes into it; got {checkpoints.url!r}"
         )
     if checkpoints.keep_best != CheckpointsSpec().keep_best:
         raise UserError(
-            "checkpoints.keep_best has no effect with objective.function, whose folders are all kept; "
-            f"got {checkpoints.keep_best}"
+            f"checkpoints.keep_best has no effect with {loop}, whose folders are all kept; got {checkpoints.keep_best}"
         )
     if engine != EngineSpec():
         raise UserError(
-            "engine.lanes has no effect with objective.function, which is called for one trial at a time; "
-            f"got {engine.lanes!r}"
+            f"engine.lanes has no effect with {loop}, which is called for one trial at a time; got {engine.lanes!r}"
         )
 
 
-def check_unused_with_objective(model: ModelConfig, data: DataConfig, training: TrainingConfig) -> None:
+def _check_loop(objective: ObjectiveSpec) -> None:
+    """Refuse no loop, two of them, names that are none, and settings of Lightning for a function."""
+    if (objective.function is None) == (objective.lightning is None):
+        raise UserError("objective must have either function, your training loop, or lightning, your LightningModule")
+    for setting, path in objective.code.items():
+        if not re.fullmatch(REFERENCE_PATTERN, path):
+            raise UserError(
+                f"{setting} must be written package.module:name, got {path!r}{did_you_mean(path, [OWN_CODE])}"
+            )
+    for key in ("datamodule", "trainer"):
+        if objective.function is not None and getattr(objective, key):
+            raise UserError(f"objective.{key} has no meaning with objective.function, got {getattr(objective, key)!r}")
+    for key in objective.trainer:
+        if key not in TRAINER_KEYS:
+            raise unknown_name("objective.trainer: each key", key, TRAINER_KEYS)
+
+
+def check_unused_with_objective(
+    objective: ObjectiveSpec, model: ModelConfig, data: DataConfig, training: TrainingConfig
+) -> None:
     """Refuse settings that a loop of a user's own does not read."""
     for section, config in (("model", model), ("data", data), ("training", training)):
         for field in dataclasses.fields(config):
             is_read = section == "training" and field.name in OBJECTIVE_TRAINING_KEYS
             if not is_read and not is_default(config, field.name):
                 raise UserError(
-                    f"{section}.{field.name} has no effect with objective.function, whose own code decides it; "
+                    f"{section}.{field.name} has no effect with {objective.setting}, whose own code decides it; "
                     f"got {getattr(config, field.name)!r}"
                 )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -22,13 +23,39 @@ STUDY_NEUTRAL_KEYS = TRIAL_NEUTRAL_KEYS | {
     "checkpoints.url",
     "checkpoints.keep_best",
 }
+# Arguments of Lightning's Trainer that a study may set; hpo decides the others.
+TRAINER_KEYS = (
+    "accumulate_grad_batches",
+    "benchmark",
+    "check_val_every_n_epoch",
+    "detect_anomaly",
+    "deterministic",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "inference_mode",
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "precision",
+    "val_check_interval",
+)
 BUDGET_KEYS = frozenset({"search.trials"})  # of a sampled study: trials can be added to those that there are
 
 
 class ObjectiveSpec(Section):
     """A training loop of your own. The search space may have any keys then; of [training], epochs and seed hold."""
 
-    function: Annotated[str, Field(description="Your own training loop, as package.module:function.")]
+    function: Annotated[str | None, Field(description="Your own training loop, as package.module:function.")] = None
+    lightning: Annotated[
+        str | None,
+        Field(description="In its place, your LightningModule, or a function that makes it: package.module:Class."),
+    ] = None
+    datamodule: Annotated[
+        str | None, Field(description="lightning: your LightningDataModule. By default the module has its own loaders.")
+    ] = None
+    trainer: Annotated[
+        Mapping[str, Any], Field(description="lightning: arguments of its Trainer, such as precision = 'bf16-mixed'.")
+    ] = {}
     metric: Annotated[str, Field(description="Which of the numbers that the loop reports is optimized.")] = (
         "val_accuracy"
     )
@@ -36,6 +63,17 @@ class ObjectiveSpec(Section):
         str,
         Field(description="Whether more or less of the metric is better.", json_schema_extra={"enum": [*DIRECTIONS]}),
     ] = "maximize"
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The users' code that the study names, by the setting that names it; the loop comes first."""
+        named = {key: getattr(self, key) for key in ("function", "lightning", "datamodule")}
+        return {f"objective.{key}": path for key, path in named.items() if path is not None}
+
+    @property
+    def setting(self) -> str:
+        """The setting that names the loop."""
+        return next(iter(self.code), "objective.function")
 
 
 class EngineSpec(Section):

@@ -174,7 +174,7 @@ class StudySpec(Section):
 
     def names_of_code(self) -> dict[str, str]:
         """Return each `package.module:name` of users' own code in the study, with the first setting that has it."""
-        references = [("objective.function", self.objective.function)] if self.objective else []
+        references = list(self.objective.code.items()) if self.objective else []
         references += [("data.augment", named(transform)[0]) for transform in self.data.augment]
         references += [("data.groups", self.data.groups or "")]
         references += named_plug_ins(self.model, self.data, self.training, self.search.parameters)
@@ -286,7 +286,7 @@ class StudySpec(Section):
         checks.check_checkpoints(self.checkpoints)
         if self.objective:
             checks.check_objective(self.objective, search=self.search, checkpoints=self.checkpoints, engine=self.engine)
-            checks.check_unused_with_objective(self.model, self.data, self.training)
+            checks.check_unused_with_objective(self.objective, self.model, self.data, self.training)
         else:
             checks.check_training(self.search.parameters, data=self.data, training=self.training)
         return self

@@ -193,7 +193,8 @@ def _values_to_test(spec: StudySpec) -> list[dict[str, Scalar]]:
     """Return the values of each network to test."""
     if spec.objective:
         raise UserError(
-            f"a range test needs [model] and [data]; study {spec.name!r} has a loop of its own, objective.function"
+            f"a range test needs [model] and [data]; study {spec.name!r} has a loop of its own, "
+            f"{spec.objective.setting}"
         )
     parameters = spec.search.parameters
     lr = parameters.get("lr")

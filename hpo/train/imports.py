@@ -308,8 +308,6 @@ def call_factory(
     Raises:
         UserError: The factory does not take what it is given, or raised something other than running out of memory.
     """
-    import torch
-
     setting = f"{section}.name = {name!r}"
     try:
         signature = inspect.signature(factory)
@@ -323,14 +321,25 @@ def call_factory(
             valid = ", ".join(sorted(set(known) - fixed.keys())) or "no options"
             raise UserError(f"{section}.{key} is not an option of {setting}, which takes {valid}")
     arguments = {key: value for key, value in fixed.items() if takes_any or key in known} | dict(options)
+    return call_own(factory, arguments, setting=setting)
+
+
+def call_own(function: Callable[..., Any], arguments: Mapping[str, Any], *, setting: str) -> Any:
+    """Call a user's function, or the class that `setting` names, with these arguments.
+
+    Raises:
+        UserError: It does not take them, or raised something other than running out of memory.
+    """
+    import torch
+
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
     try:
-        signature.bind(**arguments)
+        inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise UserError(f"{setting} cannot be called with {given}: {error}") from None
     try:
         with chdir(os.curdir):  # back again where the factory leaves: other paths may be relative
-            return factory(**arguments)
+            return function(**arguments)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:  # whatever the user's factory raises

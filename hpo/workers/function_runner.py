@@ -1,4 +1,4 @@
-"""Trains trials by calling the user's own function."""
+"""Trains trials by calling the user's own loop: a function, or what trains a LightningModule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from contextlib import chdir
 from pathlib import Path
 
+from hpo.config.sections import ObjectiveSpec
 from hpo.errors import UserError
 from hpo.objective import Trial
 from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
-from hpo.train.imports import import_loop
 from hpo.workers.carried_weights import CarriedWeights
 from hpo.workers.held_trials import HeldTrials
+from hpo.workers.own_loop import find_loop
 from hpo.workers.reporting import TrialEnd, complete_end, diverged_end, pruned_end
 from hpo.workers.stop_signal import StopSignal
 
@@ -23,7 +24,7 @@ from hpo.workers.stop_signal import StopSignal
 class FunctionRunner:
     """Calls the user's function for one trial after the other; a `Runner` (see `hpo.workers.worker`).
 
-    `function` names it as "module:name". `torch_device` is the device as torch names it in this process.
+    `objective` names it. `torch_device` is the device as torch names it in this process.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class FunctionRunner:
         held: HeldTrials,
         stop: StopSignal,
         *,
-        function: str,
+        objective: ObjectiveSpec,
         torch_device: str,
     ) -> None:
         self._store = store
@@ -41,7 +42,8 @@ class FunctionRunner:
         self._spec = study.spec
         self._held = held
         self._stop = stop
-        self._function = function
+        self._objective = objective
+        self._name = objective.code[objective.setting]
         self._torch_device = torch_device
         self._carried = CarriedWeights()
 
@@ -71,17 +73,17 @@ class FunctionRunner:
             checkpoint_dir=self._make_folder(claim),
             number=claim.number,
             attempt=claim.attempt,
-            _metric=self._spec.metric,
+            metric=self._spec.metric,
             _on_report=attempt.report,
         )
-        function = import_loop(self._function)
+        loop = find_loop(self._objective)
         try:
             # The folder is back again where the function leaves it: the next trial's paths may be relative.
             with chdir(os.curdir), self._carried.watching(claim.number):
-                function(trial)
+                loop(trial)
         except bdb.BdbQuit as error:
             raise UserError(
-                f"{self._function} was left in the debugger, which needs a terminal: take breakpoint() out of it, or "
+                f"{self._name} was left in the debugger, which needs a terminal: take breakpoint() out of it, or "
                 "debug it with hpo run --in-process"
             ) from error
         finally:
@@ -107,7 +109,7 @@ class FunctionRunner:
         """
         last = self._store.trials.last_report(claim)
         if last is None:
-            raise UserError(f"{self._function} returned without a trial.report(...)")
+            raise UserError(f"{self._name} returned without a trial.report(...)")
         epoch, value = last
         if self._held.is_waiting(claim) or (self._stop.is_set() and epoch < self._spec.max_epochs):
             return None
@@ -138,19 +140,20 @@ class FunctionAttempt:
             )
         if self.end is not None or self._held.is_waiting(self._claim):
             return True  # it was told to return and reports all the same: nothing more is recorded
-        value = metrics[self._spec.metric]
-        is_finite, is_last = math.isfinite(value), epoch >= self._spec.max_epochs
+        value, is_last = metrics[self._spec.metric], epoch >= self._spec.max_epochs
+        judged = {self._spec.metric: value} | {name: one for name, one in metrics.items() if name.endswith("loss")}
+        broken = [f"{name} = {one}" for name, one in judged.items() if not math.isfinite(one)]
         verdict = self._store.trials.report(
             self._claim,
             self._spec,
             epoch=epoch,
             metrics=metrics,
             value=value,
-            may_prune=self._claim.kind == "search" and is_finite and not is_last,
+            may_prune=self._claim.kind == "search" and not broken and not is_last,
         )
         self._held.note_verdict(self._claim, verdict)
-        if not is_finite:
-            self.end = diverged_end(f"{self._spec.metric} = {value}", epoch)
+        if broken:
+            self.end = diverged_end(broken[0], epoch)
         elif verdict == "prune" and not is_last:
             self.end = pruned_end(self._spec.pruner.name, epoch)
         must_leave = self._held.is_waiting(self._claim) or (self._stop.is_set() and not is_last)

@@ -43,14 +43,14 @@ def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
     """
     from hpo.search.pruners import build_pruner
     from hpo.search.samplers import build_sampler
-    from hpo.train.imports import import_loop
+    from hpo.workers.own_loop import try_loop
 
     build_pruner(spec)
     build_sampler(spec, number=0)
     if spec.checkpoints.url is not None and "://" in spec.checkpoints.url:
         _check_readable(spec.checkpoints.url)
     if spec.objective:
-        import_loop(spec.objective.function)
+        try_loop(spec, spec.objective)
         return {}
     from hpo.train.seeding import generators_kept  # loads torch, which a loop may do without
 

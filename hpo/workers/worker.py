@@ -135,7 +135,7 @@ class Worker:
                 self._study,
                 self._held,
                 self._stop,
-                function=objective.function,
+                objective=objective,
                 torch_device=self._torch_device,
             )
         from hpo.workers.lane_runner import LaneRunner

@@ -178,7 +178,7 @@ MISTAKES = {
     "[pruner]\nname = 'asha'\npercentile = 25.0": ["pruner.percentile has no meaning for pruner 'asha'", "min_epochs"],
     "[pruner]\nname = 'threshold'": ["pruner.lower or pruner.upper must be set"],
     "[pruner]\nname = 'asha'\nreduction_factor = 1": ["pruner.reduction_factor must be at least 2, got 1"],
-    "[objective]\nfunction = 'train'": ["objective.function must be written package.module:function, got 'train'"],
+    "[objective]\nfunction = 'train'": ["objective.function must be written package.module:name, got 'train'"],
     "[objective]\nfunction = 'm:f'\ndirection = 'up'": ["objective.direction must be maximize or minimize, got 'up'"],
     "[objective]\nfunction = 'm:f'\n[model]\nname = 'x'": ["model.name has no effect with objective.function"],
     "[objective]\nfunction = 'm:f'\n[training]\nbatch_size = 3": ["training.batch_size has no effect", "got 3"],

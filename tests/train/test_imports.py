@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import hpo
+from hpo.config.sections import ObjectiveSpec
 from hpo.errors import UserError
 from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
 from hpo.train.data.augment import Augmentation
@@ -26,6 +27,7 @@ from hpo.train.metrics import measure
 from hpo.train.models import build_model
 from hpo.train.optim import build_optimizer
 from hpo.train.schedules import check_own_schedule, find_schedule
+from hpo.workers.own_loop import import_named
 
 PACKAGE = Path(hpo.__file__).parent
 
@@ -71,6 +73,7 @@ def build(name: str) -> object:
 # Every import of a user's name in the package; `test_no_other_code_imports_what_a_name_says` finds a new one.
 IMPORTS: dict[str, Callable[[str], object]] = {
     "import_loop": import_loop,
+    "import_named": lambda name: import_named(ObjectiveSpec(lightning=name)),
     "_untrained_model": build,
     "_user_dataset": lambda name: open_dataset(DataConfig(name=name)),
     "_own": lambda name: Augmentation(DataConfig(augment=[name]), shape_CHW=(1, 8, 8)),

@@ -86,6 +86,17 @@ assert trial.report(3, val_accuracy=0.9)
     assert (diverged.value, diverged.curves["val_accuracy"]) == (None, [0.5, None])
 
 
+def test_a_loss_that_is_not_finite_ends_the_trial_as_diverged_whatever_the_metric_is(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+assert not trial.report(1, val_accuracy=0.5, train_loss=2.0, gradient_norm=math.inf)
+assert trial.report(2, val_accuracy=0.1, train_loss=math.nan)
+""")
+    (diverged,) = work(store, store.studies.create(make_spec(0.1), metadata={}))
+    assert (diverged.state, diverged.reason, diverged.value) == ("diverged", "train_loss = nan in epoch 2", None)
+
+
 def test_a_loop_that_is_told_to_end_and_goes_on_records_nothing_more(
     store: Store, make_spec: MakeSpec, loop: WriteLoop
 ) -> None:
