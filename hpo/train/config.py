@@ -45,6 +45,8 @@ LATER_KEYS = (
     "training.focal_gamma",
     "training.metric",
     "training.metric_direction",
+    "training.gradient_accumulation",
+    "training.activation_checkpointing",
 )
 # How studies read the images of folders whose spec names no data.resize, because it was stored before that was a key.
 EARLIER_RESIZE, DEFAULT_RESIZE = "squash", "crop"
@@ -164,7 +166,19 @@ class TrainingConfig:
     """How a network is trained. Lengths named *_epochs are in epochs."""
 
     epochs: Annotated[int, Ge(1), Doc("Number of epochs of a trial.")] = 10
-    batch_size: Annotated[int, Ge(1), Doc("Number of images in a training step.")] = 128
+    batch_size: Annotated[
+        int,
+        Ge(1),
+        Doc("Images that the network is given at a time. A step has gradient_accumulation times as many."),
+    ] = 128
+    gradient_accumulation: Annotated[
+        int,
+        Ge(1),
+        Doc(
+            "Batches whose gradients are added up for one step of the optimizer, to save memory. lr and the schedule "
+            "hold for a step, which has batch_size times as many images."
+        ),
+    ] = 1
     optimizer: Annotated[
         str, Doc("The optimizer: a name of torch.optim in lower case, muon, timm:NAME, or package.module:Class.")
     ] = "adam"
@@ -260,12 +274,25 @@ class TrainingConfig:
         Lt(1),
         Doc("Decay of a moving average of the weights, which is validated and kept in their place. By default none."),
     ] = None
-    precision: Annotated[Literal["auto", "fp32", "bf16"], Doc("auto: bf16 where the GPU has it, else fp32.")] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Doc(
+            "auto: bf16 on CUDA GPUs that have it, fp16 on those that do not, and fp32 on other devices. fp16 scales "
+            "the gradients, and such trials train one at a time."
+        ),
+    ] = "auto"
     tf32: Annotated[
         bool,
         Doc(
             "With precision = 'fp32', on NVIDIA GPUs since Ampere: round the inputs of convolutions and of matrix "
             "products to 10 bits (TF32), which is faster. Elsewhere it changes nothing."
+        ),
+    ] = False
+    activation_checkpointing: Annotated[
+        bool,
+        Doc(
+            "Compute activations again in the backward pass instead of keeping them: less memory, more time, and the "
+            "same numbers."
         ),
     ] = False
     compile: Annotated[bool, Doc("Compile the network with torch.compile.")] = False
@@ -283,6 +310,11 @@ class TrainingConfig:
     seed: Annotated[
         int, Ge(0), Doc("With a trial's number this gives the trial's own seed; searched, it is the trial's seed.")
     ] = 0
+
+    @property
+    def images_per_step(self) -> int:
+        """Return the number of images in a step of the optimizer."""
+        return self.batch_size * self.gradient_accumulation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from hpo.train.config import TrialConfig
 from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache
 from hpo.train.engines.lane_state import numerics
-from hpo.train.engines.plain import PlainEngine, PlainLaneState, build_lane
+from hpo.train.engines.plain import MIN_SCALE, PlainEngine, PlainLaneState, build_lane
 from hpo.train.modules import head_of, is_inside, named_network
 from hpo.train.optim import set_lr
 from hpo.train.seeding import seed_generators
@@ -77,7 +78,7 @@ class RangeTest:
             rate at which steps were longest, because those of a dead network no longer grow.
         low: The lower end of the range to search.
         high: The upper end. `edge`, `low` and `high` are None where the loss was not finite from the start.
-        batch_size: The batch size of the ramp.
+        batch_size: The number of images in a step of the ramp.
         epochs: The images that the ramp was trained on, as a share of an epoch's.
         seconds: How long the test took.
         from_zero: Whether the weights start at almost nothing, so that only the loss tells where training diverges.
@@ -124,27 +125,26 @@ def run_range_test(
     began_s = time.perf_counter()
     engine = PlainEngine(device=device)
     data = (dataset_cache or DatasetCache(device=engine.device)).for_trial(config)
-    num_steps, batch_size = plan_ramp(len(data.train), batch_size=config.training.batch_size)
+    num_steps, batch_size = plan_ramp(len(data.train), batch_size=config.training.images_per_step)
     config = _ramp_config(config, batch_size=batch_size)
-    # The first step of every update rule is proportional to the learning rate.
     lane = build_lane(config, data=data, device=engine.device)
-    probe = next(_batches(data.train, config))
+    batches = partial(_batches, data.train, batch_size, seed=config.seed)
+    probe = next(batches())
     trained = [parameter for parameter in lane.model.parameters() if parameter.requires_grad]
     usual_norm = _usual_norm(trained)
     from_zero = float(get_total_norm([weights.detach() for weights in trained])) < ZERO_START * usual_norm
     least_norm = usual_norm if from_zero else 0.0
     is_linear = _is_linear(lane.model, num_classes=data.num_classes)
-    _, change = _ramp_step(engine, lane, probe, lr=PROBE_LR, least_norm=least_norm)
-    first_lr = min(max(FIRST_CHANGE / change * PROBE_LR, MIN_LR), MAX_LR / 10) if change > 0 else MIN_LR
+    first_lr = _first_lr(engine, lane, probe, least_norm=least_norm)
+    scaler = lane.scaler
     del lane, trained
     lane = build_lane(config, data=data, device=engine.device)
-    lrs: list[float] = []
-    losses: list[float] = []
-    changes: list[float] = []
+    lane.scaler = scaler
+    lrs, losses, changes = list[float](), list[float](), list[float]()
     num_images = len(probe[1])
     window = _window(num_steps)
     seed_generators(config.seed, "range test")
-    for step, batch in enumerate(itertools.islice(_batches(data.train, config), num_steps)):
+    for step, batch in enumerate(itertools.islice(batches(), num_steps)):
         lr = min(first_lr * 10 ** (RAMP_DECADES * step / (num_steps - 1)), MAX_LR)
         loss, change = _ramp_step(engine, lane, batch, lr=lr, least_norm=least_norm)
         lrs.append(lr)
@@ -164,6 +164,7 @@ def run_range_test(
 
 def _ramp_config(config: TrialConfig, *, batch_size: int) -> TrialConfig:
     """Return the trial as the ramp trains it."""
+    batch_size = min(batch_size, config.training.batch_size)  # that the network is given at a time
     training = replace(config.training, batch_size=batch_size, lr=PROBE_LR, compile=False)
     if training.freeze_epochs is not None:
         training = replace(training, freeze=(), freeze_epochs=None)
@@ -171,7 +172,7 @@ def _ramp_config(config: TrialConfig, *, batch_size: int) -> TrialConfig:
 
 
 def plan_ramp(num_images: int, *, batch_size: int) -> tuple[int, int]:
-    """Return the number of steps and the batch size of a ramp, where trials have `batch_size`."""
+    """Return the number of steps and the images of each, of a ramp for trials whose steps have `batch_size` images."""
     max_images = int(MAX_EPOCH_FRACTION * num_images)
     if MAX_EPOCH_FRACTION * num_images < MAX_STEPS * batch_size:
         batch_size = min(batch_size, max(MIN_BATCH_SIZE, max_images // MAX_STEPS))
@@ -260,10 +261,21 @@ def _moving_means(losses: Sequence[float], window: int, *, max_loss: float) -> l
     ]
 
 
-def _batches(train: BatchLoader, config: TrialConfig) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(train: BatchLoader, batch_size: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of one epoch after another: a ramp over very few images takes them more than once."""
     for epoch in itertools.count():
-        yield from train.batches(config.training.batch_size, seed=config.seed, epoch=epoch)
+        yield from train.batches(batch_size, seed=seed, epoch=epoch)
+
+
+def _first_lr(engine: PlainEngine, lane: PlainLaneState, batch: tuple[Tensor, Tensor], *, least_norm: float) -> float:
+    """Return where a ramp has to begin, as a step shows: the first one that the scaler of fp16 does not skip."""
+    while True:
+        scale = lane.scaler.get_scale() if lane.scaler else MIN_SCALE
+        _, change = _ramp_step(engine, lane, batch, lr=PROBE_LR, least_norm=least_norm)
+        if lane.scaler is None or not MIN_SCALE < lane.scaler.get_scale() < scale:
+            break
+    # The first step of every update rule is proportional to the learning rate.
+    return min(max(FIRST_CHANGE / change * PROBE_LR, MIN_LR), MAX_LR / 10) if change > 0 else MIN_LR
 
 
 def _ramp_step(

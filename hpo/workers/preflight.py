@@ -198,6 +198,7 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
 
     from hpo.train.engines.divergence import largest_class
     from hpo.train.engines.lane_state import check_test_set, initial_model
+    from hpo.train.engines.recomputation_proof import check_recomputation
     from hpo.train.models import check_fresh, check_model, named_tensors
     from hpo.train.modules import named_network
     from hpo.train.parameter_groups import multipliers_of, set_trained
@@ -217,8 +218,11 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
         weights = dict(zip(WEIGHTS_KEYS, (weights_digest(config.model), text), strict=True))
     multipliers_of(model, config.training, num_classes=data.num_classes)
     set_trained(model, config.training, epoch=0, num_classes=data.num_classes)
-    _check_trainable(model, *next(data.train.batches(_tried_batch_size(spec))))
+    batch = next(data.train.batches(_tried_batch_size(spec)))
+    _check_trainable(model, *batch)
     check_fresh(initial_model(config, data=data, device=cpu), begun, trained=model, name=config.model.name)
+    if spec.training.activation_checkpointing or True in _extreme_values(spec, "activation_checkpointing"):
+        check_recomputation(config, data=data, batch=batch)
     return {
         "num_train": len(data.train),
         "num_val": len(data.val),

@@ -198,6 +198,7 @@ WITH_RECIPE = [
         {"mixup": 0.4},
         {"cutmix": 1.0},
         {"mixup": 0.2, "cutmix": 1.0, "ema": 0.9, "optimizer": "sgd", "momentum": 0.9},
+        {"gradient_accumulation": 3, "batch_size": 16, "activation_checkpointing": True},
     )
 ]
 

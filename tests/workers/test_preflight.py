@@ -88,6 +88,31 @@ def test_a_precision_that_a_device_lacks_is_found_before_training() -> None:
         run_preflight(digits_spec(precision="bf16"), {"cpu"})
 
 
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_network_that_cannot_compute_its_activations_again_is_found_before_training(
+    searched: bool, own_code: Path
+) -> None:
+    (own_code / "flat.py").write_text(FLAT)
+    settings = digits_spec(activation_checkpointing=not searched).frozen()
+    if searched:
+        settings["search"]["space"]["activation_checkpointing"] = [False, True]
+    run_preflight(StudySpec.from_dict(settings), {"cpu"})
+    with pytest.raises(UserError, match=r"needs a network with an nn\.Sequential of several layers.*'flat:network'"):
+        run_preflight(StudySpec.from_dict(settings | {"model": {"name": "flat:network"}}), {"cpu"})
+
+
+FLAT = """
+from torch import nn
+
+class Flat(nn.Linear):
+    def forward(self, images):
+        return super().forward(images.flatten(1))
+
+def network(*, channels, num_classes):
+    return Flat(1024 * channels, num_classes)
+"""
+
+
 def test_a_users_function_is_imported_and_not_called(
     make_spec: Callable[..., StudySpec], loop: Callable[[str], None]
 ) -> None:

@@ -107,7 +107,7 @@ class CapturedLane:
         self._model = like.copy_network() if like else initial_model(config, data=data, device=device)
         self._parameters = list(self._model.parameters())
         self._amp_dtype = mixed_precision(config.training, device=device)
-        _check_capturable(config, self._model)
+        _check_capturable(config, self._model, amp_dtype=self._amp_dtype)
         bounds = batch_bounds(len(data.train), config.training.batch_size)
         self._sizes = [end - start for start, end in bounds]
         self._positions_of = {size: torch.arange(size, device=device) for size in set(self._sizes)}
@@ -400,13 +400,13 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _check_capturable(config: TrialConfig, model: nn.Module) -> None:
+def _check_capturable(config: TrialConfig, model: nn.Module, *, amp_dtype: torch.dtype | None) -> None:
     """Raise NotCapturable for what a graph would lose without an error."""
     if config.training.compile:
         raise NotCapturable("training.compile compiles a network by itself")
     if has_groups(config.training):
         raise NotCapturable("its parameters are not all trained alike (groups, layer_decay, no_decay or freeze)")
-    if (reason := why_plain(config.training)) is not None:
+    if (reason := why_plain(config.training, amp_dtype)) is not None:
         raise NotCapturable(reason)
     if config.data.augment:
         raise NotCapturable("data.augment draws on the host, image by image")

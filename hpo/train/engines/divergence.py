@@ -93,9 +93,15 @@ def is_collapsed(
     spread = output_spread(network(), data)
     if spread > SAME_OUTPUT:
         return False
-    initial_spread = output_spread(initial_network(), data)
-    # Both are exactly 0 where the last layer starts at zero.
-    return initial_spread > 10 * SAME_OUTPUT or initial_spread == spread == 0
+    initial = initial_network()
+    initial_spread = output_spread(initial, data)
+    # Both are exactly 0 where the last layer starts at zero, also as long as the scaler of fp16 skips the first steps.
+    return initial_spread > 10 * SAME_OUTPUT or (initial_spread == spread == 0 and _has_moved(network(), initial))
+
+
+def _has_moved(network: nn.Module, initial: nn.Module) -> bool:
+    """Return whether a parameter is another one than at the start."""
+    return not all(map(torch.equal, network.parameters(), initial.parameters()))
 
 
 @torch.no_grad()

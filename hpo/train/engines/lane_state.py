@@ -5,7 +5,9 @@ Shapes: S steps of an epoch, B batch, C H W image, L classes.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from hpo.train.metrics import measure
 from hpo.train.models import build_model, fit_memory_format
 from hpo.train.optim import build_optimizer, set_lr, update_rule
 from hpo.train.parameter_groups import Multipliers, parameter_groups
+from hpo.train.recomputation import buffers_kept
 from hpo.train.schedules import Schedule, find_schedule, lr_factor
 from hpo.train.seeding import seed_generators
 from hpo.train.snapshot import Packing, Snapshot
@@ -84,7 +87,7 @@ class LaneState:
         """Record the epoch in progress and return its result.
 
         Args:
-            losses_S: The mean loss of each step's batch, on the CPU.
+            losses_S: The mean loss of each step's images, on the CPU.
             lane: The number of the lane, for the result.
             hits: How many training images were classified correctly.
             val: What the validation images gave.
@@ -92,7 +95,7 @@ class LaneState:
             seconds: How long the epoch took.
         """
         training, num_images = self.config.training, len(self.data.train)
-        sizes_S = torch.tensor([end - start for start, end in batch_bounds(num_images, training.batch_size)])
+        sizes_S = torch.tensor([end - start for start, end in batch_bounds(num_images, training.images_per_step)])
         if self.epoch == 0:
             self.first_loss = float(losses_S[0])
         val_loss, val_accuracy = val.loss, val.accuracy
@@ -158,24 +161,60 @@ def train_step(
     loss_function: TrialLoss,
     amp_dtype: torch.dtype | None,
     mix: Mix | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    recomputed: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Train a network on a batch; return its mean loss and its number of correct images, both on the device.
+    """Train a network on the images of a step; return their mean loss and how many are correct, both on the device.
 
-    Of images that were mixed, the one with the larger share says what is correct.
+    The network is given `training.batch_size` of them at a time, and the gradients add up to that of the mean loss.
+    Of images that were mixed, the one with the larger share says what is correct. A `scaler` leaves the parameters as
+    they are where a gradient is not finite. `recomputed` is the network where the backward pass computes parts of it
+    again.
     """
-    with autocast(images_BCHW.device, amp_dtype):
-        logits_BL = forward(images_BCHW)
-    loss = loss_function.mean(logits_BL.float(), labels_B)
-    if mix is not None:
-        other = loss_function.mean(logits_BL.float(), mix.labels_B)
-        loss = mix.share * loss + (1 - mix.share) * other
-        labels_B = labels_B if mix.share >= 1 / 2 else mix.labels_B
+    training = loss_function.training
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    if (largest_norm := loss_function.training.gradient_clip) is not None:
+    losses, hits = list[Tensor](), list[Tensor]()
+    for start, end in batch_bounds(len(labels_B), training.batch_size):
+        part = slice(start, end)
+        with autocast(images_BCHW.device, amp_dtype):
+            logits_BL = forward(images_BCHW[part])
+        loss, correct_B = loss_function.mean(logits_BL.float(), labels_B[part]), labels_B[part]
+        if mix is not None:
+            other = loss_function.mean(logits_BL.float(), mix.labels_B[part])
+            loss = mix.share * loss + (1 - mix.share) * other
+            correct_B = correct_B if mix.share >= 1 / 2 else mix.labels_B[part]
+        if end - start < len(labels_B):
+            loss = loss * ((end - start) / len(labels_B))
+        with buffers_kept(recomputed):
+            (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+        hits.append((logits_BL.detach().argmax(1) == correct_B).sum())
+    _take_step(optimizer, parameters, largest_norm=training.gradient_clip, scaler=scaler)
+    return functools.reduce(operator.add, losses), functools.reduce(operator.add, hits)
+
+
+def _take_step(
+    optimizer: StepOptimizer,
+    parameters: Iterable[nn.Parameter],
+    *,
+    largest_norm: float | None,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Clip the gradients and change the parameters by them."""
+    if scaler is None:
+        _clip(parameters, largest_norm)
+        optimizer.step()
+        return
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    scaler.unscale_(optimizer)
+    _clip(parameters, largest_norm)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _clip(parameters: Iterable[nn.Parameter], largest_norm: float | None) -> None:
+    if largest_norm is not None:
         nn.utils.clip_grad_norm_(parameters, largest_norm)
-    optimizer.step()
-    return loss.detach(), (logits_BL.detach().argmax(1) == labels_B).sum()
 
 
 @torch.no_grad()
@@ -253,6 +292,7 @@ def take_snapshot(
     model: Mapping[str, Any],
     optimizer: Mapping[str, Any],
     in_training: Mapping[str, Any] | None = None,
+    scaler: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """Return a snapshot of a trial whose network and torch.optim optimizer have these states.
 
@@ -264,8 +304,7 @@ def take_snapshot(
         "first_loss": lane.first_loss,
         "data": lane.data.description(),  # for whoever uses the weights later
     }
-    if in_training is not None:
-        state["in_training"] = in_training
+    state |= {name: part for name, part in {"in_training": in_training, "scaler": scaler}.items() if part}
     packing = Packing(lane.data.val.labels_N.device)
     setting = f"model.name = {lane.config.model.name!r}"
     checkpoint = Checkpoint(
@@ -301,7 +340,7 @@ def optimizer_state_dict(
     state_dict = optimizer.state_dict()
     in_groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index_of = {id(parameter): index for index, parameter in enumerate(in_groups)}
-    steps = lane.epoch * lane.data.train.num_batches(training.batch_size)
+    steps = lane.epoch * lane.data.train.num_batches(training.images_per_step)
     common: dict[str, Tensor] = {}
     if training.optimizer != "sgd":
         common["step"] = torch.tensor(float(steps))
@@ -332,8 +371,14 @@ def initial_model(config: TrialConfig, *, data: SplitDataset, device: torch.devi
     return fit_memory_format(model.to(device), data.blank_images(device=device))
 
 
-def why_plain(training: TrainingConfig) -> str | None:
+def why_plain(training: TrainingConfig, amp_dtype: torch.dtype | None = None) -> str | None:
     """Return in words what of a trial only the plain engine does, or None where every engine may train it."""
+    if training.gradient_accumulation > 1:
+        return "training.gradient_accumulation trains a single network, on a part of a step's images at a time"
+    if training.activation_checkpointing:
+        return "training.activation_checkpointing computes parts of a single network again"
+    if amp_dtype == torch.float16:
+        return "in fp16 each trial skips steps of its own, where its gradients are not finite"
     if training.mixup or training.cutmix:
         return "training.mixup and training.cutmix mix the images of each batch by a draw of its own"
     if training.ema is not None:
@@ -344,9 +389,14 @@ def why_plain(training: TrainingConfig) -> str | None:
 def mixed_precision(training: TrainingConfig, *, device: torch.device) -> torch.dtype | None:
     """Return the lower precision that a trial computes in, or None for float32 throughout.
 
-    Raises UserError where the trial wants bf16 and the device does not compute in it.
+    Raises UserError where the trial wants a precision that the device does not compute in.
     """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if training.precision == "bf16" and not has_bf16:
-        raise UserError(f"training.precision = 'bf16' needs a GPU that computes in bf16, got the device {device}")
-    return torch.bfloat16 if has_bf16 and training.precision != "fp32" else None
+    precision, is_cuda = training.precision, device.type == "cuda"
+    has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if (precision == "bf16" and not has_bf16) or (precision == "fp16" and not is_cuda):
+        raise UserError(
+            f"training.precision = {precision!r} needs a GPU that computes in {precision}, got the device {device}"
+        )
+    if precision == "fp32" or not is_cuda:
+        return None
+    return torch.bfloat16 if has_bf16 and precision != "fp16" else torch.float16

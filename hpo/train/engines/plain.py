@@ -36,8 +36,13 @@ from hpo.train.imports import describe_error
 from hpo.train.metrics import measure, needs_outputs
 from hpo.train.optim import NOT_OPTIONS, build_optimizer, set_lr, set_optimizer_mode
 from hpo.train.parameter_groups import multipliers_of, parameter_groups, set_trained
+from hpo.train.recomputation import recompute_activations
 from hpo.train.seeding import seed_generators
 from hpo.train.snapshot import Snapshot
+
+# The scaler of fp16 begins at 2^16 and is halved with each step that it skips. Where it is as far below 1, no gradient
+# is finite however it is scaled, and the trial would stay as it is for good.
+MIN_SCALE = 2.0**-16
 
 
 @dataclass(kw_only=True)
@@ -48,6 +53,7 @@ class PlainLaneState(LaneState):
     forward: Callable[[Tensor], Tensor]  # the model, compiled where that was asked for
     optimizer: torch.optim.Optimizer
     amp_dtype: torch.dtype | None  # of automatic mixed precision; None: float32 throughout
+    scaler: torch.amp.GradScaler | None = None  # of the gradients, in fp16
     average: WeightAverage | None = None  # of the model's weights, where it is validated in their place
     is_whole: bool = True  # between two epochs, not within one
 
@@ -55,6 +61,12 @@ class PlainLaneState(LaneState):
     def validated(self) -> nn.Module:
         """Return the network that is validated: the model, or the average of its weights."""
         return self.model if self.average is None else self.average.network
+
+    def why_diverged(self, losses_S: Tensor, *, val_loss: float, val_accuracy: float) -> str | None:
+        """Return why the trial cannot recover, which in fp16 may be that none of its gradients is finite any more."""
+        if self.scaler is not None and self.scaler.get_scale() < MIN_SCALE:
+            return "non-finite gradients"
+        return super().why_diverged(losses_S, val_loss=val_loss, val_accuracy=val_accuracy)
 
     def begin_training(self) -> None:
         """Have the network, but what is frozen in the epoch in progress, and the optimizer train."""
@@ -115,6 +127,7 @@ class PlainEngine(Engine):
             model=trial.validated.state_dict(),
             optimizer=trial.optimizer.state_dict(),
             in_training=None if trial.average is None else trial.model.state_dict(),
+            scaler=None if trial.scaler is None else trial.scaler.state_dict(),
         )
 
     def run_epoch(self) -> list[EpochResult]:
@@ -153,12 +166,12 @@ class PlainEngine(Engine):
         Losses and hits stay on the device until the epoch ends, so that no step waits for it.
         """
         training, data, seed = lane.config.training, lane.data, lane.config.seed
-        num_steps = data.train.num_batches(training.batch_size)
+        num_steps = data.train.num_batches(training.images_per_step)
         losses_S = torch.empty(num_steps, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         seed_generators(seed, "epoch", lane.epoch)
         lane.begin_training()
-        batches = data.train.batches(training.batch_size, seed=seed, epoch=lane.epoch)
+        batches = data.train.batches(training.images_per_step, seed=seed, epoch=lane.epoch)
         for step, (images_BCHW, labels_B) in enumerate(batches):
             if self._should_stop():
                 raise Stopped
@@ -173,7 +186,7 @@ class PlainEngine(Engine):
     def step(
         self, lane: PlainLaneState, images_BCHW: Tensor, labels_B: Tensor, *, mix: Mix | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Train on a batch; return its mean loss and its number of correct images, both on the device."""
+        """Train on the images of a step; return their mean loss and how many are correct, both on the device."""
         return train_step(
             lane.forward,
             lane.optimizer,
@@ -183,6 +196,8 @@ class PlainEngine(Engine):
             loss_function=lane.loss,
             amp_dtype=lane.amp_dtype,
             mix=mix,
+            scaler=lane.scaler,
+            recomputed=lane.model if lane.config.training.activation_checkpointing else None,
         )
 
     def _evaluate(self, lane: PlainLaneState, loader: BatchLoader) -> Evaluated:
@@ -207,6 +222,8 @@ def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device)
     check_test_set(config, data=data)
     amp_dtype = mixed_precision(config.training, device=device)
     model = initial_model(config, data=data, device=device)
+    if config.training.activation_checkpointing:
+        recompute_activations(model, name=config.model.name)
     multipliers = multipliers_of(model, config.training, num_classes=data.num_classes)
     groups = parameter_groups(model, config.training, multipliers)
     average = None
@@ -222,6 +239,7 @@ def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device)
         multipliers=multipliers,
         optimizer=build_optimizer(groups, config.training, device_type=device.type),
         amp_dtype=amp_dtype,
+        scaler=torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
     )
     lane.begin_training()
     return lane
@@ -254,5 +272,7 @@ def restore(lane: PlainLaneState, checkpoint: Checkpoint) -> None:
     for moments in optimizer.state.values():
         if "mu_product" in moments:  # NAdam's; torch would leave it on a GPU and wait for it in each step
             moments["mu_product"] = moments["mu_product"].cpu()
+    if lane.scaler is not None and "scaler" in state:  # not of a trial that began on a device with bf16
+        lane.scaler.load_state_dict(state["scaler"])
     lane.first_loss = state["first_loss"]
     lane.results = [replace(result, lane=0) for result in checkpoint.results]

@@ -341,7 +341,7 @@ def _plain_rate(config: TrialConfig, *, data: SplitDataset, device: torch.device
     """Return the images a second of the plain engine."""
     engine = PlainEngine(device=str(device))
     lane = build_lane(config, data=data, device=device)
-    images_BCHW, labels_B = next(data.train.batches(config.training.batch_size))
+    images_BCHW, labels_B = next(data.train.batches(config.training.images_per_step))
 
     def step() -> int:
         engine.step(lane, images_BCHW, labels_B)

@@ -86,7 +86,8 @@ class TrialStack(Engine):
             raise NotStackable("training.compile compiles a single network")
         if config.training.freeze:
             raise NotStackable("training.freeze leaves parameters untrained")
-        if (reason := why_no_rule(config.training) or why_plain(config.training)) is not None:
+        self._amp_dtype = mixed_precision(config.training, device=device)
+        if (reason := why_no_rule(config.training) or why_plain(config.training, self._amp_dtype)) is not None:
             raise NotStackable(reason)
         if not is_plain_cross_entropy(config.training):
             raise NotStackable("a stack has no loss but the cross-entropy without class weights")
@@ -95,7 +96,6 @@ class TrialStack(Engine):
         check_test_set(config, data=data)
         self.device, self.convolution = device, convolution
         self._data, self._should_stop = data, should_stop
-        self._amp_dtype = mixed_precision(config.training, device=device)
         self._model = initial_model(config, data=data, device=device)  # takes the state of one lane at a time
         build_optimizer(self._model.parameters(), config.training, device_type=device.type)  # refuses wrong settings
         self._network = StackedNetwork(self._model, device=device, convolution=convolution)

@@ -1,4 +1,4 @@
-"""The plain engine on the GPU against itself on the CPU: fp32 with and without TF32, bf16, and what diverges."""
+"""The plain engine on the GPU against itself on the CPU: fp32 with and without TF32, bf16, fp16, and what diverges."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def run(section: Section) -> None:
     compare("fp32_without_tf32_again")
     compare("fp32_with_tf32", tf32=True)
     compare("bf16", precision="auto")
+    if on_gpu():
+        compare("fp16", precision="fp16")
     for lr in DIVERGING_LRS:
         with section.trying(f"diverged.{lr:g}"):
             diverging = with_training(small_trial(section, model="article_cnn"), lr=lr, precision="auto")

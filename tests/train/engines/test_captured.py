@@ -225,6 +225,8 @@ def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: d
         (trial(data={"augment": ["AugMix"]}), "data.augment draws on the host"),
         (trial(cutmix=1.0), "training.cutmix mix the images"),
         (trial(ema=0.9), "training.ema averages the weights"),
+        (trial(gradient_accumulation=2), "training.gradient_accumulation trains a single network"),
+        (trial(activation_checkpointing=True), "training.activation_checkpointing computes parts"),
         (trial(data={"placement": "stream"}), "its images are not on the device"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "frozen"})), "not trained"),
         (trial(model=ModelConfig(name="own_lane_networks:doubtful", options={"kind": "state"})), "get_extra_state"),
@@ -244,6 +246,8 @@ def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: d
         "augment",
         "cutmix",
         "ema",
+        "accumulation",
+        "recomputation",
         "stream",
         "frozen",
         "state",
@@ -257,6 +261,12 @@ def test_one_capture_serves_what_differs_in_no_constant_of_its_graphs(changed: d
 def test_what_a_graph_would_lose_is_refused(config: TrialConfig, reason: str) -> None:
     with pytest.raises(NotCapturable, match=reason):
         CapturedLane(config, data=DatasetCache(device=CPU).get(config.data), device=CPU)
+
+
+def test_fp16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_module, "mixed_precision", lambda training, *, device: torch.float16)
+    with pytest.raises(NotCapturable, match="in fp16 each trial skips steps of its own"):
+        CapturedLane(trial(), data=DatasetCache(device=CPU).get(trial().data), device=CPU)
 
 
 # In the engine of many lanes

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpo.train.config import ModelConfig, TrainingConfig
 from hpo.train.data.loading import DatasetCache
-from hpo.train.engines import planning
+from hpo.train.engines import planning, stack
 from hpo.train.engines.captured_lanes import CapturedLanes
 from hpo.train.engines.lane_state import initial_model
 from hpo.train.engines.lanes import LaneEngine
@@ -24,7 +24,7 @@ from hpo.train.engines.planning import LanePlan, plan_lanes
 from hpo.train.engines.protocol import Engine, Stopped
 from hpo.train.engines.stack import TrialStack, stack_key
 from hpo.train.engines.stack_probe import check_stackable
-from hpo.train.engines.stacked_network import StackedNetwork
+from hpo.train.engines.stacked_network import NotStackable, StackedNetwork
 from hpo.train.engines.vmap_ops import CONVOLUTIONS
 from hpo.train.optim import build_optimizer, update_rule, with_eps
 from tests.rows import slow_except
@@ -298,6 +298,8 @@ def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
         ({"optimizer_options": {"amsgrad": True}}, "know no training.optimizer_options"),
         ({"mixup": 0.2}, "training.mixup and training.cutmix mix the images of each batch"),
         ({"ema": 0.9}, "training.ema averages the weights"),
+        ({"gradient_accumulation": 2}, "training.gradient_accumulation trains a single network"),
+        ({"activation_checkpointing": True}, "training.activation_checkpointing computes parts of a single network"),
     ],
 )
 def test_settings_that_need_a_network_to_themselves_fall_back(changed: dict[str, Any], reason: str) -> None:
@@ -306,6 +308,13 @@ def test_settings_that_need_a_network_to_themselves_fall_back(changed: dict[str,
     choice = plan_lanes(config, data=data, captured=CapturedLanes(device=CPU), device=CPU, lanes=4)
     assert choice.lanes == 1
     assert reason in choice.reason
+
+
+def test_trials_in_fp16_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "mixed_precision", lambda training, *, device: torch.float16)
+    data = DatasetCache(device=CPU).get(trial().data)
+    with pytest.raises(NotStackable, match="in fp16 each trial skips steps of its own"):
+        TrialStack(trial(), data=data, device=CPU, convolution="grouped")
 
 
 def test_augmented_trials_share_a_stack() -> None:
