@@ -12,9 +12,12 @@ from hpo._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hpo.analysis.answer import Best as Best
+    from hpo.analysis.comparison import Comparison as Comparison
     from hpo.api.exporting import export as export
+    from hpo.api.exporting import report as report
     from hpo.api.reading import Result as Result
     from hpo.api.reading import best as best
+    from hpo.api.reading import compare as compare
     from hpo.api.reading import status as status
     from hpo.api.reading import studies as studies
     from hpo.api.reading import trials as trials
@@ -29,12 +32,14 @@ if TYPE_CHECKING:
     from hpo.errors import UserError as UserError
     from hpo.lr_range.resolve import range_test as range_test
     from hpo.objective import Trial as Trial
+    from hpo.study.records import TrialRecord as TrialRecord
     from hpo.workers.executors import InProcess as InProcess
     from hpo.workers.executors import Local as Local
     from hpo.workers.executors import Ray as Ray
 
 _MODULES = {
     "Best": "hpo.analysis.answer",
+    "Comparison": "hpo.analysis.comparison",
     "InProcess": "hpo.workers.executors",
     "Local": "hpo.workers.executors",
     "Ray": "hpo.workers.executors",
@@ -42,12 +47,15 @@ _MODULES = {
     "StudySpec": "hpo.config.study_spec",
     "StudyStopped": "hpo.errors",
     "Trial": "hpo.objective",
+    "TrialRecord": "hpo.study.records",
     "UserError": "hpo.errors",
     "best": "hpo.api.reading",
+    "compare": "hpo.api.reading",
     "export": "hpo.api.exporting",
     "join": "hpo.api.running",
     "load_model": "hpo.api.trained_weights",
     "range_test": "hpo.lr_range.resolve",
+    "report": "hpo.api.exporting",
     "resume": "hpo.api.running",
     "run": "hpo.api.running",
     "status": "hpo.api.reading",

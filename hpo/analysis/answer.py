@@ -10,7 +10,7 @@ from typing import Any
 
 from hpo.analysis.confirmation import Confirmation, exclude_worse, find_confirmation
 from hpo.analysis.response import ObservedTrial, Response, fit_response
-from hpo.analysis.text import rate_text, search_end_text
+from hpo.analysis.text import interval_text, number_text, rate_text, search_end_text
 from hpo.analysis.trials import (
     TRAINED,
     are_alike,
@@ -30,7 +30,7 @@ from hpo.train.metrics import is_share
 OBSERVED = (*TRAINED, "running", "waiting")  # states of trials that say something about their learning rate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Best:
     """The answer of a study.
 
@@ -71,6 +71,12 @@ class Best:
         if self.confirmation is not None:
             return dict(self.confirmation.winner.params)
         return {**self.params, "lr": self.response.best} if self.response else dict(self.params)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{key}={number_text(value)}" for key, value in self.recommended.items())
+        interval = f", interval {interval_text(self.interval)}" if self.interval else ""
+        warnings = "".join(f", warning: {warning.kind}" for warning in self.warnings)
+        return f"Best({values}{interval}{warnings})"
 
     def is_recommended(self, params: Mapping[str, Any]) -> bool:
         """Return whether a trial's values are the recommended ones, whatever its seed.

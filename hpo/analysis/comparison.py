@@ -14,13 +14,14 @@ from typing import Any
 
 from hpo.analysis.answer import Best, find_worse_rates
 from hpo.analysis.response import CONFIDENCE, Response
-from hpo.analysis.text import number_text
+from hpo.analysis.text import cell_text, interval_text, metric_value_text, number_text, params_text, rate_text
 from hpo.analysis.trials import best_trial, search_trials
 from hpo.analysis.warnings import find_warnings
 from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.config.study_file import flatten
 from hpo.config.trial_settings import PLUG_INS, keys_of, known_keys
 from hpo.study.records import StudyRecord, TrialRecord
+from hpo.system.html import html_paragraph, html_table
 
 # Settings that do not change the question of a study: how it was searched, and which of many equal draws it was.
 NOT_COMPARED = (
@@ -85,7 +86,7 @@ class ComparedStudy:
         return {"edge" if key == "divergence_lr" else key: value for key, value in asdict(self).items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Compared studies, all with the first one, and sentences on what follows from them.
 
@@ -98,6 +99,33 @@ class Comparison:
     studies: Sequence[ComparedStudy]
     conclusions: Sequence[str]
     caveats: Sequence[str]
+
+    @property
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """The columns, and for each study a text for each of them."""
+        columns = ["study", "with", "best rate", "90 % interval", "as good", "diverges at", self.studies[0].metric]
+        rows = [
+            [
+                study.label,
+                "" if study is self.studies[0] else params_text(changed_settings(self.studies[0], study)),
+                cell_text(study.lr and rate_text(study.lr)),
+                cell_text(study.interval and interval_text(study.interval)),
+                cell_text(study.plateau and interval_text(study.plateau)),
+                cell_text(study.divergence_lr and rate_text(study.divergence_lr)),
+                "" if study.value is None else metric_value_text(study.value, study.metric),
+            ]
+            for study in self.studies
+        ]
+        return columns, rows
+
+    def __repr__(self) -> str:
+        rates = ", ".join(f"{study.label}: lr={cell_text(study.lr and rate_text(study.lr))}" for study in self.studies)
+        return f"Comparison({rates})"
+
+    def _repr_html_(self) -> str:
+        sentences = [html_paragraph(line, bold=True) for line in self.conclusions]
+        sentences += [html_paragraph(f"warning: {line}") for line in self.caveats]
+        return html_table(*self.table) + "".join(sentences)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison as plain data for JSON."""

@@ -54,7 +54,7 @@ class EstimatedRate:
     interval: tuple[float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Response:
     """The value of a trial over its learning rate, at each of `lrs`.
 
@@ -97,6 +97,10 @@ class Response:
     draws_of_best: Sequence[float]
     shortfall: float
     gain: float
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return f"Response(best={self.best:.2g}, interval={low:.2g} to {high:.2g}, value={self.value:.4g})"
 
     @property
     def is_determined(self) -> bool:

@@ -123,7 +123,12 @@ def metric_text(study: StudyRecord) -> str:
 
 def value_text(value: float, study: StudyRecord) -> str:
     """Return a value of the study's metric, an accuracy in percent."""
-    return f"{100 * value:.2f} %" if is_shown_in_percent(value, study) else f"{value:.4g}"
+    return metric_value_text(value, study.spec.metric)
+
+
+def metric_value_text(value: float, metric: str) -> str:
+    """Return a value of one of a trial's curves, shares in percent."""
+    return f"{100 * value:.2f} %" if is_percent(metric) and -1 <= value <= 1 else f"{value:.4g}"
 
 
 def difference_text(study: StudyRecord, *differences: float, of: float) -> str:

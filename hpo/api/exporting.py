@@ -76,7 +76,7 @@ def write_export(name: str, output: str | Path, *, trial: int | None = None, sto
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from None
 
 
-def write_report(
+def report(
     name: str,
     output: str | Path | None = None,
     *,
@@ -99,18 +99,17 @@ def write_report(
     Raises:
         UserError: There is no such study, form or figure, or `output` is a file that is no earlier report.
     """
-    from hpo.reports import output_file, study_report
-    from hpo.reports import render as report
+    from hpo.reports import output_file, render, study_report
 
     path = Path(output or f"{name}.{form or 'html'}")
-    if path.suffix[1:] not in report.FORMATS and form is None:
-        raise UserError(f"--output must end in {', '.join(f'.{form}' for form in report.FORMATS)}, got {str(output)!r}")
+    if path.suffix[1:] not in render.FORMATS and form is None:
+        raise UserError(f"--output must end in {', '.join(f'.{form}' for form in render.FORMATS)}, got {str(output)!r}")
     form = form or path.suffix[1:]
-    report.check_request(form, figure)
+    render.check_request(form, figure)
     store, study = open_study(name, storage=storage)
     all_trials = store.trials.get_all(study)
     made = study_report.make_report(study, all_trials, analysis.find_best(study, all_trials), storage=str(store.url))
-    output_file.write_report_file(path, report.render_report(made, form, figure=figure))
+    output_file.write_report_file(path, render.render_report(made, form, figure=figure))
     with suppress(*STORE_ERRORS):  # a store that can only be read has a report all the same
         publish_report(store, made)
     return path

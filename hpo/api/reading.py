@@ -2,33 +2,109 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.analysis import answer as analysis
 from hpo.analysis import comparison
 from hpo.analysis.answer import Best
+from hpo.analysis.answer_text import describe_answer
 from hpo.analysis.comparison import Comparison
 from hpo.analysis.peak import find_peak
-from hpo.analysis.text import no_answer_text, search_end_text
-from hpo.analysis.trials import race_progress
+from hpo.analysis.text import cell_text, counts_text, metric_text, no_answer_text, search_end_text, value_text
+from hpo.analysis.trials import direction_sign, race_progress, search_trials
 from hpo.api.stores import open_study, storage_url
 from hpo.errors import StudyStopped, UserError
 from hpo.store.retry import STORE_ERRORS
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord, TrialRecord, trial_as_dict
+from hpo.system.html import html_paragraph, html_table
+
+if TYPE_CHECKING:
+    import optuna
+    import pandas
+
+MAX_HTML_ROWS = 20  # trials that a notebook shows, the best ones first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """A finished study: its name, its answer and all of its trials."""
+    """A finished study: its name, its answer and all of its trials.
+
+    Attributes:
+        study: Its name.
+        best: Its answer.
+        trials: All of its trials, those that confirmed or tested included.
+        record: Its settings, and what was found about its data and network.
+        url: The store, with its password.
+    """
 
     study: str
     best: Best
     trials: list[TrialRecord]
+    record: StudyRecord
+    url: str
+
+    @property
+    def optuna_study(self) -> optuna.Study:
+        """The study for Optuna's own tools, such as `optuna.visualization`."""
+        import optuna
+
+        return optuna.load_study(study_name=self.study, storage=Store(self.url).storage)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return the trials as a pandas DataFrame, a row each.
+
+        The columns are `number`, `kind`, `state`, `value`, `epochs`, `duration_s`, `seed`, and for each searched
+        parameter `params_NAME`, as Optuna names them.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("to_dataframe needs pandas: pip install 'hpo-studies[notebook]'") from None
+        return pandas.DataFrame([_dataframe_row(trial) for trial in self.trials])
+
+    def __repr__(self) -> str:
+        return f"Result({self.study!r}, {self.best!r}, {counts_text(self.trials)})"
+
+    def _repr_html_(self) -> str:
+        text, sign = describe_answer(self.record, self.best), direction_sign(self.record)
+        searched = search_trials(self.trials)
+        searched.sort(key=lambda trial: -math.inf if trial.value is None else sign * trial.value, reverse=True)
+        keys = list(dict.fromkeys(key for trial in searched for key in trial.params))
+        rows = [
+            [
+                trial.number,
+                *(cell_text(trial.params.get(key)) for key in keys),
+                "" if trial.value is None else value_text(trial.value, self.record),
+                trial.state,
+                len(trial.epochs),
+            ]
+            for trial in searched
+        ]
+        more = f"{len(rows) - MAX_HTML_ROWS} more trials: result.trials" if len(rows) > MAX_HTML_ROWS else ""
+        return "".join(
+            [
+                html_paragraph(text.headline, bold=True),
+                html_table((), [(line.label, line) for line in text.lines]),
+                *(html_paragraph(f"warning: {warning}") for warning in text.warnings),
+                html_table(["trial", *keys, metric_text(self.record), "state", "epochs"], rows[:MAX_HTML_ROWS]),
+                html_paragraph(more) if more else "",
+            ]
+        )
+
+
+def _dataframe_row(trial: TrialRecord) -> dict[str, Any]:
+    own = {"number": trial.number, "kind": trial.kind, "state": trial.state, "value": trial.value}
+    own |= {"epochs": len(trial.epochs), "duration_s": trial.duration_s, "seed": trial.attributes.get("seed")}
+    return own | {f"params_{key}": value for key, value in trial.params.items()}
 
 
 def studies(*, storage: str | None = None) -> list[dict[str, Any]]:
@@ -191,7 +267,8 @@ def compare(names: Sequence[str], *, storage: str | None = None) -> Comparison:
 def result_of(store: Store, study: StudyRecord) -> Result:
     """Return the result of a study; raise StudyStopped where no trial has completed."""
     all_trials = store.trials.get_all(study)
-    return Result(study.name, answer_of(study, all_trials), all_trials)
+    url = store.url.render_as_string(hide_password=False)
+    return Result(study.name, answer_of(study, all_trials), all_trials, study, url)
 
 
 def answer_of(study: StudyRecord, all_trials: Sequence[TrialRecord]) -> Best:

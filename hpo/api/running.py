@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from hpo.config.earlier_studies import adopt_learned_points, adopt_stored_data
 from hpo.config.import_policy import GivenStudy, allowed_for, code_digests, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
 from hpo.config.widening import adopt_widened_ranges, parse_widening, widened_spec
+from hpo.display.choice import shown_progress
 from hpo.errors import StudyStopped, UserError
 from hpo.lr_range import resolve as ranges
 from hpo.reports.publisher import Publisher
@@ -54,6 +55,7 @@ def run(
     storage: str | None = None,
     code_folder: str | Path | None = None,
     fresh: bool = False,
+    progress: bool | None = None,
     watcher: Watcher | None = None,
 ) -> Result:
     """Run a study to its end, or resume it; a finished study is answered from the store, without training.
@@ -71,8 +73,10 @@ def run(
         code_folder: Where modules of your own that the study names are looked for. Default: the study file's folder,
             or else that of the running script.
         fresh: Whether to delete the study of this name, once everything else is checked, and to start it anew.
-        watcher: Called with the store and the study before training; returns a function that is called several times
-            a second while workers run.
+        progress: Whether to show how far it is: as a table in a notebook, live on a terminal, as lines elsewhere.
+            Default: in a notebook and on a terminal.
+        watcher: Shows it instead. Called with the store and the study before training; returns a function that is
+            called several times a second while workers run.
 
     Returns:
         The answer and all trials.
@@ -89,7 +93,8 @@ def run(
         _warn_of_changed_code(finished[1], code_digests(spec, allowed))
         return result_of(*finished)
     launcher = make_launcher(executor, spec, allowed, url=url)
-    return _run_to_end(spec, allowed, partial(_create, spec, url, fresh=fresh), launcher, watcher=watcher)
+    opener = partial(_create, spec, url, fresh=fresh)
+    return _run_to_end(spec, allowed, opener, launcher, watcher=watcher, progress=progress)
 
 
 def submit(
@@ -164,6 +169,7 @@ def join(
     executor: Executor | None = None,
     storage: str | None = None,
     allow: Sequence[str] = (),
+    progress: bool | None = None,
     watcher: Watcher | None = None,
 ) -> Result:
     """Add workers to a study in a store, and return when the study has ended.
@@ -174,6 +180,7 @@ def join(
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
         allow: Code of your own that the study may import: modules by their names, or folders of modules. Whoever can
             write to the store chooses what a study imports, so any other name is refused.
+        progress: As in `run`.
         watcher: As in `run`.
 
     Returns:
@@ -193,7 +200,7 @@ def join(
 
     allowed = parse_allow(allow)
     launcher = make_launcher(executor or Local(), study.spec, allowed, url=storage_url(storage))
-    return _run_to_end(study.spec, allowed, join_it, launcher, watcher=watcher)
+    return _run_to_end(study.spec, allowed, join_it, launcher, watcher=watcher, progress=progress)
 
 
 def serve(
@@ -243,7 +250,7 @@ def serve(
             continue
         last_message = ""
         try:
-            join(study.name, executor=executor, storage=storage, allow=allow, watcher=watcher)
+            join(study.name, executor=executor, storage=storage, allow=allow, progress=False, watcher=watcher)
             say(f"study {study.name} is finished")
         except (Unreachable, *STORE_ERRORS) as error:
             say(f"the store does not answer, waiting for it: {error}")
@@ -269,6 +276,7 @@ def resume(
     widen: Sequence[str] = (),
     retry_failed: bool = False,
     allow: Sequence[str] = (),
+    progress: bool | None = None,
     watcher: Watcher | None = None,
 ) -> Result:
     """Resume a study that was stopped or interrupted.
@@ -285,6 +293,7 @@ def resume(
             study gets as many more as the wider range needs to be searched as densely.
         retry_failed: Whether to train the trials that have failed again, each from its start.
         allow: As in `join`.
+        progress: As in `run`.
         watcher: As in `run`.
 
     Returns:
@@ -313,7 +322,7 @@ def resume(
 
     allowed = parse_allow(allow)
     launcher = make_launcher(executor or Local(), spec, allowed, url=storage_url(storage))
-    return _run_to_end(spec, allowed, open_again, launcher, watcher=watcher)
+    return _run_to_end(spec, allowed, open_again, launcher, watcher=watcher, progress=progress)
 
 
 def stop(name: str, *, storage: str | None = None) -> bool:
@@ -418,9 +427,22 @@ def _opened(
 
 
 def _run_to_end(
+    spec: StudySpec,
+    allowed: ImportAllowlist,
+    opener: Opener,
+    launcher: Launcher,
+    *,
+    watcher: Watcher | None,
+    progress: bool | None,
+) -> Result:
+    """Open the study and train until nothing of it is left; show how far it is."""
+    with nullcontext(watcher) if watcher else shown_progress(progress) as shown:
+        return _train_to_end(spec, allowed, opener, launcher, watcher=shown)
+
+
+def _train_to_end(
     spec: StudySpec, allowed: ImportAllowlist, opener: Opener, launcher: Launcher, *, watcher: Watcher | None
 ) -> Result:
-    """Open the study and train until nothing of it is left."""
     with _opened(spec, allowed, opener, launcher) as (store, study), Publisher(store, study) as publisher:
         watch = watcher(store, study) if watcher else None
 

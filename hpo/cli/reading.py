@@ -200,7 +200,7 @@ def report_command(study: str, output: str | None, form: str | None, figure: str
     """
     from hpo.api import exporting
 
-    say(f"wrote {exporting.write_report(study, output, form=form, figure=figure, storage=storage)}")
+    say(f"wrote {exporting.report(study, output, form=form, figure=figure, storage=storage)}")
 
 
 @click.command("export", short_help="Export the recommended values.")

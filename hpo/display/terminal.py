@@ -17,27 +17,23 @@ from rich.text import Text
 
 from hpo.analysis.answer import Best
 from hpo.analysis.answer_text import answer_lines, source_text
-from hpo.analysis.comparison import ComparedStudy, Comparison, changed_settings
+from hpo.analysis.comparison import ComparedStudy, Comparison
 from hpo.analysis.confirmation import find_test_metric
-from hpo.analysis.peak import find_peak
 from hpo.analysis.range_text import range_test_lines
 from hpo.analysis.text import (
-    cell_text,
     growth_text,
     images_text,
-    interval_text,
     marked_text,
     number_text,
     params_text,
-    peak_text,
-    rate_text,
     search_end_text,
     study_text,
     value_text,
     weights_text,
 )
-from hpo.analysis.trials import best_trial, race_progress, search_trials
+from hpo.analysis.trials import search_trials
 from hpo.display.console import PlainConsole, make_console, make_table, print_table, styled
+from hpo.display.progress import Pace, amount_done, duration_text, last_text, study_progress
 from hpo.store.store import Store
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
 from hpo.study.stages import latest
@@ -48,6 +44,8 @@ MAX_ROWS = 60  # of the final table
 BAR_WIDTH = 24
 MAX_MIN_WIDTH = 24  # of a column of values: up to this, the values are not broken over lines
 STRIP_WIDTH = 31
+STRIP_COLUMN = 4  # behind the interval that it draws
+WIDE = 120  # columns of a terminal with room for it
 
 STYLES = {
     "complete": "green",
@@ -99,6 +97,7 @@ class LiveDisplay:
         self._progress = ProgressHandler(self._say)
         self._announced: set[str] = set()  # stages, values that the workers share, the end of the search
         self._num_trials = 0
+        self._pace = Pace()
 
     @property
     def has_watched(self) -> bool:
@@ -141,7 +140,7 @@ class LiveDisplay:
         for line in range_test_lines(study):
             self._console.print(line, soft_wrap=True)
         trials = store.trials.get_all(study)
-        done, total, unit = _amount_done(study, trials)
+        done, total, unit = amount_done(study, trials)
         if done:
             self._console.print(f"going on: {done} of {total} {unit} are done already")
         self._num_trials = len(trials)
@@ -174,7 +173,8 @@ class LiveDisplay:
                 self._console.print(_epoch_line(self._study, trial))
             self._reported[trial.number] = (trial.state, len(trial.epochs))
         if self._live is not None:
-            self._live.update(_live_view(self._study, trials), refresh=True)
+            left = self._pace.seconds_left(self._study, trials)
+            self._live.update(_live_view(self._study, trials, seconds_left=left), refresh=True)
         ended = time.monotonic()
         self._next_read = ended + max(REFRESH_S, 10 * (ended - began))
 
@@ -245,20 +245,11 @@ def print_comparison(found: Comparison) -> None:
         end for study in found.studies if study.interval for end in (*study.interval, study.lr or study.interval[0])
     ]
     low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
-    rows = [
-        [
-            study.label,
-            "" if study is found.studies[0] else params_text(changed_settings(found.studies[0], study)),
-            cell_text(study.lr and rate_text(study.lr)),
-            cell_text(study.interval and interval_text(study.interval)),
-            _strip(study, low, high),
-            cell_text(study.plateau and interval_text(study.plateau)),
-            cell_text(study.divergence_lr and rate_text(study.divergence_lr)),
-            cell_text(study.value),
-        ]
-        for study in found.studies
-    ]
-    columns = ["study", "with", "best rate", "90 % interval", "", "as good", "diverges at", found.studies[0].metric]
+    columns, rows = found.table
+    if make_console().width >= WIDE:  # else the numbers come first
+        columns.insert(STRIP_COLUMN, "")
+        for row, study in zip(rows, found.studies, strict=True):
+            row.insert(STRIP_COLUMN, _strip(study, low, high))
     print_table(columns, rows)
     console = make_console()
     for line in found.conclusions:
@@ -328,40 +319,22 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
     return table
 
 
-def _live_view(study: StudyRecord, trials: Sequence[TrialRecord]) -> RenderableType:
+def _live_view(study: StudyRecord, trials: Sequence[TrialRecord], *, seconds_left: float | None) -> RenderableType:
     """Return the live part: a bar for the study, a line for each running trial, the best trial so far."""
-    done, total, unit = _amount_done(study, trials)
+    progress = study_progress(study, trials)
     bar = Table.grid(padding=(0, 1))
-    bar.add_row(f"{done}/{total} {unit}", ProgressBar(total=total, completed=done, width=40), _counts(trials))
+    left = "" if seconds_left is None else f"about {duration_text(seconds_left)} left"
+    amount = f"{progress.done}/{progress.total} {progress.unit}"
+    bar.add_row(
+        amount, ProgressBar(total=progress.total, completed=progress.done, width=BAR_WIDTH), left, _counts(trials)
+    )
     running = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("trial", "values", "device", "epoch", "train loss", study.spec.metric, "time left"):
-        running.add_column(column, overflow="fold", justify="left" if column in ("values", "device") else "right")
-    for trial in trials:
-        if trial.state == "running":
-            running.add_row(
-                str(trial.number),
-                params_text(trial.params),
-                str(trial.attributes.get("device", "")),
-                f"{max(trial.epochs, default=0)}/{_epochs(study, trial)}",
-                _last(trial, "train_loss", "{:.4f}"),
-                _last(trial, study.spec.metric, "{:.4f}"),
-                _time_left(study, trial),
-            )
-    parts: list[RenderableType] = [bar, running if running.row_count else styled(("starting workers ...", "dim"))]
-    if (found := best_trial(study, trials)) is not None and found.value is not None:
-        value = f"{study.spec.metric} {value_text(found.value, study)}"
-        parts.append(f"best trial so far: {params_text(found.params)}, {value}, trial {found.number}")
-    where = find_peak(study, trials)
-    if where is not None and where.interval is not None:
-        parts.append(peak_text(where.lr, where.interval))
-    return Group(*parts)
-
-
-def _amount_done(study: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[int, int, str]:
-    """Return how much of a study is done, how much there is to do, and what is counted."""
-    if (epochs := race_progress(study, trials)) is not None:
-        return *epochs, "epochs"
-    return sum(trial.state in ENDED for trial in trials), len(trials), "trials"
+    for column in progress.columns:
+        is_text = column in ("values", "device")  # the only ones that may be broken over lines
+        running.add_column(column, overflow="fold", no_wrap=not is_text, justify="left" if is_text else "right")
+    for row in progress.rows:
+        running.add_row(*row)
+    return Group(bar, running if progress.rows else styled(("starting workers ...", "dim")), *progress.lines)
 
 
 def _stages(trials: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
@@ -383,8 +356,7 @@ def _ended_line(study: StudyRecord, trial: TrialRecord) -> Text:
     value = "" if trial.value is None else f", {study.spec.metric} {value_text(trial.value, study)}"
     if trial.kind == "test" and trial.state == "complete":
         name = find_test_metric(study, [trial])
-        measured = trial.curves[name][-1]
-        value = "" if measured is None else f", {name} {value_text(measured, study)}"
+        value = f", {name} {last_text(study, trial, name)}"
     return styled(
         f"trial {trial.number} ",
         (trial.state, STYLES[trial.state]),
@@ -396,30 +368,13 @@ def _epoch_line(study: StudyRecord, trial: TrialRecord) -> str:
     left_out = (
         () if study.spec.objective else ("lr", "seconds", "train_accuracy")
     )  # our engines' own; a loop's are all shown
-    metrics = "  ".join(f"{name} {_last(trial, name, '{:.4g}')}" for name in trial.curves if name not in left_out)
+    metrics = "  ".join(f"{name} {last_text(study, trial, name)}" for name in trial.curves if name not in left_out)
     return f"trial {trial.number} epoch {trial.epochs[-1]}: {metrics}"
 
 
 def _counts(trials: Sequence[TrialRecord]) -> Text:
     counts = {state: sum(trial.state == state for trial in trials) for state in ENDED}
     return styled(*((f"{count} {state}  ", STYLES[state]) for state, count in counts.items() if count))
-
-
-def _time_left(study: StudyRecord, trial: TrialRecord) -> str:
-    seconds = [value for value in trial.curves.get("seconds", ()) if value is not None]
-    if not seconds:
-        return ""
-    left = (_epochs(study, trial) - len(trial.epochs)) * sum(seconds) / len(seconds)
-    return f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
-
-
-def _epochs(study: StudyRecord, trial: TrialRecord) -> int:
-    return int(trial.params.get("epochs", study.spec.training.epochs))
-
-
-def _last(trial: TrialRecord, name: str, form: str) -> str:
-    values = trial.curves.get(name, ())
-    return "" if not values else "not finite" if values[-1] is None else form.format(values[-1])
 
 
 def _sort_key(value: Any) -> tuple[int, Any]:

@@ -123,7 +123,7 @@ class Attempt:
     note: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrialRecord:
     """One trial as people see it.
 
@@ -164,6 +164,11 @@ class TrialRecord:
     kind: str = "search"
     replicate: int | None = None
     tested: int | None = None
+
+    def __repr__(self) -> str:
+        values = "".join(f", {key}={value!r}" for key, value in self.params.items())
+        value = "" if self.value is None else f", value {self.value:.4g}"
+        return f"TrialRecord({self.number}, {self.kind} {self.state}{values}{value}, {len(self.epochs)} epochs)"
 
     @property
     def duration_s(self) -> float | None:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from hpo.api.exporting import write_report
+from hpo.api.exporting import report
 from scripts.bench.report import FLAGS
 
 WIDTH, HEIGHT = 960, 1240  # of the page, in pixels
@@ -28,7 +28,7 @@ def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert chromium is not None, "there is no Chromium here"
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        path = write_report(arguments.study, Path(folder) / "report.html", storage=arguments.storage)
+        path = report(arguments.study, Path(folder) / "report.html", storage=arguments.storage)
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.goto(path.as_uri())

@@ -16,7 +16,7 @@ import pytest
 import hpo
 from hpo.api.trained_weights import write_weights
 from hpo.cli.app import main as hpo_command
-from hpo.config.study_file import expand_compare
+from hpo.config.study_file import expand_compare, find_study_file
 from hpo.config.study_spec import StudySpec
 from hpo.reports.figures.table import FIGURES
 from hpo.reports.render import FORMATS
@@ -153,7 +153,7 @@ def test_the_python_in_the_documents_runs(tmp_path: Path, monkeypatch: pytest.Mo
     run = hpo.run
 
     def run_little(spec: Any, *, storage: str | None = None, **_: Any) -> hpo.Result:
-        settings = tomllib.loads((ROOT / spec).read_text()) if isinstance(spec, str) else dict(spec)
+        settings = tomllib.loads(find_study_file(Path(spec).stem).read_text()) if isinstance(spec, str) else dict(spec)
         settings.pop("confirm", None)
         for section, values in TINY.items() if "objective" not in settings else ():
             settings[section] = {**settings.get(section, {}), **values}

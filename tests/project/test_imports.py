@@ -61,8 +61,8 @@ def test_only_the_store_and_the_dashboard_touch_optunas_storages() -> None:
 
 def test_the_public_surface_is_what_is_listed_and_all_of_it_exists() -> None:
     names = """
-        Best InProcess Local Ray Result StudySpec StudyStopped Trial UserError
-        best export join load_model range_test resume run status stop studies submit trials
+        Best Comparison InProcess Local Ray Result StudySpec StudyStopped Trial TrialRecord UserError
+        best compare export join load_model range_test report resume run status stop studies submit trials
     """
     assert hpo.__all__ == names.split()
     for name in hpo.__all__:

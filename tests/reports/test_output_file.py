@@ -38,12 +38,12 @@ def test_only_a_report_of_ours_is_written_over_and_all_of_it_or_nothing(small: S
 
 
 def test_a_store_that_a_report_was_published_in_is_no_report(trained: Store, tmp_path: Path) -> None:
-    exporting.write_report("s", tmp_path / "s.html", storage=str(trained.url))
+    exporting.report("s", tmp_path / "s.html", storage=str(trained.url))
     database = tmp_path / "copy.db"  # which nothing has open, so that no checkpoint of SQLite's changes it meanwhile
     with closing(sqlite3.connect(trained.url.database or "")) as source, closing(sqlite3.connect(database)) as copy:
         source.backup(copy)
     before = database.read_bytes()
     for form in FORMATS.keys() - {"png", "svg"}:
         with pytest.raises(UserError, match="is no report of ours"):
-            exporting.write_report("s", database, form=form, storage=str(trained.url))
+            exporting.report("s", database, form=form, storage=str(trained.url))
     assert database.read_bytes() == before

@@ -43,7 +43,7 @@ def test_the_command_writes_a_page_that_says_what_best_says(hpo: Any, trained: S
 
 def test_the_format_is_what_the_file_ends_in_or_as_said(trained: Store, tmp_path: Path) -> None:
     def written(name: str, **options: Any) -> bytes:
-        return exporting.write_report("s", tmp_path / name, storage=str(trained.url), **options).read_bytes()
+        return exporting.report("s", tmp_path / name, storage=str(trained.url), **options).read_bytes()
 
     assert json.loads(written("s.json"))["study"] == "s"
     assert written("s.txt", form="md").startswith(b"<!-- hpo report -->\n# Study s")
@@ -59,4 +59,4 @@ def test_the_format_is_what_the_file_ends_in_or_as_said(trained: Store, tmp_path
 
 def test_a_store_that_can_only_be_read_is_reported_on(trained: Store, tmp_path: Path) -> None:
     url = f"sqlite:///file:{tmp_path}/hpo.db?mode=ro&uri=true"
-    assert is_report(exporting.write_report("s", tmp_path / "s.md", storage=url).read_bytes())
+    assert is_report(exporting.report("s", tmp_path / "s.md", storage=url).read_bytes())
