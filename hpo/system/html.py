@@ -20,10 +20,10 @@ def html_paragraph(text: object, *, bold: bool = False) -> str:
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table; without column names it has no head."""
-    head = f"<thead><tr>{_cells(columns, 'th')}</tr></thead>" if columns else ""
-    body = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
+    head = f"<thead><tr>{_html_cells(columns, 'th')}</tr></thead>" if columns else ""
+    body = "".join(f"<tr>{_html_cells(row, 'td')}</tr>" for row in rows)
     return f"<table>{head}<tbody>{body}</tbody></table>"
 
 
-def _cells(texts: Sequence[object], tag: str) -> str:
+def _html_cells(texts: Sequence[object], tag: str) -> str:
     return "".join(f'<{tag} style="text-align: left">{html_text(text)}</{tag}>' for text in texts)

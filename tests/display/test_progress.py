@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import RenderableType
@@ -16,7 +17,7 @@ from hpo.display.terminal import _live_view
 from hpo.study.records import TrialRecord
 from tests.analysis.examples import LOG_LR, make_study, numbered, trained
 
-CONFIRMED = {"confirm": {"top": 2, "seeds": 3}, "search": {"trials": 4, "space": {"lr": LOG_LR}}}
+CONFIRMED: dict[str, Any] = {"confirm": {"top": 2, "seeds": 3}, "search": {"trials": 4, "space": {"lr": LOG_LR}}}
 
 
 def searched(*states: str) -> list[TrialRecord]:
