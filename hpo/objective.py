@@ -23,12 +23,13 @@ class Trial:
     Attributes:
         params: The values that the search chose, by the keys of [search.space].
         device: Where to train, as torch names it: "cuda:0", "mps" or "cpu".
-        epochs: `training.epochs` of the study file.
+        epochs: How many epochs to train: `training.epochs`, or the searched value.
         seed: A seed of this trial's own.
         checkpoint_dir: A folder of this trial's own, the same when it is resumed after an interruption.
         number: The trial's number in the study.
         attempt: The number of this attempt at the trial; 1 is the first.
         metric: The metric that is optimized, `objective.metric`.
+        kind: "search", or "confirm" where one of the best rates is trained again on a fresh seed.
     """
 
     params: Mapping[str, Any]
@@ -39,15 +40,18 @@ class Trial:
     number: int
     attempt: int
     metric: str
+    kind: str
     _on_report: Callable[[int, dict[str, float]], bool] = field(repr=False)
 
-    def report(self, epoch: int, **metrics: float) -> bool:
+    def report(self, epoch: int, **metrics: float | Callable[[], float]) -> bool:
         """Record an epoch.
 
         Args:
             epoch: The epoch, counted from 1.
             **metrics: What you measured, by name; among them the study's `objective.metric`. All are kept and shown.
-                Where that, or one whose name ends in "loss", is not finite, the trial ends as diverged.
+                Where that, or one whose name ends in "loss", is not finite, the trial ends as diverged. A function in
+                place of a number is for the test set, as in `test_accuracy=measure`: it is called in the last epoch of
+                a trial that confirms, and left out in all others.
 
         Returns:
             True where training must end now: return from your function.
@@ -68,4 +72,10 @@ class Trial:
             raise UserError(
                 f"trial.report must be given {self.metric}=..., the study's objective.metric; got {', '.join(metrics)}"
             )
-        return self._on_report(number, {name: float(value) for name, value in metrics.items()})
+        measures_test = self.kind == "confirm" and number >= self.epochs
+        values = {
+            name: value() if callable(value) else value
+            for name, value in metrics.items()
+            if measures_test or not callable(value)
+        }
+        return self._on_report(number, {name: float(value) for name, value in values.items()})

@@ -133,6 +133,9 @@ def find_confirmation(study: StudyRecord, trials: Sequence[TrialRecord], *, sear
     rivals = [candidate for candidate in ranked if candidate.num_diverged == ranked[0].num_diverged]
     value, error = _expected_value(rivals, grain=study.grain)
     tests = [trial for trial in following if trial.kind == "test" and trial.state == "complete"]
+    if study.spec.objective is not None:  # whose loop may have measured the test set while it confirmed
+        wanted = name_on_test_set(study.spec.metric)
+        tests = [trial for trial in confirming if trial.number in ranked[0].trials and wanted in trial.curves]
     test_metric = find_test_metric(study, tests)
     last = [trial.curves[test_metric][-1] for trial in tests]
     tested = [number for number in last if number is not None]

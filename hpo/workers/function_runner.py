@@ -68,12 +68,13 @@ class FunctionRunner:
         trial = Trial(
             params=values,
             device=self._torch_device,
-            epochs=self._spec.training.epochs,
+            epochs=int(values.get("epochs", self._spec.training.epochs)),
             seed=seed,
             checkpoint_dir=self._make_folder(claim),
             number=claim.number,
             attempt=claim.attempt,
             metric=self._spec.metric,
+            kind=claim.kind,
             _on_report=attempt.report,
         )
         loop = find_loop(self._objective)

@@ -65,12 +65,15 @@ class LightningLoop:
             callback = TrialCallback(trial, path=path, handlers=handlers, name=self._settings["model"])
             trainer = self._trainer(
                 device=trial.device,
-                max_epochs=int(trial.params.get("epochs", trial.epochs)),
+                max_epochs=trial.epochs,
                 callbacks=[callback],
                 default_root_dir=trial.checkpoint_dir,
                 plugins=[LightningEnvironment(), PlainCheckpointIO(self._settings["model"])],
             )
             trainer.fit(model, datamodule=data, ckpt_path=path if path.exists() else None)
+            if trial.kind == "confirm" and trial.epochs in callback.reported and _has_test(model, data):
+                (tested,) = trainer.test(model, datamodule=data, verbose=False)
+                trial.report(trial.epochs, **callback.reported[trial.epochs], **tested)
 
     def try_out(self, spec: StudySpec) -> None:
         """Train and validate one batch on the CPU. Raises UserError for what would fail in every trial."""
@@ -158,6 +161,7 @@ class TrialCallback(Callback):
         self._name = name
         self._first_epoch: int | None = None  # of this attempt, counted from 0
         self._is_validated = False
+        self.reported: dict[int, dict[str, float]] = {}  # what was reported last, by the epoch
         self._losses: list[torch.Tensor] = []  # of the epoch's steps; on the device, so that no step waits for it
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,7 +206,9 @@ class TrialCallback(Callback):
             if not math.isfinite(mean):
                 metrics["train_loss"] = mean
             metrics.setdefault("train_loss", mean)
-        if self._trial.report(trainer.current_epoch + 1, **metrics):
+        epoch = trainer.current_epoch + 1
+        self.reported = {epoch: metrics}
+        if self._trial.report(epoch, **metrics):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,6 +258,13 @@ def _check_logged(metric: str, logged: Mapping[str, Any], *, name: str) -> None:
             f"objective.metric = {metric!r} must be logged by {name}, in validation_step for instance; it logs "
             f"{', '.join(sorted(logged)) or 'nothing'}"
         )
+
+
+def _has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
+    """Return whether the module measures a test set, and either of the two has one."""
+    holders = [model] if data is None else [model, data]
+    has_data = any(type(one).test_dataloader is not LightningModule.test_dataloader for one in holders)
+    return has_data and type(model).test_step is not LightningModule.test_step
 
 
 def _parameters(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

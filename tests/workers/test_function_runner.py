@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hpo.analysis.answer import find_best
 from hpo.config.study_spec import StudySpec
 from hpo.store.store import Store
 from tests.workers.training import work
@@ -95,6 +96,27 @@ assert trial.report(2, val_accuracy=0.1, train_loss=math.nan)
 """)
     (diverged,) = work(store, store.studies.create(make_spec(0.1), metadata={}))
     assert (diverged.state, diverged.reason, diverged.value) == ("diverged", "train_loss = nan in epoch 2", None)
+
+
+def test_the_test_set_is_measured_in_the_last_epoch_of_a_confirmation_alone(
+    store: Store, make_spec: MakeSpec, loop: WriteLoop
+) -> None:
+    loop("""
+def measure():
+    assert trial.kind == "confirm"
+    return trial.params["lr"] + 0.01
+for epoch in range(1, trial.epochs + 1):
+    trial.report(epoch, val_accuracy=trial.params["lr"], test_accuracy=measure)
+""")
+    study = store.studies.create(make_spec(0.1, 0.5, epochs=2, confirm={"top": 2, "seeds": 2}), metadata={})
+    trials = work(store, study)
+    measured = [trial.curves["test_accuracy"] for trial in trials if "test_accuracy" in trial.curves]
+    assert measured == [[None, trial.params["lr"] + 0.01] for trial in trials if trial.kind == "confirm"]
+    best = find_best(study, trials)
+    assert best is not None
+    confirmation = best.confirmation
+    assert confirmation is not None
+    assert (confirmation.winner.params, confirmation.test_value) == ({"lr": 0.5}, pytest.approx(0.51))
 
 
 def test_a_loop_that_is_told_to_end_and_goes_on_records_nothing_more(

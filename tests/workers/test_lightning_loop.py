@@ -50,6 +50,9 @@ class Net(pl.LightningModule):
         self.log("val_loss", functional.cross_entropy(outputs, batch[1]))
         self.log("val_accuracy", (outputs.argmax(1) == batch[1]).float().mean())
 
+    def test_step(self, batch, index):
+        self.log("test_accuracy", 0.75)
+
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
@@ -68,6 +71,9 @@ class Data(pl.LightningDataModule):
         return DataLoader(self.parts[0], batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self):
+        return DataLoader(self.parts[1], batch_size=20)
+
+    def test_dataloader(self):
         return DataLoader(self.parts[1], batch_size=20)
 
 class Fixed(pl.LightningModule):
@@ -142,6 +148,13 @@ def test_trials_are_pruned_diverge_and_get_their_values(store: Store, spec: Call
     assert weights(store, study)["net.0.weight"].shape == (3, 4)
     assert (diverged.state, diverged.epochs) == ("diverged", [1])
     assert (diverged.reason, diverged.curves["train_loss"]) == ("val_loss = nan in epoch 1", [None])
+
+
+def test_the_test_set_is_measured_when_the_best_rate_is_confirmed(store: Store, spec: Callable[..., StudySpec]) -> None:
+    study = store.studies.create(spec(0.05, epochs=2, confirm={"top": 1, "seeds": 2}), metadata={})
+    searched, *confirmed = work(store, study)
+    assert "test_accuracy" not in searched.curves
+    assert [(trial.state, trial.curves["test_accuracy"]) for trial in confirmed] == [("complete", [None, 0.75])] * 2
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
