@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from hpo.config.sections import ObjectiveSpec
@@ -262,8 +263,8 @@ def _check_logged(metric: str, logged: Mapping[str, Any], *, name: str) -> None:
 
 def _has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
     """Return whether the module measures a test set, and either of the two has one."""
-    holders = [model] if data is None else [model, data]
-    has_data = any(type(one).test_dataloader is not LightningModule.test_dataloader for one in holders)
+    holders: list[DataHooks] = [model] if data is None else [model, data]
+    has_data = any(type(one).test_dataloader is not DataHooks.test_dataloader for one in holders)
     return has_data and type(model).test_step is not LightningModule.test_step
 
 

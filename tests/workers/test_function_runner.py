@@ -116,7 +116,8 @@ for epoch in range(1, trial.epochs + 1):
     assert best is not None
     confirmation = best.confirmation
     assert confirmation is not None
-    assert (confirmation.winner.params, confirmation.test_value) == ({"lr": 0.5}, pytest.approx(0.51))
+    assert confirmation.winner.params == {"lr": 0.5}
+    assert confirmation.test_value == pytest.approx(0.51)
 
 
 def test_a_loop_that_is_told_to_end_and_goes_on_records_nothing_more(
