@@ -13,7 +13,7 @@ from pathlib import Path
 from hpo.api.exporting import report
 from scripts.bench.report import FLAGS
 
-WIDTH, HEIGHT = 960, 1240  # of the page, in pixels
+WIDTH, HEIGHT = 960, 1110  # of the page, in pixels
 
 
 def main() -> None:

@@ -162,7 +162,7 @@ def test_the_python_in_the_documents_runs(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(hpo, "run", run_little, raising=False)
     if find_spec("pandas") is None:  # the documents say that it is needed
         monkeypatch.setattr(optuna.Study, "trials_dataframe", lambda study: study.trials)
-    run_little("studies/quickstart.toml")
+    run_little("quickstart")
     write_weights("quickstart", "best.safetensors")
     monkeypatch.syspath_prepend(tmp_path)
     for document in CURRENT:
