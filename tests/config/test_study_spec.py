@@ -141,7 +141,7 @@ MISTAKES = {
     "[training]\nlr = 0.0": ["training.lr must be greater than 0, got 0.0"],
     "[training]\nlr = nan": ["training.lr must be greater than 0, got nan"],
     "[training]\nbatch_size = -1": ["training.batch_size must be at least 1, got -1"],
-    "[training]\nprecision = 'fp8'": ["training.precision must be 'auto', 'fp32' or 'bf16'", "'fp8'"],
+    "[training]\nprecision = 'fp8'": ["training.precision must be 'auto', 'fp32', 'bf16' or 'fp16'", "'fp8'"],
     "[training]\ntf32 = true": ["training.precision must be 'fp32' with training.tf32, got 'auto'"],
     "[training]\nwarmup_epochs = 10": ["training.warmup_epochs must be less than training.epochs = 10, got 10"],
     "[training]\nlabel_smoothing = 1.0": ["training.label_smoothing must be at least 0 and less than 1"],
