@@ -174,7 +174,7 @@ class PrunerSpec(Section):
     startup_trials: Annotated[
         int | None, Field(ge=0, description="Prune nothing before so many trials are complete.")
     ] = None
-    warmup_epochs: Annotated[int | None, Field(ge=0, description="Prune no trial in its first epochs.")] = None
+    warmup_epochs: Annotated[int | None, Field(ge=0, description="Do not prune a trial in its first epochs.")] = None
     percentile: Annotated[
         float | None, Field(ge=0, le=100, description="Keep the trials among this best percentage.")
     ] = None

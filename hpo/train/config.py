@@ -248,7 +248,9 @@ class TrainingConfig:
         Literal["balanced"] | Sequence[float] | None,
         Predicate(_are_weights),
         Rule("'balanced' or a list of numbers of at least 0"),
-        Doc("Weight of each class in the loss; balanced: the rarer the heavier. By default all weigh the same."),
+        Doc(
+            "Weight of each class in the loss. balanced gives all classes the same total weight. By default all are 1."
+        ),
     ] = None
     focal_gamma: Annotated[float, Ge(0), Doc("focal: how much less an image counts if the network is sure of it.")] = (
         2.0
@@ -261,12 +263,12 @@ class TrainingConfig:
         Literal["maximize", "minimize"], Doc("Whether more or less is better, of a metric of your own.")
     ] = "maximize"
     mixup: Annotated[
-        float, Ge(0), Doc("Mix the images of a batch in pairs, by shares from Beta(mixup, mixup); 0: do not.")
+        float, Ge(0), Doc("Mix the images of a batch in pairs, by shares from Beta(mixup, mixup). 0 turns it off.")
     ] = 0.0
     cutmix: Annotated[
         float,
         Ge(0),
-        Doc("Paste a rectangle of one image into another, its area from Beta(cutmix, cutmix); 0: do not."),
+        Doc("Paste a rectangle of one image into another, its area from Beta(cutmix, cutmix). 0 turns it off."),
     ] = 0.0
     ema: Annotated[
         float | None,

@@ -213,7 +213,7 @@ LOSSES: dict[str, Loss] = {
     "bce": Loss(
         compute=_bce,
         keys=frozenset({"label_smoothing", "class_weights"}),
-        about="the mean over the classes of the binary cross-entropy: each class is asked alone",
+        about="the binary cross-entropy of each class against the rest, averaged over the classes",
     ),
     "focal": Loss(
         compute=_focal,

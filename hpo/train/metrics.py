@@ -179,15 +179,15 @@ METRICS: dict[str, Metric] = {
     ),
     "macro_f1": Metric(
         count=_macro_f1,
-        about="the mean over the classes of F1",
+        about="F1, averaged over the classes",
     ),
     "balanced_accuracy": Metric(
         form="percent",
         count=_balanced_accuracy,
-        about="the mean over the classes of the accuracy",
+        about="the accuracy of each class, averaged over the classes",
     ),
     "auroc": Metric(
         count=_auroc,
-        about="the mean over the classes of the area under the ROC curve of each against the others",
+        about="the area under the ROC curve of each class against the others, averaged over the classes",
     ),
 }

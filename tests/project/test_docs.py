@@ -147,7 +147,10 @@ def test_the_targets_and_scripts_in_a_document_exist(document: str) -> None:
 
 
 def test_the_python_in_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each block runs as it stands, beside a finished study `quickstart`. Studies train in this process, and little."""
+    """Each block runs as it stands, beside a finished study `quickstart`. Studies train in this process, and little.
+
+    What the README defines is trained, too.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HPO_STORAGE", "sqlite:///hpo.db")
     run = hpo.run
@@ -164,12 +167,21 @@ def test_the_python_in_the_documents_runs(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(optuna.Study, "trials_dataframe", lambda study: study.trials)
     run_little("quickstart")
     write_weights("quickstart", "best.safetensors")
+    defined: dict[str, Any] = {}
     monkeypatch.syspath_prepend(tmp_path)
     for document in CURRENT:
         for block in blocks(document, "python"):
             if (name := re.match(r"# (\w+\.py)\n", block)) is not None:
                 (tmp_path / name[1]).write_text(block)
-            exec(compile(block, document, "exec"), {"__name__": "example"})
+            exec(compile(block, document, "exec"), namespace := {"__name__": "example"})
+            if document == "README.md":
+                defined |= namespace
+    space = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}}
+    images = {"model": {"name": defined["small_cnn"]}, "data": {"name": defined["stripes"]}, "training": {"epochs": 1}}
+    loop = {"objective": {"function": defined["train"]}, "training": {"epochs": 3}}
+    for name, settings in {"own-images": images, "own-loop": loop}.items():
+        result = run({"name": name, "search": {"trials": 2, "space": space}, **settings}, executor=hpo.InProcess("cpu"))
+        assert [trial.state for trial in result.trials] == ["complete", "complete"]
 
 
 def test_json_has_the_keys_of_its_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
