@@ -17,6 +17,7 @@ METRIC_WORDS = {  # in sentences
     "macro_f1": "validation macro F1",
     "balanced_accuracy": "balanced validation accuracy",
     "auroc": "validation AUROC",
+    "average_precision": "validation average precision",
 }
 
 

@@ -108,6 +108,8 @@ def _guessing(context: WarningContext) -> str | None:
     what = f"guessing among {classes} classes"
     if spec.metric != "val_accuracy":
         what = f"guessing, with which the {metric_text(study)} is {value_text(guess, study)}"
+    elif metadata.get("has_several_labels"):
+        what = f"the same answer for all images, which is right for {guess:.1%} of the labels"
     elif guess > 1 / classes + standard_error(1 / classes, metadata["num_val"]):
         what = f"always naming the largest of {classes} classes, which is right for {guess:.1%} of the images"
     return f"the best trial is no better than {what}: give it more epochs, or other rates"

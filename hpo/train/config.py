@@ -257,7 +257,10 @@ class TrainingConfig:
     )
     metric: Annotated[
         str,
-        Doc("What is optimized: val_accuracy, val_loss, top5, macro_f1, balanced_accuracy, auroc, or a function."),
+        Doc(
+            "What is optimized: val_accuracy, val_loss, top5, macro_f1, balanced_accuracy, auroc, average_precision, "
+            "or a function."
+        ),
     ] = "val_accuracy"
     metric_direction: Annotated[
         Literal["maximize", "minimize"], Doc("Whether more or less is better, of a metric of your own.")

@@ -31,6 +31,7 @@ class Loss:
 
     compute: Compute
     keys: frozenset[str]
+    takes_several_labels: bool = False  # of an image
     about: str = ""  # in the reference
 
 
@@ -85,6 +86,11 @@ def build_loss(training: TrainingConfig, *, data: SplitDataset) -> TrialLoss:
     Raises UserError for an unknown loss, and class weights that are not as many as the classes.
     """
     name = training.loss
+    if data.has_several_labels and name in LOSSES and not LOSSES[name].takes_several_labels:
+        raise UserError(
+            "training.loss must be 'bce', or a function of your own, where images have a label for each class; "
+            f"got {name!r}"
+        )
     if is_import_path(name):
         compute = _own_loss(import_object(name, setting="training.loss"), name)
     elif name in LOSSES:
@@ -96,10 +102,9 @@ def build_loss(training: TrainingConfig, *, data: SplitDataset) -> TrialLoss:
 
 def class_shares(data: SplitDataset) -> Tensor:
     """Return the share of each class in the training images (L,), float32."""
-    import torch
+    from hpo.train.data.labels import class_sizes
 
-    counts_L = torch.bincount(data.train.labels_N, minlength=data.num_classes)
-    return counts_L.float() / len(data.train)
+    return class_sizes(data.train.labels_N, data.num_classes).float() / len(data.train)
 
 
 def is_plain_cross_entropy(training: TrainingConfig) -> bool:
@@ -134,6 +139,11 @@ def _class_weights(training: TrainingConfig, *, data: SplitDataset) -> Tensor | 
 
     if not training.class_weights:
         return None
+    if data.has_several_labels:
+        raise UserError(
+            "training.class_weights must be left out where images have a label for each class; "
+            f"got {training.class_weights!r}"
+        )
     labels_N, num_classes = data.train.labels_N, data.num_classes
     counts_L = torch.bincount(labels_N, minlength=num_classes).double()
     if training.class_weights == "balanced":
@@ -167,11 +177,11 @@ def _own_loss(function: Callable[..., Any], name: str) -> Compute:
             raise
         except Exception as error:  # whatever the user's function raises
             raise UserError(f"training.loss = {name!r} failed: {describe_error(error)}") from error
-        if not isinstance(losses_B, torch.Tensor) or losses_B.shape != labels_B.shape:
+        if not isinstance(losses_B, torch.Tensor) or losses_B.shape != labels_B.shape[:1]:
             got = tuple(losses_B.shape) if isinstance(losses_B, torch.Tensor) else type(losses_B).__name__
             raise UserError(
                 f"training.loss = {name!r} must return a tensor with the loss of each image, of shape "
-                f"{tuple(labels_B.shape)}; got {got}"
+                f"{tuple(labels_B.shape[:1])}; got {got}"
             )
         return _reduce(losses_B, reduction)
 
@@ -190,8 +200,10 @@ def _bce(logits_BL: Tensor, labels_B: Tensor, training: TrainingConfig, reductio
     from torch.nn import functional
 
     num_classes = logits_BL.shape[1]
-    targets_BL = functional.one_hot(labels_B, num_classes).to(logits_BL.dtype)
-    targets_BL = targets_BL * (1 - training.label_smoothing) + training.label_smoothing / num_classes
+    is_one_hot = labels_B.dim() == 1  # else there is a label for each class, which is smoothed towards a half
+    targets_BL = functional.one_hot(labels_B, num_classes).to(logits_BL.dtype) if is_one_hot else labels_B
+    num_answers = num_classes if is_one_hot else 2
+    targets_BL = targets_BL * (1 - training.label_smoothing) + training.label_smoothing / num_answers
     losses_BL = functional.binary_cross_entropy_with_logits(logits_BL, targets_BL, reduction="none")
     return _reduce(losses_BL.mean(1), reduction)
 
@@ -213,6 +225,7 @@ LOSSES: dict[str, Loss] = {
     "bce": Loss(
         compute=_bce,
         keys=frozenset({"label_smoothing", "class_weights"}),
+        takes_several_labels=True,
         about="the binary cross-entropy of each class against the rest, averaged over the classes",
     ),
     "focal": Loss(

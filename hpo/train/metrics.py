@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +36,7 @@ class Metric:
     form: Literal["percent", "share", "any"] = "share"
     count: Callable[[Tensor, Tensor], float] | None = None  # of outputs (N, L) and labels (N,); None: engines do
     keys: frozenset[str] = frozenset()
+    takes_several_labels: bool = True  # of an image
     about: str = ""  # in the reference
 
 
@@ -106,6 +107,12 @@ def check_metric(metric: str, *, num_classes: int, labels_N: Tensor) -> None:
     """Refuse a metric that cannot be computed for a data set with these validation labels. Raises UserError."""
     import torch
 
+    several = sorted(name for name, entry in METRICS.items() if entry.takes_several_labels)
+    if labels_N.dim() == 2 and metric in METRICS and metric not in several:
+        raise UserError(
+            f"training.metric must be one of {', '.join(several)}, or a function of your own, where images have a "
+            f"label for each class; got {metric!r}"
+        )
     if metric == "top5" and num_classes <= TOP:
         raise UserError(f"training.metric = 'top5' needs more than {TOP} classes, got {num_classes}")
     outputs_NL = torch.randn((len(labels_N), num_classes), generator=torch.Generator().manual_seed(0))
@@ -139,7 +146,8 @@ def _top5(logits_NL: Tensor, labels_N: Tensor) -> float:
 def _macro_f1(logits_NL: Tensor, labels_N: Tensor) -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels_N.numpy(), logits_NL.argmax(1).numpy(), average="macro", zero_division=0.0))
+    named = logits_NL.argmax(1) if labels_N.dim() == 1 else (logits_NL > 0).int()
+    return float(f1_score(labels_N.int().numpy(), named.numpy(), average="macro", zero_division=0.0))
 
 
 def _balanced_accuracy(logits_NL: Tensor, labels_N: Tensor) -> float:
@@ -153,19 +161,31 @@ def _auroc(logits_NL: Tensor, labels_N: Tensor) -> float:
     """Return the mean over the classes of the area under the curve of each class against the others."""
     from sklearn.metrics import roc_auc_score
 
-    shares_NL = logits_NL.double().softmax(1).numpy()
-    areas = []
-    for label in sorted(set(labels_N.tolist())):
-        is_of_class_N = (labels_N == label).numpy()
-        if not is_of_class_N.all():
-            areas.append(float(roc_auc_score(is_of_class_N, shares_NL[:, label])))
+    areas = [float(roc_auc_score(*of_class)) for of_class in _one_against_the_rest(logits_NL, labels_N)]
     return sum(areas) / len(areas) if areas else 0.5
+
+
+def _average_precision(logits_NL: Tensor, labels_N: Tensor) -> float:
+    """Return the mean over the classes of the average precision of each class against the others."""
+    from sklearn.metrics import average_precision_score
+
+    areas = [float(average_precision_score(*of_class)) for of_class in _one_against_the_rest(logits_NL, labels_N)]
+    return sum(areas) / len(areas) if areas else 0.0
+
+
+def _one_against_the_rest(logits_NL: Tensor, labels_N: Tensor) -> Iterator[tuple[Any, Any]]:
+    """Yield which images are of a class, and their outputs for it, of each class that some images have, but not all."""
+    shares_NL = (logits_NL.double().softmax(1) if labels_N.dim() == 1 else logits_NL.double()).numpy()
+    for label in range(logits_NL.shape[1]):
+        is_of_class_N = (labels_N == label if labels_N.dim() == 1 else labels_N[:, label] > 0).numpy()
+        if is_of_class_N.any() and not is_of_class_N.all():
+            yield is_of_class_N, shares_NL[:, label]
 
 
 METRICS: dict[str, Metric] = {
     "val_accuracy": Metric(
         form="percent",
-        about="the share of validation images that get the right class",
+        about="the share of validation images that get the right class, or of labels that are right",
     ),
     "val_loss": Metric(
         direction="minimize",
@@ -175,6 +195,7 @@ METRICS: dict[str, Metric] = {
     "top5": Metric(
         form="percent",
         count=_top5,
+        takes_several_labels=False,
         about="the share of images whose class is among the five likeliest",
     ),
     "macro_f1": Metric(
@@ -184,10 +205,15 @@ METRICS: dict[str, Metric] = {
     "balanced_accuracy": Metric(
         form="percent",
         count=_balanced_accuracy,
+        takes_several_labels=False,
         about="the accuracy of each class, averaged over the classes",
     ),
     "auroc": Metric(
         count=_auroc,
         about="the area under the ROC curve of each class against the others, averaged over the classes",
+    ),
+    "average_precision": Metric(
+        count=_average_precision,
+        about="the average precision of each class against the others, averaged over the classes (mAP)",
     ),
 }

@@ -196,7 +196,7 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
     """Build the network of a trial, train it on a small batch, build it again, and return the metadata."""
     import torch
 
-    from hpo.train.engines.divergence import largest_class
+    from hpo.train.data.labels import num_correct_at_best
     from hpo.train.engines.lane_state import check_test_set, initial_model
     from hpo.train.engines.recomputation_proof import check_recomputation
     from hpo.train.models import check_fresh, check_model, named_tensors
@@ -227,7 +227,8 @@ def _try_network(spec: StudySpec, config: TrialConfig, data: SplitDataset) -> di
         "num_train": len(data.train),
         "num_val": len(data.val),
         "num_classes": data.num_classes,
-        "guess_accuracy": largest_class(data.val) / len(data.val),
+        "guess_accuracy": num_correct_at_best(data.val.labels_N) / len(data.val),
+        **({"has_several_labels": True} if data.has_several_labels else {}),
         "channels": data.channels,
         "image_size": data.image_size,
         "has_test": data.open_test is not None,

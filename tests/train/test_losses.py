@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,22 @@ def test_bce_asks_of_each_class_alone(data: SplitDataset) -> None:
     assert float(loss.mean(LOGITS_BL, LABELS_B)) == pytest.approx(float(expected))
     whole = functional.binary_cross_entropy_with_logits(LOGITS_BL, ONE_HOT_BL)
     assert float(loss.sum(LOGITS_BL, LABELS_B)) == pytest.approx(6 * float(whole))
+
+
+def test_bce_asks_of_each_label_alone_and_other_losses_take_no_several(data: SplitDataset) -> None:
+    several_BL = (LOGITS_BL.roll(1, 0) > 0).float()
+    labels_NL = functional.one_hot(data.train.labels_N, 10).float()
+    several = replace(data, train=replace(data.train, labels_N=labels_NL), val=replace(data.val, labels_N=labels_NL))
+    loss = build_loss(TrainingConfig(loss="bce", label_smoothing=0.1), data=several)
+    expected = functional.binary_cross_entropy_with_logits(LOGITS_BL, several_BL * 0.9 + 0.05)
+    assert float(loss.mean(LOGITS_BL, several_BL)) == pytest.approx(float(expected))
+    assert loss.guess(several) == pytest.approx(math.log(2))
+    assert loss.best_constant(several) == pytest.approx(0.325, abs=0.001)  # the entropy of a tenth
+    for name in LOSSES.keys() - {"bce"}:
+        with pytest.raises(UserError, match=f"training.loss must be 'bce', or a function of your .* got '{name}'"):
+            build_loss(TrainingConfig(loss=name), data=several)
+    with pytest.raises(UserError, match=r"training.class_weights must be left out where .* got 'balanced'"):
+        build_loss(TrainingConfig(loss="bce", class_weights="balanced"), data=several)
 
 
 def test_the_focal_loss_counts_sure_images_less(data: SplitDataset) -> None:

@@ -58,6 +58,39 @@ def test_the_preflight_finds_what_guessing_is_worth_in_the_metric(training: dict
     assert run_preflight(digits_spec(**training), {"cpu"})["guess_value"] == pytest.approx(guess, abs=0.02)
 
 
+SEVERAL = """
+import numpy
+
+def data():
+    random = numpy.random.default_rng(0)
+    return (random.integers(0, 255, (80, 1, 32, 32), dtype="uint8"), random.random((80, 3)) < [0.5, 0.25, 0.1]), None
+"""
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"loss": "bce", "metric": "average_precision"}, None),
+        ({"loss": "bce", "mixup": 0.2}, None),
+        ({}, "training.loss must be 'bce', or a function of your own, where images have a label for each class"),
+        ({"loss": "bce", "metric": "top5"}, "training.metric must be one of auroc, average_precision, macro_f1"),
+        ({"loss": "bce", "class_weights": [1.0, 2.0, 3.0]}, "training.class_weights must be left out where"),
+    ],
+)
+def test_images_of_several_classes_are_found_and_what_does_not_fit_is_one_sentence(
+    training: dict[str, Any], message: str | None, own_code: Path
+) -> None:
+    (own_code / "own_several_classes.py").write_text(SEVERAL)
+    spec = StudySpec.from_dict(digits_spec(**training).frozen() | {"data": {"name": "own_several_classes:data"}})
+    if message is None:
+        found = run_preflight(spec, {"cpu"})
+        assert (found["num_classes"], found["has_several_labels"]) == (3, True)
+        assert 0.6 < found["guess_accuracy"] < 0.9
+        return
+    with pytest.raises(UserError, match=message):
+        run_preflight(spec, {"cpu"})
+
+
 def test_the_preflight_says_what_is_loaded_of_weights_and_keeps_a_digest_of_them(tmp_path: Path) -> None:
     model = {"name": "article_cnn", "width": 0.05}
     ten, two = (

@@ -25,7 +25,7 @@ class BatchLoader:
     """A loader of the training, validation or test images of a dataset, as normalised batches on the device."""
 
     source: ImageSource
-    labels_N: Tensor  # int64, on the device
+    labels_N: Tensor  # as in labels.py, on the device
     mean_C11: Tensor  # of the training images, in units of a pixel's 0 to 255, on the device
     std_C11: Tensor
     flip: bool = False
@@ -41,7 +41,7 @@ class BatchLoader:
         return len(batch_bounds(len(self), batch_size))
 
     def batches(self, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images float32 (B, C, H, W) and labels int64 (B,), each image once, without synchronising the host.
+        """Yield images float32 (B, C, H, W) and labels (B,) or (B, L), each image once, without synchronising the host.
 
         With a seed the images are shuffled and augmented, the same way for the same (seed, epoch). Without one they
         come as they are, in their fixed order.

@@ -25,6 +25,7 @@ from hpo.errors import UserError, unknown_name
 from hpo.train.config import DataConfig
 from hpo.train.data.folders import FoundImages, other_folders, scan_folder, validation_folder
 from hpo.train.data.images import ArrayImages, DatasetImages, FileImages, LabeledImages
+from hpo.train.data.labels import has_several, stored_labels
 from hpo.train.data.splits import stratified_order
 from hpo.train.imports import call_factory, code_path, describe_error, import_object, is_import_path
 from hpo.train.seeding import generators_kept
@@ -246,8 +247,14 @@ def _user_dataset(config: DataConfig) -> OpenedDataset:
         train=images,
         val=None if val is None else _user_images(val, config.name),
         open_test=None if test is None else lambda: _user_images(test, config.name),
-        num_classes=int(images.labels_N.max()) + 1 if len(images.labels_N) else 0,
+        num_classes=_num_classes(images.labels_N),
     )
+
+
+def _num_classes(labels_N: Tensor) -> int:
+    if has_several(labels_N):
+        return labels_N.shape[1]
+    return int(labels_N.max()) + 1 if len(labels_N) else 0
 
 
 def _user_images(part: Any, name: str) -> LabeledImages:
@@ -263,14 +270,15 @@ def _user_images(part: Any, name: str) -> LabeledImages:
         images, labels = (torch.as_tensor(item) for item in part)
     except Exception as error:
         raise UserError(f"data.name = {name!r} must return arrays (images, labels): {describe_error(error)}") from error
-    if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != (len(images),):
+    are_labels = labels.dim() in (1, 2) and len(labels) == len(images)
+    if images.dtype != torch.uint8 or images.dim() != 4 or not are_labels:
         raise UserError(
-            f"data.name = {name!r} must return uint8 images (N, C, H, W) and labels (N,), got {images.dtype} of shape "
-            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
+            f"data.name = {name!r} must return uint8 images (N, C, H, W) and labels (N,), or 0 and 1 (N, classes), got "
+            f"{images.dtype} of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
         )
-    if labels.is_floating_point() or labels.is_complex():
+    if labels.is_complex() or (labels.is_floating_point() and not has_several(labels)):
         raise UserError(f"data.name = {name!r} must return integer labels, got {labels.dtype}")
-    return ArrayImages(images.permute(0, 2, 3, 1).contiguous(), labels.long())
+    return ArrayImages(images.permute(0, 2, 3, 1).contiguous(), stored_labels(labels))
 
 
 DATASETS: dict[str, Callable[[DataConfig], OpenedDataset]] = {

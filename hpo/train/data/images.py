@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hpo.errors import UserError
+from hpo.train.data.labels import stored_labels
 from hpo.train.imports import describe_error
 from hpo.train.seeding import GeneratorStates
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class LabeledImages(ABC):
     """Labeled images of one size, read by index."""
 
-    labels_N: Tensor  # int64
+    labels_N: Tensor  # as in labels.py
     reads_files = True  # whether reading takes long enough to be worth several processes
 
     @abstractmethod
@@ -130,7 +131,7 @@ class FileImages(LabeledImages):
 
 
 class DatasetImages(LabeledImages):
-    """Images of a user's map-style Dataset, whose items are (PIL image or uint8 (C, H, W) tensor, int label)."""
+    """Images of a user's map-style Dataset, whose items are (PIL image or uint8 (C, H, W) tensor, label or labels)."""
 
     def __init__(self, dataset: Any, *, name: str) -> None:
         self.dataset, self.name = dataset, name
@@ -140,14 +141,14 @@ class DatasetImages(LabeledImages):
             raise
         except Exception as error:  # whatever the user's dataset does
             raise UserError(f"data.name = {name!r} cannot give its labels: {describe_error(error)}") from error
-        self.labels_N = labels.long()
-        if not torch.equal(self.labels_N.to(labels.dtype), labels):
+        if not torch.equal(labels.long().to(labels.dtype), labels):
             raise UserError(f"data.name = {name!r} must give integer labels, got {labels.dtype}")
-        if self.labels_N.shape != (len(dataset),):
+        if labels.dim() not in (1, 2) or len(labels) != len(dataset):
             raise UserError(
-                f"data.name = {name!r} must give one label for each of its {len(dataset)} pictures, "
-                f"got labels of shape {tuple(self.labels_N.shape)}"
+                f"data.name = {name!r} must give one label for each of its {len(dataset)} pictures, or one for each "
+                f"class, got labels of shape {tuple(labels.shape)}"
             )
+        self.labels_N = stored_labels(labels)
 
     def _labels(self, num_images: int) -> Any:
         """Return the labels, for which every item is read once unless `targets`, torchvision's name, has them."""
@@ -156,11 +157,11 @@ class DatasetImages(LabeledImages):
             return [self._item(index)[1] for index in range(num_images)]
         return targets
 
-    def _item(self, index: int) -> tuple[Tensor, int]:
-        """Return an image (H, W, C) and its label. Raises UserError where the dataset fails or gives something else."""
+    def _item(self, index: int) -> tuple[Tensor, int | list[int]]:
+        """Return an image (H, W, C) and its label or labels; raise UserError where the dataset gives something else."""
         try:
             image, label = self.dataset[index]
-            pixels, number = _to_pixels(image), int(label)
+            pixels, numbers = _to_pixels(image), _to_integers(label)
         except Exception as error:  # whatever the user's dataset does
             raise UserError(
                 f"data.name = {self.name!r} cannot give picture {index}: {describe_error(error)}"
@@ -168,9 +169,9 @@ class DatasetImages(LabeledImages):
         if pixels is None:
             kind = f"{image.dtype} of shape {tuple(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
             raise UserError(f"data.name = {self.name!r} must give uint8 pictures (C, H, W) or PIL pictures, got {kind}")
-        if number != float(label):
+        if numbers is None:
             raise UserError(f"data.name = {self.name!r} must give integer labels, got {label!r} for picture {index}")
-        return pixels, number
+        return pixels, numbers
 
     def read(self, indices_B: Tensor) -> Tensor:
         """Return the images at these indices.
@@ -200,6 +201,15 @@ class DatasetImages(LabeledImages):
             return not torch.equal(self.read(some), self.read(some))
         finally:
             states.restore()
+
+
+def _to_integers(label: Any) -> int | list[int] | None:
+    """Return the label of an item, or the list of its labels for each class; None where one is no integer."""
+    if isinstance(label, list | tuple) or (hasattr(label, "ndim") and label.ndim > 0):
+        given = torch.as_tensor(label)
+        return given.tolist() if torch.equal(given.long().to(given.dtype), given) else None
+    number = int(label)
+    return number if number == float(label) else None
 
 
 def _to_pixels(image: Any) -> Tensor | None:

@@ -21,6 +21,7 @@ from hpo.train.data.batches import BatchLoader
 from hpo.train.data.datasets import OpenedDataset, open_dataset
 from hpo.train.data.groups import group_numbers
 from hpo.train.data.images import DatasetImages, LabeledImages
+from hpo.train.data.labels import class_sizes, has_several
 from hpo.train.data.sources import (
     ImageSource,
     channel_statistics,
@@ -80,6 +81,11 @@ class SplitDataset:
         """Return two images without content, in the shape and the memory format of all."""
         shape = (2, self.image_size, self.image_size, self.channels)
         return self.train.normalise(torch.zeros(shape, dtype=torch.uint8, device=device))
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Return whether an image may be of several classes, or of none."""
+        return has_several(self.train.labels_N)
 
     @cached_property
     def test(self) -> BatchLoader | None:
@@ -146,7 +152,7 @@ def _split(dataset: OpenedDataset, config: DataConfig) -> tuple[Tensor, LabeledI
     Raises UserError where the split leaves a class out, or what there is to validate on does not fit the training.
     """
     images, val, labels_N = dataset.train, dataset.val, dataset.train.labels_N
-    if dataset.num_classes > len(labels_N):
+    if dataset.num_classes > len(labels_N) and not has_several(labels_N):
         raise UserError(
             f"data.name = {config.name!r} must have labels that count the classes from 0, got up to {labels_N.max()}"
         )
@@ -208,6 +214,11 @@ def _check_part(
     images: LabeledImages, dataset: OpenedDataset, config: DataConfig, *, shape_HWC: tuple[int, int, int], part: str
 ) -> None:
     """Raise UserError where the labels or the shape of validation or test images are not as in training."""
+    if images.labels_N.shape[1:] != dataset.train.labels_N.shape[1:]:
+        raise UserError(
+            f"data.name = {config.name!r} must have as many labels for each of the {part} pictures as in training; of "
+            f"shape {tuple(images.labels_N.shape)} and {tuple(dataset.train.labels_N.shape)}"
+        )
     _check_labels(images.labels_N, config, num_classes=dataset.num_classes, pictures=f"{part} pictures")
     if images.shape_HWC() != shape_HWC:
         raise UserError(
@@ -218,8 +229,10 @@ def _check_part(
 
 def _check_every_class(labels_N: Tensor, config: DataConfig, class_names: Sequence[str], *, is_split: bool) -> None:
     """Raise UserError where a class has too few images to train on, and, where these are split, to validate on."""
-    sizes = torch.bincount(labels_N, minlength=len(class_names)).tolist()
+    sizes = class_sizes(labels_N, len(class_names)).tolist()
     fewest = min(range(len(sizes)), key=sizes.__getitem__)
+    if sizes[fewest] == 0 and has_several(labels_N):
+        raise UserError(f"data.name = {config.name!r} must have images of every class; none has label {fewest}")
     if sizes[fewest] == 0:
         raise UserError(
             f"data.name = {config.name!r} must have labels that count the classes from 0 without a gap; the labels are "
@@ -236,9 +249,16 @@ def _check_labels(labels_N: Tensor, config: DataConfig, *, num_classes: int, pic
     """Raise UserError where there are no images, or their labels do not count the classes from 0."""
     if len(labels_N) == 0:
         raise UserError(f"data.name = {config.name!r} must have {pictures}, got none")
-    low, high = int(labels_N.min()), int(labels_N.max())
     if num_classes < 2:
         raise UserError(f"data.name = {config.name!r} must have at least 2 classes, got {num_classes}")
+    if has_several(labels_N):
+        if len(others := labels_N[(labels_N != 0) & (labels_N != 1)]):
+            raise UserError(
+                f"data.name = {config.name!r} must have a 0 or 1 for each class where {pictures} have several labels, "
+                f"got {others[0]:g}"
+            )
+        return
+    low, high = int(labels_N.min()), int(labels_N.max())
     if low < 0 or high >= num_classes:
         raise UserError(
             f"data.name = {config.name!r} must have labels from 0 to {num_classes - 1}, got {low} to {high}"

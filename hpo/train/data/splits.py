@@ -12,18 +12,22 @@ from torch import Tensor
 
 from hpo.errors import UserError
 from hpo.train.config import DEFAULT_VALIDATION_FRACTION, DataConfig, derive_seed
+from hpo.train.data.labels import class_sizes, strata
 
 
 def stratified_order(labels_N: Tensor, *, seed: int) -> Tensor:
-    """Return a random order of which every prefix holds each class in its share, up to one image."""
+    """Return a random order of which every prefix holds each class in its share, up to one image.
+
+    Of several labels of an image, the rarest counts.
+    """
     shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
-    labels = labels_N[shuffled]
-    class_sizes = torch.bincount(labels)
+    labels = strata(labels_N)[shuffled]
+    sizes = torch.bincount(labels)
     by_class = torch.argsort(labels, stable=True)
-    first_of_class = class_sizes.cumsum(0) - class_sizes
+    first_of_class = sizes.cumsum(0) - sizes
     rank_in_class = torch.empty_like(labels)
     rank_in_class[by_class] = torch.arange(len(labels)) - first_of_class[labels[by_class]]
-    position = (rank_in_class.double() + 0.5) / class_sizes[labels]
+    position = (rank_in_class.double() + 0.5) / sizes[labels]
     return shuffled[torch.argsort(position, stable=True)]
 
 
@@ -71,13 +75,14 @@ def _whole_groups(labels_N: Tensor, groups_N: Tensor, *, fraction: float, seed: 
 
     Groups are looked at in a random order. One is taken where the classes' shares come nearer to the fraction by it.
     """
-    class_sizes = torch.bincount(labels_N).double()
-    missing = fraction * class_sizes  # images of each class
+    labels_N = strata(labels_N)
+    sizes = torch.bincount(labels_N).double()
+    missing = fraction * sizes  # images of each class
     by_group = torch.split(torch.argsort(groups_N, stable=True), torch.bincount(groups_N).tolist())
     is_val_N = torch.zeros(len(labels_N), dtype=torch.bool)
     for group in torch.randperm(len(by_group), generator=torch.Generator().manual_seed(seed)).tolist():
         left = missing - torch.bincount(labels_N[by_group[group]], minlength=len(missing))
-        if ((left.square() - missing.square()) / class_sizes).sum() < 0:
+        if ((left.square() - missing.square()) / sizes).sum() < 0:
             missing = left
             is_val_N[by_group[group]] = True
     return is_val_N
@@ -106,7 +111,7 @@ def _check_has_every_class(
     labels_N: Tensor, split: str, setting: str, config: DataConfig, class_names: Sequence[str]
 ) -> None:
     """Raise UserError, naming `setting`, where a split leaves a class out."""
-    missing = torch.bincount(labels_N, minlength=len(class_names)).eq(0).nonzero().flatten().tolist()
+    missing = class_sizes(labels_N, len(class_names)).eq(0).nonzero().flatten().tolist()
     if missing:
         value = getattr(config, setting.removeprefix("data."))
         value = DEFAULT_VALIDATION_FRACTION if value is None else value

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hpo.errors import UserError
 from hpo.train.config import EpochResult, TrialConfig, derive_seed
 from hpo.train.data.batches import BatchLoader, flip_and_crop
+from hpo.train.data.labels import has_several
 from hpo.train.data.loading import SplitDataset
 from hpo.train.data.sources import DeviceSource, batch_bounds
 from hpo.train.engines.captured_optimizers import NotCapturable, build_capturable_optimizer
@@ -426,6 +427,8 @@ def _check_capturable(config: TrialConfig, model: nn.Module, *, amp_dtype: torch
 
 def _images_on_device(loader: BatchLoader) -> Tensor:
     """Return all images of a split (N, H, W, C); raise NotCapturable where they are not on the device."""
+    if has_several(loader.labels_N):
+        raise NotCapturable("its images have several labels each")
     if not isinstance(loader.source, DeviceSource):
         raise NotCapturable("its images are not on the device")
     return loader.source.images_NHWC

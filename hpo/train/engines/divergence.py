@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.train.data.batches import BatchLoader
+from hpo.train.data.labels import num_correct_at_best
 from hpo.train.data.loading import SplitDataset
 
 NUM_SPREAD_IMAGES = 256  # validation images over which the outputs of a network are compared
@@ -61,13 +62,8 @@ def why_diverged(
 
 
 def is_guessing(val: BatchLoader, *, val_accuracy: float) -> bool:
-    """Return whether the validation accuracy is no better than always naming the largest class."""
-    return round(val_accuracy * len(val)) <= largest_class(val)
-
-
-def largest_class(val: BatchLoader) -> int:
-    """Return how many images of a split are of the class that has the most: what a constant answer gets right."""
-    return int(torch.bincount(val.labels_N).max())
+    """Return whether the validation accuracy is no better than that of the best answer that is the same for all."""
+    return val_accuracy * len(val) < num_correct_at_best(val.labels_N) + 0.5  # half an image more is rounding
 
 
 def is_exploding(losses_S: Tensor, *, first_loss: float, guess_loss: float) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hpo.errors import UserError
 from hpo.train.checkpoint import Checkpoint, config_digest, storable_copy
 from hpo.train.config import EpochResult, TrainingConfig, TrialConfig
+from hpo.train.data.labels import num_correct
 from hpo.train.data.loading import SplitDataset
 from hpo.train.data.mixing import Mix
 from hpo.train.data.sources import batch_bounds
@@ -79,7 +80,7 @@ class LaneState:
         losses_S: Tensor,
         *,
         lane: int,
-        hits: int,
+        hits: float,
         val: Evaluated,
         test_accuracy: float | None,
         seconds: float,
@@ -89,7 +90,7 @@ class LaneState:
         Args:
             losses_S: The mean loss of each step's images, on the CPU.
             lane: The number of the lane, for the result.
-            hits: How many training images were classified correctly.
+            hits: How many training images were classified correctly, as `num_correct` counts.
             val: What the validation images gave.
             test_accuracy: The test accuracy, a fraction, where it is measured.
             seconds: How long the epoch took.
@@ -188,7 +189,7 @@ def train_step(
         with buffers_kept(recomputed):
             (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-        hits.append((logits_BL.detach().argmax(1) == correct_B).sum())
+        hits.append(num_correct(logits_BL.detach(), correct_B))
     _take_step(optimizer, parameters, largest_norm=training.gradient_clip, scaler=scaler)
     return functools.reduce(operator.add, losses), functools.reduce(operator.add, hits)
 
@@ -236,7 +237,7 @@ def evaluation_sums(
     for images_BCHW, labels_B in batches:
         with autocast(device, amp_dtype):
             logits_BL = model(images_BCHW).float()
-        hits = (logits_BL.argmax(1) == labels_B).sum()
+        hits = num_correct(logits_BL, labels_B)
         sums_2 += torch.stack([loss_function.sum(logits_BL, labels_B), hits])
         if outputs is not None:
             outputs.append(logits_BL)

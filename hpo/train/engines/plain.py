@@ -160,7 +160,7 @@ class PlainEngine(Engine):
         measured |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
         return {name_on_test_set(name): value for name, value in measured.items()}
 
-    def _train(self, lane: PlainLaneState) -> tuple[Tensor, int]:
+    def _train(self, lane: PlainLaneState) -> tuple[Tensor, float]:
         """Train one epoch; return the loss of each step (S,), on the CPU, and how many images were correct.
 
         Losses and hits stay on the device until the epoch ends, so that no step waits for it.
@@ -178,10 +178,10 @@ class PlainEngine(Engine):
             set_lr(lane.optimizer, lane.lr_at(step, num_steps=num_steps))
             images, mix = mix_batch(images_BCHW, labels_B, training, seed=seed, epoch=lane.epoch, step=step)
             losses_S[step], step_hits = self.step(lane, images, labels_B, mix=mix)
-            hits += step_hits
+            hits = hits + step_hits
             if lane.average is not None:
                 lane.average.update(lane.model, step=lane.epoch * num_steps + step)
-        return losses_S.cpu(), int(hits)
+        return losses_S.cpu(), hits.item()
 
     def step(
         self, lane: PlainLaneState, images_BCHW: Tensor, labels_B: Tensor, *, mix: Mix | None = None
