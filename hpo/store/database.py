@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import BaseStorage, RDBStorage, get_storage
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, scoped_session
 
@@ -127,11 +128,16 @@ class Database:
         """Open a transaction for reads that must agree; Optuna's calls join it. It must not be nested."""
         return self.storage.snapshot()
 
+    @property
+    def clock(self) -> sa.ColumnElement[float]:
+        """The seconds since 1970 by the database's clock, the only one that leases are measured by, in a statement."""
+        is_sqlite = self.storage.engine.dialect.name == "sqlite"
+        clock = "(julianday('now') - 2440587.5) * 86400.0" if is_sqlite else "extract(epoch from clock_timestamp())"
+        return sa.literal_column(clock, sa.Float)
+
     def now(self, connection: Connection) -> float:
-        """Return the seconds since 1970 by the database's clock, the only one that leases are measured by."""
-        sqlite = connection.dialect.name == "sqlite"
-        clock = "(julianday('now') - 2440587.5) * 86400.0" if sqlite else "extract(epoch from clock_timestamp())"
-        return float(connection.exec_driver_sql(f"SELECT {clock}").scalar_one())
+        """Return the seconds since 1970 by the database's clock."""
+        return float(connection.execute(sa.select(self.clock)).scalar_one())
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -165,6 +171,25 @@ def begin_reading(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN")
     else:
         connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+
+
+def execute_together(connection: Connection, *statements: sa.Delete | sa.Insert | sa.Update) -> None:
+    """Execute statements that change different rows: in Postgres all in one round trip, as of one instant."""
+    if connection.dialect.name == "sqlite":
+        for statement in statements:
+            connection.execute(statement)
+        return
+    *others, last = statements
+    connection.execute(last.add_cte(*(other.cte(f"part_{index}") for index, other in enumerate(others))))
+
+
+def upsert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> sa.Insert:
+    """Return a statement that inserts rows, all with the same columns, each in place of the row with its `key`."""
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = insert(table).values(list(rows))
+    return statement.on_conflict_do_update(
+        index_elements=key, set_={name: statement.excluded[name] for name in rows[0] if name not in key}
+    )
 
 
 def exclude_others(connection: Connection) -> None:

@@ -6,20 +6,31 @@ on, and ended exactly once. An attempt that has lost its slot can change nothing
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
-from optuna.trial import FrozenTrial, TrialState
+from optuna.storages._rdb.models import TrialValueModel
+from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.errors import UserError
 from hpo.store.conditions import is_attempt, is_held, is_slot
-from hpo.store.database import Database
-from hpo.store.schema import attempts_table, slots_table, studies_table
+from hpo.store.database import Database, execute_together, upsert
+from hpo.store.schema import (
+    attempts_table,
+    intermediate_values,
+    optuna_trials,
+    slots_table,
+    studies_table,
+    trial_user_attributes,
+    trial_values,
+)
 from hpo.study.processes import Cause
 from hpo.study.records import ENDED, Claim
 
@@ -65,7 +76,7 @@ class Ledger:
 
     def extend(self, connection: Connection, claim: Claim) -> bool:
         """Extend the lease and lock the slot; return False if the claim no longer holds it."""
-        held = slots_table.update().where(is_held(claim)).values(lease_until=self._database.now(connection) + LEASE_S)
+        held = slots_table.update().where(is_held(claim)).values(lease_until=self._database.clock + LEASE_S)
         return bool(connection.execute(held).rowcount == 1)
 
     def describe(self, claim: Claim, attributes: Mapping[str, Any]) -> None:
@@ -103,7 +114,7 @@ class Ledger:
         """Give the slot back unfinished, and end the attempt."""
         free = slots_table.update().where(is_held(claim)).values(state="waiting", worker_id=None, lease_until=None)
         connection.execute(free)
-        self._end_attempt(connection, claim, outcome, error)
+        connection.execute(self._attempt_end(claim, outcome, error))
 
     def end(
         self,
@@ -120,62 +131,53 @@ class Ledger:
         A trial that another program has ended with Optuna's tools fails: what it has there is not what was trained.
         Optuna is given the value of a diverged trial too, because its tools hide a curve without one; we never show it.
         """
-        trial = self._database.storage.get_trial(claim.trial_id)
-        is_ended = trial.state.is_finished()
-        if is_ended:
+        trial = _lock_trial(connection, claim.trial_id)
+        if trial.is_ended:
             state, reason = "failed", ENDED_ELSEWHERE
         reason, error = storable_text(reason), error and storable_text(error)[-ERROR_CHARACTERS:]
-        self._end_slot(connection, is_held(claim), state, reason, error=error, failure_key=failure_key)
-        self._end_attempt(connection, claim, state, error)
-        if is_ended:
+        statements = [
+            self._slot_end(is_held(claim), state, reason, error=error, failure_key=failure_key),
+            self._attempt_end(claim, state, error),
+        ]
+        if trial.is_ended:
+            execute_together(connection, *statements)
             return
-        self._end_trial(trial, state, reason)
+        execute_together(connection, *statements, *_trial_end(connection, claim.trial_id, trial.last, state, reason))
         if failure_key is not None:
             self._stop_on_same_failures(connection, claim.study_id, failure_key, error or reason)
 
     def prune(self, connection: Connection, slot: sa.ColumnElement[bool], trial_id: int, reason: str) -> None:
         """End a slot that nobody holds and its trial, which has reported, as pruned."""
-        trial = self._database.storage.get_trial(trial_id)
-        if trial.state.is_finished():
-            self._end_slot(connection, slot, "failed", ENDED_ELSEWHERE)
+        trial = _lock_trial(connection, trial_id)
+        if trial.is_ended:
+            connection.execute(self._slot_end(slot, "failed", ENDED_ELSEWHERE))
         else:
-            self._end_slot(connection, slot, "pruned", reason)
-            self._end_trial(trial, "pruned", reason)
+            end = self._slot_end(slot, "pruned", reason)
+            execute_together(connection, end, *_trial_end(connection, trial_id, trial.last, "pruned", reason))
 
-    def _end_slot(
+    def _slot_end(
         self,
-        connection: Connection,
         slot: sa.ColumnElement[bool],
         state: str,
         reason: str,
         *,
         error: str | None = None,
         failure_key: str | None = None,
-    ) -> None:
+    ) -> sa.Update:
         assert state in ENDED
         end = {
             "state": state,
             "lease_until": None,
-            "ended_at": self._database.now(connection),
+            "ended_at": self._database.clock,
             "reason": reason,
             "error": error,
             "failure_key": failure_key,
         }
-        connection.execute(slots_table.update().where(slot).values(end))
+        return slots_table.update().where(slot).values(end)
 
-    def _end_trial(self, trial: FrozenTrial, state: str, reason: str) -> None:
-        """End Optuna's trial of a slot that has ended."""
-        last = math.nan if trial.last_step is None else trial.intermediate_values[trial.last_step]
-        values = [last] if state != "failed" and math.isfinite(last) else None
-        assert values or state != "complete"
-        self._database.cached.set_trial_user_attr(trial._trial_id, "ended", f"{state}: {reason}")
-        # To Optuna a diverged trial is a pruned one: samplers count it among the worst, and would not see a failed one.
-        states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
-        self._database.cached.set_trial_state_values(trial._trial_id, states.get(state, TrialState.PRUNED), values)
-
-    def _end_attempt(self, connection: Connection, claim: Claim, outcome: str, error: str | None) -> None:
-        end = {"ended_at": self._database.now(connection), "outcome": outcome, "error": error}
-        connection.execute(attempts_table.update().where(is_attempt(claim)).values(**end))
+    def _attempt_end(self, claim: Claim, outcome: str, error: str | None) -> sa.Update:
+        end = {"ended_at": self._database.clock, "outcome": outcome, "error": error}
+        return attempts_table.update().where(is_attempt(claim)).values(**end)
 
     def _stop_on_same_failures(self, connection: Connection, study_id: int, failure_key: str, error: str) -> None:
         started = sa.select(studies_table.c.started_at).where(studies_table.c.study_id == study_id).scalar_subquery()
@@ -195,6 +197,45 @@ class Ledger:
                 .where(studies_table.c.study_id == study_id)
                 .values(stop="failure", stop_reason=reason)
             )
+
+
+class _OptunaTrial(NamedTuple):
+    is_ended: bool
+    last: float | None  # the last value that was reported, if it is finite
+
+
+def _lock_trial(connection: Connection, trial_id: int) -> _OptunaTrial:
+    """Lock a trial of Optuna's, and return what its end depends on."""
+    theirs = intermediate_values.c
+    last = sa.select(theirs.intermediate_value).where(theirs.trial_id == optuna_trials.c.trial_id)
+    last = last.order_by(theirs.step.desc()).limit(1)
+    columns = (optuna_trials.c.state, last.scalar_subquery())
+    query = sa.select(*columns).where(optuna_trials.c.trial_id == trial_id).with_for_update(of=optuna_trials)
+    row = connection.execute(query).first()
+    if row is None:
+        raise KeyError(f"Optuna's tables have no trial with the id {trial_id}")
+    return _OptunaTrial(row[0].is_finished(), row[1])
+
+
+def _trial_end(
+    connection: Connection, trial_id: int, last: float | None, state: str, reason: str
+) -> list[sa.Update | sa.Insert]:
+    """Return the statements that end Optuna's trial of a slot that ends, as its `set_trial_state_values` does."""
+    is_valued = state != "failed" and last is not None
+    assert is_valued or state != "complete"
+    # To Optuna a diverged trial is a pruned one: samplers count it among the worst, and would not see a failed one.
+    states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
+    end = {"state": states.get(state, TrialState.PRUNED), "datetime_complete": datetime.now()}
+    ended = {"trial_id": trial_id, "key": "ended", "value_json": json.dumps(f"{state}: {reason}")}
+    statements: list[sa.Update | sa.Insert] = [
+        optuna_trials.update().where(optuna_trials.c.trial_id == trial_id).values(end),
+        upsert(connection, trial_user_attributes, [ended], ["trial_id", "key"]),
+    ]
+    if is_valued:
+        kind = TrialValueModel.TrialValueType.FINITE
+        value = {"trial_id": trial_id, "objective": 0, "value": last, "value_type": kind}
+        statements.append(upsert(connection, trial_values, [value], ["trial_id", "objective"]))
+    return statements
 
 
 def storable_text(text: str) -> str:

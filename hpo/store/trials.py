@@ -20,7 +20,7 @@ from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
 from hpo.store.racing import count_claimable, hold_back
 from hpo.store.reading import best_values, check_exists, is_outdated, read_epoch_seconds, read_trials
-from hpo.store.reports import judge_epochs, record_epoch
+from hpo.store.reports import judge_epochs, lock_slots, record_epochs
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table, studies_table
 from hpo.store.searches import last_unbegun
@@ -150,14 +150,14 @@ class Trials:
         nothing.
         """
         with self._database.transaction() as connection:
-            progress = {}
-            for report in sorted(reports, key=lambda report: report.claim.number):  # as `renew`: no deadlock
-                if self._ledger.extend(connection, report.claim):
-                    try:
-                        progress[report.claim] = record_epoch(self._database, connection, report)
-                    except optuna.exceptions.UpdateFinishedTrialError:
-                        self._ledger.end(connection, report.claim, "failed", ENDED_ELSEWHERE)
-            verdicts = judge_epochs(self._database, connection, reports, progress, spec)
+            progress = lock_slots(connection, [report.claim for report in reports])
+            for claim in [claim for claim, slot in progress.items() if slot.is_ended_elsewhere]:
+                self._ledger.end(connection, claim, "failed", ENDED_ELSEWHERE)
+                del progress[claim]
+            held = [report for report in reports if report.claim in progress]
+            if held:
+                record_epochs(self._database, connection, held, progress)
+            verdicts = judge_epochs(self._database, connection, held, progress, spec) if held else {}
         return [verdicts.get(report.claim) for report in reports]
 
     @retry_on_outage

@@ -68,7 +68,7 @@ class Workers:
             connection.execute(
                 workers_table.update()
                 .where(workers_table.c.worker_id == worker_id)
-                .values(ended_at=self._database.now(connection))
+                .values(ended_at=self._database.clock)
             )
 
     def get_all(self, study: StudyRecord) -> list[WorkerRecord]:

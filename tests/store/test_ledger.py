@@ -78,7 +78,7 @@ def test_an_interruption_at_any_statement_leaves_all_or_nothing(
             break
         num_interruptions += 1
         assert everything(store) == before
-    assert num_interruptions >= 3
+    assert num_interruptions >= 2  # as many as a report has statements
     assert everything(store) != before
 
 

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from hpo.store.store import Store
 from hpo.study.records import EpochReport
@@ -170,3 +171,29 @@ def test_numbers_that_are_not_finite_are_null_in_json(store: Store, make_spec: M
     assert ended.curves == {"val_accuracy": [None], "train_loss": [None], "other": [1.0]}
     assert ended.value is None
     json.dumps(dict(ended.curves), allow_nan=False)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 4])
+def test_to_postgres_a_report_of_any_number_of_trials_is_two_statements_and_an_end_is_three(
+    store: Store, make_spec: MakeSpec, num_lanes: int
+) -> None:
+    spec = make_spec(search={"trials": 4}, pruner={"name": "none"})
+    study, worker = begin(store, spec)
+    claims = [claim(store, study, worker) for _ in range(num_lanes)]
+    engine, statements = store.storage.engine, list[str]()
+
+    def report_all(epoch: int) -> None:
+        reports = [EpochReport(claimed, epoch, {"val_accuracy": 0.5}, 0.5, may_prune=True) for claimed in claims]
+        assert store.trials.report_all(reports, spec) == ["go on"] * num_lanes
+
+    report_all(1)
+    sa.event.listen(engine, "before_cursor_execute", lambda *of: statements.append(of[2]))
+    report_all(2)
+    num_of_report = len(statements)
+    store.trials.finish(claims[0], "complete", reason="")
+    num_of_end = len(statements) - num_of_report
+    if engine.dialect.name == "postgresql":
+        assert (num_of_report, num_of_end) == (2, 3), statements
+    else:  # where a statement is no round trip
+        assert num_of_report == 7
+        assert num_of_end == 8

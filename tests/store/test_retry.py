@@ -123,7 +123,7 @@ def test_a_connection_that_is_cut_at_any_statement_is_replaced_and_the_call_succ
         "report": lambda held: patient.trials.report(held, study.spec, epoch=1, metrics={}, value=0.5),
         "finish": lambda held: patient.trials.finish(held, "complete", reason=""),
     }
-    for at in range(0, 60, 3):
+    for at in (0, 1, 2, *range(3, 60, 3)):
         held = prepared()
         count = 0
 
@@ -139,7 +139,7 @@ def test_a_connection_that_is_cut_at_any_statement_is_replaced_and_the_call_succ
         sa.event.remove(engine, "before_cursor_execute", before)
         if count <= at:
             break
-    assert at > 3
+    assert at >= 2
     assert store.problems(study) == []
 
 
