@@ -171,8 +171,8 @@ def test_the_python_in_the_documents_runs(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(tmp_path)
     for document in CURRENT:
         for block in blocks(document, "python"):
-            if (name := re.match(r"# (\w+\.py)\n", block)) is not None:
-                (tmp_path / name[1]).write_text(block)
+            if (module := re.match(r"# (\w+\.py)\n", block)) is not None:
+                (tmp_path / module[1]).write_text(block)
             exec(compile(block, document, "exec"), namespace := {"__name__": "example"})
             if document == "README.md":
                 defined |= namespace
