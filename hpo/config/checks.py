@@ -421,7 +421,7 @@ def _check_images(data: DataConfig) -> None:
             raise UserError(f"data.{key} has no meaning but for image_folder, got {getattr(data, key)!r}")
     for entry in data.augment:
         _check_augmentation(entry)
-    if data.groups is not None and not is_import_path(data.groups):
+    if data.groups is not None and not is_import_path(data.groups) and not data.groups.endswith(".csv"):
         try:
             re.compile(data.groups)
         except re.error as error:

@@ -120,7 +120,8 @@ class DataConfig:
         str | None,
         Doc(
             "Images of one group, such as a patient's, are all trained on or all validated on. A regular expression "
-            "on the path below train/, or package.module:function of that path, or of an image's index."
+            "on the path below train/, a CSV file with the columns path (or index) and group, or "
+            "package.module:function of that path or index."
         ),
     ] = None
     train_samples: Annotated[

@@ -161,6 +161,7 @@ def _load_checked(config: DataConfig, *, with_test: bool) -> tuple[SplitDataset,
     """
     from hpo.train.data.datasets import open_dataset
     from hpo.train.data.folders import describe_images
+    from hpo.train.data.groups import groups_digest
     from hpo.train.data.images import FileImages
     from hpo.train.data.loading import is_random, load_data
     from hpo.train.data.sources import read_all
@@ -182,6 +183,8 @@ def _load_checked(config: DataConfig, *, with_test: bool) -> tuple[SplitDataset,
         described["images"] = describe_images(dataset.train)
     if isinstance(dataset.val, FileImages):
         described["images"] += f"; for validation: {describe_images(dataset.val)}"
+    if (digest := groups_digest(config.groups)) is not None:
+        described["groups_digest"] = digest
     if is_random(dataset):
         described[RANDOM_IMAGES] = True
     data = load_data(config, device="cpu", dataset=dataset)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
+from hpo.store.store import Store
 from hpo.system.devices import Device
 from hpo.train.config import ModelConfig
 from hpo.train.device_proof import proofs_of
@@ -56,6 +57,28 @@ def test_the_preflight_finds_the_data_and_the_network_and_leaves_the_random_stat
 )
 def test_the_preflight_finds_what_guessing_is_worth_in_the_metric(training: dict[str, str], guess: float) -> None:
     assert run_preflight(digits_spec(**training), {"cpu"})["guess_value"] == pytest.approx(guess, abs=0.02)
+
+
+def test_a_study_does_not_go_on_with_another_file_of_weights_or_another_table_of_groups(own_code: Path) -> None:
+    model = {"name": "article_cnn", "width": 0.05}
+    table, weights = own_code / "groups.csv", own_code / "start.pt"
+
+    def write(split: int, seed: int) -> None:
+        table.write_text("index,group\n" + "".join(f"{index},{index // split}\n" for index in range(1438)))
+        torch.manual_seed(seed)
+        network = build_model(ModelConfig(options={"width": 0.05}), channels=1, num_classes=10, image_size=32)
+        torch.save(network.state_dict(), weights)
+
+    settings = digits_spec().frozen() | {"model": model | {"weights": str(weights)}}
+    spec = StudySpec.from_dict(settings | {"data": settings["data"] | {"groups": "groups.csv", "train_samples": 1000}})
+    write(3, 0)
+    store = Store(f"sqlite:///{own_code}/hpo.db", create=True)
+    study = store.studies.create(spec, metadata=run_preflight(spec, {"cpu"}))
+    store.studies.check_joins(study, spec, metadata=run_preflight(spec, {"cpu"}))
+    for split, seed, changed in ((3, 1, "weights_digest is"), (4, 0, "groups_digest is")):
+        write(split, seed)
+        with pytest.raises(UserError, match=f"exists in .* with other settings.*{changed}"):
+            store.studies.check_joins(study, spec, metadata=run_preflight(spec, {"cpu"}))
 
 
 SEVERAL = """

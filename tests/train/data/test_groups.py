@@ -13,7 +13,7 @@ from PIL import Image
 from hpo.errors import UserError
 from hpo.train.config import DataConfig
 from hpo.train.data.datasets import open_dataset
-from hpo.train.data.groups import group_numbers
+from hpo.train.data.groups import group_numbers, groups_digest
 from hpo.train.data.images import FileImages
 from hpo.train.data.splits import split_indices
 from tests.train.data.datasets_under_test import load
@@ -69,6 +69,41 @@ def test_no_group_is_on_both_sides_and_the_split_is_the_same_each_time(
     assert patients_of(again.val) == val
 
 
+def test_a_table_names_the_groups(patients: Path, own_code: Path) -> None:
+    images = open_dataset(DataConfig(name="image_folder", root=str(patients))).train
+    assert isinstance(images, FileImages)
+    paths = [path.relative_to(images.folder).as_posix() for path in images.paths]
+    text = "group,path\n" + "".join(f"{path[-7:-6]},{path}\n" for path in reversed(paths))
+    (own_code / "patients.csv").write_text(text, encoding="utf-8-sig")  # as spreadsheets write it
+    expected = group_numbers(images, r"(\d)_\d\.png$")
+    assert torch.equal(group_numbers(images, "patients.csv"), expected)
+    digest = groups_digest("patients.csv")
+    (own_code / "patients.csv").write_text(text.replace("9,", "8,"))
+    assert groups_digest("patients.csv") not in (None, digest)
+    assert groups_digest(r"(p\d+)_") is None
+    (own_code / "patients.csv").write_text("index,group\n" + "".join(f"{i},{i // 7}\n" for i in range(1438)))
+    digits = open_dataset(DataConfig()).train
+    assert torch.equal(group_numbers(digits, "patients.csv"), torch.arange(len(digits.labels_N)) // 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,group\nill/p00_0.png,ada\n", "must have a group for every image, and has none for ill/p00_1.png"),
+        ("path,group\nill/p00_0.png,\n", "must have a group for every image, and has none for ill/p00_0.png"),
+        ("file;patient\n", "must have the columns path and group, got file;patient"),
+        ("", "must have the columns path and group, got "),
+        (None, "cannot be read as "),
+    ],
+)
+def test_a_table_that_is_none_is_one_sentence(text: str | None, message: str, patients: Path, own_code: Path) -> None:
+    if text is not None:
+        (own_code / "patients.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"data.groups = 'patients.csv' {message}") as raised:
+        load("image_folder", root=str(patients), groups="patients.csv")
+    assert "\n" not in str(raised.value)
+
+
 def test_a_function_is_given_the_index_of_what_is_no_file(functions: str) -> None:
     images = open_dataset(DataConfig()).train
     assert torch.equal(group_numbers(images, f"{functions}:of_index"), torch.arange(len(images.labels_N)) // 7)
@@ -93,7 +128,9 @@ def test_groups_that_are_none_are_one_sentence(groups: str, message: str, patien
 
 
 def test_a_pattern_needs_files(functions: str) -> None:
-    with pytest.raises(UserError, match=r"data.groups must be package.module:function where images are no files"):
+    with pytest.raises(
+        UserError, match=r"data.groups must be package.module:function or a CSV file where images are no files"
+    ):
         load("digits", groups="a+")
 
 
