@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TEXTS = {document: (ROOT / document).read_text() for document in DOCUMENTS}
 # Of their time: what they name may be gone.
-RECORDS = ("docs/contributing/decisions/0", "docs/decisions.md", "CHANGELOG.md")
+RECORDS = ("docs/contributing/decisions/0", "CHANGELOG.md")
 CURRENT = [document for document in DOCUMENTS if not document.startswith(RECORDS)]
 TINY: dict[str, dict[str, Any]] = {
     "search": {"trials": 3},
