@@ -5,10 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UserError
+
+if TYPE_CHECKING:
+    from hpo.train.recipe import Recipe
 
 # The keys of every trial in `hpo trials --json`, which no metric can have.
 RESERVED_METRICS = frozenset(
@@ -41,15 +45,25 @@ class Trial:
     attempt: int
     metric: str
     kind: str
-    _on_report: Callable[[int, dict[str, float]], bool] = field(repr=False)
+    _on_report: Callable[[int, dict[str, float], str | None], bool] = field(repr=False)
+    _make_recipe: Callable[[], Recipe] = field(repr=False)
 
-    def report(self, epoch: int, **metrics: float | Callable[[], float]) -> bool:
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Return the images, the network and the optimizer that the study describes: needs `objective.recipe = true`.
+
+        A trial that was interrupted is as its loop saved it.
+        """
+        return self._make_recipe()
+
+    def report(self, epoch: int, **metrics: float | str | Callable[[], float]) -> bool:
         """Record an epoch.
 
         Args:
             epoch: The epoch, counted from 1.
             **metrics: What you measured, by name; among them the study's `objective.metric`. All are kept and shown.
-                Where that, or one whose name ends in "loss", is not finite, the trial ends as diverged. A function in
+                Where that, or one whose name ends in "loss", is not finite, the trial ends as diverged, and so it does
+                with a text as `diverged`, which says in a few words why training cannot recover. A function in
                 place of a number is for the test set, as in `test_accuracy=measure`: it is called in the last epoch of
                 a trial that confirms, and left out in all others.
 
@@ -72,10 +86,11 @@ class Trial:
             raise UserError(
                 f"trial.report must be given {self.metric}=..., the study's objective.metric; got {', '.join(metrics)}"
             )
+        reason = metrics.pop("diverged") if isinstance(metrics.get("diverged"), str) else None
         measures_test = self.kind == "confirm" and number >= self.epochs
         values = {
-            name: value() if callable(value) else value
+            name: float(value() if callable(value) else value)
             for name, value in metrics.items()
             if measures_test or not callable(value)
         }
-        return self._on_report(number, {name: float(value) for name, value in values.items()})
+        return self._on_report(number, values, None if reason is None else str(reason))

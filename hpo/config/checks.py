@@ -49,6 +49,8 @@ from hpo.train.metrics import METRICS, is_percent
 from hpo.train.optim import OPTIMIZERS, REFUSED_OPTIMIZERS, check_optimizer_options, optimizer_keys
 
 ENGINE_METRICS = frozenset(field.name for field in dataclasses.fields(EpochResult))  # of an epoch, by name
+# Keys of [training] that a loop of a user's own decides, though it trains what the others say.
+UNREAD_BY_RECIPE = ("mixup", "cutmix", "gradient_accumulation", "checkpoint_epochs", "report_test_accuracy")
 MULTIPLIERS = ("lr", "weight_decay")  # of training.groups
 MAX_GRID = 10**6
 MAX_LISTED = 10**6  # values of a range, in a sampler's memory
@@ -332,7 +334,7 @@ def check_objective(
     if objective.metric in RESERVED_METRICS:
         reserved = ", ".join(sorted(RESERVED_METRICS))
         raise UserError(f"objective.metric cannot be one of {reserved}; got {objective.metric!r}")
-    if is_auto(search.parameters.get("lr")):
+    if is_auto(search.parameters.get("lr")) and not objective.recipe:
         raise UserError(
             f"search.space.lr must be a range or a list with {loop}, whose loop is not ours to test; got 'auto'"
         )
@@ -366,6 +368,8 @@ def _check_loop(objective: ObjectiveSpec) -> None:
     for key in ("datamodule", "trainer"):
         if objective.function is not None and getattr(objective, key):
             raise UserError(f"objective.{key} has no meaning with objective.function, got {getattr(objective, key)!r}")
+    if objective.recipe and objective.function is None:
+        raise UserError("objective.recipe has no meaning with objective.lightning, whose module has its own recipe")
     for key in objective.trainer:
         if key not in TRAINER_KEYS:
             raise unknown_name("objective.trainer: each key", key, TRAINER_KEYS)
@@ -378,6 +382,8 @@ def check_unused_with_objective(
     for section, config in (("model", model), ("data", data), ("training", training)):
         for field in dataclasses.fields(config):
             is_read = section == "training" and field.name in OBJECTIVE_TRAINING_KEYS
+            if objective.recipe:
+                is_read = section != "training" or field.name not in UNREAD_BY_RECIPE
             if not is_read and not is_default(config, field.name):
                 raise UserError(
                     f"{section}.{field.name} has no effect with {objective.setting}, whose own code decides it; "

@@ -43,7 +43,7 @@ BUDGET_KEYS = frozenset({"search.trials"})  # of a sampled study: trials can be 
 
 
 class ObjectiveSpec(Section):
-    """A training loop of your own. The search space may have any keys then; of [training], epochs and seed hold."""
+    """A training loop of your own. Without `recipe` the space may have any keys, [training] only epochs and seed."""
 
     function: Annotated[str | None, Field(description="Your own training loop, as package.module:function.")] = None
     lightning: Annotated[
@@ -63,6 +63,10 @@ class ObjectiveSpec(Section):
         str,
         Field(description="Whether more or less of the metric is better.", json_schema_extra={"enum": [*DIRECTIONS]}),
     ] = "maximize"
+
+    recipe: Annotated[
+        bool, Field(description="The function trains what [model], [data] and [training] say, through trial.recipe.")
+    ] = False
 
     @property
     def code(self) -> dict[str, str]:

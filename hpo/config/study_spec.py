@@ -28,7 +28,7 @@ from hpo.config.sections import (
     EngineSpec,
     ObjectiveSpec,
 )
-from hpo.config.trial_settings import CONFIGS, extreme_points, named_plug_ins, unread_keys, with_values
+from hpo.config.trial_settings import CONFIGS, extreme_points, named_plug_ins, names_of_own, unread_keys, with_values
 from hpo.errors import UserError, check_keys
 from hpo.search.config import PrunerSpec, SearchSpec, Section
 from hpo.search.race import course_of
@@ -37,16 +37,12 @@ from hpo.system.readable import one_line
 from hpo.train.config import (
     DEFAULT_RESIZE,
     IMAGE_FOLDER,
-    TIMM,
-    TORCHVISION,
     DataConfig,
     ModelConfig,
     TrainingConfig,
     TrialConfig,
     metric_name,
 )
-from hpo.train.data.augment import named
-from hpo.train.imports import is_import_path
 from hpo.train.metrics import METRICS, metric_direction
 
 
@@ -166,6 +162,11 @@ class StudySpec(Section):
         """Whether to `maximize` or `minimize` the metric."""
         return self.objective.direction if self.objective else metric_direction(self.training)
 
+    @property
+    def has_recipe(self) -> bool:
+        """Whether trials are trained as [model], [data] and [training] say, be it by hpo or by a user's own loop."""
+        return self.objective is None or self.objective.recipe
+
     @cached_property
     def max_epochs(self) -> int:
         """The most epochs that a trial can have."""
@@ -174,15 +175,8 @@ class StudySpec(Section):
 
     def names_of_code(self) -> dict[str, str]:
         """Return each `package.module:name` of users' own code in the study, with the first setting that has it."""
-        references = list(self.objective.code.items()) if self.objective else []
-        references += [("data.augment", named(transform)[0]) for transform in self.data.augment]
-        references += [("data.groups", self.data.groups or "")]
-        references += named_plug_ins(self.model, self.data, self.training, self.search.parameters)
-        return {
-            name: setting
-            for setting, name in reversed(references)
-            if is_import_path(name) and not name.startswith((TORCHVISION, TIMM))
-        }
+        loop = list(self.objective.code.items()) if self.objective else []
+        return names_of_own(loop + named_plug_ins(self.model, self.data, self.training, self.search.parameters))
 
     def trial_config(self, values: Mapping[str, Scalar], *, seed: int) -> TrialConfig:
         """Return the configuration of a trial.
@@ -219,7 +213,7 @@ class StudySpec(Section):
             settings[section] |= settings[section].pop("options")
         if self.data.name == IMAGE_FOLDER:
             settings["data"].setdefault("resize", DEFAULT_RESIZE)
-        if self.objective:
+        if not self.has_recipe:
             settings = {key: value for key, value in settings.items() if key not in ("model", "data")}
             settings["training"] = {key: settings["training"][key] for key in OBJECTIVE_TRAINING_KEYS}
         elif self.training.metric in METRICS:
@@ -287,7 +281,7 @@ class StudySpec(Section):
         if self.objective:
             checks.check_objective(self.objective, search=self.search, checkpoints=self.checkpoints, engine=self.engine)
             checks.check_unused_with_objective(self.objective, self.model, self.data, self.training)
-        else:
+        if self.has_recipe:
             checks.check_training(self.search.parameters, data=self.data, training=self.training)
         return self
 
@@ -319,15 +313,15 @@ def single_trial_spec(
     Returns:
         The new study.
     """
-    config = spec.trial_config({} if spec.objective else values, seed=seed)
+    config = spec.trial_config(values if spec.has_recipe else {}, seed=seed)
     sections = {"model": config.model, "data": config.data, "training": config.training}
     settings = spec.model_copy(update=sections).frozen() | {"name": name, "pruner": {"name": "none"}}
     points = dict(values)
-    if not spec.objective:
+    if spec.has_recipe:
         for key in unread_keys(config.training):  # searched for other optimizers than the one that won
             settings["training"].pop(key, None)
         points = {"lr": settings["training"].pop("lr")}
-        settings["engine"] = {"lanes": 2 if stacked else 1}
+        settings["engine"] = {"lanes": 2 if stacked else 1} if spec.objective is None else {}
     settings["training"].pop("seed")
     settings.pop("confirm", None)
     space = {key: [value] for key, value in points.items()} | {"seed": [seed]}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hpo.config.sections import STUDY_NEUTRAL_KEYS
 from hpo.search.space import GROUPS, Conditional, Parameter, Scalar, value_combinations
-from hpo.train.config import DataConfig, ModelConfig, TrainingConfig
+from hpo.train.config import TIMM, TORCHVISION, DataConfig, ModelConfig, TrainingConfig
+from hpo.train.data.augment import named
+from hpo.train.imports import is_import_path
 from hpo.train.losses import LOSSES, Loss
 from hpo.train.metrics import METRICS, Metric
 from hpo.train.optim import OPTIMIZERS, OWN_OPTIMIZER_KEYS, Optimizer
@@ -88,7 +90,7 @@ def keys_of(kind: str, name: str) -> frozenset[str]:
 def named_plug_ins(
     model: ModelConfig, data: DataConfig, training: TrainingConfig, parameters: Mapping[str, Parameter]
 ) -> list[tuple[str, str]]:
-    """Return each name of a network, a data set or a plug-in that trials can have, after the setting that has it."""
+    """Return each name of a network, a data set, a plug-in or a function that trials can have, after its setting."""
     fixed = {"model.name": model.name, "data.name": data.name, **{kind: getattr(training, kind) for kind in PLUG_INS}}
     names = []
     for key, value in fixed.items():
@@ -96,7 +98,17 @@ def named_plug_ins(
             names += [(f"search.space.{key}", str(name)) for name in searched.extreme_values()]
         else:
             names.append((".".join(section_and_name(key)), str(value)))
-    return names
+    names += [("data.augment", named(transform)[0]) for transform in data.augment]
+    return [*names, ("data.groups", data.groups or "")]
+
+
+def names_of_own(references: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return each name of users' own code among references, each after its setting, with the first that has it."""
+    return {
+        name: setting
+        for setting, name in reversed(references)
+        if is_import_path(name) and not name.startswith((TORCHVISION, TIMM))
+    }
 
 
 def is_default(config: ModelConfig | DataConfig | TrainingConfig, name: str) -> bool:

@@ -191,7 +191,7 @@ def needs_range_test(spec: StudySpec) -> bool:
 
 def _values_to_test(spec: StudySpec) -> list[dict[str, Scalar]]:
     """Return the values of each network to test."""
-    if spec.objective:
+    if spec.objective is not None and not spec.has_recipe:
         raise UserError(
             f"a range test needs [model] and [data]; study {spec.name!r} has a loop of its own, "
             f"{spec.objective.setting}"

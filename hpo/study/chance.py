@@ -16,7 +16,7 @@ def guess_value(spec: StudySpec, metadata: Mapping[str, Any]) -> float | None:
     Of an accuracy, that is naming the largest class. Studies of older versions do not know how large their classes are;
     these count as equal.
     """
-    classes = None if spec.objective else metadata.get("num_classes")
+    classes = metadata.get("num_classes") if spec.has_recipe else None
     if not classes:
         return None
     if spec.metric == "val_accuracy":

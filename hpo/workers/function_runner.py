@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import chdir
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpo.config.sections import ObjectiveSpec
 from hpo.errors import UserError
@@ -19,6 +20,10 @@ from hpo.workers.held_trials import HeldTrials
 from hpo.workers.own_loop import find_loop
 from hpo.workers.reporting import TrialEnd, complete_end, diverged_end, pruned_end
 from hpo.workers.stop_signal import StopSignal
+
+if TYPE_CHECKING:
+    from hpo.train.data.loading import DatasetCache
+    from hpo.train.recipe import Recipe
 
 
 class FunctionRunner:
@@ -46,6 +51,7 @@ class FunctionRunner:
         self._name = objective.code[objective.setting]
         self._torch_device = torch_device
         self._carried = CarriedWeights()
+        self._datasets: DatasetCache | None = None  # of trials that ask for their recipe
 
     def step(self) -> bool:
         """Claim a trial and call the function for it; return False where there was no trial to claim."""
@@ -76,6 +82,7 @@ class FunctionRunner:
             metric=self._spec.metric,
             kind=claim.kind,
             _on_report=attempt.report,
+            _make_recipe=lambda: self._make_recipe(trial),
         )
         loop = find_loop(self._objective)
         try:
@@ -94,6 +101,20 @@ class FunctionRunner:
             self._held.release(claim)
         else:
             self._held.finish(claim, end)
+
+    def _make_recipe(self, trial: Trial) -> Recipe:
+        if not self._spec.has_recipe:
+            raise UserError(
+                "trial.recipe needs objective.recipe = true, so that [model], [data] and [training] are read"
+            )
+        import torch
+
+        from hpo.train.data.loading import DatasetCache
+        from hpo.train.recipe import Recipe
+
+        self._datasets = self._datasets or DatasetCache(device=torch.device(self._torch_device))
+        config = self._spec.trial_config(trial.params, seed=trial.seed)
+        return Recipe(config, device=trial.device, folder=trial.checkpoint_dir, datasets=self._datasets)
 
     def _make_folder(self, claim: Claim) -> Path:
         """Make the folder of the trial's own, which is the same for each of its attempts."""
@@ -131,7 +152,7 @@ class FunctionAttempt:
         self.end: TrialEnd | None = None
         self.is_over = False  # whether the function has returned
 
-    def report(self, epoch: int, metrics: Mapping[str, float]) -> bool:
+    def report(self, epoch: int, metrics: Mapping[str, float], diverged: str | None) -> bool:
         """Report an epoch to the store; return whether the function should return now."""
         if self.is_over:
             number = self._claim.number
@@ -144,6 +165,7 @@ class FunctionAttempt:
         value, is_last = metrics[self._spec.metric], epoch >= self._spec.max_epochs
         judged = {self._spec.metric: value} | {name: one for name, one in metrics.items() if name.endswith("loss")}
         broken = [f"{name} = {one}" for name, one in judged.items() if not math.isfinite(one)]
+        broken = broken if diverged is None else [diverged]
         verdict = self._store.trials.report(
             self._claim,
             self._spec,

@@ -81,7 +81,7 @@ class InProcessLauncher(Launcher):
 
             store = store.retrying(until=lambda: bool(interrupted))
             store.workers.reap(study)
-            if study.spec.objective is None:
+            if study.spec.has_recipe:
                 import torch
 
                 torch.set_num_threads(

@@ -51,12 +51,16 @@ def run_preflight(spec: StudySpec, kinds: Collection[str]) -> dict[str, Any]:
         _check_readable(spec.checkpoints.url)
     if spec.objective:
         try_loop(spec, spec.objective)
+    if not spec.has_recipe:
         return {}
     from hpo.train.seeding import generators_kept  # loads torch, which a loop may do without
 
     _check_precision(spec, kinds)
     with generators_kept():
-        return _try_networks(spec)
+        metadata = _try_networks(spec)
+    if spec.objective:
+        del metadata["has_test"]  # its loop measures the test set while it confirms
+    return metadata
 
 
 def judge_random_images(spec: StudySpec, metadata: Mapping[str, Any], *, is_new: bool) -> None:

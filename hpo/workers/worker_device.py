@@ -102,7 +102,7 @@ def precisions_to_prove(spec: StudySpec, torch_device: str) -> tuple[str, ...]:
 
     It is none for a user's own loop on a CPU, which may do without torch, whose import takes seconds.
     """
-    if spec.objective is not None:
+    if not spec.has_recipe:
         return () if torch_device == "cpu" else ("fp32",)
     searched = spec.search.parameters.get("precision")
     return tuple(sorted({spec.training.precision, *(map(str, searched.extreme_values()) if searched else [])}))

@@ -79,7 +79,7 @@ def run_worker_process() -> None:
         host=task.host,
     )
     workers.append(worker)
-    if study.spec.objective is None:
+    if study.spec.has_recipe:
         import torch
 
         torch.set_num_threads(task.threads)

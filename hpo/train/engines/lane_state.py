@@ -190,11 +190,11 @@ def train_step(
             (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         hits.append(num_correct(logits_BL.detach(), correct_B))
-    _take_step(optimizer, parameters, largest_norm=training.gradient_clip, scaler=scaler)
+    take_step(optimizer, parameters, largest_norm=training.gradient_clip, scaler=scaler)
     return functools.reduce(operator.add, losses), functools.reduce(operator.add, hits)
 
 
-def _take_step(
+def take_step(
     optimizer: StepOptimizer,
     parameters: Iterable[nn.Parameter],
     *,

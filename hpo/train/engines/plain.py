@@ -121,14 +121,7 @@ class PlainEngine(Engine):
         """Return the trial after its last epoch; see `Engine`."""
         assert self._lane is not None, "there is no trial in this lane"
         assert self._lane.is_whole, "the trial is in the middle of an epoch"
-        trial = self._lane
-        return take_snapshot(
-            trial,
-            model=trial.validated.state_dict(),
-            optimizer=trial.optimizer.state_dict(),
-            in_training=None if trial.average is None else trial.model.state_dict(),
-            scaler=None if trial.scaler is None else trial.scaler.state_dict(),
-        )
+        return snapshot_lane(self._lane)
 
     def run_epoch(self) -> list[EpochResult]:
         """Train the trial for one epoch; see `Engine`."""
@@ -138,11 +131,11 @@ class PlainEngine(Engine):
         lane.is_whole = False
         with numerics(tf32=lane.config.training.tf32):
             losses_S, hits = self._train(lane)
-            val = self._evaluate(lane, data.val)
+            val = evaluate_lane(lane, data.val)
             test_accuracy = None
             if lane.config.training.report_test_accuracy:
                 assert data.test is not None
-                test_accuracy = self._evaluate(lane, data.test).accuracy
+                test_accuracy = evaluate_lane(lane, data.test).accuracy
         seconds = time.perf_counter() - start_s
         result = lane.finish_epoch(losses_S, lane=0, hits=hits, val=val, test_accuracy=test_accuracy, seconds=seconds)
         lane.is_whole = True
@@ -155,7 +148,7 @@ class PlainEngine(Engine):
         if lane.data.test is None:
             raise UserError(f"data.name = {config.data.name!r} has no test set")
         with numerics(tf32=config.training.tf32):
-            found = self._evaluate(lane, lane.data.test)
+            found = evaluate_lane(lane, lane.data.test)
         measured = measure(config.training.metric, found.logits_NL, lane.data.test.labels_N)
         measured |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
         return {name_on_test_set(name): value for name, value in measured.items()}
@@ -200,22 +193,6 @@ class PlainEngine(Engine):
             recomputed=lane.model if lane.config.training.activation_checkpointing else None,
         )
 
-    def _evaluate(self, lane: PlainLaneState, loader: BatchLoader) -> Evaluated:
-        """Return what a split gives; the mean loss and the accuracy are from float32 sums."""
-        lane.begin_evaluation()
-        batches = loader.batches(evaluation_batch_size(lane.config, data=lane.data))
-        outputs: list[Tensor] | None = [] if needs_outputs(lane.config.training.metric) else None
-        sums_2 = evaluation_sums(
-            lane.validated,
-            batches,
-            loss_function=lane.loss,
-            device=self.device,
-            amp_dtype=lane.amp_dtype,
-            outputs=outputs,
-        )
-        loss, accuracy = (sums_2 / len(loader)).tolist()
-        return Evaluated(loss=loss, accuracy=accuracy, logits_NL=torch.cat(outputs).cpu() if outputs else None)
-
 
 def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device) -> PlainLaneState:
     """Set a trial up: its network, drawn from its seed, and its optimizer. Raises UserError for what cannot work."""
@@ -243,6 +220,34 @@ def build_lane(config: TrialConfig, *, data: SplitDataset, device: torch.device)
     )
     lane.begin_training()
     return lane
+
+
+def evaluate_lane(lane: PlainLaneState, loader: BatchLoader) -> Evaluated:
+    """Return what a split gives; the mean loss and the accuracy are from float32 sums."""
+    lane.begin_evaluation()
+    batches = loader.batches(evaluation_batch_size(lane.config, data=lane.data))
+    outputs: list[Tensor] | None = [] if needs_outputs(lane.config.training.metric) else None
+    sums_2 = evaluation_sums(
+        lane.validated,
+        batches,
+        loss_function=lane.loss,
+        device=loader.labels_N.device,
+        amp_dtype=lane.amp_dtype,
+        outputs=outputs,
+    )
+    loss, accuracy = (sums_2 / len(loader)).tolist()
+    return Evaluated(loss=loss, accuracy=accuracy, logits_NL=torch.cat(outputs).cpu() if outputs else None)
+
+
+def snapshot_lane(lane: PlainLaneState) -> Snapshot:
+    """Return a snapshot of a trial between two epochs."""
+    return take_snapshot(
+        lane,
+        model=lane.validated.state_dict(),
+        optimizer=lane.optimizer.state_dict(),
+        in_training=None if lane.average is None else lane.model.state_dict(),
+        scaler=None if lane.scaler is None else lane.scaler.state_dict(),
+    )
 
 
 def restore(lane: PlainLaneState, checkpoint: Checkpoint) -> None:
