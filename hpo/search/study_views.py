@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 DIVERGED_PREFIX = "diverged"  # the user attribute "ended" of a diverged trial begins with it
@@ -78,11 +79,35 @@ class RoundStudy(SearchStudy):
 
     def should_prune(self, trial_id: int) -> bool:
         """Return whether the study's pruner stops this trial now."""
-        pruned = self.pruner.prune(self, self._storage.get_trial(trial_id))
-        if self._round is not None:  # the next trial is judged by what the pruner notes of this one
-            judged = self._storage.get_trial(trial_id)
+        storage = self._storage
+        noting = NotingStorage(storage)
+        self._storage = cast(BaseStorage, noting)
+        try:
+            pruned = self.pruner.prune(self, storage.get_trial(trial_id))
+        finally:
+            self._storage = storage
+        if (
+            noting.has_notes and self._round is not None
+        ):  # the next trial is judged by what the pruner notes of this one
+            judged = storage.get_trial(trial_id)
             self._round[judged.number] = judged
         return pruned
+
+
+class NotingStorage:
+    """A storage that knows whether a pruner has noted anything on a trial."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+        self.has_notes = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Set an attribute of a trial."""
+        self.has_notes = True
+        self._storage.set_trial_system_attr(trial_id, key, value)
 
 
 def _of_states(trials: Iterable[FrozenTrial], states: Any) -> list[FrozenTrial]:
