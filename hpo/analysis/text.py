@@ -26,7 +26,7 @@ def study_text(study: StudyRecord) -> str:
     spec, metadata = study.spec, study.metadata
     text = f"{budget_text(study)}, {spec.search.sampler} over {', '.join(spec.search.parameters)}"
     if spec.confirm:
-        text += f", then the best {spec.confirm.top} on up to {spec.confirm.seeds} seeds each"
+        text += f", then the best {spec.confirm.top} on up to {plural(spec.confirm.seeds, 'seed')} each"
     if "num_parameters" in metadata:
         text += (
             f"; {spec.model.name} ({metadata['num_parameters']:,} parameters) on {spec.data.name} "
@@ -43,7 +43,8 @@ def budget_text(study: StudyRecord) -> str:
         return f"{num_trials} trials in {course.budget} epochs"
     hours = None if search.hours is None else f"{search.hours:g} h in training"
     limits = [limit for limit in (search.until, hours) if limit is not None]
-    return f"at most {num_trials} trials, until {' or '.join(limits)}" if limits else f"{num_trials} trials"
+    text = plural(num_trials, "trial")
+    return f"at most {text}, until {' or '.join(limits)}" if limits else text
 
 
 def search_end_text(study: StudyRecord, trials: Sequence[TrialRecord]) -> str | None:

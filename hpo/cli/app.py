@@ -381,10 +381,10 @@ def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None
     from hpo.display.console import make_progress
     from hpo.lr_range import resolve as ranges
     from hpo.lr_range import text
-    from hpo.reports import ramp_page
+    from hpo.reports import figure_page
 
     if output is not None:
-        ramp_page.check_ramp_output(output)
+        figure_page.check_figure_output(output)
     parsed, folder = StudySpec.from_toml(spec, overrides=overrides), find_study_file(spec).parent
     with make_progress(disable=as_json) as progress:
         task = progress.add_task("checking data and network", total=None)
@@ -398,7 +398,7 @@ def range_test_command(spec: str, overrides: tuple[str, ...], output: str | None
         )
     found = [ramp.as_dict() for ramp in ramps]
     if output is not None:
-        ramp_page.write_ramp_page(found, output, title=f"Range test of {parsed.name}")
+        figure_page.write_ramp_page(found, output, title=f"Range test of {parsed.name}")
     if as_json:
         print_json(found)
         return

@@ -162,9 +162,10 @@ def best_command(study: str, verbose: bool, as_json: bool, storage: str | None) 
 
 @click.command("compare", short_help="Compare studies side by side.")
 @click.argument("studies", metavar="STUDY...", nargs=-1, required=True)
+@click.option("--output", metavar="FILE", help="Also draw it: .html, .png or .svg.")
 @json_option
 @storage_option
-def compare_command(studies: tuple[str, ...], as_json: bool, storage: str | None) -> None:
+def compare_command(studies: tuple[str, ...], output: str | None, as_json: bool, storage: str | None) -> None:
     """Compare the best learning rates of studies, and print what can and cannot be concluded.
 
     The others are compared with the first one. A study that searched lists, such as the optimizer, is one side for
@@ -172,15 +173,23 @@ def compare_command(studies: tuple[str, ...], as_json: bool, storage: str | None
 
     \b
     hpo compare mnist-adam mnist-sgd
+    hpo compare mnist-adam mnist-sgd --output compared.html
     """
     from hpo.api import reading
     from hpo.display.terminal import print_comparison
+    from hpo.reports import figure_page
 
+    if output is not None:
+        figure_page.check_figure_output(output, suffixes=(".html", ".png", ".svg"))
     found = reading.compare(studies, storage=storage)
+    if output is not None:
+        figure_page.write_comparison(found, output)
     if as_json:
         print_json(found.as_dict())
         return
     print_comparison(found)
+    if output is not None:
+        say(f"wrote {output}")
 
 
 @click.command("report", short_help="Write the report of a study.")

@@ -59,9 +59,10 @@ def study_progress(study: StudyRecord, trials: Sequence[TrialRecord]) -> StudyPr
     running = [trial for trial in trials if trial.state == "running"]
     keys = [key for key in dict.fromkeys(key for trial in running for key in trial.params) if key != "lr"]
     has_rate = any("lr" in trial.params for trial in running)
-    devices = {str(trial.attributes.get("device", "")) for trial in running}
-    columns = ["trial", *(["learning rate"] if has_rate else []), *(["values"] if keys else []), "epoch", "train loss"]
-    columns += [study.spec.metric, "time left", *(["device"] if len(devices) > 1 else [])]
+    devices = {trial.attributes["device"] for trial in running if "device" in trial.attributes}
+    columns = ["trial", *(["learning rate"] if has_rate else []), *(["values"] if keys else []), "epoch", "loss"]
+    is_timed = any(trial.curves.get("seconds") for trial in running)
+    columns += [study.spec.metric, *(["time left"] if is_timed else []), *(["device"] if len(devices) > 1 else [])]
     rows = [
         [
             str(trial.number),
@@ -70,7 +71,7 @@ def study_progress(study: StudyRecord, trials: Sequence[TrialRecord]) -> StudyPr
             f"{max(trial.epochs, default=0)}/{num_epochs(study, trial)}",
             last_text(study, trial, "train_loss"),
             last_text(study, trial, study.spec.metric),
-            _trial_time_left(study, trial),
+            *([_trial_time_left(study, trial)] if is_timed else []),
             *([str(trial.attributes.get("device", ""))] if len(devices) > 1 else []),
         ]
         for trial in running

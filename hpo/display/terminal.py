@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -43,6 +45,7 @@ REFRESH_S = 0.5  # at least; longer if it takes long to read the study
 MAX_ROWS = 60  # of the final table
 BAR_WIDTH = 24
 MAX_MIN_WIDTH = 24  # of a column of values: up to this, the values are not broken over lines
+MAX_LIVE_WIDTH = 16  # the same while trials are in training, with more columns
 STRIP_WIDTH = 31
 STRIP_COLUMN = 4  # behind the interval that it draws
 WIDE = 120  # columns of a terminal with room for it
@@ -136,9 +139,9 @@ class LiveDisplay:
         self._console.print(heading(study))
         for found in (images_text(study), weights_text(study)):
             if found is not None:
-                self._console.print(found, soft_wrap=True)
+                self._console.print(found)
         for line in range_test_lines(study):
-            self._console.print(line, soft_wrap=True)
+            self._console.print(line)
         trials = store.trials.get_all(study)
         done, total, unit = amount_done(study, trials)
         if done:
@@ -159,13 +162,13 @@ class LiveDisplay:
         for key, shared in store.studies.shared_values(self._study).items():
             if key not in self._announced:
                 self._announced.add(key)
-                self._console.print(shared["reason"], soft_wrap=True)
+                self._console.print(shared["reason"])
         trials = store.trials.get_all(self._study)
         self._announce_bounds(store, self._study, trials)
         for key, members in _stages(trials).items():
             if key not in self._announced:
                 self._announced.add(key)
-                self._console.print(_stage_line(members), soft_wrap=True)
+                self._console.print(_stage_line(members))
         for trial in trials:
             if trial.state in ENDED and self._reported.get(trial.number, ("", 0))[0] != trial.state:
                 self._console.print(_ended_line(self._study, trial))
@@ -185,7 +188,7 @@ class LiveDisplay:
             for text in filter(None, (growth_text(study), search_end_text(study, trials))):
                 if text not in self._announced:
                     self._announced.add(text)
-                    self._console.print(text, soft_wrap=True)
+                    self._console.print(text)
         self._num_trials = len(trials)
 
     def _has_new_epoch(self, trial: TrialRecord) -> bool:
@@ -228,15 +231,25 @@ def print_answer(
     searched = search_trials(trials)
     console.print(_trials_table(study, searched, found, width=console.width))
     num_marked = sum(found.is_recommended(trial.params) for trial in searched)
-    console.print(f"  {marked_text(found.recommended, num_marked)}", style="dim", soft_wrap=True)
+    console.print(f"  {marked_text(found.recommended, num_marked)}", style="dim")
     console.print()
     source = source_text(study, trials, storage=storage, is_trained=is_trained)
     headline, *lines = answer_lines(study, found, source=source, verbose=verbose)
-    console.print(headline, style="bold", soft_wrap=True)
+    console.print(headline, style="bold")
     for line in lines:
-        console.print(line, soft_wrap=True)
+        for part in broken_line(line, console.width):
+            console.print(part, soft_wrap=True)
     for step in next_steps:
         console.print(step, style="dim", soft_wrap=True)
+
+
+def broken_line(line: str, width: int) -> list[str]:
+    """Return a line of the answer, "  label:  text", broken between words; what follows stands below the text."""
+    begin = re.match(r" *[^:]+: *", line)
+    indent = " " * (len(begin[0]) if begin else 0)
+    return textwrap.wrap(
+        line, width, subsequent_indent=indent, break_long_words=False, replace_whitespace=False, expand_tabs=False
+    )
 
 
 def print_comparison(found: Comparison) -> None:
@@ -253,9 +266,9 @@ def print_comparison(found: Comparison) -> None:
     print_table(columns, rows)
     console = make_console()
     for line in found.conclusions:
-        console.print(line, style="bold", soft_wrap=True)
+        console.print(line, style="bold")
     for line in found.caveats:
-        console.print(f"warning: {line}", soft_wrap=True)
+        console.print(f"warning: {line}")
 
 
 def _strip(study: ComparedStudy, low: float, high: float) -> str:
@@ -325,16 +338,23 @@ def _live_view(study: StudyRecord, trials: Sequence[TrialRecord], *, seconds_lef
     bar = Table.grid(padding=(0, 1))
     left = "" if seconds_left is None else f"about {duration_text(seconds_left)} left"
     amount = f"{progress.done}/{progress.total} {progress.unit}"
-    bar.add_row(
-        amount, ProgressBar(total=progress.total, completed=progress.done, width=BAR_WIDTH), left, _counts(trials)
-    )
+    drawn = ProgressBar(total=progress.total, completed=progress.done, width=BAR_WIDTH)
+    bar.add_row(amount, drawn, left)
     running = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in progress.columns:
-        is_text = column in ("values", "device")  # the only ones that may be broken over lines
-        running.add_column(column, overflow="fold", no_wrap=not is_text, justify="left" if is_text else "right")
+    for index, column in enumerate(progress.columns):
+        is_text = column in ("values", "device")  # the only ones that may be broken over lines, between two words
+        longest = max((len(word) for row in progress.rows for word in row[index].split()), default=0)
+        running.add_column(
+            column,
+            overflow="fold",
+            no_wrap=not is_text,
+            min_width=min(longest, MAX_LIVE_WIDTH),
+            justify="left" if is_text else "right",
+        )
     for row in progress.rows:
         running.add_row(*row)
-    return Group(bar, running if progress.rows else styled(("starting workers ...", "dim")), *progress.lines)
+    shown = running if progress.rows else styled(("starting workers ...", "dim"))
+    return Group(bar, _counts(trials), shown, *progress.lines)
 
 
 def _stages(trials: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:

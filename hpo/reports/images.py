@@ -5,26 +5,37 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpo.errors import UserError
 from hpo.reports.figures.table import DrawnFigure
 from hpo.reports.output_file import PNG_TEXT, REPORT_MARK
 from hpo.reports.study_report import StudyReport
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 IMAGE_WIDTH = 900  # pixels; a PNG has twice as many
 
 
 def render_png(report: StudyReport, figure: str) -> bytes:
-    """Return a figure as PNG, with a text chunk that marks it as a report's."""
-    image = _draw_image(_figure_named(report, figure), "png")
-    chunk = struct.pack(">I", len(PNG_TEXT) - 4) + PNG_TEXT + struct.pack(">I", zlib.crc32(PNG_TEXT))
-    end = image.rindex(b"IEND") - 4
-    return image[:end] + chunk + image[end:]
+    """Return a figure as PNG."""
+    return draw_image(_figure_named(report, figure).figure, "png")
 
 
 def render_svg(report: StudyReport, figure: str) -> bytes:
-    """Return a figure as SVG, with a comment that marks it as a report's."""
-    return _draw_image(_figure_named(report, figure), "svg").rstrip() + f"\n{REPORT_MARK}\n".encode()
+    """Return a figure as SVG."""
+    return draw_image(_figure_named(report, figure).figure, "svg")
+
+
+def draw_image(figure: go.Figure, form: str) -> bytes:
+    """Return a figure on white as "png", with a text chunk that marks it as ours, or as "svg", with a comment."""
+    image = _drawn(figure, form)
+    if form == "svg":
+        return image.rstrip() + f"\n{REPORT_MARK}\n".encode()
+    chunk = struct.pack(">I", len(PNG_TEXT) - 4) + PNG_TEXT + struct.pack(">I", zlib.crc32(PNG_TEXT))
+    end = image.rindex(b"IEND") - 4
+    return image[:end] + chunk + image[end:]
 
 
 def _figure_named(report: StudyReport, name: str) -> DrawnFigure:
@@ -35,15 +46,14 @@ def _figure_named(report: StudyReport, name: str) -> DrawnFigure:
     raise UserError(f"--figure {name} has nothing to show in study {report.study.name!r}; there are: {shown}")
 
 
-def _draw_image(drawn: DrawnFigure, form: str) -> bytes:
-    """Draw a figure on white."""
+def _drawn(figure: go.Figure, form: str) -> bytes:
     try:
         import kaleido
     except ImportError:
         raise UserError(f"--format {form} needs the package kaleido: pip install 'hpo-studies[images]'") from None
     import plotly
 
-    figure = drawn.figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    figure = figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
     options = {"format": form, "width": IMAGE_WIDTH, "height": figure.layout.height, "scale": 2 if form == "png" else 1}
     plotly_js = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
     try:

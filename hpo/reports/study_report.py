@@ -12,7 +12,17 @@ import tomli_w
 
 from hpo.analysis.answer import Best
 from hpo.analysis.answer_text import AnswerText, describe_answer
-from hpo.analysis.text import cell_text, marked_text, no_answer_text, study_text, trials_text, value_text
+from hpo.analysis.confirmation import find_test_metric
+from hpo.analysis.text import (
+    cell_text,
+    marked_text,
+    metric_value_text,
+    no_answer_text,
+    plural,
+    study_text,
+    trials_text,
+    value_text,
+)
 from hpo.reports.figures.style import round_digits
 from hpo.reports.figures.table import FIGURES, DrawnFigure, draw_figures, make_figure_data
 from hpo.study.records import ENDED, StudyRecord, TrialRecord
@@ -41,7 +51,9 @@ class StudyReport:
         else:
             text = describe_answer(self.study, self.best)
         left = sum(trial.state not in ENDED for trial in self.trials)
-        unfinished = [f"the study is not finished: {left} of {len(self.trials)} trials are left"] if left else []
+        verb = "is" if left == 1 else "are"
+        is_left = f"the study is not finished: {left} of {plural(len(self.trials), 'trial')} {verb} left"
+        unfinished = [is_left] if left else []
         return replace(text, warnings=[*text.warnings, *unfinished])
 
     @cached_property
@@ -110,9 +122,11 @@ def trial_table(report: StudyReport) -> TrialTable:
     if len(trials) > MAX_LISTED_TRIALS:
         sign = -1 if study.spec.direction == "maximize" else 1
         trials.sort(key=lambda trial: (trial.value is None, sign * (trial.value or 0)))
-    columns = ["trial", "state", "kind", *keys, study.spec.metric]
+    tests = [trial for trial in trials if trial.kind == "test" and trial.state == "complete"]
+    test_metric = find_test_metric(study, tests)
+    columns = ["trial", "state", "kind", *keys, study.spec.metric, test_metric]
     columns += ["epochs", "train_loss", "attempt", "seconds", "device", "why it ended"]
-    table = [[_rounded(cell) for cell in _cells(study, trial, keys)] for trial in trials]
+    table = [[_rounded(cell) for cell in _cells(study, trial, keys, test_metric=test_metric)] for trial in trials]
     texts = {name: {row[index].text for row in table} for index, name in enumerate(columns)}
     alike = {name: next(iter(texts[name])) for name in SAID_ONCE if len(texts[name]) == 1 < len(table)}
     shown = [index for index, name in enumerate(columns) if name not in alike and texts[name] != {""}]
@@ -125,7 +139,8 @@ def trial_table(report: StudyReport) -> TrialTable:
     )
 
 
-def _cells(study: StudyRecord, trial: TrialRecord, keys: Sequence[str]) -> Iterator[TableCell]:
+def _cells(study: StudyRecord, trial: TrialRecord, keys: Sequence[str], *, test_metric: str) -> Iterator[TableCell]:
+    tested = trial.curves.get(test_metric, ())[-1:] if trial.kind == "test" else ()
     losses = [loss for loss in trial.curves.get("train_loss", ()) if loss is not None]
     seconds = trial.duration_s
     machine, reason = _machine(trial.attributes), trial.reason or ""
@@ -135,6 +150,10 @@ def _cells(study: StudyRecord, trial: TrialRecord, keys: Sequence[str]) -> Itera
     for key in keys:
         yield TableCell(cell_text(trial.params.get(key)), trial.params.get(key, ""))
     yield TableCell("" if trial.value is None else value_text(trial.value, study), trial.value)
+    if tested and tested[0] is not None:
+        yield TableCell(metric_value_text(tested[0], test_metric), tested[0])
+    else:
+        yield TableCell("", None)
     yield TableCell(str(len(trial.epochs)), len(trial.epochs))
     yield TableCell(f"{losses[-1]:.4g}" if losses else "", losses[-1] if losses else None)
     yield TableCell(str(trial.attempt), trial.attempt)
@@ -171,7 +190,7 @@ def provenance_rows(report: StudyReport) -> list[tuple[str, str]]:
         "trained": f"{_utc_text(min(times))} to {_utc_text(max(times))}" if times else "",
         "machines": _listed_once([machine for known in attributes if (machine := _machine(known))]),
         "CPU threads": _listed_once([str(known["threads"]) for known in attributes if known.get("threads")]),
-        "attempts": f"{len(attempts)} by {len(workers)} workers" if attempts else "",
+        "attempts": f"{len(attempts)} by {plural(len(workers), 'worker')}" if attempts else "",
         "git revision": _listed_once(revisions),
         "versions": _listed_once(versions),
         "store": report.storage,

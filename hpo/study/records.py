@@ -168,7 +168,7 @@ class TrialRecord:
     def __repr__(self) -> str:
         values = "".join(f", {key}={value!r}" for key, value in self.params.items())
         value = "" if self.value is None else f", value {self.value:.4g}"
-        return f"TrialRecord({self.number}, {self.kind} {self.state}{values}{value}, {len(self.epochs)} epochs)"
+        return f"TrialRecord({self.number}, {self.kind} {self.state}{values}{value}, epoch {len(self.epochs)})"
 
     @property
     def duration_s(self) -> float | None:

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from hpo.analysis.text import plural
 from hpo.study.records import Claim, EpochReport
 from hpo.train.config import EpochResult, TrialConfig
 
@@ -28,7 +29,7 @@ def diverged_end(quantity: str, epoch: int) -> TrialEnd:
 
 def complete_end(epoch: int) -> TrialEnd:
     """Return the end of a trial that has trained for all its epochs."""
-    return TrialEnd("complete", f"trained for {epoch} epochs")
+    return TrialEnd("complete", f"trained for {plural(epoch, 'epoch')}")
 
 
 def pruned_end(pruner: str, epoch: int) -> TrialEnd:

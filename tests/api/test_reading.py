@@ -51,7 +51,7 @@ def test_a_result_is_short_in_a_terminal_a_table_in_a_notebook_and_open_to_optun
     assert repr(result) == f"Result('s', {result.best!r}, 3 complete)"
     assert repr(result.best).startswith("Best(lr=0.1")
     assert len(repr(result)) < 200
-    assert repr(result.trials[1]) == "TrialRecord(1, search complete, lr=0.2, value 0.5, 2 epochs)"
+    assert repr(result.trials[1]) == "TrialRecord(1, search complete, lr=0.2, value 0.5, epoch 2)"
     html = result._repr_html_()
     assert "best learning rate: 0.1" in html
     assert html.count("<tr>") >= 4

@@ -333,6 +333,7 @@ def test_the_commands_are_those_of_the_contract() -> None:
         "export",
         "init",
         "list",
+        "log",
         "range-test",
         "report",
         "resume",

@@ -18,7 +18,7 @@ from hpo.analysis.answer import find_best
 from hpo.analysis.answer_text import answer_lines, describe_answer, source_text
 from hpo.config.study_spec import StudySpec
 from hpo.display.console import PlainConsole
-from hpo.display.terminal import LiveDisplay
+from hpo.display.terminal import LiveDisplay, broken_line
 from hpo.store.store import Store
 from tests.analysis.examples import LOG_LR, complete, hill, make_study, numbered, trained
 from tests.conftest import Hpo
@@ -66,7 +66,6 @@ def test_a_terminal_shows_the_study_each_running_trial_the_best_and_then_the_ans
     try:
         text = shown(r"1 +0\.01 .*3/8")
         assert "1/2 trials" in text
-        assert "time left" in text
         row = next(line for line in text.splitlines() if "3/8" in line).split()
         assert row[:6] == ["1", "0.01", "3/8", f"{1 / 3:.4g}", "62.00", "%"]
         assert "best trial so far: lr=0.001, val_accuracy 82.00 %, trial 0" in text
@@ -145,3 +144,13 @@ def test_the_warnings_of_an_answer_come_last() -> None:
     found = find_best(make_study(), numbered(*complete()[5:8]))
     assert found is not None
     assert answer_lines(make_study(), found)[-1].strip().startswith("warning: ")
+
+
+def test_a_line_of_the_answer_is_broken_between_words_and_goes_on_below_its_text() -> None:
+    line = "  90 % interval:  0.044 to 0.067 (in the search, 0.045 to 0.065 did equally well)"
+    assert broken_line(line, 60) == [
+        "  90 % interval:  0.044 to 0.067 (in the search, 0.045 to",
+        "                  0.065 did equally well)",
+    ]
+    assert broken_line(line, 100_000) == [line]
+    assert broken_line("  study:  sqlite:////a/path\\n", 10)[-1].endswith("sqlite:////a/path\\n")

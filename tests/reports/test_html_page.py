@@ -95,28 +95,27 @@ def test_every_figure_is_drawn_and_fits_the_screen(
         assert points.count() >= len(small.trials)
 
 
-@pytest.mark.parametrize(("width", "needs_scrolling"), [(960, False), (390, True)])
-def test_every_column_of_the_trials_can_be_read(
-    browser: Browser, quickstart_like: StudyReport, tmp_path: Path, width: int, needs_scrolling: bool
+@pytest.mark.parametrize(("width", "has_cards"), [(1400, False), (945, False), (390, True)])
+def test_the_table_of_trials_is_whole_and_every_column_can_be_read_without_scrolling_in_it(
+    browser: Browser, quickstart_like: StudyReport, tmp_path: Path, width: int, has_cards: bool
 ) -> None:
     write_report_file(tmp_path / "report.html", render_report(quickstart_like, "html"))
     with opened(browser, tmp_path / "report.html", width=width) as page:
-        region = page.locator("#trials .scroll")
-        region.scroll_into_view_if_needed()
-        frame, names = region.bounding_box(), page.locator("#trials th")
-        assert frame is not None
-        assert frame["x"] + frame["width"] <= width
-        assert (region.evaluate("box => box.scrollWidth > box.clientWidth")) == needs_scrolling
-        for name in names.all():
-            name.evaluate("head => head.scrollIntoView({block: 'nearest', inline: 'end'})")
-            box, first = name.bounding_box(), names.first.bounding_box()
-            assert box is not None
-            assert first is not None
-            assert frame["x"] <= box["x"]
-            assert box["x"] + box["width"] <= frame["x"] + frame["width"] + 1
-            assert first["x"] == pytest.approx(frame["x"] + 1, abs=1)  # the trial's number stays
-        columns = [(name.get_attribute("class") == "n", name.inner_text()) for name in names.all()]
-        assert {name for is_right, name in columns if not is_right} == {"state", "kind", "why it ended"}
+        table = page.locator("#trials table")
+        assert ("cards" in (table.get_attribute("class") or "")) == has_cards
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        has_scroller = "of => [of, ...of.querySelectorAll('*')].some(e => getComputedStyle(e).overflowY === 'auto')"
+        assert not page.locator("#trials .whole").evaluate(has_scroller)
+        for cell in [*table.locator("th").all(), *table.locator("td").all()]:
+            box = cell.bounding_box()
+            assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= width)  # None: an empty cell of a card
+        rows = table.locator("tbody tr")
+        assert rows.count() == len(quickstart_like.trials)
+        if has_cards:
+            label = "cell => getComputedStyle(cell, '::before').content"
+            assert rows.first.locator("td").nth(1).evaluate(label) == '"state"'
+        names = [(name.get_attribute("class") == "n", name.inner_text()) for name in table.locator("th").all()]
+        assert {name for is_right, name in names if not is_right} == {"state", "kind", "why it ended"}
 
 
 def test_the_page_says_what_the_terminal_says_and_is_sorted_and_read_without_eyes(

@@ -26,13 +26,13 @@ def draw_confirmation(data: FigureData) -> go.Figure | None:
     _add_seeds(figure, confirmation, names)
     _add_means(figure, confirmation, names)
     _add_tests(figure, data, confirmation, names[0])
-    figure.add_vline(data.best.value, line={"color": GREY, "dash": "dash", "width": 1.5})
-    figure.add_scatter(
-        x=[None],
-        y=[None],
+    figure.add_scatter(  # a mark in each row, and no line across the figure, which would not widen the axis
+        x=[round_digits(data.best.value)] * len(names),
+        y=names,
         mode="markers",
         name="the search's best trial",
-        marker={"symbol": "line-ns-open", "size": 12, "color": GREY},
+        marker={"symbol": "line-ns-open", "size": 24, "color": GREY, "line": {"width": 2}},
+        hovertemplate="the search's best trial %{x}<extra></extra>",
     )
     figure.update_xaxes(**value_axis(data))
     figure.update_yaxes(type="category", autorange="reversed")

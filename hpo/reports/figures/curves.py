@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hpo.analysis.text import rate_text
+from hpo.analysis.text import plural, rate_text
 from hpo.reports.figures.data import FigureData, rate_of
 from hpo.reports.figures.style import NUM_COLOURS, escape_plotly, lay_out, line_colours, round_digits
 from hpo.study.records import TrialRecord
@@ -74,7 +74,7 @@ def curves_caption(data: FigureData) -> str:
     """Return which learning rates are drawn, and where the curves of the best trial begin and end."""
     trials = _with_curves(data)
     rates = [rate for trial in trials if (rate := rate_of(trial))]
-    caption = f"Learning curves of {len(trials)} trials"
+    caption = f"Learning curves of {plural(len(trials), 'trial')}"
     if rates:
         caption += f", learning rates from {rate_text(min(rates))} to {rate_text(max(rates))}"
     if len(trials) > MAX_CURVES:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from hpo.analysis.text import number_text, params_text
+from hpo.analysis.text import number_text, params_text, plural
 from hpo.reports.figures.data import FigureData
 from hpo.reports.figures.style import STATE_STYLES, escape_plotly, lay_out, round_digits
 from hpo.study.records import Attempt, TrialRecord
@@ -67,7 +67,8 @@ def timeline_caption(data: FigureData) -> str:
     took = max(_end_time(attempt, data) for _, attempt in attempts) - start
     busy = sum(_end_time(attempt, data) - attempt.began for _, attempt in attempts)
     at_a_time = busy / (took or 1)
-    caption = f"{len(attempts)} attempts in {took:.0f} s on {', '.join(devices)}; {at_a_time:.1f} trials at a time"
+    together = "one trial" if f"{at_a_time:.1f}" == "1.0" else f"{at_a_time:.1f} trials"
+    caption = f"{plural(len(attempts), 'attempt')} in {took:.0f} s on {', '.join(devices)}; {together} at a time"
     if (again := len(attempts) - len({trial.number for trial, _ in attempts})) > 0:
         caption += f"; {again} were further attempts at a trial"
     if (left := sum(len(trial.attempts) for trial in data.all_trials) - len(attempts)) > 0:

@@ -49,10 +49,27 @@
     document.documentElement.dataset.readyMs = performance.now().toFixed(0);
   }
 
+  // The table in the page's column if it fits, else as wide as the window, else a card for each trial. On paper its
+  // cells are broken over lines.
+  const table = document.querySelector("#trials table");
+  const heads = [...table.tHead.rows[0].cells];
+  for (const row of table.tBodies[0].rows) {
+    heads.forEach((head, column) => { row.cells[column].dataset.column = head.textContent; });
+  }
+  function fitTable() {
+    const frame = table.parentElement;
+    const isTooWide = () => !printing && table.offsetWidth > frame.clientWidth;
+    table.classList.remove("cards");
+    frame.classList.remove("wide");
+    if (isTooWide()) frame.classList.add("wide");
+    if (isTooWide()) table.classList.add("cards");
+  }
+
   const redraw = () => plots.forEach(draw);
   let narrow = window.innerWidth < 640;
   dark.addEventListener("change", redraw);
   window.addEventListener("resize", () => {
+    fitTable();
     if (narrow !== window.innerWidth < 640) {
       narrow = !narrow;
       redraw();
@@ -61,13 +78,13 @@
   for (const [name, value] of [["beforeprint", true], ["afterprint", false]]) {
     window.addEventListener(name, () => {
       printing = value;
+      fitTable();
       redraw();
     });
   }
 
   // The table: a press on a column's name sorts by it, the next one the other way round; empty cells stay last.
-  const body = document.querySelector("#trials tbody");
-  const heads = [...document.querySelectorAll("#trials th")];
+  const body = table.tBodies[0];
   const keyOf = (row, column) => {
     const cell = row.cells[column];
     return "key" in cell.dataset ? Number(cell.dataset.key) : cell.textContent;
@@ -88,5 +105,6 @@
     });
   });
 
+  fitTable();
   drawAll();
 })();
