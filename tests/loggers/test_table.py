@@ -240,7 +240,7 @@ setattr(owner, method, dying)
 logger.write([make_run(number, epochs=3) for number in range(3)])
 """
 DEATHS = [
-    ("tensorboard", "pathlib:Path", "open", 2),
+    ("tensorboard", "hpo.loggers.tensorboard:TensorBoardLogger", "_write", 2),
     ("mlflow", "mlflow.tracking:MlflowClient", "log_batch", 4),
     ("mlflow", "mlflow.tracking:MlflowClient", "set_tag", 2),
     ("wandb", "wandb.sdk.wandb_run:Run", "log", 5),
