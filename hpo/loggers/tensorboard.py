@@ -8,8 +8,9 @@ which a TensorBoard that is open reads in its place.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -72,7 +73,7 @@ def _events(run: Run) -> Iterator[Event]:
     # Whatever an open TensorBoard has of an earlier file it then forgets.
     yield Event(wall_time=run.began, session_log=SessionLog(status=SessionLog.START))
     params = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in run.params.items()}
-    yield Event(wall_time=run.began, summary=hparams_pb(params, trial_id=run.run_id, start_time_secs=run.began))
+    yield Event(wall_time=run.began, summary=_session_start(run, params))
     for point in run.points:
         yield _scalar(point.metric, point.value, step=point.epoch, time=point.time)
     if run.state in ENDED:
@@ -89,6 +90,15 @@ def _events(run: Run) -> Iterator[Event]:
 
 def _scalar(tag: str, value: float, *, step: int, time: float) -> Event:
     return Event(wall_time=time, step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+
+
+def _session_start(run: Run, params: Mapping[str, Any]) -> Summary:
+    """Return what the HParams table shows of a run; the package's own bytes for a map differ in each process."""
+    summary = hparams_pb(dict(params), trial_id=run.run_id, start_time_secs=run.began)
+    plugin_data = summary.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin_data.content)
+    plugin_data.content = data.SerializeToString(deterministic=True)
+    return summary
 
 
 def _session_end(ended: float, *, is_failed: bool) -> Summary:
