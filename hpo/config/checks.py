@@ -320,6 +320,25 @@ def check_checkpoints(checkpoints: CheckpointsSpec) -> None:
         )
 
 
+# --- [engine] ---
+
+
+def check_engine(engine: EngineSpec, parameters: Mapping[str, Parameter], *, training: TrainingConfig) -> None:
+    """Refuse lanes for trials that take several devices each, and batches that cannot be divided among these."""
+    num_devices = engine.devices_per_trial
+    if num_devices == 1:
+        return
+    if engine.lanes not in ("auto", 1):
+        raise UserError(f"engine.lanes must be left out with engine.devices_per_trial, got {engine.lanes}")
+    searched = parameters.get("batch_size")
+    sizes = [training.batch_size] if searched is None else [int(size) for size in searched.extreme_values()]
+    if min(sizes) < 2 * num_devices:
+        raise UserError(
+            f"training.batch_size must be at least 2 for each of the {num_devices} devices of a trial "
+            f"(engine.devices_per_trial), got {min(sizes)}"
+        )
+
+
 # --- [objective] ---
 
 
@@ -350,10 +369,11 @@ def check_objective(
         raise UserError(
             f"checkpoints.keep_best has no effect with {loop}, whose folders are all kept; got {checkpoints.keep_best}"
         )
-    if engine != EngineSpec():
-        raise UserError(
-            f"engine.lanes has no effect with {loop}, which is called for one trial at a time; got {engine.lanes!r}"
-        )
+    for key, default in EngineSpec().model_dump().items():
+        if (value := getattr(engine, key)) != default:
+            raise UserError(
+                f"engine.{key} has no effect with {loop}, which is called for one trial at a time; got {value!r}"
+            )
 
 
 def _check_loop(objective: ObjectiveSpec) -> None:

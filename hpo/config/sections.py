@@ -90,6 +90,18 @@ class EngineSpec(Section):
             description="Trials that a worker trains at once on its device; auto: as many as should be fastest there."
         ),
     ] = "auto"
+    devices_per_trial: Annotated[
+        int,
+        Field(
+            strict=True,
+            ge=1,
+            le=64,
+            description=(
+                "Devices of one machine that train each trial together, each on its slice of every batch. On a CPU as "
+                "many processes share its cores."
+            ),
+        ),
+    ] = 1
 
 
 class ConfirmSpec(Section):

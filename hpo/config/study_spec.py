@@ -283,6 +283,7 @@ class StudySpec(Section):
             checks.check_unused_with_objective(self.objective, self.model, self.data, self.training)
         if self.has_recipe:
             checks.check_training(self.search.parameters, data=self.data, training=self.training)
+            checks.check_engine(self.engine, self.search.parameters, training=self.training)
         return self
 
     @model_validator(mode="wrap")

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,6 +131,31 @@ def _place_in_torch(device: Device, *, has_begun: bool) -> str:
         f"--devices {device.name} must name a device that this process sees, which has used CUDA before it was asked "
         f"for {device.uuid}; it sees {', '.join(seen) or 'none'}"
     )
+
+
+def group_devices(devices: Sequence[Device], size: int) -> list[Device]:
+    """Return devices for trials that take so many each: a group of GPUs is one device, a CPU stays one.
+
+    GPUs that are left over are not used. Raises UserError where there are fewer than `size`.
+    """
+    if size == 1 or all(device.kind == "cpu" for device in devices):
+        return list(devices)
+    cuda = [device for device in devices if device.kind == "cuda"]
+    groups = [cuda[start : start + size] for start in range(0, len(cuda) - size + 1, size)]
+    if not groups:
+        raise UserError(
+            f"engine.devices_per_trial = {size} needs as many CUDA devices, or the CPU; "
+            f"got {', '.join(device.name for device in devices)}"
+        )
+    return [
+        replace(
+            group[0],
+            name="+".join(device.name for device in group),
+            label=f"{size} x {group[0].label}",
+            uuid=",".join(device.uuid or "" for device in group),
+        )
+        for group in groups
+    ]
 
 
 def torch_device(device: Device) -> str:

@@ -51,11 +51,8 @@ class LaneRunner:
     def __init__(
         self, store: Store, study: StudyRecord, held: HeldTrials, stop: StopSignal, *, torch_device: str
     ) -> None:
-        self._store = store
-        self._study = study
-        self._spec = study.spec
-        self._held = held
-        self._stop = stop
+        self._store, self._study, self._spec = store, study, study.spec
+        self._held, self._stop = held, stop
         self._reporter = Reporter()
         self._lanes: dict[int, LaneTrial] = {}
         wanted, compares_early = self._spec.engine.lanes, PRUNERS[self._spec.pruner.name].compares_early
@@ -65,6 +62,7 @@ class LaneRunner:
             max_lanes=min(MAX_LANES, self._spec.num_trials),
             num_interleaved=min(INTERLEAVED_TRIALS, self._spec.num_trials) if compares_early else 1,
             is_one_kind=_is_one_kind(self._spec),
+            num_ranks=self._spec.engine.devices_per_trial,
             should_stop=stop.must_abort,
             get_or_set_plan=partial(_agree_on_plan, store, study),
         )
@@ -109,6 +107,7 @@ class LaneRunner:
         """Wait for what is being reported and written, and end the threads."""
         self._reporter.close()
         self._checkpoints.close()
+        self._engine.close()
 
     # Filling the lanes
 

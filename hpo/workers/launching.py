@@ -25,6 +25,11 @@ def make_launcher(executor: Executor, spec: StudySpec, allowed: ImportAllowlist,
             "running script or of another function): put it into a module of its own, or train in this process, with "
             "executor=hpo.InProcess()"
         )
+    if spec.engine.devices_per_trial > 1 and not isinstance(executor, Local):
+        raise UserError(
+            f"engine.devices_per_trial = {spec.engine.devices_per_trial} needs worker processes of this machine: "
+            "hpo run without --in-process and --on, or executor=hpo.Local()"
+        )
     match executor:
         case Local():
             return LocalLauncher(executor, spec, allowed=allowed, url=parse_url(url))

@@ -20,6 +20,7 @@ from hpo.study.processes import Process
 from hpo.study.records import StudyRecord
 from hpo.system.devices import (
     choose_devices,
+    group_devices,
     pinned_here,
     threads_per_worker,
     torch_device,
@@ -111,7 +112,7 @@ class LocalLauncher(Launcher):
     """
 
     def __init__(self, executor: Local, spec: StudySpec, *, allowed: ImportAllowlist, url: URL) -> None:
-        self._devices = choose_devices(executor.devices)
+        self._devices = group_devices(choose_devices(executor.devices), spec.engine.devices_per_trial)
         self._num_workers = executor.workers or len(self._devices)
         # The same however many workers are needed: with another number of threads the digits would differ.
         self._threads = executor.threads or threads_per_worker(self._num_workers)

@@ -40,6 +40,14 @@ MISTAKES = {
     "[model]\noptions = 3": ["model.options must be a table, got 3"],
     "[model]\noptions.name = 'x'": ["model.options cannot have the key 'name', which is one of [model]'s own"],
     '[training]\n"ep\\noch" = 3': ["unknown key training.ep\\noch", "did you mean 'epochs'"],
+    "[engine]\ndevices_per_trial = 0": ["engine.devices_per_trial must be between 1 and 64, got 0"],
+    "[engine]\ndevices_per_trial = 2\nlanes = 4": [
+        "engine.lanes must be left out with engine.devices_per_trial, got 4"
+    ],
+    "[engine]\ndevices_per_trial = 2\n[training]\nbatch_size = 3": [
+        "training.batch_size must be at least 2 for each of the 2 devices of a trial",
+        "got 3",
+    ],
     "[engine]\nlanes = 'all'": ["engine.lanes must be 'auto' or an integer between 1 and 1024, got 'all'"],
     "[checkpoints]\nurl = 'x'": ["checkpoints.url must be an absolute folder or a URL such as", "got 'x'"],
     "[checkpoints]\nurl = 'reference::file:///x.json'": ["checkpoints.url must be one folder or URL, not a chain"],

@@ -17,7 +17,9 @@ import pytest
 from hpo.errors import UserError
 from hpo.system import devices
 from hpo.system.devices import (
+    Device,
     choose_devices,
+    group_devices,
     list_devices,
     num_cores,
     threads_per_worker,
@@ -496,3 +498,17 @@ def test_the_number_of_threads_that_the_environment_asks_for_is_kept(
 def test_importing_devices_loads_neither_torch_nor_optuna() -> None:
     program = "import sys, hpo.system.devices; sys.exit(bool({'torch', 'optuna', 'pynvml'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_gpus_are_grouped_for_trials_that_take_several() -> None:
+    gpus = [Device(f"cuda:{index}", "cuda", "NVIDIA H100", 80, uuid=f"GPU-{index}") for index in range(5)]
+    first, second = group_devices(gpus, 2)
+    assert (first.name, first.label, first.uuid) == ("cuda:0+cuda:1", "2 x NVIDIA H100", "GPU-0,GPU-1")
+    assert second.name == "cuda:2+cuda:3"
+    assert worker_environment(first, threads=4)["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1"
+    assert torch_device(first) == "cuda:0"
+    assert group_devices(gpus, 1) == gpus
+    cpu = Device("cpu", "cpu", "a CPU", None)
+    assert group_devices([cpu], 4) == [cpu]
+    with pytest.raises(UserError, match=r"devices_per_trial = 6 needs as many CUDA devices, or the CPU; got cuda:0, "):
+        group_devices(gpus, 6)

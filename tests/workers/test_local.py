@@ -497,3 +497,30 @@ training = { epochs = 1, batch_size = 50 }
     assert len({str(trial.params) for trial in found[0]}) == 5
     for one, other in zip(*found, strict=True):
         assert {**one.curves, "seconds": None} == {**other.curves, "seconds": None}
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_a_trial_on_two_devices_costs_an_attempt_and_no_digit(hpo: Hpo) -> None:
+    (hpo.folder / "study.toml").write_text("""
+name = "s"
+search = { sampler = "grid", space = { lr = [1e-3] } }
+model = { name = "article_cnn", width = 0.05 }
+data = { name = "digits", train_samples = 400, validation_fraction = 0.2 }
+training = { epochs = 30, batch_size = 16, checkpoint_epochs = 1 }
+engine = { devices_per_trial = 2 }
+""")
+    exit_code, output = hpo.here(*RUN, "--storage", whole_url := f"sqlite:///{hpo.folder}/whole.db")
+    assert exit_code == 0, output
+    run = hpo.start(*RUN)
+    assert run.stdout is not None
+    assert any("trial 0 epoch" in line for line in run.stdout)  # reads up to the first one
+    [worker] = [psutil.Process(pid) for pid in hpo.worker_pids()]
+    [other] = [child for child in worker.children() if "hpo.train.engines.other_rank" in child.cmdline()]
+    other.kill()
+    output, _ = run.communicate(timeout=500)
+    assert run.returncode == 0, output
+    [killed], [whole] = (Store(url).trials.get_all(Store(url).studies.get("s")) for url in (hpo.url, whole_url))
+    first, second = killed.attempts
+    assert first.outcome == "RankFailed: rank 1 of 2 has ended, with code -9"
+    assert second.resumed_from
+    assert {**killed.curves, "seconds": None} == {**whole.curves, "seconds": None}

@@ -142,6 +142,29 @@ class Evaluated:
     logits_NL: Tensor | None = None  # float32, on the CPU
 
 
+@dataclass(frozen=True)
+class Rank:
+    """One of the processes that train a trial together, each on its slice of every batch."""
+
+    number: int
+    of: int
+
+    def slice_of(self, start: int, end: int) -> tuple[slice, float, bool]:
+        """Return this rank's images of a batch, their weight in the mean over the ranks, and whether they count here.
+
+        The gradients of all ranks are averaged. Where there are too few images for two in each slice, which batch norm
+        needs, every rank has all of them.
+        """
+        size = end - start
+        if size < 2 * self.of:
+            return slice(start, end), 1.0, self.number == 0
+        first, last = (start + size * number // self.of for number in (self.number, self.number + 1))
+        return slice(first, last), (last - first) * self.of / size, True
+
+
+ALONE = Rank(0, 1)
+
+
 class StepOptimizer(Protocol):
     """An optimizer as `train_step` uses it; torch.optim's are."""
 
@@ -164,19 +187,24 @@ def train_step(
     mix: Mix | None = None,
     scaler: torch.amp.GradScaler | None = None,
     recomputed: nn.Module | None = None,
+    rank: Rank = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Train a network on the images of a step; return their mean loss and how many are correct, both on the device.
 
     The network is given `training.batch_size` of them at a time, and the gradients add up to that of the mean loss.
     Of images that were mixed, the one with the larger share says what is correct. A `scaler` leaves the parameters as
     they are where a gradient is not finite. `recomputed` is the network where the backward pass computes parts of it
-    again.
+    again. A `rank` of several takes its slice of each batch, and returns its part of the mean and of the number; its
+    `forward` is a DistributedDataParallel.
     """
     training = loss_function.training
     optimizer.zero_grad(set_to_none=True)
     losses, hits = list[Tensor](), list[Tensor]()
     for start, end in batch_bounds(len(labels_B), training.batch_size):
-        part = slice(start, end)
+        part, weight, is_counted = rank.slice_of(start, end)
+        weight *= (end - start) / len(labels_B)
+        if rank.of > 1:
+            forward.require_backward_grad_sync = end == len(labels_B)  # type: ignore[attr-defined]
         with autocast(images_BCHW.device, amp_dtype):
             logits_BL = forward(images_BCHW[part])
         loss, correct_B = loss_function.mean(logits_BL.float(), labels_B[part]), labels_B[part]
@@ -184,12 +212,13 @@ def train_step(
             other = loss_function.mean(logits_BL.float(), mix.labels_B[part])
             loss = mix.share * loss + (1 - mix.share) * other
             correct_B = correct_B if mix.share >= 1 / 2 else mix.labels_B[part]
-        if end - start < len(labels_B):
-            loss = loss * ((end - start) / len(labels_B))
+        if weight != 1:
+            loss = loss * weight
         with buffers_kept(recomputed):
             (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-        hits.append(num_correct(logits_BL.detach(), correct_B))
+        step_hits = num_correct(logits_BL.detach(), correct_B)
+        hits.append(step_hits if is_counted else torch.zeros_like(step_hits))
     take_step(optimizer, parameters, largest_norm=training.gradient_clip, scaler=scaler)
     return functools.reduce(operator.add, losses), functools.reduce(operator.add, hits)
 

@@ -21,8 +21,9 @@ from hpo.train.engines.captured import capture_key
 from hpo.train.engines.captured_lanes import CapturedLanes
 from hpo.train.engines.captured_optimizers import NotCapturable
 from hpo.train.engines.plain import PlainEngine
-from hpo.train.engines.planning import MAX_LANES, LanePlan, device_kind, plan_lanes
+from hpo.train.engines.planning import MAX_LANES, LanePlan, device_kind, plan_lanes, plan_ranks
 from hpo.train.engines.protocol import Engine, Stopped
+from hpo.train.engines.ranks import DistributedEngine
 from hpo.train.engines.stack import TrialStack, stack_key
 from hpo.train.engines.stacked_network import NotStackable
 from hpo.train.failures import is_out_of_memory
@@ -42,6 +43,7 @@ class LaneEngine(Engine):
         max_lanes: int = MAX_LANES,
         num_interleaved: int = 1,
         is_one_kind: bool = True,
+        num_ranks: int = 1,
         should_stop: Callable[[], bool] = lambda: False,
         get_or_set_plan: Callable[[str, Callable[[], LanePlan]], LanePlan] = lambda device, measure: measure(),
     ) -> None:
@@ -53,6 +55,7 @@ class LaneEngine(Engine):
             max_lanes: The most lanes that are tried when `lanes` is None.
             num_interleaved: How many trials take turns where each trains alone.
             is_one_kind: Whether all trials can share a stack.
+            num_ranks: How many devices train each trial; the others follow `device`.
             should_stop: Asked before each step, from the training thread; it has to be quick.
             get_or_set_plan: Called with the kind of device and a function that plans. Returns the plan of the
                 others that train the same study on such a device, or plans to be the first. All need the same
@@ -61,12 +64,17 @@ class LaneEngine(Engine):
         self.device = torch.device(device)
         self.plan: LanePlan | None = None
         self._num_lanes, self._max_lanes, self._num_interleaved = lanes, max_lanes, num_interleaved
-        self._is_one_kind = is_one_kind
+        self._is_one_kind, self._num_ranks = is_one_kind, num_ranks
         self._should_stop, self._get_or_set_plan = should_stop, get_or_set_plan
         self._dataset_cache = DatasetCache(device=self.device)
         self._places: dict[int, tuple[Engine, int]] = {}  # by lane: the engine that trains it, and its lane in that one
         self._captured = CapturedLanes(device=self.device, dataset_cache=self._dataset_cache, should_stop=should_stop)
         self._stacks: dict[str, TrialStack] = {}  # by `stack_key`
+        self._distributed: DistributedEngine | None = None
+        if num_ranks > 1:
+            self._distributed = DistributedEngine(
+                device=device, num_ranks=num_ranks, should_stop=should_stop, dataset_cache=self._dataset_cache
+            )
         self._alone_keys: set[str] = set()  # of the kinds that can only be trained alone
         self._queue: deque[Engine] = deque()  # the engines that have trials, in the order of their turns
 
@@ -90,15 +98,19 @@ class LaneEngine(Engine):
             data = self._dataset_cache.for_trial(config)
             self.plan = self._get_or_set_plan(
                 device_kind(self.device),
-                lambda: plan_lanes(
-                    config,
-                    data=data,
-                    captured=self._captured,
-                    device=self.device,
-                    lanes=self._num_lanes,
-                    max_lanes=self._max_lanes,
-                    num_interleaved=self._num_interleaved,
-                    is_one_kind=self._is_one_kind,
+                lambda: (
+                    plan_lanes(
+                        config,
+                        data=data,
+                        captured=self._captured,
+                        device=self.device,
+                        lanes=self._num_lanes,
+                        max_lanes=self._max_lanes,
+                        num_interleaved=self._num_interleaved,
+                        is_one_kind=self._is_one_kind,
+                    )
+                    if self._num_ranks == 1
+                    else plan_ranks(self.device, num_ranks=self._num_ranks)
                 ),
             )
             self._drop_spare_lanes()  # of the lanes that were measured, where another worker's plan holds
@@ -154,6 +166,11 @@ class LaneEngine(Engine):
         if all(other is not engine for other, _ in self._places.values()):
             self._queue.remove(engine)
 
+    def close(self) -> None:
+        """End the processes that have trained on the other devices."""
+        if self._distributed is not None:
+            self._distributed.close()
+
     def limit_lanes(self, lanes: int) -> None:
         """Have at most so many lanes from now on, because the device's memory ran out with more."""
         assert self.plan is not None
@@ -182,7 +199,7 @@ class LaneEngine(Engine):
         except (NotCapturable, NotStackable) as error:
             logger.warning("a trial of %s trains alone: %s", config.model.name, error)
             self._alone_keys.add(capture_key(config) if self.plan.is_captured else stack_key(config))
-        plain = self._plain_engine()
+        plain = self._distributed or self._plain_engine()
         return plain, plain.admit(config, checkpoint)
 
     def _stack_for(self, config: TrialConfig, *, convolution: str) -> TrialStack:

@@ -19,8 +19,10 @@ from hpo.train.data.batches import BatchLoader
 from hpo.train.data.loading import DatasetCache, SplitDataset
 from hpo.train.data.mixing import Mix, mix_batch
 from hpo.train.engines.lane_state import (
+    ALONE,
     Evaluated,
     LaneState,
+    Rank,
     check_test_set,
     evaluation_batch_size,
     evaluation_sums,
@@ -54,6 +56,7 @@ class PlainLaneState(LaneState):
     optimizer: torch.optim.Optimizer
     amp_dtype: torch.dtype | None  # of automatic mixed precision; None: float32 throughout
     scaler: torch.amp.GradScaler | None = None  # of the gradients, in fp16
+    rank: Rank = ALONE  # of the processes that train it
     average: WeightAverage | None = None  # of the model's weights, where it is validated in their place
     is_whole: bool = True  # between two epochs, not within one
 
@@ -162,7 +165,7 @@ class PlainEngine(Engine):
         num_steps = data.train.num_batches(training.images_per_step)
         losses_S = torch.empty(num_steps, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        seed_generators(seed, "epoch", lane.epoch)
+        self._seed_epoch(lane)
         lane.begin_training()
         batches = data.train.batches(training.images_per_step, seed=seed, epoch=lane.epoch)
         for step, (images_BCHW, labels_B) in enumerate(batches):
@@ -175,6 +178,9 @@ class PlainEngine(Engine):
             if lane.average is not None:
                 lane.average.update(lane.model, step=lane.epoch * num_steps + step)
         return losses_S.cpu(), hits.item()
+
+    def _seed_epoch(self, lane: PlainLaneState) -> None:
+        seed_generators(lane.config.seed, "epoch", lane.epoch)
 
     def step(
         self, lane: PlainLaneState, images_BCHW: Tensor, labels_B: Tensor, *, mix: Mix | None = None
@@ -191,6 +197,7 @@ class PlainEngine(Engine):
             mix=mix,
             scaler=lane.scaler,
             recomputed=lane.model if lane.config.training.activation_checkpointing else None,
+            rank=lane.rank,
         )
 
 

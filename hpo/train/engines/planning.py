@@ -127,6 +127,11 @@ def plan_lanes(
     )
 
 
+def plan_ranks(device: torch.device, *, num_ranks: int) -> LanePlan:
+    """Return the plan of trials that so many devices like this one train together."""
+    return _plan_alone(device_kind(device), f"engine.devices_per_trial = {num_ranks}", lanes=1)
+
+
 def _is_by_rule(device: torch.device) -> bool:
     """Return whether digits are promised on this kind of device."""
     return device.type == "cpu"
