@@ -92,8 +92,10 @@ def _meant_name(value: str, valid: Sequence[str]) -> str | None:
         return [*of_origin, *same][0]
     if any(name.startswith(OWN_CODE) for name in valid) and (own := _own_code_name(value)):
         return own
-    by_last = {name.rpartition(":")[2].lower(): name for name in reversed(known)}
-    near = difflib.get_close_matches(value.lower(), by_last, n=1, cutoff=0.65)
+    of_origin = [name for name in known if ":" in value and name.startswith(f"{parts[0]}:")]
+    by_last = {name.rpartition(":")[2].lower(): name for name in reversed(of_origin or known)}
+    last = value.lower().removeprefix(f"{parts[0]}:") if of_origin else value.lower()
+    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.65)
     return by_last[near[0]] if near else None
 
 
