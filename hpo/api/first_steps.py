@@ -59,7 +59,10 @@ def write_first_study(name: str, *, examples: Collection[str] = ()) -> list[str]
     files[f"{name}.toml"] = "\n".join(_study_lines(name, steps)) + "\n"
     for file in files:
         if os.path.lexists(file):
-            raise UserError(f"{file} exists, and hpo init writes over nothing: remove it, or give another NAME")
+            way_out = (
+                "give another NAME" if file == f"{name}.toml" else "leave out the option that writes it, to use it"
+            )
+            raise UserError(f"{file} exists, and hpo init writes over nothing: remove it, or {way_out}")
     for file, text in files.items():
         with open(file, "x", encoding="utf-8") as writing:
             writing.write(text)

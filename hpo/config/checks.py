@@ -405,9 +405,11 @@ def check_unused_with_objective(
             if objective.recipe:
                 is_read = section != "training" or field.name not in UNREAD_BY_RECIPE
             if not is_read and not is_default(config, field.name):
+                key, value = field.name, getattr(config, field.name)
+                if key == "options":  # whose keys are the section's in a study file
+                    key, value = next(iter(value.items()))
                 raise UserError(
-                    f"{section}.{field.name} has no effect with {objective.setting}, whose own code decides it; "
-                    f"got {getattr(config, field.name)!r}"
+                    f"{section}.{key} has no effect with {objective.setting}, whose own code decides it; got {value!r}"
                 )
 
 

@@ -189,6 +189,10 @@ MISTAKES = {
     "[objective]\nfunction = 'train'": ["objective.function must be written package.module:name, got 'train'"],
     "[objective]\nfunction = 'm:f'\ndirection = 'up'": ["objective.direction must be maximize or minimize, got 'up'"],
     "[objective]\nfunction = 'm:f'\n[model]\nname = 'x'": ["model.name has no effect with objective.function"],
+    "[objective]\nfunction = 'm:f'\n[model]\nwidth = 0.5": [
+        "model.width has no effect with objective.function",
+        "got 0.5",
+    ],
     "[objective]\nfunction = 'm:f'\n[training]\nbatch_size = 3": ["training.batch_size has no effect", "got 3"],
 }
 
