@@ -228,9 +228,11 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put logs and checkpoints of studies in Postgres into the test's folder, where those of SQLite are.
 
-    Also forget the module `loop` that another test has imported.
+    Also forget the module `loop` that another test has imported, and what importing Lightning tells torch: to believe
+    in every GPU that the driver lists.
     """
     sys.modules.pop("loop", None)
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
     monkeypatch.setenv("HPO_FILES", str(tmp_path / "hpo_files"))
 
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 DIVERGED_PREFIX = "diverged"  # the user attribute "ended" of a diverged trial begins with it
@@ -81,7 +80,7 @@ class RoundStudy(SearchStudy):
         """Return whether the study's pruner stops this trial now."""
         storage = self._storage
         noting = NotingStorage(storage)
-        self._storage = cast(BaseStorage, noting)
+        self._storage = cast(Any, noting)
         try:
             pruned = self.pruner.prune(self, storage.get_trial(trial_id))
         finally:
@@ -97,7 +96,7 @@ class RoundStudy(SearchStudy):
 class NotingStorage:
     """A storage that knows whether a pruner has noted anything on a trial."""
 
-    def __init__(self, storage: BaseStorage) -> None:
+    def __init__(self, storage: Any) -> None:
         self._storage = storage
         self.has_notes = False
 

@@ -40,6 +40,7 @@ def prove_device(device: str, *, precisions: Iterable[str]) -> None:
     from hpo.train.engines.lane_state import mixed_precision
 
     place = torch.device(device)
+    torch.zeros(1, device=place)  # or torch says why it cannot; autocast would only warn
     for precision in sorted(set(precisions)):
         dtype = mixed_precision(TrainingConfig(precision=precision), device=place)  # type: ignore[arg-type]
         with torch.autocast(place.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):

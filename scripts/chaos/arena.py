@@ -89,7 +89,10 @@ class SQLite:
         with engine.begin() as connection:
             for table in AUDIT:
                 connection.exec_driver_sql(table.format(key="INTEGER PRIMARY KEY"))
-            connection.exec_driver_sql(f"CREATE TRIGGER chaos_report AFTER INSERT ON hpo_epochs BEGIN {ON_REPORT}; END")
+            for event in ("INSERT", "UPDATE"):  # an epoch that is trained again is an update
+                connection.exec_driver_sql(
+                    f"CREATE TRIGGER chaos_report_{event} AFTER {event} ON hpo_epochs BEGIN {ON_REPORT}; END"
+                )
             connection.exec_driver_sql(
                 "CREATE TRIGGER chaos_state AFTER UPDATE ON hpo_slots WHEN OLD.state <> NEW.state "
                 f"BEGIN {ON_STATE}; END"
@@ -120,7 +123,7 @@ class Postgres:
             for table in AUDIT:
                 connection.exec_driver_sql(table.format(key="SERIAL PRIMARY KEY"))
             for name, action, when in (
-                ("chaos_report", ON_REPORT, "AFTER INSERT ON hpo_epochs FOR EACH ROW"),
+                ("chaos_report", ON_REPORT, "AFTER INSERT OR UPDATE ON hpo_epochs FOR EACH ROW"),
                 (
                     "chaos_state",
                     ON_STATE,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ IMPORTS: dict[str, Callable[[str], object]] = {
     "_optimizer_class": lambda name: build_optimizer([], TrainingConfig(optimizer=name, lr=0.1), device_type="cpu"),
     "find_schedule": find_schedule,
     "check_own_schedule": check_own_schedule,
-    "build_loss": lambda name: build_loss(TrainingConfig(loss=name), data=cast("Any", None)),
+    "build_loss": lambda name: build_loss(TrainingConfig(loss=name), data=cast("Any", Mock(has_several_labels=False))),
     "_own_metric": lambda name: measure(name, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)),
 }
 
@@ -128,6 +129,8 @@ def test_no_other_code_imports_what_a_name_says() -> None:
     assert found == {
         ("__init__.py", "__getattr__", "import_module"),  # by a table of our own
         ("train/imports.py", "_import_module", "import_module"),
+        ("train/engines/other_rank.py", "follow_rank_0", "loads"),  # from the process that started this one
+        ("train/engines/ranks.py", "_receive", "loads"),  # from a process that this one has started
         ("train/optim.py", "_optimizer_class", "import_module"),  # by the table OPTIMIZERS
     }
 

@@ -227,7 +227,7 @@ def test_a_trial_that_gets_its_worker_killed_keeps_the_study_neither_from_the_ot
     assert exit_code == 0, output
     assert [(trial.state, trial.reason) for trial in trials(hpo)] == [
         ("failed", f"its worker died {MAX_TRIAL_KILLS} times"),
-        ("complete", "trained for 1 epochs"),
+        ("complete", "trained for 1 epoch"),
     ]
 
 
