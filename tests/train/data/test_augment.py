@@ -161,7 +161,7 @@ def test_a_mistake_is_one_sentence_before_anything_is_trained(
     with pytest.raises(UserError, match=message) as raised:
         build(augment)
     assert "\n" not in str(raised.value)
-    assert not recwarn.list
+    assert not [w for w in recwarn.list if "torchvision" in w.filename]  # garbage of other tests may warn, too
 
 
 def test_own_augmentation_is_code_that_has_to_be_allowed() -> None:
