@@ -56,11 +56,12 @@ def test_a_study_begins_anew_once_the_mended_code_is_checked(
     assert run(fresh=True) == run() == [0.1, 0.2]
     (tmp_path / "other.py").write_text("# another study's")
     assert (run(), caplog.messages) == ([0.1, 0.2], [])
-    (tmp_path / "values.py").write_text("FACTOR = (")
+    # Of another length than before: within a second Python takes a source of the same length for the same one.
+    (tmp_path / "values.py").write_text("FACTOR = (  # mended below")
     with pytest.raises(UserError, match="cannot be imported"):
         run(fresh=True)
     assert run() == [0.1, 0.2], "nothing was deleted"
-    (tmp_path / "values.py").write_text("FACTOR = 2")
+    (tmp_path / "values.py").write_text("FACTOR = 2.0")
     (tmp_path / "loop.py").write_text("import values\n" + LOOP.replace('["lr"]', '["lr"] * values.FACTOR'))
     assert run() == [0.1, 0.2]
     (message,) = caplog.messages
