@@ -19,25 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy
 import psutil
 import sqlalchemy as sa
 import tomli_w
-import torch
 
 LEASE_S = 3.0  # HPO_LEASE_S of every process: what a minute is in earnest
 BUSY_S = 2.0  # how long a writer waits for SQLite's lock: the URL's timeout
 DISK_BYTES = 48 * 2**20
 TOP, SEEDS = 2, 2  # of a confirmation
-# scikit-learn's digits without scikit-learn: of the four seconds of work that a worker needs to start, a third.
-PICTURES = """
-import pathlib, numpy
-
-def digits():
-    with numpy.load(pathlib.Path(__file__).parent / "pictures.npz") as found:
-        images, labels = found["images"], found["labels"]
-    return (images[:-200], labels[:-200]), (images[-200:], labels[-200:])
-"""
 _made: set[Path] = set()  # the only folders that are ever removed
 
 
@@ -229,7 +218,7 @@ class Problem:
             "search": search,
             "model": {"name": "article_cnn", "width": 0.05},
             "data": {
-                "name": "pictures:digits",
+                "name": "digits",
                 "train_samples": 600,
                 "validation_fraction": 0.2,
                 "flip": True,
@@ -282,8 +271,6 @@ class Arena:
             from scripts.chaos.sabotage import SABOTAGE
 
             (self.folder / "sabotage.py").write_text(SABOTAGE[self.sabotage])
-        (self.folder / "pictures.py").write_text(PICTURES)
-        self._write_pictures()
         (self.folder / "study.toml").write_text(tomli_w.dumps(self.problem.settings(self.disk)))
         self.database = SQLite(self.folder) if server is None else Postgres(server)
         from hpo.store.store import Store
@@ -291,15 +278,6 @@ class Arena:
         engine = Store(self.database.url, create=True).storage.engine
         self.database.audit(engine)
         engine.dispose()
-
-    def _write_pictures(self) -> None:
-        from hpo.train.config import DataConfig
-        from hpo.train.data.datasets import open_dataset
-
-        pictures = open_dataset(DataConfig(name="digits")).train
-        images_NHWC = pictures.read(torch.arange(len(pictures.labels_N)))
-        images, labels = images_NHWC.permute(0, 3, 1, 2).numpy(), pictures.labels_N.numpy()
-        numpy.savez(self.folder / "pictures.npz", images=images, labels=labels)
 
     @property
     def disk(self) -> Path:

@@ -26,6 +26,12 @@ spec = StudySpec.from_dict({"name": "s", "search": search, "objective": {"functi
 with ImportAllowlist(("textwrap",), ()).importable():
     run_preflight(spec, ["cpu"])
 """
+TRAINING = """
+import hpo.train.engines.plain
+from hpo.train.config import DataConfig
+from hpo.train.data.datasets import open_dataset
+open_dataset(DataConfig(name="digits"))
+"""
 LOADED = f"\nimport sys; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {HEAVY}))"
 
 
@@ -38,7 +44,7 @@ LOADED = f"\nimport sys; print(sorted({{name.partition('.')[0] for name in sys.m
         ("import hpo; hpo.StudySpec", ["pydantic"]),
         ("from hpo.system.devices import choose_devices; choose_devices('cpu')", []),
         ("import hpo; hpo.best", ["optuna", "pydantic", "sqlalchemy"]),
-        ("import hpo.train.engines.plain", ["torch"]),
+        pytest.param(TRAINING, ["torch"], id="the plain engine and the digits"),
         ("import hpo.train.optim", []),
         pytest.param(PREFLIGHT, ["optuna", "pydantic", "sqlalchemy"], id="preflight"),
         ("import hpo.reports.publisher", ["optuna", "pydantic", "sqlalchemy"]),

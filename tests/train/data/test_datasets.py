@@ -11,10 +11,11 @@ import numpy
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageColor
+from sklearn.datasets import load_digits
 
 from hpo.errors import UserError
 from hpo.train.config import DataConfig
-from hpo.train.data.datasets import DATASETS, open_dataset
+from hpo.train.data.datasets import DATASETS, _scanned_digits, open_dataset
 from hpo.train.data.images import DatasetImages
 from hpo.train.imports import ImportAllowlist
 from tests.train.data.datasets_under_test import epoch, load
@@ -26,6 +27,14 @@ def test_digits() -> None:
     assert data.test is not None
     assert len(data.test) == 1797 // 5
     assert len(data.train) + len(data.val) == 1797 - 1797 // 5
+
+
+def test_digits_are_scikit_learns() -> None:
+    images_NHWC, labels_N = _scanned_digits()
+    found = load_digits()
+    assert labels_N.tolist() == found.target.tolist()
+    means_N = images_NHWC.double().mean(dim=(1, 2, 3)) * 16 / 255
+    assert means_N.numpy() == pytest.approx(found.images.mean(axis=(1, 2)), abs=0.1)
 
 
 def test_mnist(mnist_root: Path) -> None:
