@@ -4,9 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Tests start hundreds of processes; without its .pyc files each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
-# As many processes as the machine has cores; tests that share a server run in the same process (tests/conftest.py).
+# One process more than the machine has cores, long groups of tests first (tests/conftest.py). Tests that share a server
+# run in the same process.
 # A process that crashes ends the run: in its place xdist would start one that has been seen to wait for ever.
-PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadgroup --max-worker-restart=0
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder --max-worker-restart=0
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 18

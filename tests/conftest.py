@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import alembic.util
+import psutil
 import pytest
 import sqlalchemy as sa
 import tomli_w
@@ -105,6 +106,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # tests/store holds what the two kinds of store have in common.
         if _store_of(item) == "postgres" and _without_row(item) in on_sqlite and item.path.parent.name != "store":
             item.add_marker(pytest.mark.slow)
+    if items and hasattr(items[0].config, "workerinput"):
+        _put_long_ones_first(items)
+
+
+def _put_long_ones_first(items: list[pytest.Item]) -> None:
+    """Order the groups so that none of minutes is left to one process at the end, where the others have no more to do.
+
+    xdist gives groups out in this order (--no-loadscope-reorder in the Makefile), tests without one after all others.
+    """
+    of_group: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        group = item.get_closest_marker("xdist_group")
+        of_group.setdefault(group.args[0] if group else item.nodeid, []).append(item)
+
+    def is_long(group: list[pytest.Item]) -> bool:
+        return any(item.get_closest_marker(name) for item in group for name in ("slow", "cluster", "browser"))
+
+    groups = sorted(of_group.values(), key=lambda group: (not is_long(group), len(group) == 1))
+    items[:] = [item for group in groups for item in group]
 
 
 def _store_of(item: pytest.Item) -> str | None:
@@ -131,6 +151,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SERVERS] = Path(shared or tempfile.mkdtemp(prefix="hpo-tests-"))
     if shared is None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, with all fixtures
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one process more than there are cores: for a quarter of their time, tests wait for other processes."""
+    return (psutil.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(optionalhook=True)
