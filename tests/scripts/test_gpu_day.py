@@ -10,6 +10,7 @@ import sys
 import venv
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -270,35 +271,68 @@ def test_every_section_can_be_imported_with_torch_alone(bare_machine: Machine, g
     assert run.stdout == "[]\n", run.stderr
 
 
+# All sections in one process: that each has one of its own is held above, and to load torch for each takes longest.
+ALL_SECTIONS = """
+import sys, time
+sys.path[:0] = [{repository!r}]
+from pathlib import Path
+from scripts.gpu_day.common import Section, run_section
+from scripts.gpu_day.day import SECTIONS
+from scripts.gpu_day.figures import Figures
+out = Path({out!r})
+for name in SECTIONS:
+    figures = Figures(out, name)
+    run_section(
+        Section(
+            figures=figures, is_tiny=True, folder=out, packages=None, started_at=time.time(), limit_s={limit_s}
+        )
+    )
+    figures.say("has_ended", True)
+"""
+
+
+@dataclass(frozen=True)
+class TinyDay:
+    """The figures of the smallest day with torch alone; those where packages were carried; and the table of both."""
+
+    alone: dict[str, Any]
+    carried: dict[str, Any]
+    table: str
+
+
 @pytest.fixture(scope="module")
-def tiny_day(bare_machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the smallest day with torch alone, then `hpo run` with packages that were carried; return the folder."""
+def tiny_day(bare_machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> TinyDay:
+    """Run every section with torch alone, then, by the command, those that do more with packages that were carried."""
     python, environment = bare_machine
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(REPOSITORY)
         needed = import_module("scripts.gpu_day.packages").requirements_needed()
+        read_figures = import_module("scripts.gpu_day.figures").read_figures
     names = set().union(*(required(Requirement(requirement).name) for requirement in needed))
     out, packages = tmp_path_factory.mktemp("day"), tmp_path_factory.mktemp("carried")
     carried = link_packages(packages / "packages", lambda name: name in names)
-    command = [python, str(REPOSITORY / "scripts/gpu_day"), "--out", str(out), "--tiny", "--budget", str(WHOLE_DAY_S)]
-    runs = {"first.txt": [], "second.txt": ["--only", "product", "proof", "memory", "--packages", str(carried)]}
-    for name, further in runs.items():
+
+    def run(*arguments: str) -> str:
         run = subprocess.run(
-            [*command, *further], cwd=out, env=environment, text=True, capture_output=True, check=False
+            [python, *arguments], cwd=out, env=environment, text=True, capture_output=True, check=False
         )
         assert run.returncode == 0, run.stderr
-        (out / name).write_text(run.stdout)
-    return out
+        return run.stdout
+
+    run("-c", ALL_SECTIONS.format(repository=str(REPOSITORY), out=str(out), limit_s=WHOLE_DAY_S))
+    alone = read_figures(out)
+    command = [str(REPOSITORY / "scripts/gpu_day"), "--out", str(out), "--tiny", "--budget", str(WHOLE_DAY_S)]
+    table = run(*command, "--only", "product", "proof", "memory", "--packages", str(carried))
+    return TinyDay(alone, read_figures(out), table)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * WHOLE_DAY_S)
-def test_every_section_ends_on_a_cpu_with_torch_alone(tiny_day: Path, gpu_day: Any) -> None:
-    figures, table = gpu_day("figures").read_figures(tiny_day), (tiny_day / "first.txt").read_text()
-    sections = gpu_day("day").SECTIONS
-    assert {name: figures[f"day.{name}"]["code"] for name in sections} == dict.fromkeys(sections, 0), figures
+def test_every_section_ends_on_a_cpu_with_torch_alone(tiny_day: TinyDay, gpu_day: Any) -> None:
+    figures, sections = tiny_day.alone, gpu_day("day").SECTIONS
+    assert all(figures[f"{name}.has_ended"] for name in sections)
     assert {key: value for key, value in figures.items() if key.endswith(".error")} == {}
-    assert all(any(key.startswith(f"{name}.") and key != f"{name}.began" for key in figures) for name in sections)
+    assert all(any(key.startswith(f"{name}.") and key != f"{name}.has_ended" for key in figures) for name in sections)
     assert {key for key, value in figures.items() if value == "nothing to do on a CPU"} >= {
         "facts.cuda",
         "memory.gpu",
@@ -306,26 +340,26 @@ def test_every_section_ends_on_a_cpu_with_torch_alone(tiny_day: Path, gpu_day: A
         "queues.16_lanes",
         "rates.benchmark",
     }
-    assert "=== goals ===" in table
-    assert all(f"{key} " in table for key in ("rates.plain", "rates.captured.1", "processes.2"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * WHOLE_DAY_S)
-def test_hpo_run_is_measured_where_its_packages_are_carried(tiny_day: Path, gpu_day: Any) -> None:
-    row = next(line for line in (tiny_day / "first.txt").read_text().splitlines() if line.startswith("product.article"))
-    assert "optuna" in row, "the first time they were not there"
-    figures = gpu_day("figures").read_figures(tiny_day)
+def test_hpo_run_is_measured_where_its_packages_are_carried(tiny_day: TinyDay) -> None:
+    assert "optuna" in tiny_day.alone["product.article"], "the first time they were not there"
+    figures = tiny_day.carried
+    assert {figures[f"day.{name}"]["code"] for name in ("product", "proof", "memory")} == {0}
     assert figures["product.article"]["code"] == 0
     assert figures["proof.process"]["problem"] is None
     assert figures["memory.host"]["classified"] == "memory"
     assert "trial 0 complete" in figures["product.answer"]
+    assert "=== goals ===" in tiny_day.table
+    assert all(f"{key} " in tiny_day.table for key in ("rates.plain", "rates.captured.1", "processes.2"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * WHOLE_DAY_S)
-def test_results_on_a_cpu_are_those_of_the_plain_engine(tiny_day: Path, gpu_day: Any) -> None:
-    figures = gpu_day("figures").read_figures(tiny_day)
+def test_results_on_a_cpu_are_those_of_the_plain_engine(tiny_day: TinyDay) -> None:
+    figures = tiny_day.alone
     values = {key: value for key, value in figures.items() if isinstance(value, dict)}
     compared = {key: value["weights"] for key, value in values.items() if "weights" in value}
     assert len(compared) > 20
