@@ -48,13 +48,13 @@ class ComparedStudy:
         study: The study.
         params: The values of the combination.
         factors: Its settings in which the compared studies are not all alike.
-        lr: Its best learning rate.
+        lr: The learning rate to train with: the confirmed one if there is one, else the best one by the response.
         interval: Holds its best learning rate with 90 % confidence.
         ratio: Which factors between its best learning rate and the first study's are possible; all hold together with
             90 % confidence.
         plateau: The learning rates that do equally well.
         divergence_lr: The learning rate at which half of the trials diverge.
-        value: The value that is expected at the best learning rate.
+        value: The value that is expected there.
         metric: What the value is.
         confirmed: The learning rate that won a confirmation, if that was of this combination.
         num_trials: How many trials count.
@@ -207,8 +207,9 @@ def _compared_study(
     listed_values = study.spec.search.listed_values
     alike = [trial for trial in search_trials(trials) if listed_values(trial.params) == params]
     leader = best_trial(study, alike)
-    is_confirmed = answer.confirmation is not None and listed_values(answer.recommended) == params
-    is_told_apart = is_confirmed and bool(find_worse_rates(study, answer.confirmation))
+    confirmation = answer.confirmation if listed_values(answer.recommended) == params else None
+    confirmed = answer.lr if confirmation else None
+    is_told_apart = bool(find_worse_rates(study, confirmation))
     warnings = []
     if leader is not None:
         warnings = find_warnings(study, alike, leader, response, is_told_apart=is_told_apart)
@@ -216,14 +217,14 @@ def _compared_study(
         study=study.name,
         params=params,
         factors={},
-        lr=response.best if response else None,
+        lr=confirmed or (response.best if response else None),
         interval=response.interval if response else None,
         ratio=None,
         plateau=response.plateau if response else None,
         divergence_lr=response.divergence_lr.lr if response and response.divergence_lr else None,
-        value=response.value if response else answer.value,
+        value=(confirmation or response or answer).value,
         metric=study.spec.metric,
-        confirmed=answer.lr if is_confirmed else None,
+        confirmed=confirmed,
         num_trials=len(alike),
         warnings=[warning.kind for warning in warnings],
     )

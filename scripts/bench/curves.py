@@ -136,9 +136,8 @@ def run(task: PublicTask, how: str, *, seed: int) -> list[TrialRecord]:
     return trials
 
 
-def run_race(task: PublicTask, *, seed: int) -> list[TrialRecord]:
+def run_race(task: PublicTask, spec: StudySpec, *, seed: int) -> list[TrialRecord]:
     """Return the trials of a race in memory."""
-    spec = make_study(task, RACE).spec
     course = course_of(spec)
     assert course is not None
     random = np.random.default_rng(seed)
@@ -164,19 +163,22 @@ def make_trial(number: int, state: str, lr: float, curve: list[float]) -> TrialR
     return TrialRecord(**{**vars(record), "epochs": range(1, len(curve) + 1), "curves": curves})
 
 
-def make_study(task: PublicTask, how: str) -> StudyRecord:
+def make_study(task: PublicTask, how: str, *, num_trainings: float) -> StudyRecord:
     space = {"lr": {"low": 10 ** task.x[0], "high": 10 ** task.x[-1], "log": True}}
-    search = {"space": space} | ({"sampler": RACE} if how == RACE else {"trials": STUDIES[how]})
+    search = {"space": space} | (
+        {"sampler": RACE, "trainings": num_trainings} if how == RACE else {"trials": STUDIES[how]}
+    )
     spec = StudySpec.from_dict({"name": "s", "search": search, "training": {"epochs": task.num_epochs}})
     return StudyRecord(1, "s", spec, {"num_classes": task.num_classes, "num_val": 10_000}, None, None, 0.0)
 
 
-def repeat(arguments: tuple[PublicTask, str, int]) -> dict[str, float]:
+def repeat(arguments: tuple[PublicTask, str, float, int]) -> dict[str, float]:
     """Make one study, and return what its answer is worth."""
-    task, how, seed = arguments
+    task, how, num_trainings, seed = arguments
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    trials = run_race(task, seed=seed) if how == RACE else run(task, how, seed=seed)
-    found = analysis.find_best(make_study(task, how), trials)
+    study = make_study(task, how, num_trainings=num_trainings)
+    trials = run_race(task, study.spec, seed=seed) if how == RACE else run(task, how, seed=seed)
+    found = analysis.find_best(study, trials)
     if found is None:
         return {}
     best = int(task.final.argmax())
@@ -224,13 +226,16 @@ def main() -> None:
     parser.add_argument("curves", type=Path, help="curves.json.gz")
     parser.add_argument("--repetitions", type=int, default=20, help="studies of each task")
     parser.add_argument("--only", choices=[RACE, *STUDIES], help="one way to search: the race, a pruner of TPE, or gp")
+    parser.add_argument("--trainings", type=float, default=2.0, help="what a race may cost")
     arguments = parser.parse_args()
     tasks = read_tasks(arguments.curves)
     halves = {"chosen on": tasks[::2], "held out": tasks[1::2]}
     with Pool(os.cpu_count(), initializer=threadpool_limits, initargs=(1,)) as pool:
         for half, members in halves.items():
             for how in [arguments.only] if arguments.only else [RACE, *STUDIES]:
-                jobs = [(task, how, seed) for task in members for seed in range(arguments.repetitions)]
+                jobs = [
+                    (task, how, arguments.trainings, seed) for task in members for seed in range(arguments.repetitions)
+                ]
                 row = summarize([one for one in pool.map(repeat, jobs, chunksize=4) if one])
                 cells = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
                 search = how if how in (RACE, GP) else f"tpe + {how}, {STUDIES[how]} trials"

@@ -16,6 +16,7 @@ from hpo.analysis.comparison import Comparison, changed_settings, compare_answer
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.study.records import StudyRecord, TrialRecord
+from tests.analysis.confirmation_examples import again
 
 if TYPE_CHECKING:
     from tests.conftest import Hpo
@@ -110,6 +111,23 @@ def test_the_combinations_of_a_list_are_sides_of_their_own() -> None:
     assert [side.factors["training.optimizer"] for side in found.studies] == ["adam", "sgd"]
     assert [side.num_trials for side in found.studies] == [26, 26]
     assert "s (optimizer sgd), with training.optimizer sgd instead of adam, has its best" in text
+
+
+def test_the_rate_and_value_of_a_confirmed_study_are_the_confirmed_ones() -> None:
+    study, searched, _ = answer(-3.0, confirm={"top": 2, "seeds": 2})
+    best, other = ({"lr": float(rate)} for rate in (RATES[10], RATES[12]))
+    trials = [*searched, *again(searched, [0.8, 0.8], [0.87, 0.89], params=[best, other])]
+    found = find_best(study, trials)
+    assert found is not None
+    assert found.confirmation is not None
+    assert found.response is not None
+    comparison, text = told((study, trials, found), answer(-1.0, name="t"))
+    first, second = comparison.studies
+    assert first.lr == first.confirmed == found.lr == other["lr"] != found.response.best
+    assert first.value == found.confirmation.value == pytest.approx(0.88, abs=1e-3)
+    assert second.lr is not None
+    assert second.confirmed is None
+    assert f"times {other['lr']:.2g} of s" in text
 
 
 def test_what_cannot_be_said_is_said() -> None:

@@ -44,7 +44,7 @@ def test_recorded_rates_are_worth_the_end_of_their_curves(task: Any) -> None:
 
 @pytest.mark.parametrize(("how", "most"), [("none", 20), ("asha", 30), ("race", 2)])
 def test_a_study_is_judged_by_the_recorded_curves(bench: Any, task: Any, how: str, most: int) -> None:
-    one, again = (bench.repeat((task, how, 3)) for _ in range(2))
+    one, again = (bench.repeat((task, how, 2.0, 3)) for _ in range(2))
     assert one == again
     assert 0 <= one["trial_regret"] < 0.3
     assert 0 <= one["regret"] < 0.3
