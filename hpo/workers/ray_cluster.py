@@ -190,7 +190,7 @@ class RayLauncher(Launcher):
         """Connect to the cluster.
 
         Raises:
-            UserError: There is no such cluster, or it has another version of Ray or Python.
+            UserError: There is no such cluster, it has another version of Ray or Python, or does not start.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that we start reports to nobody
         where: dict[str, Any] = {"address": self._address}
@@ -203,25 +203,26 @@ class RayLauncher(Launcher):
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in gpus)
         if not self._is_client:
             where["job_config"] = _job_config(ray)
-        try:
-            with packed(self._code_folders if self._packs_code else []) as folder:
-                environment = {} if folder is None else {"working_dir": folder}
-                init = partial(
-                    ray.init,
-                    **where,
-                    namespace=NAMESPACE,
-                    runtime_env=environment,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+        with packed(self._code_folders if self._packs_code else []) as folder:
+            init = partial(
+                ray.init,
+                **where,
+                namespace=NAMESPACE,
+                runtime_env={} if folder is None else {"working_dir": folder},
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            try:
                 try:
                     init()
                 except ConnectionError:  # on a busy head, the server of Ray Client may start more slowly than Ray waits
                     if not self._is_client:
                         raise
                     init()
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise UserError(f"--on {self._executor.address}: {_first_line(error)}{connection_hint(error)}") from None
+            except Exception as error:  # Ray raises that type itself, where a node has not started in half a minute
+                raise UserError(
+                    f"--on {self._executor.address}: {_first_line(error)}{connection_hint(error)}"
+                ) from None
 
     def _controller(self, store: Store, study: StudyRecord, *, is_detached: bool = False) -> tuple[Any, bool]:
         """Return the study's supervisor on the cluster, one that was left there or a new one, and whether it is new."""

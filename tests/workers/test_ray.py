@@ -22,6 +22,9 @@ from hpo.store import schema
 from hpo.store.ledger import MAX_TRIAL_CRASHES
 from hpo.store.store import Store
 from hpo.study.records import TrialRecord
+from hpo.train.imports import ImportAllowlist
+from hpo.workers.executors import Ray
+from hpo.workers.launching import make_launcher
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'hpo-studies[ray]')")
 pytest.importorskip("grpc", reason="Ray's client is not installed (pip install 'hpo-studies[ray]')")
@@ -326,6 +329,20 @@ def test_a_ray_of_its_own_trains_from_an_sqlite_store_and_ends_with_the_command(
     assert Counter(trial.state for trial in trials(hpo)) == {"complete": 3}
     assert before
     assert raylets() == before
+
+
+def test_a_ray_of_its_own_that_does_not_start_in_time_is_one_sentence(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def times_out(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nOn several lines.")  # Ray's own type
+
+    monkeypatch.setattr(ray, "init", times_out)
+    with (
+        pytest.raises(UserError, match=r"^--on ray: The current node timed out during startup\.$"),
+        make_launcher(Ray("ray", "cpu"), make_spec(), ImportAllowlist(), url=f"sqlite:///{tmp_path}/hpo.db"),
+    ):
+        pass
 
 
 # How many workers there are
