@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UserError, unknown_name
@@ -41,7 +42,8 @@ class TrialLoss:
 
     training: TrainingConfig
     compute: Compute
-    weights_L: Tensor | None  # of the classes, with a mean of 1 over the training images
+    weights_L: Tensor | None = None  # of the classes, with a mean of 1 over the training images
+    label_weights_2L: Tensor | None = None  # of the labels 0 and 1 of each class, which `compute` applies
     evaluated: TrainingConfig = field(init=False)  # the settings without what only training has
 
     def __post_init__(self) -> None:
@@ -70,6 +72,8 @@ class TrialLoss:
 
         labels_B, shares_L = data.val.labels_N, class_shares(data).clamp(1e-6, 1 - 1e-6)
         answers = [torch.zeros_like(shares_L), shares_L.log(), shares_L.logit()]
+        if self.label_weights_2L is not None:
+            answers.append(answers[-1] + _odds(self.label_weights_2L).clamp(min=1e-6).log())
         sums = [self.sum(answer_L.expand(len(labels_B), -1), labels_B) for answer_L in answers]
         return float(min(sums)) / len(labels_B)
 
@@ -97,6 +101,12 @@ def build_loss(training: TrainingConfig, *, data: SplitDataset) -> TrialLoss:
         compute = LOSSES[name].compute
     else:
         raise unknown_name("training.loss", name, LOSSES)
+    if not training.class_weights:
+        return TrialLoss(training=training, compute=compute)
+    if data.has_several_labels:
+        weights_2L = _label_weights(training, data=data)
+        compute = partial(_bce, weights_2L=weights_2L)  # config refuses weights of a function
+        return TrialLoss(training=training, compute=compute, label_weights_2L=weights_2L)
     return TrialLoss(training=training, compute=compute, weights_L=_class_weights(training, data=data))
 
 
@@ -134,31 +144,56 @@ def check_own_loss(training: TrainingConfig, *, data: SplitDataset) -> None:
         )
 
 
-def _class_weights(training: TrainingConfig, *, data: SplitDataset) -> Tensor | None:
+def _class_weights(training: TrainingConfig, *, data: SplitDataset) -> Tensor:
+    """Return the weight of each class (L,), float32."""
+    from hpo.train.data.labels import class_sizes
+
+    sizes_L = class_sizes(data.train.labels_N, data.num_classes).double()
+    balanced = training.class_weights == "balanced"
+    return _scaled(1 / sizes_L.clamp(min=1) if balanced else _listed_weights(training, data=data), sizes_L)
+
+
+def _label_weights(training: TrainingConfig, *, data: SplitDataset) -> Tensor:
+    """Return the weights of the labels 0 and 1 of each class (2, L), float32, where images have several labels.
+
+    Balanced, the labels 0 and the labels 1 of a class have the same total weight. A list has the weights of the labels
+    1; labels 0 weigh 1.
+    """
     import torch
 
-    if not training.class_weights:
-        return None
-    if data.has_several_labels:
-        raise UserError(
-            "training.class_weights must be left out where images have a label for each class; "
-            f"got {training.class_weights!r}"
-        )
-    labels_N, num_classes = data.train.labels_N, data.num_classes
-    counts_L = torch.bincount(labels_N, minlength=num_classes).double()
+    from hpo.train.data.labels import class_sizes
+
+    ones_L = class_sizes(data.train.labels_N, data.num_classes).double()
+    sizes_2L = torch.stack([len(data.train) - ones_L, ones_L])
     if training.class_weights == "balanced":
-        weights_L = 1 / counts_L.clamp(min=1)
-    else:
-        if len(training.class_weights) != num_classes:
-            raise UserError(
-                f"training.class_weights must have one number for each of the {num_classes} classes, got "
-                f"{len(training.class_weights)}"
-            )
-        weights_L = torch.tensor(training.class_weights, dtype=torch.float64, device=labels_N.device)
-    mean = (weights_L * counts_L).sum() / counts_L.sum()
+        return _scaled(1 / sizes_2L.clamp(min=1), sizes_2L)
+    weights_L = _listed_weights(training, data=data)
+    return _scaled(torch.stack([torch.ones_like(weights_L), weights_L]), sizes_2L)
+
+
+def _listed_weights(training: TrainingConfig, *, data: SplitDataset) -> Tensor:
+    import torch
+
+    assert training.class_weights, "there are no weights"
+    if len(training.class_weights) != data.num_classes:
+        raise UserError(
+            f"training.class_weights must have one number for each of the {data.num_classes} classes, got "
+            f"{len(training.class_weights)}"
+        )
+    return torch.tensor(training.class_weights, dtype=torch.float64, device=data.train.labels_N.device)
+
+
+def _scaled(weights: Tensor, sizes: Tensor) -> Tensor:
+    """Return weights with a mean of 1 over the training images, of which so many have each."""
+    mean = (weights * sizes).sum() / sizes.sum()
     if not mean > 0:
         raise UserError("training.class_weights must be greater than 0 for a class that is trained on; all are 0")
-    return (weights_L / mean).float()
+    return (weights / mean).float()
+
+
+def _odds(weights_2L: Tensor) -> Tensor:
+    """Return how much more a label 1 of each class weighs than a label 0 (L,)."""
+    return weights_2L[1] / weights_2L[0]
 
 
 def _reduce(losses_B: Tensor, reduction: str) -> Tensor:
@@ -195,8 +230,18 @@ def _cross_entropy(logits_BL: Tensor, labels_B: Tensor, training: TrainingConfig
     return functional.cross_entropy(logits_BL, labels_B, label_smoothing=smoothing, reduction=reduction)
 
 
-def _bce(logits_BL: Tensor, labels_B: Tensor, training: TrainingConfig, reduction: str) -> Tensor:
-    """Return the mean over the classes of the binary cross-entropy: is it this class or not (arXiv 2110.00476)."""
+def _bce(
+    logits_BL: Tensor,
+    labels_B: Tensor,
+    training: TrainingConfig,
+    reduction: str,
+    *,
+    weights_2L: Tensor | None = None,
+) -> Tensor:
+    """Return the mean over the classes of the binary cross-entropy: is it this class or not (arXiv 2110.00476).
+
+    `weights_2L` are those of the labels 0 and 1 of each class.
+    """
     from torch.nn import functional
 
     num_classes = logits_BL.shape[1]
@@ -204,7 +249,10 @@ def _bce(logits_BL: Tensor, labels_B: Tensor, training: TrainingConfig, reductio
     targets_BL = functional.one_hot(labels_B, num_classes).to(logits_BL.dtype) if is_one_hot else labels_B
     num_answers = num_classes if is_one_hot else 2
     targets_BL = targets_BL * (1 - training.label_smoothing) + training.label_smoothing / num_answers
-    losses_BL = functional.binary_cross_entropy_with_logits(logits_BL, targets_BL, reduction="none")
+    zeros_L, odds_L = (None, None) if weights_2L is None else (weights_2L[0], _odds(weights_2L))
+    losses_BL = functional.binary_cross_entropy_with_logits(
+        logits_BL, targets_BL, weight=zeros_L, pos_weight=odds_L, reduction="none"
+    )
     return _reduce(losses_BL.mean(1), reduction)
 
 

@@ -55,8 +55,32 @@ def test_bce_asks_of_each_label_alone_and_other_losses_take_no_several(data: Spl
     for name in LOSSES.keys() - {"bce"}:
         with pytest.raises(UserError, match=f"training.loss must be 'bce', or a function of your .* got '{name}'"):
             build_loss(TrainingConfig(loss=name), data=several)
-    with pytest.raises(UserError, match=r"training.class_weights must be left out where .* got 'balanced'"):
-        build_loss(TrainingConfig(loss="bce", class_weights="balanced"), data=several)
+
+
+@pytest.mark.parametrize("weights", ["balanced", [3.0, *[1.0] * 8, 0.0]])
+def test_class_weights_of_several_labels_are_those_of_the_labels_1(weights: Any, data: SplitDataset) -> None:
+    labels_NL = functional.one_hot(data.train.labels_N, 10).float()
+    several = replace(data, train=replace(data.train, labels_N=labels_NL), val=replace(data.val, labels_N=labels_NL))
+    loss = build_loss(TrainingConfig(loss="bce", class_weights=weights), data=several)
+    assert loss.label_weights_2L is not None
+    zero_L, one_L = loss.label_weights_2L
+    assert float(torch.where(labels_NL > 0, one_L, zero_L).mean()) == pytest.approx(1)
+    if weights == "balanced":
+        ones_L = labels_NL.sum(0)
+        assert (one_L * ones_L).tolist() == pytest.approx((zero_L * (len(labels_NL) - ones_L)).tolist())
+        assert loss.best_constant(several) == pytest.approx(math.log(2))
+    else:
+        assert (one_L / zero_L).tolist() == pytest.approx(weights)
+        answers = [loss.best_constant(several), loss.guess(several)]
+        assert answers == sorted(answers)
+
+    several_BL = (LOGITS_BL.roll(1, 0) > 0).float()
+    weights_BL = torch.where(several_BL > 0, one_L, zero_L)
+    expected = functional.binary_cross_entropy_with_logits(LOGITS_BL, several_BL, weights_BL)
+    assert float(loss.mean(LOGITS_BL, several_BL)) == pytest.approx(float(expected))
+    assert float(loss.sum(LOGITS_BL, several_BL)) == pytest.approx(6 * float(expected))
+    with pytest.raises(UserError, match="must have one number for each of the 10 classes, got 2"):
+        build_loss(TrainingConfig(loss="bce", class_weights=[1.0, 2.0]), data=several)
 
 
 def test_the_focal_loss_counts_sure_images_less(data: SplitDataset) -> None:

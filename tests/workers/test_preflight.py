@@ -97,7 +97,8 @@ def data():
         ({"loss": "bce", "mixup": 0.2}, None),
         ({}, "training.loss must be 'bce', or a function of your own, where images have a label for each class"),
         ({"loss": "bce", "metric": "top5"}, "training.metric must be one of auroc, average_precision, macro_f1"),
-        ({"loss": "bce", "class_weights": [1.0, 2.0, 3.0]}, "training.class_weights must be left out where"),
+        ({"loss": "bce", "class_weights": [1.0, 2.0, 3.0]}, None),
+        ({"loss": "bce", "class_weights": [1.0, 2.0]}, "training.class_weights must have one number for each of the 3"),
     ],
 )
 def test_images_of_several_classes_are_found_and_what_does_not_fit_is_one_sentence(
