@@ -77,17 +77,19 @@ class LightningLoop:
                 trial.report(trial.epochs, **callback.reported[trial.epochs], **tested)
 
     def try_out(self, spec: StudySpec) -> None:
-        """Train and validate one batch on the CPU. Raises UserError for what would fail in every trial."""
+        """Train a step and validate a batch on the CPU. Raises UserError for what would fail in every trial."""
         metric = self._objective.metric
         with generators_kept(), _signals_kept(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             model, data = self._build(next(spec.extreme_points()), seed=0)
+            self._trainer(device="cpu", default_root_dir=folder)  # has Lightning judge what is replaced below
             trainer = self._trainer(
                 device="cpu",
                 max_epochs=1,
+                callbacks=[StepCallback()],
                 default_root_dir=folder,
                 plugins=[LightningEnvironment()],
-                **{"limit_train_batches": 1, "limit_val_batches": 1, "check_val_every_n_epoch": 1, "precision": None},
+                **{"limit_val_batches": 1, "check_val_every_n_epoch": 1, "precision": None},
             )
             try:
                 trainer.fit(model, datamodule=data)
@@ -142,6 +144,16 @@ class LightningLoop:
             raise UserError(
                 f"objective.trainer has settings that Lightning refuses: {describe_error(error)}"
             ) from error
+
+
+class StepCallback(Callback):
+    """Ends the training after one step of the optimizer, as if the epoch ended there: it is validated."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop where the gradients of enough batches are added up."""
+        trainer.should_stop = batch_idx + 1 >= trainer.accumulate_grad_batches
 
 
 class TrialCallback(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,11 @@ def import_named(objective: ObjectiveSpec) -> dict[str, Callable[..., Any]]:
 
 
 def _lightning_loop(objective: ObjectiveSpec) -> LightningLoop:
+    needed = "objective.lightning needs Lightning: pip install 'hpo-studies[lightning]'"
+    if importlib.util.find_spec("lightning") is None:  # told before torch is loaded, which takes seconds
+        raise UserError(needed)
     try:
         from hpo.workers.lightning_loop import LightningLoop
     except ImportError as error:
-        raise UserError(
-            f"objective.lightning needs Lightning: pip install 'hpo-studies[lightning]' ({error})"
-        ) from None
+        raise UserError(f"{needed} ({error})") from None
     return LightningLoop(objective)

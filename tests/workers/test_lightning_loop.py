@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ pytest.importorskip("lightning", reason="Lightning is not installed (pip install
 # metric, and makes its step after everything else of an epoch.
 NET = """
 import lightning.pytorch as pl
+import os
+import signal
 import torch
 from pathlib import Path
 from torch.nn import functional
@@ -42,6 +45,9 @@ class Net(pl.LightningModule):
         if self.current_epoch == 2 and index == 1 and (crash := Path(__file__).with_name("crash")).exists():
             crash.unlink()
             raise OSError("the power went")
+        if self.current_epoch == 2 and index == 1 and (kill := Path(__file__).with_name("kill")).exists():
+            kill.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
         loss = functional.cross_entropy(self.net(batch[0]), batch[1])
         return loss * torch.inf if self.hparams.lr > 1e3 else loss
 
@@ -133,6 +139,21 @@ def test_a_trial_that_was_stopped_or_has_crashed_ends_as_one_that_was_not(
         assert all(torch.equal(tensor, found[name]) for name, tensor in weights(store, whole).items())
 
 
+@pytest.mark.slow
+def test_a_trial_whose_worker_was_killed_ends_as_one_that_was_not(
+    store: Store, url: str, spec: Callable[..., StudySpec], own_code: Path
+) -> None:
+    whole = store.studies.create(spec(0.05, name="whole"), metadata={})
+    expected = work(store, whole)
+    (own_code / "kill").touch()
+    running.run(spec(0.05, name="killed"), executor=Local("cpu", workers=1), storage=url, code_folder=own_code)
+    killed = store.studies.get("killed")
+    (trial,) = store.trials.get_all(killed)
+    assert (trial.attempt, curves_of([trial])) == (2, curves_of(expected))
+    found = weights(store, killed)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(store, whole).items())
+
+
 def test_trials_are_pruned_diverge_and_get_their_values(store: Store, spec: Callable[..., StudySpec]) -> None:
     pruner = {"name": "threshold", "lower": 2.0, "warmup_epochs": 2}
     space = {"lr": [0.05, 1e4], "model.hidden": [3], "batch_size": [7]}
@@ -171,6 +192,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"objective": {"trainer": {"gradient_clip_algorithm": "x"}}},
         "objective.trainer has settings that Lightning refuses: ",
     ),
+    (
+        {"objective": {"trainer": {"precision": "16-mixt"}}},
+        "objective.trainer has settings that Lightning refuses: .*'16-mixt'",
+    ),
+    (
+        {"objective": {"trainer": {"val_check_interval": 5}}},
+        "objective.lightning = 'net:Net' cannot be trained: ValueError: .*val_check_interval",
+    ),
 ]
 
 
@@ -185,6 +214,8 @@ def test_what_cannot_be_trained_is_one_sentence_before_the_study_exists(
 def test_a_module_that_trains_passes_and_leaves_the_generators_alone(spec: Callable[..., StudySpec]) -> None:
     before = torch.get_rng_state()
     assert run_preflight(spec(0.1), ["cpu"]) == {}
+    trainer = {"precision": "bf16-mixed", "val_check_interval": 4, "accumulate_grad_batches": 3}
+    assert run_preflight(spec(0.1, objective={"trainer": trainer}), ["cpu"]) == {}
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -197,6 +228,23 @@ def test_without_lightning_a_study_is_refused_before_it_exists(
     with pytest.raises(UserError, match=expected):
         running.check(spec(0.1), executor=Local("cpu"), storage=f"sqlite:///{tmp_path}/x.db", code_folder=own_code)
     assert not (tmp_path / "x.db").exists()
+
+
+def test_a_missing_lightning_is_told_before_torch_is_loaded() -> None:
+    code = """
+import sys
+sys.modules["lightning"] = None
+from hpo.config.study_spec import StudySpec
+from hpo.errors import UserError
+from hpo.workers.preflight import run_preflight
+study = {"name": "x", "objective": {"lightning": "net:Net"}, "search": {"space": {"lr": [0.1, 0.2]}}}
+try:
+    run_preflight(StudySpec.from_dict(study), ["cpu"])
+except UserError as error:
+    print(error, "torch" in sys.modules)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told == "objective.lightning needs Lightning: pip install 'hpo-studies[lightning]' False\n"
 
 
 WRONG_OBJECTIVES: list[tuple[dict[str, Any], str]] = [
