@@ -24,6 +24,14 @@ OTHER_WORDS = {  # what other libraries call a setting, and what it is called he
     "n_trials": "trials",
     "dataset": "data",
     "network": "model",
+    "cosineannealinglr": "cosine",
+    "cosineannealingwarmrestarts": "cosine_restarts",
+    "reducelronplateau": "plateau",
+    "crossentropyloss": "cross_entropy",
+    "bcewithlogitsloss": "bce",
+    "f1": "macro_f1",
+    "top1": "val_accuracy",
+    "map": "average_precision",
     "min": "low",
     "max": "high",
 }
@@ -81,10 +89,10 @@ def did_you_mean(value: str, valid: Iterable[str]) -> str:
 
 def _meant_name(value: str, valid: Sequence[str]) -> str | None:
     """Return the valid name, or users' own `package.module:name`, that a wrong name stands for; None if unknown."""
-    if (word := OTHER_WORDS.get(value.lower())) in valid:
-        return word
     # Capitals, and what stands before the last dot or colon, are what people add or forget: torch.optim.Adam, resnet18.
     parts = re.split(r"[.:]", value.lower())
+    if (word := OTHER_WORDS.get(parts[-1])) in valid:
+        return word
     known = [name for name in valid if not name.startswith(OWN_CODE)]
     same = [name for name in known if name.rpartition(":")[2].lower() == parts[-1]]
     of_origin = [name for name in same if name.startswith(f"{parts[0]}:")]
@@ -100,7 +108,12 @@ def _meant_name(value: str, valid: Sequence[str]) -> str | None:
 
 
 def _own_code_name(value: str) -> str | None:
-    """Return `package.module:name` for `package.module.name`, `package/module.py:name` and the like, else None."""
+    """Return `package.module:name` for `package.module.name`, `package/module.py:name` and the like, else None.
+
+    Of a path that leads elsewhere it is `module:name`, which is found if its folder is on Python's path.
+    """
+    if re.match(r"\.\./|/|~", value):
+        value = value.rpartition("/")[2]
     path = re.fullmatch(r"(?:\./)?([A-Za-z_]\w*(?:[./][A-Za-z_]\w*)*?)(?:\.py)?[.:]([A-Za-z_]\w*)", value)
     if path is None:
         return None

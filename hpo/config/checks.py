@@ -42,7 +42,7 @@ from hpo.search.pruners import PRUNERS
 from hpo.search.race import MIN_STARTERS, Course
 from hpo.search.samplers import SAMPLERS
 from hpo.search.space import Categorical, Conditional, Parameter, Range, Scalar, is_auto
-from hpo.train.config import IMAGE_FOLDER, DataConfig, EpochResult, ModelConfig, TrainingConfig, metric_name
+from hpo.train.config import IMAGE_FOLDER, TIMM, DataConfig, EpochResult, ModelConfig, TrainingConfig, metric_name
 from hpo.train.data.augment import AUGMENTATIONS, named
 from hpo.train.imports import is_import_path
 from hpo.train.metrics import METRICS, is_percent
@@ -492,6 +492,9 @@ def _check_searched_value(key: str, value: Scalar, *, data: DataConfig) -> None:
 
 def _check_groups(training: TrainingConfig) -> None:
     """Refuse multipliers that are none, and settings of what is frozen where nothing is."""
+    for setting, patterns in (("freeze", training.freeze), ("groups", training.groups)):
+        if "" in patterns:
+            raise UserError(f"training.{setting} must name modules, parameters or patterns of them, got ''")
     for pattern, group in training.groups.items():
         if not group:
             raise UserError(f"training.groups.{pattern} must have a multiplier, such as lr = 10.0")
@@ -532,7 +535,8 @@ def _check_names(kind: str, parameters: Mapping[str, Parameter], training: Train
         if kind == "optimizer" and name in REFUSED_OPTIMIZERS:
             raise UserError(f"{setting} cannot be {name!r}: {REFUSED_OPTIMIZERS[name]}")
         if name not in PLUG_INS[kind] and not re.fullmatch(REFERENCE_PATTERN, name):
-            raise unknown_name(setting, name, [*PLUG_INS[kind], f"{OWN_CODE}name"])
+            of_others = [f"{OWN_CODE}name", f"{TIMM}NAME"] if kind == "optimizer" else [f"{OWN_CODE}name"]
+            raise unknown_name(setting, name, [*PLUG_INS[kind], *of_others])
     return names
 
 
@@ -572,7 +576,16 @@ def _check_keys_of(
         if key in parameters or not is_default(training, key):
             setting = f"search.space.{key}" if key in parameters else f"training.{key}"
             takers = ", ".join(name for name, entry in table.items() if key in entry.keys) or "package.module:name"
-            raise UserError(f"{setting} has no meaning for {kind} {', '.join(sorted(names))} (only for {takers})")
+            subject = f"{kind} {', '.join(sorted(names))}"
+            raise UserError(f"{setting} has no meaning for {subject} (only for {takers}){_as_option(key, names)}")
+
+
+def _as_option(key: str, names: Collection[str]) -> str:
+    """Return which of these optimizers may take a key of [training] as an option of its own; else the empty text."""
+    option = "betas" if key in ("beta1", "beta2") else key
+    takers = [name for name in names if name in OPTIMIZERS and option in OPTIMIZERS[name].options]
+    takers += [name for name in names if re.fullmatch(REFERENCE_PATTERN, name) and key in known_keys("optimizer")]
+    return f"; {takers[0]} may take {option} in training.optimizer_options" if takers else ""
 
 
 def _check_combination(training: TrainingConfig, values: Mapping[str, Scalar]) -> None:
@@ -595,4 +608,9 @@ def _check_combination(training: TrainingConfig, values: Mapping[str, Scalar]) -
         raise UserError(
             f"training.warmup_epochs must be less than training.epochs = {training.epochs}, "
             f"got {training.warmup_epochs:g}{searched}"
+        )
+    if training.freeze_epochs is not None and training.freeze_epochs >= training.epochs:
+        raise UserError(
+            f"training.freeze_epochs must be less than training.epochs = {training.epochs}, or left out to freeze to "
+            f"the end; got {training.freeze_epochs}{searched}"
         )

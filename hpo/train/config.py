@@ -72,7 +72,9 @@ def _is_rising(epochs: Sequence[int]) -> bool:
 
 
 def _are_weights(weights: str | Sequence[float] | None) -> bool:
-    return weights is None or isinstance(weights, str) or all(math.isfinite(one) and one >= 0 for one in weights)
+    if weights is None or isinstance(weights, str):
+        return True
+    return bool(weights) and all(math.isfinite(one) and one >= 0 for one in weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -248,9 +248,13 @@ def _import_module(path: str, *, setting: str, allowed: ImportAllowlist) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"{setting} = {path!r} cannot be imported: {describe_error(error)}") from error
+        package = sys.modules.get(error.name.rpartition(".")[0])
+        places = f"on Python's path or in {' or '.join(dict.fromkeys(allowed.path))}; install it, or put its folder on "
+        places += "Python's path with PYTHONPATH=FOLDER"
+        if package is not None:  # often another one of that name than the user means, such as Python's own
+            places = f"in {getattr(package, '__file__', None) or next(iter(package.__path__), 'Python')}"
         raise UserError(
-            f"{setting} = {path!r} must name a module that can be imported; there is no module {error.name!r} "
-            f"on Python's path or in {' or '.join(dict.fromkeys(allowed.path))}"
+            f"{setting} = {path!r} must name a module that can be imported; there is no module {error.name!r} {places}"
         ) from error
     except (Exception, SystemExit) as error:  # whatever the user's module raises when it is imported
         raise UserError(f"{setting} = {path!r} cannot be imported: {describe_error(error)}") from error

@@ -19,6 +19,7 @@ from hpo.train.config import TIMM, TORCHVISION, ModelConfig
 from hpo.train.imports import call_factory, describe_error, import_object, import_timm, is_import_path
 from hpo.train.modules import RepeatChannels, named_network
 from hpo.train.seeding import generators_kept
+from hpo.train.weight_files import check_library_name
 from hpo.train.weights import fit_weights
 
 ARTICLE_IMAGE_SIZE = 32
@@ -145,9 +146,8 @@ def _contiguous(images_BCHW: Tensor) -> Tensor:
 def _torchvision_model(config: ModelConfig, *, channels: int, num_classes: int) -> nn.Module:
     from torchvision import models
 
+    check_library_name(config)
     name = config.name.removeprefix(TORCHVISION)
-    if name not in models.list_models(module=models):
-        raise unknown_name("model.name after 'torchvision:'", name, models.list_models(module=models))
     fixed: dict[str, Any] = {"num_classes": num_classes, "weights": None}
     if name in ("googlenet", "inception_v3"):  # else they return a tuple in training, and warn
         fixed |= {"aux_logits": False, "init_weights": True}
@@ -155,13 +155,11 @@ def _torchvision_model(config: ModelConfig, *, channels: int, num_classes: int) 
 
 
 def _timm_model(config: ModelConfig, *, channels: int, num_classes: int) -> nn.Module:
+    check_library_name(config)
     timm = import_timm(f"model.name = {config.name!r}")
-    name = config.name.removeprefix(TIMM)
-    if not timm.is_model(name):
-        raise unknown_name("model.name after 'timm:'", name, timm.list_models())
     for key in config.options.keys() & {"pretrained", "pretrained_cfg", "checkpoint_path"}:
         raise UserError(f"model.{key} is model.weights here, such as 'DEFAULT'; got {config.options[key]!r}")
-    create = partial(timm.create_model, name)
+    create = partial(timm.create_model, config.name.removeprefix(TIMM))
     return _of_three_channels(create, config, {"num_classes": num_classes}, channels=channels)
 
 

@@ -65,6 +65,20 @@ def find_weights(config: ModelConfig) -> Path:
     return path
 
 
+def check_library_name(config: ModelConfig) -> None:
+    """Refuse a network of torchvision's or timm's that the library does not have."""
+    from torchvision import models
+
+    if config.name.startswith(TIMM):
+        timm, name = import_timm(f"model.name = {config.name!r}"), config.name.removeprefix(TIMM)
+        if not timm.is_model(name):
+            raise unknown_name("model.name after 'timm:'", name, timm.list_models())
+        return
+    name, names = config.name.removeprefix(TORCHVISION), models.list_models(module=models)
+    if name not in names:
+        raise unknown_name("model.name after 'torchvision:'", name, names)
+
+
 def torchvision_weights(config: ModelConfig) -> Any:
     """Return the entry of torchvision's table that `config` names. Raises UserError where it names none."""
     from torchvision import models
@@ -75,6 +89,7 @@ def torchvision_weights(config: ModelConfig) -> Any:
             f"{setting} must be a file ({', '.join(WEIGHTS_ENDINGS)}): "
             f"model.name = {config.name!r} has no weights by name"
         )
+    check_library_name(config)
     table = models.get_model_weights(config.name.removeprefix(TORCHVISION))
     names = [*table.__members__]
     if not names:
@@ -107,6 +122,7 @@ def _torchvision_file(config: ModelConfig) -> Path:
 
 def _timm_weights(config: ModelConfig) -> Any:
     """Return timm's description of the weights that `config` names. Raises UserError where it has none."""
+    check_library_name(config)
     timm = import_timm(f"model.name = {config.name!r}")
     name, setting = config.name.removeprefix(TIMM), f"model.weights = {config.weights!r}"
     tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{name.partition('.')[0]}.*")]

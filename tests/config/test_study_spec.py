@@ -93,6 +93,7 @@ MISTAKES = {
     "[training]\nloss = 'm:f'\nclass_weights = 'balanced'": ["training.class_weights has no meaning for loss m:f"],
     "[training]\nfocal_gamma = 1": ["training.focal_gamma has no meaning for loss cross_entropy (only for focal)"],
     "[training]\nclass_weights = 'balancd'": ["training.class_weights must be 'balanced' or a list of numbers"],
+    "[training]\nclass_weights = []": ["training.class_weights must be 'balanced' or a list of numbers", "got []"],
     "[training]\nclass_weights = [1, -1]": ["training.class_weights must be 'balanced' or a list of numbers"],
     "[training]\nmetric = 'accuracy'": ["training.metric must be one of", "did you mean 'val_accuracy'"],
     "[training]\nmetric_direction = 'minimize'": ["metric_direction must be left out, or 'maximize'", "'val_accuracy'"],
@@ -101,7 +102,12 @@ MISTAKES = {
     "[training]\noptimizer = 'adamxa'": ["training.optimizer must be one of", "did you mean 'adamax'"],
     "[training]\noptimizer = 'lbfgs'": ["training.optimizer cannot be 'lbfgs': it calls the network several times"],
     "[training]\noptimizer = 'my.module:'": ["training.optimizer must be one of", "got 'my.module:'"],
-    "[training]\noptimizer = 'm:C'\nmomentum = 0.9": ["training.momentum has no meaning for optimizer m:C"],
+    "[training]\noptimizer = 'm:C'\nmomentum = 0.9": [
+        "training.momentum has no meaning for optimizer m:C",
+        "; m:C may take momentum in training.optimizer_options",
+    ],
+    "[training]\noptimizer = 'muon'\nnesterov = true": ["; muon may take nesterov in training.optimizer_options"],
+    "[training]\noptimizer = 'timm:'": ["training.optimizer must be one of", "timm:NAME"],
     "[training.optimizer_options]\namsgradd = true": [
         "training.optimizer_options.amsgradd is not an option of optimizer adam (did you mean 'amsgrad'?), "
         "which takes amsgrad, decoupled_weight_decay"
@@ -134,6 +140,11 @@ MISTAKES = {
     "[training.groups]\nhead = { wd = 1.0 }": ["the last part of training.groups.head.wd must be one of lr"],
     "[training.groups]\nhead = {}": ["training.groups.head must have a multiplier, such as lr = 10.0"],
     "[training.groups]\nhead = { lr = 'x' }": ["training.groups.head.lr must be a number, got 'x'"],
+    "[training]\nfreeze = ['']": ["training.freeze must name modules, parameters or patterns of them, got ''"],
+    '[training]\ngroups."".lr = 2.0': ["training.groups must name modules, parameters or patterns"],
+    "[training]\nfreeze = ['body']\nfreeze_epochs = 10": [
+        "training.freeze_epochs must be less than training.epochs = 10, or left out to freeze to the end; got 10"
+    ],
     "[training]\nfreeze_epochs = 2": ["training.freeze_epochs has no meaning without training.freeze, got 2"],
     "[training]\nlayer_decay = 0.0": ["training.layer_decay must be greater than 0 and at most 1, got 0.0"],
     "groups.head.lr = [0.0]": ["search.space.groups.head.lr must be a number greater than 0, got 0.0"],

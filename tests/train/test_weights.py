@@ -146,6 +146,8 @@ def test_weights_of_torchvision_are_looked_for_in_the_cache_of_the_hub(
         find_weights(config)
     with pytest.raises(UserError, match=r"model.weights must be one of DEFAULT, IMAGENET1K_V1; got 'IMAGENET'"):
         find_weights(replace(config, weights="IMAGENET"))
+    with pytest.raises(UserError, match=r"model.name after 'torchvision:' .*did you mean 'squeezenet1_1'"):
+        images_of_weights(replace(config, name="torchvision:squeezenet11"))
     torch.save(build(name=config.name, num_classes=1000).state_dict(), file)
     model = build_model(config, channels=3, num_classes=10, image_size=32)
     text = fit_weights(model, config, num_classes=10).text
@@ -233,6 +235,8 @@ def test_timm_has_networks_and_weights_by_name(tmp_path: Path, monkeypatch: pyte
     )
     with pytest.raises(UserError, match="must be one of DEFAULT, r160_in1k; got 'r160'"):
         build("r160", name=name)
+    with pytest.raises(UserError, match=r"model.name after 'timm:' .*did you mean 'test_resnet'"):
+        images_of_weights(ModelConfig(name="timm:test_resnt", weights="DEFAULT"))
     monkeypatch.undo()
 
     def unreachable(*_: object, **__: object) -> str:

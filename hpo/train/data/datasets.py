@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 import shutil
 import socket
@@ -229,6 +230,18 @@ def _file_images(found: FoundImages, classes: Sequence[str], config: DataConfig,
     )
 
 
+def _check_own_arguments(factory: Callable[..., Any], config: DataConfig) -> None:
+    """Refuse a setting of ours that the user may have meant for an argument of that name of the factory."""
+    with suppress(ValueError):  # `call_factory` says it
+        arguments = inspect.signature(factory).parameters
+        for key in arguments.keys() & vars(config).keys() - {"name", "options"}:
+            if (value := getattr(config, key) or None) != (getattr(DataConfig(), key) or None):
+                raise UserError(
+                    f"data.{key} is a setting of hpo's own, and is not given to data.name = {config.name!r}, which has "
+                    f"an argument of that name: give that another name, or leave out data.{key}; got {value!r}"
+                )
+
+
 def _user_dataset(config: DataConfig) -> OpenedDataset:
     """Open what a user's factory returns when called with the options: (train, test) or (train, val, test).
 
@@ -236,6 +249,7 @@ def _user_dataset(config: DataConfig) -> OpenedDataset:
     """
     with generators_kept():
         factory = import_object(config.name, setting="data.name")
+    _check_own_arguments(factory, config)
     parts = call_factory(factory, section="data", name=config.name, options=config.options, fixed={})
     if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
         got = f"{len(parts)} items" if isinstance(parts, tuple | list) else type(parts).__name__

@@ -324,6 +324,15 @@ def test_wrong_own_data(factory: str, options: dict[str, Any], message: str, own
         load(f"{own_data}:{factory}", options=options)
 
 
+def test_a_setting_that_may_be_meant_for_an_argument_of_the_factory_is_refused(own_data: str) -> None:
+    load(f"{own_data}:mirrored")
+    for setting in ({"flip": True}, {"root": "elsewhere"}):
+        with pytest.raises(
+            UserError, match=rf"data.{next(iter(setting))} is a setting of hpo's own, and is not given to"
+        ):
+            load(f"{own_data}:mirrored", **setting)
+
+
 def test_test_labels_have_to_be_those_of_the_training(own_data: str) -> None:
     with pytest.raises(UserError, match=r"must have labels from 0 to 2, got 3 to 5"):
         _ = load(f"{own_data}:bad_test_labels").test
