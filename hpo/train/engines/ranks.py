@@ -8,9 +8,12 @@ its own slice, and normalises it by its own statistics where there is batch norm
 
 from __future__ import annotations
 
+import logging
+import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
@@ -31,8 +34,11 @@ from hpo.train.engines.protocol import Stopped
 from hpo.train.imports import open_allowlists
 from hpo.train.seeding import seed_generators
 
+logger = logging.getLogger(__name__)
+
 LOCALHOST = "127.0.0.1"
-WAIT_S = 10.0  # for a rank that was told to end, or that has failed, until it is killed
+WAIT_S = 10.0  # for a rank that was told to end, or that has failed, until it is killed; and for torch to notice that
+POLL_S = 1.0
 
 
 class RankEngine(PlainEngine):
@@ -148,6 +154,10 @@ class DistributedEngine(RankEngine):
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
+    def _train(self, lane: PlainLaneState) -> tuple[Tensor, float]:
+        with self._ending_with_a_dead_rank():
+            return super()._train(lane)
+
     def _start_others(self) -> None:
         store = meeting_place(self._rank)
         task = (self._device_name, store.port, self._threads, open_allowlists())
@@ -156,9 +166,32 @@ class DistributedEngine(RankEngine):
             other.wait()  # until it has loaded torch
         for other in self._others:
             other.tell("join")
-        self.join(store)
+        with self._ending_with_a_dead_rank():
+            self.join(store)
         for other in self._others:
             other.wait()
+
+    @contextmanager
+    def _ending_with_a_dead_rank(self) -> Iterator[None]:
+        """End this process, the worker, where another rank has ended and torch waits for it all the same.
+
+        NCCL notices no death, and gloo none of a rank whose children hold its connections: they wait for 10 and 30
+        minutes, and nothing in this process can end that. The trial resumes in a new worker.
+        """
+        is_over = threading.Event()
+
+        def watch() -> None:
+            while not is_over.wait(POLL_S):
+                ended = next((other for other in self._others if not other.is_alive), None)
+                if ended is not None and not is_over.wait(WAIT_S):
+                    logger.error("%s; torch waits for it all the same, so the worker ends", ended.problem())
+                    os._exit(1)
+
+        threading.Thread(target=watch, daemon=True, name="ranks").start()
+        try:
+            yield
+        finally:
+            is_over.set()
 
     @contextmanager
     def _ending_others_on_error(self) -> Iterator[None]:
@@ -205,9 +238,14 @@ class OtherRank:
     def problem(self) -> str | None:
         """Return what has gone wrong there, or None where nothing has, as far as it shows in a moment."""
         with suppress(OSError):
-            if self._connection.poll(WAIT_S if self._process.poll() is None else 0):
+            if self._connection.poll(WAIT_S if self.is_alive else 0):
                 return self._receive()
-        return None if self._process.poll() is None else self._end_text()
+        return None if self.is_alive else self._end_text()
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether the process has not ended."""
+        return self._process.poll() is None
 
     def end(self) -> None:
         """End the process."""
@@ -223,6 +261,9 @@ class OtherRank:
 
     def _receive(self) -> str | None:
         try:
+            while not self._connection.poll(POLL_S):  # no end of file where a child of a dead rank holds the connection
+                if not self.is_alive and not self._connection.poll():
+                    return self._end_text()
             answer: str | None = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             return self._end_text()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -146,3 +147,43 @@ def test_a_rank_ends_with_rank_0() -> None:
         other = psutil.Process(int(killed.stdout))
         while other.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.05)
+
+
+# A child of the dead rank holds its connections, so that gloo does not notice.
+FORKING = """
+import os, signal, time
+from torch import distributed
+from torch.nn import functional
+
+def loss(outputs, labels):
+    if distributed.get_rank() == 1:
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return functional.cross_entropy(outputs, labels, reduction="none")
+"""
+WAITING = """
+import logging, os
+from hpo.train.engines import ranks
+from hpo.train.imports import ImportAllowlist
+from tests.train.engines.trials import trial
+logging.basicConfig()
+ranks.WAIT_S = 1.0
+with ImportAllowlist(names=("forking:loss",), path=(os.environ["FOLDER"],)).importable():
+    engine = ranks.DistributedEngine(device="cpu", num_ranks=2)
+    engine.admit(trial(loss="forking:loss"))
+    engine.run_epoch()
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_ends_where_torch_would_wait_for_a_dead_rank(tmp_path: Path) -> None:
+    (tmp_path / "forking.py").write_text(FORKING)
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        ended = subprocess.run(
+            [sys.executable, "-c", WAITING], stderr=stream, env={**os.environ, "FOLDER": str(tmp_path)}, check=False
+        )
+    assert ended.returncode == 1
+    assert "rank 1 of 2 has ended, with code -9; torch waits for it all the same" in log.read_text()
