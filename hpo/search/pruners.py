@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hpo.search.race import course_of
 
@@ -20,14 +20,16 @@ INTERLEAVED_TRIALS = 8  # trials that take turns of an epoch where the pruner co
 class PrunerEntry:
     """One entry of PRUNERS: its options with their defaults (None: see `build`), built from them and max_epochs.
 
-    `judges` tells whether the pruner may stop trials after an epoch. After other epochs nobody waits for it. A rung
-    that was passed unjudged, in an epoch reported late, is judged with the next one.
+    `compares` tells what of other trials the pruner reads: the "values" of complete ones, what it has noted of all at
+    its "rungs", or nothing. `judges` tells whether the pruner may stop trials after an epoch. After other epochs nobody
+    waits for it. A rung that was passed unjudged, in an epoch reported late, is judged with the next one.
     """
 
     defaults: Mapping[str, Any]
     build: Callable[[dict[str, Any], int], BasePruner]
     about: str = field(kw_only=True)  # in the reference
     judges: Callable[[dict[str, Any], int], bool] = lambda options, epoch: True
+    compares: Literal["values", "rungs"] | None = None
     compares_early: bool = False  # compares trials in training, and does better with several of them alongside
 
 
@@ -97,17 +99,20 @@ PRUNERS: dict[str, PrunerEntry] = {
     "median": PrunerEntry(
         {"startup_trials": 5, "warmup_epochs": 1},
         _percentile,
+        compares="values",
         about="drops a trial below the median of complete trials at the same epoch",
     ),
     "percentile": PrunerEntry(
         {"percentile": 50.0, "startup_trials": 5, "warmup_epochs": 1},
         _percentile,
+        compares="values",
         about="keeps the trials among the best percentage of complete trials at the same epoch",
     ),
     "asha": PrunerEntry(
         {"min_epochs": 1, "reduction_factor": 3},
         _asha,
         _at_rungs,
+        compares="rungs",
         compares_early=True,
         about="successive halving: at each rung, one trial in so many is trained further",
     ),
@@ -115,6 +120,7 @@ PRUNERS: dict[str, PrunerEntry] = {
         {"min_epochs": 1, "reduction_factor": 3},
         _hyperband,
         _at_rungs,
+        compares="rungs",
         compares_early=True,
         about="several successive halvings side by side, with different first rungs",
     ),

@@ -1,11 +1,11 @@
-"""Views of a study: for samplers, so that they learn from the whole search, and for pruners, to read it once."""
+"""Views of a study for samplers, so that they learn from the whole search."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -60,53 +60,6 @@ class ValuesStudy(SearchStudy):
         return _of_states(
             [_as_complete(trial, worst) if trial.state is TrialState.PRUNED else trial for trial in trials], states
         )
-
-
-class RoundStudy(SearchStudy):
-    """An Optuna study that is read once to judge several trials, one after the other.
-
-    Optuna reads all trials in training again for each trial that it judges, so that the time grows as their square. It
-    still does with Hyperband, which makes a study of its own.
-    """
-
-    _round: dict[int, FrozenTrial] | None = None  # by number
-
-    def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
-        if self._round is None:
-            self._round = {trial.number: trial for trial in super()._get_trials(deepcopy=False, use_cache=use_cache)}
-        return _of_states(self._round.values(), states)
-
-    def should_prune(self, trial_id: int) -> bool:
-        """Return whether the study's pruner stops this trial now."""
-        storage = self._storage
-        noting = NotingStorage(storage)
-        self._storage = cast(Any, noting)
-        try:
-            pruned = self.pruner.prune(self, storage.get_trial(trial_id))
-        finally:
-            self._storage = storage
-        if (
-            noting.has_notes and self._round is not None
-        ):  # the next trial is judged by what the pruner notes of this one
-            judged = storage.get_trial(trial_id)
-            self._round[judged.number] = judged
-        return pruned
-
-
-class NotingStorage:
-    """A storage that knows whether a pruner has noted anything on a trial."""
-
-    def __init__(self, storage: Any) -> None:
-        self._storage = storage
-        self.has_notes = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Set an attribute of a trial."""
-        self.has_notes = True
-        self._storage.set_trial_system_attr(trial_id, key, value)
 
 
 def _of_states(trials: Iterable[FrozenTrial], states: Any) -> list[FrozenTrial]:

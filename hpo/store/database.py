@@ -16,6 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.trial import FrozenTrial
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, scoped_session
@@ -54,7 +55,10 @@ class JoinedStorage(RDBStorage):
 
     Attributes:
         cached: The same storage, which reads each finished trial from the database once.
+        compared_trials: What pruners have compared so far, by study and trial.
     """
+
+    compared_trials: dict[int, Mapping[int, FrozenTrial]]
 
     def __init__(self, url: URL, *, skip_compatibility_check: bool = False) -> None:
         super().__init__(
@@ -64,12 +68,13 @@ class JoinedStorage(RDBStorage):
             skip_table_creation=True,
         )
         self._joined = threading.local()
-        self.cached = get_storage(self)
+        self.drop_cache()
         self.scoped_session = scoped_session(self._session)  # type: ignore[arg-type]
 
     def drop_cache(self) -> None:
         """Forget the trials that were read so far."""
         self.cached = get_storage(self)
+        self.compared_trials = {}
 
     def _session(self) -> Session:
         connection: Connection | None = getattr(self._joined, "connection", None)

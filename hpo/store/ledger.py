@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
@@ -225,7 +225,7 @@ def _trial_end(
     assert is_valued or state != "complete"
     # To Optuna a diverged trial is a pruned one: samplers count it among the worst, and would not see a failed one.
     states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
-    end = {"state": states.get(state, TrialState.PRUNED), "datetime_complete": datetime.now()}
+    end = {"state": states.get(state, TrialState.PRUNED), "datetime_complete": datetime.now(UTC).replace(tzinfo=None)}
     ended = {"trial_id": trial_id, "key": "ended", "value_json": json.dumps(f"{state}: {reason}")}
     statements: list[sa.Update | sa.Insert] = [
         optuna_trials.update().where(optuna_trials.c.trial_id == trial_id).values(end),

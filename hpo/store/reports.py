@@ -12,13 +12,19 @@ from optuna.storages._rdb.models import TrialIntermediateValueModel
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
-from hpo.search import pruners
-from hpo.search.study_views import RoundStudy
-from hpo.store.conditions import is_held, is_slot
+from hpo.store.conditions import is_held
 from hpo.store.database import Database, execute_together, upsert
 from hpo.store.ledger import LEASE_S, Verdict
+from hpo.store.pruning import ask_pruner
 from hpo.store.racing import Race, read_race
-from hpo.store.schema import epochs_table, intermediate_values, optuna_trials, slots_table, studies_table
+from hpo.store.schema import (
+    epochs_table,
+    intermediate_values,
+    optuna_trials,
+    slots_table,
+    studies_table,
+    trial_system_attributes,
+)
 from hpo.study.records import Claim, EpochReport
 
 
@@ -29,6 +35,13 @@ class SlotProgress(NamedTuple):
     pruned_at: int | None
     is_ended_elsewhere: bool  # another program has ended Optuna's trial
     is_stopping: bool  # the study
+
+
+class Judgement(NamedTuple):
+    """What the pruner says of reports: the claims that it drops, and what it notes on trials, by their ids and keys."""
+
+    dropped: set[Claim]
+    notes: Mapping[tuple[int, str], Any]
 
 
 def lock_slots(connection: Connection, claims: Sequence[Claim]) -> dict[Claim, SlotProgress]:
@@ -51,10 +64,30 @@ def lock_slots(connection: Connection, claims: Sequence[Claim]) -> dict[Claim, S
     return progress
 
 
+def judge_epochs(
+    database: Database,
+    connection: Connection,
+    reports: Sequence[EpochReport],
+    progress: Mapping[Claim, SlotProgress],
+    spec: StudySpec,
+) -> Judgement:
+    """Return what the pruner says of reports of locked slots; what it has said of an epoch before holds."""
+    dropped = {report.claim for report in reports if progress[report.claim].pruned_at == report.epoch}
+    new = [r for r in reports if r.may_prune and r.epoch > progress[r.claim].last_epoch]
+    if not new or spec.pruner.name == "none":
+        return Judgement(dropped, {})
+    newly_dropped, notes = ask_pruner(database, connection, new, spec)
+    return Judgement(dropped | newly_dropped, notes)
+
+
 def record_epochs(
-    database: Database, connection: Connection, reports: Sequence[EpochReport], progress: Mapping[Claim, SlotProgress]
+    database: Database,
+    connection: Connection,
+    reports: Sequence[EpochReport],
+    progress: Mapping[Claim, SlotProgress],
+    judgement: Judgement,
 ) -> None:
-    """Extend the leases of locked slots, and write an epoch of each in our tables and Optuna's."""
+    """Extend the leases of locked slots, and write an epoch of each and the judgement in our tables and Optuna's."""
     epochs, values = epochs_table.c, intermediate_values.c
     is_later_epoch = [
         (epochs.study_id == report.claim.study_id)
@@ -63,58 +96,60 @@ def record_epochs(
         for report in reports
     ]
     is_later_value = [(values.trial_id == report.claim.trial_id) & (values.step > report.epoch) for report in reports]
+    notes = [
+        {"trial_id": of, "key": key, "value_json": json.dumps(note)} for (of, key), note in judgement.notes.items()
+    ]
     execute_together(
         connection,
         epochs_table.delete().where(sa.or_(*is_later_epoch)),
         intermediate_values.delete().where(sa.or_(*is_later_value)),
         upsert(connection, epochs_table, [_epoch_row(report) for report in reports], ["study_id", "number", "epoch"]),
         upsert(connection, intermediate_values, [_value_row(report) for report in reports], ["trial_id", "step"]),
-        _advance(database, reports, progress),
+        *([upsert(connection, trial_system_attributes, notes, ["trial_id", "key"])] if notes else []),
+        _advance(database, reports, progress, judgement),
     )
 
 
-def _advance(database: Database, reports: Sequence[EpochReport], progress: Mapping[Claim, SlotProgress]) -> sa.Update:
+def _advance(
+    database: Database, reports: Sequence[EpochReport], progress: Mapping[Claim, SlotProgress], judgement: Judgement
+) -> sa.Update:
     """Return the statement that extends leases, and notes the epochs that no attempt has reached before."""
     slots = slots_table.c
     numbers = [report.claim.number for report in reports]
-    reached = {r.claim.number: r.epoch for r in reports if r.epoch > progress[r.claim].last_epoch}
+    new = [report for report in reports if report.epoch > progress[report.claim].last_epoch]
     values: dict[str, Any] = {"lease_until": database.clock + LEASE_S}
-    if reached:
-        is_new = slots.number.in_(reached)
+    if new:
+        reached = {report.claim.number: report.epoch for report in new}
+        pruned_at = {
+            report.claim.number: report.epoch if report.claim in judgement.dropped else sa.null() for report in new
+        }
         values["last_epoch"] = sa.case(reached, value=slots.number, else_=slots.last_epoch)
-        values["crashes"] = sa.case((is_new, 0), else_=slots.crashes)
-        values["pruned_at"] = sa.case((is_new, sa.null()), else_=slots.pruned_at)
+        values["crashes"] = sa.case((slots.number.in_(reached), 0), else_=slots.crashes)
+        values["pruned_at"] = sa.case(pruned_at, value=slots.number, else_=slots.pruned_at)
     of_study = slots.study_id == reports[0].claim.study_id
     return slots_table.update().where(of_study, slots.number.in_(numbers)).values(values)
 
 
-def judge_epochs(
+def decide(
     database: Database,
     connection: Connection,
     reports: Sequence[EpochReport],
     progress: Mapping[Claim, SlotProgress],
+    judgement: Judgement,
     spec: StudySpec,
 ) -> dict[Claim, Verdict]:
-    """Return how the trials go on whose reports were recorded, and record the pruner's verdict on each new epoch."""
+    """Return how the trials go on whose reports were recorded."""
     is_at_rung = any(report.may_prune for report in reports)
     race = read_race(database, connection, reports[0].claim.study_id, spec) if is_at_rung else Race()
-    judge: RoundStudy | None = None  # is made where it is needed
     verdicts: dict[Claim, Verdict] = {}
     for report in reports:
-        claim, before = report.claim, progress[report.claim]
-        is_pruned = before.pruned_at == report.epoch
-        if report.epoch > before.last_epoch and report.may_prune and spec.pruner.name != "none":
-            judge = judge or RoundStudy(spec.name, database.cached, pruner=pruners.build_pruner(spec))
-            is_pruned = judge.should_prune(claim.trial_id)
-            if is_pruned:
-                pruned = slots_table.update().where(is_slot(claim)).values(pruned_at=report.epoch)
-                connection.execute(pruned)
-        if is_pruned and report.may_prune:
-            verdicts[claim] = "prune"
-        elif before.is_stopping:
-            verdicts[claim] = "stop"
+        if report.may_prune and report.claim in judgement.dropped:
+            verdicts[report.claim] = "prune"
+        elif progress[report.claim].is_stopping:
+            verdicts[report.claim] = "stop"
         else:
-            verdicts[claim] = "wait" if report.may_prune and claim.number in race.held_back else "go on"
+            is_waiting = report.may_prune and report.claim.number in race.held_back
+            verdicts[report.claim] = "wait" if is_waiting else "go on"
     return verdicts
 
 

@@ -121,6 +121,7 @@ workers_table = sa.Table(
 intermediate_values = TrialIntermediateValueModel.__table__  # Optuna's
 trial_values = TrialValueModel.__table__  # Optuna's
 trial_user_attributes = BaseModel.metadata.tables["trial_user_attributes"]
+trial_system_attributes = BaseModel.metadata.tables["trial_system_attributes"]
 optuna_studies = StudyModel.__table__
 optuna_trials = TrialModel.__table__
 # Optuna's tables that hold what is read of a study, and of its trials.

@@ -20,7 +20,7 @@ from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
 from hpo.store.racing import count_claimable, hold_back
 from hpo.store.reading import best_values, check_exists, is_outdated, read_epoch_seconds, read_trials
-from hpo.store.reports import judge_epochs, lock_slots, record_epochs
+from hpo.store.reports import decide, judge_epochs, lock_slots, record_epochs
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table, studies_table
 from hpo.store.searches import last_unbegun
@@ -146,7 +146,7 @@ class Trials:
         """Record epochs of trials that were trained together, and return how each goes on, None if its claim is lost.
 
         A report replaces what an earlier attempt reported of this epoch and of later ones. The pruner judges each epoch
-        once, when all are recorded, and its verdict is kept: a kill between a report and its consequences changes
+        once, when it knows all of them, and its verdict is kept: a kill between a report and its consequences changes
         nothing.
         """
         with self._database.transaction() as connection:
@@ -155,9 +155,11 @@ class Trials:
                 self._ledger.end(connection, claim, "failed", ENDED_ELSEWHERE)
                 del progress[claim]
             held = [report for report in reports if report.claim in progress]
+            verdicts: dict[Claim, Verdict] = {}
             if held:
-                record_epochs(self._database, connection, held, progress)
-            verdicts = judge_epochs(self._database, connection, held, progress, spec) if held else {}
+                judgement = judge_epochs(self._database, connection, held, progress, spec)
+                record_epochs(self._database, connection, held, progress, judgement)
+                verdicts = decide(self._database, connection, held, progress, judgement, spec)
         return [verdicts.get(report.claim) for report in reports]
 
     @retry_on_outage

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -43,6 +44,25 @@ def test_a_study_that_only_optuna_knows_is_left_alone(store: Store, make_spec: M
     with pytest.raises(UserError, match="holds a study 's' that hpo did not make"):
         store.studies.create(make_spec(0.1), metadata={})
     assert store.studies.get_all() == []
+
+
+@only_sqlite
+def test_optuna_reads_when_a_trial_has_ended_in_every_time_zone(
+    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "XYZ+7")
+    time.tzset()
+    try:
+        study, worker = begin(store, make_spec(0.1))
+        held = claim(store, study, worker)
+        report(store, held, 0.5)
+        store.trials.finish(held, "complete", reason="")
+        (ended,) = optuna_trials(store)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert ended.duration is not None
+    assert 0 <= ended.duration.total_seconds() < 600
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import threading
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -89,27 +88,6 @@ def test_a_lost_trial_does_not_keep_those_that_report_with_it_from_theirs(
     assert [list(trial.epochs) for trial in store.trials.get_all(study)] == [[1], [], [1]]
 
 
-def test_a_round_of_reports_reads_the_study_once(
-    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = make_spec(
-        *(0.1 * number for number in range(1, 9)), epochs=9, pruner={"name": "median", "startup_trials": 0}
-    )
-    study, worker = begin(store, spec)
-    held = [claim(store, study, worker) for _ in range(8)]
-    reads: list[int] = []
-    get_all_trials = type(store.database.cached).get_all_trials
-
-    def counted(*args: Any, **rest: Any) -> Any:
-        reads.append(0)
-        return get_all_trials(*args, **rest)
-
-    monkeypatch.setattr(type(store.database.cached), "get_all_trials", counted)
-    for epoch in (1, 2, 3):
-        store.trials.report_all([EpochReport(c, epoch, {}, 0.5) for c in held], spec)
-    assert len(reads) == 3
-
-
 @slow_on_postgres
 def test_reports_and_the_heartbeat_do_not_wait_for_each_other(store: Store, make_spec: MakeSpec) -> None:
     spec = make_spec(*(0.1 * number for number in range(1, 9)), epochs=60)
@@ -174,10 +152,11 @@ def test_numbers_that_are_not_finite_are_null_in_json(store: Store, make_spec: M
 
 
 @pytest.mark.parametrize("num_lanes", [1, 4])
-def test_to_postgres_a_report_of_any_number_of_trials_is_two_statements_and_an_end_is_three(
-    store: Store, make_spec: MakeSpec, num_lanes: int
+@pytest.mark.parametrize("pruner", ["none", "asha"])
+def test_to_postgres_a_report_of_any_number_of_trials_is_two_statements_a_look_one_and_an_end_three(
+    store: Store, make_spec: MakeSpec, num_lanes: int, pruner: str
 ) -> None:
-    spec = make_spec(search={"trials": 4}, pruner={"name": "none"})
+    spec = make_spec(search={"trials": 4}, pruner={"name": pruner}, epochs=9)
     study, worker = begin(store, spec)
     claims = [claim(store, study, worker) for _ in range(num_lanes)]
     engine, statements = store.storage.engine, list[str]()
@@ -188,12 +167,13 @@ def test_to_postgres_a_report_of_any_number_of_trials_is_two_statements_and_an_e
 
     report_all(1)
     sa.event.listen(engine, "before_cursor_execute", lambda *of: statements.append(of[2]))
-    report_all(2)
+    report_all(3)
     num_of_report = len(statements)
     store.trials.finish(claims[0], "complete", reason="")
     num_of_end = len(statements) - num_of_report
+    num_of_look = int(pruner != "none")
     if engine.dialect.name == "postgresql":
-        assert (num_of_report, num_of_end) == (2, 3), statements
+        assert (num_of_report, num_of_end) == (2 + num_of_look, 3), statements
     else:  # where a statement is no round trip
-        assert num_of_report == 7
+        assert num_of_report == 7 + 2 * num_of_look  # the second one writes what the pruner notes
         assert num_of_end == 8
