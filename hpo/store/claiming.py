@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from hpo.store.conditions import is_lost, is_slot, on_same_device
+from hpo.store.database import execute_together
 from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES
 from hpo.store.schema import attempts_table, select_all, slots_table, workers_table
 from hpo.study.records import Claim
@@ -55,8 +56,13 @@ def choose_slot(
     return None
 
 
-def take_slot(connection: Connection, row: Any, *, trial_id: int, worker_id: str, at: float) -> Claim:
-    """Give the slot of `row` to the worker under a new lease, and add the row of its attempt."""
+def take_slot(
+    connection: Connection, row: Any, *, trial_id: int, worker_id: str, at: float, beside: Sequence[sa.Insert] = ()
+) -> Claim:
+    """Give the slot of `row` to the worker under a new lease, and add the row of its attempt.
+
+    Execute the statements `beside` together with these.
+    """
     claim = Claim(
         row.study_id,
         row.number,
@@ -76,8 +82,6 @@ def take_slot(connection: Connection, row: Any, *, trial_id: int, worker_id: str
         "claimed_at": at,
         "lease_until": at + LEASE_S,
     }
-    connection.execute(slots_table.update().where(is_slot(claim)).values(taken))
-    sign_on(connection, worker_id, at=at)
     attempt = {
         "study_id": claim.study_id,
         "number": claim.number,
@@ -86,11 +90,20 @@ def take_slot(connection: Connection, row: Any, *, trial_id: int, worker_id: str
         "began_at": at,
         "last_epoch": row.last_epoch,
     }
-    connection.execute(attempts_table.insert().values(attempt))
+    execute_together(
+        connection,
+        *beside,
+        attempts_table.insert().values(attempt),
+        sign_on(worker_id, at=at),
+        slots_table.update().where(is_slot(claim)).values(taken),
+    )
     return claim
 
 
-def sign_on(connection: Connection, worker_id: str, *, at: float) -> None:
-    """Record that the worker lives, whoever has taken it for dead: only a living one claims and renews."""
+def sign_on(worker_id: str, *, at: float) -> sa.Update:
+    """Return the statement that records that the worker lives, whoever has taken it for dead.
+
+    Only a living one claims and renews.
+    """
     is_worker = workers_table.c.worker_id == worker_id
-    connection.execute(workers_table.update().where(is_worker).values(seen_at=at, ended_at=None))
+    return workers_table.update().where(is_worker).values(seen_at=at, ended_at=None)

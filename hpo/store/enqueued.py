@@ -7,7 +7,7 @@ nobody has claimed yet therefore move behind the trials of others.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import sqlalchemy as sa
@@ -19,24 +19,47 @@ from hpo.errors import UserError
 from hpo.search import proposals
 from hpo.store.database import Database
 from hpo.store.schema import optuna_trials, slots_table
-from hpo.store.slots import drop_unclaimed, enqueued_trials, new_slot
+from hpo.store.slots import drop_unclaimed, enqueued_trials, new_slot, num_enqueued
 from hpo.study.records import StudyRecord
 
 FIXED = "fixed_params"  # Optuna's system attribute with the values of an enqueued trial
 
 
-def take_in(database: Database, connection: Connection, study: StudyRecord) -> None:
+class Queue(NamedTuple):
+    """Where the slots that nobody has claimed stand among Optuna's trials."""
+
+    now: float  # the seconds since 1970 by the database's clock
+    num_enqueued: int  # without a slot
+    first_unclaimed: int | None
+    last_of_optuna: int  # the number of its last trial, or -1
+
+
+def read_queue(database: Database, connection: Connection, study_id: int) -> Queue:
+    """Return where the slots of a study stand that nobody has claimed."""
+    first = sa.select(sa.func.min(slots_table.c.number)).where(_is_unclaimed(study_id))
+    last = sa.select(sa.func.max(optuna_trials.c.number)).where(optuna_trials.c.study_id == study_id)
+    counts = (num_enqueued(study_id), first.scalar_subquery(), sa.func.coalesce(last.scalar_subquery(), -1))
+    return Queue(*connection.execute(sa.select(database.clock, *counts)).one())
+
+
+def take_in(database: Database, connection: Connection, study: StudyRecord) -> Queue:
     """Add a slot for each enqueued trial, and move the slots that nobody has claimed behind all trials of Optuna's.
 
     The caller has locked the study. An enqueued trial that the study does not search fails with a sentence.
     """
-    enqueued = connection.execute(enqueued_trials(study.study_id)).all()
-    slots = [_slot_of(database, connection, study, row) for row in enqueued]
-    if any(slot["state"] == "waiting" for slot in slots):
-        drop_unclaimed(connection, study.study_id)  # a confirmation follows the last trial of the search
-    _move_unclaimed(connection, study.study_id)
+    queue = read_queue(database, connection, study.study_id)
+    slots: list[dict[str, Any]] = []
+    if queue.num_enqueued:
+        enqueued = connection.execute(enqueued_trials(study.study_id)).all()
+        slots = [_slot_of(database, connection, study, row) for row in enqueued]
+        if any(slot["state"] == "waiting" for slot in slots):
+            drop_unclaimed(connection, study.study_id)  # a confirmation follows the last trial of the search
+            queue = read_queue(database, connection, study.study_id)
+    if queue.first_unclaimed is not None and queue.first_unclaimed <= queue.last_of_optuna:
+        _move_unclaimed(connection, study.study_id, distance=queue.last_of_optuna + 1 - queue.first_unclaimed)
     for slot in slots:
         connection.execute(slots_table.insert().values(slot))
+    return queue
 
 
 def _slot_of(database: Database, connection: Connection, study: StudyRecord, row: Any) -> dict[str, Any]:
@@ -66,15 +89,12 @@ def begin_enqueued(database: Database, connection: Connection, row: Any) -> bool
     return False
 
 
-def _move_unclaimed(connection: Connection, study_id: int) -> None:
-    unclaimed = (slots_table.c.study_id == study_id) & slots_table.c.trial_id.is_(None)
-    first = connection.execute(sa.select(sa.func.min(slots_table.c.number)).where(unclaimed)).scalar()
-    last = sa.select(sa.func.max(optuna_trials.c.number)).where(optuna_trials.c.study_id == study_id)
-    last_of_optuna = connection.execute(last).scalar()
-    if first is None or last_of_optuna is None or first > last_of_optuna:
-        return
+def _is_unclaimed(study_id: int) -> sa.ColumnElement[bool]:
+    return sa.and_(slots_table.c.study_id == study_id, slots_table.c.trial_id.is_(None))
+
+
+def _move_unclaimed(connection: Connection, study_id: int, *, distance: int) -> None:
     # By way of negative numbers, because each number is one slot's at every moment.
-    distance = last_of_optuna + 1 - first
-    number = slots_table.c.number
+    number, unclaimed = slots_table.c.number, _is_unclaimed(study_id)
     connection.execute(slots_table.update().where(unclaimed).values(number=-1 - number - distance))
     connection.execute(slots_table.update().where(unclaimed).values(number=-1 - number))

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
@@ -22,6 +21,7 @@ from sqlalchemy.engine import Connection
 from hpo.errors import UserError
 from hpo.store.conditions import is_attempt, is_held, is_slot
 from hpo.store.database import Database, execute_together, upsert
+from hpo.store.optuna_rows import utc_now
 from hpo.store.schema import (
     attempts_table,
     intermediate_values,
@@ -225,7 +225,7 @@ def _trial_end(
     assert is_valued or state != "complete"
     # To Optuna a diverged trial is a pruned one: samplers count it among the worst, and would not see a failed one.
     states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
-    end = {"state": states.get(state, TrialState.PRUNED), "datetime_complete": datetime.now(UTC).replace(tzinfo=None)}
+    end = {"state": states.get(state, TrialState.PRUNED), "datetime_complete": utc_now()}
     ended = {"trial_id": trial_id, "key": "ended", "value_json": json.dumps(f"{state}: {reason}")}
     statements: list[sa.Update | sa.Insert] = [
         optuna_trials.update().where(optuna_trials.c.trial_id == trial_id).values(end),

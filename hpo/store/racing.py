@@ -16,7 +16,7 @@ from hpo.store.database import Database
 from hpo.store.ledger import Ledger
 from hpo.store.reading import read_optuna_trials
 from hpo.store.schema import epochs_table, slots_table, studies_table
-from hpo.store.slots import num_enqueued, num_slots
+from hpo.store.slots import num_waiting
 from hpo.study.chance import lucky_value
 from hpo.study.records import StudyRecord
 
@@ -49,8 +49,7 @@ def count_claimable(database: Database, connection: Connection, study: StudyReco
     """Return how many trials wait for a worker, to train on or to end with a race that is over; enqueued ones wait."""
     race = read_race(database, connection, study.study_id, study.spec)
     without = frozenset() if race.is_over else race.held_back
-    enqueued = num_enqueued(connection, study.study_id)  # first: rather one twice than one that nobody sees
-    return enqueued + num_slots(connection, study.study_id, without=without, state="waiting")
+    return num_waiting(connection, study.study_id, without=without)
 
 
 def hold_back(database: Database, connection: Connection, study: StudyRecord) -> frozenset[int]:

@@ -73,15 +73,41 @@ def check_exists(connection: Connection, study: StudyRecord) -> None:
         .join(optuna_studies, optuna_studies.c.study_id == studies_table.c.study_id)
         .where(studies_table.c.study_id == study.study_id)
     )
-    if study.metadata["uid"] not in str(connection.execute(query).scalar()):
+    _refuse_deleted(study, connection.execute(query).scalar())
+
+
+def lock_to_claim(connection: Connection, study: StudyRecord) -> bool:
+    """Let one worker claim at a time, and no other program add a trial; return whether the study goes on as recorded.
+
+    It does not if it should stop, or if a range was widened since. Raise StudyStopped if the study was deleted.
+    """
+    query = (
+        select_all(studies_table)
+        .join(optuna_studies, optuna_studies.c.study_id == studies_table.c.study_id)
+        .where(studies_table.c.study_id == study.study_id)
+        .with_for_update(of=[studies_table, optuna_studies])  # in this order, as whoever sets attributes of the study
+    )
+    row = connection.execute(query).first()
+    _refuse_deleted(study, None if row is None else row.metadata)
+    refuse_damage(connection.engine.url, study.name, studies_table, [row])
+    return row.stop is None and not _is_widened(study, row)
+
+
+def _refuse_deleted(study: StudyRecord, metadata: str | None) -> None:
+    """Raise StudyStopped where the metadata of the row with its id are not the study's."""
+    if study.metadata["uid"] not in str(metadata):
         raise StudyStopped(f"study {study.name!r} was deleted from the store")
+
+
+def _is_widened(study: StudyRecord, row: Any) -> bool:
+    return len(json.loads(row.metadata).get(WIDENED, [])) != len(study.widenings)
 
 
 def is_outdated(connection: Connection, study: StudyRecord) -> bool:
     """Return whether a range of the study was widened since this record of it was read."""
     row = connection.execute(select_all(studies_table).where(studies_table.c.study_id == study.study_id)).one()
     refuse_damage(connection.engine.url, study.name, studies_table, [row])
-    return len(json.loads(row.metadata).get(WIDENED, [])) != len(study.widenings)
+    return _is_widened(study, row)
 
 
 def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:

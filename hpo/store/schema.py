@@ -120,6 +120,7 @@ workers_table = sa.Table(
 )
 intermediate_values = TrialIntermediateValueModel.__table__  # Optuna's
 trial_values = TrialValueModel.__table__  # Optuna's
+trial_params = BaseModel.metadata.tables["trial_params"]
 trial_user_attributes = BaseModel.metadata.tables["trial_user_attributes"]
 trial_system_attributes = BaseModel.metadata.tables["trial_system_attributes"]
 optuna_studies = StudyModel.__table__

@@ -75,10 +75,9 @@ def drop_unclaimed(connection: Connection, study_id: int) -> None:
     connection.execute(slots_table.delete().where(slots_table.c.study_id == study_id, ~is_of_search, is_unclaimed))
 
 
-def num_slots(connection: Connection, study_id: int, *, without: Collection[int] = (), **columns: str) -> int:
-    """Return how many slots of the study, without those of some numbers, have these values in these columns."""
+def num_slots(connection: Connection, study_id: int, **columns: str) -> int:
+    """Return how many slots of the study have these values in these columns."""
     query = sa.select(sa.func.count()).select_from(slots_table).where(slots_table.c.study_id == study_id)
-    query = query.where(slots_table.c.number.not_in(without))
     return connection.execute(query.filter_by(**columns)).scalar_one()
 
 
@@ -93,10 +92,17 @@ def enqueued_trials(study_id: int) -> sa.Select[Any]:
     )
 
 
-def num_enqueued(connection: Connection, study_id: int) -> int:
-    """Return how many trials `enqueued_trials` finds."""
-    query = sa.select(sa.func.count()).select_from(enqueued_trials(study_id).subquery())
-    return connection.execute(query).scalar_one()
+def num_enqueued(study_id: int) -> sa.ScalarSelect[int]:
+    """Return the part of a query that counts the trials that `enqueued_trials` finds."""
+    return sa.select(sa.func.count()).select_from(enqueued_trials(study_id).subquery()).scalar_subquery()
+
+
+def num_waiting(connection: Connection, study_id: int, *, without: Collection[int]) -> int:
+    """Return how many slots wait, without those of some numbers, and enqueued trials, as of one instant."""
+    slots = slots_table.c
+    is_waiting = (slots.study_id == study_id) & (slots.state == "waiting") & slots.number.not_in(without)
+    num_slots = sa.select(sa.func.count()).select_from(slots_table).where(is_waiting).scalar_subquery()
+    return connection.execute(sa.select(num_slots + num_enqueued(study_id))).scalar_one()
 
 
 def slot_states(database: Database, study_id: int) -> list[SlotState]:
@@ -119,7 +125,8 @@ def count_slots(database: Database, study_id: int) -> dict[str, int]:
         .group_by(slots_table.c.state)
     )
     with database.connect() as connection:
-        enqueued = num_enqueued(connection, study_id)  # first: rather one twice than one that nobody sees
+        # First: rather one twice than one that nobody sees.
+        enqueued = connection.execute(sa.select(num_enqueued(study_id))).scalar_one()
         counts = {row.state: row.num for row in connection.execute(query)}
         if not counts.keys() <= set(STATES):
             _refuse_damaged_slots(database, connection, study_id)

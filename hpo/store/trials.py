@@ -18,11 +18,12 @@ from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
+from hpo.store.optuna_rows import add_trial, descriptions
 from hpo.store.racing import count_claimable, hold_back
-from hpo.store.reading import best_values, check_exists, is_outdated, read_epoch_seconds, read_trials
+from hpo.store.reading import best_values, lock_to_claim, read_epoch_seconds, read_trials
 from hpo.store.reports import decide, judge_epochs, lock_slots, record_epochs
 from hpo.store.retry import retry_on_outage
-from hpo.store.schema import attempts_table, slots_table, studies_table
+from hpo.store.schema import attempts_table, slots_table
 from hpo.store.searches import last_unbegun
 from hpo.store.slots import count_slots, lock_study, slot_states
 from hpo.store.suggesting import BufferedStorage, sampling_study
@@ -57,28 +58,40 @@ class Trials:
             if not count_claimable(self._database, connection, study):
                 return None
         with self._database.transaction() as connection:
-            # The lock on the study's row lets one worker claim at a time, so that slot n becomes Optuna's trial n.
-            stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study.study_id).with_for_update()
-            is_stopping = connection.execute(stop).scalar() is not None
-            check_exists(connection, study)
-            if is_stopping or is_outdated(connection, study):
+            if not lock_to_claim(connection, study):  # one claim at a time: slot n becomes Optuna's trial n
                 return None
-            take_in(self._database, connection, study)
-            at = self._database.now(connection)
+            queue = take_in(self._database, connection, study)
             last_seed = last_seed_in_turn(self._database, connection, study)
             without = hold_back(self._database, connection, study)
             if not may_begin_last:
                 without |= last_unbegun(connection, study.study_id)
             row = choose_slot(
-                connection, study.study_id, worker_id, num_held=num_held, at=at, last_seed=last_seed, without=without
+                connection,
+                study.study_id,
+                worker_id,
+                num_held=num_held,
+                at=queue.now,
+                last_seed=last_seed,
+                without=without,
             )
             if row is None:
                 return None
             refuse_damage(self._database.url, study.name, slots_table, [row])
-            trial_id = _begin_trial(self._database, connection, study, row)
+            trial_id, statements = row.trial_id, list[sa.Insert]()
             if trial_id is None:
+                trial_id = add_trial(connection, study.study_id, number=queue.last_of_optuna + 1)
+                new = proposals.new_trial(study.spec, row)
+                statements = descriptions(
+                    connection,
+                    trial_id,
+                    params=new.params,
+                    distributions=new.distributions,
+                    user_attrs=new.user_attrs,
+                    system_attrs=new.system_attrs,
+                )
+            elif not _resume_trial(self._database, connection, row):
                 return None
-            return take_slot(connection, row, trial_id=trial_id, worker_id=worker_id, at=at)
+            return take_slot(connection, row, trial_id=trial_id, worker_id=worker_id, at=queue.now, beside=statements)
 
     @retry_on_outage
     def begin(self, claim: Claim, *, resumed_from: int, notes: Sequence[str] = ()) -> None:
@@ -286,13 +299,8 @@ class Trials:
         return max(num_waiting, confirm.top * min(confirm.seeds, FIRST_SEEDS))
 
 
-def _begin_trial(database: Database, connection: Connection, study: StudyRecord, row: Any) -> int | None:
-    """Return the id of the Optuna trial of a slot, made if need be; None where another program has begun it."""
-    trial_id: int | None = row.trial_id
-    if trial_id is not None and database.cached.get_trial(trial_id).state.is_finished():
+def _resume_trial(database: Database, connection: Connection, row: Any) -> bool:
+    """Return whether the Optuna trial that a slot has can be trained; not if another program has begun it."""
+    if database.cached.get_trial(row.trial_id).state.is_finished():
         database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
-    if trial_id is None:
-        return int(database.cached.create_new_trial(study.study_id, proposals.new_trial(study.spec, row)))
-    if row.attempt == 0 and not begin_enqueued(database, connection, row):
-        return None
-    return trial_id
+    return row.attempt > 0 or begin_enqueued(database, connection, row)

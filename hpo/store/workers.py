@@ -117,7 +117,7 @@ class Workers:
         """
         with self._database.transaction() as connection:
             at = self._database.now(connection)
-            sign_on(connection, worker_id, at=at)
+            connection.execute(sign_on(worker_id, at=at))
             for claim in sorted(claims, key=lambda claim: claim.number):
                 connection.execute(slots_table.update().where(is_held(claim)).values(lease_until=at + LEASE_S))
 

@@ -8,10 +8,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import optuna
 import pytest
+import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from hpo.config.study_spec import StudySpec
+from hpo.search import proposals
 from hpo.store import schema
 from hpo.store.store import Store
 from hpo.train.failures import OUT_OF_MEMORY
@@ -183,3 +186,37 @@ def test_a_dead_trial_of_another_study_does_not_keep_a_device(
     assert store.trials.claim(study, worker) is None
     end_worker_process(store, gone, change)
     assert store.trials.claim(study, worker) is not None
+
+
+def test_to_postgres_a_claim_is_seven_statements(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 4}))
+    claim(store, study, worker)
+    statements = list[str]()
+    sa.event.listen(store.storage.engine, "before_cursor_execute", lambda *of: statements.append(of[2]))
+    assert store.trials.claim(study, worker) is not None
+    if store.storage.engine.dialect.name == "postgresql":
+        assert len(statements) == 7, statements
+    else:  # where a statement is no round trip
+        assert len(statements) == 11
+
+
+@pytest.mark.parametrize("kind", ["search", "confirm"])
+def test_a_claim_writes_what_optuna_writes_of_a_new_trial(store: Store, make_spec: MakeSpec, kind: str) -> None:
+    spec = make_spec(0.1, 0.2, confirm={"top": 1, "seeds": 2})
+    study, worker = begin(store, spec)
+    theirs = optuna.create_study(study_name="theirs", storage=store.storage)
+    with store.database.transaction() as connection:
+        connection.execute(schema.slots_table.update().values(kind=kind, replicate=0 if kind == "confirm" else None))
+    for number in range(2):
+        assert store.trials.claim(study, worker) is not None
+        with store.database.connect() as connection:
+            row = connection.execute(
+                schema.select_all(schema.slots_table).where(schema.slots_table.c.number == number)
+            ).one()
+        store.storage.create_new_trial(theirs._study_id, proposals.new_trial(spec, row))
+    for ours, expected in zip(optuna_trials(store), optuna_trials(store, "theirs"), strict=True):
+        assert ours.datetime_start is not None
+        assert expected.datetime_start is not None
+        assert abs((ours.datetime_start - expected.datetime_start).total_seconds()) < 600
+        ours.datetime_start, ours._trial_id = expected.datetime_start, expected._trial_id
+        assert ours == expected
