@@ -89,6 +89,7 @@ def lock_to_claim(connection: Connection, study: StudyRecord) -> bool:
     )
     row = connection.execute(query).first()
     _refuse_deleted(study, None if row is None else row.metadata)
+    assert row is not None
     refuse_damage(connection.engine.url, study.name, studies_table, [row])
     return row.stop is None and not _is_widened(study, row)
 

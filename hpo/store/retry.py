@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 import sqlite3
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 OUTAGE_S = 600.0  # how long workers wait for a database that does not answer
 PASSING_IN_SQLITE = ("locked", "busy", "is full", "disk I/O error", "unable to open")
 FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 5.0  # between two tries
+LONGEST_PAUSE_S = 5.0  # between two tries, on average
 
 
 class StoreFailed(Exception):
@@ -53,7 +54,7 @@ Self = TypeVar("Self", bound="HasRetryPolicy")
 def retry_on_outage(
     method: Callable[Concatenate[Self, Arguments], Answer],
 ) -> Callable[Concatenate[Self, Arguments], Answer]:
-    """Retry a method, after longer and longer pauses, while the database does not answer.
+    """Retry a method as `outlast` does, by its object's policy; raise StoreFailed where the database is at fault.
 
     This is safe for methods that change all or nothing, and that find their work done where a commit succeeded and its
     answer was lost.
@@ -61,19 +62,42 @@ def retry_on_outage(
 
     @functools.wraps(method)
     def try_again(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
-        began, pause_s = time.monotonic(), FIRST_PAUSE_S
-        while True:
-            try:
-                return method(self, *args, **kwargs)
-            except STORE_ERRORS as error:
-                if not is_outage(error) or time.monotonic() - began > self.retry.for_s or self.retry.until():
-                    raise StoreFailed(database_message(error)) from error
-                if pause_s == FIRST_PAUSE_S:
-                    logger.warning("the store does not answer, waiting for it: %s", database_message(error))
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        try:
+            return outlast(lambda: method(self, *args, **kwargs), self.retry, errors=STORE_ERRORS, passes=is_outage)
+        except STORE_ERRORS as error:
+            raise StoreFailed(database_message(error)) from error
 
     return try_again
+
+
+def outlast(
+    call: Callable[[], Answer],
+    policy: RetryPolicy,
+    *,
+    errors: type[Exception] | tuple[type[Exception], ...],
+    passes: Callable[[Exception], bool] = lambda error: True,
+) -> Answer:
+    """Return what a call does, tried again after longer and longer pauses while the database does not answer.
+
+    A pause is drawn at random, so that workers that lost a database together do not come back to it in step.
+
+    Args:
+        call: What is tried.
+        policy: How long.
+        errors: What the call raises where it may be tried again; all else is raised at once.
+        passes: Whether such an error may pass.
+    """
+    began, pause_s = time.monotonic(), FIRST_PAUSE_S
+    while True:
+        try:
+            return call()
+        except errors as error:
+            if not passes(error) or time.monotonic() - began > policy.for_s or policy.until():
+                raise
+            if pause_s == FIRST_PAUSE_S:
+                logger.warning("the store does not answer, waiting for it: %s", database_message(error))
+            time.sleep(pause_s * random.uniform(0.5, 1.5))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def database_message(error: BaseException) -> str:

@@ -102,7 +102,7 @@ def num_waiting(connection: Connection, study_id: int, *, without: Collection[in
     slots = slots_table.c
     is_waiting = (slots.study_id == study_id) & (slots.state == "waiting") & slots.number.not_in(without)
     num_slots = sa.select(sa.func.count()).select_from(slots_table).where(is_waiting).scalar_subquery()
-    return connection.execute(sa.select(num_slots + num_enqueued(study_id))).scalar_one()
+    return int(connection.execute(sa.select(num_slots + num_enqueued(study_id))).scalar_one())
 
 
 def slot_states(database: Database, study_id: int) -> list[SlotState]:

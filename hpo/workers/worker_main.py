@@ -17,7 +17,7 @@ from typing import Any
 from hpo.config.import_policy import allowed_for
 from hpo.errors import StudyStopped, UserError
 from hpo.store.database import Unreachable
-from hpo.store.retry import LONGEST_PAUSE_S, OUTAGE_S
+from hpo.store.retry import OUTAGE_S, RetryPolicy, outlast
 from hpo.store.store import Store
 from hpo.system.readable import ReadableFormatter, prepare_output
 from hpo.workers.worker import Worker
@@ -40,15 +40,8 @@ LEAVE_S = 5.0  # how long releasing trials and signing off may take when an epoc
 
 def _open_once_up(url: str, *, until: Callable[[], bool]) -> Store:
     """Open the store once its database answers: a worker may be started while that is down."""
-    began = time.monotonic()
-    while True:
-        try:
-            return Store(url).retrying(for_s=OUTAGE_S, until=until)
-        except Unreachable as error:
-            if time.monotonic() - began > OUTAGE_S or until():
-                raise
-            logger.warning("%s; trying again", error)
-            time.sleep(LONGEST_PAUSE_S / 5)
+    store = outlast(lambda: Store(url), RetryPolicy(OUTAGE_S, until), errors=Unreachable)
+    return store.retrying(for_s=OUTAGE_S, until=until)
 
 
 def run_worker_process() -> None:

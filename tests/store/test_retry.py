@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from hpo.store import database
-from hpo.store.retry import StoreFailed
+from hpo.store.retry import FIRST_PAUSE_S, LONGEST_PAUSE_S, RetryPolicy, StoreFailed, outlast
 from hpo.store.store import Store
 from hpo.study.records import Claim
 from tests.rows import slow_except
@@ -84,6 +84,27 @@ def test_a_worker_that_is_told_to_leave_waits_no_longer(url: str, make_spec: Mak
     with pytest.raises(StoreFailed):
         report(patient, held, 0.5)
     assert len(calls) >= 3
+
+
+def test_workers_that_lost_a_database_together_do_not_come_back_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("hpo.store.retry.time.sleep", slept.append)
+
+    def pauses() -> list[float]:
+        slept.clear()
+
+        def call() -> list[float]:
+            if len(slept) < 10:
+                raise ConnectionError
+            return list(slept)
+
+        return outlast(call, RetryPolicy(for_s=600), errors=ConnectionError)
+
+    of_workers = [pauses() for _ in range(8)]
+    for index, drawn in enumerate(zip(*of_workers, strict=True)):
+        mean = min(FIRST_PAUSE_S * 2**index, LONGEST_PAUSE_S)
+        assert len(set(drawn)) == 8
+        assert all(0.5 * mean <= pause <= 1.5 * mean for pause in drawn)
 
 
 def test_a_request_that_is_wrong_is_not_tried_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
