@@ -32,6 +32,7 @@ OPEN_TIMEOUT_S = 10.0  # the same while opening, where a lock held for longer is
 CONNECTIONS_PER_WORKER = 4
 MAX_THREADS = 10  # of one process that may use a store, the dashboard's 8 included; each needs a connection
 ABANDONED_S = 60  # Postgres ends a transaction that its client, stopped or cut off, has left open this long
+IS_POOLED = "is_pooled"  # of a connection's info: whether a pooler stands before Postgres
 # Postgres's words for a wrong request; any other reason why no connection can be made may pass.
 REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no pg_hba.conf entry")
 ADVISORY_LOCK = 0x68706F  # "hpo": held in Postgres while tables or studies are made
@@ -168,6 +169,8 @@ def begin(connection: Connection) -> None:
     """
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+    elif connection.info.get(IS_POOLED):
+        connection.exec_driver_sql(_limits(of_transaction=True))
 
 
 def begin_reading(connection: Connection) -> None:
@@ -251,11 +254,15 @@ def _upgrade_text(whose: str, before: int | str, after: int | str) -> str:
 
 
 def _joined_storage(url: URL) -> JoinedStorage:
-    storage = JoinedStorage(url)
+    storage = JoinedStorage(url, skip_compatibility_check=True)
+    # Optuna's own check holds two connections at once. Behind a pooler that has few of the server's, workers that begin
+    # together would wait for each other.
+    if storage.get_current_version() != storage.get_head_version():
+        storage._version_manager.check_table_schema_compatibility()  # raises
     if url.drivername != POSTGRES:
         sa.event.listen(storage.engine, "connect", _set_pragmas)
-        sa.event.listen(storage.engine, "connect", _read_any_text)
-    storage.engine.dispose()  # connections opened so far were made without the pragmas
+    _prepare_connections(storage.engine)
+    storage.engine.dispose()  # connections opened so far were made without this
     return storage
 
 
@@ -274,7 +281,6 @@ def _engine_options(url: URL) -> dict[str, Any]:
             "keepalives_interval": 5,
             "keepalives_count": 4,
             "tcp_user_timeout": 50_000,
-            "options": f"-c idle_in_transaction_session_timeout={ABANDONED_S}s -c lock_timeout={ABANDONED_S}s",
         },
     }
 
@@ -305,8 +311,7 @@ def _probing(url: URL) -> Iterator[Engine]:
     if url.drivername != POSTGRES:
         options["connect_args"]["timeout"] = OPEN_TIMEOUT_S
     engine = sa.create_engine(url, **options, poolclass=sa.pool.NullPool)
-    if url.drivername != POSTGRES:
-        sa.event.listen(engine, "connect", _read_any_text)
+    _prepare_connections(engine)
     try:
         yield engine
     finally:
@@ -321,6 +326,31 @@ def _create_tables(engine: Engine) -> None:
         exclude_others(connection)
         schema.create_tables(connection)
         connection.commit()
+
+
+def _prepare_connections(engine: Engine) -> None:
+    sa.event.listen(engine, "connect", _read_any_text if engine.dialect.name == "sqlite" else _leave_no_session_state)
+
+
+def _leave_no_session_state(connection: Any, record: Any) -> None:
+    """Find out whether a pooler such as PgBouncer gives each transaction another session of the server.
+
+    It then tells a client of a process that is none of the server's. There must be no prepared statements then, and
+    time limits hold for a transaction only.
+    """
+    (pid,) = connection.execute("SELECT pg_backend_pid()").fetchone()
+    record.info[IS_POOLED] = pid != connection.info.backend_pid
+    if record.info[IS_POOLED]:
+        connection.prepare_threshold = None
+    else:
+        connection.execute(_limits(of_transaction=False))
+    connection.commit()
+
+
+def _limits(*, of_transaction: bool) -> str:
+    """Return the statement by which the server ends a transaction that is left open, or waits for another too long."""
+    names = ("idle_in_transaction_session_timeout", "lock_timeout")
+    return "SELECT " + ", ".join(f"set_config('{name}', '{ABANDONED_S}s', {of_transaction})" for name in names)
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:
