@@ -112,7 +112,7 @@ def _spread_over_rates(trials: list[TrialRecord]) -> list[TrialRecord]:
 def _metric_axis(metric: str, trials: Sequence[TrialRecord]) -> dict[str, Any]:
     values = [value for trial in trials for value in trial.curves.get(metric, ()) if value is not None]
     if is_percent(metric) and all(0 <= value <= 1 for value in values):
-        return {"title": {"text": escape_plotly(metric)}, "tickformat": ".0%"}
+        return {"title": {"text": escape_plotly(metric)}, "tickformat": "~%"}
     axis: dict[str, Any] = {"title": {"text": escape_plotly(metric)}, "exponentformat": "e"}
     trained = [trial for trial in trials if trial.state != "diverged"]
     sane = [value for trial in trained for value in trial.curves.get(metric, ()) if value is not None]

@@ -47,7 +47,7 @@ def rate_of(trial: TrialRecord) -> float | None:
 
 def value_axis(data: FigureData, **settings: Any) -> dict[str, Any]:
     """Return an axis of the study's metric."""
-    form = {"tickformat": ".0%"} if data.is_accuracy else {"exponentformat": "e"}
+    form = {"tickformat": "~%"} if data.is_accuracy else {"exponentformat": "e"}
     return {"title": {"text": escape_plotly(data.study.spec.metric)}, **form, **settings}
 
 
@@ -89,3 +89,8 @@ def shown_bounds(data: FigureData, values: Sequence[float]) -> tuple[float, floa
     if not (math.isfinite(low) and math.isfinite(high)):
         return min(values), max(values)
     return low, high
+
+
+def room_beyond(low: float, high: float) -> float:
+    """Return how far an axis runs beyond the lowest and the highest value, also if they are the same."""
+    return (high - low) * 0.06 or abs(high) * 0.06 or 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from hpo.analysis.text import counts_text, plural, value_text
-from hpo.reports.figures.data import FigureData, hover_settings, shown_bounds, value_axis
+from hpo.reports.figures.data import FigureData, hover_settings, room_beyond, shown_bounds, value_axis
 from hpo.reports.figures.style import GREEN, STATE_STYLES, VERMILLION, count_axis, lay_out, round_digits
 
 
@@ -49,7 +49,8 @@ def draw_history(data: FigureData) -> go.Figure | None:
             hovertemplate="best so far %{y}<extra></extra>",
         )
     figure.update_xaxes(title={"text": "trial"}, **count_axis(0, max(trial.number for trial in data.trials)))
-    figure.update_yaxes(**value_axis(data))
+    room = room_beyond(low, high)
+    figure.update_yaxes(**value_axis(data, range=[low - room, high + room]))
     return lay_out(figure, height=360)
 
 

@@ -50,7 +50,7 @@ def draw_interactions(data: FigureData) -> go.Figure | None:
     _add_legend(figure, {trace.name for trace in figure.data})
     figure.update_xaxes(**_parameter_axis(data, first) | {"title": None})
     figure.update_xaxes(title={"text": _axis_name(first)}, row=len(others))
-    form = {"tickformat": ".0%"} if data.is_accuracy else {}
+    form = {"tickformat": "~%"} if data.is_accuracy else {}
     bar = {"title": {"text": escape_plotly(data.study.spec.metric), "side": "right"}, **form}
     low, high = bounds
     figure.update_layout(coloraxis={"cmin": low, "cmax": high, "colorbar": bar})

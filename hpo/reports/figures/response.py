@@ -13,7 +13,7 @@ from hpo.analysis.answer import Best
 from hpo.analysis.answer_text import response_lines
 from hpo.analysis.response import CONFIDENCE, REACH_DECADES, Response
 from hpo.analysis.text import counts_text, interval_text, params_text, rate_text, value_text
-from hpo.reports.figures.data import FigureData, hover_settings, rate_of, shown_bounds, value_axis
+from hpo.reports.figures.data import FigureData, hover_settings, rate_of, room_beyond, shown_bounds, value_axis
 from hpo.reports.figures.style import (
     BLUE,
     GREEN,
@@ -64,7 +64,7 @@ def draw_response(data: FigureData) -> go.Figure | None:
         rows=len(groups), shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.16 / len(groups)
     )
     low, high = _value_range(data, groups)
-    room = (high - low) * 0.06 or abs(high) * 0.06 or 1.0
+    room = room_beyond(low, high)
     is_minimized = data.study.spec.direction == "minimize"
     bounds = ValueBounds(low, high, high + room if is_minimized else low - room)
     in_legend: set[str] = set()

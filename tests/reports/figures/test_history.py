@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from hpo.analysis.answer import find_best
 from tests.analysis.examples import make_study, make_trials
 from tests.reports.examples import drawn, traces
@@ -25,3 +27,9 @@ def test_what_has_no_value_is_not_drawn_and_that_is_said() -> None:
     assert entry.caption.endswith("; without a value, and not drawn: 1 failed.")
     assert entry.figure.layout.xaxis.range == (-0.5, 3.5)
     assert "not drawn" not in drawn(make_study(), trials[:2])["history"].caption
+
+
+def test_the_axis_of_a_single_value_has_room_about_it() -> None:
+    low, high = drawn(make_study(), make_trials((0.1, 0.5), (0.2, "diverged")))["history"].figure.layout.yaxis.range
+    assert low == pytest.approx(0.47)
+    assert high == pytest.approx(0.53)
