@@ -18,6 +18,7 @@ from wsgiref.types import WSGIApplication
 
 import psutil
 
+from hpo.dashboard.front_page import FrontPage, note_of
 from hpo.dashboard.logins import Login, read_logins
 from hpo.dashboard.middleware import CapContour, FillGaps, ReadOnly, RedirectByPath, SafeHeaders
 from hpo.errors import UserError
@@ -62,6 +63,7 @@ def serve_dashboard(
     with _listen(host, port, has_login=logins is not None) as listener:
         port = listener.getsockname()[1]
         app: WSGIApplication = CapContour(optuna_dashboard.wsgi(storage), storage.get_n_trials)
+        app = FrontPage(app, lambda study_id: note_of(storage.get_study_system_attrs(study_id)))
         app = RedirectByPath(FillGaps(app, storage.get_study_name_from_id))
         if logins is not None:
             app = Login(app, logins)

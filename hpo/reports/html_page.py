@@ -71,7 +71,7 @@ def _script_data(report: StudyReport) -> dict[str, Any]:
             if trace.get("meta", {}).get("labelled"):
                 labels.update(zip(trace["customdata"], trace.pop("text"), strict=True))
         figures[drawn.name] = figure
-    lines = {theme: line_colours(theme) for theme in THEMES}
+    lines = {name: line_colours(theme) for name, theme in THEMES.items()}
     return {"figures": figures, "labels": labels, "themes": THEMES, "lines": lines}
 
 

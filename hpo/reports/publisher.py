@@ -25,17 +25,18 @@ MAX_FIGURE_CHARACTERS = 200_000  # of a figure; Optuna reads the figures of all 
 def publish_report(store: Store, report: StudyReport) -> None:
     """Store the report's figures and, as the study's note, its answer for optuna-dashboard.
 
-    Figures of more than MAX_FIGURE_CHARACTERS are left out. The report's own figures are changed: they get titles.
+    Figures of more than MAX_FIGURE_CHARACTERS are left out. The report's own figures are changed.
 
     Raises:
         STORE_ERRORS: The store cannot be written.
     """
+    from hpo.reports.figures.style import fit_card
     from hpo.reports.figures.table import FIGURES
     from hpo.reports.markdown import escape_markdown, markdown_answer
 
     figures: dict[str, str | None] = dict.fromkeys(FIGURES)
     for drawn in report.figures:
-        drawn.figure.update_layout(title={"text": drawn.title}, margin={"t": 90})
+        fit_card(drawn.figure, drawn.title)
         text = drawn.figure.to_json()
         if len(text) <= MAX_FIGURE_CHARACTERS:
             figures[drawn.name] = text

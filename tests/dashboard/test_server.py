@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -171,6 +172,33 @@ def test_the_study_page_draws_the_learning_curve_of_every_trial(page: Page, url:
     assert {int(trace["name"].split("#")[1]): trace["y"] for trace in traces} == study.curves
     assert all(trace["x"] == list(range(1, len(trace["y"]) + 1)) for trace in traces)
     assert study.name in page.inner_text("body")
+
+
+def test_the_study_page_begins_with_the_answer_and_our_figures(page: Page, url: str, study: Study) -> None:
+    page.goto(study_path(url, study))
+    page.wait_for_selector(".hpo-answer h2")
+    for selector in ('[id="user-defined-plot:response"]', '[id="user-defined-plot:curves"]', "#plot-history"):
+        page.wait_for_selector(f"{selector} .main-svg")
+    assert "best learning rate" in page.inner_text(".hpo-answer h2")
+    figures = [f'[id="user-defined-plot:{name}"]' for name in ("response", "curves", "timeline")]
+    top = "(selector) => document.querySelector(selector).getBoundingClientRect().y"
+    tops = [page.evaluate(top, selector) for selector in (".hpo-answer", *figures, "#plot-history")]
+    assert tops == sorted(tops)
+    cut = """[...document.querySelectorAll('[id^="user-defined-plot:"]')].filter((box) =>
+        box.querySelector(".main-svg").getBoundingClientRect().height > box.getBoundingClientRect().height + 1)"""
+    assert page.evaluate(f"{cut}.length") == 0
+
+
+def test_no_page_has_a_button_that_would_be_refused(page: Page, url: str, study: Study) -> None:
+    page.goto(url)
+    page.get_by_text(study.name).first.wait_for()
+    page.get_by_role("button", name="Reload").wait_for()
+    assert page.get_by_role("button", name=re.compile("create|rename|delete", re.IGNORECASE)).count() == 0
+    for path in ("note", "trials"):
+        page.goto(f"{study_path(url, study)}/{path}")
+        page.get_by_text("Note", exact=True).last.wait_for()
+        page.wait_for_selector("[data-testid=EditIcon]", state="attached")
+        assert not page.is_visible("[data-testid=EditIcon]")
 
 
 def test_the_trials_page_lists_every_trial(page: Page, url: str, study: Study) -> None:

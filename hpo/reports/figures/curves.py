@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from hpo.analysis.text import plural, rate_text
 from hpo.reports.figures.data import FigureData, rate_of
-from hpo.reports.figures.style import NUM_COLOURS, escape_plotly, lay_out, line_colours, round_digits
+from hpo.reports.figures.style import NUM_COLOURS, THEMES, escape_plotly, lay_out, line_colours, round_digits
 from hpo.study.records import TrialRecord
 from hpo.train.metrics import is_percent
 
@@ -42,7 +42,7 @@ def draw_curves(data: FigureData) -> go.Figure | None:
 def _add_lines(figure: go.Figure, trials: Sequence[TrialRecord], steps: Sequence[int], metric: str, row: int) -> None:
     """Add one trace for all trials of a colour, with a gap between two trials; `steps` are the trials' colours."""
     num_points = sum(len(trial.epochs) for trial in trials)
-    colours = line_colours("light")
+    colours = line_colours(THEMES["light"])
     for step, colour in enumerate(colours):
         x: list[float | None] = []
         y: list[float | None] = []

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, GREEN, ORANGE, VERMILLION, PURPLE, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#808080"
+CARD_PIXELS = 450  # high, in optuna-dashboard; of a higher figure it shows only the top
 MAX_COUNTED_TICKS = 10  # of an axis that counts, each with its number; Plotly would put halves between few of them
 NUM_COLOURS = 16  # by which lines tell learning rates apart
 PLOTLY_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "%": "&#37;"})
@@ -68,11 +69,13 @@ THEMES: dict[str, dict[str, Any]] = {
     "light": _theme(ink="#1d2330", page="#ffffff", grid="#e4e7ec", axis="#98a1b0", colours=(0.0, 0.85)),
     "dark": _theme(ink="#e6e9ef", page="#1a1e26", grid="#2d3440", axis="#6b7587", colours=(0.3, 1.0)),
 }
+# For a page that may be either: a grey with a contrast of 4 to white and to optuna-dashboard's dark page.
+EITHER_THEME = _theme(ink="#7e7e7e", page="#ffffff", grid="rgba(128,128,128,0.25)", axis=GREY, colours=(0.2, 0.85))
 
 
-def line_colours(theme: str) -> list[str]:
+def line_colours(theme: Mapping[str, Any]) -> list[str]:
     """Return NUM_COLOURS colours, from the lowest learning rate to the highest."""
-    scale = THEMES[theme]["coloraxis"]["colorscale"]
+    scale = theme["coloraxis"]["colorscale"]
     colours: list[str] = sample_colorscale(scale, [index / (NUM_COLOURS - 1) for index in range(NUM_COLOURS)])
     return colours
 
@@ -88,6 +91,29 @@ def lay_out(figure: go.Figure, *, height: int, **settings: Any) -> go.Figure:
     )
     figure.update_layout(**settings)
     return figure
+
+
+BELOW = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"}
+
+
+def fit_card(figure: go.Figure, title: str) -> None:
+    """Change a figure to stand alone on a card that is CARD_PIXELS high and light or dark: with a title of its own.
+
+    The legend goes to the bottom, where its lines push the axes up; above the axes, its second line would be printed
+    over the title.
+    """
+    colours = line_colours(EITHER_THEME)
+    figure.for_each_trace(
+        lambda trace: trace.update(line={"color": colours[trace.meta["colour"]]}),
+        selector=lambda trace: "colour" in (getattr(trace, "meta", None) or {}),
+    )
+    figure.update_layout(
+        template={"layout": EITHER_THEME},
+        title={"text": title, "x": 0, "y": 1, "yanchor": "top", "pad": {"l": 8, "t": 12}, "font": {"size": 15}},
+        height=min(figure.layout.height, CARD_PIXELS),
+        margin={"t": 64},
+        legend={**BELOW, "font": {"size": 11}},
+    )
 
 
 def with_opacity(colour: str, opacity: float) -> str:
