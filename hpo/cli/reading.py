@@ -7,6 +7,7 @@ import click
 from hpo.cli.options import json_option, storage_option, verbose_option
 from hpo.cli.writer import print_json, say
 from hpo.errors import UserError
+from hpo.system.readable import one_line
 
 
 @click.command("list", short_help="List the studies in a store.")
@@ -52,8 +53,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     \b
     hpo status quickstart
     """
-    from hpo.analysis.text import cell_text, params_text, peak_text
-    from hpo.api import reading
+    from hpo.analysis.text import cell_text, metric_text, params_text, peak_text, value_text
+    from hpo.api import reading, stores
     from hpo.display.console import print_table
     from hpo.study.records import STATES
 
@@ -74,12 +75,15 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     if found["search_end"]:
         say(found["search_end"])
     if found["best"]:
-        best = found["best"]
+        best, record = found["best"], stores.open_study(study, storage=storage)[1]
+        metric = metric_text(record)
         if best["confirmation"]:
-            say(f"confirmed: {params_text(best['recommended'])}, value {best['confirmation']['value']:.4f}")
+            confirmed = value_text(best["confirmation"]["value"], record)
+            say(f"confirmed: {params_text(best['recommended'])}, {metric} {confirmed}")
         else:
             say(f"recommended so far: {params_text(best['recommended'])}")
-        say(f"best trial so far: {params_text(best['params'])}, value {best['value']:.4f}, trial {best['trial']}")
+        value = value_text(best["value"], record)
+        say(f"best trial so far: {params_text(best['params'])}, {metric} {value}, trial {best['trial']}")
     if found["peak"] and found["peak"]["interval"] and found["trials"].keys() & {"waiting", "running"}:
         say(peak_text(found["peak"]["lr"], found["peak"]["interval"]))
     if found["workers"]:
@@ -108,31 +112,14 @@ def trials_command(study: str, as_json: bool, storage: str | None) -> None:
     \b
     hpo trials quickstart --json
     """
-    from hpo.analysis.text import cell_text, params_text
-    from hpo.api import reading
-    from hpo.display.console import print_table
+    from hpo.api import reading, stores
+    from hpo.display.terminal import print_trials
 
-    found = reading.trials(study, storage=storage)
     if as_json:
-        print_json(found)
+        print_json(reading.trials(study, storage=storage))
         return
-    print_table(
-        ["trial", "kind", "state", "values", "value", "epochs", "attempt", "seconds", "why it ended"],
-        (
-            [
-                row["number"],
-                row["kind"],
-                row["state"],
-                params_text(row["params"]),
-                cell_text(row["value"]),
-                len(row["epochs"]),
-                row["attempt"],
-                cell_text(row["duration_s"]),
-                cell_text(row["reason"]),
-            ]
-            for row in found
-        ),
-    )
+    store, record = stores.open_study(study, storage=storage)
+    print_trials(record, store.trials.get_all(record))
 
 
 @click.command("best", short_help="Print the answer of a study.")
@@ -149,6 +136,8 @@ def best_command(study: str, verbose: bool, as_json: bool, storage: str | None) 
     """
     from hpo.analysis.answer_text import answer_lines, source_text
     from hpo.api import reading, stores
+    from hpo.display.console import make_console
+    from hpo.display.terminal import broken_line
 
     found = reading.best(study, storage=storage)
     if as_json:
@@ -156,8 +145,10 @@ def best_command(study: str, verbose: bool, as_json: bool, storage: str | None) 
         return
     store, record = stores.open_study(study, storage=storage)
     source = source_text(record, store.trials.get_all(record), storage=str(store.url), is_trained=False)
+    width = make_console().width
     for line in answer_lines(record, found, source=source, verbose=verbose):
-        say(line)
+        for part in broken_line(one_line(line), width):
+            say(part)
 
 
 @click.command("compare", short_help="Compare studies side by side.")

@@ -50,6 +50,8 @@ STRIP_WIDTH = 31
 STRIP_COLUMN = 4  # behind the interval that it draws
 WIDE = 120  # columns of a terminal with room for it
 
+NO_BREAK = "\0"  # stands for a space in a command while a line is broken; no text that is shown holds one
+
 STYLES = {
     "complete": "green",
     "pruned": "yellow",
@@ -244,12 +246,23 @@ def print_answer(
 
 
 def broken_line(line: str, width: int) -> list[str]:
-    """Return a line of the answer, "  label:  text", broken between words; what follows stands below the text."""
+    """Return a line of the answer, "  label:  text", broken between words; what follows stands below the text.
+
+    A command, in `backticks` or at the end, stays whole, so that it can be copied.
+    """
     begin = re.match(r" *[^:]+: *", line)
     indent = " " * (len(begin[0]) if begin else 0)
-    return textwrap.wrap(
-        line, width, subsequent_indent=indent, break_long_words=False, replace_whitespace=False, expand_tabs=False
+    whole = re.sub(r"`[^`]+`|\bhpo [a-z].*", lambda command: command[0].replace(" ", NO_BREAK), line)
+    parts = textwrap.wrap(
+        whole,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        expand_tabs=False,
     )
+    return [part.replace(NO_BREAK, " ") for part in parts]
 
 
 def print_comparison(found: Comparison) -> None:
@@ -298,9 +311,7 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
     table = make_table(title=f"{len(rows)} of {len(trials)} trials" if len(rows) < len(trials) else None)
     table.add_column("", no_wrap=True)
     for key in keys:
-        longest = max(len(one_line(number_text(trial.params.get(key, "")))) for trial in rows)
-        title = "learning rate" if key == "lr" else key
-        table.add_column(title, justify="right", overflow="fold", min_width=min(longest, MAX_MIN_WIDTH))
+        _add_values_column(table, key, rows)
     table.add_column(study.spec.metric, justify="right", overflow="fold", min_width=6)
     if has_bars:
         table.add_column("", width=BAR_WIDTH)
@@ -322,14 +333,59 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
             *(number_text(trial.params[key]) if key in trial.params else "" for key in keys),
             "" if trial.value is None else value_text(trial.value, study),
             *([bar] if has_bars else []),
-            styled(
-                (trial.state if trial.state in ("complete", "waiting") else f"{trial.state}: {trial.reason}", style)
-            ),
+            _state_text(trial),
             str(len(trial.epochs)),
             str(trial.number),
             style="bold" if found.is_recommended(trial.params) else "",
         )
     return table
+
+
+def print_trials(study: StudyRecord, trials: Sequence[TrialRecord]) -> None:
+    """Print a row for each trial. What is alike for all of them, the kind or the attempt, has no column.
+
+    On a narrow screen the reason is broken over lines, between two words; a learning rate never is.
+    """
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    has_kinds = any(trial.kind != "search" for trial in trials)
+    has_attempts = any(trial.attempt > 1 for trial in trials)
+    table = make_table(padding=(0, 1, 0, 0))
+    table.add_column("trial", justify="right", no_wrap=True)
+    if has_kinds:
+        table.add_column("kind", no_wrap=True)
+    for key in keys:
+        _add_values_column(table, key, trials)
+    table.add_column(study.spec.metric, justify="right", overflow="fold", min_width=8)
+    table.add_column("epochs", justify="right", no_wrap=True)
+    if has_attempts:
+        table.add_column("attempt", justify="right", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("state", overflow="fold")
+    for trial in trials:
+        table.add_row(
+            str(trial.number),
+            *([trial.kind] if has_kinds else []),
+            *(number_text(trial.params[key]) if key in trial.params else "" for key in keys),
+            "" if trial.value is None else value_text(trial.value, study),
+            str(len(trial.epochs)),
+            *([str(trial.attempt)] if has_attempts else []),
+            "" if trial.duration_s is None else f"{trial.duration_s:.1f}",
+            _state_text(trial),
+        )
+    make_console().print(table)
+
+
+def _add_values_column(table: Table, key: str, trials: Sequence[TrialRecord]) -> None:
+    """Add the column of a searched setting; up to MAX_MIN_WIDTH its values are not broken over lines."""
+    longest = max((len(one_line(number_text(trial.params.get(key, "")))) for trial in trials), default=0)
+    title = "learning rate" if key == "lr" else key
+    table.add_column(title, justify="right", overflow="fold", min_width=min(longest, MAX_MIN_WIDTH))
+
+
+def _state_text(trial: TrialRecord) -> Text:
+    """Return the state of a trial, with its reason where the state does not say it all."""
+    says_all = trial.state in ("complete", "waiting", "running") or not trial.reason
+    return styled((trial.state if says_all else f"{trial.state}: {trial.reason}", STYLES[trial.state]))
 
 
 def _live_view(study: StudyRecord, trials: Sequence[TrialRecord], *, seconds_left: float | None) -> RenderableType:

@@ -45,7 +45,7 @@ def check_commands(made: Texts, shown: str, stored: str) -> None:
     for arguments, parts in {
         ("list",): ["failure"],
         ("status", "s"): [one_line(made.key), shown, f"failed device: {raw} of {raw} (1x): {stored}"],
-        ("trials", "s"): [f"{one_line(made.key)}={shown}", stored],
+        ("trials", "s"): [one_line(made.key), shown, stored],
         ("best", "s"): [f"{one_line(made.key)} {shown}", f"m{shown}"],
         ("compare", "s"): [f"m{shown}"],
         ("storage", "check"): ["no problem found"],

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 from hpo.analysis.answer import find_best
 from hpo.analysis.answer_text import answer_lines, describe_answer, source_text
 from hpo.config.study_spec import StudySpec
+from hpo.display import terminal
 from hpo.display.console import PlainConsole
-from hpo.display.terminal import LiveDisplay, broken_line
+from hpo.display.terminal import LiveDisplay, broken_line, print_trials
 from hpo.store.store import Store
 from tests.analysis.examples import LOG_LR, complete, hill, make_study, numbered, trained
 from tests.conftest import Hpo
@@ -140,6 +142,28 @@ def test_the_lines_of_an_answer_are_aligned_and_the_details_are_asked_for() -> N
     assert long[-1].endswith("s in sqlite:////x/hpo.db (16 complete; answered from the store, nothing trained)")
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_learning_rate_of_the_trials_is_broken_over_lines(
+    monkeypatch: pytest.MonkeyPatch, make_spec: Callable[..., StudySpec], store: Store, width: int
+) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(terminal, "make_console", lambda: PlainConsole(file=output, width=width))
+    study = store.studies.create(make_spec(1.234e-05, 0.0004016), metadata={})
+    searched = store.trials.get_all(study)
+    reason = "collapsed: every input gets the same output in epoch 2"
+    ended = [
+        replace(searched[0], state="diverged", reason=reason),
+        replace(searched[1], state="complete", value=0.9861),
+    ]
+    print_trials(study, ended)
+    shown = output.getvalue()
+    assert {"1.234e-05", "0.0004016"} <= set(shown.split())
+    assert max(map(len, shown.splitlines())) <= width
+    assert "kind" not in shown
+    print_trials(study, [*ended, replace(searched[0], kind="confirm", attempt=2)])
+    assert {"kind", "attempt"} <= set(output.getvalue().split())
+
+
 def test_the_warnings_of_an_answer_come_last() -> None:
     found = find_best(make_study(), numbered(*complete()[5:8]))
     assert found is not None
@@ -153,4 +177,10 @@ def test_a_line_of_the_answer_is_broken_between_words_and_goes_on_below_its_text
         "                  0.065 did equally well)",
     ]
     assert broken_line(line, 100_000) == [line]
+    command = "`hpo resume own-loop --widen lr=0.0001:100`"
+    assert broken_line(f"  warning:  it may lie beyond 10: go on with {command} if it pays", 50) == [
+        "  warning:  it may lie beyond 10: go on with",
+        f"            {command}",
+        "            if it pays",
+    ]
     assert broken_line("  study:  sqlite:////a/path\\n", 10)[-1].endswith("sqlite:////a/path\\n")
