@@ -10,13 +10,15 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = ("hpo", "optuna", "torch", "torchvision", "numpy")
+from hpo._version import __version__
+
+PACKAGES = ("optuna", "torch", "torchvision", "numpy")
 
 
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
-    versions_by_name = {"python": platform.python_version()}
+    versions_by_name = {"python": platform.python_version(), "hpo": __version__}
     for package in PACKAGES:
         try:
             versions_by_name[package] = version(package)

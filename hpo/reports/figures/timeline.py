@@ -70,9 +70,10 @@ def timeline_caption(data: FigureData) -> str:
     together = "one trial" if f"{at_a_time:.1f}" == "1.0" else f"{at_a_time:.1f} trials"
     caption = f"{plural(len(attempts), 'attempt')} in {took:.0f} s on {', '.join(devices)}; {together} at a time"
     if (again := len(attempts) - len({trial.number for trial, _ in attempts})) > 0:
-        caption += f"; {again} were further attempts at a trial"
+        were = "1 was a further attempt" if again == 1 else f"{again} were further attempts"
+        caption += f"; {were} at a trial"
     if (left := sum(len(trial.attempts) for trial in data.all_trials) - len(attempts)) > 0:
-        caption += f"; {left} earlier ones are not drawn"
+        caption += "; 1 earlier one is not drawn" if left == 1 else f"; {left} earlier ones are not drawn"
     return f"{caption}."
 
 
