@@ -12,10 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
-from hpo.search.judging import ComparedTrials, bare_trial
 from hpo.search.pruners import PRUNERS, build_pruner
 from hpo.search.study_views import KIND_ATTRIBUTE
 from hpo.store.database import Database
+from hpo.store.judging import ComparedTrials, bare_trial
 from hpo.store.schema import (
     intermediate_values,
     optuna_trials,

@@ -18,7 +18,7 @@ from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
-from hpo.store.optuna_rows import add_trial, descriptions
+from hpo.store.optuna_rows import add_trial
 from hpo.store.racing import count_claimable, hold_back
 from hpo.store.reading import best_values, lock_to_claim, read_epoch_seconds, read_trials
 from hpo.store.reports import decide, judge_epochs, lock_slots, record_epochs
@@ -61,36 +61,22 @@ class Trials:
             if not lock_to_claim(connection, study):  # one claim at a time: slot n becomes Optuna's trial n
                 return None
             queue = take_in(self._database, connection, study)
-            last_seed = last_seed_in_turn(self._database, connection, study)
-            without = hold_back(self._database, connection, study)
-            if not may_begin_last:
-                without |= last_unbegun(connection, study.study_id)
-            row = choose_slot(
+            row = _choose_slot(
+                self._database,
                 connection,
-                study.study_id,
+                study,
                 worker_id,
                 num_held=num_held,
+                may_begin_last=may_begin_last,
                 at=queue.now,
-                last_seed=last_seed,
-                without=without,
             )
             if row is None:
                 return None
             refuse_damage(self._database.url, study.name, slots_table, [row])
-            trial_id, statements = row.trial_id, list[sa.Insert]()
-            if trial_id is None:
-                trial_id = add_trial(connection, study.study_id, number=queue.last_of_optuna + 1)
-                new = proposals.new_trial(study.spec, row)
-                statements = descriptions(
-                    connection,
-                    trial_id,
-                    params=new.params,
-                    distributions=new.distributions,
-                    user_attrs=new.user_attrs,
-                    system_attrs=new.system_attrs,
-                )
-            elif not _resume_trial(self._database, connection, row):
+            begun = _begin_trial(self._database, connection, study, row, number=queue.last_of_optuna + 1)
+            if begun is None:
                 return None
+            trial_id, statements = begun
             return take_slot(connection, row, trial_id=trial_id, worker_id=worker_id, at=queue.now, beside=statements)
 
     @retry_on_outage
@@ -299,8 +285,37 @@ class Trials:
         return max(num_waiting, confirm.top * min(confirm.seeds, FIRST_SEEDS))
 
 
-def _resume_trial(database: Database, connection: Connection, row: Any) -> bool:
-    """Return whether the Optuna trial that a slot has can be trained; not if another program has begun it."""
+def _choose_slot(
+    database: Database,
+    connection: Connection,
+    study: StudyRecord,
+    worker_id: str,
+    *,
+    num_held: int,
+    may_begin_last: bool,
+    at: float,
+) -> Any:
+    """Return the row of the slot to claim, or None."""
+    last_seed = last_seed_in_turn(database, connection, study)
+    without = hold_back(database, connection, study)
+    if not may_begin_last:
+        without |= last_unbegun(connection, study.study_id)
+    return choose_slot(
+        connection, study.study_id, worker_id, num_held=num_held, at=at, last_seed=last_seed, without=without
+    )
+
+
+def _begin_trial(
+    database: Database, connection: Connection, study: StudyRecord, row: Any, *, number: int
+) -> tuple[int, list[sa.Insert]] | None:
+    """Return the id of a slot's Optuna trial, and statements that are left to write; a new one gets the number.
+
+    Return None if another program has begun the trial.
+    """
+    if row.trial_id is None:
+        return add_trial(connection, study.study_id, proposals.new_trial(study.spec, row), number=number)
     if database.cached.get_trial(row.trial_id).state.is_finished():
         database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
-    return row.attempt > 0 or begin_enqueued(database, connection, row)
+    if row.attempt > 0 or begin_enqueued(database, connection, row):
+        return row.trial_id, []
+    return None

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 LOCALHOST = "127.0.0.1"
 WAIT_S = 10.0  # for a rank that was told to end, or that has failed, until it is killed; and for torch to notice that
-POLL_S = 1.0
+LOOK_S = 1.0
 
 
 class RankEngine(PlainEngine):
@@ -181,7 +181,7 @@ class DistributedEngine(RankEngine):
         is_over = threading.Event()
 
         def watch() -> None:
-            while not is_over.wait(POLL_S):
+            while not is_over.wait(LOOK_S):
                 ended = next((other for other in self._others if not other.is_alive), None)
                 if ended is not None and not is_over.wait(WAIT_S):
                     logger.error("%s; torch waits for it all the same, so the worker ends", ended.problem())
@@ -261,7 +261,7 @@ class OtherRank:
 
     def _receive(self) -> str | None:
         try:
-            while not self._connection.poll(POLL_S):  # no end of file where a child of a dead rank holds the connection
+            while not self._connection.poll(LOOK_S):  # no end of file where a child of a dead rank holds the connection
                 if not self.is_alive and not self._connection.poll():
                     return self._end_text()
             answer: str | None = pickle.loads(self._connection.recv_bytes())
