@@ -77,7 +77,7 @@ def _used_devices(devices: Sequence[Device]) -> list[Finding]:
             advice = ""
             if device.occupied_by:
                 pids = ", ".join(map(str, device.occupied_by))
-                advice = f"occupied by process {pids}: --devices auto passes over it; name it to share it"
+                advice = f"occupied by process {pids}: --devices auto skips it; name it to share it"
             problem = proofs[device.name].problem() if device.name in proofs else None
             if problem is not None:
                 advice = f"it cannot be used: {problem}"

@@ -37,7 +37,8 @@ def main() -> None:
     )
     result = hpo.run(spec, storage=arguments.storage)
     print(f"train with lr = {result.best.lr:.2e}, the answer of all trials together")
-    print(f"best single trial: #{result.best.trial}, validation accuracy {result.best.value:.1%} (the luckiest, too)")
+    value = f"validation accuracy {result.best.value:.1%}"
+    print(f"best single trial: #{result.best.trial}, {value} (optimistic: the best of many)")
     for trial in result.trials:
         print(f"  trial {trial.number}: lr {trial.params['lr']:.2e} {trial.state}: {trial.reason}")
 

@@ -162,7 +162,7 @@ def _interval_line(study: StudyRecord, response: Response, answer: Best) -> Answ
     else:
         note = f"in the search, {interval_text(response.plateau)} did equally well"
     if response is answer.response and answer.lr is not None and not low <= answer.lr <= high:
-        note += f"; what was confirmed, {rate_text(answer.lr)}, is outside of it"
+        note += f"; the confirmed rate, {rate_text(answer.lr)}, is outside it"
     return AnswerLine(f"{100 * CONFIDENCE:.0f} % interval", interval_text(response.interval), note)
 
 
@@ -180,7 +180,7 @@ def _expected_line(study: StudyRecord, response: Response) -> AnswerLine:
 
 def _gain_line(study: StudyRecord, response: Response) -> AnswerLine:
     gain = difference_text(study, response.gain, of=response.value)
-    return AnswerLine("one more trial", f"+{gain}", "what it is expected to bring, where it tells most")
+    return AnswerLine("one more trial", f"+{gain}", "expected gain, at the most informative rate")
 
 
 def _edge_lines(response: Response) -> Iterator[AnswerLine]:
@@ -209,7 +209,7 @@ def _best_trial_line(study: StudyRecord, answer: Best) -> AnswerLine:
         difference = difference_text(study, abs(confirmation.inflation), of=confirmation.value)
         note += f", {difference} {comparative} than confirmed"
     elif answer.response is not None:
-        note += ", optimistic: the luckiest of all"
+        note += ", optimistic: the best of many"
     return AnswerLine("best trial", f"#{answer.trial}, {params_text(answer.params)}", note)
 
 
@@ -264,7 +264,7 @@ def _seeds_lines(study: StudyRecord, confirmation: Confirmation) -> Iterator[Ans
         yield AnswerLine("mean of seeds", value_text(winner.mean, study), note)
     if study.spec.confirm and any(len(rate.values) < study.spec.confirm.seeds for rate in confirmation.candidates):
         counts = [f"{params_text(rate.params)} on {len(rate.values)}" for rate in confirmation.candidates]
-        note = f"of at most {study.spec.confirm.seeds}: what really is worse gets no more"
+        note = f"of at most {study.spec.confirm.seeds}: rates that are clearly worse get no more"
         yield AnswerLine("seeds", "; ".join(counts), note)
     for candidate in confirmation.candidates:
         if candidate.num_diverged:

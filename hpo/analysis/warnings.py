@@ -98,7 +98,7 @@ class WarningContext:
 
 
 def _guessing(context: WarningContext) -> str | None:
-    """Warn if the best trial is no better than a constant or a random answer."""
+    """Warn if the best trial is no better than random guessing, or than one constant answer."""
     study, value = context.study, value_of(context.winner)
     spec, metadata, sign = study.spec, study.metadata, direction_sign(study)
     guess, by_luck = guess_value(spec, metadata), lucky_value(spec, metadata)
@@ -121,8 +121,8 @@ def _not_enough(context: WarningContext) -> str | None:
     if context.response is not None or not known:
         return None
     have = "rate has" if known == 1 else "rates have"
-    enough = f"{MIN_RATES} are, or {MIN_LIVING_RATES} where others diverged"
-    text = f"{known} learning {have} a value, which is not enough for a curve; {enough}"
+    needed = f"{MIN_RATES}, or {MIN_LIVING_RATES} where others diverged"
+    text = f"{known} learning {have} a value; a fitted curve needs {needed}"
     count = len(context.trials)
     if count == context.num_searched:
         return text
@@ -131,7 +131,7 @@ def _not_enough(context: WarningContext) -> str | None:
 
 
 def _edge_of_range(context: WarningContext) -> str | None:
-    """Warn if the best rate is at an end of what was searched with a chance of a tenth or more.
+    """Warn if the best rate lies at an end of the searched range with a probability of 10 % or more.
 
     The warning names the command that widens the range.
     """
@@ -143,13 +143,13 @@ def _edge_of_range(context: WarningContext) -> str | None:
     if at is None:
         return None
     end, wider = (low, low / 10) if at == "low" else (high, high * 10)
-    beyond = f"the best learning rate may lie beyond {end:.3g}, the {at} end of what was searched: "
+    beyond = f"the best learning rate may lie beyond {end:.3g}, the {at} end of the searched range: "
     lr = context.study.spec.search.parameters.get("lr")
     can_widen = context.study.spec.search.sampler not in ("grid", "race") and isinstance(lr, Range) and lr.step is None
     if not can_widen:
         return f"{beyond}widen search.space.lr to {wider:.3g}"
     ends = f"{wider:.3g}:{high}" if at == "low" else f"{low}:{wider:.3g}"
-    return f"{beyond}go on there with `hpo resume {context.study.name} --widen lr={ends}`"
+    return f"{beyond}widen it with `hpo resume {context.study.name} --widen lr={ends}`"
 
 
 def find_touched_end(best: Sequence[float], low: float, high: float) -> str | None:
@@ -203,7 +203,7 @@ def _tied(context: WarningContext) -> str | None:
 
 
 def _still_rising(context: WarningContext) -> str | None:
-    """Warn if the best trials still gained a tenth of all they gained in the last quarter of the epochs."""
+    """Warn if the best trials made a tenth or more of their total gain in the last quarter of the epochs."""
     first, last = context.plateau
     near = [trial for trial in context.complete if first <= trial.params["lr"] <= last] or [context.winner]
     sign = direction_sign(context.study)
@@ -224,7 +224,7 @@ def _still_rising(context: WarningContext) -> str | None:
 
 
 def _pruned_away(context: WarningContext) -> str | None:
-    """Warn if more is expected of rates where every trial was pruned, or dropped by a race, than of the best."""
+    """Warn if rates at which every trial was pruned, or dropped by a race, are expected to beat the best one."""
     response = context.response
     if response is None:
         return None
@@ -245,7 +245,7 @@ def _pruned_away(context: WarningContext) -> str | None:
     if context.study.spec.search.sampler == "race":
         remedy = "the race has dropped every trial: repeat it with a larger search.trainings"
     rates = f"{rate_text(min(better))} to {rate_text(max(better))}"
-    return f"more is expected of learning rates about {rates}, where {remedy}"
+    return f"better values are expected at learning rates around {rates}, where {remedy}"
 
 
 def _distance(lr: float, others: Sequence[float]) -> float:

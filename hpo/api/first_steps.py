@@ -206,5 +206,5 @@ def _study_lines(name: str, steps: FirstSteps) -> Iterator[str]:
     yield from ("", "[training]")
     yield from ("epochs = 8", "batch_size = 64", 'optimizer = "adam"')
     yield from ("", "[confirm]")
-    yield _setting("top", 2, "train so many of the best rates again, to be sure,")
-    yield _setting("seeds", 3, "each on so many fresh seeds; the winner is then tested")
+    yield _setting("top", 2, "train this many of the best rates again, to be sure,")
+    yield _setting("seeds", 3, "each on this many fresh seeds; the winner is then tested")

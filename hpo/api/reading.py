@@ -151,8 +151,8 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
         - search_end: After how many trials the search ended and why, if it ended early.
         - best: The answer so far, as `hpo best --json` prints it; None if no trial has completed.
         - peak: Where all trials point to while they train; None if nothing is known.
-        - workers: The living workers: `worker`, `host`, `pid`, `device`, `trial` and `epoch` of each of its `lanes`,
-          and the seconds since its last sign of life (`seen_s`).
+        - workers: The live workers: `worker`, `host`, `pid`, `device`, `trial` and `epoch` of each of its `lanes`,
+          and the seconds since it was last seen (`seen_s`).
         - failed_devices: `host` and `device`, the number of `failures` since the study was started, and the `reason` of
           the latest.
 
@@ -184,7 +184,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
 
 
 def _workers(store: Store, study: StudyRecord, all_trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """Return the living workers of a study, each with what it trains."""
+    """Return the live workers of a study, each with what it trains."""
     lanes: dict[str | None, list[dict[str, int]]] = {}
     for trial in all_trials:
         if trial.state == "running":

@@ -215,7 +215,7 @@ def serve(
     """Add workers of this machine to every study of a store that has trials waiting, until interrupted.
 
     Studies are served in the order in which they were started, one after the other. A study that cannot be trained
-    here is passed over until it is started again.
+    here is skipped until it is started again.
 
     Args:
         first: The study that is served before the others.
@@ -223,7 +223,7 @@ def serve(
         storage: URL of the store. Default: HPO_STORAGE, else sqlite:///hpo.db.
         allow: As in `join`.
         watcher: As in `run`.
-        say: Called with each message: that it waits, that a study is finished, why one is passed over.
+        say: Called with each message: that it waits, that a study is finished, why one is skipped.
 
     Raises:
         UserError: The request is wrong, or there is no such store.
@@ -261,7 +261,7 @@ def serve(
             say(str(error))
             passed_over.add((study.study_id, study.started))
         except UserError as error:
-            say(f"study {study.name} is passed over: {error}")
+            say(f"study {study.name} is skipped: {error}")
             passed_over.add((study.study_id, study.started))
 
 
@@ -482,10 +482,10 @@ def _warn_of_changed_code(study: StudyRecord, digests: Mapping[str, str]) -> Non
 
 
 def _tell_of_damage(store: Store, told: set[str], say: Callable[[str], None]) -> None:
-    """Say once of each study that cannot be read why it is passed over."""
+    """Say once of each study that cannot be read why it is skipped."""
     for problem in set(store.studies.damages().values()) - told:
         told.add(problem)
-        say(f"passed over: {problem}")
+        say(f"skipped: {problem}")
 
 
 def _next_study(store: Store, first: str | None, passed_over: Container[tuple[int, float]]) -> StudyRecord | None:

@@ -320,7 +320,7 @@ def _train_and_print_answer(
         with LiveDisplay(console) as progress:
             result = train(watcher=progress.watch)
     except StudyStopped as error:
-        raise StudyStopped(f"{error}\ngo on with: {again}{suffix}" if error.can_resume else str(error)) from None
+        raise StudyStopped(f"{error}\nresume with: {again}{suffix}" if error.can_resume else str(error)) from None
     store, record = stores.open_study(study, storage=storage)
     steps = [
         f"all of it as one page:  hpo report {study}{suffix}",
@@ -355,7 +355,7 @@ def stop_command(study: str, storage: str | None) -> None:
     from hpo.api import running
 
     if running.stop(study, storage=storage):
-        say(f"study {study} will stop after this epoch; go on with: hpo resume {study}")
+        say(f"study {study} will stop after this epoch; resume with: hpo resume {study}")
     else:
         say(f"study {study} is finished; there is nothing to stop")
 

@@ -69,7 +69,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         say(f"race: {race['epochs']} of {race['budget']} epochs; trials wait for each other at its rungs")
     if found["stop"]:
         reason, *others = str(found["stop_reason"]).split("\n")
-        say(f"stopped ({reason}); go on with: hpo resume {study}")
+        say(f"stopped ({reason}); resume with: hpo resume {study}")
         for line in others:
             say(f"  {line}")  # such as a traceback; no line of it can pass for one of ours
     if found["search_end"]:
@@ -89,7 +89,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     if found["workers"]:
         columns = ["host", "pid", "device", "trial", "epoch", "seen_s"]
         print_table(
-            [*columns[:-1], "last sign of life"],
+            [*columns[:-1], "last seen"],
             (
                 [*(cell_text((worker | lane)[column]) for column in columns[:-1]), f"{worker['seen_s']} s ago"]
                 for worker in found["workers"]
@@ -206,7 +206,7 @@ def report_command(study: str, output: str | None, form: str | None, figure: str
 @click.command("export", short_help="Export the recommended values.")
 @click.argument("study", metavar="STUDY")
 @click.option("--output", metavar="FILE", help="A study file (.toml), or that and the answer (.json).")
-@click.option("--weights", metavar="FILE", help="The trained weights (.safetensors), with a JSON file beside them.")
+@click.option("--weights", metavar="FILE", help="The trained weights (.safetensors), with a JSON file next to them.")
 @click.option("--trial", type=int, metavar="N", help="Export this trial. Default: what the study recommends.")
 @storage_option
 def export_command(study: str, output: str | None, weights: str | None, trial: int | None, storage: str | None) -> None:
@@ -240,7 +240,7 @@ def export_command(study: str, output: str | None, weights: str | None, trial: i
     metavar="KIND[=TARGET]",
     help="tensorboard=DIR, mlflow=URI or wandb=PROJECT; may be given several times.",
 )
-@click.option("--follow", is_flag=True, help="Go on until the study has ended or was stopped.")
+@click.option("--follow", is_flag=True, help="Keep running until the study has ended or was stopped.")
 @storage_option
 def log_command(study: str, to: tuple[str, ...], follow: bool, storage: str | None) -> None:
     """Write the trials of STUDY as runs to TensorBoard, MLflow or Weights & Biases.

@@ -30,7 +30,7 @@ def copy_command(study: str, to: str, storage: str | None) -> None:
         url = stores.copy(
             study, to=to, storage=storage, progress=lambda done, of: progress.update(task, completed=done, total=of)
         )
-    say(f"copied to {url}; go on there with: hpo resume {study} --storage {shlex.quote(to)}")
+    say(f"copied to {url}; resume there with: hpo resume {study} --storage {shlex.quote(to)}")
 
 
 @click.command("delete", short_help="Delete a study.")

@@ -198,7 +198,7 @@ def check_point(search: SearchSpec, point: Mapping[str, Any], *, setting: str) -
         if isinstance(parameter, Conditional):
             case = parameter.cases.get(str(point.get(parameter.by)))
             if case is None:
-                raise UserError(f"{setting}.{key} needs {parameter.by} beside it, with a case of search.space.{key}")
+                raise UserError(f"{setting}.{key} needs {parameter.by} alongside it, with a case of search.space.{key}")
             parameter = case
         if not parameter.contains(value):
             raise UserError(f"{setting}.{key} must be {parameter}, got {value!r}")
@@ -446,7 +446,7 @@ def _check_images(data: DataConfig) -> None:
     """Refuse settings of image files for other data, and groups that are no pattern."""
     for key in ("image_size", "resize", "bits"):
         if not is_default(data, key) and data.name != IMAGE_FOLDER:
-            raise UserError(f"data.{key} has no meaning but for image_folder, got {getattr(data, key)!r}")
+            raise UserError(f"data.{key} applies only to image_folder, got {getattr(data, key)!r}")
     for entry in data.augment:
         _check_augmentation(entry)
     if data.groups is not None and not is_import_path(data.groups) and not data.groups.endswith(".csv"):
@@ -517,12 +517,12 @@ def _check_fixed_beside_searched(parameters: Mapping[str, Parameter], training: 
     for key in parameters:
         group = group_and_factor(key)
         if group is not None and group[1] in training.groups.get(group[0], {}):
-            raise UserError(f"training.{key} has no effect beside search.space.{key}")
+            raise UserError(f"training.{key} has no effect together with search.space.{key}")
     for field in dataclasses.fields(TrainingConfig):
         name = field.name
         if isinstance(parameters.get(name), Range | Categorical) and not is_default(training, name):
             value = getattr(training, name)
-            raise UserError(f"training.{name} has no effect beside search.space.{name}, got {value!r}")
+            raise UserError(f"training.{name} has no effect together with search.space.{name}, got {value!r}")
 
 
 def _check_names(kind: str, parameters: Mapping[str, Parameter], training: TrainingConfig) -> set[str]:
@@ -546,7 +546,7 @@ def _check_optimizer_options(
     """Refuse options that none of these optimizers takes; those of a user's own are known when it is imported."""
     searched = {key.removeprefix(OPTION): one for key, one in parameters.items() if key.startswith(OPTION)}
     for key in searched.keys() & training.optimizer_options.keys():
-        raise UserError(f"training.{OPTION}{key} has no effect beside search.space.{OPTION}{key}")
+        raise UserError(f"training.{OPTION}{key} has no effect together with search.space.{OPTION}{key}")
     if not set(names) <= OPTIMIZERS.keys():
         return
     check_optimizer_options(training.optimizer_options, names, setting=f"training.{OPTION[:-1]}")

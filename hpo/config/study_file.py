@@ -79,7 +79,7 @@ def expand_compare(settings: Mapping[str, Any], *, source: str) -> list[dict[str
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
             raise UserError(f"compare.name must be letters, digits, '.', '_' and '-', got {name!r} ({source})")
         if name in names or len(table) < 2:
-            raise UserError(f"compare.name = {name!r} must be a name of its own, with settings beside it ({source})")
+            raise UserError(f"compare.name = {name!r} must be a name of its own, with settings next to it ({source})")
         names.add(name)
         changes = {key: value for key, value in table.items() if key != "name"}
         studies.append(_merged(base, changes) | {"name": f"{base.get('name')}-{name}"})

@@ -71,7 +71,7 @@ class SearchSpec(Section):
             gt=0,
             le=MAX_HOURS,
             description=(
-                "Begin no new trial once the search has trained for so many hours. Pauses do not count, and several "
+                "Begin no new trial once the search has trained for this many hours. Pauses do not count, and several "
                 "workers at once count once."
             ),
         ),
@@ -172,7 +172,7 @@ class PrunerSpec(Section):
 
     name: Annotated[str, Field(description="The pruner: which trials are dropped early.")] = "none"
     startup_trials: Annotated[
-        int | None, Field(ge=0, description="Prune nothing before so many trials are complete.")
+        int | None, Field(ge=0, description="Prune nothing before this many trials are complete.")
     ] = None
     warmup_epochs: Annotated[int | None, Field(ge=0, description="Do not prune a trial in its first epochs.")] = None
     percentile: Annotated[
@@ -180,7 +180,7 @@ class PrunerSpec(Section):
     ] = None
     min_epochs: Annotated[int | None, Field(ge=1, description="Epochs before the first rung.")] = None
     reduction_factor: Annotated[
-        int | None, Field(ge=2, description="At each rung, one trial in so many is trained further.")
+        int | None, Field(ge=2, description="At each rung, one trial in this many is trained further.")
     ] = None
     patience: Annotated[int | None, Field(ge=1, description="Epochs without an improvement to wait for.")] = None
     min_delta: Annotated[float | None, Field(ge=0, description="The least change that is an improvement.")] = None

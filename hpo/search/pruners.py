@@ -114,7 +114,7 @@ PRUNERS: dict[str, PrunerEntry] = {
         _at_rungs,
         compares="rungs",
         compares_early=True,
-        about="successive halving: at each rung, one trial in so many is trained further",
+        about="successive halving: at each rung, one trial in `reduction_factor` is trained further",
     ),
     "hyperband": PrunerEntry(
         {"min_epochs": 1, "reduction_factor": 3},

@@ -289,8 +289,8 @@ def _parse_range(setting: str, value: dict[str, Any], *, grid: bool) -> Range:
         raise UserError(f"{setting}.step must be greater than 0 and not on a log scale, got {step}")
     if step is not None and (high - low) / step >= MAX_VALUES:
         raise UserError(
-            f"{setting}.step must not be so small beside {setting}.high - {setting}.low that there are more than "
-            f"{MAX_VALUES:,} values, got {step}"
+            f"{setting}.step must not be so small compared with {setting}.high - {setting}.low that there are "
+            f"more than {MAX_VALUES:,} values, got {step}"
         )
     _check_points(setting, value.get("points"), has_step=step is not None, grid=grid)
     parsed = Range(low=low, high=high, log=log, step=step, points=value.get("points"))
@@ -316,8 +316,8 @@ def _check_points(setting: str, points: Any, *, has_step: bool, grid: bool) -> N
             f"{setting}.points must be at least 2 for sampler 'grid' (or give step, or a list), got {points!r}"
         )
     if points is not None and (has_step or not grid):
-        reason = "beside step" if has_step else "but for a grid"
-        raise UserError(f"{setting}.points has no meaning {reason}, got {points!r}")
+        rule = "cannot be combined with step" if has_step else "applies only to sampler 'grid'"
+        raise UserError(f"{setting}.points {rule}, got {points!r}")
 
 
 def _is_finite_number(value: object) -> bool:

@@ -206,7 +206,7 @@ class Trials:
             error_tail = storable_text(error)[-ERROR_CHARACTERS:]
             if alongside_others:
                 connection.execute(slots_table.update().where(slot, slots_table.c.crashes == 0).values(crashes=1))
-                outcome = f"beside others: {storable_text(reason)}"
+                outcome = f"alongside others: {storable_text(reason)}"
                 self._ledger.free(connection, claim, outcome, error=error_tail)
                 return False
             columns = (slots_table.c.failures, slots_table.c.exclusive.label("exclusive"))

@@ -199,7 +199,7 @@ def _choose_free(devices: list[Device]) -> list[Device]:
             f" ({'; '.join(occupied)}); to share one, name it: --devices {cuda[0].name}, or take --devices cpu"
         )
     if occupied:
-        logger.warning("--devices auto passes over what other processes occupy: %s", "; ".join(occupied))
+        logger.warning("--devices auto skips what other processes occupy: %s", "; ".join(occupied))
     return free or devices[:1]  # MPS comes before the CPU
 
 

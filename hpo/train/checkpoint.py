@@ -169,7 +169,7 @@ class CheckpointFolder:
     def load(self, config: TrialConfig | None) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest whole checkpoint of this trial and configuration, or None; without one, of any.
 
-        Also return a sentence for each newer file that was passed over; none where there is no folder.
+        Also return a sentence for each newer file that was skipped; none where there is no folder.
         """
         passed_over: list[str] = []
         for epoch in sorted(self._epochs(), reverse=True):
@@ -183,7 +183,7 @@ class CheckpointFolder:
                 reason = f"it could not be read: {error}"
             except _Unusable as error:
                 reason = str(error)
-            passed_over.append(f"the checkpoint {self.url.rstrip('/')}/{_file_name(epoch)} was passed over: {reason}")
+            passed_over.append(f"the checkpoint {self.url.rstrip('/')}/{_file_name(epoch)} was skipped: {reason}")
         return None, passed_over
 
     def remove(self) -> None:

@@ -308,8 +308,8 @@ class TrainingConfig:
         Literal["auto"] | Annotated[int, Ge(1)],
         Rule("'auto' or an integer of at least 1"),
         Doc(
-            "Save a trial in training every so many epochs. auto: as often as takes at most 5 % of its time, and at "
-            "each rung of the pruner. A worker that is told to stop saves its trials in any case."
+            "Save a trial in training every N epochs. auto: so that saving takes at most 5 % of its time, and "
+            "at each rung of the pruner. A worker that is told to stop saves its trials in any case."
         ),
     ] = "auto"
     report_test_accuracy: Annotated[

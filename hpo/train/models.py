@@ -73,7 +73,7 @@ def _untrained_model(config: ModelConfig, *, channels: int, num_classes: int, im
     if config.name in MODELS:
         if config.name == "article_cnn" and image_size != ARTICLE_IMAGE_SIZE:
             raise UserError(
-                f"model.name = 'article_cnn' takes {ARTICLE_IMAGE_SIZE}x{ARTICLE_IMAGE_SIZE} pictures, "
+                f"model.name = 'article_cnn' takes {ARTICLE_IMAGE_SIZE}x{ARTICLE_IMAGE_SIZE} images, "
                 f"got {image_size}x{image_size} (data.image_size)"
             )
         return _call(MODELS[config.name], config, shape)
@@ -168,7 +168,7 @@ def _of_three_channels(
 ) -> nn.Module:
     """Return a library's network for images of three channels, or of one, which it is shown as three."""
     if channels not in (1, 3):
-        raise UserError(f"model.name = {config.name!r} takes pictures of 1 or 3 channels, got {channels}")
+        raise UserError(f"model.name = {config.name!r} takes images of 1 or 3 channels, got {channels}")
     model = _call(create, config, fixed)
     return RepeatChannels(model) if channels == 1 else model
 
@@ -196,7 +196,7 @@ def check_model(model: nn.Module, *, batch: Tensor, num_classes: int) -> None:
         raise
     except Exception as error:  # whatever the user's network raises
         raise UserError(
-            f"model.name must name a network that takes pictures of shape {tuple(batch.shape)} (B, C, H, W); "
+            f"model.name must name a network that takes images of shape {tuple(batch.shape)} (B, C, H, W); "
             f"it raised {describe_error(error)}"
         ) from error
     finally:

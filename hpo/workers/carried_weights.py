@@ -46,8 +46,8 @@ class CarriedWeights:
                 checksum = _checksum(parameter)
                 if self._ends.get(checksum, number) != number:
                     raise UserError(
-                        f"this trial goes on with weights that trial {self._ends[checksum]} ended with; each one must "
-                        "start anew: build the network in the function, or draw its weights there"
+                        f"this trial continues with weights that trial {self._ends[checksum]} ended with; each one "
+                        "must start anew: build the network in the function, or draw its weights there"
                     )
                 begun.setdefault(id(parameter), (parameter, checksum))
 

@@ -318,6 +318,6 @@ def _check_trainable(model: nn.Module, images: Tensor, labels: Tensor) -> None:
                     parameter.add_(1)  # a step of any kind, but one that no parameter is left out of
     except Exception as error:
         raise UserError(
-            f"model.name must name a network that can be trained on a batch of {len(images)} pictures; "
+            f"model.name must name a network that can be trained on a batch of {len(images)} images; "
             f"it raised {describe_error(error)}"
         ) from error

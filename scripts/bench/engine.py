@@ -208,7 +208,7 @@ def main() -> None:
         print(f"{label:<28}{middle} ({low} to {high}, n={figures[key]['n']})")
 
     print(f"{figures['hardware']}, {figures['threads']} threads, {figures['precision']}, torch {torch.__version__}")
-    print(f"article_cnn, batch {BATCH_SIZE}, {num_images} pictures an epoch, {flops / 1e9:.3f} GFLOP an image")
+    print(f"article_cnn, batch {BATCH_SIZE}, {num_images} images an epoch, {flops / 1e9:.3f} GFLOP an image")
     line("plain engine, images/s", "engine_images_per_s", ".1f")
     line("hand-written loop, images/s", "loop_images_per_s", ".1f")
     line("engine / loop", "engine_over_loop", ".3f")

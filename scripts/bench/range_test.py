@@ -131,7 +131,7 @@ def row(name: str, grid: dict[str, Any], tests: list[RangeTest]) -> str:
 def main() -> None:
     """Print a row of the table for each task."""
     parser = argparse.ArgumentParser(description="Does the range test bracket the best learning rate?")
-    parser.add_argument("--cifar10", help="folder with CIFAR-10's pictures as train/CLASS/*.jpg")
+    parser.add_argument("--cifar10", help="folder with CIFAR-10's images as train/CLASS/*.jpg")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=3000)
     parser.add_argument("--only", help="the name of one task")

@@ -100,7 +100,7 @@ def record(name: str, task: dict[str, Any], *, storage: str, seeds: int, epochs:
 def main() -> None:
     """Record the tasks and write their curves."""
     parser = argparse.ArgumentParser(description="Record learning curves.")
-    parser.add_argument("--cifar10", help="folder with CIFAR-10's pictures as train/CLASS/*.jpg")
+    parser.add_argument("--cifar10", help="folder with CIFAR-10's images as train/CLASS/*.jpg")
     parser.add_argument("--storage", default="sqlite:///curves.db")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, default=EPOCHS)

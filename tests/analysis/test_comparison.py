@@ -188,7 +188,7 @@ def test_each_table_of_compare_is_the_study_with_its_settings(tmp_path: Path) ->
     [
         ("compare = 3", r"compare must be a list of tables, \[\[compare\]\], got 3"),
         ("[[compare]]\ntraining.epochs = 2", "compare.name must be letters, digits"),
-        ("[[compare]]\nname = 'a'", "must be a name of its own, with settings beside it"),
+        ("[[compare]]\nname = 'a'", "must be a name of its own, with settings next to it"),
         ("[[compare]]\nname = 'a/b'\ntraining.epochs = 2", "compare.name must be letters"),
         ("[[compare]]\nname = 'a'\ntraining.epoch = 2", r"training.epoch.*\[\[compare\]\] for f-a"),
     ],

@@ -63,7 +63,7 @@ def test_a_rate_that_left_the_race_is_behind_others_and_the_answer_says_who_got_
     assert found.runner_up.difference == pytest.approx(0.05)
     seeds = [line for line in confirmation_lines(study, found) if line.label == "seeds"]
     assert [str(line) for line in seeds] == [
-        "lr=0.001 on 5; lr=0.01 on 3 (of at most 5: what really is worse gets no more)"
+        "lr=0.001 on 5; lr=0.01 on 3 (of at most 5: rates that are clearly worse get no more)"
     ]
     every = confirmed(make_study(top=2, seeds=3), [0.90, 0.89, 0.91], [0.85, 0.84, 0.86])
     assert "seeds" not in {line.label for line in confirmation_lines(make_study(top=2, seeds=3), every)}

@@ -124,8 +124,8 @@ def test_every_warning_has_a_study_that_asks_for_it() -> None:
 def test_a_warning_names_what_to_change() -> None:
     rates = {"sampler": "grid", "space": {"lr": RATES}}
     for slope, of_range, of_list in (
-        (0.1, "high end of what was searched: go on there with `hpo resume s --widen lr=1e-05:1`", "to 1"),
-        (-0.1, "low end of what was searched: go on there with `hpo resume s --widen lr=1e-06:0.1`", "to 1e-06"),
+        (0.1, "high end of the searched range: widen it with `hpo resume s --widen lr=1e-05:1`", "to 1"),
+        (-0.1, "low end of the searched range: widen it with `hpo resume s --widen lr=1e-06:0.1`", "to 1e-06"),
     ):
         for given, expected in ((SEARCHED, of_range), ({"search": rates}, f"widen search.space.lr {of_list}")):
             found = find_best(make_study(**given), numbered(*tilted(slope)))

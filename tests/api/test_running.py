@@ -161,9 +161,9 @@ def test_a_store_is_served_study_by_study_and_what_cannot_be_trained_is_passed_o
         running.serve("late", executor=Local("cpu", workers=1), storage=storage, allow=["loop", str(tmp_path)], say=say)
     assert "spec must be a JSON object" in messages[0]
     assert messages[1:3] == ["study late is finished", "study early is finished"]
-    assert messages[3].startswith("study foreign is passed over: ")
+    assert messages[3].startswith("study foreign is skipped: ")
     assert "elsewhere" in messages[3]
-    assert messages[4].startswith("study damaged-hpo_slots is passed over: ")
+    assert messages[4].startswith("study damaged-hpo_slots is skipped: ")
     assert "state must be one of waiting" in messages[4]
     assert messages[5:] == ["waiting for a study"]
     *sound, unreadable, unknown = reading.studies(storage=storage)

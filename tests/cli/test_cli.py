@@ -272,7 +272,7 @@ REQUESTS = {
     ],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets:leaves"): ["nets:leaves", "SystemExit"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "training.batch_size=1", "--set", "model.name=nets:norm"): [
-        "can be trained on a batch of 1 pictures"
+        "can be trained on a batch of 1 images"
     ],
     ("run", "tiny.toml", "--set", "search.space.lr={low=1e-5, high=1, points=1000000000}"): ["at most 10,000 points"],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite+aiosqlite:///x.db"): [

@@ -118,7 +118,7 @@ def test_an_answer_is_printed_in_any_encoding(charset: str, tmp_path: Path) -> N
 
 def test_a_text_of_several_lines_cannot_pass_for_a_line_of_ours(tmp_path: Path) -> None:
     output = Texts(tmp_path, "first\nbest so far: lr=9").hpo("status", "s").output
-    assert "stopped (first); go on with: hpo resume s\n  best so far: lr=9\n" in output
+    assert "stopped (first); resume with: hpo resume s\n  best so far: lr=9\n" in output
     assert "\nbest so far: lr=9" not in output
 
 

@@ -56,8 +56,8 @@ MISTAKES = {
     "[checkpoints]\nurl = 'https://host/?token=hunter2'": ["checkpoints.url must hold no password", "got '***'"],
     "[data]\ncrop = 65": ["data.crop must be between 0 and 64, got 65"],
     "[data]\nbits = 8": ["data.bits must be between 9 and 16, got 8"],
-    "[data]\nresize = 'crop'": ["data.resize has no meaning but for image_folder, got 'crop'"],
-    "[data]\nbits = 12": ["data.bits has no meaning but for image_folder, got 12"],
+    "[data]\nresize = 'crop'": ["data.resize applies only to image_folder, got 'crop'"],
+    "[data]\nbits = 12": ["data.bits applies only to image_folder, got 12"],
     "[data]\nresize = 'stretch'": ["data.resize must be 'crop' or 'squash', got 'stretch'"],
     "[data]\ngroups = '('": ["data.groups must be a regular expression or package.module:function (missing )"],
     "[data]\nimage_size = 4097": ["data.image_size must be between 8 and 4096, got 4097"],
@@ -126,7 +126,7 @@ MISTAKES = {
     "[search.space.optimizer_options]\namsgrad = [1, 2]": ["search.space.optimizer_options.amsgrad must be true or"],
     "[search.space.optimizer_options]\namsgrda = [true]": ["search.space.optimizer_options.amsgrda is not an option"],
     "[search.space.optimizer_options]\namsgrad = [true]\n[training.optimizer_options]\namsgrad = true": [
-        "training.optimizer_options.amsgrad has no effect beside search.space.optimizer_options.amsgrad"
+        "training.optimizer_options.amsgrad has no effect together with search.space.optimizer_options.amsgrad"
     ],
     "[training]\noptimizer = 'rprop'\nschedule = 'cosine'": ["training.schedule must be 'constant', without warm-up"],
     "[training]\nschedule = 'cosin'": ["training.schedule must be one of", "'cosin'", "did you mean 'cosine'"],
@@ -151,7 +151,7 @@ MISTAKES = {
     "groups.head.l = [0.0]": ["the last part of search.space.groups.head.l must be one of lr, weight_decay; got 'l'"],
     "groups.lr = [1.0]": ["search.space: each key must be one of", "groups.PATTERN.lr", "got 'groups.lr'"],
     "groups.head.lr = [2.0]\n[training.groups]\nhead = { lr = 3.0 }": [
-        "training.groups.head.lr has no effect beside search.space.groups.head.lr"
+        "training.groups.head.lr has no effect together with search.space.groups.head.lr"
     ],
     "[training]\nepochs = 0": ["training.epochs must be at least 1, got 0"],
     "[training]\nepochs = 2.5": ["training.epochs must be an integer, got 2.5"],
@@ -170,7 +170,7 @@ MISTAKES = {
     "[training]\noptimizer = 'sgd'\nnesterov = true": ["training.momentum must be greater than 0 with", "nesterov"],
     "[training]\nstep_epochs = 3": ["training.step_epochs has no meaning for schedule constant", "step"],
     "[training]\nschedule = 'multistep'\nmilestones = [5, 3]": ["training.milestones must be rising epochs"],
-    "[training]\nlr = 0.1": ["training.lr has no effect beside search.space.lr, got 0.1"],
+    "[training]\nlr = 0.1": ["training.lr has no effect together with search.space.lr, got 0.1"],
     "[training]\nschedule = 'multistep'": ["training.milestones must name at least one epoch"],
     "[search]\ntry_first = [{ lr = 1e-3 }, { lr = 1e-3 }]": ["search.try_first[1] must name values that are not tried"],
     "[search]\ntry_first = [{}]": ["search.try_first[0] must name values"],
@@ -312,7 +312,7 @@ SPACES = {
     "lr = { low = 0.1 }": ["search.space.lr must have both low and high"],
     "lr = { low = 1e-3, high = inf }": ["search.space.lr.high must be a finite number, got inf"],
     "lr = { low = 1e-3, hihg = 1.0 }": ["unknown key search.space.lr.hihg", "did you mean 'high'"],
-    "lr = { low = 1e-3, high = 1.0, points = 5 }": ["search.space.lr.points has no meaning but for a grid"],
+    "lr = { low = 1e-3, high = 1.0, points = 5 }": ["search.space.lr.points applies only to sampler 'grid'"],
     "lr = { low = 1e-3, high = 1.0, log = true, step = 0.1 }": ["search.space.lr.step must be", "log scale"],
     "lr = []": ["search.space.lr must hold at least one value"],
     "lr = [0.1, 0.1]": ["search.space.lr must hold each value once"],

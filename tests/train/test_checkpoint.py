@@ -534,7 +534,7 @@ def test_what_is_not_whole_or_not_ours_is_passed_over_in_words(
     assert loaded is not None
     assert loaded.epoch == 2
     assert_same(loaded.state, fake(2).state)
-    assert sentence.startswith(f"the checkpoint {newest} was passed over: {reason}")
+    assert sentence.startswith(f"the checkpoint {newest} was skipped: {reason}")
     path_of(folder, 2).write_bytes(b"")
     nothing, sentences = checkpoints.load(CONFIG)
     assert nothing is None
@@ -563,7 +563,7 @@ def test_what_is_no_regular_file_is_passed_over_and_not_waited_for(
     checkpoint, (sentence,) = checkpoints.load(CONFIG)
     assert checkpoint is not None
     assert checkpoint.epoch == 1
-    assert sentence.endswith("was passed over: it could not be read: it is no regular file")
+    assert sentence.endswith("was skipped: it could not be read: it is no regular file")
 
 
 @pytest.mark.parametrize("disguised", [False, True])
@@ -763,7 +763,7 @@ def test_an_object_store_is_like_a_folder(bucket: str) -> None:
     loaded, [sentence] = one.load(CONFIG)
     assert loaded is not None
     assert loaded.epoch == 3
-    assert sentence.startswith(f"the checkpoint {one.url}/epoch-000004.ckpt was passed over: it is torn, with ")
+    assert sentence.startswith(f"the checkpoint {one.url}/epoch-000004.ckpt was skipped: it is torn, with ")
 
     assert sorted(list_folders(f"{bucket}/4f1c/")) == ["1", "1*", "12"]
     pattern.remove()

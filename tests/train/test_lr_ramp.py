@@ -22,7 +22,7 @@ from tests.rows import slow_except
 LRS = [1e-5 * 10 ** (step / 50) for step in range(201)]  # to 1e-1
 DIGITS = DataConfig(name="digits", validation_fraction=0.2, train_samples=300)
 BEST = {"sgd": (0.025, 0.063), "adam": (6.3e-4, 1e-3), "rmsprop": (6.3e-4, 1e-3)}  # on all digits, by a dense grid
-MNIST_BEST = 1e-3  # Adam, 2,000 pictures: the best of scripts/curves.json
+MNIST_BEST = 1e-3  # Adam, 2,000 images: the best of scripts/curves.json
 
 
 def make_config(

@@ -187,7 +187,7 @@ def test_the_data_set_gives_the_classes() -> None:
 
 
 def test_article_cnn_refuses_other_sizes() -> None:
-    with pytest.raises(UserError, match=r"article_cnn' takes 32x32 pictures, got 64x64 .data.image_size"):
+    with pytest.raises(UserError, match=r"article_cnn' takes 32x32 images, got 64x64 .data.image_size"):
         build("article_cnn", image_size=64)
 
 
@@ -199,7 +199,7 @@ def test_torchvision_refuses_other_channels() -> None:
 def test_check_model_says_expected_and_got(own_models: str) -> None:
     with pytest.raises(UserError, match=r"shape \(2, 10\).*10 classes.*got \(2, 7\) of torch.float32"):
         check_model(build(f"{own_models}:fixed"), batch=torch.rand(2, 3, 32, 32), num_classes=10)
-    with pytest.raises(UserError, match=r"takes pictures of shape \(2, 1, 32, 32\).*it raised RuntimeError: .*mat1"):
+    with pytest.raises(UserError, match=r"takes images of shape \(2, 1, 32, 32\).*it raised RuntimeError: .*mat1"):
         check_model(build(f"{own_models}:fixed"), batch=torch.rand(2, 1, 32, 32), num_classes=7)
 
 

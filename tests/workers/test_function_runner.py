@@ -49,7 +49,7 @@ trial.report(1, val_accuracy=0.5)
     study = store.studies.create(make_spec(0.1, 0.2, search={"retries": 0}), metadata={})
     first, second = work(store, study)
     assert (first.state, second.state) == ("complete", "failed")
-    assert str(second.reason).startswith("UserError: this trial goes on with weights that trial 0 ended with")
+    assert str(second.reason).startswith("UserError: this trial continues with weights that trial 0 ended with")
 
 
 @pytest.mark.parametrize(

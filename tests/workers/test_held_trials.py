@@ -168,8 +168,8 @@ def test_an_exception_is_charged_to_the_trial_that_raises_it_alone(
     assert [trial.state for trial in trials] == ["complete", "failed", "complete", "complete"]
     assert store.studies.get("digits").stop is None
     outcomes = [[attempt.outcome for attempt in trial.attempts] for trial in trials]
-    assert outcomes[0] == ["beside others: RuntimeError: a bad trial", "complete"]
-    assert outcomes[1] == ["beside others: RuntimeError: a bad trial", "RuntimeError: a bad trial", "failed"]
+    assert outcomes[0] == ["alongside others: RuntimeError: a bad trial", "complete"]
+    assert outcomes[1] == ["alongside others: RuntimeError: a bad trial", "RuntimeError: a bad trial", "failed"]
 
 
 def test_a_worker_that_has_left_is_not_signed_on_again_by_a_late_renewal(store: Store, make_spec: MakeSpec) -> None:

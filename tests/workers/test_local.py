@@ -429,7 +429,7 @@ def test_an_interrupted_command_ends_by_itself_says_how_to_go_on_and_does(
     run.send_signal(number)
     output, _ = run.communicate(timeout=500)
     assert run.returncode == 1
-    assert "hpo: interrupted\ngo on with: hpo run study.toml" in output
+    assert "hpo: interrupted\nresume with: hpo run study.toml" in output
     assert hpo.worker_pids() == []
     assert states(hpo) == {"waiting": 4}
     # Nobody was killed: the workers left at their next report.

@@ -248,7 +248,7 @@ def test_a_detached_study_goes_on_without_its_command_and_is_watched_stopped_and
     (hpo.folder / "hold").unlink()
     output, _ = watching.communicate(timeout=500)
     assert (watching.returncode, "study 's' was stopped with 6 trials left" in output) == (1, True), output
-    assert "go on with: hpo run study.toml --devices cpu --on auto --resource num_gpus=1" in output
+    assert "resume with: hpo run study.toml --devices cpu --on auto --resource num_gpus=1" in output
     with connected(cluster):
         wait_for(lambda: not ray.util.list_named_actors(all_namespaces=True))
 

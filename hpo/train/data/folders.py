@@ -132,7 +132,7 @@ def other_folders(root: Path, used: Sequence[str] = ("train", "test")) -> list[s
     """Return what is left out of a folder that has others than those that are used, in a few words."""
     folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden_name(path.name))
     others = [name for name in folders if name not in used]
-    return [f"folders beside {' and '.join(used)} ({_listed(dict.fromkeys(others))})"] if others else []
+    return [f"folders next to {' and '.join(used)} ({_listed(dict.fromkeys(others))})"] if others else []
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -145,7 +145,7 @@ class DatasetImages(LabeledImages):
             raise UserError(f"data.name = {name!r} must give integer labels, got {labels.dtype}")
         if labels.dim() not in (1, 2) or len(labels) != len(dataset):
             raise UserError(
-                f"data.name = {name!r} must give one label for each of its {len(dataset)} pictures, or one for each "
+                f"data.name = {name!r} must give one label for each of its {len(dataset)} images, or one for each "
                 f"class, got labels of shape {tuple(labels.shape)}"
             )
         self.labels_N = stored_labels(labels)
@@ -163,14 +163,12 @@ class DatasetImages(LabeledImages):
             image, label = self.dataset[index]
             pixels, numbers = _to_pixels(image), _to_integers(label)
         except Exception as error:  # whatever the user's dataset does
-            raise UserError(
-                f"data.name = {self.name!r} cannot give picture {index}: {describe_error(error)}"
-            ) from error
+            raise UserError(f"data.name = {self.name!r} cannot give image {index}: {describe_error(error)}") from error
         if pixels is None:
             kind = f"{image.dtype} of shape {tuple(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
-            raise UserError(f"data.name = {self.name!r} must give uint8 pictures (C, H, W) or PIL pictures, got {kind}")
+            raise UserError(f"data.name = {self.name!r} must give uint8 images (C, H, W) or PIL images, got {kind}")
         if numbers is None:
-            raise UserError(f"data.name = {self.name!r} must give integer labels, got {label!r} for picture {index}")
+            raise UserError(f"data.name = {self.name!r} must give integer labels, got {label!r} for image {index}")
         return pixels, numbers
 
     def read(self, indices_B: Tensor) -> Tensor:
@@ -181,11 +179,11 @@ class DatasetImages(LabeledImages):
         images, labels = zip(*map(self._item, indices_B.tolist()), strict=True)
         if len({image.shape for image in images}) > 1:
             sizes = ", ".join(sorted({str(tuple(image.shape)) for image in images}))
-            raise UserError(f"data.name = {self.name!r} must give pictures of one size, got (H, W, C) of {sizes}")
+            raise UserError(f"data.name = {self.name!r} must give images of one size, got (H, W, C) of {sizes}")
         for index, label, known in zip(indices_B.tolist(), labels, self.labels_N[indices_B].tolist(), strict=True):
             if label != known:
                 raise UserError(
-                    f"data.name = {self.name!r} must give each picture one label; picture {index} comes with {label}, "
+                    f"data.name = {self.name!r} must give each image one label; image {index} comes with {label}, "
                     f"and had {known} before, or in `targets`"
                 )
         return torch.stack(images)

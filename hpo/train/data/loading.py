@@ -105,9 +105,9 @@ def load_data(config: DataConfig, *, device: torch.device | str, dataset: Opened
     train_indices, val_images, val_indices = _split(dataset, config)
     height, width, channels = shape_HWC = images.shape_HWC()
     if height != width:
-        raise UserError(f"data.name = {config.name!r} must give square pictures, got {height}x{width}")
+        raise UserError(f"data.name = {config.name!r} must give square images, got {height}x{width}")
     if 0 in shape_HWC:
-        raise UserError(f"data.name = {config.name!r} must give pictures with pixels, got (H, W, C) of {shape_HWC}")
+        raise UserError(f"data.name = {config.name!r} must give images with pixels, got (H, W, C) of {shape_HWC}")
     num_bytes = (len(train_indices) + len(val_indices)) * height * width * channels
     on_device = fits_on_device(config, num_bytes=num_bytes, device=device)
     augmentation = Augmentation(config, shape_CHW=(channels, height, width)) if config.augment else None
@@ -216,13 +216,13 @@ def _check_part(
     """Raise UserError where the labels or the shape of validation or test images are not as in training."""
     if images.labels_N.shape[1:] != dataset.train.labels_N.shape[1:]:
         raise UserError(
-            f"data.name = {config.name!r} must have as many labels for each of the {part} pictures as in training; of "
+            f"data.name = {config.name!r} must have as many labels for each of the {part} images as in training; of "
             f"shape {tuple(images.labels_N.shape)} and {tuple(dataset.train.labels_N.shape)}"
         )
-    _check_labels(images.labels_N, config, num_classes=dataset.num_classes, pictures=f"{part} pictures")
+    _check_labels(images.labels_N, config, num_classes=dataset.num_classes, images=f"{part} images")
     if images.shape_HWC() != shape_HWC:
         raise UserError(
-            f"data.name = {config.name!r} must have {part} pictures of the training pictures' shape "
+            f"data.name = {config.name!r} must have {part} images of the training images' shape "
             f"{shape_HWC} (H, W, C), got {images.shape_HWC()}"
         )
 
@@ -245,16 +245,16 @@ def _check_every_class(labels_N: Tensor, config: DataConfig, class_names: Sequen
         )
 
 
-def _check_labels(labels_N: Tensor, config: DataConfig, *, num_classes: int, pictures: str = "pictures") -> None:
+def _check_labels(labels_N: Tensor, config: DataConfig, *, num_classes: int, images: str = "images") -> None:
     """Raise UserError where there are no images, or their labels do not count the classes from 0."""
     if len(labels_N) == 0:
-        raise UserError(f"data.name = {config.name!r} must have {pictures}, got none")
+        raise UserError(f"data.name = {config.name!r} must have {images}, got none")
     if num_classes < 2:
         raise UserError(f"data.name = {config.name!r} must have at least 2 classes, got {num_classes}")
     if has_several(labels_N):
         if len(others := labels_N[(labels_N != 0) & (labels_N != 1)]):
             raise UserError(
-                f"data.name = {config.name!r} must have a 0 or 1 for each class where {pictures} have several labels, "
+                f"data.name = {config.name!r} must have a 0 or 1 for each class where {images} have several labels, "
                 f"got {others[0]:g}"
             )
         return

@@ -96,7 +96,7 @@ def _num_train(config: DataConfig, *, num_available: int) -> tuple[int, str | No
     if config.train_samples is not None:
         if not 0 < config.train_samples <= num_available:
             raise UserError(
-                f"data.train_samples must be between 1 and the {num_available} pictures that the validation split "
+                f"data.train_samples must be between 1 and the {num_available} images that the validation split "
                 f"leaves, got {config.train_samples}"
             )
         return config.train_samples, "data.train_samples"
@@ -116,7 +116,7 @@ def _check_has_every_class(
         value = getattr(config, setting.removeprefix("data."))
         value = DEFAULT_VALIDATION_FRACTION if value is None else value
         raise UserError(
-            f"{setting} must leave a picture of each of the {len(class_names)} classes in the {split} part, got "
-            f"{value!r}, which leaves {len(labels_N)} pictures and none of "
+            f"{setting} must leave an image of each of the {len(class_names)} classes in the {split} part, got "
+            f"{value!r}, which leaves {len(labels_N)} images and none of "
             f"class {class_names[missing[0]]}"
         )

@@ -48,7 +48,7 @@ def test_mnist(mnist_root: Path) -> None:
     )
     assert data.test is not None
     assert len(data.test) == 10000
-    # 0.1307 is the well-known mean of the 28x28 pictures, here within a black border.
+    # 0.1307 is the well-known mean of the 28x28 images, here within a black border.
     assert data.mean[0] == pytest.approx(0.1307 * 28**2 / 32**2, abs=5e-4)
 
 
@@ -65,7 +65,7 @@ def test_cifar10_pictures(cifar10_root: Path) -> None:
 
 @pytest.fixture
 def cifar100_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-100's layout with 300 training and 100 test pictures; torchvision's checksums are set aside."""
+    """CIFAR-100's layout with 300 training and 100 test images; torchvision's checksums are set aside."""
     from torchvision.datasets import CIFAR100
 
     folder = tmp_path / "data" / "cifar-100-python"
@@ -268,7 +268,7 @@ def test_own_validation_images_are_used(own_data: str) -> None:
     assert len(load(f"{own_data}:three_parts", options={"val": False}).val) == 6  # a tenth of the training images
     with pytest.raises(UserError, match=r"data.validation_fraction has no effect where .*three_parts' returns valid"):
         load(f"{own_data}:three_parts", validation_fraction=0.2)
-    with pytest.raises(UserError, match=r"must have validation pictures of the training pictures' shape .8, 8, 3."):
+    with pytest.raises(UserError, match=r"must have validation images of the training images' shape .8, 8, 3."):
         load(f"{own_data}:three_parts", options={"val_size": 9})
 
 
@@ -309,13 +309,13 @@ def test_the_test_part_is_read_only_when_asked_for(own_data: str) -> None:
     [
         ("arrays", {"sise": 3}, "data.sise is not an option of .* takes dtype, num, size, test"),
         ("arrays", {"dtype": "float32"}, r"uint8 images \(N, C, H, W\).*got torch.float32 of shape"),
-        ("arrays", {"num": 0}, "must have pictures, got none"),
-        ("dataset", {"kind": "float"}, r"uint8 pictures \(C, H, W\) or PIL.*got torch.float32"),
-        ("dataset", {"kind": "sizes"}, "must give pictures of one size"),
-        ("dataset", {"kind": "broken"}, "cannot give picture 50: RuntimeError: disk on fire"),
+        ("arrays", {"num": 0}, "must have images, got none"),
+        ("dataset", {"kind": "float"}, r"uint8 images \(C, H, W\) or PIL.*got torch.float32"),
+        ("dataset", {"kind": "sizes"}, "must give images of one size"),
+        ("dataset", {"kind": "broken"}, "cannot give image 50: RuntimeError: disk on fire"),
         ("not_a_pair", {}, r"must return \(train, test\) or \(train, val, test\), got int"),
-        ("oblong", {}, "must give square pictures, got 8x9"),
-        ("arrays", {"size": 0}, r"must give pictures with pixels, got \(H, W, C\) of \(0, 0, 3\)"),
+        ("oblong", {}, "must give square images, got 8x9"),
+        ("arrays", {"size": 0}, r"must give images with pixels, got \(H, W, C\) of \(0, 0, 3\)"),
         ("array", {}, "data.name.*got 'array'.*did you mean 'arrays'"),
     ],
 )

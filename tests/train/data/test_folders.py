@@ -81,7 +81,7 @@ def test_folders_that_are_not_used_are_said(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert other_folders(tmp_path) == []
     (tmp_path / "val").mkdir()
-    assert other_folders(tmp_path) == ["folders beside train and test (val)"]
+    assert other_folders(tmp_path) == ["folders next to train and test (val)"]
     assert other_folders(tmp_path, ["train", "val", "test"]) == []
     assert validation_folder(tmp_path) == "val"
     (tmp_path / "valid").mkdir()

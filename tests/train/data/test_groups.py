@@ -118,7 +118,7 @@ def test_a_function_is_given_the_index_of_what_is_no_file(functions: str) -> Non
             "data.groups = 'own_groups:nobody' must name a group for every image, got None",
         ),
         ("own_groups:fails", "data.groups = 'own_groups:fails' cannot name the group of 'ill/p00_0.png': KeyError"),
-        ("png", "data.groups must leave a picture of each of the 2 classes in the validation part, got 'png', which"),
+        ("png", "data.groups must leave an image of each of the 2 classes in the validation part, got 'png', which"),
     ],
 )
 def test_groups_that_are_none_are_one_sentence(groups: str, message: str, patients: Path, functions: str) -> None:

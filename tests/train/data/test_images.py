@@ -53,15 +53,15 @@ def test_every_image_has_8_bits_in_the_end(image: Any, pixel: list[int]) -> None
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (Items([(None, 0)]), "uint8 pictures .C, H, W. or PIL pictures, got NoneType"),
-        (Items([(numpy.zeros((4, 4, 3)), 0)]), r"PIL pictures, got float64 of shape \(4, 4, 3\)"),
-        (Items([(Image.new("F", (4, 4), 200), 0)]), "cannot give picture 0: .*values go from 200 to 200"),
-        (Items([(GREY, 0.7)]), "integer labels, got 0.7 for picture 0"),
-        (Items([(GREY, "cat")]), "cannot give picture 0: ValueError"),
+        (Items([(None, 0)]), "uint8 images .C, H, W. or PIL images, got NoneType"),
+        (Items([(numpy.zeros((4, 4, 3)), 0)]), r"PIL images, got float64 of shape \(4, 4, 3\)"),
+        (Items([(Image.new("F", (4, 4), 200), 0)]), "cannot give image 0: .*values go from 200 to 200"),
+        (Items([(GREY, 0.7)]), "integer labels, got 0.7 for image 0"),
+        (Items([(GREY, "cat")]), "cannot give image 0: ValueError"),
         (Items([(GREY, 0)], targets=["cat"]), "cannot give its labels: ValueError"),
         (Items([(GREY, 0)], targets=[0.7]), "integer labels, got torch.float32"),
-        (Items([(GREY, 0)], targets=[0, 1]), "one label for each of its 1 pictures"),
-        (Items([(GREY, 0)], targets=[2]), "picture 0 comes with 0, and had 2 before, or in `targets`"),
+        (Items([(GREY, 0)], targets=[0, 1]), "one label for each of its 1 images"),
+        (Items([(GREY, 0)], targets=[2]), "image 0 comes with 0, and had 2 before, or in `targets`"),
         (SimpleNamespace(__getitem__=None), "cannot give its labels: TypeError"),
     ],
 )

@@ -77,11 +77,11 @@ def test_each_class_is_on_both_sides_in_its_share_and_a_dataset_gives_what_array
 @pytest.mark.parametrize(
     ("factory", "options", "message"),
     [
-        ("arrays", {"change": "half"}, "must have a 0 or 1 for each class where pictures have several labels, got 0.5"),
+        ("arrays", {"change": "half"}, "must have a 0 or 1 for each class where images have several labels, got 0.5"),
         ("arrays", {"change": "none of one"}, "must have images of every class; none has label 2"),
         ("arrays", {"change": "short"}, r"and labels \(N,\), or 0 and 1 \(N, classes\), got .* shape \(399, 4\)"),
-        ("arrays", {"test": "fewer"}, r"as many labels for each of the test pictures .* \(20, 3\) and \(400, 4\)"),
-        ("arrays", {"test": "one"}, r"as many labels for each of the test pictures .* \(400,\) and \(400, 4\)"),
+        ("arrays", {"test": "fewer"}, r"as many labels for each of the test images .* \(20, 3\) and \(400, 4\)"),
+        ("arrays", {"test": "one"}, r"as many labels for each of the test images .* \(400,\) and \(400, 4\)"),
         ("items", {"change": "half"}, "must give integer labels, got array"),
     ],
 )

@@ -139,14 +139,14 @@ def test_an_image_that_cannot_be_read_costs_its_epoch_alone(
 
     def pixel(index: int) -> int:
         if index == 5 and is_damaged.exists():
-            raise UserError("picture 5 is damaged")
+            raise UserError("image 5 is damaged")
         return index
 
     stream = source(pixel)
     read(stream)
     processes = new_children()
     is_damaged.touch()
-    with pytest.raises(UserError, match=r"^picture 5 is damaged$"):
+    with pytest.raises(UserError, match=r"^image 5 is damaged$"):
         read(stream)
     is_damaged.unlink()
     assert read(stream, seed=4) == positions(seed=4)

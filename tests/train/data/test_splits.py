@@ -32,13 +32,13 @@ def test_the_split_is_exact_and_depends_on_its_seed_alone() -> None:
     def val(**keys: Any) -> Tensor:
         return torch.cat([images for images, _ in load(**keys).val.batches(100)])
 
-    # The same pictures; the numbers differ by the normalisation, which is the training part's own.
+    # The same images; the numbers differ by the normalisation, which is the training part's own.
     assert torch.equal(val().argsort(0), val(flip=True, placement="stream").argsort(0))
     assert not torch.equal(val(), val(split_seed=1))
 
 
 def test_a_smaller_training_part_is_a_prefix_of_a_larger() -> None:
-    """Labels of the first of 100 pictures and of 200 pictures in the stored order agree."""
+    """Labels of the first of 100 images and of 200 images in the stored order agree."""
     small, large = load(train_samples=100), load(train_samples=200)
     assert torch.equal(small.train.labels_N, large.train.labels_N[:100])
     assert torch.equal(small.val.labels_N, large.val.labels_N)

@@ -195,7 +195,7 @@ def test_a_data_set_that_draws_its_pictures_is_the_same_in_every_process(tmp_pat
 
 
 def test_placement_changes_no_digit() -> None:
-    """Dropout included: reading the pictures draws nothing from torch's generator."""
+    """Dropout included: reading the images draws nothing from torch's generator."""
     dropout = ModelConfig(name="torchvision:mobilenet_v3_small", options={"dropout": 0.5})
     data = replace(DIGITS, train_samples=64, flip=True)
     for config in (trial(data=data), trial(data=data, model=dropout, epochs=1)):
@@ -287,7 +287,7 @@ def test_sgd_at_a_huge_rate_diverges_within_one_epoch(lr: float) -> None:
 
 @pytest.mark.parametrize("lr", slow_except([0.1, 1.0], 0.1))
 def test_adam_at_a_high_rate_collapses(lr: float) -> None:
-    """The article's network does not overflow: every picture ends with the same output."""
+    """The article's network does not overflow: every image ends with the same output."""
     result = train(trial(model=QUARTER, data=ALL_DIGITS, lr=lr, epochs=3))[-1]
     assert result.diverged == "collapsed: every input gets the same output"
 
@@ -343,7 +343,7 @@ def large_weights():
 
 @pytest.mark.parametrize("name", ["deep", "large_weights"])
 def test_a_bad_initialisation_is_not_called_diverged(name: str, tmp_path: Path) -> None:
-    """Neither a network that could never tell pictures apart nor one whose loss starts above 10 ln(classes)."""
+    """Neither a network that could never tell images apart nor one whose loss starts above 10 ln(classes)."""
     (tmp_path / "own_badly_drawn.py").write_text(OWN_MODELS)
     model = ModelConfig(name=f"own_badly_drawn:{name}")
     for seed in range(3):
@@ -417,7 +417,7 @@ def test_bf16_needs_a_device_that_has_it() -> None:
         PlainEngine(device="cpu").admit(trial(precision="bf16"))
 
 
-# Real pictures
+# Real images
 
 
 def test_trains_on_mnist(mnist_root: Path) -> None:
@@ -429,7 +429,7 @@ def test_trains_on_mnist(mnist_root: Path) -> None:
 
 @pytest.mark.slow
 def test_cifar10_learns_and_collapses(cifar10_root: Path) -> None:
-    """The article's finding on real pictures: Adam at 1e-3 learns, at 1e-1 every picture gets the same output."""
+    """The article's finding on real images: Adam at 1e-3 learns, at 1e-1 every image gets the same output."""
     data = DataConfig(name="image_folder", root=str(cifar10_root), train_samples=1500, validation_fraction=0.01)
     engine = PlainEngine(device="cpu")
     learned = train(trial(model=QUARTER, data=data, lr=1e-3, epochs=4), engine=engine)[-1]
@@ -484,7 +484,7 @@ def zero_head(*, channels, num_classes):
 
 @pytest.mark.parametrize(("lr", "dies"), [(1e-6, False), (1e-2, False), (1e3, True)])
 def test_a_last_layer_that_starts_at_zero_is_judged_like_any_other(lr: float, dies: bool, tmp_path: Path) -> None:
-    """As drawn it gives every picture the same output, exactly; one step later it does so only if it is dead."""
+    """As drawn it gives every image the same output, exactly; one step later it does so only if it is dead."""
     (tmp_path / "own_zero_head.py").write_text(ZERO_HEAD)
     results = train(trial(model=ModelConfig(name="own_zero_head:zero_head"), optimizer="sgd", lr=lr))
     assert (results[-1].diverged is not None) == dies

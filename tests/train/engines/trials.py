@@ -190,7 +190,7 @@ def assert_close(one: Checkpoint, other: Checkpoint) -> None:
     for result, expected in zip(one.results, other.results, strict=True):
         for name in ("train_loss", "val_loss"):
             assert getattr(result, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
-        # A picture that lies on the border between two classes may fall to either side.
+        # An image that lies on the border between two classes may fall to either side.
         assert result.train_accuracy == pytest.approx(expected.train_accuracy, abs=1.01 / 150)
         assert (result.epoch, result.lr, result.diverged) == (expected.epoch, expected.lr, expected.diverged)
     tensors, others = (tensors_of(checkpoint) for checkpoint in (one, other))
