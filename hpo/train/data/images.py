@@ -166,7 +166,12 @@ class DatasetImages(LabeledImages):
             raise UserError(f"data.name = {self.name!r} cannot give image {index}: {describe_error(error)}") from error
         if pixels is None:
             kind = f"{image.dtype} of shape {tuple(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
-            raise UserError(f"data.name = {self.name!r} must give uint8 images (C, H, W) or PIL images, got {kind}")
+            advice = ""
+            if getattr(image, "dtype", None) == torch.float32:
+                advice = "; leave out ToTensor and Normalize, the images are normalised after they are read"
+            raise UserError(
+                f"data.name = {self.name!r} must give uint8 images (C, H, W) or PIL images, got {kind}{advice}"
+            )
         if numbers is None:
             raise UserError(f"data.name = {self.name!r} must give integer labels, got {label!r} for image {index}")
         return pixels, numbers

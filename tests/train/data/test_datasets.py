@@ -310,7 +310,7 @@ def test_the_test_part_is_read_only_when_asked_for(own_data: str) -> None:
         ("arrays", {"sise": 3}, "data.sise is not an option of .* takes dtype, num, size, test"),
         ("arrays", {"dtype": "float32"}, r"uint8 images \(N, C, H, W\).*got torch.float32 of shape"),
         ("arrays", {"num": 0}, "must have images, got none"),
-        ("dataset", {"kind": "float"}, r"uint8 images \(C, H, W\) or PIL.*got torch.float32"),
+        ("dataset", {"kind": "float"}, r"uint8 images \(C, H, W\) or PIL.*got torch.float32.*; leave out ToTensor"),
         ("dataset", {"kind": "sizes"}, "must give images of one size"),
         ("dataset", {"kind": "broken"}, "cannot give image 50: RuntimeError: disk on fire"),
         ("not_a_pair", {}, r"must return \(train, test\) or \(train, val, test\), got int"),
