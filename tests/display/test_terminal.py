@@ -158,6 +158,7 @@ def test_no_learning_rate_of_the_trials_is_broken_over_lines(
     print_trials(study, ended)
     shown = output.getvalue()
     assert {"1.234e-05", "0.0004016"} <= set(shown.split())
+    assert "98.61 %" in shown
     assert max(map(len, shown.splitlines())) <= width
     assert "kind" not in shown
     print_trials(study, [*ended, replace(searched[0], kind="confirm", attempt=2)])
