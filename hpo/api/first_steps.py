@@ -15,7 +15,15 @@ from hpo.config.checks import check_name
 from hpo.config.study_file import examples_folder
 from hpo.errors import UserError
 from hpo.train.data.datasets import TORCHVISION_FOLDERS
-from hpo.train.data.folders import IMAGE_SUFFIXES, files_below, is_hidden_name, validation_folder
+from hpo.train.data.folders import (
+    PARTS,
+    class_names,
+    is_hidden_name,
+    is_image,
+    listed,
+    misnamed_parts,
+    validation_folder,
+)
 
 EXAMPLES = {"model": "own_model:small_resnet", "data": "own_data:load", "loop": "own_loop:train"}
 KIND_WORDS = {"model": "a network", "data": "a data set", "loop": "a training loop"}
@@ -78,14 +86,21 @@ def _look_around(folder: Path) -> FirstSteps:
     found = [f"{name}, {KIND_WORDS[kind]} of your own" for kind, name in code.items()]
     if "loop" in code or "data" in code:
         return FirstSteps(found, code)
-    for root in _folders(folder):
-        if len(classes := _classes(root)) > 1:
-            found.append(f"{len(classes)} classes of images in {root / 'train'}")
-            lines = [_setting("name", "image_folder", "the images in ROOT/train/<class>/")]
-            lines += [_setting("root", str(root), "relative to this file"), "image_size = 32"]
-            if validation_folder(root) is None:
-                lines.append(_setting("validation_fraction", 0.2, "of the training images"))
-            return FirstSteps(found, code, lines)
+    folders = list(_folders(folder))
+    for root in folders:
+        if len(classes := class_names(root / "train")) > 1:
+            found.append(f"{len(classes)} classes of images in {root / 'train'}: {listed(dict.fromkeys(classes))}")
+            is_split = validation_folder(root) is not None
+            return FirstSteps(found, code, _image_lines(root, "ROOT/train/<class>/", is_split=is_split))
+    for root in reversed(folders):
+        if misnamed := misnamed_parts(root):
+            found.append(
+                f"images in {root} ({' and '.join(misnamed)}), but no {root / 'train'}: "
+                "rename the folder of the training images to train"
+            )
+        elif len(classes := _classes_of_a_folder(root)) > 1:
+            found.append(f"{len(classes)} classes of images in {root}: {listed(dict.fromkeys(classes))}")
+            return FirstSteps(found, code, _image_lines(root, "ROOT/<class>/", is_split=False))
     for name, subfolder in TORCHVISION_FOLDERS.items():
         for base in (Path(os.environ.get("HPO_DATA", "data")), Path("data")):
             if any((root / subfolder).is_dir() for root in (base, base / name)):
@@ -104,15 +119,13 @@ def _folders(folder: Path) -> Iterator[Path]:
             yield from sorted(path for path in parent.iterdir() if path.is_dir() and not is_hidden_name(path.name))
 
 
-def _classes(root: Path) -> list[str]:
-    """Return the folders in ROOT/train that hold an image."""
-    train = root / "train"
-    classes = [path for path in train.iterdir() if path.is_dir()] if train.is_dir() else []
-    return [
-        path.name
-        for path in sorted(classes)
-        if not is_hidden_name(path.name) and any(file.suffix.lower() in IMAGE_SUFFIXES for file in files_below(path))
-    ]
+def _classes_of_a_folder(root: Path) -> list[str]:
+    """Return the folders in a folder that is no part of a data set, if each of them holds an image itself."""
+    if root.name.casefold() in PARTS:
+        return []
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden_name(path.name)]
+    have_images = all(any(is_image(file) for file in path.iterdir()) for path in folders)
+    return [path.name for path in folders] if have_images else []
 
 
 def _own_code(folder: Path) -> dict[str, str]:
@@ -170,6 +183,13 @@ def _makes_network(required: Collection[str], optional: Collection[str]) -> bool
 def _setting(key: str, value: object, comment: str) -> str:
     text = f'"{value}"' if isinstance(value, str) else str(value)
     return f"{f'{key} = {text}':<{COMMENT_COLUMN}}  # {comment}"
+
+
+def _image_lines(root: Path, layout: str, *, is_split: bool) -> list[str]:
+    """Return the lines of [data] for a folder of images; `is_split` where it has validation images of its own."""
+    lines = [_setting("name", "image_folder", f"the images in {layout}")]
+    lines += [_setting("root", str(root), "relative to this file"), "image_size = 32"]
+    return lines if is_split else [*lines, _setting("validation_fraction", 0.2, "of the training images")]
 
 
 def _study_lines(name: str, steps: FirstSteps) -> Iterator[str]:

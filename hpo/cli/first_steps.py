@@ -16,9 +16,9 @@ from hpo.cli.writer import say
 def init_command(name: str, model: bool, data: bool, loop: bool) -> None:
     """Write NAME.toml, a commented study of the data and the code in this folder. It runs as it is.
 
-    Data is a folder of images, train/<class>/, one of torchvision's sets in data/, or a function that returns
-    (train, test); code is a network that takes num_classes, or a training loop that takes trial. Without any it is a
-    study of scanned digits.
+    Data is a folder of images (photos/train/<class>/ or photos/<class>/), one of torchvision's sets in data/, or a
+    function that returns (train, test). Code is a network that takes num_classes, or a training loop that takes
+    trial. Without data, the study trains on scanned digits.
 
     \b
     hpo init flowers

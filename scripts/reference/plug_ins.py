@@ -35,7 +35,7 @@ DATASET_TEXTS = {
     "mnist": "MNIST, brought to 32x32",
     "fashion_mnist": "Fashion-MNIST, brought to 32x32",
     "digits": "scikit-learn's 1,797 scanned digits, brought to 32x32; no download",
-    "image_folder": "`ROOT/train/<class>/*`: [a folder of images](../guides/own-data.md#a-folder-of-images)",
+    "image_folder": "`ROOT/train/<class>/*`, or `ROOT/<class>/*`: [guide](../guides/own-data.md#a-folder-of-images)",
 }
 
 

@@ -41,10 +41,24 @@ def modules(*names: str) -> None:
         Path(f"{name}.py").write_text(OWN[name])
 
 
+def write_classes_and_parts(classes: str, parts: str) -> None:
+    write_images(Path(), classes)
+    write_images(Path(parts), "train")
+
+
+def write_images_and_code(root: Path) -> None:
+    write_images(root, ".")
+    (root / "src").mkdir()
+
+
 FOLDERS: dict[str, tuple[Callable[[], object], dict[str, str]]] = {
     "nothing": (lambda: None, {"data.name": "digits", "model.name": "article_cnn"}),
     "images": (lambda: write_images(Path(), "train"), {"data.name": "image_folder", "data.root": "."}),
     "images below": (lambda: write_images(Path("data/pets"), "train", "val"), {"data.root": "data/pets"}),
+    "classes": (lambda: write_images(Path(), "photos"), {"data.name": "image_folder", "data.root": "photos"}),
+    "classes here": (lambda: write_images(Path(), "."), {"data.name": "image_folder", "data.root": "."}),
+    "classes and parts": (lambda: write_classes_and_parts("docs", "photos"), {"data.root": "photos"}),
+    "a project": (lambda: write_images_and_code(Path()), {"data.name": "digits"}),
     "cifar10": (lambda: Path("data/cifar10/cifar-10-batches-py").mkdir(parents=True), {"data.name": "cifar10"}),
     "mnist": (lambda: Path("data/MNIST/raw").mkdir(parents=True), {"data.name": "mnist"}),
     "network": (lambda: modules("network", "broken"), {"model.name": "network:Net", "data.name": "digits"}),
@@ -69,13 +83,26 @@ def test_the_study_is_of_what_the_folder_holds(case: str) -> None:
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-RUNS = {"digits": [], "images": [], "model and data": ["model", "data"], "loop": ["loop"]}
+def test_what_was_seen_is_said() -> None:
+    write_images(Path(), "photos")
+    assert write_first_study("first") == ["found 2 classes of images in photos: cat, dog", "wrote first.toml"]
+    Path("photos").rename("Training")
+    write_images(Path(), "Testing")
+    told = "found images in . (Testing and Training), but no train: rename the folder of the training images to train"
+    assert told in write_first_study("second")
 
 
-@pytest.mark.parametrize("case", [pytest.param("digits", marks=pytest.mark.slow), "images", "model and data", "loop"])
+RUNS = {"digits": [], "images": [], "classes": [], "model and data": ["model", "data"], "loop": ["loop"]}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param("digits", marks=pytest.mark.slow), "images", "classes", "model and data", "loop"]
+)
 def test_what_is_written_runs_as_it_is(case: str) -> None:
     if case == "images":
         write_images(Path("pets"), "train", "val")
+    if case == "classes":
+        write_images(Path(), "pets")
     write_first_study("first", examples=RUNS[case])
     few = ["search.trials=1", "training.epochs=1"]
     spec = hpo.StudySpec.from_toml("first", overrides=[*few, *([] if case == "loop" else ["confirm.top=1"])])

@@ -26,7 +26,14 @@ from torch import Tensor
 
 from hpo.errors import UserError, unknown_name
 from hpo.train.config import DataConfig
-from hpo.train.data.folders import FoundImages, other_folders, scan_folder, validation_folder
+from hpo.train.data.folders import (
+    FoundImages,
+    misnamed_parts,
+    other_folders,
+    scan_folder,
+    training_folder,
+    validation_folder,
+)
 from hpo.train.data.images import ArrayImages, DatasetImages, FileImages, LabeledImages
 from hpo.train.data.labels import has_several, stored_labels
 from hpo.train.data.splits import stratified_order
@@ -183,12 +190,11 @@ def _scanned_digits() -> tuple[Tensor, Tensor]:
 def _image_folder(config: DataConfig) -> OpenedDataset:
     """Open the images of ROOT/train/<class>/ and, where these folders exist, of ROOT/val/ and ROOT/test/.
 
-    With a `data.validation_fraction` the validation images are taken from train/ all the same.
+    Without train/ the classes are the folders in ROOT. With a `data.validation_fraction`, or without val/, the
+    validation images are taken from the training images.
     """
-    root = next((folder for folder in _candidates(config) if (folder / "train").is_dir()), None)
-    if root is None:
-        raise _not_found_error(config, "train", "")
-    found = scan_folder(root / "train")
+    root, train = _find_training_images(config)
+    found = scan_folder(train)
     classes = list(found.images)
     if len(classes) < 2:
         left_out = f"; left out: {'; '.join(found.left_out)}" if found.left_out else ""
@@ -204,15 +210,34 @@ def _image_folder(config: DataConfig) -> OpenedDataset:
                 raise UserError(f"data.root has images of a class in {root / part / name} that train/ has none of")
         return _file_images(images, classes, config, folder=root / part)
 
+    if train == root:
+        return OpenedDataset(
+            train=_file_images(found, classes, config, folder=root),
+            open_test=None,
+            num_classes=len(classes),
+            class_names=classes,
+        )
     val = validation_folder(root) if config.validation_fraction is None else None
     others = other_folders(root, ["train", *([val] if val else []), "test"])
     return OpenedDataset(
-        train=_file_images(replace(found, left_out=[*found.left_out, *others]), classes, config, folder=root / "train"),
+        train=_file_images(replace(found, left_out=[*found.left_out, *others]), classes, config, folder=train),
         val=open_part(val) if val else None,
         open_test=partial(open_part, "test") if (root / "test").is_dir() else None,
         num_classes=len(classes),
         class_names=classes,
     )
+
+
+def _find_training_images(config: DataConfig) -> tuple[Path, Path]:
+    """Return ROOT and the folder in it, or ROOT itself, that holds the folders of the classes."""
+    for root in sorted(_candidates(config), key=lambda folder: not (folder / "train").is_dir()):
+        if (train := training_folder(root)) is not None:
+            return root, train
+        if misnamed := misnamed_parts(root):
+            raise UserError(
+                f"data.root must have the training images in {root / 'train'}, next to {' and '.join(misnamed)}"
+            )
+    raise _not_found_error(config, "train", "")
 
 
 def _file_images(found: FoundImages, classes: Sequence[str], config: DataConfig, *, folder: Path) -> FileImages:

@@ -41,6 +41,7 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 VALIDATION_FOLDERS = ("val", "valid", "validation")
+PARTS = frozenset(["train", "training", "test", "testing", "dev", "eval", *VALIDATION_FOLDERS])  # not names of classes
 UNUSED_BITS = (
     2  # of white: where files of 16 bits leave so many unused, at most 64 of 256 levels are left, and it is said
 )
@@ -68,23 +69,23 @@ def scan_folder(folder: Path) -> FoundImages:
 
 def _scan(folder: Path) -> FoundImages:
     images, empty, others = dict[str, list[Path]](), list[str](), list[Path]()
-    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden_name(path.name)):
+    for class_folder in _class_folders(folder):
         files = sorted(files_below(class_folder))
-        found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-        others += [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+        found = [path for path in files if is_image(path)]
+        others += [path for path in files if not is_image(path)]
         if found:
             images[class_folder.name] = found
         else:
             empty.append(class_folder.name)
-    outside = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    outside = [path for path in folder.iterdir() if is_image(path) and path.is_file()]
     left_out = []
     if others:
         suffixes = Counter(path.suffix.lower() or "no ending" for path in others)
-        left_out.append(f"{len(others)} files that are no images ({_listed(suffixes)})")
+        left_out.append(f"{len(others)} files that are no images ({listed(suffixes)})")
     if outside:
         left_out.append(f"{len(outside)} images in no class's folder")
     if empty:
-        left_out.append(f"folders without an image ({_listed(dict.fromkeys(empty))})")
+        left_out.append(f"folders without an image ({listed(dict.fromkeys(empty))})")
     return FoundImages(images, left_out)
 
 
@@ -101,7 +102,7 @@ def describe_images(images: FileImages) -> str:
         progress.add(1)
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     pixels = " to ".join(dict.fromkeys(f"{width}x{height}" for width, height in (by_area[0], by_area[-1])))
-    text = f"{len(images.paths):,} of {pixels} pixels, {_listed(modes)}"
+    text = f"{len(images.paths):,} of {pixels} pixels, {listed(modes)}"
     needed_bits = max(9, brightest.bit_length())
     if brightest and needed_bits <= images.bits - UNUSED_BITS:
         text += (
@@ -110,11 +111,43 @@ def describe_images(images: FileImages) -> str:
     return f"{text}; left out: {'; '.join(images.left_out)}" if images.left_out else text
 
 
-def _listed(counts: Mapping[str, int | None]) -> str:
-    """Return the names with their counts, the most frequent first."""
+def listed(counts: Mapping[str, int | None]) -> str:
+    """Return the names with their counts, the most frequent first, and how many more there are."""
     names = sorted(counts, key=lambda name: (-(counts[name] or 0), name))
     shown = [f"{name} {counts[name]:,}" if counts[name] else name for name in names[:MAX_NAMES]]
     return ", ".join(shown + ([f"and {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []))
+
+
+def training_folder(root: Path) -> Path | None:
+    """Return the folder that holds the folders of the classes: ROOT/train, or else ROOT; None where neither does."""
+    if (root / "train").is_dir():
+        return root / "train"
+    return root if len(class_names(root)) > 1 and not misnamed_parts(root) else None
+
+
+def class_names(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder that hold an image, also in their sub-folders."""
+    return [path.name for path in _class_folders(folder) if any(is_image(file) for file in files_below(path))]
+
+
+def misnamed_parts(root: Path) -> list[str]:
+    """Return the folders in a ROOT without train/ that are parts of the data by their names and their classes."""
+    parts = [path for path in _class_folders(root) if path.name.casefold() in PARTS]
+    if any(path.name == "train" for path in parts):
+        return []
+    return [path.name for path in parts if len(class_names(path)) > 1]
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder but for hidden ones; none where it is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden_name(path.name))
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file's name ends as that of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def validation_folder(root: Path) -> str | None:
@@ -130,9 +163,8 @@ def validation_folder(root: Path) -> str | None:
 
 def other_folders(root: Path, used: Sequence[str] = ("train", "test")) -> list[str]:
     """Return what is left out of a folder that has others than those that are used, in a few words."""
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden_name(path.name))
-    others = [name for name in folders if name not in used]
-    return [f"folders next to {' and '.join(used)} ({_listed(dict.fromkeys(others))})"] if others else []
+    others = [path.name for path in _class_folders(root) if path.name not in used]
+    return [f"folders next to {' and '.join(used)} ({listed(dict.fromkeys(others))})"] if others else []
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -190,6 +190,19 @@ def test_image_folder_without_pictures(tmp_path: Path, image_folder_root: Path) 
         load("image_folder", root=str(tmp_path / "one"))
 
 
+def test_a_folder_that_holds_the_classes_itself(image_folder_root: Path) -> None:
+    root = image_folder_root / "train"
+    (root / "empty").mkdir()
+    data = load("image_folder", root=str(root), groups=r"(\d+)\.png")
+    assert (len(data.train), len(data.val), data.num_classes, data.test) == (36, 4, 2, None)
+    for name in ("Training", "Testing"):
+        shutil.copytree(image_folder_root / "test", root / name)
+    with pytest.raises(UserError, match=rf"the training images in {root}/train, next to Testing and Training$"):
+        load("image_folder", root=str(root))
+    shutil.copytree(image_folder_root / "test", root / "train")
+    assert len(load("image_folder", root=str(root), validation_fraction=0.5).train) == 3
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_a_folder_of_validation_images_is_used(name: str, image_folder_root: Path) -> None:
     shutil.copytree(image_folder_root / "test", image_folder_root / name)
