@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpo.config.callables import name_callables
-from hpo.config.study_file import find_study_file
+from hpo.config.study_file import examples_folder, find_study_file
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.train.imports import ImportAllowlist, not_allowed
@@ -47,8 +47,19 @@ def allowed_for(spec: StudySpec, allowed: ImportAllowlist) -> ImportAllowlist:
     names = spec.names_of_code()
     for name, setting in names.items():
         if not allowed.allows(name):
-            raise not_allowed(f"{setting} of study {spec.name!r}", name.partition(":")[0])
+            module = name.partition(":")[0]
+            raise not_allowed(
+                f"{setting} of study {spec.name!r}", module, folder=_folder_of_example(module, given=allowed.path)
+            )
     return allowed if names else ImportAllowlist(path=allowed.path)
+
+
+def _folder_of_example(module: str, *, given: Sequence[str]) -> Path | None:
+    """Return the folder of the code that comes with hpo if it has this module and none of the given folders does."""
+    file = f"{module.partition('.')[0]}.py"
+    if any(Path(folder, file).is_file() for folder in given) or not (examples_folder() / file).is_file():
+        return None
+    return examples_folder()
 
 
 def code_digests(spec: StudySpec, allowed: ImportAllowlist) -> dict[str, str]:

@@ -38,8 +38,12 @@ def read(path: str | Path, *, overrides: Iterable[str] = ()) -> dict[str, Any]:
     try:
         settings = tomllib.loads(read_text(path))
     except OSError as error:
-        ours = did_you_mean(Path(path).stem, [file.stem for file in examples_folder().glob("*.toml")])
-        raise UserError(f"the study file {path} cannot be read: {error.strerror or error}{ours}") from None
+        ours = sorted(file.stem for file in examples_folder().glob("*.toml"))
+        reason = error.strerror or error
+        if isinstance(error, FileNotFoundError) and str(path).isidentifier():
+            reason = f"it is neither here nor among those that come with hpo ({', '.join(ours)})"
+        meant = did_you_mean(Path(path).stem, ours)
+        raise UserError(f"the study file {path} cannot be read: {reason}{meant}") from None
     except ValueError as error:  # no TOML, no UTF-8, or an integer of thousands of digits
         raise UserError(f"the study file {path} is not valid TOML: {error}") from None
     except RecursionError:

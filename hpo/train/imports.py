@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import math
 import os
+import shlex
 import sys
 import sysconfig
 import traceback
@@ -185,16 +186,24 @@ def open_allowlists() -> list[ImportAllowlist]:
     return list(_open_lists)
 
 
-def not_allowed(what: str, module: str) -> UserError:
-    """Return the error for a module that this process may not import; `what` names it."""
+def not_allowed(what: str, module: str, *, folder: Path | None = None) -> UserError:
+    """Return the error for a module that this process may not import.
+
+    Args:
+        what: What names it.
+        module: The module.
+        folder: The folder that has it, where it is known and modules are not looked for there by themselves.
+    """
     if module == CALLER:
         return UserError(
             f"{what} was given as an object, which only the process that created the study has: "
             "call hpo.run there again"
         )
+    options = f"--allow {module}, or --allow FOLDER with the folder that holds it"
+    if folder is not None:
+        options = f"--allow {shlex.quote(str(folder))}"
     return UserError(
-        f"{what} names the module {module!r}, which this worker may not import; "
-        f"allow it with --allow {module}, or its folder with --allow FOLDER"
+        f"{what} names the module {module!r}, which this worker may not import; if you trust it, add {options}"
     )
 
 
@@ -249,8 +258,11 @@ def _import_module(path: str, *, setting: str, allowed: ImportAllowlist) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"{setting} = {path!r} cannot be imported: {describe_error(error)}") from error
         package = sys.modules.get(error.name.rpartition(".")[0])
-        places = f"on Python's path or in {' or '.join(dict.fromkeys(allowed.path))}; install it, or put its folder on "
-        places += "Python's path with PYTHONPATH=FOLDER"
+        places = f"on Python's path or in {' or '.join(dict.fromkeys(allowed.path))}; "
+        if allowed.modules or allowed.folders:
+            places += "add --allow FOLDER with the folder that holds it"
+        else:
+            places += "install it, or put its folder on Python's path with PYTHONPATH=FOLDER"
         if package is not None:  # often another one of that name than the user means, such as Python's own
             places = f"in {getattr(package, '__file__', None) or next(iter(package.__path__), 'Python')}"
         raise UserError(

@@ -223,7 +223,7 @@ def test_doctor_says_what_is_here(hpo: Hpo, ran: Result) -> None:
 REQUESTS = {
     # arguments: the parts of the one message
     ("run", "absent.toml"): ["absent.toml cannot be read"],
-    ("run", "quickstrt"): ["quickstrt cannot be read", "did you mean 'quickstart'"],
+    ("run", "quickstrt"): ["quickstrt cannot be read", "neither here", "(article_", "did you mean 'quickstart'"],
     ("run", "tiny.toml", "--fresh"): ["hpo run --fresh needs --yes where nobody can be asked"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=resnet18"): ["did you mean 'torchvision:resnet18'"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets.lazy"): ["did you mean 'nets:lazy'"],

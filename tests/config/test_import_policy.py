@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hpo.config import import_policy
 from hpo.config.import_policy import allowed_for, load_own_spec, parse_allow
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
@@ -121,12 +123,27 @@ def test_a_command_that_reads_a_study_from_the_store_imports_only_what_it_is_tol
         assert (exit_code, output.strip()) == (
             2,
             "hpo: objective.function of study 's' names the module 'loop', which this worker may not import; "
-            "allow it with --allow loop, or its folder with --allow FOLDER",
+            "if you trust it, add --allow loop, or --allow FOLDER with the folder that holds it",
         )
     assert not (hpo.folder / "imported").exists()
     exit_code, output = hpo.here("worker", "s", "--devices", "cpu", "--allow", ".")
     assert exit_code == 0, output
     assert (hpo.folder / "imported").exists()
+
+
+def test_the_folder_of_code_that_comes_with_hpo_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "its examples"
+    folder.mkdir()
+    (folder / "own_model.py").touch()
+    monkeypatch.setattr(import_policy, "examples_folder", lambda: folder)
+    spec = naming("model.name", "own_model:net")
+    with pytest.raises(UserError, match=re.escape(f"add --allow '{folder}'")):
+        allowed_for(spec, parse_allow([]))
+    allowed_for(spec, parse_allow([str(folder)]))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_model.py").touch()
+    with pytest.raises(UserError, match="add --allow own_model, or "):
+        allowed_for(spec, parse_allow([]))
 
 
 def test_what_was_checked_is_what_is_imported(hpo: Hpo, make_spec: MakeSpec) -> None:
