@@ -51,6 +51,7 @@ class SamplerEntry:
     takes_cases: bool = False  # can search a parameter that depends on another one
     min_ranges: int = 0
     lists_values: bool = False  # makes a list of all values of a range of integers, or with steps
+    reads_trials: bool = True  # looks at the trials of the study before it draws
     has_counter: bool = False  # keeps a counter in the study, which one trial at a time may read and write
     begins_spread: bool = False  # learns from its first trials, which are spread over the space
     study_view: Callable[[], type[SearchStudy]] = _search_study  # how the sampler sees the trials before
@@ -104,11 +105,13 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "grid": SamplerEntry(
         _random,
         takes_cases=True,
+        reads_trials=False,
         about="every combination of the listed values, each exactly once",
     ),  # a grid's points are given with its slots; nothing is left to sample
     "random": SamplerEntry(
         _random,
         takes_cases=True,
+        reads_trials=False,
         about="independent draws",
     ),
     "tpe": SamplerEntry(
@@ -120,6 +123,7 @@ SAMPLERS: dict[str, SamplerEntry] = {
     ),
     "race": SamplerEntry(
         _random,
+        reads_trials=False,
         about="successive halving of up to 16 rates, spread evenly over one range, for a budget of epochs",
     ),  # its rates are given with its slots, as those of a grid
     "qmc": SamplerEntry(

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import BaseStorage, RDBStorage, get_storage
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, scoped_session
 
 from hpo.errors import UserError
 from hpo.store import schema
+from hpo.store.frozen_trials import read_frozen_trials
 from hpo.store.retry import STORE_ERRORS, RetryPolicy, StoreFailed, database_message
 from hpo.store.urls import POSTGRES, database_path
 
@@ -82,6 +83,37 @@ class JoinedStorage(RDBStorage):
         if connection is None:
             return Session(bind=self.engine)
         return Session(bind=connection, join_transaction_mode="create_savepoint")
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """Return a trial, read by one statement; raise KeyError if there is none."""
+        trials = self._read_trials(schema.optuna_trials.c.trial_id == trial_id)
+        if not trials:
+            raise KeyError(f"Optuna's tables have no trial with the id {trial_id}")
+        return trials[0]
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        """Return trials of a study, read by one statement: those after an id, and the earlier ones that are named."""
+        trials = schema.optuna_trials.c
+        is_chosen = (trials.study_id == study_id) & (
+            (trials.trial_id > trial_id_greater_than) | trials.trial_id.in_(included_trial_ids)
+        )
+        found = self._read_trials(is_chosen)
+        if not found:
+            self.get_study_name_from_id(study_id)  # raises KeyError if there is no such study
+        return [trial for trial in found if states is None or trial.state in states]
+
+    def _read_trials(self, condition: sa.ColumnElement[bool]) -> list[FrozenTrial]:
+        connection: Connection | None = getattr(self._joined, "connection", None)
+        if connection is not None:
+            return read_frozen_trials(connection, condition)
+        with self.engine.connect() as connection:
+            return read_frozen_trials(connection, condition)
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import sqlalchemy as sa
 from optuna.storages._rdb.models import TrialValueModel
@@ -60,6 +60,11 @@ class ClaimLost(Exception):
     """The slot is no longer this attempt's: the worker should drop the trial, which another one may train by now."""
 
 
+def claim_lost(claim: Claim) -> ClaimLost:
+    """Return the exception that says which claim no longer holds its slot."""
+    return ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
+
+
 class Ledger:
     """The changes to one slot. The caller is in a transaction, and holds the slot where a method takes a `Claim`."""
 
@@ -71,18 +76,16 @@ class Ledger:
         """Open a transaction and extend the lease; raise ClaimLost if the claim no longer holds its slot."""
         with self._database.transaction() as connection:
             if not self.extend(connection, claim):
-                raise ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
+                raise claim_lost(claim)
             yield connection
 
     def extend(self, connection: Connection, claim: Claim) -> bool:
         """Extend the lease and lock the slot; return False if the claim no longer holds it."""
-        held = slots_table.update().where(is_held(claim)).values(lease_until=self._database.clock + LEASE_S)
-        return bool(connection.execute(held).rowcount == 1)
+        return bool(connection.execute(self.extension(claim)).rowcount == 1)
 
-    def describe(self, claim: Claim, attributes: Mapping[str, Any]) -> None:
-        """Record attributes of the trial, such as its seed and its device."""
-        for key, value in attributes.items():
-            self._database.cached.set_trial_user_attr(claim.trial_id, key, value)
+    def extension(self, claim: Claim) -> sa.Update:
+        """Return the statement that extends the lease of a claim that holds its slot."""
+        return slots_table.update().where(is_held(claim)).values(lease_until=self._database.clock + LEASE_S)
 
     def note(self, connection: Connection, claim: Claim, texts: Sequence[str]) -> None:
         """Record problems of the attempt, each of them once."""

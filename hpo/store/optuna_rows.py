@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
-from optuna.distributions import distribution_to_json
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import Connection
 
+from hpo.store.database import upsert
 from hpo.store.schema import optuna_trials, trial_params, trial_system_attributes, trial_user_attributes
 
 
@@ -28,23 +31,31 @@ def add_trial(connection: Connection, study_id: int, trial: FrozenTrial, *, numb
     key = connection.execute(optuna_trials.insert().values(row)).inserted_primary_key
     assert key is not None
     trial_id = int(key[0])
-    statements: list[sa.Insert] = []
-    if trial.params:
-        rows = [
-            {
-                "trial_id": trial_id,
-                "param_name": name,
-                "param_value": trial.distributions[name].to_internal_repr(value),
-                "distribution_json": distribution_to_json(trial.distributions[name]),
-            }
-            for name, value in trial.params.items()
-        ]
-        statements.append(trial_params.insert().values(rows))
-    for table, attributes in (
-        (trial_user_attributes, trial.user_attrs),
-        (trial_system_attributes, trial.system_attrs),
-    ):
-        if attributes:
-            rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(attributes[key])} for key in attributes]
-            statements.append(table.insert().values(rows))
-    return trial_id, statements
+    params = {name: (kind.to_internal_repr(trial.params[name]), kind) for name, kind in trial.distributions.items()}
+    return trial_id, [
+        *set_params(trial_id, params),
+        *set_attributes(connection, trial_user_attributes, trial_id, trial.user_attrs),
+        *set_attributes(connection, trial_system_attributes, trial_id, trial.system_attrs),
+    ]
+
+
+def set_params(trial_id: int, params: Mapping[str, tuple[float, BaseDistribution]]) -> list[sa.Insert]:
+    """Return the statements, one or none, that set parameters that a trial lacks, given as Optuna keeps them."""
+    rows = [
+        {
+            "trial_id": trial_id,
+            "param_name": name,
+            "param_value": value,
+            "distribution_json": distribution_to_json(distribution),
+        }
+        for name, (value, distribution) in params.items()
+    ]
+    return [trial_params.insert().values(rows)] if rows else []
+
+
+def set_attributes(
+    connection: Connection, table: sa.Table, trial_id: int, attributes: Mapping[str, Any]
+) -> list[sa.Insert]:
+    """Return the statements, one or none, that set attributes of a trial in the table of one kind of them."""
+    rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in attributes.items()]
+    return [upsert(connection, table, rows, ["trial_id", "key"])] if rows else []

@@ -1,36 +1,91 @@
-"""Sampling a trial's values: how the sampler sees the study, and where its notes wait for the transaction."""
+"""Sampling a trial's values: how the sampler sees the study, and where what it sets waits to be written at once."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution
 from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.search import proposals, samplers
+from hpo.store.optuna_rows import set_attributes, set_params
+from hpo.store.schema import trial_system_attributes, trial_user_attributes
+from hpo.study.records import Claim
 
 
 class BufferedStorage:
-    """A storage that keeps what a sampler notes on trials until `write`; the sampler works outside any transaction."""
+    """The storage of one trial's sampler: it reads the study's trials once, and keeps what is set of its own one.
 
-    def __init__(self, storage: BaseStorage) -> None:
+    So the sampler works outside any transaction, and all that it sets is written by the statement that writes the
+    attributes of ours. What it asks of the study itself, such as a counter, goes to the storage.
+    """
+
+    def __init__(self, storage: BaseStorage, spec: StudySpec, claim: Claim) -> None:
+        """Buffer the trial of a claim; `storage` caches the trials that have ended."""
         self._storage = storage
-        self._notes: list[tuple[int, str, Any]] = []
+        self._claim = claim
+        self._direction = StudyDirection[spec.direction.upper()]
+        self._reads_study = samplers.SAMPLERS[spec.search.sampler].reads_trials
+        self._trials: list[FrozenTrial] | None = None
+        self._params: dict[str, tuple[float, BaseDistribution]] = {}
+        self._notes: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
 
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Keep an attribute of a trial."""
-        self._notes.append((trial_id, key, value))
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """Return the id of the study; there is one."""
+        return self._claim.study_id
 
-    def write(self) -> None:
-        """Write the attributes that were kept to the storage."""
-        for note in self._notes:
-            self._storage.set_trial_system_attr(*note)
-        self._notes.clear()
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        """Return the direction."""
+        return [self._direction]
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Collection[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """Return the trials as they were when they were first asked for; they must not be changed."""
+        if self._trials is None:
+            self._trials = self._storage.get_all_trials(study_id, deepcopy=False)
+        return [trial for trial in self._trials if states is None or trial.state in states]
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """Return a trial, which the caller may change."""
+        if not self._reads_study:
+            return self._storage.get_trial(trial_id)
+        trials = self.get_all_trials(self._claim.study_id)
+        return copy.deepcopy(next(trial for trial in trials if trial._trial_id == trial_id))
+
+    def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
+        """Return the attributes of a trial, with those that were kept."""
+        return {**self.get_trial(trial_id).system_attrs, **self._notes}
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Keep an attribute of the trial."""
+        assert trial_id == self._claim.trial_id
+        self._notes[key] = value
+
+    def set_trial_param(self, trial_id: int, name: str, internal_value: float, distribution: BaseDistribution) -> None:
+        """Keep a parameter of the trial."""
+        self._params[name] = (internal_value, distribution)
+
+    def writes(self, connection: Connection, attributes: Mapping[str, Any]) -> list[sa.Insert]:
+        """Return the statements that write what was kept, and attributes of the trial for everyone to see."""
+        trial_id = self._claim.trial_id
+        return [
+            *set_params(trial_id, self._params),
+            *set_attributes(connection, trial_system_attributes, trial_id, self._notes),
+            *set_attributes(connection, trial_user_attributes, trial_id, attributes),
+        ]
 
 
 def sampling_study(storage: BufferedStorage, spec: StudySpec, *, number: int) -> optuna.Study:
@@ -40,5 +95,9 @@ def sampling_study(storage: BufferedStorage, spec: StudySpec, *, number: int) ->
     # Without the study's pruner: Hyperband would show the sampler the trials of one bracket alone.
     study = make_view(spec.name, cast(BaseStorage, storage), sampler, NopPruner())
     study.ranges = proposals.searched_ranges(spec)
-    study.get_trials(deepcopy=False)  # the cache refuses parameters of a trial that it has not seen
     return study
+
+
+def sample(storage: BufferedStorage, spec: StudySpec, claim: Claim) -> dict[str, Any]:
+    """Return the values of a trial of the search: those that it has, was given, or that the sampler draws now."""
+    return proposals.suggest(optuna.Trial(sampling_study(storage, spec, number=claim.number), claim.trial_id), spec)

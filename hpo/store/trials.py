@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import optuna
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
@@ -15,18 +14,18 @@ from hpo.store.claiming import choose_slot, take_slot
 from hpo.store.conditions import is_attempt, is_slot
 from hpo.store.confirming import last_seed_in_turn, weights_to_keep
 from hpo.store.damage import refuse_damage
-from hpo.store.database import Database
+from hpo.store.database import Database, execute_together
 from hpo.store.enqueued import begin_enqueued, take_in
-from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, ClaimLost, Ledger, Verdict, storable_text
+from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, Ledger, Verdict, claim_lost, storable_text
 from hpo.store.optuna_rows import add_trial
 from hpo.store.racing import count_claimable, hold_back
 from hpo.store.reading import best_values, lock_to_claim, read_epoch_seconds, read_trials
-from hpo.store.reports import decide, judge_epochs, lock_slots, record_epochs
+from hpo.store.reports import SlotProgress, decide, judge_epochs, lock_slots, record_epochs
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table
 from hpo.store.searches import last_unbegun
 from hpo.store.slots import count_slots, lock_study, slot_states
-from hpo.store.suggesting import BufferedStorage, sampling_study
+from hpo.store.suggesting import BufferedStorage, sample
 from hpo.study import stages
 from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord
 from hpo.study.seed_race import FIRST_SEEDS
@@ -100,28 +99,31 @@ class Trials:
         """Return the trial's values, and record `attributes(values)` with them.
 
         They are sampled now unless an earlier attempt had them, or the trial confirms others: the sampler does not see
-        such a trial. The sampler works before the transaction, for which others wait, and writes within it.
+        such a trial. The sampler works before the transaction, for which others wait, and all is written within it.
         """
-        cached = self._database.cached
-        if claim.kind != "search":
-            values = proposals.values_from_optuna(cached.get_trial(claim.trial_id).params)
+        storage = BufferedStorage(self._database.cached, spec, claim)
+
+        def choose() -> dict[str, Any]:
+            if claim.kind == "search":
+                values = sample(storage, spec, claim)
+            else:
+                values = proposals.values_from_optuna(storage.get_trial(claim.trial_id).params)
             proposals.check_values(spec, values)
-            with self._ledger.locked_claim(claim):
-                self._ledger.describe(claim, attributes(values))
             return values
-        buffered = BufferedStorage(cached)
-        study = sampling_study(buffered, spec, number=claim.number)
+
         # A counter is read and written in two steps, which the lock on the study keeps together.
-        has_counter = samplers.SAMPLERS[spec.search.sampler].has_counter
-        trial = None if has_counter else optuna.Trial(study, claim.trial_id)  # this runs the sampler
-        with self._ledger.locked_claim(claim) as connection:
-            if trial is None:
+        is_counted = claim.kind == "search" and samplers.SAMPLERS[spec.search.sampler].has_counter
+        values = {} if is_counted else choose()
+        with self._database.transaction() as connection:
+            progress = self._lock_slots(connection, [claim])
+            if progress and is_counted:
                 lock_study(connection, claim.study_id)
-                trial = optuna.Trial(study, claim.trial_id)
-            values = proposals.suggest(trial, spec)
-            proposals.check_values(spec, values)
-            buffered.write()
-            self._ledger.describe(claim, attributes(values))
+                values = choose()
+            if progress:
+                writes = storage.writes(connection, attributes(values))
+                execute_together(connection, *writes, self._ledger.extension(claim))
+        if not progress:
+            raise claim_lost(claim)
         return values
 
     def report(
@@ -137,7 +139,7 @@ class Trials:
         """Record an epoch and return how the trial goes on, as `report_all` does for several trials."""
         (verdict,) = self.report_all([EpochReport(claim, epoch, metrics, value, may_prune)], spec)
         if verdict is None:
-            raise ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
+            raise claim_lost(claim)
         return verdict
 
     @retry_on_outage
@@ -149,10 +151,7 @@ class Trials:
         nothing.
         """
         with self._database.transaction() as connection:
-            progress = lock_slots(connection, [report.claim for report in reports])
-            for claim in [claim for claim, slot in progress.items() if slot.is_ended_elsewhere]:
-                self._ledger.end(connection, claim, "failed", ENDED_ELSEWHERE)
-                del progress[claim]
+            progress = self._lock_slots(connection, [report.claim for report in reports])
             held = [report for report in reports if report.claim in progress]
             verdicts: dict[Claim, Verdict] = {}
             if held:
@@ -160,6 +159,14 @@ class Trials:
                 record_epochs(self._database, connection, held, progress, judgement)
                 verdicts = decide(self._database, connection, held, progress, judgement, spec)
         return [verdicts.get(report.claim) for report in reports]
+
+    def _lock_slots(self, connection: Connection, claims: Sequence[Claim]) -> dict[Claim, SlotProgress]:
+        """Lock slots as `lock_slots` does, but end those whose trials another program has ended, and leave them out."""
+        progress = lock_slots(connection, claims)
+        for claim in [claim for claim, slot in progress.items() if slot.is_ended_elsewhere]:
+            self._ledger.end(connection, claim, "failed", ENDED_ELSEWHERE)
+            del progress[claim]
+        return progress
 
     @retry_on_outage
     def last_report(self, claim: Claim) -> tuple[int, float] | None:

@@ -135,7 +135,7 @@ def test_a_trial_whose_worker_died_before_its_values_were_chosen_gets_the_same_o
     lost = Store(url).trials.claim(study, "w")  # a store of its own: another process
     assert lost is not None
     first = Store(url)
-    with suppress(Interruption), interrupted(first, at=20):
+    with suppress(Interruption), interrupted(first, at=2):
         first.trials.suggest(lost, study.spec, attributes=lambda _: {"seed": 1})
     Store(url).trials.release(lost)
     again = claim(Store(url), study, "w")
