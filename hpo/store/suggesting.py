@@ -98,6 +98,16 @@ def sampling_study(storage: BufferedStorage, spec: StudySpec, *, number: int) ->
     return study
 
 
-def sample(storage: BufferedStorage, spec: StudySpec, claim: Claim) -> dict[str, Any]:
-    """Return the values of a trial of the search: those that it has, was given, or that the sampler draws now."""
-    return proposals.suggest(optuna.Trial(sampling_study(storage, spec, number=claim.number), claim.trial_id), spec)
+def choose_values(storage: BufferedStorage, spec: StudySpec, claim: Claim) -> dict[str, Any]:
+    """Return the values of a trial: those that it has or was given, or, of the search, that the sampler draws now.
+
+    Raises:
+        UserError: The store has given it values that are not in the space.
+    """
+    if claim.kind == "search":
+        study = sampling_study(storage, spec, number=claim.number)
+        values = proposals.suggest(optuna.Trial(study, claim.trial_id), spec)
+    else:
+        values = proposals.values_from_optuna(storage.get_trial(claim.trial_id).params)
+    proposals.check_values(spec, values)
+    return values

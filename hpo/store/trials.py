@@ -25,7 +25,7 @@ from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table
 from hpo.store.searches import last_unbegun
 from hpo.store.slots import count_slots, lock_study, slot_states
-from hpo.store.suggesting import BufferedStorage, sample
+from hpo.store.suggesting import BufferedStorage, choose_values
 from hpo.study import stages
 from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord
 from hpo.study.seed_race import FIRST_SEEDS
@@ -102,23 +102,14 @@ class Trials:
         such a trial. The sampler works before the transaction, for which others wait, and all is written within it.
         """
         storage = BufferedStorage(self._database.cached, spec, claim)
-
-        def choose() -> dict[str, Any]:
-            if claim.kind == "search":
-                values = sample(storage, spec, claim)
-            else:
-                values = proposals.values_from_optuna(storage.get_trial(claim.trial_id).params)
-            proposals.check_values(spec, values)
-            return values
-
         # A counter is read and written in two steps, which the lock on the study keeps together.
         is_counted = claim.kind == "search" and samplers.SAMPLERS[spec.search.sampler].has_counter
-        values = {} if is_counted else choose()
+        values = {} if is_counted else choose_values(storage, spec, claim)
         with self._database.transaction() as connection:
             progress = self._lock_slots(connection, [claim])
             if progress and is_counted:
                 lock_study(connection, claim.study_id)
-                values = choose()
+                values = choose_values(storage, spec, claim)
             if progress:
                 writes = storage.writes(connection, attributes(values))
                 execute_together(connection, *writes, self._ledger.extension(claim))
