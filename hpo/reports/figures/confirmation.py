@@ -52,7 +52,12 @@ def _add_seeds(figure: go.Figure, confirmation: Confirmation, names: Sequence[st
         mode="markers",
         name="a seed",
         customdata=[seed for _, _, seed in points],
-        marker={"symbol": STATE_STYLES["complete"].symbol, "size": 9, "color": BLUE, "opacity": 0.7},
+        marker={
+            "symbol": STATE_STYLES["complete"].symbol,
+            "size": 9,
+            "color": BLUE,
+            "line": {"width": 1, "color": "white"},
+        },
         hovertemplate="seed %{customdata}: %{x}<extra></extra>",
     )
 
@@ -83,9 +88,9 @@ def _add_means(figure: go.Figure, confirmation: Confirmation, names: Sequence[st
         x=[round_digits(confirmation.value)],
         y=[names[0]],
         mode="markers",
-        name="to be expected",
+        name="expected",
         marker={"symbol": "line-ns-open", "size": 24, "color": GREEN, "line": {"width": 3}},
-        hovertemplate="to be expected %{x}<extra></extra>",
+        hovertemplate="expected %{x}<extra></extra>",
     )
 
 

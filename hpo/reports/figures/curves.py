@@ -11,7 +11,15 @@ from plotly.subplots import make_subplots
 
 from hpo.analysis.text import plural, rate_text
 from hpo.reports.figures.data import FigureData, rate_of
-from hpo.reports.figures.style import NUM_COLOURS, THEMES, escape_plotly, lay_out, line_colours, round_digits
+from hpo.reports.figures.style import (
+    NUM_COLOURS,
+    THEMES,
+    count_axis,
+    escape_plotly,
+    lay_out,
+    line_colours,
+    round_digits,
+)
 from hpo.study.records import TrialRecord
 from hpo.train.metrics import is_percent
 
@@ -32,7 +40,8 @@ def draw_curves(data: FigureData) -> go.Figure | None:
     for row, metric in enumerate(metrics, start=1):
         _add_lines(figure, drawn, steps, metric, row)
         figure.update_yaxes(**_metric_axis(metric, drawn), row=row)
-    figure.update_xaxes(rangemode="tozero")
+    epochs = [epoch for trial in drawn for epoch in trial.epochs]
+    figure.update_xaxes(**count_axis(min(epochs), max(epochs)))
     figure.update_xaxes(title={"text": "epoch"}, row=len(metrics))
     if low < high:
         _add_rate_bar(figure, low, high)

@@ -15,14 +15,14 @@ from hpo.study.records import TrialRecord
 
 def draw_epochs(data: FigureData) -> go.Figure | None:
     """Draw the epochs by learning rate and state of the trial, and how many trials ended after which epoch."""
-    trained = [trial for trial in data.all_trials if trial.epochs]
+    trained = [trial for trial in data.all_trials if _num_trained(trial) > 0]
     if not trained:
         return None
     figure = make_subplots(rows=2, vertical_spacing=0.24, row_heights=[0.55, 0.45])
     bins = _rate_bins(trained)
     names = [name for name, _ in bins]
     for state, style in STATE_STYLES.items():
-        spent = [sum(len(trial.epochs) for trial in members if trial.state == state) for _, members in bins]
+        spent = [sum(_num_trained(trial) for trial in members if trial.state == state) for _, members in bins]
         if not any(spent):
             continue
         marker = {"color": style.colour, "pattern": {"shape": style.pattern, "size": 6, "solidity": 0.25}}
@@ -36,7 +36,7 @@ def draw_epochs(data: FigureData) -> go.Figure | None:
             row=1,
             col=1,
         )
-        ends = [len(trial.epochs) for trial in trained if trial.state == state]
+        ends = [_num_trained(trial) for trial in trained if trial.state == state]
         lasts = sorted(set(ends))
         figure.add_bar(
             x=lasts,
@@ -49,9 +49,9 @@ def draw_epochs(data: FigureData) -> go.Figure | None:
             row=2,
             col=1,
         )
-    figure.update_xaxes(title={"text": "learning rate"}, type="category", row=1)
+    figure.update_xaxes(title={"text": "learning rate", "standoff": 8}, type="category", row=1)
     figure.update_yaxes(title={"text": "epochs"}, row=1)
-    most = max(len(trial.epochs) for trial in trained)
+    most = max(map(_num_trained, trained))
     figure.update_xaxes(title={"text": "epochs that a trial was trained"}, **count_axis(1, most), row=2)
     figure.update_yaxes(title={"text": "trials"}, row=2)
     return lay_out(figure, height=460, barmode="stack", bargap=0.25)
@@ -59,16 +59,23 @@ def draw_epochs(data: FigureData) -> go.Figure | None:
 
 def epochs_caption(data: FigureData) -> str:
     """Return how many epochs were trained, and how many there would have been without pruning."""
-    spent: dict[str, float] = {}
-    for trial in data.all_trials:
-        spent[trial.state] = spent.get(trial.state, 0) + len(trial.epochs)
+    trained = [trial for trial in data.all_trials if _num_trained(trial) > 0]
+    spent = dict.fromkeys((trial.state for trial in trained), 0.0)
+    for trial in trained:
+        spent[trial.state] += _num_trained(trial)
     most = data.study.spec.training.epochs
-    full = sum(int(trial.params.get("epochs", most)) for trial in data.all_trials if trial.epochs)
+    full = sum(int(trial.params.get("epochs", most)) for trial in trained)
     total = int(sum(spent.values()))
-    saved = f", where training all of these trials to their end would have taken {full:,}" if full > total else ""
+    saved = f"; training all of these trials to the end would have taken {full:,}" if full > total else ""
     again = sum(len(trial.epochs) for trial in data.others if trial.kind == "confirm")
-    confirmed = f" {again:,} of them confirmed what was found." if again else ""
+    confirmed = f" {again:,} of them were spent on the confirmation." if again else ""
     return f"{total:,} epochs were trained{saved}.{confirmed} By how the trial ended: {shares_text(spent)}."
+
+
+def _num_trained(trial: TrialRecord) -> int:
+    """Return how many epochs a trial was trained; one that tests has those of the network that it measures, too."""
+    loaded = trial.attempts[0].resumed_from if trial.kind == "test" and trial.attempts else 0
+    return len(trial.epochs) - (loaded or 0)
 
 
 def _rate_bins(trials: Sequence[TrialRecord]) -> list[tuple[str, list[TrialRecord]]]:

@@ -25,7 +25,12 @@ def draw_history(data: FigureData) -> go.Figure | None:
                 mode="markers",
                 name=state,
                 **hover_settings(data, in_state),
-                marker={"symbol": style.symbol, "size": 8, "color": style.colour, "opacity": 0.85},
+                marker={
+                    "symbol": style.symbol,
+                    "size": 9,
+                    "color": style.colour,
+                    "line": {"width": 1, "color": "white"},
+                },
             )
     diverged = [trial for trial in data.trials if trial.state == "diverged"]
     if diverged:
@@ -35,7 +40,7 @@ def draw_history(data: FigureData) -> go.Figure | None:
             y=[end] * len(diverged),
             mode="markers",
             name="diverged, no value",
-            marker={"symbol": "x", "size": 8, "color": VERMILLION},
+            marker={"symbol": "x", "size": 9, "color": VERMILLION, "line": {"width": 1, "color": "white"}},
             **hover_settings(data, diverged),
         )
     best = _best_so_far(data)

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from hpo.analysis.text import params_text
 from hpo.reports.figures.data import FigureData, hover_settings, shown_bounds
-from hpo.reports.figures.style import STATE_STYLES, VERMILLION, escape_plotly, lay_out, rate_axis, round_digits
+from hpo.reports.figures.style import BELOW, STATE_STYLES, VERMILLION, escape_plotly, lay_out, rate_axis, round_digits
 from hpo.search.space import Conditional, Range
 from hpo.study.records import TrialRecord
 
@@ -54,7 +54,8 @@ def draw_interactions(data: FigureData) -> go.Figure | None:
     bar = {"title": {"text": escape_plotly(data.study.spec.metric), "side": "right"}, **form}
     low, high = bounds
     figure.update_layout(coloraxis={"cmin": low, "cmax": high, "colorbar": bar})
-    return lay_out(figure, height=110 + 230 * len(others))
+    # Below, as above the axes a narrow page has the colour bar.
+    return lay_out(figure, height=110 + 230 * len(others), legend=BELOW)
 
 
 def _mark_colour(state: str, trials: Sequence[TrialRecord], bounds: tuple[float, float]) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def _add_legend(figure: go.Figure, drawn: Collection[str]) -> None:
 def interactions_caption(data: FigureData) -> str:
     """Return which parameters are drawn, and the values of the best trial."""
     first, others = _ranked_parameters(data)
-    subject = "learning rate" if first == "lr" else first
+    subject = "Learning rate" if first == "lr" else first
     caption = f"{subject} against {', '.join(others[:MAX_INTERACTIONS])}"
     if data.best is not None:
         caption += f"; the best trial has {params_text(data.best.params)}"

@@ -12,9 +12,10 @@ from plotly.subplots import make_subplots
 from hpo.analysis.answer import Best
 from hpo.analysis.answer_text import response_lines
 from hpo.analysis.response import CONFIDENCE, REACH_DECADES, Response
-from hpo.analysis.text import counts_text, interval_text, params_text, rate_text, value_text
+from hpo.analysis.text import counts_text, interval_text, params_text, plural, rate_text, value_text
 from hpo.reports.figures.data import FigureData, hover_settings, rate_of, room_beyond, shown_bounds, value_axis
 from hpo.reports.figures.style import (
+    BELOW,
     BLUE,
     GREEN,
     STATE_STYLES,
@@ -31,13 +32,12 @@ MOST_DIVERGING = 0.5  # where a larger share of trials diverges, no curve of tho
 MAX_PANELS = 8  # of combinations of listed parameters
 PANEL_HEIGHT = 340  # pixels, of a single panel
 BEST_MARKER = {"size": 16, "color": GREEN, "line": {"width": 1, "color": "white"}}
-LEGEND_BELOW = {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0, "yanchor": "bottom"}
 
 
 class ResponseGroup(NamedTuple):
-    """A combination of listed parameters, its response if it has one, and its trials."""
+    """Trials of a combination of listed parameters or, after these, all others; the name of the only group is empty."""
 
-    params: Mapping[str, Any]
+    name: str
     response: Response | None
     trials: list[TrialRecord]
 
@@ -59,7 +59,7 @@ def draw_response(data: FigureData) -> go.Figure | None:
     groups = _response_groups(data)[:MAX_PANELS]
     if not groups:
         return None
-    titles = [escape_plotly(params_text(group.params)) for group in groups] if len(groups) > 1 else None
+    titles = [escape_plotly(group.name) for group in groups] if len(groups) > 1 else None
     figure = make_subplots(
         rows=len(groups), shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.16 / len(groups)
     )
@@ -80,9 +80,7 @@ def draw_response(data: FigureData) -> go.Figure | None:
     ends = [min(low, bounds.without_value) - room, max(high, bounds.without_value) + room]
     figure.update_yaxes(**value_axis(data, range=ends))
     height = 90 + (PANEL_HEIGHT if len(groups) == 1 else 260 * len(groups))
-    return lay_out(
-        figure, height=height, margin={"l": 8, "r": 8, "t": 44 if titles else 12, "b": 8}, legend=LEGEND_BELOW
-    )
+    return lay_out(figure, height=height, margin={"l": 8, "r": 8, "t": 44 if titles else 12, "b": 8}, legend=BELOW)
 
 
 def response_caption(data: FigureData) -> str:
@@ -90,20 +88,20 @@ def response_caption(data: FigureData) -> str:
     groups = _response_groups(data)
     drawn, hidden = groups[:MAX_PANELS], groups[MAX_PANELS:]
     sentences = []
-    for params, response, trials in drawn:
-        name = f"With {params_text(params)}: " if params else ""
+    for name, response, trials in drawn:
+        subject = f"With {name}: " if name else ""
         if response is None or data.best is None:
-            sentences.append(f"{name}{len(trials)} trials, too few learning rates for a curve")
+            sentences.append(f"{subject}{plural(len(trials), 'trial')}, too few learning rates for a curve")
         else:
             lines = "; ".join(f"{line.label} {line}" for line in response_lines(data.study, data.best, response))
-            sentences.append(f"{name or 'All trials: '}{lines}")
+            sentences.append(f"{subject or 'All trials: '}{lines}")
     if hidden:
         sentences.append(f"{len(hidden)} more combinations are not drawn")
     if any(_lacks_mean(group) for group in drawn):
-        sentences.append("The curve ends where no trial near by was trained to the end")
+        sentences.append("The curve ends where no trial nearby was trained to the end")
     without_value = [trial for group in drawn for trial in group.trials if trial.value is None]
     if without_value:
-        sentences.append(f"Trials without a value, at the axis's end: {counts_text(without_value)}")
+        sentences.append(f"Drawn at the end of the axis, as they have no value: {counts_text(without_value)}")
     return ". ".join(sentences) + "."
 
 
@@ -116,9 +114,9 @@ def _response_groups(data: FigureData) -> list[ResponseGroup]:
     for params, response in ranked:
         alike = [trial for trial in left if params.items() <= trial.params.items()]
         left = [trial for trial in left if trial not in alike] if params else []
-        groups.append(ResponseGroup(params, response, alike))
+        groups.append(ResponseGroup(params_text(params), response, alike))
     if left:
-        groups.append(ResponseGroup({"the other values": ""} if groups else {}, None, left))
+        groups.append(ResponseGroup("other values" if groups else "", None, left))
     return groups
 
 

@@ -57,7 +57,7 @@ def _theme(*, ink: str, page: str, grid: str, axis: str, colours: tuple[float, f
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hoverlabel": {"bgcolor": page, "bordercolor": grid, "font": {"family": FONT, "color": ink}},
         "xaxis": axes,
-        "yaxis": axes,
+        "yaxis": axes | {"title": {"standoff": 8}, "ticklabelstandoff": 2},  # clear of long names of categories
         "coloraxis": {
             "colorscale": [[step / 8, colour] for step, colour in enumerate(scale)],
             "colorbar": {"outlinewidth": 0, "thickness": 12},
@@ -156,4 +156,4 @@ def shares_text(counts: Mapping[str, float]) -> str:
     """Return the parts of a whole in percent, the largest first."""
     total = sum(counts.values()) or 1
     ranked = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {count / total:.0%}" for name, count in ranked if count)
+    return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in ranked if count)

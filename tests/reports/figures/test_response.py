@@ -10,7 +10,7 @@ import pytest
 
 from hpo.analysis.answer import find_best
 from tests.analysis.confirmation_examples import again
-from tests.analysis.examples import SEARCHED, make_study, numbered, trained
+from tests.analysis.examples import LOG_LR, SEARCHED, make_study, numbered, trained
 from tests.reports.examples import drawn, traces
 
 FIVE = (0.5, 0.7, 0.5, 0.72, 0.5)  # the values of five learning rates, which leave open where the best one is
@@ -76,7 +76,7 @@ def test_the_whole_band_is_in_the_picture_and_no_mean_where_no_trial_was_trained
     assert max(band.x) == pytest.approx(0.1)
     assert 1.4e-4 < min(curve.x) < 1.6e-4  # 0.3 decades below the lowest that is complete
     assert 5.6e-3 < max(curve.x) < 6.1e-3
-    assert "The curve ends where no trial near by was trained to the end" in entry.caption
+    assert "The curve ends where no trial nearby was trained to the end" in entry.caption
 
 
 @pytest.mark.parametrize("state", ["diverged", "failed", "running", None])
@@ -86,8 +86,19 @@ def test_the_caption_names_trials_without_a_value_only_where_there_are_some(stat
         trials += [replace(trained(lr, 0.1, state=state, epochs=1), value=None) for lr in (3e-2, 9e-2)]
     entries = drawn(make_study(**SEARCHED), numbered(*trials))
     caption = entries["response"].caption
-    assert caption.count("axis's end") == (state is not None)
-    assert (f"Trials without a value, at the axis's end: 2 {state}." in caption) == (state is not None)
+    assert caption.count("end of the axis") == (state is not None)
+    assert (f"Drawn at the end of the axis, as they have no value: 2 {state}." in caption) == (state is not None)
     for entry in entries.values():
         for other in {"diverged", "failed", "running", "pruned"} - {state}:
             assert other not in entry.caption, entry.name
+
+
+def test_trials_without_a_response_have_a_panel_of_their_own_beside_the_answers() -> None:
+    space = {"lr": LOG_LR, "optimizer": ["adam", "sgd"]}
+    adam = [
+        trained(lr, value, optimizer="adam") for lr, value in zip((1e-5, 3e-4, 1e-3, 1e-2, 9e-2), FIVE, strict=True)
+    ]
+    study = make_study(search={"trials": 6, "space": space})
+    entry = drawn(study, numbered(*adam, trained(1e-3, 0.6, optimizer="sgd")))["response"]
+    assert [title.text for title in entry.figure.layout.annotations] == ["optimizer=adam", "other values"]
+    assert "With other values: 1 trial, too few" in entry.caption
