@@ -242,15 +242,16 @@ def _conclude(first: ComparedStudy, other: ComparedStudy) -> str:
         subject += f", with {' and '.join(changes)},"
     if other.ratio is None or first.lr is None or other.lr is None:
         return f"{subject} cannot be compared: too few of its learning rates or of {first.label}'s have a value"
-    low, high = other.ratio
+    low, high = map(_factor_text, other.ratio)
     sentence = f"{subject} has its best learning rate at {other.lr:.2g}, "
-    times = f"{_factor_text(low)} to {_factor_text(high)} times"
-    if low <= 1 <= high:
-        sentence += f"not told apart from {first.lr:.2g} of {first.label}: {times} that is possible"
+    if other.ratio[0] <= 1 <= other.ratio[1]:
+        sentence += (
+            f"which cannot be told apart from the {first.lr:.2g} of {first.label}: their ratio may be {low} to {high}"
+        )
     else:
-        sentence += f"{times} {first.lr:.2g} of {first.label}"
+        sentence += f"{low} to {high} times the {first.lr:.2g} of {first.label}"
     if len(changed) > 1:
-        sentence += f"; it differs in {len(changed)} settings, and which of them does it cannot be told"
+        sentence += f"; the two differ in {len(changed)} settings, so it is not known which one matters"
     return sentence
 
 
@@ -260,8 +261,8 @@ def _conclude_on_all(studies: Sequence[ComparedStudy]) -> str:
     high = min(study.plateau[1] for study in studies if study.plateau)
     if low <= high:
         rates = f"learning rates from {low:.2g} to {high:.2g}"
-        return f"{rates} are not told apart from the best in any of these {len(studies)}"
-    return f"no learning rate is as good as the best in all of these {len(studies)}"
+        return f"{rates} cannot be told apart from the best in any of these {len(studies)} studies"
+    return f"no learning rate is as good as the best in all of these {len(studies)} studies"
 
 
 def _caveats(studies: Sequence[ComparedStudy]) -> list[str]:
@@ -269,16 +270,17 @@ def _caveats(studies: Sequence[ComparedStudy]) -> list[str]:
     for study in studies:
         label, interval, confirmed = study.label, study.interval, study.confirmed
         if confirmed is not None and interval and not interval[0] <= confirmed <= interval[1]:
-            caveats.append(f"{label}: {confirmed:.2g} was confirmed, which its interval does not hold")
+            caveats.append(f"{label}: the confirmed rate, {confirmed:.2g}, is outside its interval")
         if UNBOUNDED in study.warnings:
-            caveats.append(f"{label}: the best rate may lie beyond what was searched; its interval is a bound")
+            caveats.append(
+                f"{label}: the best rate may lie outside the searched range, so its interval is only a bound"
+            )
         if "still-rising" in study.warnings:
-            caveats.append(f"{label}: its curves are still rising; after more epochs its best rate may be another")
+            caveats.append(f"{label}: its curves are still rising, so its best rate may change with more epochs")
     if len({study.metric for study in studies}) > 1:
-        caveats.append("the values are of different metrics; only learning rates can be compared")
+        caveats.append("the studies have different metrics, so only their learning rates can be compared")
     caveats.append(
-        f"each best rate is in its interval with {CONFIDENCE:.0%} confidence, for the one split of the data that its "
-        "study has"
+        f"each {100 * CONFIDENCE:.0f} % interval holds for the one split of the data on which its study was trained"
     )
     return caveats
 

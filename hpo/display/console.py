@@ -16,6 +16,7 @@ from hpo.system.readable import one_line
 
 USUAL_WIDTH = 80  # columns of a terminal
 SHORT = 10  # characters, such as a state or a number, which are not broken over lines on a usual terminal
+LONGEST_WHOLE_WORD = 20  # characters, of a word that is not broken on a usual terminal
 FILE_WIDTH = 100_000  # columns of an output that is no terminal: no line is broken or cut
 
 
@@ -54,7 +55,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for index, column in enumerate(columns):
         longest = max(len(one_line(row[index])) for row in [columns, *cells])
         is_short = longest <= SHORT and console.width >= USUAL_WIDTH
-        table.add_column(column, overflow="fold", no_wrap=is_short)
+        words = one_line(" ".join(row[index] for row in [columns, *cells])).split()
+        longest_word = min(max(map(len, words), default=0), LONGEST_WHOLE_WORD)
+        min_width = longest_word if console.width >= USUAL_WIDTH else None
+        table.add_column(column, overflow="fold", no_wrap=is_short, min_width=min_width)
     for row in cells:
         table.add_row(*row)
     console.print(table)

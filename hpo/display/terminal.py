@@ -47,6 +47,7 @@ BAR_WIDTH = 24
 MAX_MIN_WIDTH = 24  # of a column of values: up to this, the values are not broken over lines
 MAX_LIVE_WIDTH = 16  # the same while trials are in training, with more columns
 STRIP_WIDTH = 31
+CHANGES_COLUMN = 1  # in what a study differs from the first one
 STRIP_COLUMN = 4  # behind the interval that it draws
 WIDE = 120  # columns of a terminal with room for it
 
@@ -272,10 +273,13 @@ def print_comparison(found: Comparison) -> None:
     ]
     low, high = (math.log10(min(ends)), math.log10(max(ends))) if ends else (0.0, 1.0)
     columns, rows = found.table
-    if make_console().width >= WIDE:  # else the numbers come first
+    if make_console().width >= WIDE:
         columns.insert(STRIP_COLUMN, "")
         for row, study in zip(rows, found.studies, strict=True):
             row.insert(STRIP_COLUMN, _strip(study, low, high))
+    else:  # the numbers come first; the conclusions also say in what the studies differ
+        for row in (columns, *rows):
+            del row[CHANGES_COLUMN]
     print_table(columns, rows)
     console = make_console()
     for line in found.conclusions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,20 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif;
-color: #1d2330; background: #ffffff }} table {{ border-spacing: 1rem .25rem }}</style>
+<style>
+:root {{ color: #1d2330; background: #ffffff; font: 1rem/1.5 system-ui, sans-serif }}
+body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }}
+h1 {{ line-height: 1.2 }}
+table {{ border-spacing: 0 .5rem; margin-left: -.5rem }}
+th, td {{ padding: 0 .5rem; vertical-align: top; overflow-wrap: break-word }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ color: #e6e9ef; background: #14171d }} }}
+@media (max-width: 40rem) {{
+  thead, td:empty {{ display: none }}
+  table, tbody, tr, td {{ display: block }}
+  tr {{ margin-bottom: 1rem }}
+  td::before {{ content: attr(data-column) ": "; opacity: .7 }}
+}}
+</style>
 </head>
 <body>
 <h1>{title}</h1>
@@ -30,6 +43,15 @@ color: #1d2330; background: #ffffff }} table {{ border-spacing: 1rem .25rem }}</
 {text}
 </body>
 </html>
+"""
+
+
+# `{plot_id}` is Plotly's.
+PAINT = """
+const dark = window.matchMedia("screen and (prefers-color-scheme: dark)"), themes = THEMES;
+const paint = () => Plotly.relayout("{plot_id}", {template: {layout: themes[dark.matches ? "dark" : "light"]}});
+dark.addEventListener("change", paint);
+paint();
 """
 
 
@@ -76,5 +98,12 @@ def write_comparison(found: Comparison, output: str | Path) -> None:
 
 
 def _page(figure: go.Figure, *, title: str, text: str = "") -> str:
-    drawn = figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
+    from hpo.reports.figures.style import THEMES
+
+    drawn = figure.to_html(
+        full_html=False,
+        include_plotlyjs=True,
+        config={"displaylogo": False, "responsive": True},
+        post_script=PAINT.replace("THEMES", json.dumps(THEMES)),
+    )
     return PAGE.format(title=html_text(title), figure=drawn, text=text)

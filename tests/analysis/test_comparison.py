@@ -63,11 +63,11 @@ def test_best_rates_whose_ratio_is_not_1_are_told_apart() -> None:
     assert second.lr == pytest.approx(1e-1, rel=0.5)
     assert changed_settings(first, second) == {"training.optimizer": "sgd"}  # momentum and beta1 follow from it
     assert "t, with training.optimizer sgd instead of adam, has its best learning rate at" in text
-    assert f"times {first.lr:.2g} of s" in text
+    assert f"times the {first.lr:.2g} of s" in text
     low, high = found.studies[1].ratio or (0, 0)
     assert 10 < low < 100 < high < 1000
     assert "no learning rate is as good as the best in all of these 2" in text
-    assert "cannot be told" not in text
+    assert "it is not known which" not in text
 
 
 def test_the_more_studies_are_compared_the_wider_are_their_intervals() -> None:
@@ -78,8 +78,8 @@ def test_the_more_studies_are_compared_the_wider_are_their_intervals() -> None:
 
 def test_those_whose_ratio_may_be_1_are_not_and_the_factor_between_them_is_bounded() -> None:
     found, text = told(answer(-3.0), answer(-3.0, name="t", training={"batch_size": 64}))
-    assert "not told apart from" in text
-    assert "are not told apart from the best in any of these 2" in text
+    assert "cannot be told apart from" in text
+    assert "cannot be told apart from the best in any of these 2 studies" in text
     low, high = found.studies[1].ratio or (0, 0)
     assert 0.3 < low < 1 < high < 3
     assert changed_settings(*found.studies) == {"training.batch_size": 64}
@@ -87,7 +87,7 @@ def test_those_whose_ratio_may_be_1_are_not_and_the_factor_between_them_is_bound
 
 def test_two_changes_at_once_cannot_be_told_from_each_other() -> None:
     _, text = told(answer(-3.0), answer(-1.0, name="t", training={"batch_size": 64, "optimizer": "rmsprop"}))
-    assert "it differs in 2 settings, and which of them does it cannot be told" in text
+    assert "the two differ in 2 settings, so it is not known which one matters" in text
 
 
 def test_how_it_was_searched_is_no_difference() -> None:
@@ -127,7 +127,7 @@ def test_the_rate_and_value_of_a_confirmed_study_are_the_confirmed_ones() -> Non
     assert first.value == found.confirmation.value == pytest.approx(0.88, abs=1e-3)
     assert second.lr is not None
     assert second.confirmed is None
-    assert f"times {other['lr']:.2g} of s" in text
+    assert f"times the {other['lr']:.2g} of s" in text
 
 
 def test_what_cannot_be_said_is_said() -> None:
@@ -136,7 +136,7 @@ def test_what_cannot_be_said_is_said() -> None:
     found, text = told(answer(-3.0), few, edge)
     assert found.studies[1].interval is None
     assert "few cannot be compared: too few of its learning rates or of s's have a value" in text
-    assert "edge: the best rate may lie beyond what was searched; its interval is a bound" in text
+    assert "edge: the best rate may lie outside the searched range, so its interval is only a bound" in text
     plain = json.loads(json.dumps(found.as_dict()))
     assert plain.keys() == {"sides", "conclusions", "caveats"}
     assert plain["sides"][2]["study"] == "edge"

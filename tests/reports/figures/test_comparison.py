@@ -48,7 +48,7 @@ def test_the_page_has_the_figure_and_the_conclusions_and_no_other_file_is_writte
     text = (tmp_path / "compared.html").read_text()
     assert "plotly" in text
     assert EVIL not in text
-    assert "not told apart" in text or "times" in text
+    assert "cannot be told apart" in text or "times" in text
     (tmp_path / "mine.html").write_text("mine")
     with pytest.raises(UserError, match=r"mine.html"):
         write_comparison(compared, tmp_path / "mine.html")
