@@ -61,7 +61,7 @@ def draw_response(data: FigureData) -> go.Figure | None:
         return None
     titles = [escape_plotly(group.name) for group in groups] if len(groups) > 1 else None
     figure = make_subplots(
-        rows=len(groups), shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.16 / len(groups)
+        rows=len(groups), shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.24 / len(groups)
     )
     low, high = _value_range(data, groups)
     room = room_beyond(low, high)
