@@ -2,105 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from optuna.trial import FrozenTrial
 from sqlalchemy.engine import Connection
 
-from hpo.store.conditions import is_lost, is_slot, on_same_device
-from hpo.store.database import execute_together
+from hpo.store.conditions import is_lost, is_slot, is_waiting, on_same_device
+from hpo.store.enqueued import Queue, select_queue
 from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES
-from hpo.store.schema import attempts_table, select_all, slots_table, workers_table
+from hpo.store.optuna_rows import TrialId, TrialRows, insert_trial, rows_of, set_rows, utc_now
+from hpo.store.prepared import claim_values, execute_prepared, named_claim
+from hpo.store.schema import attempts_table, select_all, slots_table, union_of, workers_table
 from hpo.study.records import Claim
 
+FITS = slots_table.c.exclusive == 0
+# Which slots suit a worker, in the order of preference; "harmless" ones alone if it holds a trial.
+KINDS: dict[str, sa.ColumnElement[bool]] = {
+    "harmless": FITS & (slots_table.c.crashes == 0),
+    "usual": FITS & (slots_table.c.crashes < MAX_TRIAL_CRASHES),
+    "suspect": FITS,
+    "exclusive": slots_table.c.exclusive == 1,
+}
 
-def choose_slot(
+
+class Waiting(NamedTuple):
+    """What a worker that has locked a study chooses a slot from."""
+
+    queue: Queue
+    neighbours: list[Any]  # the rows of the trials that are in training on its device, of any study
+    suitable: list[Any]  # the rows of the first slot of each kind that may suit it, in the order of preference
+
+    def choose(self) -> Any | None:
+        """Return the row of the slot that the worker should claim, or None where none suits it.
+
+        A trial that keeps killing workers is claimed after those that do not, so that it does not keep the study from
+        them, and never alongside others, which would pay for it. One that ran out of memory is claimed last, and only
+        by a worker that has its device to itself; no other worker then claims a trial on that device.
+        """
+        neighbours = [row for row in self.neighbours if not is_lost(row, self.queue.now)]
+        if any(row.exclusive for row in neighbours):
+            return None
+        return next((row for row in self.suitable if not (row.exclusive and neighbours)), None)
+
+
+def read_waiting(
     connection: Connection,
     study_id: int,
     worker_id: str,
     *,
     num_held: int,
-    at: float,
     last_seed: int | None = None,
     without: Collection[int] = (),
-) -> Any | None:
-    """Return the row of the waiting slot that the worker should claim, or None where none suits it.
+) -> Waiting:
+    """Return what a worker that holds `num_held` trials chooses a slot from, read by one statement.
 
-    Of those that confirm, only the seeds up to `last_seed` are in turn. The numbers in `without` are not to be claimed.
-
-    A trial that keeps killing workers is claimed after those that do not, so that it does not keep the study from them,
-    and never alongside others, which would pay for it. One that ran out of memory is claimed last, and only by a worker
-    that has its device to itself; no other worker then claims a trial on that device.
+    Of the slots that confirm, only the seeds up to `last_seed` are in turn. The numbers in `without` are not to be
+    claimed.
     """
-    neighbours = [row for row in connection.execute(on_same_device(worker_id)) if not is_lost(row, at)]
-    if any(row.exclusive for row in neighbours):
-        return None
-    waiting = select_all(slots_table).where(slots_table.c.study_id == study_id, slots_table.c.state == "waiting")
-    waiting = waiting.where(slots_table.c.number.not_in(without))
-    if last_seed is not None:
-        waiting = waiting.where((slots_table.c.kind != "confirm") | (slots_table.c.replicate <= last_seed))
-    fits = slots_table.c.exclusive == 0
-    kinds: list[sa.ColumnElement[bool]]
-    if num_held:
-        kinds = [fits & (slots_table.c.crashes == 0)]
-    else:
-        kinds = [fits & (slots_table.c.crashes < MAX_TRIAL_CRASHES), fits]
-        if not neighbours:
-            kinds.append(slots_table.c.exclusive == 1)
-    # One after the other, not one ORDER BY, so that the index gives the first at once and nothing is sorted.
-    for kind in kinds:
-        row = connection.execute(waiting.where(kind).order_by(slots_table.c.number).limit(1)).first()
-        if row is not None:
-            return row
-    return None
+    values = {"of_study_id": study_id, "of_worker_id": worker_id, "last_seed": last_seed, "without": list(without)}
+    shape = (num_held > 0, last_seed is not None, bool(without))
+    rows: dict[str, list[Any]] = defaultdict(list)
+    for row in execute_prepared(connection, build_waiting, values, *shape):
+        rows[row.part].append(row)
+    (last,) = rows["queue"]
+    queue = Queue(*(getattr(last, name) for name in Queue._fields))
+    return Waiting(queue, rows["neighbour"], [row for kind in KINDS for row in rows[kind]])
 
 
-def take_slot(
-    connection: Connection, row: Any, *, trial_id: int, worker_id: str, at: float, beside: Sequence[sa.Insert] = ()
-) -> Claim:
-    """Give the slot of `row` to the worker under a new lease, and add the row of its attempt.
+def build_waiting(dialect_name: str, holds_others: bool, has_last_seed: bool, has_without: bool) -> list[Any]:
+    """Return the statement of `read_waiting`."""
+    slots, study_id = slots_table.c, sa.bindparam("of_study_id", type_=sa.Integer)
+    waiting = select_all(slots_table).where(is_waiting(study_id))
+    if has_without:
+        waiting = waiting.where(slots.number.not_in(sa.bindparam("without", expanding=True)))
+    if has_last_seed:
+        waiting = waiting.where((slots.kind != "confirm") | (slots.replicate <= sa.bindparam("last_seed")))
+    # A query for each, not one ORDER BY, so that the index gives the first at once and nothing is sorted.
+    parts = {
+        kind: waiting.where(condition).order_by(slots.number).limit(1)
+        for kind, condition in KINDS.items()
+        if (kind == "harmless") == holds_others
+    }
+    parts |= {"neighbour": on_same_device(sa.bindparam("of_worker_id", type_=sa.String))}
+    return [union_of(parts | {"queue": select_queue(dialect_name, study_id)})]
 
-    Execute the statements `beside` together with these.
-    """
+
+def take_slot(connection: Connection, row: Any, queue: Queue, new: FrozenTrial | None, *, worker_id: str) -> Claim:
+    """Give the slot of `row` to the worker under a new lease, and add the row of its attempt and, if any, its trial."""
     claim = Claim(
         row.study_id,
         row.number,
         row.attempt + 1,
-        trial_id,
+        row.trial_id,
         worker_id,
         is_suspect=row.crashes > 0,
         kind=row.kind,
         replicate=row.replicate,
         tested=row.tested,
     )
-    taken = {
-        "state": "running",
-        "attempt": claim.attempt,
-        "trial_id": trial_id,
-        "worker_id": worker_id,
-        "claimed_at": at,
-        "lease_until": at + LEASE_S,
-    }
-    attempt = {
-        "study_id": claim.study_id,
-        "number": claim.number,
-        "attempt": claim.attempt,
-        "worker_id": worker_id,
-        "began_at": at,
-        "last_epoch": row.last_epoch,
-    }
-    execute_together(
-        connection,
-        *beside,
-        attempts_table.insert().values(attempt),
-        sign_on(worker_id, at=at),
-        slots_table.update().where(is_slot(claim)).values(taken),
-    )
-    return claim
+    rows = TrialRows([], [], []) if new is None else rows_of(new)
+    values = rows.values | claim_values("of", claim)
+    values |= {"now": queue.now, "until": queue.now + LEASE_S, "epochs": row.last_epoch}
+    values |= {"new_number": queue.last_of_optuna + 1, "utc": utc_now()}
+    if new is not None and connection.dialect.name == "sqlite":
+        values["of_trial_id"] = execute_prepared(connection, build_trial, values).scalar_one()
+    taken = execute_prepared(connection, build_taking, values, new is not None, *rows.shape)
+    return replace(claim, trial_id=taken.scalar_one())
 
 
-def sign_on(worker_id: str, *, at: float) -> sa.Update:
+def build_taking(dialect_name: str, is_new: bool, *shape: int) -> list[Any]:
+    """Return the statements of `take_slot`; Postgres adds the trial with them, SQLite has done so before."""
+    trial_id: TrialId = sa.bindparam("of_trial_id", type_=sa.Integer)
+    if is_new and dialect_name != "sqlite":
+        trial_id = sa.select(insert_trial().cte("new_trial").c.trial_id).scalar_subquery()
+    claim, now = named_claim("of"), sa.bindparam("now", type_=sa.Float)
+    begun = {"study_id": claim.study_id, "number": claim.number, "attempt": claim.attempt, "began_at": now}
+    taken = {"state": "running", "attempt": claim.attempt, "trial_id": trial_id, "claimed_at": now}
+    ours = {"worker_id": claim.worker_id}
+    update = slots_table.update().where(is_slot(claim)).values({**taken, **ours, "lease_until": sa.bindparam("until")})
+    return [
+        *set_rows(dialect_name, trial_id, *shape),
+        attempts_table.insert().values({**begun, **ours, "last_epoch": sa.bindparam("epochs")}),
+        sign_on(claim.worker_id, at=now),
+        update.returning(slots_table.c.trial_id),
+    ]
+
+
+def build_trial(dialect_name: str) -> list[Any]:
+    """Return the statement that adds a trial of Optuna's."""
+    return [insert_trial()]
+
+
+def sign_on(worker_id: str, *, at: float | sa.BindParameter[float]) -> sa.Update:
     """Return the statement that records that the worker lives, whoever has taken it for dead.
 
     Only a living one claims and renews.

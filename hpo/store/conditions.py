@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
+from optuna.trial import TrialState
 
 from hpo.store.damage import is_number
-from hpo.store.schema import attempts_table, slots_table, workers_table
+from hpo.store.schema import attempts_table, optuna_trials, slots_table, workers_table
 from hpo.system import processes as liveness
 
 if TYPE_CHECKING:
     from hpo.study.records import Claim
+
+StudyId = int | sa.BindParameter[int]  # given now, or when the statement is executed
 
 
 def is_slot(claim: Claim) -> sa.ColumnElement[bool]:
@@ -38,7 +42,24 @@ def is_held(claim: Claim) -> sa.ColumnElement[bool]:
     )
 
 
-def on_same_device(worker_id: str) -> sa.Select[Any]:
+def is_waiting(study_id: StudyId, *, without: Collection[int] = ()) -> sa.ColumnElement[bool]:
+    """Return the condition for the slots of a study that wait for a worker, without those of some numbers."""
+    is_of_study = (slots_table.c.study_id == study_id) & (slots_table.c.state == "waiting")
+    return is_of_study & slots_table.c.number.not_in(without) if without else is_of_study
+
+
+def enqueued_trials(study_id: StudyId) -> sa.Select[Any]:
+    """Return a query of the trials that other programs have enqueued in the Optuna study and that have no slot yet."""
+    return (
+        sa.select(optuna_trials.c.trial_id, optuna_trials.c.number)
+        .outerjoin(slots_table, slots_table.c.trial_id == optuna_trials.c.trial_id)
+        .where(optuna_trials.c.study_id == study_id, optuna_trials.c.state == TrialState.WAITING)
+        .where(slots_table.c.number.is_(None))
+        .order_by(optuna_trials.c.number)
+    )
+
+
+def on_same_device(worker_id: str | sa.BindParameter[str]) -> sa.Select[Any]:
     """Return a query of the trials in training on this worker's device, of any study, for `is_lost` to judge."""
     mine, other = workers_table.alias("mine"), workers_table.alias("other")
     columns = (other.c.machine, other.c.pid, other.c.pid_started, other.c.ended_at.label("left"))

@@ -169,9 +169,7 @@ class Database:
     @property
     def clock(self) -> sa.ColumnElement[float]:
         """The seconds since 1970 by the database's clock, the only one that leases are measured by, in a statement."""
-        is_sqlite = self.storage.engine.dialect.name == "sqlite"
-        clock = "(julianday('now') - 2440587.5) * 86400.0" if is_sqlite else "extract(epoch from clock_timestamp())"
-        return sa.literal_column(clock, sa.Float)
+        return clock_of(self.storage.engine.dialect.name)
 
     def now(self, connection: Connection) -> float:
         """Return the seconds since 1970 by the database's clock."""
@@ -213,22 +211,38 @@ def begin_reading(connection: Connection) -> None:
         connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 
 
-def execute_together(connection: Connection, *statements: sa.Delete | sa.Insert | sa.Update) -> None:
-    """Execute statements that change different rows: in Postgres all in one round trip, as of one instant."""
-    if connection.dialect.name == "sqlite":
-        for statement in statements:
-            connection.execute(statement)
-        return
+def execute_together(connection: Connection, *statements: sa.Delete | sa.Insert | sa.Update) -> sa.CursorResult[Any]:
+    """Execute statements that change different rows: in Postgres all in one round trip, as of one instant.
+
+    Return the result of the last one.
+    """
+    *others, last = join_statements(connection.dialect.name, statements)
+    for other in others:
+        connection.execute(other)
+    return connection.execute(last)
+
+
+def join_statements(dialect_name: str, statements: Sequence[Any]) -> list[Any]:
+    """Return statements that change different rows as one, or, for SQLite, as they are."""
     *others, last = statements
-    connection.execute(last.add_cte(*(other.cte(f"part_{index}") for index, other in enumerate(others))))
+    if dialect_name == "sqlite" or not others:
+        return [*statements]
+    return [last.add_cte(*(other.cte(f"part_{index}") for index, other in enumerate(others)))]
 
 
-def upsert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> sa.Insert:
-    """Return a statement that inserts rows, all with the same columns, each in place of the row with its `key`."""
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    statement = insert(table).values(list(rows))
+def clock_of(dialect_name: str) -> sa.ColumnElement[float]:
+    """Return the seconds since 1970 by the clock of a database of this kind, in a statement."""
+    is_sqlite = dialect_name == "sqlite"
+    clock = "(julianday('now') - 2440587.5) * 86400.0" if is_sqlite else "extract(epoch from clock_timestamp())"
+    return sa.literal_column(clock, sa.Float)
+
+
+def upsert(dialect_name: str, table: sa.Table, row: Mapping[str, Any], key: Sequence[str]) -> sa.Insert:
+    """Return a statement that inserts a row in place of the one with its `key`."""
+    insert = sqlite.insert if dialect_name == "sqlite" else postgresql.insert
+    statement = insert(table).values(dict(row))
     return statement.on_conflict_do_update(
-        index_elements=key, set_={name: statement.excluded[name] for name in rows[0] if name not in key}
+        index_elements=key, set_={name: statement.excluded[name] for name in row if name not in key}
     )
 
 

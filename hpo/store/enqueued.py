@@ -17,9 +17,10 @@ from sqlalchemy.engine import Connection
 from hpo.config.checks import check_point
 from hpo.errors import UserError
 from hpo.search import proposals
-from hpo.store.database import Database
+from hpo.store.conditions import StudyId, enqueued_trials
+from hpo.store.database import Database, clock_of
 from hpo.store.schema import optuna_trials, slots_table
-from hpo.store.slots import drop_unclaimed, enqueued_trials, new_slot, num_enqueued
+from hpo.store.slots import drop_unclaimed, new_slot, num_enqueued
 from hpo.study.records import StudyRecord
 
 FIXED = "fixed_params"  # Optuna's system attribute with the values of an enqueued trial
@@ -33,33 +34,42 @@ class Queue(NamedTuple):
     first_unclaimed: int | None
     last_of_optuna: int  # the number of its last trial, or -1
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether every trial that is enqueued has a slot, and the slots that nobody has claimed follow all trials."""
+        return not self.num_enqueued and (self.first_unclaimed is None or self.first_unclaimed > self.last_of_optuna)
 
-def read_queue(database: Database, connection: Connection, study_id: int) -> Queue:
-    """Return where the slots of a study stand that nobody has claimed."""
+
+def select_queue(dialect_name: str, study_id: StudyId) -> sa.Select[Any]:
+    """Return the query for the `Queue` of a study."""
     first = sa.select(sa.func.min(slots_table.c.number)).where(_is_unclaimed(study_id))
     last = sa.select(sa.func.max(optuna_trials.c.number)).where(optuna_trials.c.study_id == study_id)
-    counts = (num_enqueued(study_id), first.scalar_subquery(), sa.func.coalesce(last.scalar_subquery(), -1))
-    return Queue(*connection.execute(sa.select(database.clock, *counts)).one())
+    return sa.select(
+        clock_of(dialect_name).label("now"),
+        num_enqueued(study_id).label("num_enqueued"),
+        first.scalar_subquery().label("first_unclaimed"),
+        sa.func.coalesce(last.scalar_subquery(), -1).label("last_of_optuna"),
+    )
 
 
-def take_in(database: Database, connection: Connection, study: StudyRecord) -> Queue:
+def take_in(database: Database, connection: Connection, study: StudyRecord) -> None:
     """Add a slot for each enqueued trial, and move the slots that nobody has claimed behind all trials of Optuna's.
 
     The caller has locked the study. An enqueued trial that the study does not search fails with a sentence.
     """
-    queue = read_queue(database, connection, study.study_id)
+    query = select_queue(connection.dialect.name, study.study_id)
+    queue = Queue(*connection.execute(query).one())
     slots: list[dict[str, Any]] = []
     if queue.num_enqueued:
         enqueued = connection.execute(enqueued_trials(study.study_id)).all()
         slots = [_slot_of(database, connection, study, row) for row in enqueued]
         if any(slot["state"] == "waiting" for slot in slots):
             drop_unclaimed(connection, study.study_id)  # a confirmation follows the last trial of the search
-            queue = read_queue(database, connection, study.study_id)
+            queue = Queue(*connection.execute(query).one())
     if queue.first_unclaimed is not None and queue.first_unclaimed <= queue.last_of_optuna:
         _move_unclaimed(connection, study.study_id, distance=queue.last_of_optuna + 1 - queue.first_unclaimed)
     for slot in slots:
         connection.execute(slots_table.insert().values(slot))
-    return queue
 
 
 def _slot_of(database: Database, connection: Connection, study: StudyRecord, row: Any) -> dict[str, Any]:
@@ -89,7 +99,7 @@ def begin_enqueued(database: Database, connection: Connection, row: Any) -> bool
     return False
 
 
-def _is_unclaimed(study_id: int) -> sa.ColumnElement[bool]:
+def _is_unclaimed(study_id: StudyId) -> sa.ColumnElement[bool]:
     return sa.and_(slots_table.c.study_id == study_id, slots_table.c.trial_id.is_(None))
 
 

@@ -20,20 +20,10 @@ from hpo.store.schema import (
     trial_system_attributes,
     trial_user_attributes,
     trial_values,
+    union_of,
 )
 
-# The columns of the statement, typed by those that they come from; a part leaves those empty that it has not.
-TYPES: dict[str, sa.types.TypeEngine[Any]] = {
-    "place": sa.Integer(),
-    "name": sa.Text(),
-    "number": sa.Float(),
-    "json": sa.Text(),
-    "state": optuna_trials.c.state.type,
-    "began": optuna_trials.c.datetime_start.type,
-    "ended": optuna_trials.c.datetime_complete.type,
-    "value_type": trial_values.c.value_type.type,
-    "intermediate_type": intermediate_values.c.intermediate_value_type.type,
-}
+# Under these names the parts of a trial share columns; those that are not numbers or texts have their own.
 PARTS: dict[str, tuple[sa.Table, dict[str, str]]] = {
     "trial": (
         optuna_trials,
@@ -58,21 +48,17 @@ def read_frozen_trials(connection: Connection, condition: sa.ColumnElement[bool]
 
     Each is what Optuna's own storage makes of its rows; what it raises for damaged ones is raised here, too.
     """
-    chosen = sa.select(optuna_trials.c.trial_id).where(condition).cte("chosen")
+    chosen = sa.select(sa.select(optuna_trials.c.trial_id).where(condition).cte("chosen").c.trial_id)
+    queries = {
+        part: sa.select(table.c.trial_id, *(table.c[column].label(name) for name, column in columns.items())).where(
+            table.c.trial_id.in_(chosen)
+        )
+        for part, (table, columns) in PARTS.items()
+    }
     parts: dict[int, dict[str, list[Any]]] = {}
-    for row in connection.execute(sa.union_all(*(_read_part(name, chosen) for name in PARTS))):
+    for row in connection.execute(union_of(queries)):
         parts.setdefault(row.trial_id, defaultdict(list))[row.part].append(row)
     return [_frozen_trial(trial_id, parts[trial_id]) for trial_id in sorted(parts) if parts[trial_id]["trial"]]
-
-
-def _read_part(name: str, chosen: sa.CTE) -> sa.Select[Any]:
-    table, columns = PARTS[name]
-    cells = [
-        (table.c[columns[cell]] if cell in columns else sa.cast(sa.null(), kind)).label(cell)
-        for cell, kind in TYPES.items()
-    ]
-    is_chosen = table.c.trial_id.in_(sa.select(chosen.c.trial_id))
-    return sa.select(table.c.trial_id, sa.literal(name, sa.Text()).label("part"), *cells).where(is_chosen)
 
 
 def _frozen_trial(trial_id: int, parts: dict[str, list[Any]]) -> FrozenTrial:

@@ -20,8 +20,9 @@ from sqlalchemy.engine import Connection
 
 from hpo.errors import UserError
 from hpo.store.conditions import is_attempt, is_held, is_slot
-from hpo.store.database import Database, execute_together, upsert
+from hpo.store.database import Database, clock_of, execute_together, upsert
 from hpo.store.optuna_rows import utc_now
+from hpo.store.prepared import claim_values, execute_prepared, named_claim
 from hpo.store.schema import (
     attempts_table,
     intermediate_values,
@@ -65,6 +66,17 @@ def claim_lost(claim: Claim) -> ClaimLost:
     return ClaimLost(f"trial {claim.number}, attempt {claim.attempt}")
 
 
+def extend_lease(dialect_name: str) -> sa.Update:
+    """Return the statement that extends the lease of the claim named "of", if it holds its slot."""
+    is_named = is_held(named_claim("of"))
+    return slots_table.update().where(is_named).values(lease_until=clock_of(dialect_name) + LEASE_S)
+
+
+def build_extension(dialect_name: str) -> list[sa.Update]:
+    """Return the statement of `extend_lease`, to be executed alone."""
+    return [extend_lease(dialect_name)]
+
+
 class Ledger:
     """The changes to one slot. The caller is in a transaction, and holds the slot where a method takes a `Claim`."""
 
@@ -81,11 +93,8 @@ class Ledger:
 
     def extend(self, connection: Connection, claim: Claim) -> bool:
         """Extend the lease and lock the slot; return False if the claim no longer holds it."""
-        return bool(connection.execute(self.extension(claim)).rowcount == 1)
-
-    def extension(self, claim: Claim) -> sa.Update:
-        """Return the statement that extends the lease of a claim that holds its slot."""
-        return slots_table.update().where(is_held(claim)).values(lease_until=self._database.clock + LEASE_S)
+        extended = execute_prepared(connection, build_extension, claim_values("of", claim))
+        return bool(extended.rowcount == 1)
 
     def note(self, connection: Connection, claim: Claim, texts: Sequence[str]) -> None:
         """Record problems of the attempt, each of them once."""
@@ -232,12 +241,12 @@ def _trial_end(
     ended = {"trial_id": trial_id, "key": "ended", "value_json": json.dumps(f"{state}: {reason}")}
     statements: list[sa.Update | sa.Insert] = [
         optuna_trials.update().where(optuna_trials.c.trial_id == trial_id).values(end),
-        upsert(connection, trial_user_attributes, [ended], ["trial_id", "key"]),
+        upsert(connection.dialect.name, trial_user_attributes, ended, ["trial_id", "key"]),
     ]
     if is_valued:
         kind = TrialValueModel.TrialValueType.FINITE
         value = {"trial_id": trial_id, "objective": 0, "value": last, "value_type": kind}
-        statements.append(upsert(connection, trial_values, [value], ["trial_id", "objective"]))
+        statements.append(upsert(connection.dialect.name, trial_values, value, ["trial_id", "objective"]))
     return statements
 
 

@@ -13,8 +13,10 @@ from sqlalchemy.engine import Connection
 
 from hpo.config.earlier_studies import stored_spec
 from hpo.errors import StudyStopped, UserError
+from hpo.store.conditions import enqueued_trials, is_waiting
 from hpo.store.damage import check_trial, naming_damage, refuse_damage, refuse_damage_of_optuna
 from hpo.store.database import Database
+from hpo.store.prepared import execute_prepared
 from hpo.store.schema import (
     OPTUNA_STUDY_TABLES,
     attempts_table,
@@ -79,19 +81,29 @@ def check_exists(connection: Connection, study: StudyRecord) -> None:
 def lock_to_claim(connection: Connection, study: StudyRecord) -> bool:
     """Let one worker claim at a time, and no other program add a trial; return whether the study goes on as recorded.
 
-    It does not if it should stop, or if a range was widened since. Raise StudyStopped if the study was deleted.
+    It does not if it should stop, if a range was widened since, or if no trial waits; then nothing is locked. Raise
+    StudyStopped if the study was deleted.
     """
+    row = execute_prepared(connection, build_lock, {"of_study_id": study.study_id}).first()
+    if row is None:
+        check_exists(connection, study)
+        return False
+    _refuse_deleted(study, row.metadata)
+    refuse_damage(connection.engine.url, study.name, studies_table, [row])
+    return row.stop is None and not _is_widened(study, row)
+
+
+def build_lock(dialect_name: str) -> list[sa.Select[Any]]:
+    """Return the statement of `lock_to_claim`."""
+    study_id = sa.bindparam("of_study_id", type_=sa.Integer)
+    waits = sa.exists().where(is_waiting(study_id)) | enqueued_trials(study_id).exists()
     query = (
         select_all(studies_table)
         .join(optuna_studies, optuna_studies.c.study_id == studies_table.c.study_id)
-        .where(studies_table.c.study_id == study.study_id)
-        .with_for_update(of=[studies_table, optuna_studies])  # in this order, as whoever sets attributes of the study
+        .where(studies_table.c.study_id == study_id, waits)
     )
-    row = connection.execute(query).first()
-    _refuse_deleted(study, None if row is None else row.metadata)
-    assert row is not None
-    refuse_damage(connection.engine.url, study.name, studies_table, [row])
-    return row.stop is None and not _is_widened(study, row)
+    # In this order, as whoever sets attributes of the study.
+    return [query.with_for_update(of=[studies_table, optuna_studies])]
 
 
 def _refuse_deleted(study: StudyRecord, metadata: str | None) -> None:

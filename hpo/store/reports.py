@@ -13,8 +13,9 @@ from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.store.conditions import is_held
-from hpo.store.database import Database, execute_together, upsert
+from hpo.store.database import Database, clock_of, upsert
 from hpo.store.ledger import LEASE_S, Verdict
+from hpo.store.prepared import Row, claim_values, execute_prepared, named_claim, named_rows, row_values
 from hpo.store.pruning import ask_pruner
 from hpo.store.racing import Race, read_race
 from hpo.store.schema import (
@@ -49,19 +50,29 @@ def lock_slots(connection: Connection, claims: Sequence[Claim]) -> dict[Claim, S
 
     Slots are locked in the order of their numbers, as `Workers.renew` does: there is no deadlock.
     """
-    study_id = slots_table.c.study_id
-    stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study_id).scalar_subquery()
-    state = sa.select(optuna_trials.c.state).where(optuna_trials.c.trial_id == slots_table.c.trial_id).scalar_subquery()
-    columns = (slots_table.c.number, slots_table.c.last_epoch, slots_table.c.pruned_at, state, stop)
-    held = sa.select(*columns).where(sa.or_(*map(is_held, claims))).order_by(slots_table.c.number)
     by_number, progress = {claim.number: claim for claim in claims}, {}
-    for number, last_epoch, pruned_at, trial_state, stop in connection.execute(held.with_for_update(of=slots_table)):
+    values: dict[str, Any] = {}
+    for index, claim in enumerate(claims):
+        values |= claim_values(f"claim_{index}", claim)
+    rows: Any = execute_prepared(connection, build_locking, values, len(claims))
+    for number, last_epoch, pruned_at, trial_state, stop in rows:
         if trial_state is None:
             raise KeyError(f"Optuna's tables have no trial for trial {number}")
         progress[by_number[number]] = SlotProgress(
             last_epoch, pruned_at, is_ended_elsewhere=trial_state.is_finished(), is_stopping=stop is not None
         )
     return progress
+
+
+def build_locking(dialect_name: str, num_claims: int) -> list[sa.Select[Any]]:
+    """Return the statement of `lock_slots`."""
+    study_id = slots_table.c.study_id
+    stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study_id).scalar_subquery()
+    state = sa.select(optuna_trials.c.state).where(optuna_trials.c.trial_id == slots_table.c.trial_id).scalar_subquery()
+    columns = (slots_table.c.number, slots_table.c.last_epoch, slots_table.c.pruned_at, state, stop)
+    is_one = sa.or_(*(is_held(named_claim(f"claim_{index}")) for index in range(num_claims)))
+    query = sa.select(*columns).where(is_one).order_by(slots_table.c.number)
+    return [query.with_for_update(of=slots_table)]
 
 
 def judge_epochs(
@@ -81,53 +92,67 @@ def judge_epochs(
 
 
 def record_epochs(
-    database: Database,
     connection: Connection,
     reports: Sequence[EpochReport],
     progress: Mapping[Claim, SlotProgress],
     judgement: Judgement,
 ) -> None:
     """Extend the leases of locked slots, and write an epoch of each and the judgement in our tables and Optuna's."""
-    epochs, values = epochs_table.c, intermediate_values.c
-    is_later_epoch = [
-        (epochs.study_id == report.claim.study_id)
-        & (epochs.number == report.claim.number)
-        & (epochs.epoch > report.epoch)
-        for report in reports
-    ]
-    is_later_value = [(values.trial_id == report.claim.trial_id) & (values.step > report.epoch) for report in reports]
     notes = [
         {"trial_id": of, "key": key, "value_json": json.dumps(note)} for (of, key), note in judgement.notes.items()
     ]
-    execute_together(
-        connection,
-        epochs_table.delete().where(sa.or_(*is_later_epoch)),
-        intermediate_values.delete().where(sa.or_(*is_later_value)),
-        upsert(connection, epochs_table, [_epoch_row(report) for report in reports], ["study_id", "number", "epoch"]),
-        upsert(connection, intermediate_values, [_value_row(report) for report in reports], ["trial_id", "step"]),
-        *([upsert(connection, trial_system_attributes, notes, ["trial_id", "key"])] if notes else []),
-        _advance(database, reports, progress, judgement),
-    )
+    values = row_values("epoch", map(_epoch_row, reports)) | row_values("value", map(_value_row, reports))
+    values |= row_values("slot", [_slot_row(of, progress[of.claim], judgement) for of in reports])
+    execute_prepared(connection, build_recording, values | row_values("note", notes), len(reports), len(notes))
 
 
-def _advance(
-    database: Database, reports: Sequence[EpochReport], progress: Mapping[Claim, SlotProgress], judgement: Judgement
-) -> sa.Update:
-    """Return the statement that extends leases, and notes the epochs that no attempt has reached before."""
+EPOCH = ("study_id", "number", "epoch", "attempt", "metrics")
+VALUE = ("trial_id", "step", "intermediate_value", "intermediate_value_type")
+SLOT = ("study_id", "number", "epoch", "pruned_at")
+NOTE = ("trial_id", "key", "value_json")
+
+
+def build_recording(dialect_name: str, num_reports: int, num_notes: int) -> list[Any]:
+    """Return the statements of `record_epochs`."""
+    statements: list[Any] = []
+    for row in named_rows("epoch", EPOCH, num_reports):
+        epochs = epochs_table.c
+        is_of_trial = (epochs.study_id == row["study_id"]) & (epochs.number == row["number"])
+        statements.append(epochs_table.delete().where(is_of_trial, epochs.epoch > row["epoch"]))
+        statements.append(upsert(dialect_name, epochs_table, row, ["study_id", "number", "epoch"]))
+    for row in named_rows("value", VALUE, num_reports):
+        is_later = (intermediate_values.c.trial_id == row["trial_id"]) & (intermediate_values.c.step > row["step"])
+        statements.append(intermediate_values.delete().where(is_later))
+        statements.append(upsert(dialect_name, intermediate_values, row, ["trial_id", "step"]))
+    for row in named_rows("note", NOTE, num_notes):
+        statements.append(upsert(dialect_name, trial_system_attributes, row, ["trial_id", "key"]))
+    return statements + [_advance(dialect_name, row) for row in named_rows("slot", SLOT, num_reports)]
+
+
+def _advance(dialect_name: str, row: Row) -> sa.Update:
+    """Return the statement that extends a lease, and notes an epoch that no attempt has reached before."""
     slots = slots_table.c
-    numbers = [report.claim.number for report in reports]
-    new = [report for report in reports if report.epoch > progress[report.claim].last_epoch]
-    values: dict[str, Any] = {"lease_until": database.clock + LEASE_S}
-    if new:
-        reached = {report.claim.number: report.epoch for report in new}
-        pruned_at = {
-            report.claim.number: report.epoch if report.claim in judgement.dropped else sa.null() for report in new
-        }
-        values["last_epoch"] = sa.case(reached, value=slots.number, else_=slots.last_epoch)
-        values["crashes"] = sa.case((slots.number.in_(reached), 0), else_=slots.crashes)
-        values["pruned_at"] = sa.case(pruned_at, value=slots.number, else_=slots.pruned_at)
-    of_study = slots.study_id == reports[0].claim.study_id
-    return slots_table.update().where(of_study, slots.number.in_(numbers)).values(values)
+    is_new = slots.last_epoch < row["epoch"]
+    values = {
+        "lease_until": clock_of(dialect_name) + LEASE_S,
+        "last_epoch": sa.case((is_new, row["epoch"]), else_=slots.last_epoch),
+        "crashes": sa.case((is_new, 0), else_=slots.crashes),
+        "pruned_at": row["pruned_at"],
+    }
+    return slots_table.update().where(slots.study_id == row["study_id"], slots.number == row["number"]).values(values)
+
+
+def _slot_row(report: EpochReport, progress: SlotProgress, judgement: Judgement) -> dict[str, Any]:
+    """Return what a report changes of its slot; the pruner judges an epoch only when it is first reached."""
+    pruned_at = progress.pruned_at
+    if report.epoch > progress.last_epoch:
+        pruned_at = report.epoch if report.claim in judgement.dropped else None
+    return {
+        "study_id": report.claim.study_id,
+        "number": report.claim.number,
+        "epoch": report.epoch,
+        "pruned_at": pruned_at,
+    }
 
 
 def decide(

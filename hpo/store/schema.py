@@ -5,7 +5,7 @@ Some columns have a name on disk from an older version, and another one in code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,25 @@ def select_raw(table: sa.Table) -> sa.Select[Any]:
     columns: list[sa.Label[Any]] = [sa.type_coerce(column, sa.types.NullType()).label(column.key) for column in table.c]
     query: sa.Select[Any] = sa.select(*columns, whose.c.study_id.label("whose"))
     return query if whose is table else query.join(optuna_trials, optuna_trials.c.trial_id == table.c.trial_id)
+
+
+def union_of(parts: Mapping[str, sa.Select[Any]]) -> sa.CompoundSelect[Any]:
+    """Return one statement for several queries; each row has its query's name as `part`, the last column.
+
+    The others are the columns of all queries in the order in which they first occur. Those that a query lacks are null.
+    """
+    queries = {name: part.subquery() for name, part in parts.items()}
+    types = {column.name: column.type for query in reversed(queries.values()) for column in query.c}
+    names = dict.fromkeys(column.name for query in queries.values() for column in query.c)
+    return sa.union_all(
+        *(
+            sa.select(
+                *(query.c[name] if name in query.c else sa.cast(sa.null(), types[name]).label(name) for name in names),
+                sa.literal(part, sa.Text()).label("part"),
+            )
+            for part, query in queries.items()
+        )
+    )
 
 
 def labelled(table: sa.Table) -> list[sa.Label[Any]]:

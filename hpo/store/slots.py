@@ -7,15 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.search import proposals
+from hpo.store.conditions import StudyId, enqueued_trials, is_waiting
 from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.reading import study_names
-from hpo.store.schema import optuna_trials, select_all, slots_table, studies_table
+from hpo.store.schema import select_all, slots_table, studies_table
 from hpo.study.records import KINDS, STATES
 
 # Of a slot at which nothing has failed yet.
@@ -81,28 +81,15 @@ def num_slots(connection: Connection, study_id: int, **columns: str) -> int:
     return connection.execute(query.filter_by(**columns)).scalar_one()
 
 
-def enqueued_trials(study_id: int) -> sa.Select[Any]:
-    """Return a query of the trials that other programs have enqueued in the Optuna study and that have no slot yet."""
-    return (
-        sa.select(optuna_trials.c.trial_id, optuna_trials.c.number)
-        .outerjoin(slots_table, slots_table.c.trial_id == optuna_trials.c.trial_id)
-        .where(optuna_trials.c.study_id == study_id, optuna_trials.c.state == TrialState.WAITING)
-        .where(slots_table.c.number.is_(None))
-        .order_by(optuna_trials.c.number)
-    )
-
-
-def num_enqueued(study_id: int) -> sa.ScalarSelect[int]:
+def num_enqueued(study_id: StudyId) -> sa.ScalarSelect[int]:
     """Return the part of a query that counts the trials that `enqueued_trials` finds."""
     return sa.select(sa.func.count()).select_from(enqueued_trials(study_id).subquery()).scalar_subquery()
 
 
 def num_waiting(connection: Connection, study_id: int, *, without: Collection[int]) -> int:
     """Return how many slots wait, without those of some numbers, and enqueued trials, as of one instant."""
-    slots = slots_table.c
-    is_waiting = (slots.study_id == study_id) & (slots.state == "waiting") & slots.number.not_in(without)
-    num_slots = sa.select(sa.func.count()).select_from(slots_table).where(is_waiting).scalar_subquery()
-    return int(connection.execute(sa.select(num_slots + num_enqueued(study_id))).scalar_one())
+    slots = sa.select(sa.func.count()).select_from(slots_table).where(is_waiting(study_id, without=without))
+    return int(connection.execute(sa.select(slots.scalar_subquery() + num_enqueued(study_id))).scalar_one())
 
 
 def slot_states(database: Database, study_id: int) -> list[SlotState]:

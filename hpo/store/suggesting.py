@@ -13,12 +13,11 @@ from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.search import proposals, samplers
-from hpo.store.optuna_rows import set_attributes, set_params
-from hpo.store.schema import trial_system_attributes, trial_user_attributes
+from hpo.store.ledger import extend_lease
+from hpo.store.optuna_rows import TrialRows, set_rows, trial_rows
 from hpo.study.records import Claim
 
 
@@ -78,14 +77,9 @@ class BufferedStorage:
         """Keep a parameter of the trial."""
         self._params[name] = (internal_value, distribution)
 
-    def writes(self, connection: Connection, attributes: Mapping[str, Any]) -> list[sa.Insert]:
-        """Return the statements that write what was kept, and attributes of the trial for everyone to see."""
-        trial_id = self._claim.trial_id
-        return [
-            *set_params(trial_id, self._params),
-            *set_attributes(connection, trial_system_attributes, trial_id, self._notes),
-            *set_attributes(connection, trial_user_attributes, trial_id, attributes),
-        ]
+    def rows(self, attributes: Mapping[str, Any]) -> TrialRows:
+        """Return the rows of what was kept, and of attributes of the trial for everyone to see."""
+        return trial_rows(self._params, attributes, self._notes)
 
 
 def sampling_study(storage: BufferedStorage, spec: StudySpec, *, number: int) -> optuna.Study:
@@ -111,3 +105,8 @@ def choose_values(storage: BufferedStorage, spec: StudySpec, claim: Claim) -> di
         values = proposals.values_from_optuna(storage.get_trial(claim.trial_id).params)
     proposals.check_values(spec, values)
     return values
+
+
+def build_suggestion(dialect_name: str, *shape: int) -> list[sa.Insert | sa.Update]:
+    """Return the statements that write `TrialRows` of a shape to the trial of the claim "of", and extend its lease."""
+    return [*set_rows(dialect_name, sa.bindparam("of_trial_id"), *shape), extend_lease(dialect_name)]

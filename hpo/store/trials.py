@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,14 +11,14 @@ from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
 from hpo.search import proposals, samplers
-from hpo.store.claiming import choose_slot, take_slot
+from hpo.store.claiming import Waiting, read_waiting, take_slot
 from hpo.store.conditions import is_attempt, is_slot
 from hpo.store.confirming import last_seed_in_turn, weights_to_keep
 from hpo.store.damage import refuse_damage
-from hpo.store.database import Database, execute_together
+from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, Ledger, Verdict, claim_lost, storable_text
-from hpo.store.optuna_rows import add_trial
+from hpo.store.prepared import claim_values, execute_prepared
 from hpo.store.racing import count_claimable, hold_back
 from hpo.store.reading import best_values, lock_to_claim, read_epoch_seconds, read_trials
 from hpo.store.reports import SlotProgress, decide, judge_epochs, lock_slots, record_epochs
@@ -25,7 +26,7 @@ from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table
 from hpo.store.searches import last_unbegun
 from hpo.store.slots import count_slots, lock_study, slot_states
-from hpo.store.suggesting import BufferedStorage, choose_values
+from hpo.store.suggesting import BufferedStorage, build_suggestion, choose_values
 from hpo.study import stages
 from hpo.study.records import ENDED, Claim, EpochReport, StudyRecord, TrialRecord
 from hpo.study.seed_race import FIRST_SEEDS
@@ -50,33 +51,27 @@ class Trials:
     ) -> Claim | None:
         """Claim the first waiting slot that suits the worker, which holds `num_held` trials already.
 
-        `choose_slot` has the rules. Return None if no such slot waits, if the study should stop, or if it was widened
-        since `study` was read. Without `may_begin_last`, do not begin the last trial of the search.
+        `Waiting.choose` has the rules. Return None if no such slot waits, if the study should stop, or if it was
+        widened since `study` was read. Without `may_begin_last`, do not begin the last trial of the search.
         """
-        with self._database.connect() as connection:  # idle workers ask often: no write lock to find nothing
-            if not count_claimable(self._database, connection, study):
-                return None
+        if not _may_lock(self._database, study):
+            return None
         with self._database.transaction() as connection:
             if not lock_to_claim(connection, study):  # one claim at a time: slot n becomes Optuna's trial n
                 return None
-            queue = take_in(self._database, connection, study)
-            row = _choose_slot(
-                self._database,
-                connection,
-                study,
-                worker_id,
-                num_held=num_held,
-                may_begin_last=may_begin_last,
-                at=queue.now,
-            )
+            read = partial(_read_waiting, self._database, connection, study, worker_id)
+            waiting = read(num_held=num_held, may_begin_last=may_begin_last)
+            if not waiting.queue.is_in_order:
+                take_in(self._database, connection, study)
+                waiting = read(num_held=num_held, may_begin_last=may_begin_last)
+            row = waiting.choose()
             if row is None:
                 return None
             refuse_damage(self._database.url, study.name, slots_table, [row])
-            begun = _begin_trial(self._database, connection, study, row, number=queue.last_of_optuna + 1)
-            if begun is None:
+            if row.trial_id is not None and not _begin_again(self._database, connection, row):
                 return None
-            trial_id, statements = begun
-            return take_slot(connection, row, trial_id=trial_id, worker_id=worker_id, at=queue.now, beside=statements)
+            new = proposals.new_trial(study.spec, row) if row.trial_id is None else None
+            return take_slot(connection, row, waiting.queue, new, worker_id=worker_id)
 
     @retry_on_outage
     def begin(self, claim: Claim, *, resumed_from: int, notes: Sequence[str] = ()) -> None:
@@ -111,8 +106,9 @@ class Trials:
                 lock_study(connection, claim.study_id)
                 values = choose_values(storage, spec, claim)
             if progress:
-                writes = storage.writes(connection, attributes(values))
-                execute_together(connection, *writes, self._ledger.extension(claim))
+                rows = storage.rows(attributes(values))
+                written = rows.values | claim_values("of", claim)
+                execute_prepared(connection, build_suggestion, written, *rows.shape)
         if not progress:
             raise claim_lost(claim)
         return values
@@ -147,7 +143,7 @@ class Trials:
             verdicts: dict[Claim, Verdict] = {}
             if held:
                 judgement = judge_epochs(self._database, connection, held, progress, spec)
-                record_epochs(self._database, connection, held, progress, judgement)
+                record_epochs(connection, held, progress, judgement)
                 verdicts = decide(self._database, connection, held, progress, judgement, spec)
         return [verdicts.get(report.claim) for report in reports]
 
@@ -283,7 +279,18 @@ class Trials:
         return max(num_waiting, confirm.top * min(confirm.seeds, FIRST_SEEDS))
 
 
-def _choose_slot(
+def _may_lock(database: Database, study: StudyRecord) -> bool:
+    """Return whether a worker may lock a study to claim a trial: idle ones ask often, and must keep nobody waiting.
+
+    On Postgres `lock_to_claim` locks nothing where nothing waits, so this asks only where a race holds trials back.
+    """
+    if database.storage.engine.dialect.name == "postgresql" and study.spec.search.sampler != "race":
+        return True
+    with database.connect() as connection:
+        return count_claimable(database, connection, study) > 0
+
+
+def _read_waiting(
     database: Database,
     connection: Connection,
     study: StudyRecord,
@@ -291,29 +298,17 @@ def _choose_slot(
     *,
     num_held: int,
     may_begin_last: bool,
-    at: float,
-) -> Any:
-    """Return the row of the slot to claim, or None."""
+) -> Waiting:
+    """Return what a worker chooses from: without what a confirmation, a race or a limit of the search holds back."""
     last_seed = last_seed_in_turn(database, connection, study)
     without = hold_back(database, connection, study)
     if not may_begin_last:
         without |= last_unbegun(connection, study.study_id)
-    return choose_slot(
-        connection, study.study_id, worker_id, num_held=num_held, at=at, last_seed=last_seed, without=without
-    )
+    return read_waiting(connection, study.study_id, worker_id, num_held=num_held, last_seed=last_seed, without=without)
 
 
-def _begin_trial(
-    database: Database, connection: Connection, study: StudyRecord, row: Any, *, number: int
-) -> tuple[int, list[sa.Insert]] | None:
-    """Return the id of a slot's Optuna trial, and statements that are left to write; a new one gets the number.
-
-    Return None if another program has begun the trial.
-    """
-    if row.trial_id is None:
-        return add_trial(connection, study.study_id, proposals.new_trial(study.spec, row), number=number)
+def _begin_again(database: Database, connection: Connection, row: Any) -> bool:
+    """Return whether the Optuna trial that a slot has is in training; False if another program has begun it."""
     if database.cached.get_trial(row.trial_id).state.is_finished():
         database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
-    if row.attempt > 0 or begin_enqueued(database, connection, row):
-        return row.trial_id, []
-    return None
+    return row.attempt > 0 or begin_enqueued(database, connection, row)

@@ -188,16 +188,16 @@ def test_a_dead_trial_of_another_study_does_not_keep_a_device(
     assert store.trials.claim(study, worker) is not None
 
 
-def test_to_postgres_a_claim_is_seven_statements(store: Store, make_spec: MakeSpec) -> None:
+def test_to_postgres_a_claim_is_three_statements(store: Store, make_spec: MakeSpec) -> None:
     study, worker = begin(store, make_spec(search={"trials": 4}))
     claim(store, study, worker)
     statements = list[str]()
     sa.event.listen(store.storage.engine, "before_cursor_execute", lambda *of: statements.append(of[2]))
     assert store.trials.claim(study, worker) is not None
     if store.storage.engine.dialect.name == "postgresql":
-        assert len(statements) == 7, statements
+        assert len(statements) == 3, statements
     else:  # where a statement is no round trip
-        assert len(statements) == 11
+        assert len(statements) == 9
 
 
 @pytest.mark.parametrize("kind", ["search", "confirm"])
