@@ -82,13 +82,14 @@ def draw_final_values(
 
     curves = sorted(curves, key=lambda curve: (len(curve.epochs), curve.x, *curve.line))
     models = [_Model(curves, warp, num_epochs) for warp in _warps(curves)]
-    fits = [(model, fit) for model in models for fit in model.fits()]
+    fits_of = [list(model.fits()) for model in models]
+    fits = [(model, fit) for model, found in zip(models, fits_of, strict=True) for fit in found]
     weights = softmax(TRUST * np.array([fit.evidence for _, fit in fits]))
     counts = random.multinomial(NUM_DRAWS, weights)
     drawn = [model.draw(fit, x, int(times), random) for (model, fit), times in zip(fits, counts, strict=True) if times]
     draws = np.concatenate(drawn)
     middle = draws.mean(axis=0)
-    noises = np.array([model.noise_at(fit, x, middle) for model, fit in fits])
+    noises = np.concatenate([model.noises_at(found, x, middle) for model, found in zip(models, fits_of, strict=True)])
     return FinalValues(draws, np.sqrt(weights @ noises**2))
 
 
@@ -203,12 +204,17 @@ class _Model:
         drawn = explained.T @ fit.whitened + random.standard_normal((times, len(x))) @ spread
         return self._warp.invert(drawn * self._scale + self._mean)
 
-    def noise_at(self, fit: _Fit, x: Array, line: Array) -> Array:
-        """Return the standard deviation of a trial's last value at each x, where the mean is `line`."""
-        usual = math.hypot(fit.noise * self._scale, self._roughness.usual, MISFIT * self._scale)
-        half = usual / 2 * self._roughness.relative_at(x)
-        warped = self._warp.apply(line)
-        return self._warp.invert(warped + half) - self._warp.invert(warped - half)
+    def noises_at(self, fits: Sequence[_Fit], x: Array, line: Array) -> Array:
+        """Return the standard deviation of a trial's last value at each x, by each fit, where the mean is `line`."""
+        import numpy as np
+
+        relative, warped = self._roughness.relative_at(x), self._warp.apply(line)
+        noises = []
+        for fit in fits:
+            usual = math.hypot(fit.noise * self._scale, self._roughness.usual, MISFIT * self._scale)
+            half = usual / 2 * relative
+            noises.append(self._warp.invert(warped + half) - self._warp.invert(warped - half))
+        return np.array(noises)
 
 
 class _Roughness:

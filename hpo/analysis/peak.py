@@ -7,10 +7,12 @@ It comes from the same response as the answer: what the end of training may brin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hpo.analysis.answer import find_response
+from hpo.analysis.response import Response
 from hpo.analysis.trials import are_alike, direction_sign, has_rate, search_trials
 from hpo.study.records import StudyRecord, TrialRecord
 
@@ -35,11 +37,18 @@ class Peak:
     interval: tuple[float, float] | None = None
 
 
-def find_peak(study: StudyRecord, trials: Sequence[TrialRecord]) -> Peak | None:
+def find_peak(
+    study: StudyRecord, trials: Sequence[TrialRecord], *, responses: Iterable[tuple[Any, Response]] = ()
+) -> Peak | None:
     """Return where the trials point so far, whether they have ended or not.
 
     Trials are compared after as many epochs as NUM_COMPARED of them have reached. Each counts with its mean over the
     last AVERAGED_EPOCHS of these. The response is that of the trials which share the listed parameters of the best one.
+
+    Args:
+        study: The study.
+        trials: Its trials.
+        responses: Those of `find_best`, by listed parameters, if it was asked already: to fit one takes seconds.
 
     Returns:
         The peak, or None if no learning rate above 0 is searched, or no trial has reported yet.
@@ -49,7 +58,11 @@ def find_peak(study: StudyRecord, trials: Sequence[TrialRecord]) -> Peak | None:
     if not known:
         return None
     leader = max(known, key=lambda trial: values[trial.number])
-    response = find_response(study, [trial for trial in search_trials(trials) if are_alike(study, trial, leader)])
+    listed = study.spec.search.listed_values(leader.params)
+    response = next((response for combination, response in responses if combination == listed), None)
+    response = response or find_response(
+        study, [trial for trial in search_trials(trials) if are_alike(study, trial, leader)]
+    )
     if response is None:
         return Peak(float(leader.params["lr"]), epoch, fitted=False)
     return Peak(response.best, epoch, fitted=True, interval=response.interval)

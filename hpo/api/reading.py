@@ -122,12 +122,12 @@ def studies(*, storage: str | None = None) -> list[dict[str, Any]]:
     """
     store = Store(storage_url(storage))
     found: list[dict[str, Any]] = []
-    damages = store.studies.damages()
-    for study in store.studies.get_all():
-        try:
-            counts = store.trials.counts(study.study_id)
-        except UserError as error:
-            damages[study.name] = str(error)
+    records, damages = store.studies.load_all()
+    counts_of = store.studies.counts(records)
+    for study in records:
+        counts = counts_of[study.study_id]
+        if isinstance(counts, UserError):
+            damages[study.name] = str(counts)
         else:
             found.append({"study": study.name, "trials": counts, "stop": study.stop, "damaged": None})
     found += [{"study": name, "trials": {}, "stop": None, "damaged": problem} for name, problem in damages.items()]
@@ -163,7 +163,8 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
     with suppress(*STORE_ERRORS):  # a store that can only be read has a status all the same
         store.workers.reap(study)
     all_trials = store.trials.get_all(study)
-    found, peak = analysis.find_best(study, all_trials), find_peak(study, all_trials)
+    found = analysis.find_best(study, all_trials)
+    peak = find_peak(study, all_trials, responses=found.responses if found else ())
     race = race_progress(study, all_trials)
     return {
         "study": name,

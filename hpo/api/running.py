@@ -483,7 +483,7 @@ def _warn_of_changed_code(study: StudyRecord, digests: Mapping[str, str]) -> Non
 
 def _tell_of_damage(store: Store, told: set[str], say: Callable[[str], None]) -> None:
     """Say once of each study that cannot be read why it is skipped."""
-    for problem in set(store.studies.damages().values()) - told:
+    for problem in set(store.studies.load_all()[1].values()) - told:
         told.add(problem)
         say(f"skipped: {problem}")
 

@@ -139,12 +139,13 @@ def best_command(study: str, verbose: bool, as_json: bool, storage: str | None) 
     from hpo.display.console import make_console
     from hpo.display.terminal import broken_line
 
-    found = reading.best(study, storage=storage)
+    store, record = stores.open_study(study, storage=storage)
+    trials = store.trials.get_all(record)
+    found = reading.answer_of(record, trials)
     if as_json:
         print_json(found.as_dict())
         return
-    store, record = stores.open_study(study, storage=storage)
-    source = source_text(record, store.trials.get_all(record), storage=str(store.url), is_trained=False)
+    source = source_text(record, trials, storage=str(store.url), is_trained=False)
     width = make_console().width
     for line in answer_lines(record, found, source=source, verbose=verbose):
         for part in broken_line(one_line(line), width):

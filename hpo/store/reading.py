@@ -23,6 +23,7 @@ from hpo.store.schema import (
     epochs_table,
     optuna_studies,
     select_all,
+    select_raw,
     slots_table,
     studies_table,
     trial_values,
@@ -54,7 +55,32 @@ def load_study(database: Database, connection: Connection, study_id: int, name: 
     row = connection.execute(select_all(studies_table).where(studies_table.c.study_id == study_id)).one()
     refuse_damage(database.url, name, studies_table, [row])
     refuse_damage_of_optuna(database.url, name, study_id, connection, OPTUNA_STUDY_TABLES)
-    source = f"study {name!r} in {database.url} is damaged: {studies_table.name}, study_id {study_id}"
+    return _study_record(database, row, name)
+
+
+def load_studies(database: Database, connection: Connection) -> tuple[list[StudyRecord], dict[str, str]]:
+    """Return the studies that can be read, and what is wrong with each other one, a sentence by its name."""
+    names = study_names(database, connection)
+    rows = {row.study_id: row for row in connection.execute(select_all(studies_table)).all()}
+    of_optuna: dict[sa.Table, dict[int, list[Any]]] = {table: {} for table in OPTUNA_STUDY_TABLES}
+    for table, of_studies in of_optuna.items():
+        for row in connection.execute(select_raw(table)).all():
+            of_studies.setdefault(row.whose, []).append(row)
+    studies, damages = [], {}
+    for study_id, name in names.items():
+        try:
+            refuse_damage(database.url, name, studies_table, [rows[study_id]])
+            for table, of_studies in of_optuna.items():
+                refuse_damage(database.url, name, table, of_studies.get(study_id, []))
+            studies.append(_study_record(database, rows[study_id], name))
+        except UserError as error:
+            damages[name] = str(error)
+    return studies, damages
+
+
+def _study_record(database: Database, row: Any, name: str) -> StudyRecord:
+    """Return the study of an undamaged row; raise UserError if its spec or its metadata cannot be."""
+    source = f"study {name!r} in {database.url} is damaged: {studies_table.name}, study_id {row.study_id}"
     try:
         spec = stored_spec(json.loads(row.spec))
     except UserError as error:
@@ -65,7 +91,7 @@ def load_study(database: Database, connection: Connection, study_id: int, name: 
         raise UserError(f"{source}: spec names it {spec.name!r}")
     if not re.fullmatch(r"[0-9a-f]{8}", str(metadata.get("uid"))):
         raise UserError(f"{source}: facts must have a uid of 8 digits, got {metadata.get('uid')!a}")
-    return StudyRecord(study_id, name, spec, metadata, row.stop, row.stop_reason, row.started_at)
+    return StudyRecord(row.study_id, name, spec, metadata, row.stop, row.stop_reason, row.started_at)
 
 
 def check_exists(connection: Connection, study: StudyRecord) -> None:

@@ -7,15 +7,17 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from hpo.config.study_spec import StudySpec
+from hpo.errors import UserError
 from hpo.search import proposals
 from hpo.store.conditions import StudyId, enqueued_trials, is_waiting
 from hpo.store.damage import refuse_damage
 from hpo.store.database import Database
 from hpo.store.reading import study_names
-from hpo.store.schema import select_all, slots_table, studies_table
+from hpo.store.schema import optuna_trials, select_all, slots_table, studies_table
 from hpo.study.records import KINDS, STATES
 
 # Of a slot at which nothing has failed yet.
@@ -106,18 +108,39 @@ def slot_states(database: Database, study_id: int) -> list[SlotState]:
 
 def count_slots(database: Database, study_id: int) -> dict[str, int]:
     """Return how many slots are in each state, without the states that none is in; enqueued trials wait."""
-    query = (
-        sa.select(slots_table.c.state, sa.func.count().label("num"))
-        .where(slots_table.c.study_id == study_id)
-        .group_by(slots_table.c.state)
-    )
     with database.connect() as connection:
         # First: rather one twice than one that nobody sees.
         enqueued = connection.execute(sa.select(num_enqueued(study_id))).scalar_one()
-        counts = {row.state: row.num for row in connection.execute(query)}
+        counts = _count_states(connection, slots_table.c.study_id == study_id).get(study_id, {})
         if not counts.keys() <= set(STATES):
             _refuse_damaged_slots(database, connection, study_id)
     return counts | ({"waiting": counts.get("waiting", 0) + enqueued} if enqueued else {})
+
+
+def count_all_slots(database: Database, study_ids: Collection[int]) -> dict[int, dict[str, int] | UserError]:
+    """Return what `count_slots` returns of each study, or raises."""
+    with database.connect() as connection:
+        waiting = sa.select(optuna_trials.c.study_id).where(optuna_trials.c.state == TrialState.WAITING).distinct()
+        one_by_one = set(connection.execute(waiting).scalars())
+        counts = _count_states(connection, sa.true())
+    found: dict[int, dict[str, int] | UserError] = {}
+    for study_id in study_ids:
+        found[study_id] = counts.get(study_id, {})
+        if study_id in one_by_one or not counts.get(study_id, {}).keys() <= set(STATES):
+            try:
+                found[study_id] = count_slots(database, study_id)
+            except UserError as error:
+                found[study_id] = error
+    return found
+
+
+def _count_states(connection: Connection, condition: sa.ColumnElement[bool]) -> dict[int, dict[str, int]]:
+    """Return how many slots are in each state, by study."""
+    query = sa.select(slots_table.c.study_id, slots_table.c.state, sa.func.count().label("num")).where(condition)
+    counts: dict[int, dict[str, int]] = {}
+    for row in connection.execute(query.group_by(slots_table.c.study_id, slots_table.c.state)):
+        counts.setdefault(row.study_id, {})[row.state] = row.num
+    return counts
 
 
 def _refuse_damaged_slots(database: Database, connection: Connection, study_id: int) -> None:

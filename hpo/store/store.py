@@ -113,8 +113,9 @@ class Store:
             damaged = check_rows(connection, studies)
         problems = [problem for found in damaged.values() for problem in found]
         hurt = {studies[study_id] for study_id in damaged if study_id is not None}
-        problems += [problem for name, problem in self.studies.damages().items() if name not in hurt]
-        sound = [study for study in self.studies.get_all() if study.name not in hurt]
+        studies_read, damages = self.studies.load_all()
+        problems += [problem for name, problem in damages.items() if name not in hurt]
+        sound = [study for study in studies_read if study.name not in hurt]
         return problems + [problem for study in sound for problem in self.problems(study)]
 
     def problems(self, study: StudyRecord) -> list[str]:

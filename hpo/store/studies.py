@@ -20,11 +20,11 @@ from hpo.search import proposals
 from hpo.store.copying import read_rows
 from hpo.store.dashboard_attributes import changed_attributes
 from hpo.store.database import Database, exclude_others
-from hpo.store.reading import check_exists, find_study_id, load_study, study_names
+from hpo.store.reading import check_exists, find_study_id, load_studies, load_study, study_names
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import delete_rows_of, optuna_studies, optuna_trials, slots_table, studies_table
 from hpo.store.searches import give_budget
-from hpo.store.slots import FRESH, add_slots, lock_study, new_slot, num_slots, slot_states
+from hpo.store.slots import FRESH, add_slots, count_all_slots, lock_study, new_slot, num_slots, slot_states
 from hpo.study import stages
 from hpo.study.records import CODE, StudyRecord
 
@@ -112,22 +112,18 @@ class Studies:
         return study_id
 
     def get_all(self) -> list[StudyRecord]:
-        """Return the studies that can be read; `damages` tells what is wrong with others."""
-        return self._load_all()[0]
+        """Return the studies that can be read; `load_all` tells what is wrong with others."""
+        return self.load_all()[0]
 
-    def damages(self) -> dict[str, str]:
-        """Return what is wrong with each study that cannot be read, a sentence by its name."""
-        return self._load_all()[1]
-
-    def _load_all(self) -> tuple[list[StudyRecord], dict[str, str]]:
-        studies, damages = [], {}
+    def load_all(self) -> tuple[list[StudyRecord], dict[str, str]]:
+        """Return the studies that can be read, and what is wrong with each other one, a sentence by its name."""
         with self._database.connect() as connection:
-            for study_id, name in study_names(self._database, connection).items():
-                try:
-                    studies.append(load_study(self._database, connection, study_id, name))
-                except UserError as error:
-                    damages[name] = str(error)
-        return studies, damages
+            return load_studies(self._database, connection)
+
+    @retry_on_outage
+    def counts(self, studies: Sequence[StudyRecord]) -> dict[int, dict[str, int] | UserError]:
+        """Return what `Trials.counts` returns of each study, or what is wrong with it, by its id."""
+        return count_all_slots(self._database, [study.study_id for study in studies])
 
     @retry_on_outage
     def retry_failed(self, study: StudyRecord) -> None:

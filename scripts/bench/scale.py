@@ -123,14 +123,14 @@ def fill(store: Store, size: Size, *, waiting: int) -> StudyRecord:
         "INSERT INTO trial_values (trial_id, objective, value, value_type) "
         f"SELECT trial_id, 0, 0.5 + 0.1 * random(), 'FINITE' {mine} AND number < :ended",
         "UPDATE hpo_slots s SET state = CASE WHEN s.number < :ended THEN 'complete' ELSE 'running' END, attempt = 1, "
-        "trial_id = t.trial_id, furthest = :epochs, worker_id = 'worker-' || (t.number - :ended), lease_until = 1e12 "
+        "trial_id = t.trial_id, furthest = :epochs, worker_id = 'worker-' || (t.number - :ended), lease_until = 5e10 "
         "FROM trials t WHERE s.study_id = :study AND t.study_id = :study AND t.number = s.number",
         "INSERT INTO hpo_epochs (study_id, number, epoch, attempt, metrics) "
         f"SELECT :study, number, step, 1, '{{\"val_accuracy\": 0.5}}' FROM trials {steps} WHERE study_id = :study",
         "INSERT INTO hpo_attempts (study_id, number, attempt, worker_id, began_at, furthest) "
         f"SELECT :study, number, 1, 'worker', 0, 0 {mine}",
         "INSERT INTO hpo_workers (worker_id, study_id, host, machine, pid, pid_started, device, started_at, seen_at) "
-        "SELECT 'worker-' || n, :study, 'host-' || n / 8, 'machine-' || n / 8, 1, 1, 'cuda:' || n % 8, 0, 1e12 "
+        "SELECT 'worker-' || n, :study, 'host-' || n / 8, 'machine-' || n / 8, 1, 1, 'cuda:' || n % 8, 0, 5e10 "
         "FROM generate_series(0, :workers - 1) n",
     )
     with store.storage.engine.begin() as connection:

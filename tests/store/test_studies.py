@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import optuna
 import pytest
+import sqlalchemy as sa
 
 from hpo.errors import StudyStopped, UserError
 from hpo.store import schema
@@ -98,7 +99,7 @@ def test_one_damaged_study_does_not_keep_anybody_from_the_others(
             schema.studies_table.update().where(schema.studies_table.c.study_id == bad.study_id), {column: content}
         )
     assert [study.name for study in store.studies.get_all()] == ["good"]
-    (damage,) = store.studies.damages().values()
+    (damage,) = store.studies.load_all()[1].values()
     assert "study 'bad'" in damage
     (problem,) = store.check()
     assert "study 'bad'" in problem
@@ -165,3 +166,27 @@ def test_failed_trials_are_tried_again_under_their_numbers(store: Store, make_sp
     for opened in (store, elsewhere):
         assert [(t.state, t.value, t.error) for t in opened.trials.get_all(study)] == [("complete", 0.5, None)] * 2
     assert store.problems(study) == []
+
+
+def test_all_studies_and_their_counts_are_read_by_as_many_statements_as_one(store: Store, make_spec: MakeSpec) -> None:
+    statements = list[str]()
+
+    def num_statements() -> int:
+        statements.clear()
+        studies, damages = store.studies.load_all()
+        counts = store.studies.counts(studies)
+        assert damages == {}
+        assert [counts[study.study_id] for study in studies] == [store_counts[study.study_id] for study in studies]
+        return len(statements)
+
+    store_counts = {}
+    sa.event.listen(store.storage.engine, "before_cursor_execute", lambda *of: statements.append(of[2]))
+    found = []
+    for name in ("a", "b", "c"):
+        study, worker = begin(store, make_spec(0.1, 0.2, name=name))
+        if name == "b":
+            claim(store, study, worker)
+        store_counts[study.study_id] = store.trials.counts(study.study_id)
+        found.append(num_statements())
+    assert store_counts[study.study_id] == {"waiting": 2}
+    assert found == [8, 8, 8]
