@@ -69,7 +69,7 @@ def write_export(name: str, output: str | Path, *, trial: int | None = None, sto
     else:
         text = json.dumps({"what": what, "study": name, **found.as_dict(), "spec": settings}, indent=2) + "\n"
     if path.exists() and not any(header in path.read_text(encoding="utf-8", errors="replace") for header in HEADERS):
-        raise UserError(f"--output {path} exists and is no export of ours; name another file")
+        raise UserError(f"--output {path} exists and was not written by hpo export; name another file")
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -70,7 +70,7 @@ def write_first_study(name: str, *, examples: Collection[str] = ()) -> list[str]
             way_out = (
                 "give another NAME" if file == f"{name}.toml" else "leave out the option that writes it, to use it"
             )
-            raise UserError(f"{file} exists, and hpo init writes over nothing: remove it, or {way_out}")
+            raise UserError(f"{file} exists, and hpo init overwrites no file: remove it, or {way_out}")
     for file, text in files.items():
         with open(file, "x", encoding="utf-8") as writing:
             writing.write(text)
@@ -107,7 +107,7 @@ def _look_around(folder: Path) -> FirstSteps:
                 found.append(f"{name} in {base}")
                 few = _setting("train_samples", 5000, "for a first answer soon; leave it out to train on all")
                 return FirstSteps(found, code, [f'name = "{name}"', few])
-    found.append("no data, so the study is on scikit-learn's scanned digits")
+    found.append("no data, so the study trains on scikit-learn's scanned digits")
     return FirstSteps(found, code, ['name = "digits"', "validation_fraction = 0.2"])
 
 
@@ -198,10 +198,10 @@ def _study_lines(name: str, steps: FirstSteps) -> Iterator[str]:
     yield f"# Which learning rate should this network be trained with? The answer: hpo run {name}.toml"
     yield f'name = "{name}"'
     yield from ("", "[search]")
-    yield _setting("trials", 12, "how many times the network is trained; more: a narrower answer")
+    yield _setting("trials", 12, "how many times the network is trained; more trials narrow the answer")
     yield from ("", "[search.space]")
     low_high = "lr = { low = 1e-5, high = 1e-1, log = true }"
-    yield f"{low_high:<{COMMENT_COLUMN}}  # the learning rates to search; warnings say where they are too few"
+    yield f"{low_high:<{COMMENT_COLUMN}}  # the learning rates to search; a warning says if the range is too narrow"
     if not is_own_loop:
         yield '# optimizer = ["adam", "sgd"]                  # any other setting can be searched, too'
     yield from ("", "[pruner]")

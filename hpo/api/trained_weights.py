@@ -54,7 +54,7 @@ def write_weights(
     beside = path.with_suffix(".json")
     for file in (path, beside):
         if file.exists() and HEADER.encode() not in file.read_bytes():
-            raise UserError(f"--weights {path}: {file} exists and is no export of ours; name another file")
+            raise UserError(f"--weights {path}: {file} exists and was not written by hpo export; name another file")
     store, study = open_study(name, storage=storage)
     all_trials = store.trials.get_all(study)
     record = find_trial(all_trials, trial_of_weights(study, answer_of(study, all_trials)) if trial is None else trial)
@@ -64,7 +64,7 @@ def write_weights(
     tensors = {}
     for key, tensor in checkpoint.state["model"].items():
         if not hasattr(tensor, "untyped_storage"):
-            raise UserError(f"--weights cannot hold the state of {key} of trial {record.number}, which is no tensor")
+            raise UserError(f"--weights cannot hold the state of {key} of trial {record.number}, which is not a tensor")
         tensors[key] = tensor.clone().contiguous()  # tied weights are stored twice
     try:
         replace_file(path, save(tensors, metadata={DESCRIPTION_KEY: text}))
@@ -113,8 +113,8 @@ def load_model(path: str | Path, *, allow: Sequence[str] = ()) -> nn.Module:
     module = config.name.partition(":")[0]
     if is_import_path(config.name) and not config.name.startswith("torchvision:") and not allowed.allows(config.name):
         raise UserError(
-            f"{path} names the module {module!r}, which is code of its own; where you trust it, "
-            f"allow it: hpo.load_model(..., allow=[{module!r}])"
+            f"{path} needs code from the module {module!r}; if you trust it, allow it: "
+            f"hpo.load_model(..., allow=[{module!r}])"
         )
     with allowed.importable(), generators_kept():
         model = build_model(config, **shape)

@@ -143,7 +143,7 @@ def run_command(
     again = command_line("run", spec, *repeated("--set", overrides), *worker_arguments(executor))
     if detach:
         if isinstance(executor, InProcess):
-            raise UserError("--in-process has no meaning with --detach")
+            raise UserError("--in-process cannot be used with --detach")
         _confirm_fresh(specs if fresh else [], storage=storage, yes=yes)
         _submit_all(specs, executor=executor, storage=storage, code_folder=folder, fresh=fresh)
         return

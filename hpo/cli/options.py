@@ -176,11 +176,11 @@ def make_executor(
     if address is None and placement:
         raise UserError("--placement needs --on, a Ray cluster to ask")
     if in_process and workers is not None:
-        raise UserError(f"--workers has no meaning with --in-process, got {workers}")
+        raise UserError(f"--workers cannot be used with --in-process, got {workers}")
     if in_process and address is not None:
-        raise UserError("--on has no meaning with --in-process")
+        raise UserError("--on cannot be used with --in-process")
     if address is not None and threads is not None:
-        raise UserError(f"--threads has no meaning with --on: --resource num_cpus={threads} gives a worker its threads")
+        raise UserError(f"--threads cannot be used with --on: --resource num_cpus={threads} gives a worker its threads")
     if in_process:
         return InProcess(devices, threads)
     if address is None:

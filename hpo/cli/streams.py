@@ -38,7 +38,7 @@ class OutputFile(io.FileIO):
             if error.errno not in READER_GONE:
                 raise StudyStopped(f"the output cannot be written: {error.strerror}", can_resume=True) from None
         if self.fileno() == 1:
-            print("hpo: nobody reads the output any more; going on without it", file=sys.stderr, flush=True)
+            print("hpo: the output was closed; continuing without it", file=sys.stderr, flush=True)
         return size
 
 

@@ -212,12 +212,12 @@ def check_goal(search: SearchSpec, *, metric: str) -> None:
     if goal is None:
         return
     if "lr" not in search.parameters:
-        raise UserError(f"search.until needs a learning rate, search.space.lr, to be sure of; got {search.until!r}")
+        raise UserError(f"search.until needs a learning rate to determine, search.space.lr; got {search.until!r}")
     if not 0 < goal.amount < MAX_POINTS_BEHIND:
         raise UserError(f"search.until must be greater than 0 and less than {MAX_POINTS_BEHIND}, got {search.until!r}")
     if goal.unit == "point" and not is_percent(metric):
         raise UserError(
-            f"search.until must be in decades where the metric is no accuracy but {metric!r}, got {search.until!r}"
+            f"search.until must be in decades, as the metric is not an accuracy but {metric!r}, got {search.until!r}"
         )
     lr = search.parameters["lr"]
     ends = [] if is_auto(lr) else [end for end in lr.extreme_values() if isinstance(end, int | float) and end > 0]
@@ -242,7 +242,7 @@ def _check_race_space(search: SearchSpec) -> None:
     """Refuse a space that a race cannot search, and settings of [search] that it has no use for."""
     if search.sampler != "race":
         if search.trainings is not None:
-            raise UserError(f"search.trainings is for sampler 'race', got sampler {search.sampler!r}")
+            raise UserError(f"search.trainings applies only to sampler 'race', got sampler {search.sampler!r}")
         return
     lr = search.parameters.get("lr")
     if len(search.parameters) > 1 or not isinstance(lr, Range) or lr.step is not None or lr.is_integer:
@@ -252,11 +252,11 @@ def _check_race_space(search: SearchSpec) -> None:
         )
     if search.trials is not None:
         raise UserError(
-            f"search.trials has no meaning for sampler 'race', which takes search.trainings; got {search.trials}"
+            f"search.trials does not apply to sampler 'race', which takes search.trainings; got {search.trials}"
         )
     for key in ("try_first", "until", "hours", "grow", "learn_from"):
         if value := getattr(search, key):
-            raise UserError(f"search.{key} has no meaning for sampler 'race', got {value!r}")
+            raise UserError(f"search.{key} does not apply to sampler 'race', got {value!r}")
 
 
 def check_race(course: Course | None, *, pruner: PrunerSpec) -> None:
@@ -296,7 +296,7 @@ def check_pruner(pruner: PrunerSpec) -> None:
     takes = f"it takes {', '.join(options)}" if options else "it takes no options"
     for key, value in pruner.model_dump(exclude={"name"}, exclude_none=True).items():
         if key not in options:
-            raise UserError(f"pruner.{key} has no meaning for pruner {pruner.name!r} ({takes}), got {value!r}")
+            raise UserError(f"pruner.{key} does not apply to pruner {pruner.name!r} ({takes}), got {value!r}")
     if pruner.name == "threshold" and pruner.lower is None and pruner.upper is None:
         raise UserError("pruner.lower or pruner.upper must be set for pruner 'threshold'")
     if pruner.lower is not None and pruner.upper is not None and pruner.lower >= pruner.upper:
@@ -387,9 +387,9 @@ def _check_loop(objective: ObjectiveSpec) -> None:
             )
     for key in ("datamodule", "trainer"):
         if objective.function is not None and getattr(objective, key):
-            raise UserError(f"objective.{key} has no meaning with objective.function, got {getattr(objective, key)!r}")
+            raise UserError(f"objective.{key} cannot be used with objective.function, got {getattr(objective, key)!r}")
     if objective.recipe and objective.function is None:
-        raise UserError("objective.recipe has no meaning with objective.lightning, whose module has its own recipe")
+        raise UserError("objective.recipe cannot be used with objective.lightning, whose module has its own recipe")
     for key in objective.trainer:
         if key not in TRAINER_KEYS:
             raise unknown_name("objective.trainer: each key", key, TRAINER_KEYS)
@@ -435,8 +435,8 @@ def check_training(parameters: Mapping[str, Parameter], *, data: DataConfig, tra
     _check_rprop_rates(names["optimizer"], parameters)
     if training.metric not in METRICS and metric_name(training.metric) in RESERVED_METRICS | ENGINE_METRICS:
         raise UserError(
-            f"training.metric = {training.metric!r} must have a name of its own; {metric_name(training.metric)} is "
-            "reported of every epoch already"
+            f"training.metric = {training.metric!r} must have another name: {metric_name(training.metric)} is "
+            "already reported for every epoch"
         )
     for values in extreme_points(parameters, CONFIGS):
         _check_combination(with_values(training, values, section="training"), values)
@@ -501,7 +501,7 @@ def _check_groups(training: TrainingConfig) -> None:
         for name, value in group.items():
             _check_multiplier(f"training.groups.{pattern}.{name}", name, value)
     if training.freeze_epochs is not None and not training.freeze:
-        raise UserError(f"training.freeze_epochs has no meaning without training.freeze, got {training.freeze_epochs}")
+        raise UserError(f"training.freeze_epochs has no effect without training.freeze, got {training.freeze_epochs}")
 
 
 def _check_multiplier(setting: str, name: str, value: Scalar) -> None:
@@ -577,7 +577,7 @@ def _check_keys_of(
             setting = f"search.space.{key}" if key in parameters else f"training.{key}"
             takers = ", ".join(name for name, entry in table.items() if key in entry.keys) or "package.module:name"
             subject = f"{kind} {', '.join(sorted(names))}"
-            raise UserError(f"{setting} has no meaning for {subject} (only for {takers}){_as_option(key, names)}")
+            raise UserError(f"{setting} does not apply to {subject} (only for {takers}){_as_option(key, names)}")
 
 
 def _as_option(key: str, names: Collection[str]) -> str:

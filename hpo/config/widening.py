@@ -35,7 +35,7 @@ def widened_spec(spec: StudySpec, widening: Mapping[str, Ends]) -> StudySpec:
         UserError: The study has no such range, or one that cannot be widened so.
     """
     if spec.search.sampler in ("grid", "race"):
-        raise UserError(f"--widen has no meaning for sampler {spec.search.sampler!r}, whose learning rates are given")
+        raise UserError(f"--widen does not apply to sampler {spec.search.sampler!r}, whose learning rates are given")
     frozen = spec.frozen()
     space = frozen["search"]["space"]
     for key, (low, high) in widening.items():
@@ -46,11 +46,11 @@ def widened_spec(spec: StudySpec, widening: Mapping[str, Ends]) -> StudySpec:
             raise UserError(f"--widen {key} needs a range without steps in search.space, got {space[key]}")
         if low > searched.low or high < searched.high or (low, high) == (searched.low, searched.high):
             raise UserError(
-                f"--widen {key} must hold more than what is searched, {searched.low:g}:{searched.high:g}, "
+                f"--widen {key} must include the searched range and more, {searched.low:g}:{searched.high:g}, "
                 f"got {low:g}:{high:g}"
             )
         if searched.is_integer and not (isinstance(low, int) and isinstance(high, int)):
-            raise UserError(f"--widen {key} must be integers, as what is searched, got {low:g}:{high:g}")
+            raise UserError(f"--widen {key} must be integers, like the searched range, got {low:g}:{high:g}")
         ends = (low, high) if searched.is_integer else (float(low), float(high))
         space[key] |= dict(zip(("low", "high"), ends, strict=True))
     return StudySpec.from_dict(frozen)

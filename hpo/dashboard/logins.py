@@ -115,7 +115,7 @@ def read_logins(path: Path) -> dict[str, bytes]:
                 " `htpasswd -B` and --add-user write it; other kinds are too easily guessed"
             )
         if name in logins:
-            raise UserError(f"--auth-file {path}, line {number}: every name must be there once, and this one is twice")
+            raise UserError(f"--auth-file {path}, line {number}: every name must occur once, and this one occurs twice")
         logins[name] = hashed.encode()
     if not logins:
         raise UserError(f"--auth-file {path} holds no login; --auth-file {path} --add-user NAME adds one")
@@ -146,7 +146,7 @@ def add_login(path: Path, name: str, password: str) -> None:
         raise UserError("the password must be UTF-8 text") from None
     if not 0 < len(given) <= MAX_PASSWORD_BYTES or _CONTROL.search(password):
         raise UserError(
-            f"the password must have 1 to {MAX_PASSWORD_BYTES} bytes, as bcrypt looks at no more, and no control"
+            f"the password must have 1 to {MAX_PASSWORD_BYTES} bytes, as bcrypt ignores the rest, and no control"
             f" characters; got {len(given)} bytes"
         )
     line = f"{name}:{bcrypt.hashpw(given, bcrypt.gensalt()).decode()}"

@@ -28,6 +28,7 @@ from hpo.analysis.text import (
     marked_text,
     number_text,
     params_text,
+    plural,
     search_end_text,
     study_text,
     value_text,
@@ -148,7 +149,7 @@ class LiveDisplay:
         trials = store.trials.get_all(study)
         done, total, unit = amount_done(study, trials)
         if done:
-            self._console.print(f"going on: {done} of {total} {unit} are done already")
+            self._console.print(f"resuming: {done} of {total} {unit} are done already")
         self._num_trials = len(trials)
         self._reported = {trial.number: (trial.state, len(trial.epochs)) for trial in trials if trial.state in ENDED}
         self._announced |= {
@@ -426,9 +427,9 @@ def _stages(trials: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
 def _stage_line(trials: Sequence[TrialRecord]) -> str:
     """Return the line that announces a stage with these trials."""
     if trials[0].kind == "test":
-        return f"measuring the test set with the {len(trials)} networks of the best one"
+        return f"evaluating the best rate on the test set: {plural(len(trials), 'network')}"
     rates = list(dict.fromkeys(params_text(trial.params) for trial in trials))
-    return f"the search is done; trained again on fresh seeds: {'; '.join(rates)}"
+    return f"the search is done; training again on fresh seeds: {'; '.join(rates)}"
 
 
 def _ended_line(study: StudyRecord, trial: TrialRecord) -> Text:

@@ -62,9 +62,9 @@ def range_test_report(test: Mapping[str, Any]) -> list[str]:
     ]
     is_linear = test.get("is_linear")  # the tests that older versions stored do not say
     if is_linear:
-        lines.append("the last layer alone is trained, which no step kills: the loss alone counts")
+        lines.append("only the last layer is trained, which no step destroys: only the loss counts")
     elif test.get("from_zero"):
-        lines.append("the weights start at almost nothing: how far steps move them says nothing, the loss alone counts")
+        lines.append("the weights start near zero, so the size of steps says nothing: only the loss counts")
     else:
         rows.append((f"steps change {lr_ramp.LEAP_CHANGE:.0%} of the weights from", test["leaps"]))
     for what, lr in rows:

@@ -29,7 +29,7 @@ def write_report_file(path: Path, content: bytes) -> None:
     try:
         path = path.resolve()  # replace the target of a link, not the link
         if path.exists() and not is_report(path.read_bytes()):
-            raise UserError(f"--output {path} exists and is no report of ours; name another file")
+            raise UserError(f"--output {path} exists and was not written by hpo report; name another file")
         replace_file(path, content)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from None

@@ -93,7 +93,9 @@ class Publisher:
             self._publish_what_is_new()
         except Exception as error:  # of the store, or of a figure; neither is a reason to end a study
             if not self._failed:
-                logger.warning("the dashboard's figures are not renewed: %s", error, exc_info=logger.isEnabledFor(10))
+                logger.warning(
+                    "the dashboard's figures could not be updated: %s", error, exc_info=logger.isEnabledFor(10)
+                )
             self._failed = True
         ended = time.monotonic()
         self._next = ended + max(EVERY_S, (ended - began) / MAX_TIME_SHARE)

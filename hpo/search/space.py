@@ -254,7 +254,7 @@ def _parse_case(setting: str, value: Any, *, grid: bool) -> Range | Categorical:
 
 def _parse_auto(setting: str, *, grid: bool) -> AutoRange:
     if setting.split(".")[2] != "lr":
-        raise UserError(f"{setting} must be a list of values or {{ low = ..., high = ... }}; 'auto' is for lr alone")
+        raise UserError(f"{setting} must be a list of values or {{ low = ..., high = ... }}; only lr may be 'auto'")
     if grid:
         raise UserError(f"{setting} must be a list, or low, high and points, for sampler 'grid', got 'auto'")
     return AutoRange()

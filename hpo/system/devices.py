@@ -66,7 +66,7 @@ def choose_devices(request: str) -> list[Device]:
             raise _unknown_device_error(name, devices)
         for device in matches:
             if device in chosen:
-                raise UserError(f"--devices must name each device once; {device.name} comes twice in {request!r}")
+                raise UserError(f"--devices must name each device once; {device.name} is named twice in {request!r}")
         chosen += matches
     return chosen
 
@@ -199,7 +199,7 @@ def _choose_free(devices: list[Device]) -> list[Device]:
             f" ({'; '.join(occupied)}); to share one, name it: --devices {cuda[0].name}, or take --devices cpu"
         )
     if occupied:
-        logger.warning("--devices auto skips what other processes occupy: %s", "; ".join(occupied))
+        logger.warning("--devices auto skips devices that other processes use: %s", "; ".join(occupied))
     return free or devices[:1]  # MPS comes before the CPU
 
 
@@ -222,7 +222,7 @@ def _cuda_devices() -> list[Device]:
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
         pass  # no NVIDIA driver, as on most machines
     except pynvml.NVMLError as error:
-        logger.warning("NVML fails (%s): torch is asked for CUDA devices instead, and cannot tell who uses them", error)
+        logger.warning("NVML fails (%s): torch lists the CUDA devices instead, and cannot tell which are in use", error)
     return _torch_cuda_devices()
 
 

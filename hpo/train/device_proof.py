@@ -110,7 +110,7 @@ class DeviceProof:
         try:
             output, _ = self._process.communicate(timeout=max(0.0, self._deadline_s - time.monotonic()))
         except subprocess.TimeoutExpired:
-            return f"it has computed nothing in {PROOF_S:g} s"
+            return f"it computed nothing in {PROOF_S:g} s"
         if self._process.returncode == 0:
             return None
         failed = [line.removeprefix(FAILED_PREFIX) for line in output.splitlines() if line.startswith(FAILED_PREFIX)]

@@ -271,7 +271,7 @@ def _arguments(training: TrainingConfig, *, device_type: str) -> dict[str, Any]:
     if name not in OPTIMIZERS:
         takes_decay = "weight_decay" in inspect.signature(_optimizer_class(name)).parameters or options is None
         if training.weight_decay and not takes_decay:
-            raise UserError(f"training.weight_decay has no meaning for optimizer {name}, which has no such argument")
+            raise UserError(f"training.weight_decay does not apply to optimizer {name}, which has no such argument")
         return arguments | ({"weight_decay": training.weight_decay} if takes_decay else {})
     arguments |= {key: getattr(training, key) for key in keys - {"beta1", "beta2", "eps"}}
     if "beta1" in keys:

@@ -101,7 +101,7 @@ def set_trained(model: nn.Module, training: TrainingConfig, *, epoch: int, num_c
     for pattern in training.freeze:
         frozen |= _covered_by(pattern, network, num_classes=num_classes, setting="training.freeze")
     if all(name in frozen for name, _ in network.named_parameters()):
-        raise UserError(f"training.freeze must leave something to train, got {list(training.freeze)}")
+        raise UserError(f"training.freeze must leave something to train; got {list(training.freeze)}")
     is_frozen_now = training.freeze_epochs is None or epoch < training.freeze_epochs
     for name, parameter in network.named_parameters():
         if name in frozen:

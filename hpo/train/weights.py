@@ -53,7 +53,7 @@ class FittedWeights:
         parts = [f"{len(self.loaded)} of {whole} tensors from {self.source}"]
         parts.append(f"the head is new ({_names_shown(self.new)})" if self.new else "the head too")
         if self.missing:
-            parts.append(f"not in the file, and so drawn at random: {_names_shown(self.missing)}")
+            parts.append(f"not in the file, so initialised at random: {_names_shown(self.missing)}")
         if self.left_out:
             parts.append(f"left out: {_names_shown(self.left_out)}")
         return "; ".join(parts)

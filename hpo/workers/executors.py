@@ -136,11 +136,11 @@ def choose_executor(
     """
     if executor is not None:
         if devices is not None or workers is not None or in_process:
-            raise UserError("executor has no meaning with its short forms: devices, workers and in_process")
+            raise UserError("executor cannot be combined with its short forms: devices, workers and in_process")
         return executor
     devices = "auto" if devices is None else devices
     if not in_process:
         return Local(devices, workers)
     if workers is not None:
-        raise UserError(f"workers has no meaning with in_process, got {workers}")
+        raise UserError(f"workers cannot be used with in_process, got {workers}")
     return InProcess(devices)

@@ -91,7 +91,7 @@ class FunctionRunner:
                 loop(trial)
         except bdb.BdbQuit as error:
             raise UserError(
-                f"{self._name} was left in the debugger, which needs a terminal: take breakpoint() out of it, or "
+                f"{self._name} was left in the debugger, which needs a terminal: remove breakpoint() from it, or "
                 "debug it with hpo run --in-process"
             ) from error
         finally:

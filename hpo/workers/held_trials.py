@@ -189,7 +189,7 @@ class HeldTrials:
         try:
             yield
         except ClaimLost:
-            logger.warning("trial %d is another worker's now; dropped", claim.number)
+            logger.warning("another worker has trial %d now; dropped", claim.number)
             self._claims.discard(claim)
 
     @contextmanager

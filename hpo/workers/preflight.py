@@ -96,7 +96,7 @@ def check_devices(devices: Collection[Device], proofs: Mapping[str, Proof]) -> N
         found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise UserError(f"--devices must name a device that can be used, and none can: {found}")
     for name, problem in problems.items():
-        logger.warning("the device %s cannot be used, and leaves the trials to the others: %s", name, problem)
+        logger.warning("the device %s cannot be used, so the others train its trials: %s", name, problem)
 
 
 def _check_readable(url: str) -> None:

@@ -155,7 +155,7 @@ class RayLauncher(Launcher):
         except (ray.exceptions.RayError, ConnectionError, *_grpc_errors()) as error:
             raise _as_our_error(error) from None
         if NO_NODE_FITS in (shortage := self._shortage(ray)):
-            logger.warning("it waits for room in the cluster: %s", shortage)
+            logger.warning("waiting for room in the cluster: %s", shortage)
         if look.problem is not None:
             raise StudyStopped(look.problem, can_resume=True)
 
@@ -178,7 +178,7 @@ class RayLauncher(Launcher):
         while not ray.wait([reference], timeout=TICK_S)[0]:
             if not has_warned and time.monotonic() - began > ROOM_WARNING_S:
                 has_warned = True
-                logger.warning("a node makes the range test, or has no room for it yet: %s", self._shortage(ray))
+                logger.warning("the range test runs on a node, or waits for room: %s", self._shortage(ray))
         try:
             return ray.get(reference)  # type: ignore[no-any-return]
         except ray.exceptions.RayTaskError as error:
@@ -371,7 +371,7 @@ def connection_hint(error: BaseException | None) -> str:
     """Return what to do about a cluster that refuses the connection, to append to the message."""
     while error is not None:
         if "InvalidAuthToken" in str(error):
-            return "; it wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless it is ~/.ray/auth_token"
+            return "; it needs a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless it is ~/.ray/auth_token"
         error = error.__cause__ or error.__context__
     return ""
 
@@ -384,7 +384,7 @@ def _as_our_error(error: Exception) -> Exception:
         return StudyStopped("the connection to the cluster broke", can_resume=True)
     message = " ".join(line for line in str(error).splitlines() if line and not line[0].isspace())  # without Ray's ids
     return StudyStopped(
-        f"what runs the study on the cluster is lost: {message[:500] or type(error).__name__}", can_resume=True
+        f"the study's supervisor on the cluster was lost: {message[:500] or type(error).__name__}", can_resume=True
     )
 
 

@@ -176,7 +176,7 @@ class LostDevices:
             if failures.machine in machines and failures.count >= MAX_DEVICE_FAILURES
         ]
         reasons = given_up or [lost[-1].describe_end()]
-        raise StudyStopped(f"no worker has a device left that it can use: {'; '.join(reasons)}", can_resume=True)
+        raise StudyStopped(f"no worker has a usable device left: {'; '.join(reasons)}", can_resume=True)
 
 
 def _processes(pool: WorkerPool) -> set[Process]:
@@ -197,7 +197,7 @@ def _drain(workers: Sequence[WorkerSlot], interrupted: Sequence[int], on_tick: C
     deadline = time.monotonic() + KILL_S
     while running := [worker for worker in workers if worker.is_running()]:
         if time.monotonic() > deadline + UNKILLABLE_S:
-            logger.warning("workers that cannot be killed are left behind: %d", len(running))
+            logger.warning("workers could not be killed: %d", len(running))
             break
         if time.monotonic() > deadline or len(interrupted) > 1:
             deadline = min(deadline, time.monotonic())

@@ -59,7 +59,7 @@ class WorkerDevice:
             return None
         if kind == "broken":
             return DeviceFailed(self.name, first_line(error))
-        logger.warning("%s failed: a new process tries it", self.name)
+        logger.warning("%s failed: trying it in a new process", self.name)
         with DeviceProof(self._torch_device, precisions=self._precisions, environment=self._environment) as proof:
             problem = proof.problem()
         if problem is None or failure_kind(RuntimeError(problem)) == "memory" or "busy or unavailable" in problem:
@@ -93,7 +93,7 @@ class WorkerDevice:
             thread.start()
             thread.join(PROOF_S)
             if thread.is_alive():
-                return TimeoutError(f"it has computed nothing in {PROOF_S:g} s")
+                return TimeoutError(f"it computed nothing in {PROOF_S:g} s")
         return errors[0] if errors else None
 
 

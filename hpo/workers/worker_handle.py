@@ -101,7 +101,7 @@ class WorkerProcess:
             if not (part := os.read(self._proof, 4096)):
                 return found.decode(errors="replace") or None
             found += part
-        return f"it has computed nothing in {PROOF_S:g} s"
+        return f"it computed nothing in {PROOF_S:g} s"
 
     def begin(self, log: Path) -> bool:
         """Have a process that was started early begin its task, and write to this log; return False without one."""

@@ -113,7 +113,7 @@ class NoStandardInput(io.TextIOWrapper):
 
     def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
         """Raise EOFError."""
-        raise EOFError("a worker has no standard input: take input() out of the training code")
+        raise EOFError("a worker has no standard input: remove input() from the training code")
 
 
 def _take_standard_input() -> int:

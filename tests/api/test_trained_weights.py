@@ -92,14 +92,14 @@ def test_a_wrong_file_or_code_that_is_not_allowed_is_one_sentence(folder: Path, 
     with pytest.raises(UserError, match=r"--weights must end in .safetensors, got 'best.pt'"):
         trained_weights.write_weights("s", "best.pt", storage=url(folder))
     file.write_text("precious")
-    with pytest.raises(UserError, match=r"best.safetensors exists and is no export of ours"):
+    with pytest.raises(UserError, match=r"best.safetensors exists and was not written by hpo export"):
         trained_weights.write_weights("s", file, storage=url(folder))
     with pytest.raises(UserError, match=r"best.safetensors must be a file that hpo export --weights wrote"):
         hpo.load_model(file)
     file.unlink()
     trained_weights.write_weights("s", file, storage=url(folder))
     trained_weights.write_weights("s", file, storage=url(folder))  # over its own
-    with pytest.raises(UserError, match=r"names the module 'own_small', which is .*allow=\['own_small'\]"):
+    with pytest.raises(UserError, match=r"needs code from the module 'own_small'; if .*allow=\['own_small'\]"):
         hpo.load_model(file)
     (tmp_path / "own_small.py").write_text(NETWORK.replace("* 64", "* 16"))
     with pytest.raises(UserError, match=r"other tensors than the network that own_small:small builds: .*size mismatch"):

@@ -196,7 +196,7 @@ def test_resume_enlarges_what_is_sampled_and_refuses_a_grid(hpo: Hpo, ran: Resul
     assert hpo(*sampled, "--in-process", "--devices", "cpu").returncode == 0
     result = hpo("resume", "sampled", "--trials", "2", "--devices", "cpu")
     assert result.returncode == 0, result.stderr
-    assert "going on: 1 of 2 trials are done already" in result.stdout
+    assert "resuming: 1 of 2 trials are done already" in result.stdout
     trials = json.loads(hpo("trials", "sampled", "--json").stdout)
     assert [trial["attempt"] for trial in trials] == [1, 1]
     assert hpo("resume", "sampled", "--trials", "1").returncode == 2
@@ -227,7 +227,7 @@ REQUESTS = {
     ("run", "tiny.toml", "--fresh"): ["hpo run --fresh needs --yes where nobody can be asked"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=resnet18"): ["did you mean 'torchvision:resnet18'"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nets.lazy"): ["did you mean 'nets:lazy'"],
-    ("init", "tiny"): ["tiny.toml exists, and hpo init writes over nothing"],
+    ("init", "tiny"): ["tiny.toml exists, and hpo init overwrites no file"],
     ("init", "--loop", "--data"): ["leave out --model and --data"],
     ("run", "tiny.toml", "--set", "training.epochs=0"): ["training.epochs must be at least 1, got 0", "tiny.toml"],
     ("run", "tiny.toml", "--set", "name=n", "--set", "model.name=nonsense"): [
@@ -279,7 +279,7 @@ REQUESTS = {
         "must be an SQLite or Postgres URL"
     ],
     ("run", "tiny.toml", "--set", "name=n", "--storage", "sqlite:///x.db?timeout=abc"): ["--storage"],
-    ("run", "tiny.toml", "--set", "name=n", "--in-process", "--workers", "2"): ["--workers has no meaning with"],
+    ("run", "tiny.toml", "--set", "name=n", "--in-process", "--workers", "2"): ["--workers cannot be used with"],
     ("best", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
     ("status", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],
     ("stop", "nonesuch"): ["there is no study 'nonesuch'", "tiny"],

@@ -73,12 +73,12 @@ MISTAKES = {
     "[pruner]\nname = 'median'\nwarmup = 1": ["unknown key pruner.warmup", "warmup_epochs"],
     "[trainings]\nlr = 1": ["unknown key trainings", "training"],
     "[confirmation]\ntop = 3": ["unknown key confirmation", "confirm"],
-    "[search]\ntrainings = 3.0": ["search.trainings is for sampler 'race', got sampler 'tpe'"],
+    "[search]\ntrainings = 3.0": ["search.trainings applies only to sampler 'race', got sampler 'tpe'"],
     "[search]\nsampler = 'race'\ntrials = 9": [
-        "search.trials has no meaning for sampler 'race', which takes search.trainings; got 9"
+        "search.trials does not apply to sampler 'race', which takes search.trainings; got 9"
     ],
-    "[search]\nsampler = 'race'\ntry_first = [{ lr = 0.001 }]": ["search.try_first has no meaning for sampler 'race'"],
-    "[search]\nsampler = 'race'\nhours = 2.0": ["search.hours has no meaning for sampler 'race', got 2.0"],
+    "[search]\nsampler = 'race'\ntry_first = [{ lr = 0.001 }]": ["search.try_first does not apply to sampler 'race'"],
+    "[search]\nsampler = 'race'\nhours = 2.0": ["search.hours does not apply to sampler 'race', got 2.0"],
     "[search]\nsampler = 'race'\ntrainings = 1.0": [
         "search.trainings must be at least 1.9 for 5 learning rates and training.epochs = 10, got 1"
     ],
@@ -89,21 +89,21 @@ MISTAKES = {
     "[pruner]\nname = 'hyperbrand'": ["pruner.name must be one of", "did you mean 'hyperband'"],
     "[training]\noptimizer = 'adm'": ["training.optimizer must be one of", "adadelta", "did you mean"],
     "[training]\nloss = 'crossentropy'": ["training.loss must be one of", "did you mean 'cross_entropy'"],
-    "[training]\nloss = 'focal'\nlabel_smoothing = 0.1": ["training.label_smoothing has no meaning for loss focal"],
-    "[training]\nloss = 'm:f'\nclass_weights = 'balanced'": ["training.class_weights has no meaning for loss m:f"],
-    "[training]\nfocal_gamma = 1": ["training.focal_gamma has no meaning for loss cross_entropy (only for focal)"],
+    "[training]\nloss = 'focal'\nlabel_smoothing = 0.1": ["training.label_smoothing does not apply to loss focal"],
+    "[training]\nloss = 'm:f'\nclass_weights = 'balanced'": ["training.class_weights does not apply to loss m:f"],
+    "[training]\nfocal_gamma = 1": ["training.focal_gamma does not apply to loss cross_entropy (only for focal)"],
     "[training]\nclass_weights = 'balancd'": ["training.class_weights must be 'balanced' or a list of numbers"],
     "[training]\nclass_weights = []": ["training.class_weights must be 'balanced' or a list of numbers", "got []"],
     "[training]\nclass_weights = [1, -1]": ["training.class_weights must be 'balanced' or a list of numbers"],
     "[training]\nmetric = 'accuracy'": ["training.metric must be one of", "did you mean 'val_accuracy'"],
     "[training]\nmetric_direction = 'minimize'": ["metric_direction must be left out, or 'maximize'", "'val_accuracy'"],
-    "[training]\nmetric = 'm:val_loss'": ["training.metric = 'm:val_loss' must have a name of its own"],
-    "[training]\nmetric = 'm:state'": ["training.metric = 'm:state' must have a name of its own"],
+    "[training]\nmetric = 'm:val_loss'": ["training.metric = 'm:val_loss' must have another name"],
+    "[training]\nmetric = 'm:state'": ["training.metric = 'm:state' must have another name"],
     "[training]\noptimizer = 'adamxa'": ["training.optimizer must be one of", "did you mean 'adamax'"],
     "[training]\noptimizer = 'lbfgs'": ["training.optimizer cannot be 'lbfgs': it calls the network several times"],
     "[training]\noptimizer = 'my.module:'": ["training.optimizer must be one of", "got 'my.module:'"],
     "[training]\noptimizer = 'm:C'\nmomentum = 0.9": [
-        "training.momentum has no meaning for optimizer m:C",
+        "training.momentum does not apply to optimizer m:C",
         "; m:C may take momentum in training.optimizer_options",
     ],
     "[training]\noptimizer = 'muon'\nnesterov = true": ["; muon may take nesterov in training.optimizer_options"],
@@ -145,7 +145,7 @@ MISTAKES = {
     "[training]\nfreeze = ['body']\nfreeze_epochs = 10": [
         "training.freeze_epochs must be less than training.epochs = 10, or left out to freeze to the end; got 10"
     ],
-    "[training]\nfreeze_epochs = 2": ["training.freeze_epochs has no meaning without training.freeze, got 2"],
+    "[training]\nfreeze_epochs = 2": ["training.freeze_epochs has no effect without training.freeze, got 2"],
     "[training]\nlayer_decay = 0.0": ["training.layer_decay must be greater than 0 and at most 1, got 0.0"],
     "groups.head.lr = [0.0]": ["search.space.groups.head.lr must be a number greater than 0, got 0.0"],
     "groups.head.l = [0.0]": ["the last part of search.space.groups.head.l must be one of lr, weight_decay; got 'l'"],
@@ -165,10 +165,10 @@ MISTAKES = {
     "[training]\nwarmup_epochs = 10": ["training.warmup_epochs must be less than training.epochs = 10, got 10"],
     "[training]\nlabel_smoothing = 1.0": ["training.label_smoothing must be at least 0 and less than 1"],
     "[training]\ngradient_clip = 0.0": ["training.gradient_clip must be greater than 0"],
-    "[training]\nmomentum = 0.9": ["training.momentum has no meaning for optimizer adam", "sgd"],
-    "[training]\noptimizer = 'sgd'\nbeta1 = 0.5": ["training.beta1 has no meaning for optimizer sgd"],
+    "[training]\nmomentum = 0.9": ["training.momentum does not apply to optimizer adam", "sgd"],
+    "[training]\noptimizer = 'sgd'\nbeta1 = 0.5": ["training.beta1 does not apply to optimizer sgd"],
     "[training]\noptimizer = 'sgd'\nnesterov = true": ["training.momentum must be greater than 0 with", "nesterov"],
-    "[training]\nstep_epochs = 3": ["training.step_epochs has no meaning for schedule constant", "step"],
+    "[training]\nstep_epochs = 3": ["training.step_epochs does not apply to schedule constant", "step"],
     "[training]\nschedule = 'multistep'\nmilestones = [5, 3]": ["training.milestones must be rising epochs"],
     "[training]\nlr = 0.1": ["training.lr has no effect together with search.space.lr, got 0.1"],
     "[training]\nschedule = 'multistep'": ["training.milestones must name at least one epoch"],
@@ -194,7 +194,7 @@ MISTAKES = {
     "[data]\nvalidation_fraction = 0.0": ["data.validation_fraction must be greater than 0 and less than 1, got 0.0"],
     "[data]\nvalidation_fraction = 1.0": ["data.validation_fraction must be greater than 0 and less than 1, got 1.0"],
     "[data]\ntrain_samples = 10\ntrain_fraction = 0.5": ["data.train_samples and data.train_fraction cannot both"],
-    "[pruner]\nname = 'asha'\npercentile = 25.0": ["pruner.percentile has no meaning for pruner 'asha'", "min_epochs"],
+    "[pruner]\nname = 'asha'\npercentile = 25.0": ["pruner.percentile does not apply to pruner 'asha'", "min_epochs"],
     "[pruner]\nname = 'threshold'": ["pruner.lower or pruner.upper must be set"],
     "[pruner]\nname = 'asha'\nreduction_factor = 1": ["pruner.reduction_factor must be at least 2, got 1"],
     "[objective]\nfunction = 'train'": ["objective.function must be written package.module:name, got 'train'"],
@@ -240,11 +240,11 @@ def test_a_goal_needs_a_learning_rate_and_percentage_points_an_accuracy() -> Non
     search = {"until": "1 point", "space": {"lr": [0.1, 0.2]}}
     loop = {"function": "m:f", "metric": "val_loss", "direction": "minimize"}
     with pytest.raises(
-        UserError, match=r"search\.until must be in decades where the metric is no accuracy but 'val_loss'"
+        UserError, match=r"search\.until must be in decades, as the metric is not an accuracy but 'val_loss'"
     ):
         StudySpec.from_dict({"name": "s", "search": search, "objective": loop})
     search = {"until": "1 point", "space": {"batch_size": [32, 64]}}
-    with pytest.raises(UserError, match=r"search\.until needs a learning rate, search\.space\.lr"):
+    with pytest.raises(UserError, match=r"search\.until needs a learning rate to determine, search\.space\.lr"):
         StudySpec.from_dict({"name": "s", "search": search, "training": {"lr": 0.1}})
     for auto in ("0.3 decades", "1 decade", ".5 points"):
         StudySpec.from_dict({"name": "s", "search": {"until": auto, "space": {"lr": "auto"}}})
@@ -293,8 +293,8 @@ def test_a_range_test_is_no_use_to_rprop(lr: str) -> None:
 
 SPACES = {
     "lr = 'automatic'": ["search.space.lr must be a list of values or { low", "'automatic'"],
-    "lr = [0.1]\nweight_decay = 'auto'": ["search.space.weight_decay must be", "'auto' is for lr alone"],
-    "lr = [0.1]\nmodel.lr = 'auto'": ["search.space.model.lr must be", "'auto' is for lr alone"],
+    "lr = [0.1]\nweight_decay = 'auto'": ["search.space.weight_decay must be", "only lr may be 'auto'"],
+    "lr = [0.1]\nmodel.lr = 'auto'": ["search.space.model.lr must be", "only lr may be 'auto'"],
     "lr = { low = 0.0, high = 0.1, log = true }": ["search.space.lr.low must be > 0 on a log scale, got 0.0"],
     "lr = { low = -1e-3, high = 0.1, log = true }": ["search.space.lr.low must be > 0 on a log scale, got -0.001"],
     "lr = { low = 0.0, high = 0.1 }": ["search.space.lr must be greater than 0, got 0.0"],
@@ -333,7 +333,7 @@ SPACES = {
     "'data.flips' = [true]": ["search.space: each key", "data.flip", "did you mean 'data.flip'"],
     "batch_size = { low = 16.5, high = 64 }": ["search.space.batch_size is wrong", "integer", "16.5"],
     "lr = [0.1]\noptimizer = ['adam', 'sdg']": ["search.space.optimizer must be one of", "'sdg'", "did you mean 'sgd'"],
-    "momentum = [0.5]\nlr = [0.1]": ["search.space.momentum has no meaning for optimizer adam"],
+    "momentum = [0.5]\nlr = [0.1]": ["search.space.momentum does not apply to optimizer adam"],
     "lr.by.optimizer.adam = { low = 1e-5, high = 1e-1 }": ["search.space.lr.by.optimizer must be a list"],
     "optimizer = ['adam']\nlr.by.optimizer.sgd = { low = 1e-5, high = 1e-1 }": ["by.optimizer must be one of adam"],
     "optimizer = ['adam', 'sgd']\nlr.by.optimizer.sgd = [0.1]": [

@@ -27,11 +27,11 @@ def spec(**search: Any) -> StudySpec:
 REFUSED = {
     "lr": "--widen must be KEY=LOW:HIGH, such as lr=1e-6:10, got 'lr'",
     "lr=1e-6:inf": "--widen must be KEY=LOW:HIGH",
-    "lr=1e-5:1e-1": "--widen lr must hold more than what is searched, 1e-05:0.1, got 1e-05:0.1",
-    "lr=1e-4:1": "--widen lr must hold more than what is searched, 1e-05:0.1, got 0.0001:1",
+    "lr=1e-5:1e-1": "--widen lr must include the searched range and more, 1e-05:0.1, got 1e-05:0.1",
+    "lr=1e-4:1": "--widen lr must include the searched range and more, 1e-05:0.1, got 0.0001:1",
     "lr=0:1": "search.space.lr.low must be > 0 on a log scale, got 0.0",
     "rl=1e-6:1": "--widen must be one of batch_size, lr, momentum, schedule; got 'rl'",
-    "batch_size=16.5:64": "--widen batch_size must be integers, as what is searched, got 16.5:64",
+    "batch_size=16.5:64": "--widen batch_size must be integers, like the searched range, got 16.5:64",
     "momentum=0:0.9": "--widen momentum needs a range without steps in search.space, got",
     "schedule=0:1": "--widen schedule needs a range without steps in search.space, got",
 }
@@ -46,7 +46,7 @@ def test_what_cannot_be_widened_is_refused_with_a_sentence(text: str) -> None:
 
 def test_a_grid_has_no_range_to_widen() -> None:
     grid = StudySpec.from_dict({"name": "s", "search": {"sampler": "grid", "space": {"lr": [0.1, 0.2]}}})
-    with pytest.raises(UserError, match="--widen has no meaning for sampler 'grid'"):
+    with pytest.raises(UserError, match="--widen does not apply to sampler 'grid'"):
         widened_spec(grid, {"lr": (0.01, 1.0)})
 
 

@@ -98,7 +98,7 @@ def test_a_race_is_shown_by_its_epochs(hpo: Hpo) -> None:
         display.watch(store, study)(store)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "5 trials in 10 epochs, race over lr" in shown
-    assert "going on: 5 of 10 epochs are done already" in shown
+    assert "resuming: 5 of 10 epochs are done already" in shown
     assert "5/10 epochs" in shown
     exit_code, output = hpo.here("status", "s")
     assert exit_code == 0

@@ -28,7 +28,7 @@ def test_only_a_report_of_ours_is_written_over_and_all_of_it_or_nothing(small: S
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.md"]
     for foreign in (b"mine", b"", b"<!doctype html>\n<p>about hpo report</p>", b"# hpo report\n<!-- hpo report -->"):
         path.write_bytes(foreign)
-        with pytest.raises(UserError, match="exists and is no report of ours"):
+        with pytest.raises(UserError, match="exists and was not written by hpo report"):
             write_report_file(path, b"x")
         assert path.read_bytes() == foreign
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):
@@ -44,6 +44,6 @@ def test_a_store_that_a_report_was_published_in_is_no_report(trained: Store, tmp
         source.backup(copy)
     before = database.read_bytes()
     for form in FORMATS.keys() - {"png", "svg"}:
-        with pytest.raises(UserError, match="is no report of ours"):
+        with pytest.raises(UserError, match="was not written by hpo report"):
             exporting.report("s", database, form=form, storage=str(trained.url))
     assert database.read_bytes() == before

@@ -96,7 +96,7 @@ def test_what_keeps_the_dashboard_from_being_renewed_ends_no_study_and_is_said_o
     with Publisher(trained, trained.studies.get("s")) as publisher:
         publisher._next = 0.0
         publisher.publish_if_due()
-    assert caplog.text.count("not renewed: attempt to write a readonly database") == 1
+    assert caplog.text.count("could not be updated: attempt to write a readonly database") == 1
 
 
 def test_a_look_returns_at_once_and_publishes_rarely(trained: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_a_device_that_hangs_is_a_finding_and_its_process_is_ended(
     monkeypatch.setattr(device_proof, "PROOF_S", 0.2)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with DeviceProof("cpu", precisions=["fp32"], environment=environment) as proof:
-        assert proof.problem() == "it has computed nothing in 0.2 s"
+        assert proof.problem() == "it computed nothing in 0.2 s"
     assert proof._process.poll() is not None
 
 

@@ -134,7 +134,7 @@ SENTENCES: list[tuple[dict[str, Any], str]] = [
         {"freeze": ["zzz"]},
         "training.freeze: 'zzz' names no module of the network; it has head, body, stem, norm, layer1, ",
     ),
-    ({"freeze": ["head", "body"]}, r"training.freeze must leave something to train, got \['head', 'body'\]"),
+    ({"freeze": ["head", "body"]}, r"training.freeze must leave something to train; got \['head', 'body'\]"),
 ]
 
 

@@ -108,7 +108,7 @@ def test_a_recipe_that_was_not_asked_for_is_a_sentence(
         ({"training": {"lr": 0.1, "mixup": 0.2}}, "training.mixup has no effect with objective.function, whose own"),
         (
             {"objective": {"lightning": "a:b", "recipe": True}},
-            "objective.recipe has no meaning with objective.lightning",
+            "objective.recipe cannot be used with objective.lightning",
         ),
         ({"objective": {"function": "loop:train"}}, "has no effect with objective.function, whose own code decides it"),
     ],

@@ -251,7 +251,7 @@ WRONG_OBJECTIVES: list[tuple[dict[str, Any], str]] = [
     ({"function": None, "lightning": None}, "objective must have either function, .* or lightning, "),
     ({"function": "a:b"}, "objective must have either function, .* or lightning, "),
     ({"datamodule": "Data"}, "objective.datamodule must be written package.module:name, got 'Data'"),
-    ({"function": "a:b", "lightning": None}, "objective.datamodule has no meaning with objective.function, got 'net:"),
+    ({"function": "a:b", "lightning": None}, "objective.datamodule cannot be used with objective.function, got 'net:"),
     ({"trainer": {"max_epoch": 3}}, "objective.trainer: each key must be one of accumulate_grad_batches, "),
 ]
 

@@ -312,7 +312,7 @@ def test_a_sick_worker_beside_a_healthy_one_fails_no_trial_and_the_study_complet
     assert run.returncode == 0, output
     assert is_finished(hpo, 6)
     assert {trial.attempt for trial in trials(hpo)} == {1}
-    assert "the device cuda:0 cannot be used, and leaves the trials to the others" in output
+    assert "the device cuda:0 cannot be used, so the others train its trials" in output
     assert [(one.device, one.count) for one in device_failures(hpo)] == [("cuda:0", MAX_DEVICE_FAILURES)]
     (log,) = hpo.folder.glob("hpo_files/*/logs/worker-1.log")
     said = [line for line in log.read_text().splitlines() if "the device cuda:0 cannot be used" in line]
@@ -350,7 +350,7 @@ def test_where_every_worker_has_lost_its_device_the_study_stops_with_one_sentenc
     with pytest.raises(StudyStopped) as caught:
         launcher.run(store, study, on_tick=lambda _: None)
     assert caught.value.can_resume
-    assert str(caught.value).startswith("no worker has a device left that it can use: cuda:0 of ")
+    assert str(caught.value).startswith("no worker has a usable device left: cuda:0 of ")
     assert tells_why(str(caught.value))
     assert "\n" not in str(caught.value)
     assert [(trial.state, trial.attempt) for trial in trials(hpo)] == [("waiting", 0)] * 3

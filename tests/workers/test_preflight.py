@@ -188,7 +188,7 @@ def test_a_device_that_cannot_be_used_is_found_before_training_and_the_others_do
 ) -> None:
     with proofs_of([SICK, CPU], precisions=["fp32"]) as proofs:
         check_devices([SICK, CPU], proofs)
-    assert "the device cuda:0 cannot be used, and leaves the trials to the others" in caplog.text
+    assert "the device cuda:0 cannot be used, so the others train its trials" in caplog.text
     with (
         proofs_of([SICK], precisions=["fp32"]) as proofs,
         pytest.raises(UserError, match="must name a device that can be used, and none can: cuda:0: ") as caught,
@@ -209,7 +209,7 @@ def test_an_image_of_the_test_set_that_cannot_be_read_is_found_before_training(t
     confirmed = StudySpec.from_dict({**settings, "confirm": {"top": 2, "seeds": 2}})
     (tmp_path / "test" / "dog" / "4.heic").write_bytes(b"")
     assert run_preflight(confirmed, {"cpu"})["images"].endswith(
-        "RGB 8; for the test: 8 of 40x30 pixels, RGB 8; left out: 1 files that are no images (.heic 1)"
+        "RGB 8; for the test: 8 of 40x30 pixels, RGB 8; left out: 1 files that are not images (.heic 1)"
     )
     (tmp_path / "test" / "dog" / "3.png").write_bytes(b"half a download")
     run_preflight(StudySpec.from_dict(settings), {"cpu"})  # a study without a confirmation never measures it

@@ -57,7 +57,7 @@ def executor_of(
     [
         ({"address": "local"}, r"^--on must be ray, auto or ray://HOST:PORT, got 'local'$"),
         ({"address": "ray://u:hunter2@h:1"}, r"HOST:PORT, got one with a login, which is not shown$"),
-        ({"threads": 4}, r"^--threads has no meaning with --on: --resource num_cpus=4 gives a worker its threads$"),
+        ({"threads": 4}, r"^--threads cannot be used with --on: --resource num_cpus=4 gives a worker its threads$"),
         ({"placement": "strict"}, r"^--placement must be one of pack, spread, got 'strict'$"),
         ({"resources": ("num_cpus",)}, r"^--resource must be NAME=AMOUNT, such as num_cpus=4, got 'num_cpus'$"),
         ({"resources": ("=4",)}, r"^--resource must be NAME=AMOUNT, such as num_cpus=4, got '=4'$"),
@@ -129,7 +129,7 @@ def test_devices_are_kinds_where_their_numbers_are_rays(make_spec: MakeSpec) -> 
 
 
 def test_a_cluster_and_this_process_exclude_each_other() -> None:
-    with pytest.raises(UserError, match=r"^--on has no meaning with --in-process$"):
+    with pytest.raises(UserError, match=r"^--on cannot be used with --in-process$"):
         executor_of(in_process=True)
 
 
@@ -138,7 +138,7 @@ def test_a_cluster_and_this_process_exclude_each_other() -> None:
     [
         (("run", "study.toml", "--detach"), "--detach needs a Ray that outlives this command"),
         (("run", "study.toml", "--detach", "--on", "ray"), "--detach needs a Ray that outlives this command"),
-        (("run", "study.toml", "--detach", "--in-process"), "--in-process has no meaning with --detach"),
+        (("run", "study.toml", "--detach", "--in-process"), "--in-process cannot be used with --detach"),
         (("run", "study.toml", "--resource", "num_cpus=2"), "--resource needs --on, a Ray cluster to ask"),
         (("run", "study.toml", "--placement", "spread"), "--placement needs --on, a Ray cluster to ask"),
         (("worker", "--stay", "--on", "auto"), "--stay is for workers of this machine"),

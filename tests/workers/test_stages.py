@@ -260,7 +260,7 @@ def test_a_loop_of_ones_own_is_confirmed_on_fresh_seeds_that_the_rates_share(hpo
     hpo.write(make_spec(0.1, 0.2, 0.4, pruner={"name": "median"}, confirm={"top": 2, "seeds": 2}), SAME)
     exit_code, output = hpo.here("run", "study.toml", "--devices", "cpu", "--workers", "2")
     assert exit_code == 0, output
-    assert "the search is done; trained again on fresh seeds: lr=0.2; lr=0.1" in output
+    assert "the search is done; training again on fresh seeds: lr=0.2; lr=0.1" in output
     trials = Store(hpo.url).trials.get_all(Store(hpo.url).studies.get("s"))
     seeds = [trial.attributes["seed"] for trial in trials]
     assert (seeds[3], seeds[5]) == (seeds[4], seeds[6])

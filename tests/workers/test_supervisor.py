@@ -93,13 +93,13 @@ def test_where_no_worker_has_a_device_left_the_study_stops_and_can_be_resumed(st
         store.workers.count_device_failure(study, device="cuda:0", host="box", reason="RuntimeError: no GPU")
     with pytest.raises(StudyStopped) as caught:
         run(store, study, Slot(EXIT_NO_DEVICE), Slot(EXIT_NO_DEVICE))
-    expected = "no worker has a device left that it can use: cuda:0 of box failed 3 times: RuntimeError: no GPU"
+    expected = "no worker has a usable device left: cuda:0 of box failed 3 times: RuntimeError: no GPU"
     assert (str(caught.value), caught.value.can_resume) == (expected, True)
 
 
 @on_sqlite
 def test_where_nobody_could_count_the_failure_the_worker_itself_says_why(store: Store, study: StudyRecord) -> None:
-    with pytest.raises(StudyStopped, match="left that it can use: Ray gave a worker GPU 0, where CUDA sees no device"):
+    with pytest.raises(StudyStopped, match="usable device left: Ray gave a worker GPU 0, where CUDA sees no device"):
         run(store, study, Slot(EXIT_NO_DEVICE, is_placed=False))
 
 
@@ -143,7 +143,7 @@ def test_a_worker_that_hangs_in_its_driver_keeps_no_command_from_ending(
     worker = Unkillable(None)
     run(store, study, worker, num_ticks=1)
     assert worker.num_kills > 0
-    assert "cannot be killed are left behind: 1" in caplog.text
+    assert "workers could not be killed: 1" in caplog.text
 
 
 def test_a_device_that_is_given_up_says_nothing_of_the_trials_on_it() -> None:

@@ -238,7 +238,7 @@ def test_a_hanging_device_is_given_up_by_its_worker(
     monkeypatch.setattr(worker_device, "prove_device", lambda *_, **__: hangs.wait())
     monkeypatch.setattr(worker_device, "PROOF_S", 0.1)
     loop("")
-    with pytest.raises(DeviceFailed, match=r"it has computed nothing in 0\.1 s"):
+    with pytest.raises(DeviceFailed, match=r"it computed nothing in 0\.1 s"):
         work_on_gpu(store, store.studies.create(make_spec(0.1), metadata={}))
     hangs.set()
 

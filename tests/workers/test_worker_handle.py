@@ -124,7 +124,7 @@ def test_a_worker_that_hangs_before_it_begins_is_a_finding(tmp_path: Path, monke
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("hpo.workers.worker_handle.PROOF_S", 0.2)
     worker = early(tmp_path, CPU, "fp32")
-    assert worker.problem() == "it has computed nothing in 0.2 s"
+    assert worker.problem() == "it computed nothing in 0.2 s"
     worker.dismiss()
 
 

@@ -87,7 +87,7 @@ def curves_caption(data: FigureData) -> str:
     if rates:
         caption += f", learning rates from {rate_text(min(rates))} to {rate_text(max(rates))}"
     if len(trials) > MAX_CURVES:
-        caption += f"; {MAX_CURVES} of them are drawn, even in their learning rates"
+        caption += f"; {MAX_CURVES} of them are drawn, spread evenly over the learning rates"
     best = next((trial for trial in _spread_over_rates(trials) if data.best and trial.number == data.best.trial), None)
     if best is not None:
         for metric in _shown_metrics(data):

@@ -207,7 +207,7 @@ def _image_folder(config: DataConfig) -> OpenedDataset:
         images = scan_folder(root / part)
         for name in images.images:
             if name not in classes:
-                raise UserError(f"data.root has images of a class in {root / part / name} that train/ has none of")
+                raise UserError(f"data.root has a class that train/ has no images of: {root / part / name}")
         return _file_images(images, classes, config, folder=root / part)
 
     if train == root:

@@ -81,9 +81,9 @@ def _scan(folder: Path) -> FoundImages:
     left_out = []
     if others:
         suffixes = Counter(path.suffix.lower() or "no ending" for path in others)
-        left_out.append(f"{len(others)} files that are no images ({listed(suffixes)})")
+        left_out.append(f"{len(others)} files that are not images ({listed(suffixes)})")
     if outside:
-        left_out.append(f"{len(outside)} images in no class's folder")
+        left_out.append(f"{len(outside)} images outside the folders of the classes")
     if empty:
         left_out.append(f"folders without an image ({listed(dict.fromkeys(empty))})")
     return FoundImages(images, left_out)
@@ -106,7 +106,7 @@ def describe_images(images: FileImages) -> str:
     needed_bits = max(9, brightest.bit_length())
     if brightest and needed_bits <= images.bits - UNUSED_BITS:
         text += (
-            f"; no number in those of 16 bits is above {brightest:,}: set data.bits = {needed_bits} if that is white"
+            f"; the largest value in images of 16 bits is {brightest:,}: set data.bits = {needed_bits} if that is white"
         )
     return f"{text}; left out: {'; '.join(images.left_out)}" if images.left_out else text
 

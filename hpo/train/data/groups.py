@@ -52,7 +52,7 @@ def group_numbers(images: LabeledImages, groups: str) -> Tensor:
         name_of = _matched_by(groups)
     else:
         raise UserError(
-            f"data.groups must be package.module:function or a CSV file where images are no files, got {groups!r}"
+            f"data.groups must be package.module:function or a CSV file for images that are not files, got {groups!r}"
         )
     numbers = dict[Any, int]()
     return torch.tensor([numbers.setdefault(name_of(key), len(numbers)) for key in keys], dtype=torch.int64)

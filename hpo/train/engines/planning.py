@@ -2,7 +2,7 @@
 
 On a CPU, where digits are promised, a rule decides (`stack_rule.py`). On a GPU three ways are measured and compared
 with one trial after another: captured lanes, and stacks with each way to compute convolutions. Whatever goes wrong
-while many lanes are measured means that so many do not fit.
+while many lanes are measured means that that many do not fit in memory.
 Shapes: K lanes, B batch, C H W image.
 """
 
@@ -93,7 +93,7 @@ def plan_lanes(
     if lanes == 1:
         return _plan_alone(kind, "engine.lanes = 1", lanes=1)
     if lanes is None and (max_lanes == 1 or not (is_one_kind or device.type == "cuda")):
-        return _plan_alone(kind, "nothing to share, or but one trial", lanes=num_interleaved, is_passing=True)
+        return _plan_alone(kind, "nothing to share, or only one trial", lanes=num_interleaved, is_passing=True)
     if lanes is None and _is_by_rule(device):
         return _plan_by_rule(config, data=data, device=device, max_lanes=max_lanes, num_interleaved=num_interleaved)
     counts = _doublings(max_lanes) if lanes is None else [lanes]
@@ -111,13 +111,15 @@ def plan_lanes(
                 best = max(measured, key=lambda one: one.rate)
                 captured.drop_idle(keep=best.lanes if best.is_captured else 0)  # room for the next way
     if not measured:
-        reason = f"its network trains alone, {'; '.join(refusals)}"
+        reason = f"its network cannot be stacked, {'; '.join(refusals)}"
         return _plan_alone(kind, reason, lanes=min(lanes or num_interleaved, num_interleaved))
     best = max(measured, key=lambda one: one.rate)
     reason = f"engine.lanes = {lanes}" if lanes else _speedups(measured, plain_rate)
     if best.rate <= MIN_SPEEDUP * plain_rate:
         captured.drop_idle()
-        return _plan_alone(kind, f"{reason}, but so many do not fit" if lanes else reason, lanes=num_interleaved)
+        return _plan_alone(
+            kind, f"{reason}, but that many do not fit in memory" if lanes else reason, lanes=num_interleaved
+        )
     return LanePlan(
         device=kind,
         lanes=best.lanes,
@@ -307,7 +309,7 @@ def _measure(way: Way, counts: Iterable[int], *, device: torch.device) -> list[M
 
 
 def _rate(way: Way, lanes: int, *, device: torch.device) -> float:
-    """Return the images a second over all lanes; 0 where so many do not fit, whatever says so.
+    """Return the images a second over all lanes; 0 where that many do not fit in memory, whatever says so.
 
     A GPU that lacks memory has many ways to say it; cuDNN, for one, is then "unable to find an engine".
     """

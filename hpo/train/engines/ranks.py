@@ -184,7 +184,7 @@ class DistributedEngine(RankEngine):
             while not is_over.wait(LOOK_S):
                 ended = next((other for other in self._others if not other.is_alive), None)
                 if ended is not None and not is_over.wait(WAIT_S):
-                    logger.error("%s; torch waits for it all the same, so the worker ends", ended.problem())
+                    logger.error("%s; torch would wait for it forever, so the worker ends", ended.problem())
                     os._exit(1)
 
         threading.Thread(target=watch, daemon=True, name="ranks").start()

@@ -39,8 +39,8 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / ".git").mkdir()
     assert scan_folder(tmp_path).left_out == [
-        "4 files that are no images (.txt 2, .csv 1, no ending 1)",
-        "1 images in no class's folder",
+        "4 files that are not images (.txt 2, .csv 1, no ending 1)",
+        "1 images outside the folders of the classes",
         "folders without an image (__pycache__, owl)",
     ]
 
@@ -100,7 +100,7 @@ def test_sizes_and_modes_are_described(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("brightest", "bits", "said"),
-    [(4095, 16, "is above 4,095: set data.bits = 12 if that is white"), (4095, 12, None), (40000, 16, None)],
+    [(4095, 16, "is 4,095: set data.bits = 12 if that is white"), (4095, 12, None), (40000, 16, None)],
 )
 def test_dark_images_of_16_bits_are_said(brightest: int, bits: int, said: str | None, tmp_path: Path) -> None:
     Image.new("I;16", (8, 8), brightest).save(tmp_path / "a.png")

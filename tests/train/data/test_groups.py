@@ -129,7 +129,7 @@ def test_groups_that_are_none_are_one_sentence(groups: str, message: str, patien
 
 def test_a_pattern_needs_files(functions: str) -> None:
     with pytest.raises(
-        UserError, match=r"data.groups must be package.module:function or a CSV file where images are no files"
+        UserError, match=r"data.groups must be package.module:function or a CSV file for images that are not files"
     ):
         load("digits", groups="a+")
 

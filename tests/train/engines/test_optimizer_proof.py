@@ -115,7 +115,7 @@ def test_options_and_keys_are_held_to_its_signature(tmp_path: Path) -> None:
     match = r"options.scal is not an option of optimizer own_optimizers:Kept \(did you mean 'scale'\?\), which"
     with pytest.raises(UserError, match=match):
         check("Kept", tmp_path, optimizer_options={"scal": 2.0})
-    with pytest.raises(UserError, match=r"training.weight_decay has no meaning for optimizer own_optimizers:Kept"):
+    with pytest.raises(UserError, match=r"training.weight_decay does not apply to optimizer own_optimizers:Kept"):
         check("Kept", tmp_path, weight_decay=0.1)
     with pytest.raises(UserError, match=r"optimizer_options.lr has a place of its own: training.lr or search.space.lr"):
         check("Signs", tmp_path, optimizer_options={"lr": 2.0})
