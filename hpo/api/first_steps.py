@@ -57,7 +57,9 @@ def write_first_study(name: str, *, examples: Collection[str] = ()) -> list[str]
     if "loop" in examples and len(examples) > 1:
         raise UserError("--loop writes a training loop, which has its own model and data: leave out --model and --data")
     steps = _look_around(Path())
-    if examples:
+    if "loop" in examples:
+        steps = FirstSteps()  # a loop has its own model and data
+    elif examples:
         steps.code.pop("loop", None)
     files = {}
     for kind in examples:

@@ -140,8 +140,8 @@ def _last_checkpoint(store: Store, study: StudyRecord, record: TrialRecord) -> C
     if checkpoint is None or checkpoint.epoch < max(record.epochs, default=0) or "data" not in checkpoint.state:
         reason = notes[0] if notes else f"its last checkpoint is not in {url} on this machine"
         raise UserError(
-            f"the weights of trial {record.number} of study {study.name!r} were not kept ({reason}); kept are those of "
-            f"checkpoints.keep_best = {study.spec.checkpoints.keep_best} trials and of confirmed rates. To train it "
+            f"the weights of trial {record.number} of study {study.name!r} were not kept ({reason}); the best "
+            f"{study.spec.checkpoints.keep_best} (checkpoints.keep_best) and those of confirmed rates are. To train it "
             f"again: hpo export {study.name} --trial {record.number} --output again.toml && hpo run again.toml"
         )
     return checkpoint

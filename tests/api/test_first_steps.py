@@ -92,6 +92,11 @@ def test_what_was_seen_is_said() -> None:
     assert told in write_first_study("second")
 
 
+def test_an_example_of_a_loop_uses_nothing_that_is_there() -> None:
+    modules("network")
+    assert write_first_study("first", examples=["loop"]) == ["wrote own_loop.py", "wrote first.toml"]
+
+
 RUNS = {"digits": [], "images": [], "classes": [], "model and data": ["model", "data"], "loop": ["loop"]}
 
 
