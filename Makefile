@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package and all that it uses.
-.PHONY: help setup demo test test-all lint audit docs bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-fine-tuning bench-ray bench-scale chaos constraints clean
+.PHONY: help setup demo test test-all lint audit docs bench bench-gpu bench-search bench-analysis bench-curves bench-report bench-range-test bench-fine-tuning bench-ray bench-scale bench-store bench-many chaos constraints clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests start hundreds of processes; without its .pyc files each would compile the package again.
@@ -79,6 +79,13 @@ bench-ray: setup ## measure what Ray costs
 
 bench-scale: setup ## measure many workers on one store
 	$(BIN)/python -m scripts.bench.scale $(SCALE)
+
+bench-store: setup ## measure the store under load, and its reports beside plain Optuna
+	$(BIN)/python -m scripts.bench.store_rates
+	$(BIN)/python -m scripts.bench.store $(STORE)
+
+bench-many: setup ## measure the commands that read, on large stores
+	$(BIN)/python -m scripts.bench.many $(MANY)
 
 chaos: setup ## run a study under faults of every kind
 	$(BIN)/python -m scripts.chaos $(CHAOS)

@@ -111,8 +111,8 @@ def seconds_of(url: str, command: str, study: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stores", nargs="+", default=["sqlite", "postgres"])
-    parser.add_argument("--trials", nargs="+", type=int, default=[5_000, 20_000])
-    parser.add_argument("--studies", nargs="+", type=int, default=[1_000])
+    parser.add_argument("--trials", nargs="*", type=int, default=[5_000, 20_000])
+    parser.add_argument("--studies", nargs="*", type=int, default=[1_000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
