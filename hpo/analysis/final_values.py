@@ -4,10 +4,10 @@ The value over log10 of the learning rate and the log of the epoch is a Gaussian
 over both at once: Swersky et al., Freeze-Thaw Bayesian Optimization, arXiv 1406.3896). It is the sum of what epochs
 bring at all learning rates and of what this one brings. Most of the latter lasts from the first epoch to the last: a
 rate that is far behind early is seldom the best one in the end. So a pruned trial counts with what the others gained
-since, and stays behind them by about as much. A trial is off by one amount, which stands for its seed; and off at each
-epoch by as much as its own curve is rough. Seeds matter more where curves are rougher. The process is not fitted once:
-it is averaged over a grid of its hyperparameters, each weighed by how well it explains the curves, because with 20 to
-40 trials several explain them well.
+since, and stays behind them by about as much. A trial is off by the luck of its seed, which lasts as long as what its
+learning rate brings, or fades; and off at each epoch by as much as its own curve is rough. Seeds matter more where
+curves are rougher. The process is not fitted once: it is averaged over a grid of its hyperparameters, each weighed by
+how well it explains the curves, because with 20 to 40 trials several explain them well.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ AMPLITUDES = (0.03, 0.1, 0.3, 1.0, 2.0)  # of what depends on the learning rate,
 NOISES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a trial with a curve of usual roughness, in the same
 USUAL_LENGTH = 0.7  # decades, of the log-normal prior
 LEAST_USUAL_NOISE = 0.05  # of the log-normal prior where curves are smooth, in standard deviations of all points
+FADING_LENGTH = 1.0  # powers of e of the epoch over which the luck of a seed bends where it fades
+FADING_POWER = 0.3  # it is then in proportion to the epoch to the power of minus this
 SEED_OVER_ROUGHNESS = 1.5  # how much more two seeds differ than two epochs of a curve
 WARP_SIZES = (math.inf, 1.0)  # in standard deviations of all values
 WARP_PENALTY = 3.0  # of the log evidence: without a reason the line is not warped
 LARGEST_WARPED = 30.0  # below the best value; its exponential is no infinite number
-TRUST = 0.6  # share of the evidence that counts: points of a curve say less than as many trials would
+TRUST = 0.6  # what points say counts as this share of them would: those of a curve say less than as many trials
 JITTER = 1e-8  # of variances, against rounding
 MISFIT = 0.01  # of each point, in standard deviations of all points
 AVERAGED = 0.2  # a point is the mean over this last share of its epochs
@@ -136,16 +138,15 @@ def _warps(curves: Sequence[Curve]) -> list[_Warp]:
 
 @dataclass(frozen=True)
 class _Fit:
-    """A process with one choice of its hyperparameters, fitted to points."""
+    """A process with one choice of its hyperparameters, and how well it explains the points."""
 
     epoch_length: float
     share: float
     length: float
     amplitude: float
     noise: float
+    is_fading: bool
     evidence: float
-    root: Array
-    whitened: Array
 
 
 class _Model:
@@ -157,28 +158,28 @@ class _Model:
         self._points = points = _points(curves, self._roughness, num_epochs)
         self._mean = float(points.line.mean())
         self._scale = float(points.line.std()) or 1e-9 * (abs(self._mean) or 1.0)
+        self._values = (points.line - self._mean) / self._scale
 
     def fits(self) -> Iterator[_Fit]:
-        """Fit a process with each choice of the hyperparameters."""
+        """Weigh each choice of the hyperparameters."""
         import numpy as np
         from scipy.linalg import solve_triangular
 
-        points = self._points
+        points, values = self._points, self._values
         usual_noise = max(SEED_OVER_ROUGHNESS * self._roughness.usual / self._scale, LEAST_USUAL_NOISE)
         apart, apart_in_time = abs(points.x[:, None] - points.x), abs(points.time[:, None] - points.time)
-        same_trial = (points.trial[:, None] == points.trial) * np.outer(points.roughness, points.roughness)
-        own = np.diag(points.variance / self._scale**2 + MISFIT**2)
         gained = {length: _matern(apart_in_time, length) for length in EPOCH_LENGTHS}
         lasting = {share: _lasting(apart_in_time, share) for share in LASTING_SHARES}
         near = {length: _matern(apart, length) for length in LENGTHS}
-        values = (points.line - self._mean) / self._scale
+        lucks = {kind: self._luck(*kind) for kind in itertools.product(LASTING_SHARES, (False, True))}
+        own = self._own()
         of_warp = self._warp.log_slopes(points.line) - len(values) * math.log(self._scale)
         of_warp -= 0 if math.isinf(self._warp.size) else WARP_PENALTY
-        for epoch_length, share, length, amplitude, noise in itertools.product(
-            EPOCH_LENGTHS, LASTING_SHARES, LENGTHS, AMPLITUDES, NOISES
+        for epoch_length, share, length, amplitude, noise, is_fading in itertools.product(
+            EPOCH_LENGTHS, LASTING_SHARES, LENGTHS, AMPLITUDES, NOISES, (False, True)
         ):
-            depends = amplitude**2 * near[length] + noise**2 * same_trial
-            root = np.linalg.cholesky(gained[epoch_length] + lasting[share] * depends + own)
+            depends = amplitude**2 * lasting[share] * near[length]
+            root = np.linalg.cholesky(gained[epoch_length] + depends + noise**2 * lucks[share, is_fading] + own)
             whitened = solve_triangular(root, values, lower=True)
             # Log-normal priors: the values of usual networks are the most common.
             prior = (
@@ -188,21 +189,39 @@ class _Model:
             )
             misfit = 0.5 * (whitened @ whitened + math.hypot(*prior) ** 2)
             evidence = of_warp - misfit - np.log(np.diag(root)).sum()
-            yield _Fit(epoch_length, share, length, amplitude, noise, evidence, root, whitened)
+            yield _Fit(epoch_length, share, length, amplitude, noise, is_fading, evidence)
 
     def draw(self, fit: _Fit, x: Array, times: int, random: np.random.Generator) -> Array:
         """Draw values at the end of training, at each x, as they are on the line."""
         import numpy as np
         from scipy.linalg import solve_triangular
 
-        points = self._points
-        alike = fit.amplitude**2 * _matern(abs(x[:, None] - points.x), fit.length)
-        across = _matern(points.time, fit.epoch_length) + _lasting(points.time, fit.share) * alike
-        explained = solve_triangular(fit.root, across.T, lower=True)
-        covariance = 1 + fit.amplitude**2 * _matern(abs(x[:, None] - x), fit.length) - explained.T @ explained
+        points, at_end = self._points, np.zeros(len(x))
+        off = fit.noise**2 * self._luck(fit.share, fit.is_fading) + self._own()
+        root = np.linalg.cholesky(_alike(fit, points.x, points.time, points.x, points.time) + off / TRUST)
+        explained = solve_triangular(root, _alike(fit, points.x, points.time, x, at_end), lower=True)
+        covariance = _alike(fit, x, at_end, x, at_end) - explained.T @ explained
         spread = np.linalg.cholesky(covariance + JITTER * np.diag(np.diag(covariance) + 1)).T
-        drawn = explained.T @ fit.whitened + random.standard_normal((times, len(x))) @ spread
+        expected = explained.T @ solve_triangular(root, self._values, lower=True)
+        drawn = expected + random.standard_normal((times, len(x))) @ spread
         return self._warp.invert(drawn * self._scale + self._mean)
+
+    def _luck(self, share: float, is_fading: bool) -> Array:
+        """Return how alike points are by the luck of their seed, which fades, or lasts as what a rate brings does."""
+        import numpy as np
+
+        points = self._points
+        apart_in_time = abs(points.time[:, None] - points.time)
+        size = points.roughness * (np.exp(-FADING_POWER * points.time) if is_fading else 1)
+        alike = _matern(apart_in_time, FADING_LENGTH) if is_fading else _lasting(apart_in_time, share)
+        luck: Array = (points.trial[:, None] == points.trial) * np.outer(size, size) * alike
+        return luck
+
+    def _own(self) -> Array:
+        """Return the covariance of what each point is off by on its own, as its curve is rough."""
+        import numpy as np
+
+        return np.diag(self._points.variance / self._scale**2 + MISFIT**2)
 
     def noises_at(self, fits: Sequence[_Fit], x: Array, line: Array) -> Array:
         """Return the standard deviation of a trial's last value at each x, by each fit, where the mean is `line`."""
@@ -290,6 +309,13 @@ def _windows(curve: Curve, count: int) -> list[tuple[int, int]]:
         windows.append((min(max(before, int(last * (1 - AVERAGED))), last - 1), last))
         before = last
     return windows
+
+
+def _alike(fit: _Fit, x: Array, time: Array, other_x: Array, other_time: Array) -> Array:
+    """Return the covariance of the process at two sets of learning rates and times, without what trials are off by."""
+    apart_in_time = abs(time[:, None] - other_time)
+    depends = fit.amplitude**2 * _matern(abs(x[:, None] - other_x), fit.length)
+    return _matern(apart_in_time, fit.epoch_length) + depends * _lasting(apart_in_time, fit.share)
 
 
 def _lasting(apart_in_time: Array, share: float) -> Array:
