@@ -161,6 +161,32 @@ def test_a_pruned_trial_counts_with_what_others_gained_since_and_less_the_younge
     assert bands[1] < bands[0] < alone.high[at(alone, 10**-4.75)] - alone.low[at(alone, 10**-4.75)]
 
 
+def with_luck(fading: float, *, seed: int) -> list[ObservedTrial]:
+    """Return whole trials, but none near the best rate, where two unlucky ones were pruned after their first epoch."""
+    random = np.random.default_rng(seed)
+    trials = []
+    for x in np.linspace(-5, -1, 17):
+        luck = 0.08 * random.standard_normal()
+        values = curve(hill(x) + (0 if fading else luck))
+        early = [luck * epoch**-fading if fading else 0 for epoch in range(1, 31)]
+        seen = [value + more + 0.002 * random.standard_normal() for value, more in zip(values, early, strict=True)]
+        trials.append(trained(float(x), seen))
+    pruned = [trained(x, [curve(hill(x))[0] - 0.08], "pruned") for x in (-3.1, -2.9)]
+    return [trial for trial in trials if abs(trial.x + 3) > 0.3] + pruned
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+def test_early_luck_that_others_lost_by_the_end_leaves_little_doubt(seed: int) -> None:
+    found = response(with_luck(0.7, seed=seed), num_epochs=30)
+    assert found.interval[0] < 1e-3 < found.interval[1] < 10 * found.interval[0]
+    assert found.mean[at(found, 1e-3)] == pytest.approx(hill(-3), abs=0.05)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4])
+def test_luck_that_lasts_to_the_end_is_noise(seed: int) -> None:
+    assert response(with_luck(0, seed=seed), num_epochs=30).noise > 0.03
+
+
 def test_rates_at_which_all_were_pruned_at_chance_are_not_recommended() -> None:
     whole = [trained(x, curve(hill(x))) for x in (-3.4, -3.2, -3.0, -2.8)]
     pruned = [trained(x, [0.1, 0.1, 0.1], "pruned") for x in (-2.2, -2.0, -1.8, -1.6, -1.4, -1.2)]
