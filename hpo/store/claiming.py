@@ -21,7 +21,7 @@ from hpo.study.records import Claim
 
 FITS = slots_table.c.exclusive == 0
 # Which slots suit a worker, in the order of preference; "harmless" ones alone if it holds a trial.
-KINDS: dict[str, sa.ColumnElement[bool]] = {
+CLAIM_ORDER: dict[str, sa.ColumnElement[bool]] = {
     "harmless": FITS & (slots_table.c.crashes == 0),
     "usual": FITS & (slots_table.c.crashes < MAX_TRIAL_CRASHES),
     "suspect": FITS,
@@ -70,7 +70,7 @@ def read_waiting(
         rows[row.part].append(row)
     (last,) = rows["queue"]
     queue = Queue(*(getattr(last, name) for name in Queue._fields))
-    return Waiting(queue, rows["neighbour"], [row for kind in KINDS for row in rows[kind]])
+    return Waiting(queue, rows["neighbour"], [row for kind in CLAIM_ORDER for row in rows[kind]])
 
 
 def build_waiting(dialect_name: str, holds_others: bool, has_last_seed: bool, has_without: bool) -> list[Any]:
@@ -84,7 +84,7 @@ def build_waiting(dialect_name: str, holds_others: bool, has_last_seed: bool, ha
     # A query for each, not one ORDER BY, so that the index gives the first at once and nothing is sorted.
     parts = {
         kind: waiting.where(condition).order_by(slots.number).limit(1)
-        for kind, condition in KINDS.items()
+        for kind, condition in CLAIM_ORDER.items()
         if (kind == "harmless") == holds_others
     }
     parts |= {"neighbour": on_same_device(sa.bindparam("of_worker_id", type_=sa.String))}

@@ -24,7 +24,7 @@ from hpo.store.schema import (
 )
 
 # Under these names the parts of a trial share columns; those that are not numbers or texts have their own.
-PARTS: dict[str, tuple[sa.Table, dict[str, str]]] = {
+TRIAL_PARTS: dict[str, tuple[sa.Table, dict[str, str]]] = {
     "trial": (
         optuna_trials,
         {"place": "number", "state": "state", "began": "datetime_start", "ended": "datetime_complete"},
@@ -53,7 +53,7 @@ def read_frozen_trials(connection: Connection, condition: sa.ColumnElement[bool]
         part: sa.select(table.c.trial_id, *(table.c[column].label(name) for name, column in columns.items())).where(
             table.c.trial_id.in_(chosen)
         )
-        for part, (table, columns) in PARTS.items()
+        for part, (table, columns) in TRIAL_PARTS.items()
     }
     parts: dict[int, dict[str, list[Any]]] = {}
     for row in connection.execute(union_of(queries)):
@@ -64,7 +64,7 @@ def read_frozen_trials(connection: Connection, condition: sa.ColumnElement[bool]
 def _frozen_trial(trial_id: int, parts: dict[str, list[Any]]) -> FrozenTrial:
     (trial,) = parts["trial"]
     params = sorted(parts["param"], key=lambda row: row.place)  # in the order in which they were drawn
-    distributions = {row.name: _distribution(row.json) for row in params}
+    distributions = {row.name: _read_distribution(row.json) for row in params}
     values: list[float] = [0.0 for _ in parts["value"]]
     for row in parts["value"]:
         values[row.place] = TrialValueModel.stored_repr_to_value(row.number, row.value_type)
@@ -88,6 +88,6 @@ def _frozen_trial(trial_id: int, parts: dict[str, list[Any]]) -> FrozenTrial:
 
 
 @functools.lru_cache(maxsize=1000)
-def _distribution(text: str) -> BaseDistribution:
+def _read_distribution(text: str) -> BaseDistribution:
     """Return the distribution of a JSON text: those of a study's trials are the same few."""
     return json_to_distribution(text)

@@ -19,7 +19,7 @@ from hpo.study.records import Claim
 # Called with the name of the dialect and the shape; returns statements that change different rows, or one that reads.
 Build = Callable[..., Sequence[Any]]
 CLAIM = ("study_id", "number", "attempt", "trial_id", "worker_id")
-Row = dict[str, sa.BindParameter[Any]]
+NamedRow = dict[str, sa.BindParameter[Any]]
 
 
 def execute_prepared(
@@ -44,7 +44,7 @@ def _prepare(build: Build, dialect_name: str, *shape: Any) -> list[Any]:
     return join_statements(dialect_name, build(dialect_name, *shape))
 
 
-def named_rows(name: str, columns: Iterable[str], count: int) -> list[Row]:
+def named_rows(name: str, columns: Iterable[str], count: int) -> list[NamedRow]:
     """Return rows of named values, which `row_values` gives."""
     return [{column: sa.bindparam(f"{name}_{index}_{column}") for column in columns} for index in range(count)]
 

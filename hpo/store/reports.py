@@ -15,7 +15,7 @@ from hpo.config.study_spec import StudySpec
 from hpo.store.conditions import is_held
 from hpo.store.database import Database, clock_of, upsert
 from hpo.store.ledger import LEASE_S, Verdict
-from hpo.store.prepared import Row, claim_values, execute_prepared, named_claim, named_rows, row_values
+from hpo.store.prepared import NamedRow, claim_values, execute_prepared, named_claim, named_rows, row_values
 from hpo.store.pruning import ask_pruner
 from hpo.store.racing import Race, read_race
 from hpo.store.schema import (
@@ -107,7 +107,7 @@ def record_epochs(
 
 
 EPOCH = ("study_id", "number", "epoch", "attempt", "metrics")
-VALUE = ("trial_id", "step", "intermediate_value", "intermediate_value_type")
+VALUE_COLUMNS = ("trial_id", "step", "intermediate_value", "intermediate_value_type")
 SLOT = ("study_id", "number", "epoch", "pruned_at")
 NOTE = ("trial_id", "key", "value_json")
 
@@ -120,7 +120,7 @@ def build_recording(dialect_name: str, num_reports: int, num_notes: int) -> list
         is_of_trial = (epochs.study_id == row["study_id"]) & (epochs.number == row["number"])
         statements.append(epochs_table.delete().where(is_of_trial, epochs.epoch > row["epoch"]))
         statements.append(upsert(dialect_name, epochs_table, row, ["study_id", "number", "epoch"]))
-    for row in named_rows("value", VALUE, num_reports):
+    for row in named_rows("value", VALUE_COLUMNS, num_reports):
         is_later = (intermediate_values.c.trial_id == row["trial_id"]) & (intermediate_values.c.step > row["step"])
         statements.append(intermediate_values.delete().where(is_later))
         statements.append(upsert(dialect_name, intermediate_values, row, ["trial_id", "step"]))
@@ -129,7 +129,7 @@ def build_recording(dialect_name: str, num_reports: int, num_notes: int) -> list
     return statements + [_advance(dialect_name, row) for row in named_rows("slot", SLOT, num_reports)]
 
 
-def _advance(dialect_name: str, row: Row) -> sa.Update:
+def _advance(dialect_name: str, row: NamedRow) -> sa.Update:
     """Return the statement that extends a lease, and notes an epoch that no attempt has reached before."""
     slots = slots_table.c
     is_new = slots.last_epoch < row["epoch"]

@@ -286,9 +286,7 @@ class LaneRunner:
         except Exception as error:
             if to == 0 or not is_out_of_memory(error):
                 raise
-            logger.warning(
-                "out of memory with %d trials; training at most %d at once from now on", len(self._lanes), to
-            )
+            logger.warning("out of memory with %d trials; from now on at most %d at once", len(self._lanes), to)
             self._engine.limit_lanes(to)
             for claim in claims:
                 self._held.release(claim)

@@ -124,7 +124,7 @@ def test_a_file_without_a_login_is_refused(tmp_path: Path) -> None:
         b"": "holds no login; .*--add-user NAME adds one",
         b"# none\n": "holds no login",
         b"ada:\xff": "cannot be read: it is not UTF-8 text",
-        f"ada:{hashed('a')}\nada:{hashed('b')}\n".encode(): "line 2: every name must be there once",
+        f"ada:{hashed('a')}\nada:{hashed('b')}\n".encode(): "line 2: every name must occur once",
     }.items():
         if content is not None:
             file.write_bytes(content)

@@ -233,7 +233,7 @@ def test_of_a_last_layer_on_a_frozen_body_the_loss_alone_counts() -> None:
     assert found.leaps is None
     assert found.edge is not None
     assert found.high == pytest.approx(min(found.edge * module.LINEAR_HIGH_OVER_DIVERGENCE, module.MAX_LR))
-    assert "the last layer alone is trained" in "\n".join(range_test_report(Ramp({}, found).as_dict()))
+    assert "only the last layer is trained" in "\n".join(range_test_report(Ramp({}, found).as_dict()))
     some = range_test(replace(make_config(), training=replace(frozen, freeze=("0", "2"))))
     assert not some.is_linear
     assert some.lrs != found.lrs

@@ -53,7 +53,7 @@ def draw_comparison(found: Comparison) -> go.Figure:
     drawn = [math.log10(rate) for _, study in known for rate in _drawn_rates(study)] or [-4.0, -1.0]
     margin = 0.04 * (max(drawn) - min(drawn)) or 0.5
     figure.update_xaxes(**rate_axis(range=[min(drawn) - margin, max(drawn) + margin]))
-    names = [_row_name(study) for study in found.studies]
+    names = [_study_label(study) for study in found.studies]
     figure.update_yaxes(tickvals=list(rows), ticktext=names, range=[len(rows) - 0.5, -0.5], showgrid=False)
     return lay_out(figure, height=150 + ROW_PIXELS * len(rows), margin={"l": 8, "r": 8, "t": 70, "b": 8})
 
@@ -65,7 +65,7 @@ def _drawn_rates(study: ComparedStudy) -> list[float]:
     return [*(rate for pair in pairs for rate in pair), *single]
 
 
-def _row_name(study: ComparedStudy) -> str:
+def _study_label(study: ComparedStudy) -> str:
     """Return the study's name and, on a line of their own, the values of listed parameters."""
     listed = study.label.removeprefix(study.study).strip()
     return "<br>".join(escape_plotly(text) for text in (study.study, listed) if text)

@@ -2,7 +2,7 @@
 
 On a CPU, where digits are promised, a rule decides (`stack_rule.py`). On a GPU three ways are measured and compared
 with one trial after another: captured lanes, and stacks with each way to compute convolutions. Whatever goes wrong
-while many lanes are measured means that that many do not fit in memory.
+while many lanes are measured means that there is too little memory for them.
 Shapes: K lanes, B batch, C H W image.
 """
 
@@ -117,9 +117,7 @@ def plan_lanes(
     reason = f"engine.lanes = {lanes}" if lanes else _speedups(measured, plain_rate)
     if best.rate <= MIN_SPEEDUP * plain_rate:
         captured.drop_idle()
-        return _plan_alone(
-            kind, f"{reason}, but that many do not fit in memory" if lanes else reason, lanes=num_interleaved
-        )
+        return _plan_alone(kind, reason + (", but they do not fit in memory" if lanes else ""), lanes=num_interleaved)
     return LanePlan(
         device=kind,
         lanes=best.lanes,

@@ -292,7 +292,7 @@ def test_other_networks_fall_back_and_say_why(kind: str, reason: str) -> None:
     [
         ({"data": {"placement": "stream"}}, "images are not on the device"),
         ({"compile": True}, "training.compile"),
-        ({"optimizer": "asgd"}, "alone, optimizer 'asgd' has no update rule for several trials at once"),
+        ({"optimizer": "asgd"}, "cannot be stacked, optimizer 'asgd' has no update rule for several trials at once"),
         ({"loss": "bce"}, "a stack has no loss but the cross-entropy without class weights"),
         ({"class_weights": "balanced"}, "a stack has no loss but the cross-entropy without class weights"),
         ({"optimizer_options": {"amsgrad": True}}, "know no training.optimizer_options"),

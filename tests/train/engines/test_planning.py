@@ -127,7 +127,7 @@ def test_whatever_is_raised_with_many_lanes_means_that_they_do_not_fit(
     assert plan(config).lanes == max(1, most)
     found = plan(config, lanes=4)
     assert (found.lanes, found.is_at_once) == (1, False)
-    assert "that many do not fit in memory" in found.reason
+    assert "they do not fit in memory" in found.reason
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__ + str(error)[:4])
