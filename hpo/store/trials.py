@@ -43,6 +43,7 @@ class Trials:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._ledger = Ledger(database)
+        self._has_claimed = False
         self.retry = database.retry
 
     @retry_on_outage
@@ -56,6 +57,10 @@ class Trials:
         """
         if not _may_lock(self._database, study):
             return None
+        if not self._has_claimed:  # to build a statement takes longer than to claim: not while others wait for the lock
+            with self._database.connect() as connection:
+                read_waiting(connection, study.study_id, worker_id, num_held=num_held)
+            self._has_claimed = True
         with self._database.transaction() as connection:
             if not lock_to_claim(connection, study):  # one claim at a time: slot n becomes Optuna's trial n
                 return None
