@@ -58,9 +58,11 @@ class JoinedStorage(RDBStorage):
     Attributes:
         cached: The same storage, which reads each finished trial from the database once.
         compared_trials: What pruners have compared so far, by study and trial.
+        own_values: The last attempt at a trial that a pruner has judged, and the values that it had, by trial.
     """
 
     compared_trials: dict[int, Mapping[int, FrozenTrial]]
+    own_values: dict[int, tuple[int, dict[int, float]]]
 
     def __init__(self, url: URL, *, skip_compatibility_check: bool = False) -> None:
         super().__init__(
@@ -77,6 +79,7 @@ class JoinedStorage(RDBStorage):
         """Forget the trials that were read so far."""
         self.cached = get_storage(self)
         self.compared_trials = {}
+        self.own_values = {}
 
     def _session(self) -> Session:
         connection: Connection | None = getattr(self._joined, "connection", None)

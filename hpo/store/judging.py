@@ -46,7 +46,7 @@ class ComparedTrials:
     def should_prune(self, study_name: str, pruner: BasePruner, trial_id: int) -> bool:
         """Return whether the pruner stops a trial now; it sees what it has noted on others before."""
         study = optuna.Study(study_name, cast(BaseStorage, self), pruner=pruner)
-        return bool(pruner.prune(study, copy.deepcopy(self._trials[trial_id])))
+        return bool(pruner.prune(study, copy.copy(self._trials[trial_id])))
 
     def get_study_id_from_name(self, study_name: str) -> int:
         """Return an id; there is one study."""
