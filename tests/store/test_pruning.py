@@ -137,3 +137,26 @@ def test_no_trial_that_confirms_is_compared(store: Store, make_spec: MakeSpec, p
     reports = [EpochReport(held[0], 1, {}, 0.5, may_prune=True)]
     assert store.trials.report_all(reports, spec) == ["go on"]
     assert [trial.number for trial in storage.compared_trials[study.study_id].values()] == [0]
+
+
+def test_a_trial_is_judged_by_what_its_last_attempt_reported(store: Store, make_spec: MakeSpec) -> None:
+    pruner = {"name": "median", "startup_trials": 1, "warmup_epochs": 4}
+    spec = make_spec(search={"trials": 2}, epochs=EPOCHS, pruner=pruner)
+    study, worker = begin(store, spec)
+
+    def report(claimed: Claim, first: int, *values: float) -> list[str]:
+        return [
+            store.trials.report(claimed, spec, epoch=epoch, metrics={}, value=value)
+            for epoch, value in enumerate(values, start=first)
+        ]
+
+    complete = claim(store, study, worker)
+    report(complete, 1, *[0.5] * EPOCHS)
+    store.trials.finish(complete, "complete", reason="")
+    first = claim(store, study, worker)
+    assert report(first, 1, 0.4, 0.4, 0.9, 0.9) == ["go on"] * 4
+    store.trials.release(first)
+    second = claim(store, study, worker)
+    assert (second.number, second.attempt) == (first.number, 2)
+    store.trials.begin(second, resumed_from=2)
+    assert report(second, 3, 0.1, 0.1, 0.1) == ["go on", "go on", "prune"]
