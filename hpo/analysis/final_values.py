@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ LASTING_SHARES = (0.5, 0.9)  # of the variance of what depends on the learning r
 CHANGE_LENGTH = 3.0  # powers of e of the epoch over which the rest of it bends
 AMPLITUDES = (0.03, 0.1, 0.3, 1.0, 2.0)  # of what depends on the learning rate, in standard deviations of all points
 NOISES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a trial with a curve of usual roughness, in the same
+GRIDS: tuple[tuple[Any, ...], ...] = (EPOCH_LENGTHS, LASTING_SHARES, LENGTHS, AMPLITUDES, NOISES, (False, True))
+NEGLIGIBLE = 20.0  # of the log evidence behind the best: such a choice counts as good as nothing
 USUAL_LENGTH = 0.7  # decades, of the log-normal prior
 LEAST_USUAL_NOISE = 0.05  # of the log-normal prior where curves are smooth, in standard deviations of all points
 FADING_LENGTH = 1.0  # powers of e of the epoch over which the luck of a seed bends where it fades
@@ -84,7 +86,7 @@ def draw_final_values(
 
     curves = sorted(curves, key=lambda curve: (len(curve.epochs), curve.x, *curve.line))
     models = [_Model(curves, warp, num_epochs) for warp in _warps(curves)]
-    fits_of = [list(model.fits()) for model in models]
+    fits_of = [model.fits() for model in models]
     fits = [(model, fit) for model, found in zip(models, fits_of, strict=True) for fit in found]
     weights = softmax(TRUST * np.array([fit.evidence for _, fit in fits]))
     counts = random.multinomial(NUM_DRAWS, weights)
@@ -136,6 +138,17 @@ def _warps(curves: Sequence[Curve]) -> list[_Warp]:
     return [_Warp(top, size * spread) for size in WARP_SIZES] if spread else [_Warp(top, math.inf)]
 
 
+_Cell = tuple[Any, ...]  # a choice of each of GRIDS
+
+
+def _neighbours(cell: _Cell) -> Iterator[_Cell]:
+    """Yield the choices that differ in one hyperparameter, by one step of its grid."""
+    for axis, grid in enumerate(GRIDS):
+        at = grid.index(cell[axis])
+        for other in grid[max(at - 1, 0) : at] + grid[at + 1 : at + 2]:
+            yield (*cell[:axis], other, *cell[axis + 1 :])
+
+
 @dataclass(frozen=True)
 class _Fit:
     """A process with one choice of its hyperparameters, and how well it explains the points."""
@@ -160,8 +173,24 @@ class _Model:
         self._scale = float(points.line.std()) or 1e-9 * (abs(self._mean) or 1.0)
         self._values = (points.line - self._mean) / self._scale
 
-    def fits(self) -> Iterator[_Fit]:
-        """Weigh each choice of the hyperparameters."""
+    def fits(self) -> list[_Fit]:
+        """Weigh the choices of the hyperparameters that explain the points nearly as well as the best one found.
+
+        From a few that are far apart the search goes on to the neighbours of all that are good: most of the grid
+        explains many points far worse than the best.
+        """
+        fits: dict[_Cell, _Fit] = {}
+        new = set(itertools.product(*(grid[1::2] or grid for grid in GRIDS)))
+        fit = self._fitting()
+        while new:
+            fits |= {cell: fit(*cell) for cell in sorted(new)}
+            least = max(found.evidence for found in fits.values()) - NEGLIGIBLE
+            new = {near for cell, found in fits.items() if found.evidence > least for near in _neighbours(cell)}
+            new -= fits.keys()
+        return [fits[cell] for cell in sorted(fits)]
+
+    def _fitting(self) -> Callable[..., _Fit]:
+        """Return the function that weighs one choice of the hyperparameters, in the order of GRIDS."""
         import numpy as np
         from scipy.linalg import solve_triangular
 
@@ -175,9 +204,10 @@ class _Model:
         own = self._own()
         of_warp = self._warp.log_slopes(points.line) - len(values) * math.log(self._scale)
         of_warp -= 0 if math.isinf(self._warp.size) else WARP_PENALTY
-        for epoch_length, share, length, amplitude, noise, is_fading in itertools.product(
-            EPOCH_LENGTHS, LASTING_SHARES, LENGTHS, AMPLITUDES, NOISES, (False, True)
-        ):
+
+        def fit(
+            epoch_length: float, share: float, length: float, amplitude: float, noise: float, is_fading: bool
+        ) -> _Fit:
             depends = amplitude**2 * lasting[share] * near[length]
             root = np.linalg.cholesky(gained[epoch_length] + depends + noise**2 * lucks[share, is_fading] + own)
             whitened = solve_triangular(root, values, lower=True)
@@ -189,7 +219,9 @@ class _Model:
             )
             misfit = 0.5 * (whitened @ whitened + math.hypot(*prior) ** 2)
             evidence = of_warp - misfit - np.log(np.diag(root)).sum()
-            yield _Fit(epoch_length, share, length, amplitude, noise, is_fading, evidence)
+            return _Fit(epoch_length, share, length, amplitude, noise, is_fading, evidence)
+
+        return fit
 
     def draw(self, fit: _Fit, x: Array, times: int, random: np.random.Generator) -> Array:
         """Draw values at the end of training, at each x, as they are on the line."""
@@ -243,9 +275,12 @@ class _Roughness:
         import numpy as np
 
         of_curves = [(curve.x, roughness_of(curve.line)) for curve in curves]
-        known = np.array([(x, rough) for x, rough in of_curves if rough > 0]).reshape(-1, 2)
-        self._x, self._log = known[:, 0], np.log(known[:, 1])
-        self.usual = float(np.exp(self._log.mean())) if len(known) else 0.0  # 0: not known
+        known = np.array(sorted((x, math.log(rough)) for x, rough in of_curves if rough > 0)).reshape(-1, 2)
+        self.usual = float(np.exp(known[:, 1].mean())) if len(known) else 0.0  # 0: not known
+        # Of too many curves neighbours count with their mean: they are compared with each other.
+        groups = np.array_split(known, min(len(known), NUM_FITTED_POINTS)) if len(known) else []
+        self._x, self._log = np.array([group.mean(axis=0) for group in groups]).reshape(-1, 2).T
+        self._sizes = np.array([len(group) for group in groups])
 
     def relative_at(self, x: Any) -> Array:
         """Return how rough the curves about log10 of learning rates are, relative to the usual roughness."""
@@ -254,7 +289,7 @@ class _Roughness:
         x = np.asarray(x)
         if not self.usual:
             return np.ones(len(x))
-        weights = np.exp(-0.5 * ((x[:, None] - self._x) / SMOOTHED_DECADES) ** 2)
+        weights = self._sizes * np.exp(-0.5 * ((x[:, None] - self._x) / SMOOTHED_DECADES) ** 2)
         # One curve of the usual roughness is added everywhere.
         logs = (weights @ self._log + math.log(self.usual)) / (weights.sum(axis=1) + 1)
         relative: Array = np.exp(logs) / self.usual

@@ -133,9 +133,11 @@ def _not_enough(context: WarningContext) -> str | None:
 def _edge_of_range(context: WarningContext) -> str | None:
     """Warn if the best rate lies at an end of the searched range with a probability of 10 % or more.
 
-    The warning names the command that widens the range.
+    The warning names the command that widens the range. Values that are all equal, or guesses, say nothing of an end.
     """
     if len({trial.params["lr"] for trial in context.ended}) < 2:
+        return None
+    if (len(context.complete) > 1 and len({trial.value for trial in context.complete}) == 1) or _guessing(context):
         return None
     low, high = rate_bounds(context.study, context.trials)
     best = context.response.draws_of_best if context.response else context.plateau[:1]
