@@ -82,6 +82,7 @@ bench-scale: setup ## measure many workers on one store
 
 bench-store: setup ## measure the store under load, and its reports beside plain Optuna
 	$(BIN)/python -m scripts.bench.store_rates
+	$(BIN)/python -m scripts.bench.first_claims
 	$(BIN)/python -m scripts.bench.store $(STORE)
 
 bench-many: setup ## measure the commands that read, on large stores
