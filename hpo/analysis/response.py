@@ -238,7 +238,7 @@ def _fit(
     noise = _noise(final, scale)
     has_evidence = _has_evidence(alive, x, noise)
     at_best = _index_of_best(worth, has_evidence)
-    lowest, highest = min(trial.x for trial in alive), max(trial.x for trial in _trained_to_the_end(alive))
+    lowest, highest = min(trial.x for trial in alive), max(trial.x for trial in _trained_furthest(alive))
     best = min(max(float(f"{10 ** x[at_best]:.2g}"), float(10**lowest)), float(10**highest))
     # That it may diverge excuses no shortfall, and that little is known excuses none that seeds would not make.
     first, last = _run_around(at_best, behind <= np.minimum((curves[:, [top]] - curves).std(axis=0), noise[at_best]))
@@ -288,10 +288,10 @@ def _has_evidence(alive: Sequence[ObservedTrial], x: Array, noise: Array) -> Fla
     """Return for each x of the grid whether a trial near by says that one can train there, and not clearly worse."""
     import numpy as np
 
-    whole = _trained_to_the_end(alive)
+    whole = _trained_furthest(alive)
     best = max(whole, key=lambda trial: (trial.values[-1], -trial.x))
-    least = best.values[-1] - CLEARLY_WORSE * noise[abs(x - best.x).argmin()]
-    good = np.array([trial.x for trial in whole if trial.values[-1] >= least])
+    behind = CLEARLY_WORSE * noise[abs(x - best.x).argmin()]
+    good = np.array([trial.x for trial in whole if trial.values[-1] >= _value_at(best, trial.epochs[-1]) - behind])
     distance = abs(x[:, None] - good).min(axis=1)
     half_step = (x[1] - x[0]) / 2
     lowest, highest = min(trial.x for trial in alive), max(trial.x for trial in whole)
@@ -334,9 +334,18 @@ def _expected_gain(worth: Array, noise: Array, x: Array, *, has_evidence: Flags)
     return max(0.0, float(best_after.max() - mean[has_evidence].max()) * size)
 
 
-def _trained_to_the_end(alive: Sequence[ObservedTrial]) -> Sequence[ObservedTrial]:
-    """Return the trials that are complete, or all that still live while none is."""
-    return [trial for trial in alive if trial.state == "complete"] or alive
+def _trained_furthest(alive: Sequence[ObservedTrial]) -> Sequence[ObservedTrial]:
+    """Return the trials that are complete, or in training and half as far as the furthest; all, if all were pruned."""
+    half = max(trial.epochs[-1] for trial in alive) / 2
+    return [trial for trial in alive if trial.state != "pruned" and trial.epochs[-1] >= half] or alive
+
+
+def _value_at(trial: ObservedTrial, epoch: int) -> float:
+    """Return the last value of a trial up to an epoch, or its first one."""
+    return next(
+        (value for at, value in zip(trial.epochs[::-1], trial.values[::-1], strict=True) if at <= epoch),
+        trial.values[0],
+    )
 
 
 def _run_around(index: int, flags: Sequence[bool] | Array) -> tuple[int, int]:

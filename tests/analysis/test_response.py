@@ -227,6 +227,14 @@ def test_trials_that_are_still_in_training_point_to_a_rate_too() -> None:
     assert found.interval[0] < 1e-3 < found.interval[1]
 
 
+def test_trials_that_are_nearly_complete_are_evidence_beside_the_first_complete_ones() -> None:
+    low = [trained(x, curve(hill(x))) for x in (-4.6, -4.2)]
+    near = [trained(x, curve(hill(x), until=26), "running") for x in (-3.6, -3.2, -2.8, -2.4)]
+    assert response(low + near, num_epochs=30).best == pytest.approx(1e-3, rel=0.7)
+    young = [trained(x, curve(hill(x), until=2), "running") for x in (-3.6, -3.2, -2.8, -2.4)]
+    assert response(low + young, num_epochs=30).best < 1.3e-4
+
+
 @pytest.mark.parametrize(
     ("tried", "value"), [((1e-3, 1e-1), lambda x: 0.7 - 0.05 * x), ((1e-5, 1e-3), lambda x: 0.9 + x / 20)]
 )
