@@ -8,7 +8,9 @@ at all, whatever instruction the process is killed at.
 from __future__ import annotations
 
 import os
+import random
 import threading
+import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from hpo.store.retry import STORE_ERRORS, RetryPolicy, StoreFailed, database_mes
 from hpo.store.urls import POSTGRES, database_path
 
 BUSY_TIMEOUT_S = 60.0  # how long a writer waits for SQLite's one write lock, unless the URL has `?timeout=`
+LOCK_PAUSE_S = 0.005  # between two tries to take it, on average
 OPEN_TIMEOUT_S = 10.0  # the same while opening, where a lock held for longer is a mistake
 # For the threads that train, report, write checkpoints and renew leases: none must wait for another.
 CONNECTIONS_PER_WORKER = 4
@@ -201,9 +204,31 @@ def begin(connection: Connection) -> None:
     whatever the timeout.
     """
     if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        _take_write_lock(connection)
     elif connection.info.get(IS_POOLED):
         connection.exec_driver_sql(_limits(of_transaction=True))
+
+
+def _take_write_lock(connection: Connection) -> None:
+    """Start a transaction with SQLite's write lock, tried for as long as the connection waits for a lock.
+
+    SQLite's own waiting pauses for longer and longer, up to 0.1 s, so that whoever came last is the first to get the
+    lock. Here everyone who waits has the same chance at any moment.
+    """
+    timeout_ms: int = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+    ends = time.monotonic() + timeout_ms / 1000
+    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    try:
+        while True:
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                return
+            except sa.exc.OperationalError as error:
+                if "locked" not in str(error.orig) or time.monotonic() >= ends:
+                    raise
+            time.sleep(random.uniform(0.5, 1.5) * LOCK_PAUSE_S)
+    finally:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {timeout_ms}")
 
 
 def begin_reading(connection: Connection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -151,3 +152,15 @@ def test_a_client_that_stops_in_the_middle_of_a_transaction_blocks_nobody_for_lo
     assert is_outage(ended.value)
     with pytest.raises(StoreFailed):
         transaction.__exit__(None, None, None)
+
+
+def test_a_writer_waits_for_the_lock_as_long_as_its_url_says(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'hpo.db'}?timeout=0.3"
+    storage, other = Store(url, create=True).storage, Store(url).storage
+    with other.transaction():
+        began = time.monotonic()
+        with pytest.raises(sa.exc.OperationalError, match="locked"), storage.transaction():
+            pass
+        assert time.monotonic() - began > 0.3
+    with storage.transaction() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 300
