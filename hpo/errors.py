@@ -23,6 +23,8 @@ OTHER_WORDS = {  # what other libraries call a setting, and what it is called he
     "num_trials": "trials",
     "n_trials": "trials",
     "dataset": "data",
+    "subset": "train_samples",
+    "max_samples": "train_samples",
     "network": "model",
     "cosineannealinglr": "cosine",
     "cosineannealingwarmrestarts": "cosine_restarts",

@@ -28,6 +28,10 @@ from hpo.study.records import StudyRecord, TrialRecord
 from hpo.train.config import name_on_test_set
 
 NUM_LINES = 3  # that are shown without the details
+HEADLINE_DOUBTS = {  # warnings that the best rate may be another one, although the interval is narrow
+    "pruned-away": " so far, but better values are expected elsewhere",
+    "edge-of-range": " so far, but the best may lie beyond the searched range",
+}
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,10 @@ def _headline(answer: Best) -> str:
         return f"{headline}, confirmed on {_seeds_text(answer.confirmation)}"
     if response is None:
         return f"{headline}, the best of those tried"
-    if response.is_determined:
-        return headline
-    return f"{headline} so far, but not determined"
+    if not response.is_determined:
+        return f"{headline} so far, but not determined"
+    kinds = {warning.kind for warning in answer.warnings}
+    return headline + next((doubt for kind, doubt in HEADLINE_DOUBTS.items() if kind in kinds), "")
 
 
 def _findings(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:
@@ -155,6 +160,8 @@ def _interval_line(study: StudyRecord, response: Response, answer: Best) -> Answ
         is_race = study.spec.search.sampler == "race"
         remedy = "repeat the race with a larger search.trainings" if is_race else "try more rates"
         note = f"any of these may be best: {remedy}"
+    elif response is answer.response and any(warning.kind == "pruned-away" for warning in answer.warnings):
+        note = "better values are expected at rates that were dropped: see the warning"
     elif rate_text(response.plateau[0]) == rate_text(response.plateau[1]):
         note = "no other rate does as well"
     elif answer.confirmation is None:
@@ -173,8 +180,8 @@ def _expected_line(study: StudyRecord, response: Response) -> AnswerLine:
         low, high = (
             value_text(band[response.index_of_best], study) for band in (response.trial_low, response.trial_high)
         )
-        doubt = f"{low} to {high} is possible"
-    note = f"{metric_text(study)} of a trial, {doubt}"
+        doubt = "" if low == high else f"{low} to {high} is possible"
+    note = ", ".join(filter(None, (f"{metric_text(study)} of a trial", doubt)))
     return AnswerLine("expected", value_text(response.value, study), note)
 
 
@@ -183,10 +190,18 @@ def _gain_line(study: StudyRecord, response: Response) -> AnswerLine:
     return AnswerLine("one more trial", f"+{gain}", "expected gain, at the most informative rate")
 
 
+def edge_label(response: Response) -> str:
+    """Return what half of the trials do at the edge of divergence."""
+    return "half learn nothing" if response.num_guessing and not response.num_diverged else "half diverge"
+
+
 def _edge_lines(response: Response) -> Iterator[AnswerLine]:
     if response.divergence_lr is not None:
-        interval = interval_text(response.divergence_lr.interval)
-        yield AnswerLine("half diverge at", rate_text(response.divergence_lr.lr), interval)
+        note, num_guessing = interval_text(response.divergence_lr.interval), response.num_guessing
+        if num_guessing and response.num_diverged:
+            verb = "counts" if num_guessing == 1 else "count"
+            note += f"; {plural(num_guessing, 'trial')} that learned nothing {verb} as diverged"
+        yield AnswerLine(f"{edge_label(response)} at", rate_text(response.divergence_lr.lr), note)
 
 
 def _other_lines(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:

@@ -78,6 +78,8 @@ class Response:
         draws_of_best: Learning rates that may be the best one, all equally likely.
         shortfall: How far `best` is expected to fall short of the best learning rate.
         gain: How much better a trial at `best` is expected to be after one more trial, at the rate that tells most.
+        num_diverged: Trials that diverged.
+        num_guessing: Trials above the best rate that did not diverge but learned nothing; they count as diverged.
     """
 
     lrs: Sequence[float]
@@ -97,6 +99,8 @@ class Response:
     draws_of_best: Sequence[float]
     shortfall: float
     gain: float
+    num_diverged: int = 0
+    num_guessing: int = 0
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -167,7 +171,10 @@ def fit_response(
         return None
     # The matrices are small: several threads take ten times as long, and sum up in an order of their own.
     with threadpool_limits(1, user_api="blas"):
-        return _fit(alive, lives, num_epochs=num_epochs, low=low, high=high, floor=floor, is_share=is_share)
+        fitted = _fit(alive, lives, num_epochs=num_epochs, low=low, high=high, floor=floor, is_share=is_share)
+    num_diverged = sum(trial.state == "diverged" for trial in trials)
+    num_dead = sum(life.dead is not None for life in lives)
+    return replace(fitted, num_diverged=num_diverged, num_guessing=num_dead - num_diverged)
 
 
 def _tell_dead(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpo.analysis.response import CONFIDENCE
+from hpo.analysis.trials import is_rate
 from hpo.search.race import course_of
 from hpo.study.records import StudyRecord, TrialRecord
 from hpo.train.metrics import is_percent
@@ -83,8 +85,15 @@ def trials_text(study: StudyRecord, trials: Sequence[TrialRecord]) -> str:
 
 
 def no_answer_text(trials: Sequence[TrialRecord]) -> str:
-    """Return why a study with these trials has no answer."""
-    return f"no complete trial to choose from: {counts_text(trials)}"
+    """Return why a study with these trials has no answer, and what to do where all of them diverged."""
+    text = f"no complete trial to choose from: {counts_text(trials)}"
+    if not trials or any(trial.state != "diverged" for trial in trials):
+        return text
+    reasons = Counter(trial.reason for trial in trials if trial.reason).most_common(1)
+    why = f" ({reasons[0][0]})" if reasons else ""
+    rates = [float(trial.params["lr"]) for trial in trials if is_rate(trial.params.get("lr"))]
+    remedy = f"search learning rates below {rate_text(min(rates))}, or check" if rates else "check"
+    return f"{text}{why}: {remedy} the loss and the data"
 
 
 def marked_text(recommended: Mapping[str, Any], num_marked: int) -> str:
@@ -136,10 +145,12 @@ def metric_value_text(value: float, metric: str) -> str:
 def difference_text(study: StudyRecord, *differences: float, of: float) -> str:
     """Return differences between values of the study's metric, of which `of` is one, as "LOW to HIGH" if there are two.
 
-    They have two digits; those of accuracies are in percentage points.
+    They have two digits; those of accuracies are in percentage points, to a hundredth, as the accuracies are.
     """
-    factor, unit = (100, " percentage points") if is_shown_in_percent(of, study) else (1, "")
-    return " to ".join(f"{float(f'{difference * factor:.2g}'):g}" for difference in differences) + unit
+    if not is_shown_in_percent(of, study):
+        return " to ".join(f"{float(f'{difference:.2g}'):g}" for difference in differences)
+    points = [round(float(f"{100 * difference:.2g}"), 2) + 0.0 for difference in differences]  # + 0.0: no "-0"
+    return " to ".join(f"{point:g}" for point in points) + " percentage points"
 
 
 def is_shown_in_percent(value: float, study: StudyRecord) -> bool:

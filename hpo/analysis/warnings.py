@@ -157,6 +157,8 @@ def _edge_of_range(context: WarningContext) -> str | None:
 def find_touched_end(best: Sequence[float], low: float, high: float) -> str | None:
     """Return which end of a range, "low" or "high", the best learning rate may lie beyond, or None.
 
+    Where it may lie beyond both ends, nothing tells which way to widen the range: None.
+
     Args:
         best: Learning rates that may be the best one, all equally likely.
         low: The lowest one of the range.
@@ -164,7 +166,7 @@ def find_touched_end(best: Sequence[float], low: float, high: float) -> str | No
     """
     at_low = statistics.fmean(rate <= low * EDGE_FACTOR for rate in best)
     at_high = statistics.fmean(rate >= high / EDGE_FACTOR for rate in best)
-    if max(at_low, at_high) < AT_EDGE:
+    if max(at_low, at_high) < AT_EDGE or min(at_low, at_high) >= AT_EDGE:
         return None
     return "low" if at_low >= at_high else "high"
 
@@ -180,11 +182,15 @@ def _most_diverged(context: WarningContext) -> str | None:
 
 
 def _tied(context: WarningContext) -> str | None:
-    """Warn if more than half of the trained rates are as good as the best, and no confirmation told two apart."""
+    """Warn if more than half of the trained rates are as good as the best, or all values are equal."""
     complete, ended, (first, last) = context.complete, context.ended, context.plateau
     response = context.response
     if context.is_told_apart:
         return None
+    if _are_all_equal(context):
+        return (
+            f"the learning rate makes no difference: all {len(ended)} trials have the same {metric_text(context.study)}"
+        )
     if response is not None:
         if len({trial.params["lr"] for trial in complete}) < MIN_TIED_RATES:
             return None
@@ -201,6 +207,19 @@ def _tied(context: WarningContext) -> str | None:
     return (
         f"the ranking is within the noise: {len(tied)} of {len(ended)} trials, "
         f"with learning rates from {min(tied_rates):.3g} to {max(tied_rates):.3g}, are tied"
+    )
+
+
+def _are_all_equal(context: WarningContext) -> bool:
+    """Return whether trials at several learning rates had the same value after each epoch, and none diverged."""
+    metric, by_epoch = context.study.spec.metric, dict[int, set[float | None]]()
+    for trial in context.ended:
+        for epoch, value in zip(trial.epochs, trial.curves.get(metric, ()), strict=False):
+            by_epoch.setdefault(epoch, set()).add(value)
+    rates = {trial.params["lr"] for trial in context.ended}
+    is_any_diverged = any(trial.state == "diverged" for trial in context.ended)
+    return (
+        len(rates) > 1 and bool(by_epoch) and not is_any_diverged and all(len(seen) == 1 for seen in by_epoch.values())
     )
 
 

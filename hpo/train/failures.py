@@ -6,9 +6,16 @@ and of Triton 3.8, with the names that CuPy, JAX and Numba give to the same erro
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
+
+import hpo
+from hpo.errors import UserError
+
+PACKAGE = Path(hpo.__file__).parent
 
 OUT_OF_MEMORY = "out of memory"  # the failure key of every trial that ran out of memory, on whichever line
 
@@ -108,6 +115,16 @@ def error_message(error: BaseException) -> str:
         return str(error)
     except Exception:  # the exception's own class is the user's code, which may raise one itself
         return ""
+
+
+def failure_text(error: BaseException) -> str:
+    """Return an exception with its traceback; of a UserError the message and the lines of the user's own code."""
+    if not isinstance(error, UserError):
+        return "".join(traceback.format_exception(error))
+    tracebacks = [raised.__traceback__ for raised in (error.__cause__, error) if raised is not None]
+    frames = [frame for trace in tracebacks for frame in traceback.extract_tb(trace)]
+    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(PACKAGE)]
+    return "".join([*traceback.format_list(own), error_message(error), "\n"])
 
 
 def first_line(error: BaseException) -> str:

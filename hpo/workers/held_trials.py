@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from hpo.store.store import Store
 from hpo.study.records import Claim, StudyRecord
 from hpo.system import provenance
 from hpo.train.config import derive_seed
-from hpo.train.failures import OUT_OF_MEMORY, failure_key, first_line, is_out_of_memory
+from hpo.train.failures import OUT_OF_MEMORY, failure_key, failure_text, first_line, is_out_of_memory
 from hpo.workers.reporting import TrialEnd
 from hpo.workers.search_limits import SearchLimits
 from hpo.workers.stop_signal import StopSignal
@@ -220,7 +219,7 @@ class HeldTrials:
         reason = first_line(error)[:REASON_CHARACTERS]
         if is_out_of_memory(error):
             reason = OUT_OF_MEMORY
-        text = "".join(traceback.format_exception(error))
+        text = failure_text(error)
         for claim in claims:
             self._end_writing(claim)
             with self.dropping_lost_claims(claim):

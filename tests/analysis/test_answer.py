@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from hpo.analysis.answer import find_best, find_response
 from hpo.analysis.answer_text import answer_lines, describe_answer
-from tests.analysis.examples import LOG_LR, RATES, SEARCHED, complete, hill, make_study, make_trials, numbered, trained
+from hpo.analysis.text import difference_text, interval_text, no_answer_text
+from tests.analysis.examples import (
+    LOG_LR,
+    RATES,
+    SEARCHED,
+    complete,
+    hill,
+    make_study,
+    make_trials,
+    numbered,
+    trained,
+)
 
 
 def test_no_complete_trial_no_answer() -> None:
@@ -108,6 +120,71 @@ def test_an_answer_that_is_open_says_so_and_one_that_is_not_does_not() -> None:
         lines = {line.label: line.note for line in describe_answer(study, found).lines}
         assert ("try more rates" in lines["90 % interval"]) == is_open
         assert ("from seed to seed" in lines["expected"]) == (not is_open), "of an open answer the noise is not known"
+
+
+def test_a_headline_does_not_sound_sure_where_the_best_may_lie_beyond_the_range_or_was_pruned() -> None:
+    study = make_study(**SEARCHED)
+    rising = complete(lambda lr: 0.5 + 0.1 * (math.log10(lr) + 3))
+    pruned = [
+        trained(lr, hill(lr), state="pruned", epochs=7) if 1e-4 < lr < 5e-3 else trial
+        for lr, trial in zip(RATES, complete(), strict=True)
+    ]
+    for trials, doubt in ((rising, "beyond the searched range"), (pruned, "expected elsewhere"), (complete(), "")):
+        found = find_best(study, numbered(*trials))
+        assert found is not None
+        text = describe_answer(study, found)
+        assert (" so far, but " in text.headline) == bool(doubt)
+        assert text.headline.endswith(doubt)
+        assert ("were dropped" in text.lines[0].note) == (doubt == "expected elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("num_diverged", "num_guessing", "label", "note"),
+    [
+        (3, 0, "half diverge at", ""),
+        (0, 3, "half learn nothing at", ""),
+        (2, 1, "half diverge at", "; 1 trial that learned nothing counts as diverged"),
+        (1, 2, "half diverge at", "; 2 trials that learned nothing count as diverged"),
+    ],
+)
+def test_trials_that_only_guess_are_not_said_to_diverge(
+    num_diverged: int, num_guessing: int, label: str, note: str
+) -> None:
+    study = make_study(**SEARCHED)
+    study = replace(study, metadata={**study.metadata, "num_classes": 10})
+    high = [2e-2, 5e-2, 9e-2]
+    diverged = [trained(lr, 0.1, state="diverged", epochs=1) for lr in high[:num_diverged]]
+    guessing = [trained(lr, 0.1) for lr in high[num_diverged:]]
+    guessing = [replace(trial, value=0.1, curves={"val_accuracy": [0.1] * 8}) for trial in guessing]
+    below = [trial for trial in complete() if trial.params["lr"] < 1e-2]
+    found = find_best(study, numbered(*below, *diverged, *guessing))
+    assert found is not None
+    assert found.response is not None
+    assert found.response.divergence_lr is not None
+    text = describe_answer(study, found)
+    (edge,) = [line for line in (*text.lines, *text.details) if line.label.startswith("half")]
+    assert (edge.label, edge.note) == (label, interval_text(found.response.divergence_lr.interval) + note)
+    assert (found.response.num_diverged, found.response.num_guessing) == (num_diverged, num_guessing)
+
+
+def test_a_study_whose_trials_all_diverged_says_from_where_on_and_why() -> None:
+    diverged = [
+        replace(trial, reason="train_loss = nan in epoch 1")
+        for trial in make_trials((1e-3, "diverged"), (1e-2, "diverged"))
+    ]
+    assert no_answer_text(diverged) == (
+        "no complete trial to choose from: 2 diverged (train_loss = nan in epoch 1): "
+        "search learning rates below 0.001, or check the loss and the data"
+    )
+    failed = make_trials((1e-3, "diverged"), (1e-2, "failed"))
+    assert no_answer_text(failed) == "no complete trial to choose from: 1 diverged, 1 failed"
+
+
+def test_differences_of_accuracies_are_given_to_a_hundredth_of_a_point() -> None:
+    study = make_study(**SEARCHED)
+    assert difference_text(study, 3e-12, of=0.5) == "0 percentage points"
+    assert difference_text(study, -3e-12, 0.00061, 0.0123, of=0.5) == "0 to 0.06 to 1.2 percentage points"
+    assert difference_text(make_study(**SEARCHED), 3e-12, of=5.0) == "3e-12"
 
 
 def test_a_lower_value_is_better_where_that_is_asked_for() -> None:

@@ -298,6 +298,7 @@ def test_networks_that_die_late_are_dead_and_the_edge_lies_below_them() -> None:
     assert found.divergence_lr is not None
     assert 10**-2.4 < found.divergence_lr.lr < 10**-1.9
     assert found.best <= 10**-2.35
+    assert (found.num_diverged, found.num_guessing) == (0, 4)
 
 
 def test_the_sensitivity_is_the_mean_shortfall_over_the_range() -> None:
@@ -406,6 +407,8 @@ def test_in_figures_is_plain_data_without_the_curves() -> None:
         "noise",
         "shortfall",
         "gain",
+        "num_diverged",
+        "num_guessing",
     }
     assert figures["edge"].keys() == {"lr", "interval"}
 

@@ -41,7 +41,7 @@ def tilted(slope: float) -> list[TrialRecord]:
         pytest.param(tilted(0.1), {"edge-of-range"}, id="the best is at the upper end"),
         pytest.param(tilted(-0.1), {"edge-of-range"}, id="the best is at the lower end"),
         pytest.param(SOUND[:11] + DIVERGED[11:] * 3, {"most-diverged"}, id="too high"),
-        pytest.param(complete(lambda lr: 0.6), {"tied", "edge-of-range"}, id="all are equal but for noise"),
+        pytest.param(complete(lambda lr: 0.6), {"tied"}, id="all are equal but for noise"),
         pytest.param([trained(lr, 0.6) for lr in RATES], {"tied"}, id="all are equal"),
         pytest.param(RISING, {"still-rising"}, id="stopped early"),
         pytest.param(
@@ -170,6 +170,22 @@ def test_that_few_trials_count_is_said_with_what_these_have_in_common() -> None:
     assert found is not None
     (text,) = [warning.text for warning in found.warnings if warning.kind == "not-enough"]
     assert text.startswith("only 4 of 6 trials count, those with model.dropout=0: 4 learning rates have a value")
+
+
+def test_a_race_in_which_all_are_equal_says_that_the_rate_makes_no_difference() -> None:
+    """One rate was trained to the end, which tells nothing of where the best one lies."""
+    race = []
+    for lr in (1.2e-5, 1e-4, 1e-3, 1e-2, 9e-2):
+        state, num_epochs = ("complete", 8) if lr == 1e-3 else ("pruned", 2)
+        trial = trained(lr, 0.6, state=state, epochs=num_epochs)
+        race.append(replace(trial, value=0.6, curves={"val_accuracy": [0.6] * num_epochs}))
+    space = {"lr": {"low": 1e-5, "high": 1e-1, "log": True}}
+    study = make_study(search={"sampler": "race", "space": space}, training={"epochs": 8})
+    found = find_best(study, numbered(*race))
+    assert found is not None
+    (warning,) = found.warnings
+    assert warning.kind == "tied"
+    assert warning.text == "the learning rate makes no difference: all 5 trials have the same validation accuracy"
 
 
 def test_losses_far_from_each_other_are_not_tied() -> None:

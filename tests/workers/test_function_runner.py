@@ -72,6 +72,10 @@ def test_whatever_a_function_does_wrong_fails_its_trial_and_not_the_worker(
     assert failed.state == "failed"
     assert failed.reason is not None
     assert failed.reason.startswith(reason)
+    if reason.startswith("UserError: "):  # the mistake in a sentence, and where in the user's code
+        assert str(failed.error).rstrip().split("\n")[-1].startswith(reason.removeprefix("UserError: "))
+        assert "function_runner.py" not in str(failed.error)
+        assert ('loop.py", line' in str(failed.error)) == (statement != "return")
 
 
 def test_a_value_that_is_not_finite_ends_the_trial_as_diverged(

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hpo.analysis.answer import Best
-from hpo.analysis.answer_text import response_lines
+from hpo.analysis.answer_text import edge_label, response_lines
 from hpo.analysis.response import CONFIDENCE, REACH_DECADES, Response
 from hpo.analysis.text import counts_text, interval_text, params_text, plural, rate_text, value_text
 from hpo.reports.figures.data import FigureData, hover_settings, rate_of, room_beyond, shown_bounds, value_axis
@@ -163,8 +163,9 @@ def _add_shapes_to_legend(figure: go.Figure, data: FigureData, groups: Sequence[
     markers: dict[str, dict[str, Any]] = {}
     if data.best is not None and not all(data.best.is_open(response) for response in responses):
         markers["plateau"] = {"symbol": "square", "size": 12, "color": with_opacity(GREEN, 0.25)}
-    if any(response.divergence_lr is not None for response in responses):
-        markers["half diverge"] = {"symbol": "line-ns-open", "size": 12, "color": VERMILLION}
+    for response in responses:
+        if response.divergence_lr is not None:
+            markers[edge_label(response)] = {"symbol": "line-ns-open", "size": 12, "color": VERMILLION}
     for name, marker in markers.items():
         figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker, row=1, col=1)
 

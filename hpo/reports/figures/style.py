@@ -107,13 +107,47 @@ def fit_card(figure: go.Figure, title: str) -> None:
         lambda trace: trace.update(line={"color": colours[trace.meta["colour"]]}),
         selector=lambda trace: "colour" in (getattr(trace, "meta", None) or {}),
     )
+    title = _clear_value_titles(figure, title)
     figure.update_layout(
         template={"layout": EITHER_THEME},
-        title={"text": title, "x": 0, "y": 1, "yanchor": "top", "pad": {"l": 8, "t": 12}, "font": {"size": 15}},
+        title={
+            "text": title,
+            "x": 0,
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"l": 8, "t": 20 if "<br>" in title else 12},
+            "font": {"size": 15},
+        },
         height=min(figure.layout.height, CARD_PIXELS),
         margin={"t": 64},
         legend={**BELOW, "font": {"size": 11}},
     )
+
+
+def _clear_value_titles(figure: go.Figure, title: str) -> str:
+    """Move the titles of y axes that stand above each other, where a long one would run into the next panel's.
+
+    What all panels show is a second line of the figure's title, which is returned; other titles go above their panels.
+    """
+    axes = [axis for axis in figure.select_yaxes() if axis.title.text]
+    if len(axes) < 2 or len({axis.domain for axis in figure.select_xaxes()}) > 1:
+        return title
+    texts = [axis.title.text for axis in axes]
+    for axis in axes:
+        if len(set(texts)) > 1:
+            figure.add_annotation(
+                text=axis.title.text,
+                font={"size": 12},
+                showarrow=False,
+                x=0,
+                xref="paper",
+                xanchor="left",
+                y=1,
+                yref=f"{axis.plotly_name.replace('axis', '')} domain",
+                yanchor="bottom",
+            )
+        axis.title.text = None
+    return title if len(set(texts)) > 1 else f'{title}<br><span style="font-size:12px">{texts[0]}</span>'
 
 
 def with_opacity(colour: str, opacity: float) -> str:

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -86,11 +87,18 @@ def _bases(config: DataConfig) -> list[Path]:
 
 
 def _not_found_error(config: DataConfig, subfolder: str, reason: str) -> UserError:
-    looked = ", ".join(str(folder.absolute() / subfolder) for folder in _candidates(config))
+    looked = ", ".join(str(folder.absolute() / subfolder) for folder in _bases(config))
     return UserError(
         f"data.name = {config.name!r} was not found (looked for {looked}){reason}; "
-        f"set data.root or the environment variable HPO_DATA to the folder that holds it"
+        "set data.root or HPO_DATA to the folder that holds it"
     )
+
+
+def _download_problem(error: Exception) -> str:
+    """Return why a download failed: the network's reason, without the addresses and types that libraries add."""
+    text = " ".join(str(error).split())
+    found = re.search(r"<urlopen error (?:\[Errno -?\d+\] )?(.+?)>", text)
+    return found[1] if found else text
 
 
 def _torchvision_loader(class_name: str, subfolder: str) -> Callable[[DataConfig], OpenedDataset]:
@@ -151,7 +159,7 @@ def _download(dataset_class: Any, subfolder: str, config: DataConfig) -> Path:
             return root
         except (OSError, RuntimeError) as error:
             raise _not_found_error(
-                config, subfolder, f" and cannot be downloaded ({' '.join(str(error).split())})"
+                config, subfolder, f" and cannot be downloaded ({_download_problem(error)})"
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hpo.analysis.answer import find_best
+from hpo.reports.figures.style import fit_card
 from tests.analysis.confirmation_examples import again
 from tests.analysis.examples import LOG_LR, SEARCHED, make_study, numbered, trained
 from tests.reports.examples import drawn, traces
@@ -102,3 +103,41 @@ def test_trials_without_a_response_have_a_panel_of_their_own_beside_the_answers(
     entry = drawn(study, numbered(*adam, trained(1e-3, 0.6, optimizer="sgd")))["response"]
     assert [title.text for title in entry.figure.layout.annotations] == ["optimizer=adam", "other values"]
     assert "With other values: 1 trial, too few" in entry.caption
+
+
+def test_on_a_card_no_title_of_an_axis_runs_into_the_next_panel() -> None:
+    """The panels of a phone are lower than a rotated title is long."""
+    space = {"lr": LOG_LR, "optimizer": ["adam", "sgd"]}
+    trials = [
+        trained(lr, value, optimizer=optimizer)
+        for optimizer in ("adam", "sgd")
+        for lr, value in zip((1e-5, 3e-4, 1e-3, 1e-2, 9e-2), FIVE, strict=True)
+    ]
+    figures = drawn(make_study(search={"trials": 10, "space": space}), numbered(*trials))
+    for name in ("response", "curves"):
+        fit_card(figures[name].figure, name)
+    response, curves = figures["response"].figure, figures["curves"].figure
+    assert [axis.title.text for axis in response.select_yaxes()] == [None, None]
+    assert response.layout.title.text == 'response<br><span style="font-size:12px">val_accuracy</span>'
+    assert curves.layout.yaxis.title.text == "val_accuracy", "one panel keeps its title"
+
+
+def test_panels_of_different_metrics_have_their_titles_above_them_on_a_card() -> None:
+    curves = {"val_accuracy": [0.4, 0.6], "train_loss": [2.0, 1.0]}
+    trials = numbered(*(replace(trained(lr, 0.6, epochs=2), curves=curves) for lr in (1e-4, 1e-3)))
+    figure = drawn(make_study(**SEARCHED), trials)["curves"].figure
+    fit_card(figure, "Learning curves")
+    assert figure.layout.title.text == "Learning curves"
+    assert [axis.title.text for axis in figure.select_yaxes()] == [None, None]
+    above = {note.text: note.yref for note in figure.layout.annotations}
+    assert above == {"train_loss": "y domain", "val_accuracy": "y2 domain"}
+
+
+def test_the_legend_says_that_trials_learned_nothing_where_none_diverged() -> None:
+    guessing = [replace(trained(lr, 0.1), value=0.1, curves={"val_accuracy": [0.1] * 8}) for lr in (2e-2, 4e-2, 9e-2)]
+    study = make_study(**SEARCHED)
+    study = replace(study, metadata={**study.metadata, "num_classes": 10})
+    below = [trained(lr, value) for lr, value in zip((1e-5, 3e-4, 1e-3, 3e-3, 5e-3), FIVE, strict=True)]
+    entry = drawn(study, numbered(*below, *guessing))["response"]
+    assert traces(entry, "half learn nothing")
+    assert not traces(entry, "half diverge")

@@ -126,6 +126,23 @@ def test_an_absent_data_set_says_where_it_was_looked_for(
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
+def test_without_a_network_the_message_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names each folder once, and neither addresses nor types of exceptions."""
+    import urllib.request
+
+    def no_network(*arguments: Any, **keywords: Any) -> Any:
+        raise urllib.error.URLError(OSError(-2, "Name or service not known"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    for name, folder in (("cifar10", "cifar-10-batches-py"), ("mnist", "MNIST/raw")):
+        with pytest.raises(UserError) as caught:
+            load(name, root=str(tmp_path))
+        assert str(caught.value) == (
+            f"data.name = '{name}' was not found (looked for {tmp_path}/{folder}) and cannot be downloaded "
+            "(Name or service not known); set data.root or HPO_DATA to the folder that holds it"
+        )
+
+
 def test_a_download_arrives_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR100
 
