@@ -10,6 +10,7 @@ from hpo.analysis.response import CONFIDENCE
 from hpo.analysis.trials import is_rate
 from hpo.search.race import course_of
 from hpo.study.records import StudyRecord, TrialRecord
+from hpo.train.imports import CALLER
 from hpo.train.metrics import is_percent
 
 METRIC_WORDS = {  # in sentences
@@ -94,6 +95,13 @@ def no_answer_text(trials: Sequence[TrialRecord]) -> str:
     rates = [float(trial.params["lr"]) for trial in trials if is_rate(trial.params.get("lr"))]
     remedy = f"search learning rates below {rate_text(min(rates))}, or check" if rates else "check"
     return f"{text}{why}: {remedy} the loss and the data"
+
+
+def resuming_command(study: StudyRecord, option: str) -> str:
+    """Return the command that resumes a study with an option, and with the code of the user's that it needs."""
+    modules = dict.fromkeys(name.partition(":")[0] for name in study.spec.names_of_code())
+    allowed = [f"--allow {module}" for module in modules if module != CALLER]
+    return " ".join(["hpo resume", study.name, option, *allowed])
 
 
 def marked_text(recommended: Mapping[str, Any], num_marked: int) -> str:

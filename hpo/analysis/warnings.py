@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hpo.analysis.final_values import roughness_of
 from hpo.analysis.response import MIN_LIVING_RATES, MIN_RATES, REACH_DECADES, Response
-from hpo.analysis.text import metric_text, params_text, rate_text, value_text
+from hpo.analysis.text import metric_text, params_text, rate_text, resuming_command, value_text
 from hpo.analysis.trials import (
     TRAINED,
     are_alike,
@@ -137,7 +137,8 @@ def _edge_of_range(context: WarningContext) -> str | None:
     """
     if len({trial.params["lr"] for trial in context.ended}) < 2:
         return None
-    if (len(context.complete) > 1 and len({trial.value for trial in context.complete}) == 1) or _guessing(context):
+    are_ends_equal = len(context.complete) > 1 and len({trial.value for trial in context.complete}) == 1
+    if are_ends_equal or _are_all_equal(context) or _guessing(context):
         return None
     low, high = rate_bounds(context.study, context.trials)
     best = context.response.draws_of_best if context.response else context.plateau[:1]
@@ -151,7 +152,7 @@ def _edge_of_range(context: WarningContext) -> str | None:
     if not can_widen:
         return f"{beyond}widen search.space.lr to {wider:.3g}"
     ends = f"{wider:.3g}:{high}" if at == "low" else f"{low}:{wider:.3g}"
-    return f"{beyond}widen it with `hpo resume {context.study.name} --widen lr={ends}`"
+    return f"{beyond}widen it with `{resuming_command(context.study, f'--widen lr={ends}')}`"
 
 
 def find_touched_end(best: Sequence[float], low: float, high: float) -> str | None:

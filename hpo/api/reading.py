@@ -15,7 +15,15 @@ from hpo.analysis.answer import Best
 from hpo.analysis.answer_text import describe_answer
 from hpo.analysis.comparison import Comparison
 from hpo.analysis.peak import find_peak
-from hpo.analysis.text import cell_text, counts_text, metric_text, no_answer_text, search_end_text, value_text
+from hpo.analysis.text import (
+    cell_text,
+    counts_text,
+    metric_text,
+    no_answer_text,
+    resuming_command,
+    search_end_text,
+    value_text,
+)
 from hpo.analysis.trials import direction_sign, race_progress, search_trials
 from hpo.api.stores import open_study, storage_url
 from hpo.errors import StudyStopped, UserError
@@ -278,6 +286,6 @@ def answer_of(study: StudyRecord, all_trials: Sequence[TrialRecord]) -> Best:
     if found is None:
         again = ""
         if any(trial.state == "failed" for trial in all_trials):
-            again = f"; once the cause is mended: hpo resume {study.name} --retry-failed, or hpo run SPEC --fresh"
+            again = f"; once the cause is mended: {resuming_command(study, '--retry-failed')}, or hpo run SPEC --fresh"
         raise StudyStopped(f"study {study.name!r} has {no_answer_text(all_trials)}{again}")
     return found

@@ -12,10 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import hpo
 from hpo.errors import UserError
 
-PACKAGE = Path(hpo.__file__).parent
+OWN_CODE_FOLDER = Path(__file__).parents[1]  # our own code
 
 OUT_OF_MEMORY = "out of memory"  # the failure key of every trial that ran out of memory, on whichever line
 
@@ -123,7 +122,7 @@ def failure_text(error: BaseException) -> str:
         return "".join(traceback.format_exception(error))
     tracebacks = [raised.__traceback__ for raised in (error.__cause__, error) if raised is not None]
     frames = [frame for trace in tracebacks for frame in traceback.extract_tb(trace)]
-    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(PACKAGE)]
+    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(OWN_CODE_FOLDER)]
     return "".join([*traceback.format_list(own), error_message(error), "\n"])
 
 

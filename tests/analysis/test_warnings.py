@@ -188,6 +188,18 @@ def test_a_race_in_which_all_are_equal_says_that_the_rate_makes_no_difference() 
     assert warning.text == "the learning rate makes no difference: all 5 trials have the same validation accuracy"
 
 
+def test_the_command_that_widens_a_range_names_the_code_that_it_needs() -> None:
+    settings = {**SEARCHED, "model": {"name": "my_nets.small:Net"}, "data": {"name": "my_data:load"}}
+    for study, allowed in (
+        (make_study(**SEARCHED), ""),
+        (make_study(**settings), " --allow my_data --allow my_nets.small"),
+    ):
+        found = find_best(study, numbered(*tilted(0.1)))
+        assert found is not None
+        (text,) = [warning.text for warning in found.warnings if warning.kind == "edge-of-range"]
+        assert text.endswith(f"widen it with `hpo resume s --widen lr=1e-05:1{allowed}`")
+
+
 def test_losses_far_from_each_other_are_not_tied() -> None:
     objective = {"function": "m:f", "direction": "minimize"}
     trials = make_trials((1e-4, 5.0), (1e-3, 0.1), (1e-2, 50.0), (1e-1, 900.0))

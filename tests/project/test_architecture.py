@@ -1,4 +1,4 @@
-"""No class and no function of the package is larger than can be read at a sitting.
+"""No class and no function of the package is larger than can be read at a sitting, and each module is in the map.
 
 The linter holds the rest: complexity, statements and public methods (ruff), and who imports whom (import-linter).
 """
@@ -6,6 +6,7 @@ The linter holds the rest: complexity, statements and public methods (ruff), and
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import hpo
@@ -32,3 +33,10 @@ def test_no_class_is_longer_than_can_be_read_at_a_sitting() -> None:
 
 def test_no_function_is_longer_than_a_screen() -> None:
     assert too_long((ast.FunctionDef, ast.AsyncFunctionDef), max_lines=MAX_LINES_OF_A_FUNCTION) == []
+
+
+def test_the_map_of_the_package_names_every_module() -> None:
+    """Figures have a table of their own."""
+    named = set(re.findall(r"\w+", (PACKAGE.parent / "docs" / "contributing" / "architecture.md").read_text()))
+    modules = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "figures" and path.stem[0] != "_"]
+    assert sorted(str(path.relative_to(PACKAGE)) for path in modules if path.stem not in named) == []
