@@ -7,6 +7,7 @@ at all, whatever instruction the process is killed at.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import threading
@@ -434,7 +435,7 @@ def _set_pragmas(connection: Any, _record: Any) -> None:
 
 def _read_any_text(connection: Any, _record: Any) -> None:
     # Text that is no UTF-8, which SQLite keeps all the same, would keep its whole table from being read.
-    connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+    connection.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
 
 
 def _opening_message(error: sa.exc.DatabaseError) -> str:
