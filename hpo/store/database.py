@@ -216,9 +216,10 @@ def _take_write_lock(connection: Connection) -> None:
     SQLite's own waiting pauses for longer and longer, up to 0.1 s, so that whoever came last is the first to get the
     lock. Here everyone who waits has the same chance at any moment.
     """
-    timeout_ms: int = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+    driver: Any = connection.connection.driver_connection
+    (timeout_ms,) = driver.execute("PRAGMA busy_timeout").fetchone()
     ends = time.monotonic() + timeout_ms / 1000
-    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    driver.execute("PRAGMA busy_timeout = 0")
     try:
         while True:
             try:
@@ -229,7 +230,7 @@ def _take_write_lock(connection: Connection) -> None:
                     raise
             time.sleep(random.uniform(0.5, 1.5) * LOCK_PAUSE_S)
     finally:
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {timeout_ms}")
+        driver.execute(f"PRAGMA busy_timeout = {timeout_ms}")
 
 
 def begin_reading(connection: Connection) -> None:
