@@ -12,6 +12,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -75,15 +76,35 @@ class JoinedStorage(RDBStorage):
             skip_compatibility_check=skip_compatibility_check,
             skip_table_creation=True,
         )
+        self._uids: dict[int, str] = {}
+        self._of_parents: list[Any] = []
+        self._begin_in_process()
+        begin = weakref.WeakMethod(self._begin_in_forked_process)
+        os.register_at_fork(after_in_child=lambda: (call := begin()) and call())
+
+    def _begin_in_process(self) -> None:
         self._joined = threading.local()
         self.drop_cache()
         self.scoped_session = scoped_session(self._session)  # type: ignore[arg-type]
+
+    def _begin_in_forked_process(self) -> None:
+        """Open connections of its own from now on: to use or to close the parent's would break the parent's, too."""
+        self._of_parents += [self.engine.pool, self._joined]  # a connection that nothing refers to is closed
+        self.engine.dispose(close=False)
+        self._begin_in_process()
 
     def drop_cache(self) -> None:
         """Forget the trials that were read so far."""
         self.cached = get_storage(self)
         self.compared_trials = {}
         self.own_values = {}
+        self._read_as_failed: set[int] = set()
+
+    def forget_other(self, study_id: int, uid: str) -> None:
+        """Forget the trials of a deleted study of this id, which SQLite gives to the next one."""
+        if self._uids.setdefault(study_id, uid) != uid:
+            self._uids[study_id] = uid
+            self.drop_cache()
 
     def _session(self) -> Session:
         connection: Connection | None = getattr(self._joined, "connection", None)
@@ -105,12 +126,16 @@ class JoinedStorage(RDBStorage):
         included_trial_ids: set[int],
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
-        """Return trials of a study, read by one statement: those after an id, and the earlier ones that are named."""
+        """Return trials of a study, read by one statement: those after an id, and the earlier ones that are named.
+
+        Add those that were read as failed before and are tried again: Optuna's cache believes that they have ended.
+        """
         trials = schema.optuna_trials.c
-        is_chosen = (trials.study_id == study_id) & (
-            (trials.trial_id > trial_id_greater_than) | trials.trial_id.in_(included_trial_ids)
-        )
-        found = self._read_trials(is_chosen)
+        is_chosen = (trials.trial_id > trial_id_greater_than) | trials.trial_id.in_(included_trial_ids)
+        if failed := [*self._read_as_failed]:
+            is_chosen |= trials.trial_id.in_(failed) & (trials.state != TrialState.FAIL)
+        found = self._read_trials((trials.study_id == study_id) & is_chosen)
+        self._read_as_failed.update(trial._trial_id for trial in found if trial.state is TrialState.FAIL)
         if not found:
             self.get_study_name_from_id(study_id)  # raises KeyError if there is no such study
         return [trial for trial in found if states is None or trial.state in states]

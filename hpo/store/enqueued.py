@@ -61,7 +61,8 @@ def take_in(database: Database, connection: Connection, study: StudyRecord) -> N
     queue = Queue(*connection.execute(query).one())
     slots: list[dict[str, Any]] = []
     if queue.num_enqueued:
-        enqueued = connection.execute(enqueued_trials(study.study_id)).all()
+        waiting = enqueued_trials(study.study_id).with_for_update(of=optuna_trials)  # none is taken meanwhile
+        enqueued = connection.execute(waiting).all()
         slots = [_slot_of(database, connection, study, row) for row in enqueued]
         if any(slot["state"] == "waiting" for slot in slots):
             drop_unclaimed(connection, study.study_id)  # a confirmation follows the last trial of the search

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import defaultdict
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -73,8 +74,8 @@ def _frozen_trial(trial_id: int, parts: dict[str, list[Any]]) -> FrozenTrial:
         state=trial.state,
         value=None,
         values=values or None,
-        datetime_start=trial.began,
-        datetime_complete=trial.ended,
+        datetime_start=_local_time(trial.began),
+        datetime_complete=_local_time(trial.ended),
         params={row.name: distributions[row.name].to_external_repr(row.number) for row in params},
         distributions=distributions,
         user_attrs={row.name: json.loads(row.json) for row in parts["user"]},
@@ -85,6 +86,11 @@ def _frozen_trial(trial_id: int, parts: dict[str, list[Any]]) -> FrozenTrial:
         },
         trial_id=trial_id,
     )
+
+
+def _local_time(utc: datetime | None) -> datetime | None:
+    """Return a time as Optuna shows it, in this machine's zone and without saying so; its tables have it in UTC."""
+    return utc and utc.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
 
 
 @functools.lru_cache(maxsize=1000)

@@ -77,16 +77,17 @@ def insert_trial() -> Any:
 
 
 def set_rows(dialect_name: str, trial_id: TrialId, num_params: int, num_user: int, num_system: int) -> list[sa.Insert]:
-    """Return the statements that write `TrialRows` of a shape to a trial."""
-    statements = [
-        trial_params.insert().values({"trial_id": trial_id, **row}) for row in named_rows("param", PARAM, num_params)
+    """Return the statements that write `TrialRows` of a shape to a trial.
+
+    A parameter that another program has set meanwhile is replaced, too: in SQLite two programs that ask for an enqueued
+    trial at the same moment may both get it.
+    """
+    return [
+        upsert(dialect_name, table, {"trial_id": trial_id, **row}, ["trial_id", columns[0]])
+        for name, table, columns, count in (
+            ("param", trial_params, PARAM, num_params),
+            ("user", trial_user_attributes, ATTRIBUTE, num_user),
+            ("system", trial_system_attributes, ATTRIBUTE, num_system),
+        )
+        for row in named_rows(name, columns, count)
     ]
-    for name, table, count in (
-        ("user", trial_user_attributes, num_user),
-        ("system", trial_system_attributes, num_system),
-    ):
-        statements += [
-            upsert(dialect_name, table, {"trial_id": trial_id, **row}, ["trial_id", "key"])
-            for row in named_rows(name, ATTRIBUTE, count)
-        ]
-    return statements

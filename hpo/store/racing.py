@@ -74,7 +74,7 @@ def _read_racers(
     columns = (slots_table.c.number, slots_table.c.state, slots_table.c.given, slots_table.c.trial_id)
     is_searched = (slots_table.c.study_id == study_id) & (slots_table.c.kind == "search")
     rows = connection.execute(sa.select(*columns).where(is_searched)).all()
-    theirs = read_optuna_trials(database, study_id, rows)
+    theirs = read_optuna_trials(database, study_id)
     losses = _read_losses(connection, study_id, rungs)
     racers = []
     for row in rows:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from sqlalchemy.engine import Connection
 
 from hpo.config.earlier_studies import stored_spec
@@ -91,6 +91,7 @@ def _study_record(database: Database, row: Any, name: str) -> StudyRecord:
         raise UserError(f"{source}: spec names it {spec.name!r}")
     if not re.fullmatch(r"[0-9a-f]{8}", str(metadata.get("uid"))):
         raise UserError(f"{source}: facts must have a uid of 8 digits, got {metadata.get('uid')!a}")
+    database.storage.forget_other(row.study_id, metadata["uid"])
     return StudyRecord(row.study_id, name, spec, metadata, row.stop, row.stop_reason, row.started_at)
 
 
@@ -159,7 +160,7 @@ def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
         reports, last_attempt = _read_reports(database, connection, study)
         attempts = _read_attempts(database, connection, study)
         with naming_damage(database.url, study.name, study_id, connection):
-            frozen = read_optuna_trials(database, study_id, rows)
+            frozen = read_optuna_trials(database, study_id)
     for row in rows:
         # A trial that has just been resumed has the epochs up to its checkpoint's: the later ones will be replaced.
         if row.state == "running" and last_attempt.get(row.number) not in (None, row.attempt):
@@ -172,20 +173,11 @@ def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
     ]
 
 
-def read_optuna_trials(database: Database, study_id: int, rows: Sequence[Any]) -> dict[int, FrozenTrial]:
-    """Return Optuna's trials of the study, whose slots have these rows, by their ids.
+def read_optuna_trials(database: Database, study_id: int) -> dict[int, FrozenTrial]:
+    """Return Optuna's trials of the study by their ids.
 
     Raise TypeError, or what Optuna does, where one is damaged.
     """
-    frozen = _known_trials(database, study_id)
-    known = [(row.state, frozen[row.trial_id].state) for row in rows if row.trial_id in frozen]
-    if any(state != "failed" and theirs is TrialState.FAIL for state, theirs in known):
-        database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
-        frozen = _known_trials(database, study_id)
-    return frozen
-
-
-def _known_trials(database: Database, study_id: int) -> dict[int, FrozenTrial]:
     trials = database.cached.get_all_trials(study_id, deepcopy=False)
     for trial in trials:
         check_trial(trial)

@@ -138,7 +138,6 @@ class Studies:
             reopened = {"state": TrialState.RUNNING, "datetime_complete": None}
             connection.execute(optuna_trials.update().where(is_theirs).values(reopened))
             connection.execute(slots_table.update().where(failed).values(FRESH | {"state": "waiting"}))
-        self._database.storage.drop_cache()
 
     @retry_on_outage
     def stage_due(self, study: StudyRecord) -> str | None:

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.config.study_spec import StudySpec
 from hpo.search import proposals, samplers
+from hpo.store.database import JoinedStorage
 from hpo.store.ledger import extend_lease
 from hpo.store.optuna_rows import TrialRows, set_rows, trial_rows
 from hpo.study.records import Claim
@@ -28,8 +29,8 @@ class BufferedStorage:
     attributes of ours. What it asks of the study itself, such as a counter, goes to the storage.
     """
 
-    def __init__(self, storage: BaseStorage, spec: StudySpec, claim: Claim) -> None:
-        """Buffer the trial of a claim; `storage` caches the trials that have ended."""
+    def __init__(self, storage: JoinedStorage, spec: StudySpec, claim: Claim) -> None:
+        """Buffer the trial of a claim."""
         self._storage = storage
         self._claim = claim
         self._direction = StudyDirection[spec.direction.upper()]
@@ -54,7 +55,7 @@ class BufferedStorage:
     ) -> list[FrozenTrial]:
         """Return the trials as they were when they were first asked for; they must not be changed."""
         if self._trials is None:
-            self._trials = self._storage.get_all_trials(study_id, deepcopy=False)
+            self._trials = self._storage.cached.get_all_trials(study_id, deepcopy=False)
         return [trial for trial in self._trials if states is None or trial.state in states]
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
@@ -62,7 +63,8 @@ class BufferedStorage:
         if not self._reads_study:
             return self._storage.get_trial(trial_id)
         trials = self.get_all_trials(self._claim.study_id)
-        return copy.deepcopy(next(trial for trial in trials if trial._trial_id == trial_id))
+        found = next((trial for trial in trials if trial._trial_id == trial_id), None)
+        return self._storage.get_trial(trial_id) if found is None else copy.deepcopy(found)
 
     def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
         """Return the attributes of a trial, with those that were kept."""

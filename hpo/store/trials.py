@@ -73,7 +73,7 @@ class Trials:
             if row is None:
                 return None
             refuse_damage(self._database.url, study.name, slots_table, [row])
-            if row.trial_id is not None and not _begin_again(self._database, connection, row):
+            if row.trial_id is not None and row.attempt == 0 and not begin_enqueued(self._database, connection, row):
                 return None
             new = proposals.new_trial(study.spec, row) if row.trial_id is None else None
             return take_slot(connection, row, waiting.queue, new, worker_id=worker_id)
@@ -101,7 +101,7 @@ class Trials:
         They are sampled now unless an earlier attempt had them, or the trial confirms others: the sampler does not see
         such a trial. The sampler works before the transaction, for which others wait, and all is written within it.
         """
-        storage = BufferedStorage(self._database.cached, spec, claim)
+        storage = BufferedStorage(self._database.storage, spec, claim)
         # A counter is read and written in two steps, which the lock on the study keeps together.
         is_counted = claim.kind == "search" and samplers.SAMPLERS[spec.search.sampler].has_counter
         values = {} if is_counted else choose_values(storage, spec, claim)
@@ -163,7 +163,7 @@ class Trials:
     @retry_on_outage
     def last_report(self, claim: Claim) -> tuple[int, float] | None:
         """Return the last epoch that this or an earlier attempt reported, and its value; None before the first."""
-        trial = self._database.cached.get_trial(claim.trial_id)
+        trial = self._database.storage.get_trial(claim.trial_id)
         return None if trial.last_step is None else (trial.last_step, trial.intermediate_values[trial.last_step])
 
     @retry_on_outage
@@ -310,10 +310,3 @@ def _read_waiting(
     if not may_begin_last:
         without |= last_unbegun(connection, study.study_id)
     return read_waiting(connection, study.study_id, worker_id, num_held=num_held, last_seed=last_seed, without=without)
-
-
-def _begin_again(database: Database, connection: Connection, row: Any) -> bool:
-    """Return whether the Optuna trial that a slot has is in training; False if another program has begun it."""
-    if database.cached.get_trial(row.trial_id).state.is_finished():
-        database.storage.drop_cache()  # it is tried again, and this process knows it as it had failed
-    return row.attempt > 0 or begin_enqueued(database, connection, row)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -45,6 +47,40 @@ def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: Make
     theirs = optuna.load_study(study_name="s", storage=url_of(store))
     assert theirs.metric_names == ["val_accuracy"]
     assert Counter(t.state for t in theirs.trials) == {TrialState.COMPLETE: 30}
+
+
+FORKS = """
+import os, sys
+from hpo.store.store import Store
+
+store = Store(sys.argv[1])
+study = store.studies.get("s")
+worker = store.workers.add(study.study_id, device="cpu")
+
+def work():
+    while (claim := store.trials.claim(study, worker)) is not None:
+        store.trials.suggest(claim, study.spec, attributes=lambda _: {})
+        store.trials.report(claim, study.spec, epoch=1, metrics={}, value=0.5)
+        store.trials.finish(claim, "complete", reason="")
+
+children = []
+for _ in range(2):
+    children.append(os.fork())
+    if children[-1] == 0:
+        work()
+        os._exit(0)
+work()
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+"""
+
+
+def test_processes_that_are_forked_from_one_with_an_open_store_share_it(store: Store, make_spec: MakeSpec) -> None:
+    study, _ = begin(store, make_spec(search={"trials": 24, "sampler": "tpe"}))
+    command = [sys.executable, "-c", FORKS, url_of(store)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert (ended.stderr, ended.returncode) == ("", 0)
+    assert store.trials.counts(study.study_id) == {"complete": 24}
+    assert store.problems(study) == []
 
 
 @pytest.mark.parametrize("name", ["hpo.db", "a b.db", "{x} #é.db"])

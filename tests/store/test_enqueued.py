@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import optuna
@@ -9,7 +10,7 @@ import pytest
 
 from hpo.store.store import Store
 from hpo.study.records import StudyRecord
-from tests.store.helpers import MakeSpec, begin, claim, optuna_trials, report, url_of
+from tests.store.helpers import MakeSpec, begin, claim, only_postgres, optuna_trials, report, url_of
 
 
 def theirs(store: Store) -> optuna.Study:
@@ -64,6 +65,34 @@ def test_an_enqueued_trial_outside_of_the_space_fails_with_a_sentence_and_keeps_
     store.studies.retry_failed(study)  # it is as far outside as before
     assert store.trials.num_left(study) == 0
     assert store.problems(study) == []
+
+
+@only_postgres
+def test_no_other_program_takes_an_enqueued_trial_while_it_gets_its_slot(
+    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 1}))
+    theirs(store).enqueue_trial({"lr": 7.0})
+    asked: list[int] = []
+
+    def ask_and_tell() -> None:
+        taken = theirs(store).ask()
+        asked.append(taken.number)
+        theirs(store).tell(taken, 0.9)
+
+    other = threading.Thread(target=ask_and_tell)
+    read = store.storage.get_trial
+
+    def begin_other(trial_id: int) -> optuna.trial.FrozenTrial:
+        if other.ident is None:
+            other.start()
+            other.join(timeout=2)  # it waits for the claim
+        return read(trial_id)
+
+    monkeypatch.setattr(store.storage, "get_trial", begin_other)
+    assert train(store, study, worker) == 1
+    other.join()
+    assert (asked, store.trials.get_all(study)[0].state) == ([2], "failed")
 
 
 def test_enqueued_nonsense_fails_as_a_trial_and_ends_no_worker(store: Store, make_spec: MakeSpec) -> None:

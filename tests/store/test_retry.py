@@ -173,6 +173,6 @@ def test_an_error_of_the_database_is_never_the_trials(
     def breaks(*_: Any, **__: Any) -> None:
         raise optuna.exceptions.StorageInternalError("x")
 
-    monkeypatch.setattr(type(store.database.cached), "get_trial", breaks)
+    monkeypatch.setattr(type(store.storage), "get_trial", breaks)
     with pytest.raises(StoreFailed):
         store.trials.last_report(held)

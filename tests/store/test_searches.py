@@ -163,7 +163,7 @@ def test_a_widened_search_keeps_its_trials_and_its_sampler_learns_from_all_of_th
         store.trials.finish(held, "complete", reason="")
     assert any(1e-4 <= lr < 1e-3 for lr in rates)
     assert any(0.1 < lr <= 10 for lr in rates)
-    seen = sampling_study(BufferedStorage(store.storage.cached, study.spec, held), study.spec, number=20)
+    seen = sampling_study(BufferedStorage(store.storage, study.spec, held), study.spec, number=20)
     # A parameter whose range differs between trials is none that they have in common.
     assert intersection_search_space(seen.get_trials(deepcopy=False)).keys() == {"lr", "momentum"}
     assert store.problems(study) == []

@@ -133,6 +133,20 @@ def test_a_deleted_study_leaves_nothing_and_can_be_made_anew(store: Store, make_
         store.studies.check_exists(study)
 
 
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_process_that_read_a_deleted_study_shows_the_values_of_the_next_one(
+    store: Store, make_spec: MakeSpec, is_here: bool
+) -> None:
+    reader = store if is_here else Store(url_of(store))
+    for value in (0.9, 0.1):
+        study, worker = begin(store, make_spec(0.1, 0.2))
+        held = claim(store, study, worker)
+        report(store, held, value)
+        store.trials.finish(held, "complete", reason="")
+        assert [t.value for t in reader.trials.get_all(reader.studies.get("s"))] == [value, None]
+        store.studies.delete("s")
+
+
 def test_another_study_of_optunas_is_not_taken_for_the_one_that_was_deleted(store: Store, make_spec: MakeSpec) -> None:
     begin(store, make_spec(0.1))
     delete_by("optuna", store, "s")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -15,7 +17,18 @@ from optuna.trial import TrialState, create_trial
 from hpo.store.ledger import ENDED_ELSEWHERE, ClaimLost
 from hpo.store.store import Store
 from tests.rows import slow_except
-from tests.store.helpers import MakeSpec, begin, claim, everything, optuna_trials, report, trial, url_of
+from tests.store.helpers import (
+    MakeSpec,
+    begin,
+    claim,
+    everything,
+    meanwhile,
+    only_sqlite,
+    optuna_trials,
+    report,
+    trial,
+    url_of,
+)
 
 
 def test_trials_are_read_by_one_statement_as_optunas_own_storage_reads_them(store: Store, make_spec: MakeSpec) -> None:
@@ -59,6 +72,70 @@ def test_trials_are_read_by_one_statement_as_optunas_own_storage_reads_them(stor
         store.storage.get_trial(ids[3] + 1)
     with pytest.raises(KeyError):
         store.storage.get_all_trials(study.study_id + 1)
+
+
+def test_times_are_read_as_optunas_own_storage_reads_them_wherever_the_machine_stands(
+    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        study, worker = begin(store, make_spec(search={"trials": 2}))
+        held = claim(store, study, worker)
+        report(store, held, 0.5)
+        store.trials.finish(held, "complete", reason="")
+        claim(store, study, worker)
+        theirs = RDBStorage(url_of(store)).get_all_trials(study.study_id)
+        assert store.storage.get_all_trials(study.study_id) == theirs
+        assert abs((theirs[0].datetime_start or datetime.min) - datetime.now()).total_seconds() < 600
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_sampler_sees_a_trial_that_another_process_has_tried_again(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 9, "sampler": "tpe"}))
+    store.trials.finish(claim(store, study, worker), "failed", reason="")
+    other = Store(url_of(store))
+    claim(other, study, worker)  # whose sampler has read the trial as failed
+
+    def seen() -> list[tuple[TrialState, float | None]]:
+        trials = other.database.cached.get_all_trials(study.study_id)
+        return [(trial.state, trial.value) for trial in trials if trial.number == 0]
+
+    store.studies.retry_failed(study)
+    again = claim(store, study, worker)
+    assert (again.number, seen()) == (0, [(TrialState.RUNNING, None)])
+    report(store, again, 0.5)
+    store.trials.finish(again, "complete", reason="")
+    assert seen() == [(TrialState.COMPLETE, 0.5)]
+
+
+def test_a_value_that_another_program_has_set_meanwhile_ends_no_worker(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(search={"trials": 2, "sampler": "tpe"}))
+    claimed = store.trials.claim(study, worker)
+    assert claimed is not None
+    theirs = RDBStorage(url_of(store))
+    lr = FloatDistribution(0.1, 1.0)
+    with meanwhile(store, lambda: theirs.set_trial_param(claimed.trial_id, "lr", 0.5, lr), at=1):
+        values = store.trials.suggest(claimed, study.spec, attributes=lambda _: {})
+    assert optuna_trials(store)[0].params == values != {"lr": 0.5}
+
+
+@only_sqlite
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_the_trial_of_a_deleted_study_is_not_looked_for_in_the_next_one(
+    store: Store, make_spec: MakeSpec, sampler: str
+) -> None:
+    spec = make_spec(search={"trials": 2, "sampler": sampler})
+    study, worker = begin(store, spec)
+    claim(store, study, worker)
+    claimed = store.trials.claim(study, worker)
+    assert claimed is not None
+    optuna.delete_study(study_name="s", storage=url_of(store))
+    assert begin(Store(url_of(store)), spec)[0].study_id == study.study_id
+    with pytest.raises(KeyError, match="no trial with the id 2"):
+        store.trials.suggest(claimed, spec, attributes=lambda _: {})
 
 
 @pytest.mark.parametrize("sampler", slow_except(["tpe", "random", "gp", "cmaes"], "tpe", "random"))
