@@ -93,6 +93,7 @@ def build_waiting(dialect_name: str, holds_others: bool, has_last_seed: bool, ha
 
 def take_slot(connection: Connection, row: Any, queue: Queue, new: FrozenTrial | None, *, worker_id: str) -> Claim:
     """Give the slot of `row` to the worker under a new lease, and add the row of its attempt and, if any, its trial."""
+    assert new is None or row.number == queue.last_of_optuna + 1, "slot n is trial n of Optuna's study"
     claim = Claim(
         row.study_id,
         row.number,

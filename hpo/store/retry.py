@@ -56,8 +56,9 @@ def retry_on_outage(
 ) -> Callable[Concatenate[Self, Arguments], Answer]:
     """Retry a method as `outlast` does, by its object's policy; raise StoreFailed where the database is at fault.
 
-    This is safe for methods that change all or nothing, and that find their work done where a commit succeeded and its
-    answer was lost.
+    This is safe for methods that change all or nothing. Where a commit succeeded and its answer was lost, most of them
+    find their work done; a slot that was claimed comes back when its lease is over, and the end of a trial, which is
+    in the store, raises ClaimLost.
     """
 
     @functools.wraps(method)

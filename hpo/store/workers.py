@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 from hpo.store.claiming import sign_on
 from hpo.store.conditions import is_given_up, is_held, process_is_gone
 from hpo.store.damage import refuse_damage
-from hpo.store.database import Database
+from hpo.store.database import Database, upsert
 from hpo.store.ledger import LEASE_S, Ledger, storable_text
 from hpo.store.racing import count_claimable
 from hpo.store.retry import retry_on_outage
@@ -40,26 +40,28 @@ class Workers:
         self._ledger = Ledger(database)
         self.retry = database.retry
 
-    @retry_on_outage
     def add(self, study_id: int, *, device: str, host: str | None = None) -> str:
         """Register the calling process as a worker and return its id; `host` is by default the machine's name."""
         worker_id = uuid.uuid4().hex[:12]
+        self._add(worker_id, study_id, device, host or socket.gethostname())
+        return worker_id
+
+    @retry_on_outage
+    def _add(self, worker_id: str, study_id: int, device: str, host: str) -> None:
         with self._database.transaction() as connection:
             at = self._database.now(connection)
-            connection.execute(
-                workers_table.insert().values(
-                    worker_id=worker_id,
-                    study_id=study_id,
-                    host=host or socket.gethostname(),
-                    machine=liveness.machine_id(),
-                    pid=os.getpid(),
-                    pid_started=liveness.process_start_s(),
-                    device=device,
-                    started_at=at,
-                    seen_at=at,
-                )
-            )
-        return worker_id
+            row = {
+                "worker_id": worker_id,
+                "study_id": study_id,
+                "host": host,
+                "machine": liveness.machine_id(),
+                "pid": os.getpid(),
+                "pid_started": liveness.process_start_s(),
+                "device": device,
+                "started_at": at,
+                "seen_at": at,
+            }
+            connection.execute(upsert(connection.dialect.name, workers_table, row, ["worker_id"]))
 
     @retry_on_outage
     def remove(self, worker_id: str) -> None:
