@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,17 +15,13 @@ from hpo.store.enqueued import Queue, select_queue
 from hpo.store.ledger import LEASE_S, MAX_TRIAL_CRASHES
 from hpo.store.optuna_rows import TrialId, TrialRows, insert_trial, rows_of, set_rows, utc_now
 from hpo.store.prepared import claim_values, execute_prepared, named_claim
-from hpo.store.schema import attempts_table, select_all, slots_table, union_of, workers_table
+from hpo.store.schema import attempts_table, rows_by_part, select_all, slots_table, union_of, workers_table
 from hpo.study.records import Claim
 
 FITS = slots_table.c.exclusive == 0
-# Which slots suit a worker, in the order of preference; "harmless" ones alone if it holds a trial.
-CLAIM_ORDER: dict[str, sa.ColumnElement[bool]] = {
-    "harmless": FITS & (slots_table.c.crashes == 0),
-    "usual": FITS & (slots_table.c.crashes < MAX_TRIAL_CRASHES),
-    "suspect": FITS,
-    "exclusive": slots_table.c.exclusive == 1,
-}
+HARMLESS = FITS & (slots_table.c.crashes == 0)
+USUAL = FITS & (slots_table.c.crashes < MAX_TRIAL_CRASHES)
+EXCLUSIVE = slots_table.c.exclusive == 1
 
 
 class Waiting(NamedTuple):
@@ -34,7 +29,7 @@ class Waiting(NamedTuple):
 
     queue: Queue
     neighbours: list[Any]  # the rows of the trials that are in training on its device, of any study
-    suitable: list[Any]  # the rows of the first slot of each kind that may suit it, in the order of preference
+    suitable: list[Any]  # the rows of the slot that suits it, and of the one that does where it has its device alone
 
     def choose(self) -> Any | None:
         """Return the row of the slot that the worker should claim, or None where none suits it.
@@ -46,7 +41,8 @@ class Waiting(NamedTuple):
         neighbours = [row for row in self.neighbours if not is_lost(row, self.queue.now)]
         if any(row.exclusive for row in neighbours):
             return None
-        return next((row for row in self.suitable if not (row.exclusive and neighbours)), None)
+        usual = (row for row in self.suitable if not (row.exclusive and neighbours))
+        return min(usual, key=lambda row: row.exclusive, default=None)
 
 
 def read_waiting(
@@ -65,30 +61,29 @@ def read_waiting(
     """
     values = {"of_study_id": study_id, "of_worker_id": worker_id, "last_seed": last_seed, "without": list(without)}
     shape = (num_held > 0, last_seed is not None, bool(without))
-    rows: dict[str, list[Any]] = defaultdict(list)
-    for row in execute_prepared(connection, build_waiting, values, *shape):
-        rows[row.part].append(row)
+    rows = rows_by_part(execute_prepared(connection, build_waiting, values, *shape))
     (last,) = rows["queue"]
     queue = Queue(*(getattr(last, name) for name in Queue._fields))
-    return Waiting(queue, rows["neighbour"], [row for kind in CLAIM_ORDER for row in rows[kind]])
+    return Waiting(queue, rows["neighbour"], rows["suitable"])
 
 
 def build_waiting(dialect_name: str, holds_others: bool, has_last_seed: bool, has_without: bool) -> list[Any]:
     """Return the statement of `read_waiting`."""
     slots, study_id = slots_table.c, sa.bindparam("of_study_id", type_=sa.Integer)
-    waiting = select_all(slots_table).where(is_waiting(study_id))
+    waiting = sa.select(slots.number).where(is_waiting(study_id)).order_by(slots.number).limit(1)
     if has_without:
         waiting = waiting.where(slots.number.not_in(sa.bindparam("without", expanding=True)))
     if has_last_seed:
         waiting = waiting.where((slots.kind != "confirm") | (slots.replicate <= sa.bindparam("last_seed")))
-    # A query for each, not one ORDER BY, so that the index gives the first at once and nothing is sorted.
-    parts = {
-        kind: waiting.where(condition).order_by(slots.number).limit(1)
-        for kind, condition in CLAIM_ORDER.items()
-        if (kind == "harmless") == holds_others
-    }
-    parts |= {"neighbour": on_same_device(sa.bindparam("of_worker_id", type_=sa.String))}
-    return [union_of(parts | {"queue": select_queue(dialect_name, study_id)})]
+
+    def first(condition: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:  # which an index gives: nothing is sorted
+        return waiting.where(condition).scalar_subquery()
+
+    numbers = [first(HARMLESS)] if holds_others else [sa.func.coalesce(first(USUAL), first(FITS)), first(EXCLUSIVE)]
+    suitable = select_all(slots_table).where(slots.study_id == study_id, slots.number.in_(numbers))
+    neighbours = on_same_device(sa.bindparam("of_worker_id", type_=sa.String))
+    queue = select_queue(dialect_name, study_id)
+    return [union_of({"suitable": suitable, "neighbour": neighbours, "queue": queue})]
 
 
 def take_slot(connection: Connection, row: Any, queue: Queue, new: FrozenTrial | None, *, worker_id: str) -> Claim:

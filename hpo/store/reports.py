@@ -16,15 +16,18 @@ from hpo.store.conditions import is_held
 from hpo.store.database import Database, clock_of, upsert
 from hpo.store.ledger import LEASE_S, Verdict
 from hpo.store.prepared import NamedRow, claim_values, execute_prepared, named_claim, named_rows, row_values
-from hpo.store.pruning import ask_pruner
+from hpo.store.pruning import Look, select_compared
 from hpo.store.racing import Race, read_race
 from hpo.store.schema import (
     epochs_table,
     intermediate_values,
+    labelled,
     optuna_trials,
+    rows_by_part,
     slots_table,
     studies_table,
     trial_system_attributes,
+    union_of,
 )
 from hpo.study.records import Claim, EpochReport
 
@@ -45,49 +48,54 @@ class Judgement(NamedTuple):
     notes: Mapping[tuple[int, str], Any]
 
 
-def lock_slots(connection: Connection, claims: Sequence[Claim]) -> dict[Claim, SlotProgress]:
-    """Lock the slots that claims of a study hold, and return how far each has come; leave out the claims that are lost.
+class LockedSlots(NamedTuple):
+    """Slots that are locked, and what a look at their study has read with them."""
 
-    Slots are locked in the order of their numbers, as `Workers.renew` does: there is no deadlock.
+    progress: dict[Claim, SlotProgress]  # without the claims that are lost
+    compared: list[Any]
+
+
+def lock_slots(connection: Connection, claims: Sequence[Claim], look: Look | None = None) -> LockedSlots:
+    """Lock the slots that claims of a study hold, and read how far each has come, and what a look compares.
+
+    Slots are locked in the order of their numbers, as `Workers.renew` does: there is no deadlock. In Postgres a look
+    shows the study as it was before the wait for these locks: only the holders of the claims report on their trials.
     """
     by_number, progress = {claim.number: claim for claim in claims}, {}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {} if look is None else look.values()
     for index, claim in enumerate(claims):
         values |= claim_values(f"claim_{index}", claim)
-    rows: Any = execute_prepared(connection, build_locking, values, len(claims))
-    for number, last_epoch, pruned_at, trial_state, stop in rows:
-        if trial_state is None:
-            raise KeyError(f"Optuna's tables have no trial for trial {number}")
-        progress[by_number[number]] = SlotProgress(
-            last_epoch, pruned_at, is_ended_elsewhere=trial_state.is_finished(), is_stopping=stop is not None
-        )
-    return progress
+    shape = () if look is None else look.shape
+    rows = rows_by_part(execute_prepared(connection, build_locking, values, len(claims), *shape))
+    for row in rows["slot"]:
+        if row.state is None:
+            raise KeyError(f"Optuna's tables have no trial for trial {row.number}")
+        is_ended, is_stopping = row.state.is_finished(), row.stop is not None
+        progress[by_number[row.number]] = SlotProgress(row.last_epoch, row.pruned_at, is_ended, is_stopping)
+    return LockedSlots(progress, rows["compared"])
 
 
-def build_locking(dialect_name: str, num_claims: int) -> list[sa.Select[Any]]:
-    """Return the statement of `lock_slots`."""
+def build_locking(dialect_name: str, num_claims: int, *look: Any) -> list[Any]:
+    """Return the statement of `lock_slots`; `look` is the shape of one."""
     study_id = slots_table.c.study_id
     stop = sa.select(studies_table.c.stop).where(studies_table.c.study_id == study_id).scalar_subquery()
     state = sa.select(optuna_trials.c.state).where(optuna_trials.c.trial_id == slots_table.c.trial_id).scalar_subquery()
-    columns = (slots_table.c.number, slots_table.c.last_epoch, slots_table.c.pruned_at, state, stop)
+    columns = [column for column in labelled(slots_table) if column.name in ("number", "last_epoch", "pruned_at")]
     is_one = sa.or_(*(is_held(named_claim(f"claim_{index}")) for index in range(num_claims)))
-    query = sa.select(*columns).where(is_one).order_by(slots_table.c.number)
-    return [query.with_for_update(of=slots_table)]
+    query = sa.select(*columns, state.label("state"), stop.label("stop")).where(is_one).order_by(slots_table.c.number)
+    parts = {"slot": query.with_for_update(of=slots_table)}
+    return [union_of(parts | {"compared": select_compared(*look)} if look else parts)]
 
 
 def judge_epochs(
-    database: Database,
-    connection: Connection,
-    reports: Sequence[EpochReport],
-    progress: Mapping[Claim, SlotProgress],
-    spec: StudySpec,
+    look: Look | None, compared: Sequence[Any], reports: Sequence[EpochReport], progress: Mapping[Claim, SlotProgress]
 ) -> Judgement:
     """Return what the pruner says of reports of locked slots; what it has said of an epoch before holds."""
     dropped = {report.claim for report in reports if progress[report.claim].pruned_at == report.epoch}
     new = [r for r in reports if r.may_prune and r.epoch > progress[r.claim].last_epoch]
-    if not new or spec.pruner.name == "none":
+    if look is None or not new:
         return Judgement(dropped, {})
-    newly_dropped, notes = ask_pruner(database, connection, new, spec)
+    newly_dropped, notes = look.judge(compared, new)
     return Judgement(dropped | newly_dropped, notes)
 
 

@@ -5,7 +5,8 @@ Some columns have a name on disk from an older version, and another one in code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,14 @@ def union_of(parts: Mapping[str, sa.Select[Any]]) -> sa.CompoundSelect[Any]:
             for part, query in queries.items()
         )
     )
+
+
+def rows_by_part(rows: Iterable[Any]) -> dict[str, list[Any]]:
+    """Return the rows of each query of `union_of`; a query without rows has none."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        found[row.part].append(row)
+    return found
 
 
 def labelled(table: sa.Table) -> list[sa.Label[Any]]:

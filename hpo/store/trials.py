@@ -19,9 +19,10 @@ from hpo.store.database import Database
 from hpo.store.enqueued import begin_enqueued, take_in
 from hpo.store.ledger import ENDED_ELSEWHERE, ERROR_CHARACTERS, Ledger, Verdict, claim_lost, storable_text
 from hpo.store.prepared import claim_values, execute_prepared
+from hpo.store.pruning import Look, plan_look
 from hpo.store.racing import count_claimable, hold_back
 from hpo.store.reading import best_values, lock_to_claim, read_epoch_seconds, read_trials
-from hpo.store.reports import SlotProgress, decide, judge_epochs, lock_slots, record_epochs
+from hpo.store.reports import LockedSlots, decide, judge_epochs, lock_slots, record_epochs
 from hpo.store.retry import retry_on_outage
 from hpo.store.schema import attempts_table, slots_table
 from hpo.store.searches import last_unbegun
@@ -106,7 +107,7 @@ class Trials:
         is_counted = claim.kind == "search" and samplers.SAMPLERS[spec.search.sampler].has_counter
         values = {} if is_counted else choose_values(storage, spec, claim)
         with self._database.transaction() as connection:
-            progress = self._lock_slots(connection, [claim])
+            progress = self._lock_slots(connection, [claim]).progress
             if progress and is_counted:
                 lock_study(connection, claim.study_id)
                 values = choose_values(storage, spec, claim)
@@ -143,22 +144,23 @@ class Trials:
         nothing.
         """
         with self._database.transaction() as connection:
-            progress = self._lock_slots(connection, [report.claim for report in reports])
+            look = plan_look(self._database.storage, reports, spec)
+            progress, compared = self._lock_slots(connection, [report.claim for report in reports], look)
             held = [report for report in reports if report.claim in progress]
             verdicts: dict[Claim, Verdict] = {}
             if held:
-                judgement = judge_epochs(self._database, connection, held, progress, spec)
+                judgement = judge_epochs(look, compared, held, progress)
                 record_epochs(connection, held, progress, judgement)
                 verdicts = decide(self._database, connection, held, progress, judgement, spec)
         return [verdicts.get(report.claim) for report in reports]
 
-    def _lock_slots(self, connection: Connection, claims: Sequence[Claim]) -> dict[Claim, SlotProgress]:
+    def _lock_slots(self, connection: Connection, claims: Sequence[Claim], look: Look | None = None) -> LockedSlots:
         """Lock slots as `lock_slots` does, but end those whose trials another program has ended, and leave them out."""
-        progress = lock_slots(connection, claims)
-        for claim in [claim for claim, slot in progress.items() if slot.is_ended_elsewhere]:
+        locked = lock_slots(connection, claims, look)
+        for claim in [claim for claim, slot in locked.progress.items() if slot.is_ended_elsewhere]:
             self._ledger.end(connection, claim, "failed", ENDED_ELSEWHERE)
-            del progress[claim]
-        return progress
+            del locked.progress[claim]
+        return locked
 
     @retry_on_outage
     def last_report(self, claim: Claim) -> tuple[int, float] | None:

@@ -2,7 +2,8 @@
 
 Processes do one thing at a time, all the same: report an epoch to hpo (without a pruner, and with the median's look);
 report to plain Optuna and ask its median pruner; and update one row in a transaction through the same driver. The
-blocks alternate, so that a busy machine slows all of them alike. `make bench-store` runs it.
+blocks alternate, so that a busy machine slows all of them alike. The rates of all processes and the times of single
+calls are printed. `make bench-store` runs it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import multiprocessing
 import statistics
 import time
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -69,18 +71,21 @@ ROW = TABLE.update().where(TABLE.c.id == sa.bindparam("of_id")).values(value=sa.
 
 
 def work(url: str, index: int, blocks: int, block_s: float, barrier: Any, results: Any) -> None:
-    """Put the number of times that each kind was done, by blocks."""
+    """Put how long each kind took each time, in seconds, by blocks."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    todo, epochs, counts = actions(url, index), [0] * len(KINDS), []
+    todo, epochs, times = actions(url, index), [0] * len(KINDS), []
     for _ in range(blocks):
         for kind, action in enumerate(todo):
             barrier.wait()
-            ends, first = time.perf_counter() + block_s, epochs[kind]
-            while time.perf_counter() < ends:
+            took, now = array("d"), time.perf_counter()
+            ends = now + block_s
+            while now < ends:
                 epochs[kind] += 1
                 action(epochs[kind])
-            counts.append((kind, epochs[kind] - first))
-    results.put(counts)
+                began, now = now, time.perf_counter()
+                took.append(now - began)
+            times.append((kind, took))
+    results.put(times)
 
 
 def main() -> None:
@@ -112,11 +117,14 @@ def main() -> None:
             for process in started:
                 process.join()
             for kind, name in enumerate(KINDS):
-                blocks = zip(*([count for of, count in counts if of == kind] for counts in found), strict=True)
-                rates = sorted(sum(block) / arguments.seconds for block in blocks)
+                blocks = list(zip(*([took for of, took in times if of == kind] for times in found), strict=True))
+                rates = sorted(sum(map(len, block)) / arguments.seconds for block in blocks)
+                all_ms = sorted(1000 * seconds for block in blocks for took in block for seconds in took)
+                middle_ms, late_ms = all_ms[len(all_ms) // 2], all_ms[len(all_ms) * 99 // 100]
                 print(
                     f"{workers:3} workers  {name:>15}  {statistics.median(rates):7.1f} a second "
-                    f"({rates[0]:.1f} to {rates[-1]:.1f}, n = {arguments.blocks} blocks)",
+                    f"({rates[0]:.1f} to {rates[-1]:.1f}, n = {arguments.blocks} blocks), "
+                    f"median {middle_ms:.1f} ms, 99th percentile {late_ms:.1f} ms",
                     flush=True,
                 )
 
