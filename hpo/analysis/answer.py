@@ -47,6 +47,7 @@ class Best:
         confirmation: The result of training the best learning rates again on fresh seeds, if that was asked for.
         range_test: The range tests that set the range of learning rates, if `lr` was "auto".
         search_end: After how many trials the search ended and why, if `search.until` or `search.hours` ended it.
+        num_complete: Of how many complete trials of the search `trial` is the best.
     """
 
     trial: int
@@ -59,6 +60,7 @@ class Best:
     confirmation: Confirmation | None = None
     range_test: Sequence[Mapping[str, Any]] | None = None
     search_end: str | None = None
+    num_complete: int = 1
 
     @property
     def lr(self) -> float | None:
@@ -121,6 +123,7 @@ class Best:
             "confirmation": None if self.confirmation is None else self.confirmation.as_dict(),
             "range_test": self.range_test,
             "search_end": self.search_end,
+            "num_complete": self.num_complete,
         }
 
 
@@ -159,6 +162,7 @@ def find_best(study: StudyRecord, trials: Sequence[TrialRecord]) -> Best | None:
         confirmation=confirmation,
         range_test=study.metadata.get("range_test"),
         search_end=search_end_text(study, trials),
+        num_complete=sum(trial.state == "complete" and trial.value is not None for trial in searched),
     )
 
 
@@ -191,7 +195,8 @@ def find_response(study: StudyRecord, trials: Sequence[TrialRecord]) -> Response
     ]
     if not observed:
         return None
-    guess = guess_value(study.spec, study.metadata) if is_share(metric) else None
+    # A loss may be worse than a guess although the network has learned: it is then too sure of its mistakes.
+    guess = guess_value(study.spec, study.metadata) if sign == 1 else None
     low, high = rate_bounds(study, trials)
     response = fit_response(
         observed,

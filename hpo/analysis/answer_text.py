@@ -28,9 +28,9 @@ from hpo.study.records import StudyRecord, TrialRecord
 from hpo.train.config import name_on_test_set
 
 NUM_LINES = 3  # that are shown without the details
-HEADLINE_DOUBTS = {  # warnings that the best rate may be another one, although the interval is narrow
-    "pruned-away": " so far, but better values are expected elsewhere",
-    "edge-of-range": " so far, but the best may lie beyond the searched range",
+HEADLINE_DOUBTS = {  # warnings that the best rate may be another one, although it is confirmed or the interval narrow
+    "pruned-away": "better values are expected elsewhere",
+    "edge-of-range": "the best may lie beyond the searched range",
 }
 
 
@@ -107,14 +107,15 @@ def _headline(answer: Best) -> str:
     if answer.lr is None:
         return f"best values: {others}"
     headline = f"best learning rate: {rate_text(answer.lr)}" + (f" ({others})" if others else "")
+    kinds = {warning.kind for warning in answer.warnings}
+    doubt = next((f", but {doubt}" for kind, doubt in HEADLINE_DOUBTS.items() if kind in kinds), "")
     if answer.confirmation is not None:
-        return f"{headline}, confirmed on {_seeds_text(answer.confirmation)}"
+        return f"{headline}, confirmed on {_seeds_text(answer.confirmation)}{doubt}"
     if response is None:
         return f"{headline}, the best of those tried"
     if not response.is_determined:
         return f"{headline} so far, but not determined"
-    kinds = {warning.kind for warning in answer.warnings}
-    return headline + next((doubt for kind, doubt in HEADLINE_DOUBTS.items() if kind in kinds), "")
+    return f"{headline} so far{doubt}" if doubt else headline
 
 
 def _findings(study: StudyRecord, answer: Best) -> Iterator[AnswerLine]:
@@ -223,8 +224,8 @@ def _best_trial_line(study: StudyRecord, answer: Best) -> AnswerLine:
         comparative = "better" if confirmation.inflation >= 0 else "worse"
         difference = difference_text(study, abs(confirmation.inflation), of=confirmation.value)
         note += f", {difference} {comparative} than confirmed"
-    elif answer.response is not None:
-        note += ", optimistic: the best of many"
+    elif answer.num_complete > 1:
+        note += f", optimistic: the best of {answer.num_complete}"
     return AnswerLine("best trial", f"#{answer.trial}, {params_text(answer.params)}", note)
 
 

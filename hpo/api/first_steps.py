@@ -212,6 +212,7 @@ def _study_lines(name: str, steps: FirstSteps) -> Iterator[str]:
     if is_own_loop:
         yield from ("", "[objective]")
         yield _setting("function", code["loop"], "called once a trial; the values are in trial.params")
+        yield f"{'# guess = 0.1':<{COMMENT_COLUMN}}  # the value of guessing: of an accuracy, 1 / classes"
         yield from ("", "[training]")
         yield _setting("epochs", 20, "trial.epochs")
         return

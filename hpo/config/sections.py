@@ -63,7 +63,17 @@ class ObjectiveSpec(Section):
         str,
         Field(description="Whether more or less of the metric is better.", json_schema_extra={"enum": [*DIRECTIONS]}),
     ] = "maximize"
-
+    guess: Annotated[
+        float | None,
+        Field(
+            allow_inf_nan=False,
+            description=(
+                "What the metric is worth without having learned anything, such as 0.1 for the accuracy of ten "
+                "classes. Needed to tell networks that only guess; with recipe it is known."
+            ),
+        ),
+        Rule("a finite number"),
+    ] = None
     recipe: Annotated[
         bool, Field(description="The function trains what [model], [data] and [training] say, through trial.recipe.")
     ] = False

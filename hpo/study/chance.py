@@ -13,9 +13,12 @@ from hpo.train.metrics import is_share
 def guess_value(spec: StudySpec, metadata: Mapping[str, Any]) -> float | None:
     """Return what the metric is without having learnt anything, or None where that is not known.
 
+    A loop of a user's own declares it.
     Of an accuracy, that is naming the largest class. Studies of older versions do not know how large their classes are;
     these count as equal.
     """
+    if spec.objective is not None and spec.objective.guess is not None:
+        return spec.objective.guess
     classes = metadata.get("num_classes") if spec.has_recipe else None
     if not classes:
         return None
@@ -26,9 +29,12 @@ def guess_value(spec: StudySpec, metadata: Mapping[str, Any]) -> float | None:
 
 
 def lucky_value(spec: StudySpec, metadata: Mapping[str, Any]) -> float | None:
-    """Return a value that guessing may have by luck: where it is better, something is learnt; None as `guess_value`."""
+    """Return a value that guessing may have by luck: where it is better, something is learnt; None as `guess_value`.
+
+    Without a number of validation images, luck is not known: it is what guessing is worth.
+    """
     guess = guess_value(spec, metadata)
-    if guess is None or not is_share(spec.metric):
+    if guess is None or not is_share(spec.metric) or "num_val" not in metadata or not 0 <= guess <= 1:
         return guess
     return guess + (counting_error(spec, metadata, guess) or standard_error(guess, metadata["num_val"]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -165,6 +166,43 @@ def test_trials_that_only_guess_are_not_said_to_diverge(
     (edge,) = [line for line in (*text.lines, *text.details) if line.label.startswith("half")]
     assert (edge.label, edge.note) == (label, interval_text(found.response.divergence_lr.interval) + note)
     assert (found.response.num_diverged, found.response.num_guessing) == (num_diverged, num_guessing)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_edge"),
+    [({}, False), ({"guess": 0.1}, True), ({"guess": 0.1, "metric": "dice"}, True)],
+)
+def test_a_loop_that_declares_what_guessing_is_worth_has_an_edge_where_trials_only_guess(
+    settings: dict[str, Any], has_edge: bool
+) -> None:
+    study = make_study(num_val=None, objective={"function": "m:f", **settings}, **SEARCHED)
+    high = [replace(trained(lr, 0.1), value=0.1, curves={"val_accuracy": [0.1] * 8}) for lr in (2e-2, 5e-2, 9e-2)]
+    trials = [
+        replace(trial, curves={study.spec.metric: trial.curves["val_accuracy"]})
+        for trial in (*(trial for trial in complete() if trial.params["lr"] < 1e-2), *high)
+    ]
+    found = find_best(study, numbered(*trials))
+    assert found is not None
+    assert found.response is not None
+    assert (found.response.divergence_lr is not None) == has_edge
+    text = describe_answer(study, found)
+    labels = [line.label for line in (*text.lines, *text.details)]
+    assert ("half learn nothing at" in labels) == has_edge
+
+
+@pytest.mark.parametrize("num_complete", [1, 2, 16])
+def test_only_the_best_of_several_complete_trials_is_optimistic(num_complete: int) -> None:
+    study = make_study(**SEARCHED)
+    trials = [
+        trial if index < num_complete else trained(trial.params["lr"], 0.5, state="pruned", epochs=4)
+        for index, trial in enumerate(complete())
+    ]
+    found = find_best(study, numbered(*trials))
+    assert found is not None
+    text = describe_answer(study, found)
+    (line,) = [line for line in (*text.lines, *text.details) if line.label == "best trial"]
+    expected = f", optimistic: the best of {num_complete}" if num_complete > 1 else " %"
+    assert line.note.endswith(expected)
 
 
 def test_a_study_whose_trials_all_diverged_says_from_where_on_and_why() -> None:

@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from hpo.analysis.answer_text import answer_lines, confirmation_lines
 from hpo.analysis.comparison import compare_answers
 from hpo.analysis.confirmation import Confirmation, exclude_worse, find_confirmation
 from hpo.analysis.text import rate_text
+from hpo.config.sections import ConfirmSpec
 from hpo.config.study_spec import StudySpec
 from hpo.errors import UserError
 from hpo.study.records import StudyRecord
 from tests.analysis.confirmation_examples import again, make_study, make_trial, make_trials
-from tests.analysis.examples import SEARCHED, complete, numbered
+from tests.analysis.examples import SEARCHED, complete, hill, numbered
 from tests.analysis.examples import make_study as make_searched
 
 
@@ -134,6 +136,20 @@ def test_the_answer_says_it() -> None:
     assert re.search(r"mean of seeds: +83\.00 % \(too high, as the best of several; expect 82\.\d+ %\)", text)
     assert re.search(r"runner-up: +lr=0\.01 \(really is worse: ", text)
     assert json.loads(json.dumps(found.as_dict()))["confirmation"]["runner_up"]["is_worse"] is True
+
+
+def test_a_confirmed_headline_keeps_the_doubt_of_a_best_rate_beyond_the_range() -> None:
+    study, confirm = make_searched(**SEARCHED), {"top": 2, "seeds": 3}
+    study = replace(study, spec=study.spec.model_copy(update={"confirm": ConfirmSpec(**confirm)}))
+    doubt = ", confirmed on 3 fresh seeds, but the best may lie beyond the searched range"
+    for value, is_doubted in ((lambda lr: 0.5 + 0.1 * (math.log10(lr) + 3), True), (hill, False)):
+        trials = numbered(*complete(value))
+        best = dict(max(trials, key=lambda trial: trial.value or 0.0).params)
+        found = find_best(study, trials + again(trials, [0.8, 0.81, 0.82], params=[best]))
+        assert found is not None
+        headline = answer_lines(study, found)[0]
+        assert headline.startswith(f"best learning rate: {rate_text(best['lr'])}, confirmed on 3 fresh seeds")
+        assert headline.endswith(doubt) == is_doubted
 
 
 @pytest.mark.parametrize(

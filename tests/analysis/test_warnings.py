@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -115,6 +116,34 @@ def test_guessing_is_told_in_every_metric(metric: str, value: float, guess: floa
     texts = [warning.text for warning in found.warnings if warning.kind == "guessing"]
     assert len(texts) == (words is not None)
     assert all(f"the best trial is no better than {words}: " in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "words"),
+    [
+        ({"guess": 0.1}, 0.1, "validation accuracy is 10.00 %"),
+        ({"guess": 0.1}, 0.2, None),
+        ({}, 0.1, None),
+        ({"guess": 10.0}, 10.0, "validation accuracy is 10"),  # an accuracy in percent
+        ({"guess": 0.5, "metric": "dice"}, 0.5, "dice is 0.5"),
+        ({"guess": 2.3, "metric": "loss", "direction": "minimize"}, 2.31, "loss is 2.3"),
+        ({"guess": 2.3, "metric": "loss", "direction": "minimize"}, 2.1, None),
+    ],
+)
+def test_a_loop_of_ones_own_declares_what_guessing_is_worth(
+    settings: dict[str, Any], value: float, words: str | None
+) -> None:
+    study = make_study(num_val=None, objective={"function": "m:f", **settings}, **SEARCHED)
+    metric = study.spec.metric
+    trials = [
+        replace(trial, value=value + noise(index, 0.01), curves={metric: [value + noise(index, 0.01)]}, epochs=[8])
+        for index, trial in enumerate(complete())
+    ]
+    found = find_best(study, numbered(*trials))
+    assert found is not None
+    texts = [warning.text for warning in found.warnings if warning.kind == "guessing"]
+    assert len(texts) == (words is not None)
+    assert all(f"no better than guessing, with which the {words}: " in text for text in texts)
 
 
 def test_every_warning_has_a_study_that_asks_for_it() -> None:

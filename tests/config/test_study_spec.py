@@ -199,6 +199,7 @@ MISTAKES = {
     "[pruner]\nname = 'asha'\nreduction_factor = 1": ["pruner.reduction_factor must be at least 2, got 1"],
     "[objective]\nfunction = 'train'": ["objective.function must be written package.module:name, got 'train'"],
     "[objective]\nfunction = 'm:f'\ndirection = 'up'": ["objective.direction must be maximize or minimize, got 'up'"],
+    "[objective]\nfunction = 'm:f'\nguess = nan": ["objective.guess must be a finite number, got nan"],
     "[objective]\nfunction = 'm:f'\n[model]\nname = 'x'": ["model.name has no effect with objective.function"],
     "[objective]\nfunction = 'm:f'\n[model]\nwidth = 0.5": [
         "model.width has no effect with objective.function",
