@@ -114,6 +114,11 @@ class Response:
         return not is_all and math.log10(high / low) <= MAX_DETERMINED_DECADES
 
     @property
+    def is_flat(self) -> bool:
+        """Whether a rate from anywhere falls short by less than two trials of one rate differ."""
+        return self.sensitivity <= self.noise
+
+    @property
     def index_of_best(self) -> int:
         """Which of `lrs` is nearest to `best`."""
         return min(range(len(self.lrs)), key=lambda index: abs(math.log(self.lrs[index] / self.best)))
@@ -245,8 +250,7 @@ def _fit(
     noise = _noise(final, scale)
     has_evidence = _has_evidence(alive, x, noise)
     at_best = _index_of_best(worth, has_evidence)
-    lowest, highest = min(trial.x for trial in alive), max(trial.x for trial in _trained_furthest(alive))
-    best = min(max(float(f"{10 ** x[at_best]:.2g}"), float(10**lowest)), float(10**highest))
+    best = _best_rate(alive, float(x[at_best]), is_flat=bool(behind.mean() <= noise[at_best]))
     # That it may diverge excuses no shortfall, and that little is known excuses none that seeds would not make.
     first, last = _run_around(at_best, behind <= np.minimum((curves[:, [top]] - curves).std(axis=0), noise[at_best]))
     tail = (1 - CONFIDENCE) / 2
@@ -314,6 +318,18 @@ def _index_of_best(worth: Array, has_evidence: Flags) -> int:
     loss = worth.max(axis=1, keepdims=True) - worth
     regret = np.median(loss, axis=0) + 1e-3 * loss.mean(axis=0)  # the mean tells equal medians apart
     return int(np.where(has_evidence, regret, np.inf).argmin())
+
+
+def _best_rate(alive: Sequence[ObservedTrial], x: float, *, is_flat: bool) -> float:
+    """Return the rate to train with, in two digits: where all are about as good, the nearest that trained to the end.
+
+    No other is known to be better than that one.
+    """
+    tried = [trial.x for trial in _trained_furthest(alive)]
+    if is_flat:
+        x = min(tried, key=lambda other: abs(other - x))
+    lowest = min(trial.x for trial in alive)
+    return min(max(float(f"{10**x:.2g}"), float(10**lowest)), float(10 ** max(tried)))
 
 
 def _expected_gain(worth: Array, noise: Array, x: Array, *, has_evidence: Flags) -> float:

@@ -200,9 +200,7 @@ def _tied(context: WarningContext) -> str | None:
     if response is not None:
         if len({trial.params["lr"] for trial in complete}) < MIN_TIED_RATES:
             return None
-        # A rate from anywhere falls short by less than two trials of one rate differ.
-        is_flat = abs(response.sensitivity) <= response.noise
-        tied = [trial for trial in complete if is_flat or first <= trial.params["lr"] <= last]
+        tied = [trial for trial in complete if response.is_flat or first <= trial.params["lr"] <= last]
     else:
         margin = math.sqrt(2) * (context.noise or 0.0)  # of a difference of two
         tied = [trial for trial in complete if abs(value_of(trial) - value_of(context.winner)) <= margin]
@@ -251,16 +249,16 @@ def _still_rising(context: WarningContext) -> str | None:
 
 
 def _pruned_away(context: WarningContext) -> str | None:
-    """Warn if rates at which every trial was pruned, or dropped by a race, are expected to beat the best one."""
+    """Warn if rates at which every trial was pruned, or dropped by a race, are expected to be clearly better."""
     response = context.response
-    if response is None:
+    if response is None or response.is_flat:
         return None
     pruned, complete = (
         [math.log10(trial.params["lr"]) for trial in context.trials if trial.state == state]
         for state in ("pruned", "complete")
     )
     sign = direction_sign(context.study)
-    least = sign * response.mean[response.index_of_best] + response.noise / 2
+    least = sign * response.mean[response.index_of_best] + response.noise  # less is no reason to search again
     better = [
         lr
         for lr, mean, diverging in zip(response.lrs, response.mean, response.diverging, strict=True)

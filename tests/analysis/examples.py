@@ -79,3 +79,12 @@ def noise(index: int, size: float = 0.004) -> float:
 
 def complete(value: Any = hill, **params: Any) -> list[TrialRecord]:
     return [trained(lr, value(lr) + noise(index), **params) for index, lr in enumerate(RATES)]
+
+
+def flat_race(whole: int) -> list[TrialRecord]:
+    """Return trials at RATES that differ by noise alone, of which one was trained to the end."""
+    ends = [("complete", 8) if index == whole else ("pruned", 2) for index in range(len(RATES))]
+    return [
+        trained(lr, 0.6 + noise(index, 0.003), state=state, epochs=epochs)
+        for index, (lr, (state, epochs)) in enumerate(zip(RATES, ends, strict=True))
+    ]

@@ -17,6 +17,7 @@ from tests.analysis.examples import (
     RATES,
     SEARCHED,
     complete,
+    flat_race,
     hill,
     make_study,
     make_trials,
@@ -121,6 +122,15 @@ def test_an_answer_that_is_open_says_so_and_one_that_is_not_does_not() -> None:
         lines = {line.label: line.note for line in describe_answer(study, found).lines}
         assert ("try more rates" in lines["90 % interval"]) == is_open
         assert ("from seed to seed" in lines["expected"]) == (not is_open), "of an open answer the noise is not known"
+
+
+@pytest.mark.parametrize("whole", [2, 7, 13])
+def test_where_all_rates_are_as_good_the_recommended_one_was_trained_to_the_end(whole: int) -> None:
+    found = find_best(make_study(**SEARCHED), numbered(*flat_race(whole)))
+    assert found is not None
+    assert found.response is not None
+    assert found.response.is_flat
+    assert found.is_recommended({"lr": RATES[whole]})
 
 
 def test_a_headline_does_not_sound_sure_where_the_best_may_lie_beyond_the_range_or_was_pruned() -> None:
