@@ -69,8 +69,8 @@ class Response:
         best: The learning rate to train with, in two digits: it loses least to the best one in half of the draws.
         value: The value that is expected of a trial at `best`, the chance of diverging included.
         interval: The learning rates that hold the best one with 90 % confidence.
-        plateau: The learning rates around `best` that fall short of the highest expected value by no more than doubt
-            and noise.
+        plateau: The learning rates in `interval`, around `best`, that fall short of the highest expected value by no
+            more than doubt and noise.
         divergence_lr: The learning rate at which half of the trials diverge, with its interval. None if none diverged
             above the rates that train.
         sensitivity: How far a learning rate from anywhere in the range falls short of the best, on average.
@@ -255,6 +255,7 @@ def _fit(
     first, last = _run_around(at_best, behind <= np.minimum((curves[:, [top]] - curves).std(axis=0), noise[at_best]))
     tail = (1 - CONFIDENCE) / 2
     lrs = 10**x
+    low_best, high_best = _interval(draws_of_best, x, best=best)
     has_edge = any(life.dead is not None for life in lives) and np.median(middles) <= max(life.x for life in lives)
     # The same luck at all rates in a draw, so that the band is smooth.
     of_trials = scale.from_line(final.draws + final.noise * random.standard_normal((len(curves), 1)))
@@ -268,8 +269,8 @@ def _fit(
         diverging=dying.mean(axis=0).tolist(),
         best=best,
         value=float(expected[at_best]),
-        interval=_interval(draws_of_best, x, best=best),
-        plateau=(min(float(lrs[first]), best), max(float(lrs[last]), best)),
+        interval=(low_best, high_best),
+        plateau=(min(max(float(lrs[first]), low_best), best), max(min(float(lrs[last]), high_best), best)),
         divergence_lr=EstimatedRate(float(10 ** np.median(middles)), _rate_interval(middles, x)) if has_edge else None,
         sensitivity=float(behind.mean()),
         noise=float(noise[at_best]),

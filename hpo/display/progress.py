@@ -60,16 +60,22 @@ def study_progress(study: StudyRecord, trials: Sequence[TrialRecord]) -> StudyPr
     keys = [key for key in dict.fromkeys(key for trial in running for key in trial.params) if key != "lr"]
     has_rate = any("lr" in trial.params for trial in running)
     devices = {trial.attributes["device"] for trial in running if "device" in trial.attributes}
-    columns = ["trial", *(["learning rate"] if has_rate else []), *(["values"] if keys else []), "epoch", "loss"]
+    columns = ["trial", *(["learning rate"] if has_rate else []), *(["values"] if keys else []), "epoch"]
     is_timed = any(trial.curves.get("seconds") for trial in running)
-    columns += [study.spec.metric, *(["time left"] if is_timed else []), *(["device"] if len(devices) > 1 else [])]
+    has_loss = study.spec.has_recipe or any("train_loss" in trial.curves for trial in running)
+    columns += [
+        *(["loss"] if has_loss else []),
+        study.spec.metric,
+        *(["time left"] if is_timed else []),
+        *(["device"] if len(devices) > 1 else []),
+    ]
     rows = [
         [
             str(trial.number),
             *([number_text(trial.params.get("lr", ""))] if has_rate else []),
             *([params_text({key: value for key, value in trial.params.items() if key != "lr"})] if keys else []),
             f"{max(trial.epochs, default=0)}/{num_epochs(study, trial)}",
-            last_text(study, trial, "train_loss"),
+            *([last_text(study, trial, "train_loss")] if has_loss else []),
             last_text(study, trial, study.spec.metric),
             *([_trial_time_left(study, trial)] if is_timed else []),
             *([str(trial.attributes.get("device", ""))] if len(devices) > 1 else []),

@@ -310,7 +310,7 @@ def _trials_table(study: StudyRecord, trials: Sequence[TrialRecord], found: Best
         sign = -1 if study.spec.direction == "minimize" else 1
         rows = sorted(rows, key=lambda trial: -math.inf if trial.value is None else sign * trial.value, reverse=True)
         rows = sorted(rows, key=lambda trial: not found.is_recommended(trial.params))[:MAX_ROWS]
-    has_bars = width >= 60 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen the numbers come first
+    has_bars = width >= 70 + BAR_WIDTH + 10 * len(keys)  # on a narrow screen numbers and words come first
     values = [trial.value for trial in rows if trial.value is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
     table = make_table(title=f"{len(rows)} of {len(trials)} trials" if len(rows) < len(trials) else None)
@@ -388,9 +388,10 @@ def _add_values_column(table: Table, key: str, trials: Sequence[TrialRecord]) ->
 
 
 def _state_text(trial: TrialRecord) -> Text:
-    """Return the state of a trial, with its reason where the state does not say it all."""
+    """Return the state of a trial, with its reason where the state and the number of epochs do not say it all."""
     says_all = trial.state in ("complete", "waiting", "running") or not trial.reason
-    return styled((trial.state if says_all else f"{trial.state}: {trial.reason}", STYLES[trial.state]))
+    reason = (trial.reason or "").removesuffix(f" after epoch {len(trial.epochs)}")
+    return styled((trial.state if says_all else f"{trial.state}: {reason}", STYLES[trial.state]))
 
 
 def _live_view(study: StudyRecord, trials: Sequence[TrialRecord], *, seconds_left: float | None) -> RenderableType:

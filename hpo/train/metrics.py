@@ -8,6 +8,7 @@ Shapes: N images, L classes.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 TOP = 5  # classes that the metric top5 looks among
 NUM_GUESSES = 16  # random answers that say what guessing is worth
+ACCURACY_NAME = re.compile(r"accuracy$|(^|[^a-z])acc$", re.IGNORECASE)  # also val_acc, as LightningModules log it
 MAX_GUESSED_IMAGES = 2000  # that these are about: AUROC takes a millisecond for each class of so many
 
 
@@ -48,12 +50,12 @@ def metric_direction(training: TrainingConfig) -> str:
 
 def is_percent(name: str) -> bool:
     """Return whether values of a metric, by the name that it is reported under, are shares of images, as accuracies."""
-    return METRICS[name].form == "percent" if name in METRICS else name.endswith("accuracy")
+    return METRICS[name].form == "percent" if name in METRICS else ACCURACY_NAME.search(name) is not None
 
 
 def is_share(name: str) -> bool:
     """Return whether values of a metric, by the name that it is reported under, lie between 0 and 1."""
-    return METRICS[name].form != "any" if name in METRICS else name.endswith("accuracy")
+    return METRICS[name].form != "any" if name in METRICS else ACCURACY_NAME.search(name) is not None
 
 
 def needs_outputs(metric: str) -> bool:

@@ -58,6 +58,8 @@ def test_the_top_of_a_smooth_response_is_found_and_held() -> None:
         held.append(low < 1e-3 < high)
         assert high < 5 * low
         assert found.plateau[0] <= found.best <= found.plateau[1]
+        assert found.interval[0] <= found.plateau[0]
+        assert found.plateau[1] <= found.interval[1]
         assert found.divergence_lr is None
     assert sum(held) >= 5  # of an interval with 90 % confidence
     assert found.noise == pytest.approx(0.005, abs=0.004)

@@ -109,6 +109,24 @@ def test_a_narrow_terminal_shows_each_learning_rate_whole_and_values_in_one_unit
     assert "8.0 min" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "curves", "is_shown"),
+    [
+        ({}, {}, True),
+        ({"objective": {"function": "m:f"}}, {"train_loss": [0.5]}, True),
+        ({"objective": {"function": "m:f"}}, {}, False),
+    ],
+)
+def test_a_loop_that_reports_no_loss_has_no_column_for_it(
+    settings: dict[str, Any], curves: dict[str, Any], is_shown: bool
+) -> None:
+    study = make_study(search=CONFIRMED["search"], **settings)
+    trials = [replace(trial, curves={"val_accuracy": [0.5]} | curves) for trial in searched("running", "running")]
+    text = drawn(_live_view(study, trials, seconds_left=None), width=80)
+    assert ("loss" in text) == is_shown
+    assert "50.00 %" in text
+
+
 def test_a_notebook_shows_the_same_with_texts_as_they_are() -> None:
     study = replace(make_study(**CONFIRMED, training={"epochs": 10}), name="<b>s</b>")
     trials = searched("complete", "running", "waiting", "waiting")

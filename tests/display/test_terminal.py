@@ -20,9 +20,9 @@ from hpo.analysis.answer_text import answer_lines, describe_answer, source_text
 from hpo.config.study_spec import StudySpec
 from hpo.display import terminal
 from hpo.display.console import PlainConsole
-from hpo.display.terminal import LiveDisplay, broken_line, print_trials
+from hpo.display.terminal import LiveDisplay, _trials_table, broken_line, print_trials
 from hpo.store.store import Store
-from tests.analysis.examples import LOG_LR, complete, hill, make_study, numbered, trained
+from tests.analysis.examples import LOG_LR, SEARCHED, complete, hill, make_study, numbered, trained
 from tests.conftest import Hpo
 
 LOOP = """
@@ -140,6 +140,18 @@ def test_the_lines_of_an_answer_are_aligned_and_the_details_are_asked_for() -> N
     assert len(short) == 1 + 3 + 2 < len(long) or len(describe_answer(study, found).details) == 0
     assert len({re.match(r"  [^:]+: +", line).end() for line in long[1:]}) == 1  # type: ignore[union-attr]
     assert long[-1].endswith("s in sqlite:////x/hpo.db (16 complete; answered from the store, nothing trained)")
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_no_state_is_broken_over_lines_for_what_another_column_says(width: int) -> None:
+    output = io.StringIO()
+    trials = [*complete()[:8], *(trained(lr, 0.5, state="pruned", epochs=4) for lr in (0.02, 0.04))]
+    trials = numbered(*(replace(trial, reason=f"median pruner after epoch {len(trial.epochs)}") for trial in trials))
+    found = find_best(study := make_study(**SEARCHED), trials)
+    assert found is not None
+    PlainConsole(file=output, width=width).print(_trials_table(study, trials, found, width=width))
+    assert output.getvalue().count("pruned: median pruner  ") == 2
+    assert "after epoch" not in output.getvalue()
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

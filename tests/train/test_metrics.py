@@ -94,8 +94,12 @@ def test_guessing_is_worth_what_constant_or_random_answers_are(name: str, expect
 
 def test_an_accuracy_is_shown_in_percent_and_no_metric_of_another_kind() -> None:
     assert [name for name in METRICS if is_percent(name)] == ["val_accuracy", "top5", "balanced_accuracy"]
-    assert is_percent("my_accuracy")
+    for name in ("my_accuracy", "acc", "val_acc", "val/Acc"):  # the names under which users' own loops report it
+        assert is_percent(name)
+        assert is_share(name)
     assert not is_percent("mistakes")
+    assert not is_percent("acceleration")
+    assert not is_percent("vacc")
     assert not guess("val_loss", priors_L=torch.ones(7) / 7, labels_N=LABELS_N)
 
 
