@@ -1,18 +1,19 @@
 """Damage: values in rows of our tables and Optuna's that neither has written, found and named.
 
 A disk, an editor or another program may change any column. SQLite keeps whatever it is given; Postgres at least the
-type of the column. Rows of ours are checked before anything is made of them, those of trials of Optuna's when it
-cannot read them: there are many, and it checks most itself.
+type of the column. Rows are checked before anything is made of them. Of the trials that Optuna reads, it checks most.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import datetime
+from itertools import chain
+from types import NoneType
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -21,8 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import Connection
 
-from hpo.errors import StudyStopped, UserError
-from hpo.store.retry import STORE_ERRORS
+from hpo.errors import UserError
 from hpo.store.schema import (
     OPTUNA_STUDY_TABLES,
     OPTUNA_TRIAL_TABLES,
@@ -42,6 +42,7 @@ from hpo.store.schema import (
 from hpo.study.records import CODE, KINDS, SEARCH_END, STATES, WIDENED
 
 LARGEST = sys.float_info.max  # no integer may be larger than every float, either
+READ_JSON = json.JSONDecoder().raw_decode  # returns what a text begins with, and where that ends
 MAX_SHOWN = 60  # characters of a damaged value
 RAMP_KEYS = {"params", "epochs", "lrs", "losses", "low", "high", "falls", "breaks", "leaps"}
 
@@ -75,9 +76,29 @@ def _object_of(value: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _each(value: Any, holds: Callable[[Any], bool]) -> bool:
+def read_metrics(texts: Sequence[Any]) -> list[dict[str, float | None]] | None:
+    """Return what each text of the column `metrics` holds, or None if one is no object of finite numbers and nulls.
+
+    A large study has hundreds of thousands of them: no statement of Python runs for each number.
+    """
+    try:
+        # As `json.loads`, which looks for blanks around each text.
+        decoded = [READ_JSON(text) for text in texts]
+        numbers = list(chain.from_iterable(metrics.values() for metrics, _ in decoded))
+        is_sound = (
+            [end for _, end in decoded] == list(map(len, texts))
+            and set(map(type, numbers)) <= {int, float, NoneType}
+            and all(map(math.isfinite, filter(None, numbers)))
+            and _is_text("".join(texts))
+        )
+    except (AttributeError, TypeError, ValueError, OverflowError, RecursionError):
+        return None
+    return [metrics for metrics, _ in decoded] if is_sound else None
+
+
+def _is_object_of_scalars(value: Any) -> bool:
     found = _object_of(value)
-    return found is not None and all(map(holds, found.values()))
+    return found is not None and all(map(_is_scalar, found.values()))
 
 
 def _is_scalar(value: Any) -> bool:
@@ -151,14 +172,13 @@ STRICTER: dict[sa.Column[Any], ColumnRule] = {
     studies_table.c.stop: _one_of("requested", "failure"),
     slots_table.c.kind: _one_of(*KINDS),
     slots_table.c.state: _one_of(*STATES),
-    slots_table.c.given: ColumnRule("a JSON object of texts and numbers", lambda value: _each(value, _is_scalar)),
+    slots_table.c.given: ColumnRule("a JSON object of texts and numbers", _is_object_of_scalars),
     slots_table.c.exclusive: _one_of(0, 1),
     attempts_table.c.attempt: FROM_ONE,
     epochs_table.c.epoch: FROM_ONE,
     epochs_table.c.attempt: FROM_ONE,
     epochs_table.c.metrics: ColumnRule(
-        "a JSON object of finite numbers and nulls",
-        lambda value: _each(value, lambda number: number is None or is_number(number)),
+        "a JSON object of finite numbers and nulls", lambda value: read_metrics([value]) is not None
     ),
     workers_table.c.pid: FROM_ONE,
     optuna_trials.c.state: _one_of(*(state.name for state in TrialState)),
@@ -215,10 +235,16 @@ def find_damage(table: sa.Table, rows: Iterable[Sequence[Any]]) -> Iterator[str]
                 yield f"{_row_name(table, row)}: {column.name} must be {_rule(column).words}, got {_shortened(value)}"
 
 
-def refuse_damage(database_url: object, study: str, table: sa.Table, rows: Iterable[Sequence[Any]]) -> None:
-    """Raise UserError for the first value that cannot be in these rows of a study."""
-    for problem in find_damage(table, rows):
-        raise UserError(f"study {study!r} in {database_url} is damaged: {problem}")
+def refuse_damage(database_url: object, study: str, table: sa.Table, rows: Sequence[Sequence[Any]]) -> None:
+    """Raise UserError for the first value that cannot be in these rows of a study.
+
+    Each different value of a column is checked once: most columns of a large study have few.
+    """
+    for (column, holds), values in zip(_rules(table), zip(*rows, strict=True), strict=False):
+        different = set(zip(map(type, values), values, strict=True))  # 1 and 1.0 are equal
+        if not all(holds(value) or (value is None and _may_be_null(column)) for _, value in different):
+            problem = next(find_damage(table, rows))
+            raise UserError(f"study {study!r} in {database_url} is damaged: {problem}")
 
 
 def refuse_damage_of_optuna(
@@ -230,18 +256,6 @@ def refuse_damage_of_optuna(
         # All at once: a result that is left in its middle keeps SQLite's lock.
         rows = connection.execute(query.where(query.selected_columns.whose == study_id)).all()
         refuse_damage(database_url, study, table, rows)
-
-
-@contextmanager
-def naming_damage(database_url: object, study: str, study_id: int, connection: Connection) -> Iterator[None]:
-    """Raise UserError where the block cannot read the study's trials because a row of Optuna's is damaged."""
-    try:
-        yield
-    except (UserError, StudyStopped, KeyError, *STORE_ERRORS):
-        raise
-    except Exception:  # of whatever kind Optuna makes of it
-        refuse_damage_of_optuna(database_url, study, study_id, connection, OPTUNA_TRIAL_TABLES)
-        raise
 
 
 def check_trial(trial: FrozenTrial) -> None:

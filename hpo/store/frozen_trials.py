@@ -65,7 +65,7 @@ def read_frozen_trials(connection: Connection, condition: sa.ColumnElement[bool]
 def _frozen_trial(trial_id: int, parts: dict[str, list[Any]]) -> FrozenTrial:
     (trial,) = parts["trial"]
     params = sorted(parts["param"], key=lambda row: row.place)  # in the order in which they were drawn
-    distributions = {row.name: _read_distribution(row.json) for row in params}
+    distributions = {row.name: read_distribution(row.json) for row in params}
     values: list[float] = [0.0 for _ in parts["value"]]
     for row in parts["value"]:
         values[row.place] = TrialValueModel.stored_repr_to_value(row.number, row.value_type)
@@ -94,6 +94,6 @@ def _local_time(utc: datetime | None) -> datetime | None:
 
 
 @functools.lru_cache(maxsize=1000)
-def _read_distribution(text: str) -> BaseDistribution:
+def read_distribution(text: str) -> BaseDistribution:
     """Return the distribution of a JSON text: those of a study's trials are the same few."""
     return json_to_distribution(text)

@@ -1,10 +1,16 @@
-"""Reading studies and trials: from their rows to records."""
+"""Reading studies and trials: from their rows to records.
+
+A study may have tens of thousands of trials, each with as many reports as epochs, so each table is read by one
+statement, whole columns are checked at once, and each text of JSON is parsed once. Of Optuna's rows only those are read
+of which the records tell: our own tables have the course of each trial.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,8 +20,9 @@ from sqlalchemy.engine import Connection
 from hpo.config.earlier_studies import stored_spec
 from hpo.errors import StudyStopped, UserError
 from hpo.store.conditions import enqueued_trials, is_waiting
-from hpo.store.damage import check_trial, naming_damage, refuse_damage, refuse_damage_of_optuna
+from hpo.store.damage import check_trial, read_metrics, refuse_damage, refuse_damage_of_optuna
 from hpo.store.database import Database
+from hpo.store.frozen_trials import read_distribution
 from hpo.store.prepared import execute_prepared
 from hpo.store.schema import (
     OPTUNA_STUDY_TABLES,
@@ -26,12 +33,24 @@ from hpo.store.schema import (
     select_raw,
     slots_table,
     studies_table,
+    trial_params,
+    trial_user_attributes,
     trial_values,
     workers_table,
 )
-from hpo.study.records import WIDENED, Attempt, Claim, StudyRecord, TrialRecord, read_attempt, read_trial
+from hpo.study.records import (
+    WIDENED,
+    Attempt,
+    Claim,
+    RecordedTrial,
+    StudyRecord,
+    TrialRecord,
+    read_attempt,
+    read_trial,
+)
 
 Reports = list[tuple[int, dict[str, float | None]]]  # of one trial, in order: epoch and metrics
+INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}  # values for which Optuna keeps no number, by their type
 
 
 def study_names(database: Database, connection: Connection) -> dict[int, str]:
@@ -150,17 +169,19 @@ def is_outdated(connection: Connection, study: StudyRecord) -> bool:
     return _is_widened(study, row)
 
 
-def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
-    """Return every slot of the study with what is known of it, in order; raise UserError where a row is damaged."""
-    study_id = study.study_id
+def read_trials(database: Database, study: StudyRecord, *, latest: int | None = None) -> list[TrialRecord]:
+    """Return every slot of the study with what is known of it, in order; raise UserError where a row is damaged.
+
+    With `latest` return only so many slots, of which the last has begun last, or the first ones if fewer have begun.
+    """
     with database.snapshot() as connection:
-        query = select_all(slots_table).where(slots_table.c.study_id == study_id).order_by(slots_table.c.number)
+        numbers = None if latest is None else _latest_numbers(connection, study, latest)
+        query = select_all(slots_table).where(_is_of_trials(slots_table, study, numbers)).order_by(slots_table.c.number)
         rows = connection.execute(query).all()
         refuse_damage(database.url, study.name, slots_table, rows)
-        reports, last_attempt = _read_reports(database, connection, study)
-        attempts = _read_attempts(database, connection, study)
-        with naming_damage(database.url, study.name, study_id, connection):
-            frozen = read_optuna_trials(database, study_id)
+        reports, last_attempt = _read_reports(database, connection, study, numbers)
+        attempts = _read_attempts(database, connection, study, numbers)
+        recorded = _read_recorded(database, connection, study, numbers)
     for row in rows:
         # A trial that has just been resumed has the epochs up to its checkpoint's: the later ones will be replaced.
         if row.state == "running" and last_attempt.get(row.number) not in (None, row.attempt):
@@ -168,9 +189,59 @@ def read_trials(database: Database, study: StudyRecord) -> list[TrialRecord]:
             resumed_from = next((a.resumed_from or 0 for a in tries if a.attempt == row.attempt), 0)
             reports[row.number] = [report for report in reports[row.number] if report[0] <= resumed_from]
     return [
-        read_trial(row, frozen.get(row.trial_id), reports.get(row.number, []), attempts.get(row.number, []))
+        read_trial(row, recorded(row.trial_id), reports.get(row.number, []), attempts.get(row.number, []))
         for row in rows
     ]
+
+
+def _latest_numbers(connection: Connection, study: StudyRecord, count: int) -> range | None:
+    """Return `count` numbers of slots, of which the last is that of the slot that began last, if so many have begun.
+
+    Return None, for all numbers, where that one is damaged.
+    """
+    has_begun = (slots_table.c.study_id == study.study_id) & slots_table.c.trial_id.is_not(None)
+    last = connection.execute(sa.select(sa.func.max(slots_table.c.number)).where(has_begun)).scalar()
+    if not isinstance(last, int | None):
+        return None
+    end = max(count, 0 if last is None else last + 1)
+    return range(end - count, end)
+
+
+def _is_of_trials(table: sa.Table, study: StudyRecord, numbers: range | None) -> sa.ColumnElement[bool]:
+    """Return the condition on rows of a table of ours that they are of the study, and of trials of these numbers."""
+    is_of_study: sa.ColumnElement[bool] = table.c.study_id == study.study_id
+    return is_of_study if numbers is None else is_of_study & table.c.number.between(numbers[0], numbers[-1])
+
+
+def _read_recorded(
+    database: Database, connection: Connection, study: StudyRecord, numbers: range | None
+) -> Callable[[int | None], RecordedTrial | None]:
+    """Return the function that gives what Optuna's tables have of a trial by its id there, None if it has none."""
+    rows: dict[sa.Table, Sequence[Any]] = {}
+    for table in (trial_params, trial_values, trial_user_attributes):
+        query = select_raw(table)
+        query = query.where(query.selected_columns.whose == study.study_id)
+        if numbers is not None:
+            chosen = sa.select(slots_table.c.trial_id).where(_is_of_trials(slots_table, study, numbers))
+            query = query.where(table.c.trial_id.in_(chosen))
+        rows[table] = connection.execute(query.order_by(*table.primary_key)).all()
+        refuse_damage(database.url, study.name, table, rows[table])
+    params: dict[int, dict[str, Any]] = {}
+    for row in rows[trial_params]:  # in the order in which they were drawn
+        value = read_distribution(row.distribution_json).to_external_repr(row.param_value)
+        params.setdefault(row.trial_id, {})[row.param_name] = value
+    values = {row.trial_id: INFINITE.get(row.value_type, row.value) for row in rows[trial_values]}
+    parsed = {text: json.loads(text) for text in {row.value_json for row in rows[trial_user_attributes]}}
+    attributes: dict[int, dict[str, Any]] = {}
+    for row in rows[trial_user_attributes]:
+        attributes.setdefault(row.trial_id, {})[row.key] = parsed[row.value_json]
+
+    def recorded(trial_id: int | None) -> RecordedTrial | None:
+        if trial_id is None:
+            return None
+        return RecordedTrial(values.get(trial_id), params.get(trial_id, {}), attributes.get(trial_id, {}))
+
+    return recorded
 
 
 def read_optuna_trials(database: Database, study_id: int) -> dict[int, FrozenTrial]:
@@ -207,23 +278,27 @@ def read_epoch_seconds(connection: Connection, claim: Claim) -> dict[int, float]
 
 
 def _read_reports(
-    database: Database, connection: Connection, study: StudyRecord
+    database: Database, connection: Connection, study: StudyRecord, numbers: range | None
 ) -> tuple[dict[int, Reports], dict[int, int]]:
     """Return the reports of each trial, and the attempt that reported last, both by the trial's number."""
     reports: dict[int, Reports] = {}
     last_attempt: dict[int, int] = {}
-    query = select_all(epochs_table).where(epochs_table.c.study_id == study.study_id)
+    query = select_all(epochs_table).where(_is_of_trials(epochs_table, study, numbers))
     rows = connection.execute(query.order_by(epochs_table.c.number, epochs_table.c.epoch)).all()
-    refuse_damage(database.url, study.name, epochs_table, rows)
-    for row in rows:
-        reports.setdefault(row.number, []).append((row.epoch, json.loads(row.metrics)))
-        last_attempt[row.number] = row.attempt
+    all_metrics = read_metrics([row.metrics for row in rows])
+    # Metrics, the last column, need no second look.
+    refuse_damage(database.url, study.name, epochs_table, rows if all_metrics is None else [row[:-1] for row in rows])
+    for (_, number, epoch, attempt, _), metrics in zip(rows, all_metrics or (), strict=True):
+        reports.setdefault(number, []).append((epoch, metrics))
+        last_attempt[number] = attempt
     return reports, last_attempt
 
 
-def _read_attempts(database: Database, connection: Connection, study: StudyRecord) -> dict[int, list[Attempt]]:
+def _read_attempts(
+    database: Database, connection: Connection, study: StudyRecord, numbers: range | None
+) -> dict[int, list[Attempt]]:
     """Return the attempts at each trial by its number."""
-    mine = attempts_table.c.study_id == study.study_id
+    mine = _is_of_trials(attempts_table, study, numbers)
     query = select_all(attempts_table).where(mine).order_by(attempts_table.c.number, attempts_table.c.attempt)
     rows: Sequence[Any] = connection.execute(query).all()
     refuse_damage(database.url, study.name, attempts_table, rows)

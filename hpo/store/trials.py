@@ -233,9 +233,9 @@ class Trials:
             self._ledger.give_back(connection, claim, "killed" if was_killed else "gone", outcome="released")
 
     @retry_on_outage
-    def get_all(self, study: StudyRecord) -> list[TrialRecord]:
-        """Return every slot of the study with what is known of it, in order."""
-        return read_trials(self._database, study)
+    def get_all(self, study: StudyRecord, *, latest: int | None = None) -> list[TrialRecord]:
+        """Return every slot of the study with what is known of it, in order; or the `latest`, as `read_trials` does."""
+        return read_trials(self._database, study, latest=latest)
 
     @retry_on_outage
     def counts(self, study_id: int) -> dict[str, int]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from hpo.config.study_spec import StudySpec
 from hpo.search.proposals import values_from_optuna
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
 
 STATES = ("waiting", "running", "complete", "pruned", "diverged", "failed")
 KINDS = ("search", "confirm", "test")
@@ -123,6 +120,14 @@ class Attempt:
     note: str | None
 
 
+class RecordedTrial(NamedTuple):
+    """A trial as Optuna's tables have it: the value of its last epoch, its parameters and user attributes."""
+
+    value: float | None
+    params: Mapping[str, Any]
+    attributes: Mapping[str, Any]
+
+
 @dataclass(frozen=True, repr=False)
 class TrialRecord:
     """One trial as people see it.
@@ -225,24 +230,23 @@ def read_attempt(row: Any, worker: Any | None) -> Attempt:
 
 def read_trial(
     row: Any,
-    frozen: FrozenTrial | None,
+    recorded: RecordedTrial | None,
     reports: list[tuple[int, dict[str, float | None]]],
     attempts: Sequence[Attempt],
 ) -> TrialRecord:
-    """Return a trial from its row of hpo_slots, its Optuna trial if it has one, its (epoch, metrics) and attempts."""
+    """Return a trial from its row of hpo_slots, its trial of Optuna's if any, its (epoch, metrics) and attempts."""
     names = list(dict.fromkeys(name for _, metrics in reports for name in metrics))
-    given = json.loads(row.given)
-    value = frozen.value if frozen is not None and row.state in ("complete", "pruned") else None
+    known = recorded or RecordedTrial(None, json.loads(row.given), {})
     return TrialRecord(
         number=row.number,
         state=row.state,
-        params=values_from_optuna(frozen.params if frozen is not None else given),
-        value=value,
+        params=values_from_optuna(known.params),
+        value=known.value if row.state in ("complete", "pruned") else None,
         attempt=row.attempt,
         reason=row.reason,
         error=row.error,
         worker_id=row.worker_id,
-        attributes=frozen.user_attrs if frozen is not None else {},
+        attributes=known.attributes,
         started=row.claimed_at,
         ended=row.ended_at,
         epochs=[epoch for epoch, _ in reports],

@@ -1,4 +1,4 @@
-"""Trials: which are the best, and that values which a store gives them are those of the study's space."""
+"""Trials: how they are read, which are the best, and that their values are those of the study's space."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import optuna
 import pytest
+import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
@@ -16,6 +17,35 @@ from hpo.store import schema
 from hpo.store.store import Store
 from tests.rows import slow_except
 from tests.store.helpers import Change, MakeSpec, begin, claim, report, url_of
+
+
+def test_the_latest_trials_are_those_that_began_last(store: Store, make_spec: MakeSpec) -> None:
+    study, worker = begin(store, make_spec(*(number / 100 for number in range(1, 7))))
+    for num_begun in range(5):
+        trials = store.trials.get_all(study)
+        for count in range(1, 8):
+            last = max(num_begun, count)
+            assert store.trials.get_all(study, latest=count) == trials[max(last - count, 0) : last]
+        held = claim(store, study, worker)
+        report(store, held, 0.1, 0.2)
+        store.trials.finish(held, "complete", reason="")
+
+
+def test_trials_are_read_by_as_many_statements_as_one_and_without_optunas_copy_of_their_curves(
+    store: Store, make_spec: MakeSpec
+) -> None:
+    statements, sent = list[str](), list[int]()
+    study, worker = begin(store, make_spec(0.1, 0.2, 0.3))
+    sa.event.listen(store.storage.engine, "before_cursor_execute", lambda *of: statements.append(of[2]))
+    for _ in range(3):
+        held = claim(store, study, worker)
+        report(store, held, 0.1, 0.2)
+        statements.clear()
+        assert store.trials.get_all(study)[held.number].curves == {"val_accuracy": [0.1, 0.2]}
+        reading = [statement for statement in statements if statement.startswith("SELECT")]
+        assert not any(schema.intermediate_values.name in statement for statement in reading)
+        sent.append(len(reading))
+    assert sent == [7, 7, 7]
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
