@@ -9,8 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-import fsspec
-
 from hpo.errors import UserError
 from hpo.store import database
 from hpo.store.copying import copy_study
@@ -90,6 +88,8 @@ def delete(name: str, *, storage: str | None = None) -> None:
     Raises:
         UserError: There is no such study, or trials of it are in training.
     """
+    from fsspec.core import url_to_fs
+
     store = Store(storage_url(storage))
     folders = []
     with suppress(UserError):  # a damaged study is deleted without its files, which its row no longer names
@@ -98,15 +98,17 @@ def delete(name: str, *, storage: str | None = None) -> None:
         folders = [str(store.folder(study)), store.checkpoints_url(study)]
     store.studies.delete(name)
     for folder in folders:
-        files, path = fsspec.core.url_to_fs(folder)
+        files, path = url_to_fs(folder)
         if files.exists(path):
             files.rm(path, recursive=True)
 
 
 def _copy_files(source: str, target: str) -> None:
     """Copy the files that there are in a folder, wherever the two URLs or paths lead; no pipes, sockets or devices."""
-    files, path = fsspec.core.url_to_fs(source)
-    target_files, target_path = fsspec.core.url_to_fs(target)
+    from fsspec.core import url_to_fs
+
+    files, path = url_to_fs(source)
+    target_files, target_path = url_to_fs(target)
     for name, info in files.find(path, detail=True).items():
         if info["type"] == "file" or files.isfile(name):  # which also a link to one is
             copied = f"{target_path}{name.removeprefix(path)}"

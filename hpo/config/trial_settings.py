@@ -23,6 +23,14 @@ CONFIGS: dict[str, type[ModelConfig | DataConfig | TrainingConfig]] = {
     "data": DataConfig,
     "training": TrainingConfig,
 }
+# The default of each field of these: to check the spec of a study looks up a hundred.
+DEFAULTS: dict[type[Any], dict[str, Any]] = {
+    config: {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+    }
+    for config in CONFIGS.values()
+}
 
 # The plug-ins that [training] names, and the keys that a user's own understands.
 PLUG_INS: dict[str, Mapping[str, Optimizer | Schedule | Loss | Metric]] = {
@@ -113,10 +121,8 @@ def names_of_own(references: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 def is_default(config: ModelConfig | DataConfig | TrainingConfig, name: str) -> bool:
     """Return whether a field of a config has its default."""
-    field = next(field for field in dataclasses.fields(config) if field.name == name)
-    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     value = getattr(config, name)
-    return (tuple(value) if isinstance(value, list) else value) == default
+    return bool((tuple(value) if isinstance(value, list) else value) == DEFAULTS[type(config)][name])
 
 
 def with_values(config: Config, values: Mapping[str, Scalar], *, section: str) -> Config:

@@ -16,12 +16,13 @@ import weakref
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages._rdb.storage import _VersionManager
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, scoped_session
 
@@ -69,18 +70,24 @@ class JoinedStorage(RDBStorage):
     compared_trials: dict[int, Mapping[int, FrozenTrial]]
     own_values: dict[int, tuple[int, dict[int, float]]]
 
-    def __init__(self, url: URL, *, skip_compatibility_check: bool = False) -> None:
-        super().__init__(
-            url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
-            engine_kwargs=_engine_options(url),
-            skip_compatibility_check=skip_compatibility_check,
-            skip_table_creation=True,
-        )
+    def __init__(self, url: URL) -> None:
+        # Not by RDBStorage's own, which looks at once for the version of its tables, with Alembic and all migrations.
+        self.url = url.render_as_string(hide_password=False)
+        self.engine_kwargs = _engine_options(url)
+        self.skip_compatibility_check = True
+        self.heartbeat_interval = self.grace_period = None
+        self.heartbeat_stale_trial_callback = self.failed_trial_callback = None
+        self.engine = sa.create_engine(url, **self.engine_kwargs)
         self._uids: dict[int, str] = {}
         self._of_parents: list[Any] = []
         self._begin_in_process()
         begin = weakref.WeakMethod(self._begin_in_forked_process)
         os.register_at_fork(after_in_child=lambda: (call := begin()) and call())
+
+    @cached_property
+    def _version_manager(self) -> _VersionManager:  # type: ignore[override]
+        """What compares the versions of Optuna's tables, and writes them where they are new."""
+        return _VersionManager(self.url, self.engine, self.scoped_session)
 
     def _begin_in_process(self) -> None:
         self._joined = threading.local()
@@ -294,7 +301,10 @@ def clock_of(dialect_name: str) -> sa.ColumnElement[float]:
 
 def upsert(dialect_name: str, table: sa.Table, row: Mapping[str, Any], key: Sequence[str]) -> sa.Insert:
     """Return a statement that inserts a row in place of the one with its `key`."""
-    insert = sqlite.insert if dialect_name == "sqlite" else postgresql.insert
+    if dialect_name == "sqlite":
+        from sqlalchemy.dialects.sqlite import insert
+    else:  # loaded only where it is used, which takes a tenth of the start
+        from sqlalchemy.dialects.postgresql import insert  # type: ignore[assignment]
     statement = insert(table).values(dict(row))
     return statement.on_conflict_do_update(
         index_elements=key, set_={name: statement.excluded[name] for name in row if name not in key}
@@ -325,7 +335,8 @@ def open_storage(url: URL, *, create: bool) -> JoinedStorage:
             schema.check_tables(engine, url, create=create)
             if create:
                 _create_tables(engine)
-        return _joined_storage(url)
+            is_current = not create and schema.has_newest_optuna_tables(engine)
+        return _joined_storage(url, is_current=is_current)
 
 
 def upgrade(url: URL) -> list[str]:
@@ -344,7 +355,7 @@ def upgrade(url: URL) -> list[str]:
             exclude_others(connection)
             ours = schema.upgrade_tables(connection)
             connection.commit()
-        theirs = schema.upgrade_optuna(JoinedStorage(url, skip_compatibility_check=True))
+        theirs = schema.upgrade_optuna(JoinedStorage(url))
     return [_upgrade_text("our", *ours), _upgrade_text("Optuna's", *theirs)]
 
 
@@ -354,11 +365,11 @@ def _upgrade_text(whose: str, before: int | str, after: int | str) -> str:
     return f"{whose} tables: from version {before} to {after}"
 
 
-def _joined_storage(url: URL) -> JoinedStorage:
-    storage = JoinedStorage(url, skip_compatibility_check=True)
+def _joined_storage(url: URL, *, is_current: bool) -> JoinedStorage:
+    storage = JoinedStorage(url)
     # Optuna's own check holds two connections at once. Behind a pooler that has few of the server's, workers that begin
     # together would wait for each other.
-    if storage.get_current_version() != storage.get_head_version():
+    if not is_current and storage.get_current_version() != storage.get_head_version():
         storage._version_manager.check_table_schema_compatibility()  # raises
     if url.drivername != POSTGRES:
         sa.event.listen(storage.engine, "connect", _set_pragmas)

@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import sqlalchemy as sa
-from alembic.migration import MigrationContext
-from alembic.operations import Operations
-from alembic.script import ScriptDirectory
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import (
     BaseModel,
@@ -27,7 +24,11 @@ from sqlalchemy.engine import URL, Connection, Engine
 
 from hpo.errors import UserError
 
+if TYPE_CHECKING:  # loaded only to make and to upgrade tables
+    from alembic.operations import Operations
+
 SCHEMA_VERSION = 3
+MIGRATIONS = Path(optuna.storages.__file__).parent / "_rdb" / "alembic"  # of Optuna's tables
 
 our_tables = sa.MetaData()
 
@@ -231,10 +232,12 @@ def create_tables(connection: Connection) -> None:
 
     The caller is in a transaction that excludes another one of this function.
     """
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
     if not sa.inspect(connection).get_table_names():
         # Optuna would do this later, outside our transaction, and fail where two processes do it at once.
-        migrations = Path(optuna.storages.__file__).parent / "_rdb" / "alembic"
-        MigrationContext.configure(connection).stamp(ScriptDirectory(str(migrations)), "heads")
+        MigrationContext.configure(connection).stamp(ScriptDirectory(str(MIGRATIONS)), "heads")
     BaseModel.metadata.create_all(connection)
     our_tables.create_all(connection)
     follow_deletions(connection)
@@ -295,6 +298,9 @@ def upgrade_tables(connection: Connection) -> tuple[int, int]:
     Raises:
         UserError: This code does not know the version.
     """
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations
+
     before = version = schema_version(connection)
     if version > SCHEMA_VERSION:
         raise UserError(
@@ -307,6 +313,21 @@ def upgrade_tables(connection: Connection) -> tuple[int, int]:
         connection.execute(meta_table.update().where(meta_table.c.key == "schema_version").values(value=str(version)))
     follow_deletions(connection)
     return before, version
+
+
+def has_newest_optuna_tables(engine: Engine) -> bool:
+    """Return whether Optuna's tables have the version of the installed Optuna, and say so.
+
+    The version is read from the names of its migrations. Optuna itself asks Alembic, which loads all of them.
+    """
+    migrations = [path.stem.strip("_") for path in (MIGRATIONS / "versions").glob("v*.py")]
+    newest = max(migrations, key=lambda name: [int(part) if part.isdigit() else part for part in name[1:].split(".")])
+    if not sa.inspect(engine).has_table("alembic_version"):
+        return False
+    with engine.connect() as connection:
+        known = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars().all()
+        is_written = connection.execute(sa.select(BaseModel.metadata.tables["version_info"].c.library_version)).first()
+        return known == [newest] and is_written is not None
 
 
 def upgrade_optuna(storage: RDBStorage) -> tuple[str, str]:

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 import hpo
+from hpo.config.study_spec import StudySpec
+from hpo.store.store import Store
+from tests.store.helpers import begin, claim, report
 
 PACKAGE = Path(hpo.__file__).parent
 # Each of these takes a quarter of a second or more to load.
@@ -32,6 +35,9 @@ from hpo.train.config import DataConfig
 from hpo.train.data.datasets import open_dataset
 open_dataset(DataConfig(name="digits"))
 """
+# What those who only read a store need not wait for.
+ONLY_FOR_OTHERS = [*sorted(HEAVY - {"optuna", "pydantic", "sqlalchemy"}), "alembic", "fsspec", "pandas"]
+ONLY_FOR_OTHERS += ["sqlalchemy.dialects.postgresql"]
 LOADED = f"\nimport sys; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {HEAVY}))"
 
 
@@ -53,6 +59,23 @@ LOADED = f"\nimport sys; print(sorted({{name.partition('.')[0] for name in sys.m
 def test_a_module_loads_only_what_it_needs(statement: str, expected: list[str]) -> None:
     result = subprocess.run([sys.executable, "-c", statement + LOADED], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == str(expected)
+
+
+@pytest.mark.parametrize("command", [["list"], ["status", "s"], ["trials", "s"], ["best", "s"]], ids=" ".join)
+def test_a_command_that_reads_loads_only_what_it_shows(tmp_path: Path, command: list[str]) -> None:
+    url = f"sqlite:///{tmp_path}/hpo.db"
+    store = Store(url, create=True)
+    spec = {"name": "s", "search": {"space": {"lr": [0.1, 0.2]}}, "objective": {"function": "loop:train"}}
+    study, worker = begin(store, StudySpec.from_dict(spec))
+    held = claim(store, study, worker)
+    report(store, held, 0.5)
+    store.trials.finish(held, "complete", reason="trained")
+    statement = (
+        f"from hpo.cli.app import main; main({[*command, '--storage', url]}, standalone_mode=False)\n"
+        f"import sys; print([name for name in {ONLY_FOR_OTHERS} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_only_the_store_and_the_dashboard_touch_optunas_storages() -> None:

@@ -23,6 +23,36 @@ from hpo.store.store import Store
 from tests.store.helpers import MakeSpec, begin, claim, only_postgres, only_sqlite, report, slow_on_postgres, url_of
 
 
+def test_a_store_has_all_that_optunas_storage_sets_up(tmp_path: Path) -> None:
+    """It makes an engine of its own, and looks for the versions of tables by itself."""
+    ours = Store(f"sqlite:///{tmp_path}/ours.db", create=True).storage
+    theirs = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/theirs.db")
+    assert vars(theirs).keys() <= vars(ours).keys()
+    for name in set(vars(theirs)) - {"url", "engine", "engine_kwargs", "scoped_session", "_version_manager"}:
+        assert getattr(ours, name) == getattr(theirs, name) or name == "skip_compatibility_check"
+    assert ours.get_current_version() == theirs.get_head_version()
+
+
+def test_tables_of_optuna_are_checked_for_their_version_without_its_migrations(store: Store) -> None:
+    engine = store.storage.engine
+    assert schema.has_newest_optuna_tables(engine)
+    for change in (
+        "UPDATE alembic_version SET version_num = 'v3.0.0.a'",
+        "DELETE FROM alembic_version",
+        "DROP TABLE alembic_version",
+    ):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(change)
+        assert not schema.has_newest_optuna_tables(engine), change
+
+
+def test_a_store_of_another_version_of_optuna_is_refused(store: Store) -> None:
+    with store.storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v3.0.0.a'")
+    with pytest.raises(UserError, match="was written by another version of Optuna"):
+        Store(url_of(store))
+
+
 @pytest.mark.slow
 @slow_on_postgres
 def test_optuna_reads_the_file_while_workers_write(store: Store, make_spec: MakeSpec) -> None:
