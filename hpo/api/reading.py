@@ -167,7 +167,11 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: There is no such study.
     """
-    store, study = open_study(name, storage=storage)
+    return status_of(*open_study(name, storage=storage))
+
+
+def status_of(store: Store, study: StudyRecord) -> dict[str, Any]:
+    """Return where a study of an open store stands, as `status` does."""
     with suppress(*STORE_ERRORS):  # a store that can only be read has a status all the same
         store.workers.reap(study)
     all_trials = store.trials.get_all(study)
@@ -175,7 +179,7 @@ def status(name: str, *, storage: str | None = None) -> dict[str, Any]:
     peak = find_peak(study, all_trials, responses=found.responses if found else ())
     race = race_progress(study, all_trials)
     return {
-        "study": name,
+        "study": study.name,
         "storage": str(store.url),
         "trials": dict(Counter(trial.state for trial in all_trials)),
         "race": None if race is None else {"epochs": race[0], "budget": race[1]},

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import gc
+from typing import Any
+
 import click
 
-from hpo.cli.options import json_option, storage_option, verbose_option
-from hpo.cli.writer import print_json, say
+from hpo.cli.options import command_line, json_option, storage_option, verbose_option
+from hpo.cli.writer import print_json, print_json_list, say
 from hpo.errors import UserError
 from hpo.system.readable import one_line
 
+MAX_TRIALS = 100  # that `hpo trials` shows, unless it is asked for all
 
-@click.command("list", short_help="List the studies in a store.")
+
+class ShortCommand(click.Command):
+    """A command that reads, prints and ends.
+
+    It needs no garbage collection, which would look at all that was read again and again: a third of the time where a
+    study has thousands of trials.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return super().invoke(ctx)
+        finally:
+            if was_enabled:
+                gc.enable()
+
+
+@click.command("list", cls=ShortCommand, short_help="List the studies in a store.")
 @json_option
 @storage_option
 def list_command(as_json: bool, storage: str | None) -> None:
@@ -43,7 +66,7 @@ def list_command(as_json: bool, storage: str | None) -> None:
             say(row["damaged"])
 
 
-@click.command("status", short_help="Show where a study stands.")
+@click.command("status", cls=ShortCommand, short_help="Show where a study stands.")
 @click.argument("study", metavar="STUDY")
 @json_option
 @storage_option
@@ -58,7 +81,8 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     from hpo.display.console import print_table
     from hpo.study.records import STATES
 
-    found = reading.status(study, storage=storage)
+    store, record = stores.open_study(study, storage=storage)
+    found = reading.status_of(store, record)
     if as_json:
         print_json(found)
         return
@@ -75,8 +99,7 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
     if found["search_end"]:
         say(found["search_end"])
     if found["best"]:
-        best, record = found["best"], stores.open_study(study, storage=storage)[1]
-        metric = metric_text(record)
+        best, metric = found["best"], metric_text(record)
         if best["confirmation"]:
             confirmed = value_text(best["confirmation"]["value"], record)
             say(f"confirmed: {params_text(best['recommended'])}, {metric} {confirmed}")
@@ -102,27 +125,34 @@ def status_command(study: str, as_json: bool, storage: str | None) -> None:
         say(f"failed device: {failed['device']} of {failed['host']} ({failed['failures']}x): {failed['reason']}")
 
 
-@click.command("trials", short_help="List the trials of a study.")
+@click.command("trials", cls=ShortCommand, short_help="List the trials of a study.")
 @click.argument("study", metavar="STUDY")
+@click.option("--all", "show_all", is_flag=True, help=f"List all trials. Default: the last {MAX_TRIALS} that began.")
 @json_option
 @storage_option
-def trials_command(study: str, as_json: bool, storage: str | None) -> None:
-    """List the trials of STUDY, with --json their curves as well.
+def trials_command(study: str, show_all: bool, as_json: bool, storage: str | None) -> None:
+    """List the latest trials of STUDY; with --json, all trials and their curves.
 
     \b
+    hpo trials quickstart --all
     hpo trials quickstart --json
     """
-    from hpo.api import reading, stores
+    from hpo.api import stores
     from hpo.display.terminal import print_trials
+    from hpo.study.records import trial_as_dict
 
-    if as_json:
-        print_json(reading.trials(study, storage=storage))
-        return
     store, record = stores.open_study(study, storage=storage)
-    print_trials(record, store.trials.get_all(record))
+    if as_json:
+        print_json_list(map(trial_as_dict, store.trials.get_all(record)))
+        return
+    trials = store.trials.get_all(record, latest=None if show_all else MAX_TRIALS)
+    print_trials(record, trials)
+    if not show_all and (total := sum(store.trials.counts(record.study_id).values())) > len(trials):
+        again = command_line("trials", study, "--all", *(("--storage", storage) if storage else ()))
+        say(f"trials {trials[0].number} to {trials[-1].number} of {total}; all of them: {again}")
 
 
-@click.command("best", short_help="Print the answer of a study.")
+@click.command("best", cls=ShortCommand, short_help="Print the answer of a study.")
 @click.argument("study", metavar="STUDY")
 @verbose_option
 @json_option
@@ -152,7 +182,7 @@ def best_command(study: str, verbose: bool, as_json: bool, storage: str | None) 
             say(part)
 
 
-@click.command("compare", short_help="Compare studies side by side.")
+@click.command("compare", cls=ShortCommand, short_help="Compare studies side by side.")
 @click.argument("studies", metavar="STUDY...", nargs=-1, required=True)
 @click.option("--output", metavar="FILE", help="Also draw it: .html, .png or .svg.")
 @json_option

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from hpo.system.readable import one_line, visible
@@ -25,4 +27,17 @@ def say_error(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON; it must hold no number that is not finite."""
-    print(json.dumps(value, indent=2, allow_nan=False), flush=True)
+    print(_json_text(value), flush=True)
+
+
+def print_json_list(values: Iterable[Any]) -> None:
+    """Print a list as `print_json` does, one value after the other: the text of many would fill the memory."""
+    before = "[\n"
+    for value in values:
+        print(before, textwrap.indent(_json_text(value), "  "), sep="", end="")
+        before = ",\n"
+    print("[]" if before == "[\n" else "\n]", flush=True)
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False)

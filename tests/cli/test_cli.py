@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -112,6 +113,31 @@ def test_run_ends_with_the_table_the_winner_and_what_to_type_next(ran: Result) -
     for number in (0, 1):
         assert f"trial {number} complete" in ran.stdout
     assert "\x1b" not in ran.stdout, "no escape sequences where the output is no terminal"
+
+
+def test_only_the_latest_trials_of_a_large_study_are_listed_unless_all_are_asked_for(
+    hpo: Hpo, ran: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = hpo("trials", "tiny").stdout
+    assert everything == hpo("trials", "tiny", "--all").stdout
+    monkeypatch.setattr("hpo.cli.reading.MAX_TRIALS", 2)
+    *listed, last = hpo("trials", "tiny", "--storage", "sqlite:///hpo.db").stdout.splitlines()
+    assert [line.split()[0] for line in listed if line.strip()[:1].isdigit()] == ["1", "2"]
+    assert last == "trials 1 to 2 of 3; all of them: hpo trials tiny --all --storage sqlite:///hpo.db"
+    assert hpo("trials", "tiny", "--all").stdout == everything
+    assert len(json.loads(hpo("trials", "tiny", "--json").stdout)) == 3
+
+
+def test_a_command_that_reads_and_ends_collects_no_garbage(
+    hpo: Hpo, ran: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collects = list[bool]()
+    for name in ("print_json", "print_json_list"):
+        monkeypatch.setattr(f"hpo.cli.reading.{name}", lambda _: collects.append(gc.isenabled()))
+    for command in (["list"], ["status", "tiny"], ["trials", "tiny"], ["best", "tiny"], ["compare", "tiny"]):
+        assert hpo(*command, "--json").returncode == 0
+        assert gc.isenabled()  # in a process that goes on
+    assert collects == [False] * 5
 
 
 def test_a_finished_study_is_answered_without_training(hpo: Hpo, ran: Result) -> None:
