@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -127,3 +128,13 @@ def interrupted(store: Store, *, at: int) -> AbstractContextManager[None]:
 
 def fail_once(store: Store, claimed: Claim, spec: StudySpec, key: str = "ValueError here") -> bool:
     return store.trials.fail(claimed, spec, reason="ValueError: no luck", error="Traceback", failure_key=key)
+
+
+@contextmanager
+def time_zone(name: str) -> Iterator[None]:
+    """Let this process be in a time zone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", name)
+        time.tzset()
+        yield
+    time.tzset()

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -34,6 +33,7 @@ from tests.store.helpers import (
     only_sqlite,
     optuna_trials,
     report,
+    time_zone,
     trial,
     url_of,
 )
@@ -47,20 +47,13 @@ def test_a_study_that_only_optuna_knows_is_left_alone(store: Store, make_spec: M
 
 
 @only_sqlite
-def test_optuna_reads_when_a_trial_has_ended_in_every_time_zone(
-    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TZ", "XYZ+7")
-    time.tzset()
-    try:
+def test_optuna_reads_when_a_trial_has_ended_in_every_time_zone(store: Store, make_spec: MakeSpec) -> None:
+    with time_zone("XYZ+7"):
         study, worker = begin(store, make_spec(0.1))
         held = claim(store, study, worker)
         report(store, held, 0.5)
         store.trials.finish(held, "complete", reason="")
         (ended,) = optuna_trials(store)
-    finally:
-        monkeypatch.undo()
-        time.tzset()
     assert ended.duration is not None
     assert 0 <= ended.duration.total_seconds() < 600
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.store.helpers import (
     only_sqlite,
     optuna_trials,
     report,
+    time_zone,
     trial,
     url_of,
 )
@@ -75,11 +75,9 @@ def test_trials_are_read_by_one_statement_as_optunas_own_storage_reads_them(stor
 
 
 def test_times_are_read_as_optunas_own_storage_reads_them_wherever_the_machine_stands(
-    store: Store, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+    store: Store, make_spec: MakeSpec
 ) -> None:
-    monkeypatch.setenv("TZ", "Asia/Kolkata")
-    time.tzset()
-    try:
+    with time_zone("Asia/Kolkata"):
         study, worker = begin(store, make_spec(search={"trials": 2}))
         held = claim(store, study, worker)
         report(store, held, 0.5)
@@ -88,9 +86,6 @@ def test_times_are_read_as_optunas_own_storage_reads_them_wherever_the_machine_s
         theirs = RDBStorage(url_of(store)).get_all_trials(study.study_id)
         assert store.storage.get_all_trials(study.study_id) == theirs
         assert abs((theirs[0].datetime_start or datetime.min) - datetime.now()).total_seconds() < 600
-    finally:
-        monkeypatch.undo()
-        time.tzset()
 
 
 def test_a_sampler_sees_a_trial_that_another_process_has_tried_again(store: Store, make_spec: MakeSpec) -> None:
