@@ -116,7 +116,7 @@ class Response:
     @property
     def is_flat(self) -> bool:
         """Whether a rate from anywhere falls short by less than two trials of one rate differ."""
-        return self.sensitivity <= self.noise
+        return _is_flat(self.sensitivity, self.noise)
 
     @property
     def index_of_best(self) -> int:
@@ -250,11 +250,11 @@ def _fit(
     noise = _noise(final, scale)
     has_evidence = _has_evidence(alive, x, noise)
     at_best = _index_of_best(worth, has_evidence)
-    best = _best_rate(alive, float(x[at_best]), is_flat=bool(behind.mean() <= noise[at_best]))
+    sensitivity = float(behind.mean())
+    best = _best_rate(alive, float(x[at_best]), is_flat=_is_flat(sensitivity, float(noise[at_best])))
     # That it may diverge excuses no shortfall, and that little is known excuses none that seeds would not make.
     first, last = _run_around(at_best, behind <= np.minimum((curves[:, [top]] - curves).std(axis=0), noise[at_best]))
-    tail = (1 - CONFIDENCE) / 2
-    lrs = 10**x
+    tail, lrs = (1 - CONFIDENCE) / 2, 10**x
     low_best, high_best = _interval(draws_of_best, x, best=best)
     has_edge = any(life.dead is not None for life in lives) and np.median(middles) <= max(life.x for life in lives)
     # The same luck at all rates in a draw, so that the band is smooth.
@@ -272,7 +272,7 @@ def _fit(
         interval=(low_best, high_best),
         plateau=(min(max(float(lrs[first]), low_best), best), max(min(float(lrs[last]), high_best), best)),
         divergence_lr=EstimatedRate(float(10 ** np.median(middles)), _rate_interval(middles, x)) if has_edge else None,
-        sensitivity=float(behind.mean()),
+        sensitivity=sensitivity,
         noise=float(noise[at_best]),
         draws_of_best=(10**draws_of_best).tolist(),
         shortfall=float((worth.max(axis=1) - worth[:, at_best]).mean()),
@@ -319,6 +319,10 @@ def _index_of_best(worth: Array, has_evidence: Flags) -> int:
     loss = worth.max(axis=1, keepdims=True) - worth
     regret = np.median(loss, axis=0) + 1e-3 * loss.mean(axis=0)  # the mean tells equal medians apart
     return int(np.where(has_evidence, regret, np.inf).argmin())
+
+
+def _is_flat(sensitivity: float, noise: float) -> bool:
+    return sensitivity <= noise
 
 
 def _best_rate(alive: Sequence[ObservedTrial], x: float, *, is_flat: bool) -> float:

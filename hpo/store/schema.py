@@ -316,18 +316,24 @@ def upgrade_tables(connection: Connection) -> tuple[int, int]:
 
 
 def has_newest_optuna_tables(engine: Engine) -> bool:
-    """Return whether Optuna's tables have the version of the installed Optuna, and say so.
+    """Return whether Optuna's tables have, and name, the version of the installed Optuna.
 
-    The version is read from the names of its migrations. Optuna itself asks Alembic, which loads all of them.
+    The version is read from the names of its migrations. Optuna itself asks Alembic, which loads all of them; where
+    this is false it is asked.
     """
     migrations = [path.stem.strip("_") for path in (MIGRATIONS / "versions").glob("v*.py")]
-    newest = max(migrations, key=lambda name: [int(part) if part.isdigit() else part for part in name[1:].split(".")])
+    newest = max(migrations, key=_version_key, default=None)
     if not sa.inspect(engine).has_table("alembic_version"):
         return False
     with engine.connect() as connection:
         known = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars().all()
         is_written = connection.execute(sa.select(BaseModel.metadata.tables["version_info"].c.library_version)).first()
         return known == [newest] and is_written is not None
+
+
+def _version_key(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names of versions, such as v3.0.0.b, by the numbers and letters between their dots."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.removeprefix("v").split(".")]
 
 
 def upgrade_optuna(storage: RDBStorage) -> tuple[str, str]:

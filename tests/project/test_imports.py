@@ -37,7 +37,6 @@ open_dataset(DataConfig(name="digits"))
 """
 # What those who only read a store need not wait for.
 ONLY_FOR_OTHERS = [*sorted(HEAVY - {"optuna", "pydantic", "sqlalchemy"}), "alembic", "fsspec", "pandas"]
-ONLY_FOR_OTHERS += ["sqlalchemy.dialects.postgresql"]
 LOADED = f"\nimport sys; print(sorted({{name.partition('.')[0] for name in sys.modules}} & {HEAVY}))"
 
 
